@@ -1,0 +1,1 @@
+"""Ways out of the rewriter. Import as `kvsink.export`, never as `export`."""

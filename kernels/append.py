@@ -1,0 +1,113 @@
+"""New rows enter the cache of one layer: coded, packed and stored in place, with the best rows kept exact beside them.
+
+Formula    slots = length .. length + S - 1
+           codes[slots], scale[slots] = encode(k), encode(v);  recent[slot mod W] = last W rows, unchanged
+           per protection segment: the best `capacity` of (stored rows ∪ candidates) by score stay exact; a row named by
+           several candidates is held once (the other places are marked empty as -(slot + 2))
+           length += S
+Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running selection over chunks is ours
+Differs    every row is coded, protected rows too: a row that loses its place in the side store is then simply read
+           from its codes
+Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; cos, sin [B or 1, S, R]; candidates: pairs of score float32
+           [B, n] and index int64 [B, n] into the chunk, one pair per segment; state: see kvsink.codecs.STATE_NAMES
+Exact      the side store and the recent window, yes; codes, see the codec
+Raises     IndexError when the slots do not fit (the cache checks first and says so in the user's words)
+Cost       reads S rows, writes their codes; the transform is 2·S·H·D² flops (klt) or S·H·D·log2 D (Hadamard)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import resolve_codec
+from .stages import rope_rows
+
+__all__ = ["append_", "append_ref", "merge_exact"]
+
+
+def merge_exact(
+    slot: Tensor, score: Tensor, rows: tuple[Tensor, Tensor], chunk: tuple[Tensor, Tensor], candidates: Sequence[Tensor],
+    segments: Sequence[int], first: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The running selection: stored rows [B, E] against the candidates of a chunk that begins at slot `first`.
+
+    rows are the stored exact keys and values [B, H, E, D], chunk the new ones [B, H, S, D]. Returns the new slot [B, E],
+    score [B, E], exact keys and values.
+    """
+    out_slot, out_score, out_k, out_v, at = [], [], [], [], 0
+    for i, capacity in enumerate(segments):
+        part = slice(at, at + capacity)
+        at += capacity
+        new_score, new_index = candidates[2 * i], candidates[2 * i + 1]
+        held = slot[:, part].to(torch.int64)
+        held = torch.where(held < -1, -held - 2, held)  # a place marked as a repeat still names its row
+        every_score = torch.cat([score[:, part], new_score], dim=1)
+        every_slot = torch.cat([held, new_index + first], dim=1)
+        best, order = every_score.topk(capacity, dim=1)
+        chosen = every_slot.gather(1, order).masked_fill(best == float("-inf"), -1)
+        for stored, new, out in ((rows[0], chunk[0], out_k), (rows[1], chunk[1], out_v)):
+            wide = new_index[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+            pool = torch.cat([stored[:, :, part], new.gather(2, wide).to(stored.dtype)], dim=2)
+            out.append(pool.gather(2, order[:, None, :, None].expand(-1, pool.shape[1], -1, pool.shape[3])))
+        out_slot.append(chosen)
+        out_score.append(best)
+    merged = torch.cat(out_slot, dim=1)
+    earlier = torch.ones(merged.shape[1], merged.shape[1], dtype=torch.bool, device=merged.device).tril(-1)
+    repeat = ((merged[:, :, None] == merged[:, None, :]) & earlier).any(-1) & (merged >= 0)
+    merged = torch.where(repeat, -merged - 2, merged)
+    return merged.to(slot.dtype), torch.cat(out_score, dim=1), torch.cat(out_k, dim=2), torch.cat(out_v, dim=2)
+
+
+def append_ref(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
+) -> None:  # fmt: skip
+    """The definition, for any device."""
+    c = resolve_codec(codec)
+    p = dict(zip(c.param_names(), params, strict=True))
+    (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, exact_score,
+     recent_k, recent_v, recent_slot, length, stored_positions) = state  # fmt: skip
+    b, _, s, _ = k.shape
+    slots = length + torch.arange(s, device=k.device)
+    stored_positions.index_copy_(1, slots, positions.expand(b, s).to(stored_positions.dtype))
+    codes, scale = c.encode_keys(k, cos, sin, positions, p, roped)
+    k_codes.index_copy_(2, slots, codes.to(k_codes.dtype))
+    k_scale.index_copy_(2, slots, scale)
+    codes, scale = c.encode_values(v, p)
+    v_codes.index_copy_(2, slots, codes.to(v_codes.dtype))
+    v_scale.index_copy_(2, slots, scale)
+    full_k = k if roped else rope_rows(k, cos, sin)
+    if c.exact_rows:
+        slot, score, new_k, new_v = merge_exact(
+            exact_slot, exact_score, (exact_k, exact_v), (full_k, v), candidates, c.segments, length
+        )
+        exact_slot.copy_(slot)
+        exact_score.copy_(score)
+        exact_k.copy_(new_k)
+        exact_v.copy_(new_v)
+    if c.window:
+        last = min(s, c.window)
+        ring = slots[-last:] % c.window
+        recent_k.index_copy_(2, ring, full_k[:, :, s - last :].to(recent_k.dtype))
+        recent_v.index_copy_(2, ring, v[:, :, s - last :].to(recent_v.dtype))
+        recent_slot.index_copy_(0, ring, slots[-last:].to(recent_slot.dtype))
+    length.add_(s)
+
+
+@torch.library.custom_op("kvsink::append_", mutates_args=("state",))
+def append_(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
+) -> None:  # fmt: skip
+    append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
+
+
+@append_.register_fake
+def _outputs(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
+) -> None:  # fmt: skip
+    return None

@@ -1,0 +1,122 @@
+"""Attention of new queries over the packed cache of one layer, without a 16-bit copy of it.
+
+Formula    out = softmax(scale · q k^T + mask) v^ with k^, v^ as `kvsink::read` defines them
+           computed over tiles of slots with a running maximum and sum (online softmax), decoding one tile at a time
+Source     FlashAttention, arXiv 2205.14135 (online softmax); KIVI, arXiv 2402.02750 (attention over packed tiles)
+Shapes     q [B, Hq, S, D] after RoPE; k, v [B, H, S, D] the rows just appended, k after RoPE; mask bool or additive
+           [B or 1, 1 or Hq, S, >= L] or None → [B, Hq, S, D] in the dtype of q
+Units      scale multiplies logits
+Exact      equals `read` + softmax attention up to float32 rounding: |difference| <= 1e-5 of the largest |v|
+Cost       4·B·Hq·S·L·D flops beside decoding L rows once; holds one tile of decoded rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import resolve_codec
+from .read import put_rows, read_ref
+
+__all__ = ["TILE", "attend", "attend_ref"]
+
+TILE = 512  # slots decoded at a time
+
+
+def _additive(mask: Tensor | None, is_causal: bool, first: Tensor, s: int, slots: Tensor) -> Tensor:
+    """Additive float32 mask [.., S, n] for the given slots; always hides slots a query may not see yet."""
+    query = first + torch.arange(s, device=slots.device)
+    visible = slots[None, :] <= query[:, None]  # [S, n]
+    zero = torch.zeros((), device=slots.device)
+    hidden = torch.where(visible, zero, float("-inf"))
+    if mask is None:
+        return hidden
+    part = mask[..., slots]
+    extra = torch.where(part, zero, float("-inf")) if part.dtype == torch.bool else part.float()
+    return torch.minimum(extra, hidden) if is_causal else extra + torch.where(slots < first + s, zero, float("-inf"))
+
+
+def attend_ref(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
+    scale: float, is_causal: bool, codec: str,
+) -> Tensor:  # fmt: skip
+    """The definition: read everything, then attend in float32."""
+    full_k, full_v = read_ref(k, v, state, params, codec)
+    b, h, slots, d = full_k.shape
+    s, r = q.shape[2], q.shape[1] // h
+    first = state[11] - s
+    bias = _additive(mask, is_causal, first, s, torch.arange(slots, device=q.device))
+    logits = q.float().reshape(b, h, r * s, d) @ full_k.float().mT * scale  # [B, H, R·S, L]
+    logits = (logits.reshape(b, h, r, s, slots) + _grouped(bias, h, r)).reshape(b, h, r * s, slots)
+    top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    p = (logits - top).exp()
+    out = (p @ full_v.float()) / p.sum(-1, keepdim=True).clamp_min(1e-30)
+    return out.reshape(b, h * r, s, d).to(q.dtype)
+
+
+def _grouped(bias: Tensor, heads: int, repeats: int) -> Tensor:
+    """A mask [.., S, n] with or without query heads, shaped to add to [B, H, R, S, n]."""
+    if bias.dim() == 4:
+        return bias.reshape(bias.shape[0], heads, repeats, *bias.shape[2:]) if bias.shape[1] > 1 else bias[:, :, None]
+    return bias
+
+
+def _attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
+    scale: float, is_causal: bool, codec: str,
+) -> Tensor:  # fmt: skip
+    """The same in tiles of slots up to the length: what runs on the CPU."""
+    c = resolve_codec(codec)
+    p = dict(zip(c.param_names(), params, strict=True))
+    (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
+     recent_k, recent_v, recent_slot, length, positions) = state  # fmt: skip
+    b, h, s, d = k.shape
+    r, total = q.shape[1] // h, int(length)
+    first = total - s
+    query = q.float().reshape(b, h, r * s, d) * scale
+    top = query.new_full((b, h, r * s, 1), torch.finfo(torch.float32).min)
+    mass, out = torch.zeros_like(top), torch.zeros_like(query)
+    live = torch.where(recent_slot < length, recent_slot, -1)[None].expand(b, -1)
+    for start in range(0, total, TILE):
+        end = min(start + TILE, total)
+        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p)
+        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p)
+        if not c.key.packed or not c.value.packed:
+            tile_k, tile_v = tile_k.clone(), tile_v.clone()
+        for full, fresh, recent, exact in ((tile_k, k, recent_k, exact_k), (tile_v, v, recent_v, exact_v)):
+            if c.window:
+                put_rows(full, recent, torch.where((live >= start) & (live < end), live - start, -1))
+            inside = (exact_slot >= start) & (exact_slot < end)
+            put_rows(full, exact, torch.where(inside, exact_slot - start, -1))
+            if not c.strict and end > first:
+                lo = max(first, start)
+                full[:, :, lo - start : end - start] = fresh[:, :, lo - first : end - first]
+        bias = _additive(mask, is_causal, length - s, s, torch.arange(start, end, device=q.device))
+        logits = (query @ tile_k.mT).reshape(b, h, r, s, end - start) + _grouped(bias, h, r)
+        logits = logits.reshape(b, h, r * s, end - start)
+        peak = torch.maximum(top, logits.amax(-1, keepdim=True))
+        fade, weight = (top - peak).exp(), (logits - peak).exp()
+        mass = mass * fade + weight.sum(-1, keepdim=True)
+        out = out * fade + weight @ tile_v
+        top = peak
+    return (out / mass.clamp_min(1e-30)).reshape(b, h * r, s, d).to(q.dtype)
+
+
+@torch.library.custom_op("kvsink::attend", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
+    scale: float, is_causal: bool, codec: str,
+) -> Tensor:  # fmt: skip
+    if q.device.type == "cpu":
+        return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
+    return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
+
+
+@attend.register_fake
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
+    scale: float, is_causal: bool, codec: str,
+) -> Tensor:  # fmt: skip
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)

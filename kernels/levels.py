@@ -1,0 +1,55 @@
+"""Levels of the minimum-error scalar quantizer of a unit Gaussian (Lloyd-Max), for 1 to 8 bits.
+
+Formula    levels y_i = E[x | t_i < x < t_{i+1}],  thresholds t_i = (y_{i-1} + y_i) / 2, iterated to a fixed point
+Source     Lloyd 1957 / Max 1960; distortion at 1..4 bit is 0.3634, 0.1175, 0.0345, 0.0095
+Shapes     levels float32 [2**bits] ascending, thresholds float32 [2**bits - 1]
+Exact      symmetric to the last bit: level i is minus level 2**bits - 1 - i
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["distortion", "lloyd_max", "thresholds"]
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+@lru_cache(maxsize=None)
+def _solve(bits: int) -> tuple[tuple[float, ...], float]:
+    half = 1 << (bits - 1)  # the positive half; the other is its mirror image
+    y = (np.arange(half) + 0.5) / half * (1.2 + 0.55 * bits)
+    moved, steps = 1.0, 0
+    while moved > 1e-12 and steps < 40_000:
+        t = np.concatenate(([0.0], (y[1:] + y[:-1]) / 2, [40.0]))
+        density = np.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+        mass = np.maximum(np.diff(0.5 * _erf(t / math.sqrt(2))), 1e-300)
+        centre = (density[:-1] - density[1:]) / mass
+        moved = float(np.abs(centre - y).max())
+        y = centre
+        steps += 1
+    t = np.concatenate(([0.0], (y[1:] + y[:-1]) / 2, [40.0]))
+    mass = np.diff(0.5 * _erf(t / math.sqrt(2)))
+    return tuple(float(v) for v in y), float(1.0 - 2.0 * np.sum(mass * y * y))
+
+
+def distortion(bits: int) -> float:
+    """Mean squared error of `bits` bits on a unit Gaussian; 1 at 0 bits."""
+    return 1.0 if bits == 0 else _solve(bits)[1]
+
+
+def lloyd_max(bits: int, device: torch.device | str = "cpu") -> Tensor:
+    """Levels float32 [2**bits], ascending, of the Lloyd-Max quantizer of a unit Gaussian."""
+    half = torch.tensor(_solve(bits)[0], dtype=torch.float32)
+    return torch.cat([-half.flip(0), half]).to(device)
+
+
+def thresholds(bits: int, device: torch.device | str = "cpu") -> Tensor:
+    """Decision thresholds float32 [2**bits - 1] that belong to `lloyd_max(bits)`."""
+    y = lloyd_max(bits)
+    return ((y[1:] + y[:-1]) / 2).to(device)

@@ -1,0 +1,173 @@
+"""Rows of channels become packed integer codes and, where the quantizer needs them, a few 16-bit numbers per row.
+
+Formula    kind "uniform"      per row and group: lo = clip·min x, s = (clip·max x - lo) / (2^w - 1),
+                               code = clamp(round((x - lo) / s), 0, 2^w - 1);  scale holds (s, lo)
+           kind "uniform-int"  the same step with an integer zero point: z = round(-lo / s),
+                               code = clamp(round(x / s) + z, 0, 2^w - 1);      scale holds (s, z)
+           kind "gauss"        per row and group: m = mean x, d = rms(x - m), code = nearest Lloyd-Max level to
+                               (x - m) / d;                                     scale holds (d, m)
+           kind "lloyd"        static deviation sigma_c of each channel: code = nearest Lloyd-Max level of width w_c to
+                               x_c / (sigma_c · g); with gain g = rms(x / sigma) per row, else 1; scale holds (g)
+           rounding is half to even; s, lo, z, d, m, g are rounded to float16 first and the codes use the rounded value
+Source     uniform: KIVI, arXiv 2402.02750 section 3; uniform-int and clip: RotateKV, arXiv 2501.16383 and its released
+           code; gauss and lloyd: ours (`klt`)
+Differs    the step divides by 2^w - 1 at every width; a constant group gets step 1 (uniform-int) or 0 (uniform)
+Shapes     x [..., H, S, D], widths int per run of 8 channels [D / 8], sigma float32 [H, D] →
+           codes uint8 [..., H, S, sum(widths)], scale float16 [..., H, S, n]
+Units      scale in units of x; widths in bits
+Exact      no; uniform: |x^ - x| <= s / 2 for x inside the clipped range
+Raises     ValueError for an unknown kind or D not divisible by 8
+Cost       about 6·numel(x) flops
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from .base import Cost, OpSpec, nbytes, register_op
+from .levels import thresholds
+from .packing import pack_bits
+
+__all__ = ["KINDS", "quantize", "quantize_ref", "scales_per_row", "segments"]
+
+KINDS = ("uniform", "uniform-int", "gauss", "lloyd")
+_HALF_MAX = 65504.0
+_HALF_TINY = 6.0e-8  # smallest positive float16
+
+
+def segments(widths: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Maximal runs of equal width as (first channel, end channel, first byte, width); 0-bit runs are left out."""
+    out, channel, byte = [], 0, 0
+    for width, run in groupby(widths):
+        n = 8 * len(list(run))
+        if width:
+            out.append((channel, channel + n, byte, width))
+        channel, byte = channel + n, byte + n * width // 8
+    return out
+
+
+def scales_per_row(kind: str, dim: int, group_size: int, gain: bool) -> int:
+    """How many float16 numbers one row of `dim` channels stores beside its codes."""
+    if kind == "lloyd":
+        return int(gain)
+    return 2 * (dim // group_size)
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+
+
+def _bucketize(x: Tensor, width: int) -> Tensor:
+    # A handful of comparisons beats a search for few levels, and both agree: code = number of thresholds below x.
+    return torch.bucketize(x.contiguous(), thresholds(width, x.device)).to(torch.uint8)
+
+
+def _uniform(x: Tensor, width: int, group_size: int, clip: float, integer_zero: bool) -> tuple[Tensor, Tensor]:
+    top = float(2**width - 1)
+    groups = x.unflatten(-1, (-1, group_size))  # [..., D / G, G]
+    hi, lo = clip * groups.amax(-1, keepdim=True), clip * groups.amin(-1, keepdim=True)
+    s = _half((hi - lo) / top)
+    step = s.float()
+    if integer_zero:
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        z = _half(torch.round(-lo / step))
+        codes = torch.round(groups / step) + z.float()
+        scale = torch.cat([_half(step), z], dim=-1)
+    else:
+        base = _half(lo)
+        codes = torch.round((groups - base.float()) / step.clamp_min(_HALF_TINY))
+        scale = torch.cat([s, base], dim=-1)
+    codes = codes.clamp(0.0, top).to(torch.uint8).flatten(-2)
+    return codes, scale.flatten(-2)
+
+
+def _gauss(x: Tensor, width: int, group_size: int) -> tuple[Tensor, Tensor]:
+    groups = x.unflatten(-1, (-1, group_size))
+    m = _half(groups.mean(-1, keepdim=True))
+    centred = groups - m.float()
+    d = _half(centred.square().mean(-1, keepdim=True).sqrt())
+    codes = _bucketize(centred / d.float().clamp_min(_HALF_TINY), width).flatten(-2)
+    return codes, torch.cat([d, m], dim=-1).flatten(-2)
+
+
+def quantize_ref(
+    x: Tensor, sigma: Tensor | None, kind: str, widths: Sequence[int], group_size: int, clip: float, gain: bool
+) -> tuple[Tensor, Tensor]:
+    """The definition; see the formulas at the top of this file."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown quantizer {kind!r}; known: {', '.join(KINDS)}")
+    if x.shape[-1] != 8 * len(widths):
+        raise ValueError(f"{len(widths)} widths of 8 channels do not cover {x.shape[-1]} channels")
+    x = x.float()
+    if kind == "lloyd":
+        assert sigma is not None
+        y = x / sigma[:, None, :].clamp_min(_HALF_TINY)  # [H, 1, D]
+        if gain:
+            scale = _half(y.square().mean(-1, keepdim=True).sqrt())
+            y = y / scale.float().clamp_min(_HALF_TINY)
+        else:
+            scale = x.new_empty((*x.shape[:-1], 0), dtype=torch.float16)
+        packed = [pack_bits(_bucketize(y[..., a:b], w), w) for a, b, _, w in segments(widths)]
+        if not packed:
+            return x.new_empty((*x.shape[:-1], 0), dtype=torch.uint8), scale
+        return torch.cat(packed, dim=-1), scale
+    width = widths[0]
+    if kind == "gauss":
+        codes, scale = _gauss(x, width, group_size)
+    else:
+        codes, scale = _uniform(x, width, group_size, clip, kind == "uniform-int")
+    return pack_bits(codes, width), scale
+
+
+def _outputs(
+    x: Tensor, sigma: Tensor | None, kind: str, widths: Sequence[int], group_size: int, clip: float, gain: bool
+) -> tuple[Tensor, Tensor]:
+    n = scales_per_row(kind, x.shape[-1], group_size, gain)
+    codes = x.new_empty((*x.shape[:-1], sum(widths)), dtype=torch.uint8)
+    return codes, x.new_empty((*x.shape[:-1], n), dtype=torch.float16)
+
+
+@torch.library.custom_op("kvsink::quantize", mutates_args=())
+def quantize(
+    x: Tensor, sigma: Tensor | None, kind: str, widths: Sequence[int], group_size: int, clip: float, gain: bool
+) -> tuple[Tensor, Tensor]:
+    return quantize_ref(x, sigma, kind, widths, group_size, clip, gain)
+
+
+quantize.register_fake(_outputs)
+
+
+def _example(kind: str, widths: tuple[int, ...], group_size: int, gain: bool, shape: tuple[int, ...]):  # type: ignore[no-untyped-def]
+    def make(g: torch.Generator) -> dict[str, object]:
+        x = torch.randn(shape, generator=g)
+        sigma = torch.rand(shape[-3], shape[-1], generator=g) + 0.5 if kind == "lloyd" else None
+        clip = 0.8 if kind.startswith("uniform") and widths[0] == 2 else 1.0
+        return dict(x=x, sigma=sigma, kind=kind, widths=list(widths), group_size=group_size, clip=clip, gain=gain)
+
+    return make
+
+
+EXAMPLES = (
+    _example("uniform", (2,) * 8, 64, False, (1, 3, 7, 64)),
+    _example("uniform-int", (3,) * 16, 32, False, (2, 2, 1, 128)),
+    _example("uniform", (8,) * 2, 16, False, (1, 1, 5, 16)),
+    _example("gauss", (4,) * 8, 64, False, (1, 3, 33, 64)),
+    _example("lloyd", (4, 4, 3, 2, 2, 1, 1, 0), 64, True, (2, 3, 9, 64)),
+    _example("lloyd", (1,) * 2, 16, False, (1, 2, 3, 16)),
+)
+
+SPEC = register_op(
+    OpSpec(
+        name="quantize",
+        op=quantize,
+        ref=quantize_ref,
+        cost=lambda **a: Cost(
+            flops=6 * a["x"].numel(), read=nbytes(a["x"]), written=a["x"].numel() // a["x"].shape[-1] * sum(a["widths"])
+        ),
+        examples=EXAMPLES,
+    )
+)

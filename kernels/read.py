@@ -1,0 +1,79 @@
+"""The whole cache of one layer as keys and values again: decoded rows, with the exact ones laid over them.
+
+Formula    k^ = decode(codes);  k^[recent_slot] = recent rows;  k^[exact_slot] = exact rows;  k^[new slots] = k, unless the
+           codec is strict; the same for v
+Source     KVSink, arXiv 2508.04257 section 4, step 4
+Shapes     k, v [B, H, S, D] the rows just appended → k^, v^ [B, H, L, D] in the dtype of k and v; slots past the length
+           hold finite rest and are for the attention mask to hide
+Exact      protected, recent and new rows yes
+Cost       decodes L rows of keys and values: this is the uncompiled path, the fused op never materializes them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import resolve_codec
+
+__all__ = ["put_rows", "read", "read_ref"]
+
+
+def put_rows(full: Tensor, rows: Tensor, slot: Tensor) -> Tensor:
+    """Lay rows [B, H, E, D] over full [B, H, L, D] at slot int [B, E]; negative slots are left out. Writes in place."""
+    if rows.shape[2] == 0:
+        return full
+    # Empty places are sent to a slot of their own row's choosing: they rewrite what already stands at slot 0.
+    index = slot.clamp_min(0).to(torch.int64)[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
+    used = (slot >= 0)[:, None, :, None]
+    current = full.gather(2, index)
+    zeroth = (slot == 0).any(1)[:, None, None, None]
+    first = torch.where(slot == 0, 1, 0).argmax(1)[:, None, None, None].expand(-1, full.shape[1], 1, full.shape[3])
+    rest = torch.where(zeroth, rows.gather(2, first).to(full.dtype), current)
+    return full.scatter_(2, index, torch.where(used, rows.to(full.dtype), rest))
+
+
+def read_ref(
+    k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str
+) -> tuple[Tensor, Tensor]:
+    """The definition, for any device."""
+    c = resolve_codec(codec)
+    p = dict(zip(c.param_names(), params, strict=True))
+    (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
+     recent_k, recent_v, recent_slot, length, positions) = state  # fmt: skip
+    s = k.shape[2]
+    full_k = c.decode_keys(k_codes, k_scale, positions, p).to(k.dtype).contiguous()
+    full_v = c.decode_values(v_codes, v_scale, p).to(v.dtype).contiguous()
+    if full_k.data_ptr() == k_codes.data_ptr():
+        full_k = full_k.clone()
+    if full_v.data_ptr() == v_codes.data_ptr():
+        full_v = full_v.clone()
+    new = length - s + torch.arange(s, device=k.device)
+    for full, fresh, recent, exact in ((full_k, k, recent_k, exact_k), (full_v, v, recent_v, exact_v)):
+        if c.window:
+            live = torch.where(recent_slot < length, recent_slot, -1)  # rows of a cropped tail are gone
+            put_rows(full, recent, live[None].expand(full.shape[0], -1))
+        put_rows(full, exact, exact_slot)
+        if not c.strict:
+            full.index_copy_(2, new, fresh)
+    return full_k, full_v
+
+
+@torch.library.custom_op("kvsink::read", mutates_args=())
+def read(
+    k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str
+) -> tuple[Tensor, Tensor]:
+    return read_ref(k, v, state, params, codec)
+
+
+@read.register_fake
+def _outputs(
+    k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str
+) -> tuple[Tensor, Tensor]:
+    slots = state[0].shape[2]
+    return (
+        k.new_empty((k.shape[0], k.shape[1], slots, k.shape[3])),
+        v.new_empty((v.shape[0], v.shape[1], slots, v.shape[3])),
+    )

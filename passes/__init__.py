@@ -1,0 +1,1 @@
+"""Graph rewrites, one per file. Import as `kvsink.passes`, never as `passes`."""

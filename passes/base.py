@@ -1,0 +1,162 @@
+"""What every pass is made of: `RewritePass`, the record it leaves, and the two ways a pass may edit a graph.
+
+A pass is a frozen dataclass in a file of its own; being in this folder registers it. `check` looks and never edits;
+`rewrite` edits one site and never looks elsewhere. What one pass must tell a later one about a site lives in
+`Work.chains` (see `kvsink.passes.chain`). Order, lint, recompile and reporting belong to `kvsink.pipeline`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from kvsink.errors import UnknownName
+from kvsink.sites import AttentionSite, Declined
+from kvsink.targets import CHECKS, PURE, kind, value
+
+if TYPE_CHECKING:
+    from kvsink.passes.chain import Chain, SitePlan
+
+__all__ = ["Declined", "RewritePass", "Work", "erase_orphans", "insert_op", "insert_tensor", "pass_named", "register_pass", "registered_passes", "size_of"]
+
+
+@dataclass
+class Work:
+    """One graph under rewrite. plan: what to do with a site whose cache does not say it itself (any stock cache)."""
+
+    gm: fx.GraphModule
+    plan: Callable[[AttentionSite], SitePlan | None] = lambda site: None
+    chains: dict[Node, Chain] = field(default_factory=dict)  # by the site's attention node
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    def chain(self, site: AttentionSite) -> Chain | None:
+        return self.chains.get(site.attn)
+
+
+@dataclass(frozen=True)
+class RewritePass:
+    """One rewrite. exact: the same function in real arithmetic. before, after: names of passes it must precede, follow."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    before: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()
+    moves_sites: ClassVar[bool] = False  # True when sites must be located again after this pass
+
+    def check(self, site: AttentionSite, work: Work) -> Declined | None:
+        """Why this site is left alone, or None."""
+        return None
+
+    def rewrite(self, site: AttentionSite, work: Work) -> None:
+        """Edit the site; only called when `check` returned None."""
+
+
+_PASSES: dict[str, type[RewritePass]] = {}
+
+
+def register_pass(cls: type[RewritePass]) -> type[RewritePass]:
+    """Make a pass known by its name; a name is taken once."""
+    if cls.name in _PASSES and _PASSES[cls.name].__qualname__ != cls.__qualname__:
+        raise ValueError(f"two passes are called {cls.name!r}: {_PASSES[cls.name].__module__} and {cls.__module__}")
+    _PASSES[cls.name] = cls
+    return cls
+
+
+@lru_cache(maxsize=1)
+def _walk_folder() -> None:
+    package = importlib.import_module(__package__ or "kvsink.passes")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")  # an import error names its file
+
+
+def registered_passes() -> dict[str, type[RewritePass]]:
+    """Every pass in the folder, by name."""
+    _walk_folder()
+    return dict(_PASSES)
+
+
+def pass_named(name: str) -> type[RewritePass]:
+    """A pass by name; an unknown name lists the nearest known ones."""
+    known = registered_passes()
+    if name not in known:
+        raise UnknownName("pass", name, known)
+    return known[name]
+
+
+# ---------------------------------------------------------------- editing
+
+
+def insert_op(anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """Insert one call before `anchor`, with its fake value and the module path of `anchor`. A str target is a method."""
+    op = "call_method" if isinstance(target, str) else "call_function"
+    with anchor.graph.inserting_before(anchor):
+        node = anchor.graph.create_node(op, target, args, kwargs)
+    if "nn_module_stack" in anchor.meta:
+        node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
+    fake_args, fake_kwargs = fx.node.map_arg(args, value), fx.node.map_arg(kwargs, value)
+    call = getattr(torch.Tensor, target) if isinstance(target, str) else target
+    mode = _fake_mode([fake_args, fake_kwargs])
+    with mode, torch.no_grad():
+        node.meta[_value_key(anchor)] = call(*fake_args, **fake_kwargs)
+    return node
+
+
+def insert_tensor(anchor: Node, gm: fx.GraphModule, name: str, tensor: Tensor) -> Node:
+    """A constant of the graph: `tensor` becomes a buffer of `gm` and one node that reads it, shared by name."""
+    name = name.replace(".", "_")
+    if not hasattr(gm, name):
+        gm.register_buffer(name, tensor, persistent=False)
+        first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        with gm.graph.inserting_before(first):
+            node = gm.graph.get_attr(name)
+        node.meta[_value_key(anchor)] = _fake_mode([value(anchor), *map(value, anchor.all_input_nodes)]).from_tensor(tensor)
+        return node
+    return next(node for node in gm.graph.find_nodes(op="get_attr") if node.target == name)
+
+
+def size_of(anchor: Node, node: Node, axis: int) -> Any:
+    """A size as an argument: the number itself, or a node when it is symbolic."""
+    size = value(node).shape[axis]
+    return size if isinstance(size, int) else insert_op(anchor, "size", node, axis)
+
+
+def erase_orphans(graph: fx.Graph, nodes: Iterable[Node]) -> None:
+    """Erase `nodes` and what they were computed from, as far as nothing uses it; only operators without side effects.
+
+    A graph's own dead-code removal must never run: in dynamo graphs it deletes in-place cache writes.
+    """
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node._erased or kind(node) not in PURE or any(kind(user) not in CHECKS for user in node.users):
+            continue
+        for user in list(node.users):
+            graph.erase_node(user)
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        todo.extend(inputs)
+
+
+def _value_key(anchor: Node) -> str:
+    near = [anchor, *anchor.all_input_nodes]
+    return "val" if any("val" in node.meta for node in near) and not any("example_value" in node.meta for node in near) else "example_value"
+
+
+def _fake_mode(values: Any) -> Any:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    for leaf in torch.utils._pytree.tree_leaves(values):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)

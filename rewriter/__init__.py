@@ -1,0 +1,16 @@
+"""kvsink: a compiler for the KV cache of transformers. `import kvsink` registers the quantizer and the dynamo backend."""
+
+__version__ = "0.1.0"
+
+from . import codecs, kernels
+from .cache import KVSinkCache
+from .errors import KvsinkError
+from .hf import KvsinkConfig
+from .methods import Method, get_method, methods, register_method
+from .report import Report
+from .rewrite import RewriteOptions, rewrite
+
+__all__ = [
+    "KVSinkCache", "KvsinkConfig", "KvsinkError", "Method", "Report", "RewriteOptions", "codecs", "get_method", "kernels",
+    "methods", "register_method", "rewrite",
+]  # fmt: skip

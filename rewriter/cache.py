@@ -1,0 +1,394 @@
+"""`KVSinkCache`: a transformers cache whose attention layers hold packed codes, and their sinks exact.
+
+Shapes     see kvsink.codecs.STATE_NAMES: per layer codes uint8 [B, H, L, bytes] and float16 scales, exact rows [B, H, E, D] with
+           their slots, an optional window of recent rows, the length, and the positions [B, L] that all layers share
+Exact      protected, recent and just-appended rows are returned as they came; the rest as its codes say
+Raises     KvsinkError when a row does not fit, a crop asks for more than is held, or a saved cache is of another model
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+
+from kvsink.codecs import STATE_NAMES, Codec
+from kvsink.errors import KvsinkError, SidecarError
+from kvsink.kernels import append_, read
+from kvsink.protect import Segment
+from kvsink.runtime import Frame, Runtime, first_candidates, runtime_of
+
+__all__ = ["KVSinkCache", "KVSinkLayer"]
+
+_BLOCK = 256  # slots by which a growing cache grows
+_BATCHED = tuple(n for n in STATE_NAMES if n not in ("recent_slot", "length", "positions"))
+
+
+class _Shared:
+    """What the layers of one cache have in common: the frame of the running forward pass and the positions."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.frame: Frame | None = None
+        self.positions: Tensor | None = None
+
+
+class KVSinkLayer(CacheLayerMixin):
+    """The packed keys and values of one attention layer.
+
+    With `max_length` all tensors are allocated once and never move (`torch.compile`, CUDA graphs); without it they grow.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self, shared: _Shared, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
+    ) -> None:
+        super().__init__()
+        self.shared, self.layer, self.codec, self.segments = shared, layer, codec, segments
+        self.codec_text = codec.text()
+        self.max_length = max_length
+        self.is_compileable = max_length is not None
+        self.params: list[Tensor] = []
+        self._held = 0  # tokens held, for growing caches only
+
+    # -- storage -----------------------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.head_dim, self.value_dim = key_states.shape[-1], value_states.shape[-1]
+        c, b, h, dev = self.codec, self.batch_size, self.num_heads, self.device
+        slots = self.max_length if self.max_length is not None else _BLOCK
+        code = {True: torch.uint8, False: self.dtype}
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=dev)
+
+        self.k_codes = empty(b, h, slots, c.row_bytes(c.key, self.head_dim), dtype=code[c.key.packed])
+        self.k_scale = empty(b, h, slots, c.row_scales(c.key, self.head_dim), dtype=torch.float16)
+        self.v_codes = empty(b, h, slots, c.row_bytes(c.value, self.value_dim), dtype=code[c.value.packed])
+        self.v_scale = empty(b, h, slots, c.row_scales(c.value, self.value_dim), dtype=torch.float16)
+        self.exact_k = empty(b, h, c.exact_rows, self.head_dim, dtype=self.dtype)
+        self.exact_v = empty(b, h, c.exact_rows, self.value_dim, dtype=self.dtype)
+        self.exact_slot = torch.full((b, c.exact_rows), -1, dtype=torch.int32, device=dev)
+        self.exact_score = torch.full((b, c.exact_rows), float("-inf"), device=dev)
+        self.recent_k = empty(b, h, c.window, self.head_dim, dtype=self.dtype)
+        self.recent_v = empty(b, h, c.window, self.value_dim, dtype=self.dtype)
+        self.recent_slot = torch.full((c.window,), -1, dtype=torch.int32, device=dev)
+        self.length = torch.zeros((), dtype=torch.int64, device=dev)
+        if self.shared.positions is None or self.shared.positions.shape != (b, slots):
+            self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
+        self.params = self.shared.runtime.params(self.layer, c, slots, dev)
+        self._held = 0
+        if self.is_compileable and not torch.compiler.is_compiling():
+            for tensor in (*self.state(), *self.params):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def state(self) -> list[Tensor]:
+        """The tensors of this layer in the order of STATE_NAMES."""
+        return [self.shared.positions if n == "positions" else getattr(self, n) for n in STATE_NAMES]
+
+    def _grow(self, slots: int) -> None:
+        held = self.k_codes.shape[2]
+        if slots > held:
+            wanted = -(-slots // _BLOCK) * _BLOCK
+            for name in ("k_codes", "k_scale", "v_codes", "v_scale"):
+                old = getattr(self, name)
+                new = old.new_zeros((*old.shape[:2], wanted, old.shape[3]))
+                new[:, :, :held] = old
+                setattr(self, name, new)
+        wanted = self.k_codes.shape[2]
+        positions = self.shared.positions
+        assert positions is not None
+        if positions.shape[1] < wanted:
+            self.shared.positions = positions.new_zeros((positions.shape[0], wanted))
+            self.shared.positions[:, : positions.shape[1]] = positions
+        self.params = self.shared.runtime.params(self.layer, self.codec, wanted, self.device)
+
+    # -- the cache interface -------------------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new rows and return all keys and values, in the model's own basis with RoPE applied."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[2]
+        if self.max_length is None:
+            self._grow(self._held + new)
+        elif not torch.compiler.is_compiling() and self.device.type == "cpu" and int(self.length) + new > self.max_length:
+            raise KvsinkError(
+                f"layer {self.layer}: {new} rows do not fit behind {int(self.length)} of max_length={self.max_length}; "
+                "make the cache longer"
+            )
+        frame = self.shared.frame or Frame()
+        positions = frame.positions
+        if positions is None:
+            positions = torch.arange(new, device=self.device)[None] + self.length
+        cos, sin = frame.cos, frame.sin
+        if cos is None or sin is None:
+            cos, sin = self.shared.runtime.angles(self.layer, positions[:1])
+        self._check_positions(positions, new)
+        append_(
+            key_states, value_states, positions, cos, sin, self._candidates(frame, positions, key_states), self.state(),
+            self.params, self.codec_text, True,
+        )  # fmt: skip
+        full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
+        if self.max_length is None:
+            self._held += new
+            return full_k[:, :, : self._held], full_v[:, :, : self._held]
+        return full_k, full_v
+
+    def _check_positions(self, positions: Tensor, new: int) -> None:
+        """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
+        if torch.compiler.is_compiling() or "start_cos" not in self.codec.param_names():
+            return
+        if self.device.type != "cpu" and new == 1:
+            return
+        table = self.params[self.codec.param_names().index("start_cos")]
+        reach = int(positions.max()) + 1
+        if reach > table.shape[0] * self.codec.table_tokens:
+            self.params = self.shared.runtime.params(self.layer, self.codec, 2 * reach, self.device)
+
+    def _candidates(self, frame: Frame, positions: Tensor, rows: Tensor) -> list[Tensor]:
+        out: list[Tensor] = []
+        for segment in self.segments:
+            key = segment.key if segment.source != "massive" else f"{segment.key}@{self.layer}"
+            pair = frame.candidates.get(key)
+            if pair is None and segment.source == "first":
+                pair = frame.candidates[key] = first_candidates(frame, positions, rows.shape[0], segment.count)
+            if pair is None:
+                raise KvsinkError(
+                    f"layer {self.layer} keeps {segment.source} rows exact but saw no hidden states; run the cache through "
+                    "its model (kvsink.KVSinkCache.for_model), not by hand"
+                )
+            out += pair
+        return out
+
+    def get_seq_length(self) -> Any:
+        if not self.is_initialized:
+            return 0
+        return self.length if self.max_length is not None else self._held
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_length is None else self.max_length
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self._held + query_length if self.max_length is None else self.max_length), 0
+
+    def reset(self) -> None:
+        if not self.is_initialized:
+            return
+        self.length.zero_()
+        self.exact_slot.fill_(-1)
+        self.exact_score.fill_(float("-inf"))
+        self.recent_slot.fill_(-1)
+        self._held = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |n| tokens (a negative count; a positive one is the length to keep). Codes are not touched."""
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        held = int(self.length)
+        keep = held + tokens_to_remove if tokens_to_remove < 0 else min(tokens_to_remove, held)
+        if keep < 0:
+            raise KvsinkError(f"layer {self.layer}: cannot crop {-tokens_to_remove} tokens from a cache of {held}")
+        self.length.fill_(keep)
+        self._held = keep
+        named = torch.where(self.exact_slot < -1, -self.exact_slot - 2, self.exact_slot)
+        gone = named >= keep
+        self.exact_slot.masked_fill_(gone, -1)
+        self.exact_score.masked_fill_(gone, float("-inf"))
+
+    def _map_batch(self, pick: Any, in_place: bool) -> None:
+        for name in _BATCHED:
+            old = getattr(self, name)
+            if in_place:
+                old.copy_(pick(old))
+            else:
+                setattr(self, name, pick(old))
+        self.batch_size = self.k_codes.shape[0]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            self._map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._map_batch(lambda t: t.repeat_interleave(repeats, dim=0), in_place=False)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self._map_batch(lambda t: t[indices.to(t.device) if indices.dtype != torch.bool else indices], in_place=False)
+
+    def offload(self) -> None:
+        if self.is_initialized:
+            for name in _BATCHED:
+                setattr(self, name, getattr(self, name).to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized and self.k_codes.device != self.device:
+            for name in _BATCHED:
+                setattr(self, name, getattr(self, name).to(self.device, non_blocking=True))
+
+
+class KVSinkCache(Cache):
+    """The cache of a rewritten model. Make it with `KVSinkCache.for_model`, or let `generate()` make it.
+
+    Layers that the plan leaves alone (sliding windows, layers without attention) are transformers' own.
+    """
+
+    is_kvsink = True
+
+    def __init__(self, runtime: Runtime, max_length: int | None = None) -> None:
+        self.shared = _Shared(runtime)
+        config = runtime.config.get_text_config(decoder=True)
+        stock: Cache = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
+        layers: list[Any] = []
+        for i, plan in enumerate(runtime.plans):
+            if plan.codec is None:
+                layers.append(stock.layers[i])
+            else:
+                layers.append(KVSinkLayer(self.shared, i, plan.codec, plan.segments, max_length))
+        super().__init__(layers=layers)
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, batch_size: int = 1, max_length: int | None = None, strict: bool = False
+    ) -> KVSinkCache:
+        """A cache for a rewritten model. With `max_length` (tokens) every tensor is allocated now, for `batch_size` rows.
+
+        strict: read new rows back from their codes too, as an evaluation may want.
+        """
+        if max_length is not None and max_length < 1:
+            raise KvsinkError(f"max_length={max_length} is not positive")
+        runtime = runtime_of(model)
+        cache = cls(runtime, max_length)
+        if strict:
+            for layer in cache.packed_layers():
+                layer.codec = Codec(layer.codec.key, layer.codec.value, layer.codec.segments, layer.codec.window, True)
+                layer.codec_text = layer.codec.text()
+        if max_length is not None:
+            weight = next(model.parameters())
+            a = runtime.anatomy
+            cache.early_initialization(batch_size, a.kv_heads, a.head_dim, weight.dtype, weight.device)
+        return cache
+
+    @property
+    def frame(self) -> Frame | None:
+        """What the hooks know about the running forward pass."""
+        return self.shared.frame
+
+    @frame.setter
+    def frame(self, frame: Frame | None) -> None:
+        self.shared.frame = frame
+
+    def packed_layers(self) -> list[KVSinkLayer]:
+        """The layers kvsink packs."""
+        return [layer for layer in self.layers if isinstance(layer, KVSinkLayer)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor the cache holds, by name; the positions once."""
+        out: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, KVSinkLayer):
+                if layer.is_initialized:
+                    out.update({f"layers.{i}.{n}": getattr(layer, n) for n in STATE_NAMES if n != "positions"})
+            elif getattr(layer, "is_initialized", False):
+                out.update({f"layers.{i}.{n}": t for n, t in vars(layer).items() if isinstance(t, Tensor)})
+        if self.shared.positions is not None:
+            out["positions"] = self.shared.positions
+        return out
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor the cache holds, allocated slots included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def bits_per_element(self) -> float:
+        """Bits held per stored element of keys and values at the present length; stock layers count like packed ones."""
+        elements = 0
+        for layer in self.layers:
+            if isinstance(layer, KVSinkLayer) and layer.is_initialized:
+                per_token = layer.batch_size * layer.num_heads * (layer.head_dim + layer.value_dim)
+                elements += per_token * int(layer.get_seq_length())
+            elif getattr(layer, "is_initialized", False):
+                elements += layer.keys.numel() + layer.values.numel()
+        return 8.0 * self.nbytes() / elements if elements else 0.0
+
+    def _map_positions(self, pick: Any) -> None:
+        if self.shared.positions is not None:
+            self.shared.positions = pick(self.shared.positions)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.shared.positions is not None:
+            self.shared.positions.copy_(self.shared.positions.index_select(0, beam_idx.to(self.shared.positions.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_positions(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_positions(lambda t: t[indices])
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed state to one safetensors file, to be loaded by `KVSinkCache.load` with the same model."""
+        if any(not isinstance(layer, KVSinkLayer) for layer in self.layers):
+            raise KvsinkError("a cache with layers that kvsink leaves alone cannot be saved; save the prompt instead")
+        meta = {
+            "format": "kvsink-cache-1",
+            "codecs": json.dumps([layer.codec_text for layer in self.packed_layers()]),
+            "length": str(int(self.get_seq_length())),
+            "dtype": str(self.packed_layers()[0].dtype).removeprefix("torch."),
+        }
+        save_file({n: t.contiguous() for n, t in self.tensors().items()}, str(path), metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, max_length: int | None = None) -> KVSinkCache:
+        """Read a cache saved by `save`. Raises SidecarError when it was made by another plan or cannot be read."""
+        runtime = runtime_of(model)
+        cache = cls(runtime, max_length)
+        device = next(model.parameters()).device
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise SidecarError(f"cache file {path} cannot be read ({error}); save it again") from error
+        texts = [layer.codec_text for layer in cache.packed_layers()]
+        if meta.get("format") != "kvsink-cache-1" or json.loads(meta.get("codecs", "[]")) != texts:
+            raise SidecarError(f"cache file {path} was made by another plan or version; prefill the prompt again")
+        length = int(meta["length"])
+        if max_length is not None and length > max_length:
+            raise KvsinkError(f"cache file {path} holds {length} tokens, more than max_length={max_length}")
+        dtype = getattr(torch, meta["dtype"])
+        for i, layer in enumerate(cache.packed_layers()):
+            k = tensors[f"layers.{i}.exact_k"]
+            v = tensors[f"layers.{i}.exact_v"]
+            layer.lazy_initialization(k[:, :, :0].to(dtype), v[:, :, :0].to(dtype))
+            if max_length is None:
+                layer._grow(length)
+            for name in STATE_NAMES:
+                if name == "positions":
+                    continue
+                saved, held = tensors[f"layers.{i}.{name}"], getattr(layer, name)
+                if name in ("k_codes", "k_scale", "v_codes", "v_scale"):
+                    held[:, :, :length] = saved[:, :, :length]
+                else:
+                    held.copy_(saved)
+            layer._held = length
+        assert cache.shared.positions is not None
+        cache.shared.positions[:, :length] = tensors["positions"][:, :length]
+        return cache

@@ -1,0 +1,266 @@
+"""Run a model over text and keep what the codecs need: emergence stages, key and value statistics, a fingerprint.
+
+Formula    emergence stage: a block whose largest |H| ends a rise by at least 2x per block, is above 100 and above 1000 times
+           the median of |H| at that block (massive activations, Sun et al. 2024)
+Source     KVSink, arXiv 2508.04257 section 3; several stages per model are ours
+Differs    rows that will stay exact are left out of every statistic
+Shapes     ids int64 [N, T] windows of tokens
+Raises     CalibrationError for too few tokens, NaN or infinite activations, or a record of another model or version
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvsink.errors import CalibrationError, UnsupportedError
+from kvsink.kernels.rope import unrope
+from kvsink.observers import KeyStats, ValueStats
+from kvsink.protect import Policy, Segment, SinkStage, segments_for_layer
+from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, first_candidates
+
+__all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
+
+FORMAT = "kvsink-calibration-1"
+Progress = Callable[[str, int, int], None]
+
+
+def fingerprint(model: nn.Module) -> Tensor:
+    """float32 samples of the weights, the same for every storage precision up to rounding: up to 64 tensors, 16 values each."""
+    named = sorted((n, p) for n, p in model.named_parameters() if p.numel() >= 16 and p.is_floating_point())
+    step = max(1, len(named) // 64)
+    out = []
+    for _, p in named[::step][:64]:
+        index = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
+        out.append(p.detach().flatten()[index].float().cpu())
+    return torch.cat(out) if out else torch.zeros(0)
+
+
+def same_model(a: Tensor, b: Tensor) -> bool:
+    """Whether two fingerprints are of the same weights, allowing for a change of precision down to bfloat16."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=2.0**-7, atol=1e-6)
+
+
+@dataclass
+class Calibration:
+    """Everything one calibration run leaves: enough to build every codec that asked for it."""
+
+    stages: tuple[SinkStage, ...]
+    keys: dict[tuple[int, int], KeyStats]  # (layer, block)
+    values: dict[int, ValueStats]
+    fingerprint: Tensor
+    tokens: int
+    largest: list[float] = field(default_factory=list)  # largest |H| per block output
+    medians: list[float] = field(default_factory=list)
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file; tensors by name, the rest as JSON in its header."""
+        tensors = {"fingerprint": self.fingerprint}
+        for (layer, block), k in self.keys.items():
+            for name in ("count", "first", "second"):
+                tensors[f"keys.{layer}.{block}.{name}"] = getattr(k, name).contiguous()
+        for layer, v in self.values.items():
+            for name in ("count", "total", "second"):
+                tensors[f"values.{layer}.{name}"] = getattr(v, name).contiguous()
+        meta = {
+            "format": FORMAT, "tokens": str(self.tokens), "stages": json.dumps([asdict(s) for s in self.stages]),
+            "largest": json.dumps(self.largest), "medians": json.dumps(self.medians),
+        }  # fmt: skip
+        save_file(tensors, str(path), metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:
+        """Read a record; with `model`, refuse one that was made from other weights."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            if meta.get("format") != FORMAT:
+                raise CalibrationError(
+                    f"{path} is not a calibration record of this version (format {meta.get('format')!r}, "
+                    f"expected {FORMAT!r}); calibrate again"
+                )
+            keys: dict[tuple[int, int], dict[str, Tensor]] = {}
+            values: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                parts = name.split(".")
+                if parts[0] == "keys":
+                    keys.setdefault((int(parts[1]), int(parts[2])), {})[parts[3]] = tensor
+                elif parts[0] == "values":
+                    values.setdefault(int(parts[1]), {})[parts[2]] = tensor
+            record = cls(
+                stages=tuple(
+                    SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in json.loads(meta["stages"])
+                ),
+                keys={at: KeyStats(**k) for at, k in keys.items()},
+                values={at: ValueStats(**v) for at, v in values.items()},
+                fingerprint=tensors["fingerprint"],
+                tokens=int(meta["tokens"]),
+                largest=json.loads(meta["largest"]),
+                medians=json.loads(meta["medians"]),
+            )
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise CalibrationError(f"calibration record {path} cannot be read ({error}); calibrate again") from error
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise CalibrationError(f"calibration record {path} holds NaN or infinite numbers; calibrate again")
+        if model is not None and not same_model(record.fingerprint, fingerprint(model)):
+            raise CalibrationError(f"calibration record {path} was made from other weights; calibrate this model again")
+        return record
+
+
+# -- emergence ---------------------------------------------------------------------------------------------------------
+
+
+def find_stages(largest: list[float], medians: list[float], channels: list[tuple[int, ...]]) -> tuple[SinkStage, ...]:
+    """Emergence stages from the largest and median |H| per block output; channels are the largest ones of each block."""
+    stages = []
+    for l in range(len(largest) - 1):  # noqa: E741
+        before = largest[l - 1] if l else 0.0
+        rises, still = largest[l] >= 2 * before, largest[l + 1] >= 2 * largest[l]
+        if rises and not still and largest[l] > 100 and largest[l] > 1000 * medians[l]:
+            stages.append(SinkStage(l, channels[l], largest[l], medians[l]))
+    return tuple(stages)
+
+
+class _BlockRecorder:
+    """Forward hooks that keep, per block output, the largest |H| per channel and the mean of its medians."""
+
+    def __init__(self, model: nn.Module, where: Anatomy) -> None:
+        self.peak: dict[int, Tensor] = {}
+        self.median: dict[int, list[float]] = {}
+        self.handles = [
+            model.get_submodule(name).register_forward_hook(self._record(i)) for i, name in enumerate(where.blocks)
+        ]
+
+    def _record(self, i: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = (output[0] if isinstance(output, tuple) else output).float().abs()
+            if not torch.isfinite(hidden).all():
+                raise CalibrationError(
+                    f"block {i} puts out NaN or infinite activations; check the weights or calibrate in float32"
+                )
+            peak = hidden.flatten(0, 1).amax(0).cpu()
+            self.peak[i] = torch.maximum(self.peak[i], peak) if i in self.peak else peak
+            self.median.setdefault(i, []).append(float(hidden.flatten()[:: max(1, hidden.numel() // 65536)].median()))
+
+        return hook
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Recording(DynamicLayer):
+    """A cache layer that hands everything to the statistics and keeps nothing."""
+
+    def __init__(self, owner: _RecordingCache, layer: int) -> None:
+        super().__init__()
+        self.owner, self.layer = owner, layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.owner.record(self.layer, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class _RecordingCache(Cache):
+    is_kvsink = True  # the hooks of the runtime fill the frame
+
+    def __init__(self, runtime: Runtime, into: Calibration, blocks: dict[int, tuple[int, ...]]) -> None:
+        super().__init__(layers=[_Recording(self, i) for i in range(len(runtime.plans))])
+        self.runtime, self.into, self.blocks = runtime, into, blocks
+        self.frame: Frame | None = None
+
+    def record(self, layer: int, k: Tensor, v: Tensor) -> None:
+        frame = self.frame or Frame()
+        b, _, s, _ = k.shape
+        positions = frame.positions
+        if positions is None:
+            positions = torch.arange(s, device=k.device)[None]
+        cos, sin = frame.cos, frame.sin
+        if cos is None or sin is None:
+            cos, sin = self.runtime.angles(layer, positions[:1])
+        keep = torch.ones(b, s, dtype=torch.bool, device=k.device)
+        for segment in self.runtime.plans[layer].segments:
+            key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
+            pair = frame.candidates.get(key)
+            if pair is None:
+                pair = frame.candidates[key] = first_candidates(frame, positions, b, segment.count)
+            exact = torch.zeros_like(keep).scatter_(1, pair[1], pair[0] > float("-inf"))
+            keep &= ~exact
+        keys = unrope(k.float(), cos[:, None].float(), sin[:, None].float())
+        for block in self.blocks[layer]:
+            offset_cos, offset_sin = self.runtime.offset_angles(layer, block, k.device)
+            self.into.keys[layer, block].add(keys, positions.expand(b, s), keep, offset_cos, offset_sin)
+        self.into.values[layer].add(v, keep)
+
+
+def calibrate(
+    model: nn.Module, ids: Tensor, policies: tuple[Policy, ...], blocks: dict[int, tuple[int, ...]], batch: int = 1,
+    progress: Progress | None = None,
+) -> Calibration:  # fmt: skip
+    """Run `ids` [N, T] through the model: two windows to find the stages, then all for the statistics.
+
+    blocks: block lengths whose key statistics each layer needs (empty: only stages). Needs as many tokens as four times the
+    head dimension. Raises CalibrationError.
+    """
+    where = anatomy(model)
+    need = 4 * where.head_dim
+    if blocks and any(blocks.values()) and ids.numel() < need:
+        raise CalibrationError(f"{ids.numel()} calibration tokens are too few for head_dim={where.head_dim}; give at least {need}")
+    tell = progress or (lambda what, done, total: None)
+    device = next(model.parameters()).device
+    recorder = _BlockRecorder(model, where)
+    few = ids[: min(2, len(ids))]
+    try:
+        with torch.no_grad():
+            for i in range(len(few)):
+                model(input_ids=few[i : i + 1].to(device), use_cache=False)
+                tell("finding sinks", i + 1, len(few))
+    finally:
+        recorder.close()
+    n = len(where.blocks)
+    largest = [float(recorder.peak[i].max()) for i in range(n)]
+    medians = [sum(recorder.median[i]) / len(recorder.median[i]) for i in range(n)]
+    top = [tuple(int(c) for c in recorder.peak[i].topk(min(4, recorder.peak[i].numel())).indices) for i in range(n)]
+    stages = find_stages(largest, medians, top)
+    out = Calibration(stages, {}, {}, fingerprint(model), 0, largest, medians)
+    for layer, lengths in blocks.items():
+        out.values[layer] = ValueStats.empty(where.kv_heads, where.head_dim)
+        for block in lengths:
+            out.keys[layer, block] = KeyStats.empty(block, where.kv_heads, where.head_dim)
+    if not blocks:
+        return out
+    plans = tuple(
+        LayerPlan(None, segments_for_layer(policies, i, stages) if i in blocks else ()) for i in range(n)
+    )
+    runtime = Runtime(model, plans, {}, stages, "calibration")
+    attach(model, runtime)
+    try:
+        with torch.no_grad():
+            for start in range(0, len(ids), batch):
+                rows = ids[start : start + batch].to(device)
+                cache = _RecordingCache(runtime, out, {i: blocks.get(i, ()) for i in range(n)})
+                for layer in range(n):
+                    if layer not in blocks:
+                        cache.layers[layer] = DynamicLayer()
+                model(input_ids=rows, past_key_values=cache, use_cache=True)
+                out.tokens += rows.numel()
+                tell("calibrating", min(start + batch, len(ids)), len(ids))
+    finally:
+        detach(model)
+    for name, stats in (*out.keys.items(), *out.values.items()):
+        if not torch.isfinite(stats.second).all():
+            raise CalibrationError(f"statistics of layer {name} are not finite; check the weights or calibrate in float32")
+    return out

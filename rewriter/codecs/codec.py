@@ -1,0 +1,208 @@
+"""The codec of one layer: pure tensor functions from keys and values to what the cache stores, and back.
+
+Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), or R_j (k - mu) (domain "post")
+                   z = x U;  codes, scale = quantize(z)
+                   k^ = R_{j - d} (z^ U^T + M[d]),  M[d] = R_d mu + mu2       (block)
+                   k^ = z^ U^T + R_{j - d} M[d]                               (post)
+           values  z = (v - mu) U;  v^ = z^ U^T + mu
+Source     ours (`klt`); with U a Hadamard matrix and n = 1 it is RotateKV (arXiv 2501.16383), without U it is plain
+           per-token quantization
+Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; codes uint8 [B, H, S, bytes]; scale float16 [B, H, S, n]
+Exact      the transforms are orthogonal, so without quantization k^ = k up to rounding of the arithmetic (float32)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kvsink.errors import SidecarError
+from kvsink.kernels import stages
+from kvsink.kernels.base import set_codec_resolver
+from kvsink.kernels.dequantize import dequantize_ref
+from kvsink.kernels.quantize import quantize_ref, scales_per_row
+
+from .spec import SideSpec
+
+__all__ = ["STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
+
+Params = Mapping[str, Tensor]
+
+TABLE_TOKENS = 64  # rows of the mean table of a "post" codec: its blocks exist only to make the table finite
+
+STATE_NAMES = (
+    "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
+    "recent_k", "recent_v", "recent_slot", "length", "positions",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Both sides of one layer and the rows it keeps exact.
+
+    segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
+    back from their codes like old ones (for evaluation).
+    """
+
+    key: SideSpec
+    value: SideSpec
+    segments: tuple[int, ...] = ()
+    window: int = 0
+    strict: bool = False
+
+    @property
+    def exact_rows(self) -> int:
+        """Capacity of the exact side store, in rows per sequence."""
+        return sum(self.segments)
+
+    @property
+    def table_tokens(self) -> int:
+        """Tokens of a block: the period of the mean table and of the start angles."""
+        return self.key.block if self.key.domain == "block" else TABLE_TOKENS
+
+    def text(self) -> str:
+        """Canonical JSON; equal codecs have equal text."""
+        record = {
+            "key": self.key.as_dict(), "value": self.value.as_dict(), "segments": list(self.segments),
+            "window": self.window, "strict": self.strict,
+        }  # fmt: skip
+        return json.dumps(record, sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def parse(text: str) -> Codec:
+        """The codec of a canonical text."""
+        try:
+            record = json.loads(text)
+            return Codec(
+                key=SideSpec.from_dict(record["key"]),
+                value=SideSpec.from_dict(record["value"]),
+                segments=tuple(int(n) for n in record.get("segments", ())),
+                window=int(record.get("window", 0)),
+                strict=bool(record.get("strict", False)),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SidecarError(f"codec record {text[:80]!r} cannot be read ({error}); rewrite the model again") from error
+
+    def param_names(self) -> tuple[str, ...]:
+        """Names of the constant tables this codec needs, in the order ops receive them."""
+        k, v, names = self.key, self.value, []
+        if k.packed:
+            if k.center:
+                names += ["k_mean", "k_table"]
+            if k.domain == "block" and k.block > 1:
+                names += ["offset_cos", "offset_sin"]
+            if k.domain == "block" or k.center:
+                names += ["start_cos", "start_sin"]
+            if k.transform == "klt":
+                names += ["k_mean2", "k_basis"]
+            if k.reorder:
+                names += ["k_perm", "k_unperm"]
+            if k.kind == "lloyd":
+                names += ["k_sigma"]
+        if v.packed:
+            if v.center:
+                names += ["v_mean"]
+            if v.transform == "klt":
+                names += ["v_basis"]
+            if v.kind == "lloyd":
+                names += ["v_sigma"]
+        return tuple(names)
+
+    # -- storage -----------------------------------------------------------------------------------------------------
+
+    def row_bytes(self, side: SideSpec, dim: int) -> int:
+        """Width of the code tensor of one side: bytes when packed, channels when kept in 16 bit."""
+        return sum(side.widths) if side.packed else dim
+
+    def row_scales(self, side: SideSpec, dim: int) -> int:
+        """float16 numbers stored beside the codes of one row."""
+        return scales_per_row(side.kind, dim, side.group_size, side.gain) if side.packed else 0
+
+    # -- keys --------------------------------------------------------------------------------------------------------
+
+    def encode_keys(
+        self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, S, D], after RoPE when `roped` else before it → (codes, scale)."""
+        s = self.key
+        if not s.packed:
+            full = k if roped else stages.rope_rows(k, cos, sin)
+            return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
+        x = k.float()
+        if s.domain == "block":
+            x = stages.unrope_rows(x, cos, sin) if roped else x
+            if s.center:
+                x = stages.center(x, p["k_mean"])
+            if s.block > 1:
+                x = stages.rope_offset(x, p["offset_cos"], p["offset_sin"], positions, s.block)
+        else:
+            if roped:
+                x = stages.center_roped(x, p["k_mean"], cos, sin) if s.center else x
+            else:
+                x = stages.rope_rows(stages.center(x, p["k_mean"]) if s.center else x, cos, sin)
+        if s.transform == "klt":
+            x = stages.project(stages.center(x, p["k_mean2"]), p["k_basis"])
+        elif s.transform == "hadamard" and not s.folded:
+            x = stages.hadamard_heads(x, s.order, s.heads_per_group)
+        if s.reorder:
+            x = stages.reorder_heads(x, p["k_perm"])
+        return quantize_ref(x, p.get("k_sigma"), s.kind, s.widths, s.group_size, s.clip, s.gain)
+
+    def decode_keys(self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params) -> Tensor:
+        """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D] float32."""
+        s = self.key
+        if not s.packed:
+            return codes.float()
+        x = dequantize_ref(codes, scale, p.get("k_sigma"), s.kind, s.widths, s.group_size, s.gain)
+        if s.reorder:
+            x = stages.reorder_heads(x, p["k_unperm"])
+        if s.transform == "klt":
+            x = stages.unproject(x, p["k_basis"])
+        elif s.transform == "hadamard" and not s.folded:
+            x = stages.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
+        n = self.table_tokens
+        if s.domain == "block":
+            if s.center:
+                x = x + stages.table_rows(p["k_table"], positions)
+            return stages.rope_start(x, p["start_cos"], p["start_sin"], positions, n)
+        if s.center:
+            mean = stages.table_rows(p["k_table"], positions)
+            x = x + stages.rope_start(mean, p["start_cos"], p["start_sin"], positions, n)
+        return x
+
+    # -- values ------------------------------------------------------------------------------------------------------
+
+    def encode_values(self, v: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Values [B, H, S, D] → (codes, scale)."""
+        s = self.value
+        if not s.packed:
+            return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
+        x = v.float()
+        if s.center:
+            x = stages.center(x, p["v_mean"])
+        if s.transform == "klt":
+            x = stages.project(x, p["v_basis"])
+        elif s.transform == "hadamard" and not s.folded:
+            x = stages.hadamard_heads(x, s.order, s.heads_per_group)
+        return quantize_ref(x, p.get("v_sigma"), s.kind, s.widths, s.group_size, s.clip, s.gain)
+
+    def decode_values(self, codes: Tensor, scale: Tensor, p: Params) -> Tensor:
+        """Packed values → values [B, H, L, D] float32."""
+        s = self.value
+        if not s.packed:
+            return codes.float()
+        x = dequantize_ref(codes, scale, p.get("v_sigma"), s.kind, s.widths, s.group_size, s.gain)
+        if s.transform == "klt":
+            x = stages.unproject(x, p["v_basis"])
+        elif s.transform == "hadamard" and not s.folded:
+            x = stages.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
+        return x + p["v_mean"][:, None, :] if s.center else x
+
+
+set_codec_resolver(Codec.parse)

@@ -1,0 +1,144 @@
+"""The declaration of one side (keys or values) of a layer's codec: a small frozen record that validates itself."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from kvsink.errors import UnsupportedError
+from kvsink.kernels.hadamard import hadamard_core
+from kvsink.kernels.quantize import KINDS
+
+__all__ = ["SideSpec", "group_size_for", "hadamard_order"]
+
+DOMAINS = ("post", "block")
+TRANSFORMS = ("none", "hadamard", "klt")
+
+
+def group_size_for(wanted: int, dim: int) -> int:
+    """The largest divisor of `dim` that is at most `wanted`: the channels that share one scale."""
+    return max(g for g in range(1, min(wanted, dim) + 1) if dim % g == 0)
+
+
+def hadamard_order(dim: int) -> int:
+    """The largest Hadamard order that divides `dim` and leaves at least 8 channels a run."""
+    for order in range(dim, 7, -1):
+        if dim % order == 0:
+            try:
+                hadamard_core(order)
+            except ValueError:
+                continue
+            return order
+    raise UnsupportedError(
+        f"no Hadamard order divides {dim} channels; use a method without a Hadamard transform, such as rtn or klt keys"
+    )
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """How keys or values of one layer are coded.
+
+    domain     "post": after RoPE. "block": rotated only by the offset inside a block of `block` tokens (keys only);
+               block=1 is the key before RoPE. Values are always "post".
+    center     subtract the calibrated mean (of keys: the mean before RoPE).
+    transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
+    reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
+    kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
+    widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd".
+    folded     the transform already sits in the weights, nothing is to be done at run time.
+    """
+
+    bits: float = 16.0
+    domain: str = "post"
+    block: int = 64
+    center: bool = False
+    transform: str = "none"
+    heads_per_group: int = 1
+    order: int = 0
+    reorder: bool = False
+    kind: str = "none"
+    group_size: int = 128
+    clip: float = 1.0
+    gain: bool = False
+    widths: tuple[int, ...] = ()
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        def refuse(what: str) -> None:
+            raise UnsupportedError(f"{what} in {self!r}")
+
+        if self.domain not in DOMAINS:
+            refuse(f"domain {self.domain!r} is not one of {', '.join(DOMAINS)}")
+        if self.transform not in TRANSFORMS:
+            refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
+        if self.kind != "none" and self.kind not in KINDS:
+            refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(KINDS)}")
+        if self.kind == "none" and self.bits != 16:
+            refuse(f"bits={self.bits:g} without a quantizer")
+        if self.kind != "none" and not 0.125 <= self.bits <= 8:
+            refuse(f"bits={self.bits:g} is impossible: choose 1 to 8, or 16 to keep rows exact")
+        if self.block < 1:
+            refuse(f"block={self.block} is not positive")
+        if self.kind not in ("none", "lloyd") and len(set(self.widths)) > 1:
+            refuse("mixed widths need the lloyd quantizer")
+        if self.transform == "klt" and self.domain == "block" and not self.center:
+            refuse("klt keys are centred: center=False")
+        if not 0 < self.clip <= 1:
+            refuse(f"clip={self.clip} is outside (0, 1]")
+
+    @property
+    def packed(self) -> bool:
+        """False when this side stays in 16 bit."""
+        return self.kind != "none"
+
+    @property
+    def pre_rope(self) -> bool:
+        """True when encoding needs the key before RoPE."""
+        return self.packed and self.domain == "block"
+
+    def resolved(self, heads: int, dim: int) -> SideSpec:
+        """The same declaration with group size, Hadamard order and equal widths filled in for a head shape.
+
+        Raises UnsupportedError, with the nearest setting that works, when the shape cannot carry it.
+        """
+        if not self.packed:
+            return self
+        if dim % 8:
+            raise UnsupportedError(f"head_dim={dim} is not divisible by 8, which packing needs; keep 16 bit (bits=16)")
+        spec = replace(self, group_size=group_size_for(self.group_size, dim))
+        if self.transform == "hadamard":
+            groups = max(g for g in range(1, min(self.heads_per_group, heads) + 1) if heads % g == 0)
+            order = hadamard_order(dim)
+            if groups > 1 and order == dim:
+                try:
+                    hadamard_core(groups * dim)
+                    order = groups * dim
+                except ValueError:
+                    groups = 1
+            else:
+                groups = 1
+            spec = replace(spec, heads_per_group=groups, order=order)
+        if not self.widths and self.kind != "lloyd":
+            if self.bits != int(self.bits):
+                raise UnsupportedError(
+                    f"bits={self.bits:g} is not whole, which the {self.kind} quantizer needs; "
+                    f"use {int(self.bits)} or {int(self.bits) + 1}"
+                )
+            spec = replace(spec, widths=(int(self.bits),) * (dim // 8))
+        return spec
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, JSON-ready."""
+        full = asdict(self)
+        return {f.name: full[f.name] for f in fields(self) if full[f.name] != f.default}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> SideSpec:
+        """Rebuild a declaration; unknown fields are an error."""
+        known = {f.name for f in fields(cls)}
+        if unknown := set(record) - known:
+            raise UnsupportedError(f"unknown codec fields {sorted(unknown)}; this file is of another version of kvsink")
+        record = dict(record)
+        if "widths" in record:
+            record["widths"] = tuple(int(w) for w in record["widths"])
+        return cls(**record)

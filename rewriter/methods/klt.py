@@ -1,0 +1,21 @@
+"""Transform-coded keys: centred, rotated only by their offset inside a block, projected on the eigenbasis of what is left.
+
+Source     ours. Karhunen-Loève transform with reverse water-filling over runs of 8 components and Lloyd-Max levels
+Differs    no
+"""
+
+from kvsink.codecs import SideSpec
+from kvsink.methods.registry import Method, Paper, register_method
+
+KLT = register_method(
+    Method(
+        name="klt",
+        summary="block-KLT keys with gain, Lloyd-Max levels; values centred and rotated",
+        source=Paper("ours"),
+        key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="lloyd", gain=True),
+        value=SideSpec(bits=4, center=True, transform="hadamard", kind="gauss"),
+        key_bits=2,
+        value_bits=4,
+        protect="kvsink:5+first:1",
+    )
+)

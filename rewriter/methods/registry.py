@@ -1,0 +1,94 @@
+"""What a method is, and the table of all of them, filled by walking this folder on first use."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from kvsink.codecs import SideSpec
+from kvsink.errors import KvsinkError, UnknownName
+
+__all__ = ["Claim", "Method", "Paper", "get_method", "methods", "register_method"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from and how ours departs from it."""
+
+    arxiv: str
+    title: str = ""
+    venue: str = ""
+    code: str = ""
+    differs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published figure: never ours. `setting` names model, text and bits as the source does."""
+
+    metric: str
+    value: float
+    setting: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A composition of codec and protection, declared once.
+
+    key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
+    whole bits where it is not 1. protect: the default protection.
+    """
+
+    name: str
+    summary: str
+    source: Paper
+    key: SideSpec
+    value: SideSpec
+    key_bits: float = 2.0
+    value_bits: float = 2.0
+    protect: str = "none"
+    window: int = 0
+    clip_at: Mapping[int, float] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+
+    def side(self, which: str, bits: float) -> SideSpec:
+        """The declaration of "key" or "value" at `bits`; 16 keeps that side exact."""
+        template = self.key if which == "key" else self.value
+        if bits == 16:
+            return SideSpec()
+        if not 0.125 <= bits <= 8:
+            raise KvsinkError(f"{which} bits={bits:g} is impossible: choose 1 to 8, or 16 to keep {which}s exact")
+        clip = self.clip_at.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
+        return replace(template, bits=float(bits), clip=clip)
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> Method:
+    """Add a method; its name is taken once."""
+    if method.name in _METHODS:
+        raise ValueError(f"method {method.name} is registered twice")
+    _METHODS[method.name] = method
+    return method
+
+
+def methods() -> Mapping[str, Method]:
+    """All methods by name. Every file of the folder is imported on first use; an import error names its file."""
+    package = importlib.import_module(__package__)
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name != "registry":
+            importlib.import_module(f"{__package__}.{info.name}")
+    return MappingProxyType(dict(sorted(_METHODS.items())))
+
+
+def get_method(name: str) -> Method:
+    """One method by name. Raises UnknownName with the three nearest."""
+    known = methods()
+    if name not in known:
+        raise UnknownName("method", name, known, "kvsink.methods() lists them all.")
+    return known[name]

@@ -1,0 +1,325 @@
+"""What a rewritten model carries: the plan of each layer, its tables, and the hooks that tell a cache what it cannot see.
+
+A cache receives keys after RoPE and values, nothing else. The hooks add, for one forward pass: the true positions and
+angles of the new rows, which of them are padding, and the candidates for exact rows that the emergence blocks reveal.
+They do nothing for any other cache, and `torch.compile` traces through them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvsink.codecs import Codec
+from kvsink.errors import UnsupportedError
+from kvsink.kernels import select_sinks
+from kvsink.protect import Segment, SinkStage
+
+__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "detach", "runtime_of"]
+
+_FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one attention layer stores: its codec and the sources of its exact rows. `reason` says why it is left alone."""
+
+    codec: Codec | None
+    segments: tuple[Segment, ...] = ()
+    reason: str = ""
+
+
+@dataclass
+class Frame:
+    """What one forward pass knows about its new rows; lives from the start of the base model to its end."""
+
+    positions: Tensor | None = None  # [B or 1, S]
+    cos: Tensor | None = None  # [B or 1, S, R]
+    sin: Tensor | None = None
+    valid: Tensor | None = None  # [B, S], False at padding
+    candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The modules of a decoder that the hooks stand on, by name."""
+
+    base: str
+    blocks: tuple[str, ...]
+    attentions: tuple[str, ...]
+    rotary: str | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Find the decoder blocks and attention modules of a causal language model.
+
+    Raises UnsupportedError for models without them, naming the modules that were seen.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder-decoder model; only decoder-only models have a cache kvsink can rewrite"
+        )
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "ttention" in type(module).__name__ and "vision" not in name and "." in name:
+            if not any(name.startswith(other + ".") for other in found.values()):
+                found.setdefault(index, name)
+    if not found or sorted(found) != list(range(len(found))):
+        kinds = sorted({type(m).__name__ for m in model.modules()})[:8]
+        raise UnsupportedError(
+            f"no decoder attention layers found in {type(model).__name__}; modules seen: {', '.join(kinds)}. "
+            "kvsink needs a transformers decoder whose attention modules carry layer_idx"
+        )
+    attentions = tuple(found[i] for i in range(len(found)))
+    blocks = tuple(name.rsplit(".", 1)[0] for name in attentions)
+    base = blocks[0].rsplit(".", 2)[0] if blocks[0].count(".") >= 2 else ""
+    rotary = f"{base}.rotary_emb" if base else "rotary_emb"
+    heads = config.num_attention_heads
+    kinds_ = tuple(getattr(config, "layer_types", None) or ())
+    if not kinds_:
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        kinds_ = ("sliding_attention" if window else "full_attention",) * len(blocks)
+    return Anatomy(
+        base=base,
+        blocks=blocks,
+        attentions=attentions,
+        rotary=rotary if rotary in dict(model.named_modules()) else None,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        layer_types=kinds_,
+    )
+
+
+class Runtime:
+    """Plan, calibrated tables and rotary angles of one model; shared by all its caches.
+
+    plans: one LayerPlan per layer; tables: tensors named `layers.{i}.{param}` (float32, or int64 permutations); stages: the
+    emergence stages; method: the name reports show.
+    """
+
+    def __init__(
+        self, model: nn.Module, plans: tuple[LayerPlan, ...], tables: Mapping[str, Tensor], stages: tuple[SinkStage, ...],
+        method: str,
+    ) -> None:  # fmt: skip
+        self.anatomy = anatomy(model)
+        self.config = model.config
+        self.plans, self.stages, self.method = plans, stages, method
+        self.tables = dict(tables)
+        rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
+        self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
+        self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
+
+    def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin float32 [1, P, R] of positions [1, P], attention scaling included; R = 0 without RoPE."""
+        if self.rotary is None:
+            empty = torch.empty(1, positions.shape[-1], 0, device=positions.device)
+            return empty, empty
+        rotary = self.rotary.to(positions.device)
+        x = torch.empty(1, 1, device=positions.device)
+        with torch.no_grad():
+            if "layer_type" in inspect.signature(rotary.forward).parameters:
+                cos, sin = rotary(x, positions, self.anatomy.layer_types[layer])
+            else:
+                cos, sin = rotary(x, positions)
+        return cos.float(), sin.float()
+
+    def start_angles(self, layer: int, block: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Angles of the block starts 0, n, 2n, … for at least `rows` blocks: cos, sin [P, R]. Cached and shared."""
+        kind = self.anatomy.layer_types[layer] if self.anatomy.layer_types else ""
+        key = (kind, block, str(device))
+        held = self._starts.get(key)
+        if held is None or held[0].shape[0] < rows:
+            rows = max(rows, 16)
+            positions = torch.arange(rows, device=device)[None] * block
+            cos, sin = self.angles(layer, positions)
+            held = self._starts[key] = (cos[0].contiguous(), sin[0].contiguous())
+        return held
+
+    def offset_angles(self, layer: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Angles of the offsets 0 … block - 1 without attention scaling: cos, sin [block, R]."""
+        cos, sin = self.angles(layer, torch.arange(block, device=device)[None])
+        norm = (cos * cos + sin * sin).sqrt().clamp_min(1e-12)
+        return (cos / norm)[0], (sin / norm)[0]
+
+    def params(self, layer: int, codec: Codec, tokens: int, device: torch.device) -> list[Tensor]:
+        """The constant tables of one layer in the order its codec names them, for positions below `tokens`."""
+        out = []
+        for name in codec.param_names():
+            if name in ("start_cos", "start_sin"):
+                n = codec.table_tokens
+                start = self.start_angles(layer, n, -(-tokens // n), device)
+                out.append(start[name == "start_sin"])
+            else:
+                table = self.tables[f"layers.{layer}.{name}"]
+                if table.device != device:
+                    table = self.tables[f"layers.{layer}.{name}"] = table.to(device)
+                out.append(table)
+        return out
+
+    def table_nbytes(self) -> int:
+        """Bytes of the calibrated tables: weights of the method, not part of the cache."""
+        return sum(t.numel() * t.element_size() for t in self.tables.values())
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def _new_frame(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if not getattr(cache, "is_kvsink", False):
+        return
+    ids = kwargs.get("input_ids")
+    rows = ids if ids is not None else kwargs.get("inputs_embeds")
+    if rows is None and args:
+        rows = args[0]
+    frame = Frame()
+    if rows is not None:
+        frame.valid = _valid_rows(kwargs.get("attention_mask"), rows.shape[0], rows.shape[1], cache)
+    cache.frame = frame
+
+
+def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
+    """bool [B, S]: False where a new row is padding. None when nothing is masked."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask[:, -new:].to(torch.bool)
+    last = mask[:, 0, -1]  # what the last new row may see: every valid row up to itself
+    seen = last if last.dtype == torch.bool else last >= 0
+    if seen.shape[1] > new:
+        slots = torch.arange(new, device=mask.device) + cache.get_seq_length()
+        seen = seen.index_select(1, slots)
+    return seen.expand(batch, -1)
+
+
+def _end_frame(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = kwargs.get("past_key_values")
+    if getattr(cache, "is_kvsink", False):
+        cache.frame = None
+
+
+def _tell_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if not getattr(cache, "is_kvsink", False) or cache.frame is None:
+        return
+    frame = cache.frame
+    angles = kwargs.get("position_embeddings")
+    if angles is None and len(args) > 1 and isinstance(args[1], tuple):
+        angles = args[1]
+    if angles is not None:
+        frame.cos, frame.sin = angles
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 2:
+        frame.positions = positions
+
+
+class _StageHook:
+    """Forward hook of an emergence block: its output ranks the new rows."""
+
+    def __init__(self, key: str, channels: tuple[int, ...], count: int) -> None:
+        self.key, self.count = key, count
+        self.channels = torch.tensor(channels[:1])
+        self.weights = torch.ones(1)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if not getattr(cache, "is_kvsink", False) or cache.frame is None:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, False)
+
+
+class _MassiveHook:
+    """Forward pre-hook of a block: the largest entries of its input name rows for this layer alone."""
+
+    def __init__(self, key: str, count: int) -> None:
+        self.key, self.count = key, count
+        self.channels, self.weights = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if not getattr(cache, "is_kvsink", False) or cache.frame is None:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, True)
+
+
+def _rank(
+    hidden: Tensor, frame: Frame, channels: Tensor, weights: Tensor, count: int, entries: bool
+) -> tuple[Tensor, Tensor]:
+    valid = frame.valid
+    if valid is None:
+        valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if channels.device != hidden.device:
+        channels, weights = channels.to(hidden.device), weights.to(hidden.device)
+    return select_sinks(hidden, valid, channels, weights, count, entries)
+
+
+def first_candidates(frame: Frame, positions: Tensor, batch: int, count: int) -> tuple[Tensor, Tensor]:
+    """Candidates of `first:N`: rows whose position is below N, padding excluded."""
+    inside = (positions < count) & (positions >= 0)
+    inside = inside.expand(batch, -1)
+    if frame.valid is not None:
+        inside = inside & frame.valid
+    score = torch.where(inside, _FIRST_SCORE * (1.0 - positions * 1e-6), float("-inf"))
+    best, index = score.topk(min(count, score.shape[1]), dim=1)
+    return best.float(), index
+
+
+def attach(model: nn.Module, runtime: Runtime) -> None:
+    """Give a model its runtime and hooks; an earlier runtime is detached first."""
+    detach(model)
+    a, handles = runtime.anatomy, []
+    base = model.get_submodule(a.base) if a.base else model
+    handles.append(base.register_forward_pre_hook(_new_frame, with_kwargs=True))
+    handles.append(base.register_forward_hook(_end_frame, with_kwargs=True))
+    for name in a.attentions:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(_tell_positions, with_kwargs=True))
+    stages = {f"stage:{s.block}": s for s in runtime.stages}
+    done = set()
+    for layer, plan in enumerate(runtime.plans):
+        for segment in plan.segments:
+            if segment.source in stages and segment.key not in done:
+                done.add(segment.key)
+                stage = stages[segment.source]
+                block = model.get_submodule(a.blocks[stage.block])
+                hook = _StageHook(segment.key, stage.channels, segment.count)
+                handles.append(block.register_forward_hook(hook, with_kwargs=True))
+            elif segment.source == "massive":
+                block = model.get_submodule(a.blocks[layer])
+                hook_in = _MassiveHook(f"{segment.key}@{layer}", segment.count)
+                handles.append(block.register_forward_pre_hook(hook_in, with_kwargs=True))
+    model._kvsink_runtime = runtime  # type: ignore[assignment]
+    model._kvsink_handles = handles  # type: ignore[assignment]
+
+
+def detach(model: nn.Module) -> None:
+    """Remove the hooks and the runtime, if there are any."""
+    for handle in model.__dict__.pop("_kvsink_handles", ()):
+        handle.remove()
+    model.__dict__.pop("_kvsink_runtime", None)
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """The runtime of a rewritten model; raises UnsupportedError when there is none."""
+    runtime = getattr(model, "_kvsink_runtime", None)
+    if runtime is None:
+        raise UnsupportedError(
+            f"{type(model).__name__} is not rewritten; call kvsink.rewrite(model, …) or load a folder made by kvsink-rewrite"
+        )
+    return runtime

@@ -1,0 +1,127 @@
+"""The files beside the weights of a rewritten folder: the plan as JSON, the tables as safetensors. Read and written here only.
+
+Raises     SidecarError when a file is missing, truncated, of another version, or belongs to other weights
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from kvsink.calibration import fingerprint, same_model
+from kvsink.codecs import Codec
+from kvsink.errors import KvsinkError, SidecarError
+from kvsink.protect import Segment, SinkStage
+from kvsink.runtime import LayerPlan, Runtime
+
+__all__ = ["FORMAT", "SIDECAR_JSON", "SIDECAR_TENSORS", "read_sidecar", "write_sidecar"]
+
+SIDECAR_JSON = "kvsink.json"
+SIDECAR_TENSORS = "kvsink_calibration.safetensors"
+FORMAT = 1
+
+
+def write_sidecar(folder: Path, model: nn.Module, runtime: Runtime, extra: dict[str, Any]) -> None:
+    """Write both files for a model whose weights are the ones in `folder`."""
+    plan = {
+        "format": FORMAT,
+        "method": runtime.method,
+        "stages": [asdict(s) for s in runtime.stages],
+        "layers": [
+            {
+                "codec": json.loads(p.codec.text()) if p.codec is not None else None,
+                "segments": [[s.source, s.count] for s in p.segments],
+                "reason": p.reason,
+            }
+            for p in runtime.plans
+        ],
+        **extra,
+    }
+    (folder / SIDECAR_JSON).write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in runtime.tables.items()}
+    tensors["fingerprint"] = fingerprint(model)
+    save_file(tensors, str(folder / SIDECAR_TENSORS), metadata={"format": str(FORMAT)})
+
+
+def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Path) -> Runtime:
+    """The runtime of a loaded model, checked against its weights and its shape."""
+    again = "run kvsink-rewrite again"
+    try:
+        plan = json.loads(Path(json_path).read_text(encoding="utf-8"))
+        found = plan["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SidecarError(f"{json_path} cannot be read ({error}); {again}") from error
+    if found != FORMAT:
+        raise SidecarError(f"{json_path} has format {found!r}, this version reads {FORMAT}; {again}")
+    try:
+        with safe_open(str(tensors_path), framework="pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+        held = tensors.pop("fingerprint")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise SidecarError(f"{tensors_path} cannot be read ({error}); {again}") from error
+    if next(model.parameters()).device.type != "meta" and not same_model(held, fingerprint(model)):
+        raise SidecarError(f"{json_path} was made for other weights than the ones beside it; {again}")
+    try:
+        stages = tuple(SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in plan["stages"])
+        plans = tuple(
+            LayerPlan(
+                Codec.parse(json.dumps(p["codec"])) if p["codec"] is not None else None,
+                tuple(Segment(str(source), int(count)) for source, count in p["segments"]),
+                str(p["reason"]),
+            )
+            for p in plan["layers"]
+        )
+        runtime = Runtime(model, plans, tensors, stages, str(plan["method"]))
+    except KvsinkError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise SidecarError(f"{json_path} is damaged ({error!r}); {again}") from error
+    check_runtime(runtime, json_path)
+    return runtime
+
+
+def check_runtime(runtime: Runtime, source: str | Path) -> None:
+    """Raise SidecarError unless plan and tables fit the model's layers, heads and head dimension."""
+    a = runtime.anatomy
+    if len(runtime.plans) != len(a.attentions):
+        raise SidecarError(f"{source} plans {len(runtime.plans)} layers, the model has {len(a.attentions)}; it is of another model")
+    shapes = {
+        "k_mean": (a.kv_heads, a.head_dim), "k_mean2": (a.kv_heads, a.head_dim), "k_sigma": (a.kv_heads, a.head_dim),
+        "k_basis": (a.kv_heads, a.head_dim, a.head_dim), "v_basis": (a.kv_heads, a.head_dim, a.head_dim),
+        "v_mean": (a.kv_heads, a.head_dim), "v_sigma": (a.kv_heads, a.head_dim),
+        "k_perm": (a.kv_heads * a.head_dim,), "k_unperm": (a.kv_heads * a.head_dim,),
+    }  # fmt: skip
+    for layer, plan in enumerate(runtime.plans):
+        if plan.codec is None:
+            continue
+        c = plan.codec
+        if sum(s.count for s in plan.segments) != c.exact_rows or c.window < 0:
+            raise SidecarError(f"{source}: layer {layer} has {c.exact_rows} exact rows but segments {plan.segments}")
+        for side in (c.key, c.value):
+            if side.packed and 8 * len(side.widths) != a.head_dim:
+                raise SidecarError(
+                    f"{source}: layer {layer} codes {8 * len(side.widths)} channels, the model has {a.head_dim}; it is of "
+                    "another model"
+                )
+        for name in c.param_names():
+            if name in ("start_cos", "start_sin"):
+                continue
+            table = runtime.tables.get(f"layers.{layer}.{name}")
+            if table is None:
+                raise SidecarError(f"{source}: the table {name} of layer {layer} is missing; run kvsink-rewrite again")
+            wanted = shapes.get(name)
+            if name == "k_table":
+                wanted = (a.kv_heads, c.table_tokens, a.head_dim)
+            if (wanted is not None and tuple(table.shape) != wanted) or (
+                name.startswith("offset") and table.shape[0] != c.key.block
+            ):
+                raise SidecarError(f"{source}: table {name} of layer {layer} has shape {tuple(table.shape)}, expected {wanted}")
+            if table.is_floating_point() and not torch.isfinite(table).all():
+                raise SidecarError(f"{source}: table {name} of layer {layer} holds NaN or infinite numbers")
