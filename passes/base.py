@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
 from kvsink.errors import UnknownName
@@ -25,7 +26,18 @@ from kvsink.targets import CHECKS, PURE, kind, value
 if TYPE_CHECKING:
     from kvsink.passes.chain import Chain, SitePlan
 
-__all__ = ["Declined", "RewritePass", "Work", "erase_orphans", "insert_op", "insert_tensor", "pass_named", "register_pass", "registered_passes", "size_of"]
+__all__ = [
+    "Declined",
+    "RewritePass",
+    "Work",
+    "erase_orphans",
+    "insert_op",
+    "insert_tensor",
+    "pass_named",
+    "register_pass",
+    "registered_passes",
+    "size_of",
+]
 
 
 @dataclass
@@ -35,6 +47,7 @@ class Work:
     gm: fx.GraphModule
     plan: Callable[[AttentionSite], SitePlan | None] = lambda site: None
     chains: dict[Node, Chain] = field(default_factory=dict)  # by the site's attention node
+    sites: list[AttentionSite] = field(default_factory=list)  # as last located
 
     @property
     def graph(self) -> fx.Graph:
@@ -106,8 +119,7 @@ def insert_op(anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
     fake_args, fake_kwargs = fx.node.map_arg(args, value), fx.node.map_arg(kwargs, value)
     call = getattr(torch.Tensor, target) if isinstance(target, str) else target
-    mode = _fake_mode([fake_args, fake_kwargs])
-    with mode, torch.no_grad():
+    with _fake_mode(anchor.graph), torch.no_grad():
         node.meta[_value_key(anchor)] = call(*fake_args, **fake_kwargs)
     return node
 
@@ -120,7 +132,7 @@ def insert_tensor(anchor: Node, gm: fx.GraphModule, name: str, tensor: Tensor) -
         first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
         with gm.graph.inserting_before(first):
             node = gm.graph.get_attr(name)
-        node.meta[_value_key(anchor)] = _fake_mode([value(anchor), *map(value, anchor.all_input_nodes)]).from_tensor(tensor)
+        node.meta[_value_key(anchor)] = _fake_mode(gm.graph).from_tensor(tensor)
         return node
     return next(node for node in gm.graph.find_nodes(op="get_attr") if node.target == name)
 
@@ -150,13 +162,17 @@ def erase_orphans(graph: fx.Graph, nodes: Iterable[Node]) -> None:
 
 def _value_key(anchor: Node) -> str:
     near = [anchor, *anchor.all_input_nodes]
-    return "val" if any("val" in node.meta for node in near) and not any("example_value" in node.meta for node in near) else "example_value"
+    return (
+        "val"
+        if any("val" in node.meta for node in near) and not any("example_value" in node.meta for node in near)
+        else "example_value"
+    )
 
 
-def _fake_mode(values: Any) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-    for leaf in torch.utils._pytree.tree_leaves(values):
-        if isinstance(leaf, FakeTensor):
-            return leaf.fake_mode
+def _fake_mode(graph: fx.Graph) -> Any:
+    """The mode the graph was traced under; a graph without fake values gets a fresh one."""
+    for node in graph.nodes:
+        for leaf in torch.utils._pytree.tree_leaves(value(node)):
+            if isinstance(leaf, FakeTensor):
+                return leaf.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)

@@ -33,14 +33,26 @@ class Normalize(RewritePass):
         if site.core != "eager_softmax":
             return site.declined("already scaled_dot_product_attention")
         if site.mask is not None and not value(site.mask).is_floating_point():
-            return site.declined(f"a {value(site.mask).dtype} mask is added to the scores; expected a floating-point one", site.mask)
+            return site.declined(
+                f"a {value(site.mask).dtype} mask is added to the scores; expected a floating-point one", site.mask
+            )
         return None
 
     def rewrite(self, site: AttentionSite, work: Work) -> None:
         old, mask, dtype = site.attn, site.mask, value(site.q).dtype
         if mask is not None and value(mask).dtype != dtype:
             mask = insert_op(old, "to", mask, dtype)
-        new = insert_op(old, F.scaled_dot_product_attention, site.q, site.k, site.v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=site.scale)
+        new = insert_op(
+            old,
+            F.scaled_dot_product_attention,
+            site.q,
+            site.k,
+            site.v,
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            scale=site.scale,
+        )
         assert torch.Size(value(new).shape) == value(old).shape
         old.replace_all_uses_with(new)
         erase_orphans(work.graph, [old])

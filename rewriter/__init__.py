@@ -6,11 +6,13 @@ from . import codecs, kernels
 from .cache import KVSinkCache
 from .errors import KvsinkError
 from .hf import KvsinkConfig
+from .explain import explain
 from .methods import Method, get_method, methods, register_method
+from .outdir import rewrite_dir
 from .report import Report
 from .rewrite import RewriteOptions, rewrite
 
 __all__ = [
-    "KVSinkCache", "KvsinkConfig", "KvsinkError", "Method", "Report", "RewriteOptions", "codecs", "get_method", "kernels",
-    "methods", "register_method", "rewrite",
+    "KVSinkCache", "KvsinkConfig", "KvsinkError", "Method", "Report", "RewriteOptions", "codecs", "explain", "get_method",
+    "kernels", "methods", "register_method", "rewrite", "rewrite_dir",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 Dynamo     torch-level operators before autograd, in-place cache writes kept, weights lifted to placeholders
 Export     ATen operators, past keys and values as explicit inputs and outputs, sizes dynamic
-Metadata   the values a graph was traced with are kept in `gm.meta["kvsink_inputs"]`; the origin of a placeholder
+Metadata   the values a graph was traced with are kept in `gm.meta["kvsink_inputs"]` (a list; of an export, by name); the origin of a placeholder
            (`L['past_key_values'].layers[0].keys`) in `node.meta["kvsink_source"]`, since dynamo clears its own record
 Differs    gradients are off; a captured graph is never trained
 """
@@ -19,11 +19,15 @@ from kvsink.errors import UnsupportedError
 _NEVER_RETRACE_LIMIT = {"recompile_limit": 10_000, "accumulated_recompile_limit": 100_000}
 
 
-def capture(model: nn.Module, inputs: Tensor | dict[str, Any], cache: Any = None, dynamic: bool | None = False) -> fx.GraphModule:
+def capture(
+    model: nn.Module, inputs: Tensor | dict[str, Any], cache: Any = None, dynamic: bool | None = False
+) -> fx.GraphModule:
     """The one dynamo graph of `model(**inputs, past_key_values=cache)`; the call is carried out, so `cache` advances."""
     graphs = capture_all(model, inputs, cache, dynamic)
     if len(graphs) != 1:
-        raise UnsupportedError(f"{type(model).__name__} was captured in {len(graphs)} graphs, not one; use capture_all to see each")
+        raise UnsupportedError(
+            f"{type(model).__name__} was captured in {len(graphs)} graphs, not one; use capture_all to see each"
+        )
     return graphs[0]
 
 
@@ -65,7 +69,9 @@ class ExplicitPast(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> list[Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> list[Tensor]:
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a config: a sliding layer would put a guard on the length of the past
@@ -75,7 +81,11 @@ class ExplicitPast(nn.Module):
             cache.layers[layer].lazy_initialization(keys, values)
             cache.layers[layer].keys, cache.layers[layer].values = keys, values  # update() would add cat([], past)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
         )
         return [out.logits, *(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
 
@@ -85,12 +95,13 @@ def export_inputs(model: nn.Module, batch: int = 2, length: int = 3, past: int =
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
-    ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr, operator]
+    ids = torch.arange(3, 3 + past + length, device=device).expand(batch, -1) % vocabulary
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.zeros(batch, past, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :past], past_key_values=cache, use_cache=True)
     return {
-        "input_ids": ids,
+        "input_ids": ids[:, past:],
         "attention_mask": torch.ones(batch, past + length, dtype=torch.long, device=device),
         "position_ids": torch.arange(past, past + length, device=device).expand(batch, length).contiguous(),
         "past": [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers],
@@ -110,7 +121,7 @@ def capture_export(model: nn.Module, inputs: dict[str, Any] | None = None) -> fx
         if node.target == "_guards_fn":
             gm.graph.erase_node(node)
     gm.recompile()
-    gm.meta["kvsink_inputs"] = [arguments[name] for name in ("input_ids", "attention_mask", "position_ids", "past")]
+    gm.meta["kvsink_inputs"] = dict(arguments)
     return gm
 
 

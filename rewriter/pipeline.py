@@ -18,7 +18,16 @@ from kvsink.passes.base import RewritePass, Work, pass_named
 from kvsink.render import render_site
 from kvsink.sites import AttentionSite, Declined, find_sites
 
-__all__ = ["DEFAULT", "PipelineReport", "Record", "Snapshot", "check_order", "explain_graph", "make_passes", "run_passes"]
+__all__ = [
+    "DEFAULT",
+    "PipelineReport",
+    "Record",
+    "Snapshot",
+    "check_order",
+    "explain_graph",
+    "make_passes",
+    "run_passes",
+]
 
 DEFAULT = ("normalize", "locate", "attach", "center", "rotate", "reorder", "quantize", "preserve", "fuse", "verify")
 
@@ -34,7 +43,9 @@ class Record:
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.pass_name} {'rewrote' if self.done else 'left alone'} {self.path}" + (f": {self.reason}" if self.reason else "")
+        return f"{self.pass_name} {'rewrote' if self.done else 'left alone'} {self.path}" + (
+            f": {self.reason}" if self.reason else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -85,10 +96,14 @@ def check_order(passes: Sequence[RewritePass]) -> None:
     for rewrite in passes:
         for other in rewrite.after:
             if place.get(other, -1) > place[rewrite.name]:
-                raise KvsinkError(f"pass {rewrite.name!r} must come after {other!r}; move it behind position {place[other]}")
+                raise KvsinkError(
+                    f"pass {rewrite.name!r} must come after {other!r}; move it behind position {place[other]}"
+                )
         for other in rewrite.before:
             if other in place and place[other] < place[rewrite.name]:
-                raise KvsinkError(f"pass {rewrite.name!r} must come before {other!r}; move it ahead of position {place[other]}")
+                raise KvsinkError(
+                    f"pass {rewrite.name!r} must come before {other!r}; move it ahead of position {place[other]}"
+                )
 
 
 def run_passes(
@@ -106,6 +121,7 @@ def run_passes(
     work = Work(gm) if plan is None else Work(gm, plan)
     report = PipelineReport()
     sites, refused = _locate(gm)
+    work.sites = sites
     _snapshot(report, "before", sites, work, trace)
     for rewrite in make_passes(passes):
         if rewrite.name == "locate":
@@ -114,10 +130,13 @@ def run_passes(
             verdict = rewrite.check(site, work)
             if verdict is None:
                 rewrite.rewrite(site, work)
-            report.records.append(Record(rewrite.name, site.path, site.layer, verdict is None, verdict.reason if verdict else ""))
+            report.records.append(
+                Record(rewrite.name, site.path, site.layer, verdict is None, verdict.reason if verdict else "")
+            )
         gm.graph.lint()
         if rewrite.moves_sites:
             sites, refused = _locate(gm)
+            work.sites = sites
         if trace:
             _snapshot(report, rewrite.name, sites, work, trace)
         if watch is not None:
@@ -145,7 +164,9 @@ def explain_graph(gm: fx.GraphModule, passes: Sequence[str | RewritePass] = DEFA
 
 def _locate(gm: fx.GraphModule) -> tuple[list[AttentionSite], list[Declined]]:
     found = find_sites(gm)
-    return [each for each in found if isinstance(each, AttentionSite)], [each for each in found if isinstance(each, Declined)]
+    return [each for each in found if isinstance(each, AttentionSite)], [
+        each for each in found if isinstance(each, Declined)
+    ]
 
 
 def _snapshot(report: PipelineReport, name: str, sites: list[AttentionSite], work: Work, trace: bool | str) -> None:

@@ -23,27 +23,49 @@ if TYPE_CHECKING:
 
 _SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64", torch.int64: "i64", torch.int32: "i32",
           torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
+_ATTENTION = ("scaled_dot_product_attention", "kvsink.attend")
 _ROLES = ("hidden_in", "q", "k_pre", "k_rope", "v_new", "cos", "sin", "positions", "mask")
 
 
-def render_site(site: AttentionSite, gm: fx.GraphModule, chain: Chain | None = None) -> str:
-    """Every call of the site's attention module, in order."""
+def render_site(site: AttentionSite, gm: fx.GraphModule, chain: Chain | None = None, whole: bool = False) -> str:
+    """The site from its new rows to its attention, in order; `whole` shows projections, RoPE and output too."""
     names = {getattr(site, role): role for role in reversed(_ROLES) if getattr(site, role) is not None}
     for prefix, nodes in (("cache", chain.state), ("codec", chain.params)) if chain is not None else ():
         names |= {node: f"{prefix}.{name}" for name, node in nodes.items()}
+    brought = set() if whole else _before_storage(site)
     counts: Counter[str] = Counter()
     lines = []
     for node in gm.graph.nodes:
-        if node.op not in ("call_function", "call_method", "call_module") or kind(node) in CHECKS or not _inside(node, site.path):
+        if (
+            node.op not in ("call_function", "call_method", "call_module")
+            or kind(node) in CHECKS
+            or not _inside(node, site.path)
+        ):
             continue
         if node not in names:
             stem = kind(node).rpartition(".")[2]
             counts[stem] += 1
             names[node] = f"{stem}_{counts[stem]}"
-        call = f"{kind(node)}({', '.join(_arguments(node, names))})"
+        call = f"{kind(node)}({', '.join(_arguments(node, names))})" if node not in brought else "…"
+        if call == "…" and names[node] not in _ROLES:
+            counts[kind(node).rpartition(".")[2]] -= 1
+            continue
         lines.append((f"{names[node]} = {call}", _type(node)))
+        if not whole and kind(node) in _ATTENTION:
+            break
     width = min(96, max((len(text) for text, _ in lines), default=0))
     return "\n".join(f"{text:<{width}}  # {kind_}" if kind_ else text for text, kind_ in lines)
+
+
+def _before_storage(site: AttentionSite) -> set[Node]:
+    """What new rows and queries are computed from."""
+    todo = [node for node in (site.q, site.k_rope, site.v_new) if not node._erased]
+    seen = set(todo)
+    while todo:
+        fresh = [arg for arg in todo.pop().all_input_nodes if arg not in seen]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return seen
 
 
 def _inside(node: Node, path: str) -> bool:
@@ -66,7 +88,9 @@ def _text(arg: Any, names: dict[Node, str]) -> str:
             return f"[{groups.pop()}.*]"
         return f"[{', '.join(shown)}]"
     if isinstance(arg, slice):
-        return ":".join("" if part is None else _text(part, names) for part in (arg.start, arg.stop)) + (f":{arg.step}" if arg.step else "")
+        return ":".join("" if part is None else _text(part, names) for part in (arg.start, arg.stop)) + (
+            f":{arg.step}" if arg.step else ""
+        )
     if arg is Ellipsis:
         return "..."
     if isinstance(arg, str) and arg.startswith("{"):
@@ -91,5 +115,8 @@ def _type(node: Node) -> str:
     if isinstance(fake, torch.Tensor):
         return f"{_SHORT.get(fake.dtype, str(fake.dtype))} [{', '.join(str(size) for size in fake.shape)}]"
     if isinstance(fake, (tuple, list)) and all(isinstance(each, torch.Tensor) for each in fake):
-        return ", ".join(f"{_SHORT.get(each.dtype, str(each.dtype))} [{', '.join(str(size) for size in each.shape)}]" for each in fake)
+        return ", ".join(
+            f"{_SHORT.get(each.dtype, str(each.dtype))} [{', '.join(str(size) for size in each.shape)}]"
+            for each in fake
+        )
     return ""

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ def module_path(node: Node) -> str:
     return _without_root(str(stack[-1][0]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _without_root(path: str) -> str:
     return re.sub(r"^(L\['\w+'\]|L__self__+)\.?", "", re.sub(r"\._modules\['([^']+)'\]", r".\1", path))
 
@@ -147,7 +147,9 @@ def _match_sdpa(node: Node) -> Core | Declined:
     if dropout:
         return Declined(f"attention dropout of {dropout}; switch the model to evaluation mode", node, module_path(node))
     scale = float(scale) if scale is not None else 1.0 / math.sqrt(_size(q, 3))
-    return Core("sdpa", node, q, k, v, argument(node, 3, "attn_mask"), scale, bool(argument(node, 5, "is_causal", False)))
+    return Core(
+        "sdpa", node, q, k, v, argument(node, 3, "attn_mask"), scale, bool(argument(node, 5, "is_causal", False))
+    )
 
 
 def _match_eager(softmax: Node) -> Core | Declined | None:
@@ -253,7 +255,11 @@ def _site(graph: fx.Graph, core: Core) -> AttentionSite | Declined:
     q_rope, k_rope = match_rope(core.q), match_rope(k.new)
     sources = [_entries(node, path) for node in (q_rope.pre, k_rope.pre, v.new)]
     if not sources[0].keys() & sources[1].keys() or not sources[0].keys() & sources[2].keys():
-        return Declined("keys come from other hidden states than queries (cross attention, or keys shared between layers)", core.attn, path)
+        return Declined(
+            "keys come from other hidden states than queries (cross attention, or keys shared between layers)",
+            core.attn,
+            path,
+        )
     causal = core.is_causal or k.cache != "none" or _is_causal_mask(core.mask)
     if not causal:
         return Declined("neither a cache nor causality (vision or encoder attention)", core.attn, path)
@@ -309,7 +315,14 @@ def _peel_heads(node: Node) -> tuple[Node, str]:
         elif name in ("repeat_interleave", "expand") and len(before) == 4 and before[1] != sizes[1]:
             node, heads = source, "repeated_kv"
         elif name in RESHAPES and len(sizes) == 4 and len(before) == 5:
-            while len(shape(source) or ()) == 5 and kind(source) in ("expand", "unsqueeze", "getitem", "slice", "clone", "contiguous"):
+            while len(shape(source) or ()) == 5 and kind(source) in (
+                "expand",
+                "unsqueeze",
+                "getitem",
+                "slice",
+                "clone",
+                "contiguous",
+            ):
                 source = source.args[0]
             if len(shape(source) or ()) != 4:
                 return node, heads
@@ -326,8 +339,12 @@ def _stored(source: Node) -> _Stored:
     if kind(source) == "getitem" and kind(source.args[0]) == "kvsink.read":
         read = source.args[0]
         state = argument(read, 2, "state")
-        writes = tuple(n for n in read.graph.nodes if kind(n) == "kvsink.append_" and list(argument(n, 6, "state")) == list(state))
-        return _Stored("kvsink", argument(read, int(source.args[1]), "kv"[int(source.args[1])]), source, writes, (read, source))
+        writes = tuple(
+            n for n in read.graph.nodes if kind(n) == "kvsink.append_" and list(argument(n, 6, "state")) == list(state)
+        )
+        return _Stored(
+            "kvsink", argument(read, int(source.args[1]), "kv"[int(source.args[1])]), source, writes, (read, source)
+        )
     if kind(source) == "cat" and argument(source, 1, "dim", 0) in (-2, 2) and len(shape(source) or ()) == 4:
         new = argument(source, 0, "tensors")[-1]
         copies = _copies_out(source)
@@ -353,7 +370,12 @@ def _stored(source: Node) -> _Stored:
 def _copies_out(node: Node) -> tuple[Node, ...]:
     """`buffer.copy_(node[..., -window:, :])`: how a full sliding layer keeps its last rows."""
     cuts = [node, *(user for user in node.users if kind(user) in ("getitem", "slice"))]
-    return tuple(user for cut in cuts for user in cut.users if kind(user) == "copy_" and len(user.args) > 1 and user.args[1] is cut)
+    return tuple(
+        user
+        for cut in cuts
+        for user in cut.users
+        if kind(user) == "copy_" and len(user.args) > 1 and user.args[1] is cut
+    )
 
 
 def _kept_rows(cat: Node) -> int | None:
@@ -426,7 +448,11 @@ def _cut_of(node: Any) -> Node | None:
 
 def _table(node: Any) -> Node | None:
     """The [B or 1, S, rotary] table under the unsqueeze that broadcasts it over heads."""
-    while isinstance(node, Node) and len(shape(node) or ()) == 4 and kind(node) in CASTS | {"unsqueeze", "getitem", "slice"}:
+    while (
+        isinstance(node, Node)
+        and len(shape(node) or ()) == 4
+        and kind(node) in CASTS | {"unsqueeze", "getitem", "slice"}
+    ):
         node = node.args[0]
     return node if isinstance(node, Node) and len(shape(node) or ()) == 3 else None
 
@@ -435,7 +461,12 @@ def _positions(cos: Node | None) -> Node | None:
     """The integer [B or 1, S] node that a rotary table is computed from."""
     for node in _ancestors(cos) if cos is not None else ():
         fake = value(node)
-        if isinstance(fake, torch.Tensor) and fake.dim() == 2 and not fake.is_floating_point() and fake.dtype != torch.bool:
+        if (
+            isinstance(fake, torch.Tensor)
+            and fake.dim() == 2
+            and not fake.is_floating_point()
+            and fake.dtype != torch.bool
+        ):
             return node
     return None
 
@@ -482,7 +513,11 @@ def _block_output(graph: fx.Graph, block: str) -> Node | None:
     """The last activation computed in a block that something outside of it uses."""
     output = None
     for node in graph.nodes:
-        if len(shape(node) or ()) == 3 and any(_within(p, block) for p in _stack(node)) and node.op not in ("placeholder", "get_attr"):
+        if (
+            len(shape(node) or ()) == 3
+            and any(_within(p, block) for p in _stack(node))
+            and node.op not in ("placeholder", "get_attr")
+        ):
             outside = [user for user in node.users if not any(_within(p, block) for p in _stack(user))]
             output = node if outside and value(node).is_floating_point() else output
     return output
@@ -490,7 +525,11 @@ def _block_output(graph: fx.Graph, block: str) -> Node | None:
 
 def _is_causal_mask(mask: Node | None) -> bool:
     """A mask whose rows were compared in the graph: key index <= query index."""
-    return any(kind(node) in ("le", "ge", "lt", "gt", "tril", "triu") for node in _ancestors(mask, ("embedding",))) if mask is not None else False
+    return (
+        any(kind(node) in ("le", "ge", "lt", "gt", "tril", "triu") for node in _ancestors(mask, ("embedding",)))
+        if mask is not None
+        else False
+    )
 
 
 def _mask_window(mask: Node | None) -> int | None:

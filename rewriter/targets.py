@@ -39,11 +39,14 @@ _ALIAS = {
 CASTS = frozenset({"to", "contiguous", "clone", "alias", "detach"})
 CHECKS = frozenset({"_assert_tensor_metadata"})  # look at a value and return nothing; never a reason to keep it
 RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten"})
-VIEWS = RESHAPES | frozenset({"getitem", "slice", "select", "unsqueeze", "squeeze", "expand", "transpose", "permute", "unbind", "split", "chunk"})
+VIEWS = RESHAPES | frozenset(
+    {"getitem", "slice", "select", "unsqueeze", "squeeze", "expand", "transpose", "permute", "unbind", "split", "chunk"}
+)
 # Operators without a side effect: the only ones that may be erased once nothing uses them.
 PURE = VIEWS | CASTS | frozenset(
     {"add", "sub", "mul", "div", "neg", "cat", "matmul", "bmm", "softmax", "dropout", "repeat_interleave", "masked_fill", "where", "tanh",
      "index_select", "gather", "eq", "ne", "le", "lt", "ge", "gt", "and_", "or_", "size", "sym_size", "cos", "sin", "arange",
+     "zeros", "zeros_like", "new_empty", "logical_and", "logical_or", "scatter", "index_copy",
      "scaled_dot_product_attention", "kvsink.read", "kvsink.hadamard", "kvsink.quantize", "kvsink.dequantize", "kvsink.select_sinks"}
 )  # fmt: skip
 

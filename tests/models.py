@@ -30,7 +30,11 @@ _DECODER: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-_GEMMA = {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA = {
+    "query_pre_attn_scalar": HEAD_DIM,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _ENCODER = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 
 _BUILD: dict[str, Callable[[], nn.Module]] = {
@@ -46,6 +50,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     ),
     "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_DECODER, **_MOE)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_DECODER, **_GEMMA, attn_logit_softcapping=5.0)),
+    "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**_DECODER)),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(
             vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
@@ -59,7 +64,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
 FAMILIES: tuple[str, ...] = (
     "llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "qwen3-moe",
 )  # fmt: skip
-LEFT_ALONE: tuple[str, ...] = ("gemma2", "bart", "clip-vision")
+LEFT_ALONE: tuple[str, ...] = ("gemma2", "cohere", "bart", "clip-vision")
 EAGER_ONLY: tuple[str, ...] = ("gemma2",)
 
 
@@ -73,7 +78,7 @@ def build(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
                 weight.data += 0.1 * torch.randn_like(weight)  # biases and norms that are not trivially 0 and 1
             elif "proj" in name or "c_attn" in name:
                 weight.data.normal_(std=0.15)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager" if family in EAGER_ONLY else attention)
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 """Plain text for calibration and evaluation: the built-in excerpt, files, and WikiText without its tokenizer's spaces.
 
-Built in    WikiText-2, CC BY-SA 3.0 (the README beside the files states source and changes): part of the validation split for
-            calibration (about 61,600 SmolLM2 tokens), the test split for evaluation (about 296,800), never the other way round
+Built in    WikiText-2, CC BY-SA 3.0 (the README beside the files states source and changes): part of the validation
+            split for calibration (61,600 SmolLM2 tokens), the test split for evaluation (296,800), never swapped
 Exact       `detokenize_wikitext` follows the rules that evaluation harnesses use, line by line; `<unk>` stays
 Raises      CalibrationError for a text that cannot be read
 """
@@ -14,9 +14,9 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from ..errors import CalibrationError
+from kvsink.errors import CalibrationError
 
-# Each step removes spaces that the WikiText tokenizer put in. The order matters: separators inside numbers go before punctuation.
+# Each step removes spaces that the WikiText tokenizer put in. Order matters: separators inside numbers come first.
 _STEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), into)
     for pattern, into in (

@@ -20,6 +20,19 @@
 #ifndef STEP_PAIRS
 #define STEP_PAIRS 2  // tile pairs (32 tokens each) whose logits are computed before one softmax step
 #endif
+#ifndef ITEM_PAIRS
+#define ITEM_PAIRS 4  // tile pairs that one warp loads at a time: 4 (a superblock), 2 or 1, not fewer than STEP_PAIRS
+#endif
+#ifndef ABLATE
+#define ABLATE 0  // measurements only: 1 loads without arithmetic, 2 arithmetic without waiting for loads
+#endif
+#ifndef COMPUTE_REGISTERS
+#define COMPUTE_REGISTERS 200
+#define SERVICE_REGISTERS 104
+#endif
+#ifndef TRACE
+#define TRACE 0  // measurements only: write clock readings to Params::trace
+#endif
 #ifndef WARPS
 #define WARPS 8
 #endif
@@ -37,6 +50,9 @@ typedef unsigned long long u64;
 #include "emulate.h"
 #else
 #define DEVICE __device__ __forceinline__
+#define DEVICE_STATIC static __device__ __forceinline__
+#define BOTH __host__ __device__
+#define TABLE __device__ constexpr
 #define TID ((int)threadIdx.x)
 #define CTA_X ((int)blockIdx.x)
 #define CTA_Y ((int)blockIdx.y)
@@ -62,11 +78,24 @@ DEVICE int shfl_int(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane);
 DEVICE bool any_lane(bool p) { return __any_sync(0xffffffffu, p); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_cta() { __syncthreads(); }
-DEVICE void fence_gpu() { __threadfence(); }
-DEVICE int atomic_inc(int* p) { return atomicAdd(p, 1); }
+DEVICE u32 ballot_warp(bool p) { return __ballot_sync(0xffffffffu, p); }
+DEVICE int popcount(u32 v) { return __popc(v); }
+// Words other blocks write or poll: past L1, never reordered with each other's arrival, each word checked on its own.
+DEVICE uint4 load_polled(const void* p) {
+  uint4 v;
+  asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+DEVICE void store_polled(void* p, uint4 v) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+DEVICE u32 float_bits(float v) { return __float_as_uint(v); }
 DEVICE float bits_float(u32 v) { return __uint_as_float(v); }
 DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE void barrier_init(u64* bar) { asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem_address(bar)) : "memory"); }
+DEVICE void barrier_init(u64* bar, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(n) : "memory"); }
+DEVICE void barrier_arrive(u64* bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory"); }
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void barrier_expect(u64* bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
@@ -80,6 +109,7 @@ DEVICE void barrier_wait(u64* bar, u32 parity) {
                ::"r"(smem_address(bar)), "r"(parity) : "memory");
 }
 DEVICE void sincos_exact(float x, float* s, float* c) { sincosf(x, s, c); }
+DEVICE u64 clock_ns() { u64 r; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(r)); return r; }
 #endif
 
 struct Params {
@@ -101,19 +131,19 @@ struct Params {
   const void* new_v;
   const float* value_mean;  // [Hkv, 128] or null
   void* out;                // [B, Hkv * R, 128]
-  float* partial;           // [Hkv * grid_x * 2 + B * Hkv, 4 * PART]
-  int* counter;             // [B * Hkv], zero before the first launch, left at zero
+  float* partial;           // [Hkv, grid_x, 4 * PART], every word 0xffffffff before the first launch and left so
   int B, Hkv, tiles, E, N, leave_out;  // leave_out: packed tokens at the end of each row not to be read
   int q_bf16, key_hadamard, value_hadamard;
   float scale;              // softmax scale times log2(e)
+  u64* trace;               // measurements only: 16 clock readings per block, or null
 };
 
-constexpr int D = 128, R = HEADS_PER_KV, THREADS = WARPS * 32;
+constexpr int D = 128, R = HEADS_PER_KV, SERVICE = 4, THREADS = (WARPS + SERVICE) * 32;
 
 struct Fields {             // where the w-bit field of each of 16 runs sits inside 16-bit bins
   int width[16], bin[16], shift[16], pos[16], bins;
 };
-constexpr Fields make_fields(const int (&w)[16]) {
+BOTH constexpr Fields make_fields(const int (&w)[16]) {
   Fields f = {};
   int fill[16] = {}, cut[16] = {};
   bool open[16] = {};
@@ -130,34 +160,45 @@ constexpr Fields make_fields(const int (&w)[16]) {
   return f;
 }
 constexpr int K_WIDTH[16] = {KW}, V_WIDTH[16] = {VW};
-constexpr Fields KF = make_fields(K_WIDTH), VF = make_fields(V_WIDTH);
+TABLE Fields KF = make_fields(K_WIDTH);
+TABLE Fields VF = make_fields(V_WIDTH);
 constexpr int K_WORDS = 2 * KF.bins, V_WORDS = 2 * VF.bins;                   // 32-bit words per lane and tile of 16 tokens
 constexpr int K_TILE = 32 * K_WORDS, V_TILE = 32 * V_WORDS;                   // words per tile
 constexpr int K_BYTES = 8 * K_TILE * 4, V_BYTES = 8 * V_TILE * 4;             // per superblock of 128 tokens
 constexpr int KS_BYTES = MODE == 2 ? 256 : 512, VS_BYTES = 512, ROT_BYTES = MODE == 0 ? 0 : 512;
-constexpr int STAGE_BYTES = K_BYTES + V_BYTES + KS_BYTES + VS_BYTES + ROT_BYTES;
+constexpr int KI_BYTES = K_BYTES * ITEM_PAIRS / 4, VI_BYTES = V_BYTES * ITEM_PAIRS / 4;   // codes of one item
+constexpr int STAGE_BYTES = KI_BYTES + VI_BYTES + KS_BYTES + VS_BYTES + ROT_BYTES;
 constexpr int PART = 132;                                                      // floats per head of a partial: 128 channels, max, sum
-constexpr int MAX_ROWS = 1024;
+constexpr int MAX_ROWS = 256;                                                  // rows of one launch; the host cuts larger batches
 
-constexpr int OFF_STAGE = 0;
-constexpr int OFF_MEAN = OFF_STAGE + WARPS * STAGES * STAGE_BYTES;
+constexpr int OFF_MEAN = WARPS * STAGES * STAGE_BYTES;
 constexpr int OFF_BASIS = OFF_MEAN + (MODE == 0 ? 0 : 16384);
 constexpr int OFF_PART = OFF_BASIS + (MODE == 2 ? 32768 : 0);
-constexpr int OFF_RAW = OFF_PART + WARPS * 4 * PART * 4;                       // rotated query, B-fragment order, 16 rows of 20 words
-constexpr int OFF_QT = OFF_RAW + 16 * 20 * 4;                                  // transformed query, 4 x 128 fp16
-constexpr int OFF_MISC = OFF_QT + 4 * D * 2;                                   // sum of the transformed query, flags
-constexpr int OFF_BAR = OFF_MISC + 64;
-constexpr int OFF_ROWS = OFF_BAR + 8 * WARPS * STAGES;
-constexpr int SMEM_BYTES = OFF_ROWS + (MAX_ROWS + 1) * 4;
+constexpr int RAW_BYTES = 16 * 20 * 4, QT_BYTES = MODE == 2 ? 0 : 4 * D * 2;
+constexpr int OFF_RAW = OFF_PART + WARPS * 4 * PART * 4;                       // query, B-fragment order, 16 rows of 20 words; two rows of the batch
+constexpr int OFF_QT = OFF_RAW + 2 * RAW_BYTES;                                // transformed query, 4 x 128 fp16; two rows of the batch
+constexpr int OFF_SUM = OFF_QT + 2 * QT_BYTES;                                 // sums of the transformed query, 2 x 4
+constexpr int OFF_BAR = OFF_SUM + 64;
+constexpr int OFF_ROWS = OFF_BAR + 8 * (WARPS * STAGES + 8);                   // prefix of superblocks over the rows, then each row's first
+constexpr int SMEM_BYTES = OFF_ROWS + (2 * MAX_ROWS + 1 + 16) * 4;
+static_assert(SMEM_BYTES <= 232448, "more shared memory than a block can have");
+
+// The block owns what it was launched with; asking for more than that waits for ever.
+static_assert(WARPS * 32 * COMPUTE_REGISTERS + SERVICE * 32 * SERVICE_REGISTERS <= 65536 / THREADS / 8 * 8 * THREADS, "registers");
+static_assert(MAX_ROWS <= THREADS && WARPS % 4 == 0, "one thread per row; register counts change per four warps");
 
 constexpr float LAZY_LOW = 4.0f, LAZY_HIGH = 8.0f;   // log2: a new reference puts the largest weight at 2^4; it moves when one passes 2^8
 constexpr int Q_SHIFT = 8;                           // the query carries 2^8, the rest of 2^24 goes to the token's scale
 constexpr float NEG_INF = -1e30f;
 
-DEVICE float load_float(const void* p, long long i, int bf16) {
-  u32 v = ((const unsigned short*)p)[i];
-  return bf16 ? bits_float(v << 16) : half_lo(v);
+DEVICE void widen(float (&x)[4], uint2 v, int bf16) {
+  if (bf16) {
+    x[0] = bits_float(v.x << 16); x[1] = bits_float(v.x & 0xffff0000u); x[2] = bits_float(v.y << 16); x[3] = bits_float(v.y & 0xffff0000u);
+  } else {
+    x[0] = half_lo(v.x); x[1] = half_hi(v.x); x[2] = half_lo(v.y); x[3] = half_hi(v.y);
+  }
 }
+DEVICE uint2 load4(const void* p, long long i) { return *(const uint2*)((const unsigned short*)p + i); }   // 4 numbers at element i
 
 template <int RUN> DEVICE u32 key_field(const u32 (&w)[K_WORDS], int row) {
   constexpr u32 m = ((1u << KF.width[RUN]) - 1u) << KF.pos[RUN];
@@ -168,21 +209,21 @@ template <int RUN> DEVICE u32 value_field(const u32 (&w)[V_WORDS], int half) {
   return (w[half * VF.bins + VF.bin[RUN]] >> VF.shift[RUN]) & (m | m << 16);
 }
 template <int KS> struct KeySteps {                  // S^T += K Q^T, 16 components per step
-  static DEVICE void run(float (&s)[4], const u32 (&w)[K_WORDS], const u32 (&q)[16]) {
+  DEVICE_STATIC void run(float (&s)[4], const u32 (&w)[K_WORDS], const u32 (&q)[16]) {
     KeySteps<KS - 1>::run(s, w, q);
     constexpr int k = KS - 1;
     mma(s, key_field<2 * k>(w, 0), key_field<2 * k>(w, 1), key_field<2 * k + 1>(w, 0), key_field<2 * k + 1>(w, 1), q[2 * k], q[2 * k + 1]);
   }
 };
-template <> struct KeySteps<0> { static DEVICE void run(float (&)[4], const u32 (&)[K_WORDS], const u32 (&)[16]) {} };
+template <> struct KeySteps<0> { DEVICE_STATIC void run(float (&)[4], const u32 (&)[K_WORDS], const u32 (&)[16]) {} };
 template <int MT> struct ValueSteps {                // O^T += V^T P^T, 16 channels per step
-  static DEVICE void run(float (&o)[8][4], const u32 (&w)[V_WORDS], u32 p0, u32 p1) {
+  DEVICE_STATIC void run(float (&o)[8][4], const u32 (&w)[V_WORDS], u32 p0, u32 p1) {
     ValueSteps<MT - 1>::run(o, w, p0, p1);
     constexpr int m = MT - 1;
     mma(o[m], value_field<2 * m>(w, 0), value_field<2 * m + 1>(w, 0), value_field<2 * m>(w, 1), value_field<2 * m + 1>(w, 1), p0, p1);
   }
 };
-template <> struct ValueSteps<0> { static DEVICE void run(float (&)[8][4], const u32 (&)[V_WORDS], u32, u32) {} };
+template <> struct ValueSteps<0> { DEVICE_STATIC void run(float (&)[8][4], const u32 (&)[V_WORDS], u32, u32) {} };
 
 template <int N> DEVICE void load_words(u32 (&w)[N], const u32* tile, int lane) {
   if constexpr (N % 4 == 0) {
@@ -206,39 +247,51 @@ struct Work {                                        // walks the items of one w
 };
 
 struct Range { int u0, u1; };
+DEVICE constexpr int halvings(int pairs) { return pairs == 4 ? 0 : pairs == 2 ? 1 : 2; }
 
-DEVICE void enter_row(Work& w, const int* rows, const int* starts, Range r, int warp) {
-  int a = rows[w.row], b = rows[w.row + 1];
-  int u0 = r.u0 > a ? r.u0 : a, u1 = r.u1 < b ? r.u1 : b, n = u1 - u0;
-  w.first = starts[w.row] / 128 + (u0 - a);
-  w.shift = n * (4 / STEP_PAIRS) <= WARPS ? (STEP_PAIRS == 1 ? 2 : STEP_PAIRS == 2 ? 1 : 0) : 0;
+struct Rows { const int *prefix, *first; Range range; };
+
+DEVICE void enter_row(Work& w, const Rows& r, int warp) {
+  const int a = r.prefix[w.row], b = r.prefix[w.row + 1];
+  const int u0 = r.range.u0 > a ? r.range.u0 : a, u1 = r.range.u1 < b ? r.range.u1 : b, n = u1 - u0;
+  w.first = r.first[w.row] + (u0 - a);
+  w.shift = halvings(n * (4 / STEP_PAIRS) <= WARPS ? STEP_PAIRS : ITEM_PAIRS);   // few superblocks: smaller items, more warps
   w.items = n << w.shift;
   w.i = warp;
 }
-DEVICE void settle(Work& w, const int* rows, const int* starts, Range r, int warp) {
+DEVICE void settle(Work& w, const Rows& r, int warp) {
   while (w.i >= w.items) {
     if (w.row >= w.last) { w.valid = false; return; }
     w.row++;
-    enter_row(w, rows, starts, r, warp);
+    enter_row(w, r, warp);
   }
 }
 
-DEVICE void request(const Params& p, Work& w, const int* rows, const int* starts, Range r, int head, int warp, int lane,
+DEVICE void request(const Params& p, Work& w, const Rows& r, int head, int warp, int lane,
                     unsigned char* stage, u64* bar) {
   if (!w.valid) return;
-  if (lane == 0) {
+  if (lane == 0 && ABLATE != 2) {
     long long tile = (long long)(w.row * p.Hkv + head) * p.tiles + w.first + (w.i >> w.shift);
-    int parts = 1 << w.shift, part = w.i & (parts - 1);
-    u32 kb = K_BYTES >> w.shift, vb = V_BYTES >> w.shift;
-    barrier_expect(bar, kb + vb + KS_BYTES + VS_BYTES + ROT_BYTES);
-    bulk_load(stage + part * kb, (const char*)p.k_codes + tile * K_BYTES + part * kb, kb, bar);
-    bulk_load(stage + K_BYTES + VS_BYTES + KS_BYTES + part * vb, (const char*)p.v_codes + tile * V_BYTES + part * vb, vb, bar);
-    bulk_load(stage + K_BYTES, (const char*)p.k_scale + tile * KS_BYTES, KS_BYTES, bar);
-    bulk_load(stage + K_BYTES + KS_BYTES, (const char*)p.v_scale + tile * VS_BYTES, VS_BYTES, bar);
+    const int parts = 1 << w.shift, part = w.i & (parts - 1);
+    const u32 kb = K_BYTES >> w.shift, vb = V_BYTES >> w.shift, ks = KS_BYTES >> w.shift, vs = VS_BYTES >> w.shift;
+    unsigned char* scales = stage + KI_BYTES;
+    barrier_expect(bar, kb + vb + ks + vs + ROT_BYTES);
+    bulk_load(stage, (const char*)p.k_codes + tile * K_BYTES + part * kb, kb, bar);
+    bulk_load(stage + STAGE_BYTES - ROT_BYTES - VI_BYTES, (const char*)p.v_codes + tile * V_BYTES + part * vb, vb, bar);
+    if (parts == 1) {
+      bulk_load(scales, (const char*)p.k_scale + tile * KS_BYTES, KS_BYTES, bar);
+      bulk_load(scales + KS_BYTES, (const char*)p.v_scale + tile * VS_BYTES, VS_BYTES, bar);
+    } else {                                         // the even tiles' tokens, then the odd tiles'
+      for (int half = 0; half < 2; half++) {
+        const int ka = half * (KS_BYTES / 2) + part * (ks / 2), va = half * (VS_BYTES / 2) + part * (vs / 2);
+        bulk_load(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, ks / 2, bar);
+        bulk_load(scales + KS_BYTES + va, (const char*)p.v_scale + tile * VS_BYTES + va, vs / 2, bar);
+      }
+    }
     if (MODE != 0) bulk_load(stage + STAGE_BYTES - ROT_BYTES, p.rotation + (long long)(w.first + (w.i >> w.shift)) * 128, ROT_BYTES, bar);
   }
   w.i += WARPS;
-  settle(w, rows, starts, r, warp);
+  settle(w, r, warp);
 }
 
 DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4 lane .. 4 lane + 3, Sylvester order, orthonormal
@@ -261,15 +314,15 @@ DEVICE float warp_sum(float v) {
   return v;
 }
 
-// Query rows of one pair (row b, KV head): warp w < 4 takes query head w. Writes the scaled query for the mean's table and its transform.
-DEVICE void prepare_query(const Params& p, int b, int head, int warp, int lane, unsigned char* smem) {
-  int hq = warp < R ? warp : R - 1;                  // spare columns repeat a head; their results are dropped
-  long long base = ((long long)(b * p.Hkv + head) * R + hq) * D + 4 * lane;
+// Query head `hq` of row b, by one service warp: the scaled query for the mean's table and its transform, into buffer `at`.
+DEVICE void prepare_query(const Params& p, int b, int head, int hq, int lane, unsigned char* smem, int at) {
+  const int from = hq < R ? hq : R - 1;              // spare columns repeat a head; their results are dropped
   float x[4], y[4];
+  widen(x, load4(p.q, ((long long)(b * p.Hkv + head) * R + from) * D + 4 * lane), p.q_bf16);
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = y[i] = load_float(p.q, base + i, p.q_bf16) * p.scale;
+  for (int i = 0; i < 4; i++) x[i] = y[i] = x[i] * p.scale;
   if (MODE != 0) {
-    int s = p.start[b];
+    const int s = p.start[b];
     if (s) {                                         // tables are cut on packed indices: turn the query to index 0 = position -start
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -278,74 +331,135 @@ DEVICE void prepare_query(const Params& p, int b, int head, int warp, int lane, 
         y[i] = x[i] * cs + (lane < 16 ? -z : z) * sn;
       }
     }
-    u32* raw = (u32*)(smem + OFF_RAW);
+    u32* raw = (u32*)(smem + OFF_RAW + at * RAW_BYTES);
 #pragma unroll
     for (int i = 0; i < 2; i++) {                    // channels 4 lane + 2 i, + 1
-      int d = 4 * lane + 2 * i, run = d >> 3, t = (d & 7) >> 1;
-      raw[(warp * 4 + t) * 20 + run] = pack_half2(y[2 * i], y[2 * i + 1]);
+      const int d = 4 * lane + 2 * i, run = d >> 3, t = (d & 7) >> 1;
+      raw[(hq * 4 + t) * 20 + run] = pack_half2(y[2 * i], y[2 * i + 1]);
     }
   }
   if (MODE != 2) {
     if (p.key_hadamard) hadamard(x, lane);
-    u32* qt = (u32*)(smem + OFF_QT) + warp * (D / 2) + 2 * lane;
+    u32* qt = (u32*)(smem + OFF_QT + at * QT_BYTES) + hq * (D / 2) + 2 * lane;
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      u32 v = pack_half2(x[2 * i], x[2 * i + 1]);
+      const u32 v = pack_half2(x[2 * i], x[2 * i + 1]);
       qt[i] = v;
       sum += half_lo(v) + half_hi(v);
     }
     sum = warp_sum(sum);
-    if (lane == 0) ((float*)(smem + OFF_MISC))[warp] = sum;
+    if (lane == 0) ((float*)(smem + OFF_SUM))[at * 4 + hq] = sum;
   }
 }
 
-// Exact and new rows of one pair, query head = warp. Leaves (sum p v [128], max, sum p) in dst, in the values' own basis.
-DEVICE void attend_exact(const Params& p, int b, int head, int warp, int lane, float* dst) {
-  if (warp >= R) return;
-  long long pair = b * p.Hkv + head, base = (pair * R + warp) * D + 4 * lane;
-  float q[4], o[4] = {0, 0, 0, 0}, m = NEG_INF, l = 0;
+struct Partial { float o[4], m, l; };                // one head: this lane's 4 channels (4 lane ..), largest logit, sum of weights
+
+DEVICE void add_partial(Partial& a, const float (&o)[4], float m, float l) {
+  const float n = fmaxf(a.m, m), f = exp2_fast(a.m - n), e = exp2_fast(m - n);
 #pragma unroll
-  for (int i = 0; i < 4; i++) q[i] = load_float(p.q, base + i, p.q_bf16) * p.scale;
-  for (int e = 0; e < p.E + p.N; e++) {
-    bool side = e < p.E;
-    if (side && p.exact_slot[b * p.E + e] < 0) continue;
-    long long at = (side ? pair * p.E + e : pair * p.N + e - p.E) * D + 4 * lane;
-    const void *k = side ? p.exact_k : p.new_k, *v = side ? p.exact_v : p.new_v;
-    float x = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) x += q[i] * load_float(k, at + i, p.q_bf16);
-    x = warp_sum(x);
-    float n = x > m ? x : m, f = exp2_fast(m - n), w = exp2_fast(x - n);
-    l = l * f + w;
-    m = n;
-#pragma unroll
-    for (int i = 0; i < 4; i++) o[i] = o[i] * f + w * load_float(v, at + i, p.q_bf16);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) dst[warp * PART + 4 * lane + i] = o[i];
-  if (lane == 0) { dst[warp * PART + 128] = m; dst[warp * PART + 129] = l; }
+  for (int i = 0; i < 4; i++) a.o[i] = a.o[i] * f + o[i] * e;
+  a.l = a.l * f + l * e;
+  a.m = n;
 }
 
-// Final step of one pair: packed sum in smem (values' packed basis), exact sum in global memory. Warp w < R takes head w.
-DEVICE void finish(const Params& p, int b, int head, int warp, int lane, const float* packed, const float* exact) {
-  if (warp >= R) return;
-  const float *a = packed + warp * PART, *e = exact + warp * PART;
-  float m = a[128], l = a[129], me = e[128], le = e[129], x[4];
+// Exact and new rows of row b for one query head, in the values' own basis.
+DEVICE Partial attend_exact(const Params& p, int b, int head, int hq, int lane) {
+  constexpr int CHUNK = 9;
+  const long long pair = b * p.Hkv + head;
+  Partial a = {{0, 0, 0, 0}, NEG_INF, 0};
+  float q[4];
+  const int kept = lane < p.E ? p.exact_slot[b * p.E + lane] : -1;
+  const uint2 qv = load4(p.q, (pair * R + hq) * D + 4 * lane);
+  for (int e0 = 0; e0 < p.E + p.N; e0 += CHUNK) {    // all loads of a chunk first
+    uint2 kv[CHUNK], vv[CHUNK];
+    float x[CHUNK], top = a.m;
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = a[4 * lane + i];
-  if (p.value_hadamard) hadamard(x, lane);
-  float n = m > me ? m : me, f = exp2_fast(m - n), fe = exp2_fast(me - n), inv = 1.0f / (l * f + le * fe);
-  f *= inv; fe *= inv;
-  long long base = ((long long)(b * p.Hkv + head) * R + warp) * D + 4 * lane;
+    for (int j = 0; j < CHUNK; j++) {
+      const int e = e0 + j;
+      const bool side = e < p.E;
+      const long long at = (side ? pair * p.E + e : pair * p.N + e - p.E) * D + 4 * lane;
+      kv[j] = vv[j] = uint2{0, 0};
+      if (e < p.E + p.N) {
+        kv[j] = load4(side ? p.exact_k : p.new_k, at);
+        vv[j] = load4(side ? p.exact_v : p.new_v, at);
+      }
+    }
+    widen(q, qv, p.q_bf16);
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+      const int e = e0 + j;
+      const bool seen = e < p.E ? shfl_int(kept, e & 31) >= 0 : e < p.E + p.N;
+      float k[4];
+      widen(k, kv[j], p.q_bf16);
+      x[j] = warp_sum(q[0] * k[0] + q[1] * k[1] + q[2] * k[2] + q[3] * k[3]) * p.scale;
+      if (!seen) { x[j] = NEG_INF; vv[j] = uint2{0, 0}; }   // unused rows of the store may hold anything
+      top = fmaxf(top, x[j]);
+    }
+    const float f = exp2_fast(a.m - top);
+    a.l *= f;
+    a.m = top;
+#pragma unroll
+    for (int i = 0; i < 4; i++) a.o[i] *= f;
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++) {
+      const float w = x[j] <= NEG_INF ? 0.0f : exp2_fast(x[j] - top);
+      float v[4];
+      widen(v, vv[j], p.q_bf16);
+      a.l += w;
+#pragma unroll
+      for (int i = 0; i < 4; i++) a.o[i] += w * v[i];
+    }
+  }
+  return a;
+}
+
+DEVICE void finish(const Params& p, int b, int head, int hq, int lane, Partial a, const Partial& e) {
+  if (p.value_hadamard) hadamard(a.o, lane);
+  const float n = fmaxf(a.m, e.m), f0 = exp2_fast(a.m - n), f1 = exp2_fast(e.m - n), inv = 1.0f / (a.l * f0 + e.l * f1);
+  const float f = f0 * inv, fe = f1 * inv;
+  float x[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    float mu = p.value_mean ? p.value_mean[head * D + 4 * lane + i] * l : 0.0f;
-    x[i] = f * (x[i] + mu) + fe * e[4 * lane + i];
+    const float mu = p.value_mean ? p.value_mean[head * D + 4 * lane + i] * a.l : 0.0f;
+    x[i] = f * (a.o[i] + mu) + fe * e.o[i];
   }
-  u32* out = (u32*)p.out + base / 2;
-  out[0] = p.q_bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]);
-  out[1] = p.q_bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3]);
+  uint2 v = {p.q_bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]), p.q_bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3])};
+  *(uint2*)((unsigned short*)p.out + ((long long)(b * p.Hkv + head) * R + hq) * D + 4 * lane) = v;
+}
+
+// Sends a partial to the block that finishes the row: every word is valid once it differs from 0xffffffff.
+DEVICE void send_partial(float* slot, const Partial& a, int lane) {
+  store_polled(slot + 4 * lane, uint4{float_bits(a.o[0]), float_bits(a.o[1]), float_bits(a.o[2]), float_bits(a.o[3])});
+  if (lane == 0) store_polled(slot + 128, uint4{float_bits(a.m), float_bits(a.l), 0, 0});
+}
+DEVICE bool missing(uint4 v) { return v.x == 0xffffffffu || v.y == 0xffffffffu || v.z == 0xffffffffu || v.w == 0xffffffffu; }
+
+// Takes n partials, `stride` floats apart, waits for those not there yet and leaves the slots empty for the next launch.
+DEVICE void receive_partials(Partial& a, float* slot, long long stride, int n, int lane) {
+  constexpr int CHUNK = 8;
+  const uint4 empty = {0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu};
+  for (int i0 = 0; i0 < n; i0 += CHUNK) {
+    uint4 v[CHUNK], s[CHUNK];
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+      if (i0 + j < n) {
+        v[j] = load_polled(slot + (i0 + j) * stride + 4 * lane);
+        s[j] = load_polled(slot + (i0 + j) * stride + 128);
+      }
+#pragma unroll
+    for (int j = 0; j < CHUNK; j++)
+      if (i0 + j < n) {
+        while (any_lane(missing(v[j]) || missing(s[j]))) {
+          v[j] = load_polled(slot + (i0 + j) * stride + 4 * lane);
+          s[j] = load_polled(slot + (i0 + j) * stride + 128);
+        }
+        store_polled(slot + (i0 + j) * stride + 4 * lane, empty);
+        if (lane == 0) store_polled(slot + (i0 + j) * stride + 128, empty);
+        const float o[4] = {bits_float(v[j].x), bits_float(v[j].y), bits_float(v[j].z), bits_float(v[j].w)};
+        add_partial(a, o, bits_float(s[j].x), bits_float(s[j].y));
+      }
+  }
 }
 
 struct State {                                       // online softmax of one warp; columns 0-3 and 4-7 are the heads of even and odd tiles
@@ -356,10 +470,10 @@ struct State {                                       // online softmax of one wa
 // One softmax step over NP tile pairs starting at pair pr of the superblock in `stage`.
 template <bool MASKED>
 DEVICE void step(State& st, const unsigned char* stage, const unsigned char* smem, const u32 (&q)[16], const u32 (&rq)[16],
-                 const float (&shift)[2], int pr, u32 valid, int lane) {
+                 const float (&shift)[2], int pr0, int pr, u32 valid, int lane) {
   const int g = lane >> 2, t = lane & 3, half = t >> 1;
-  const u32* kc = (const u32*)stage;
-  const u32* vc = (const u32*)(stage + K_BYTES + KS_BYTES + VS_BYTES);
+  const u32* kc = (const u32*)stage - pr0 * 2 * K_TILE;
+  const u32* vc = (const u32*)(stage + KI_BYTES + KS_BYTES + VS_BYTES) - pr0 * 2 * V_TILE;
   float x[STEP_PAIRS][4];
 #pragma unroll
   for (int j = 0; j < STEP_PAIRS; j++) {
@@ -384,10 +498,10 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
     const int token = half * 64 + 16 * (pr + j) + 2 * g;   // this lane's rows are tokens token and token + 1
     float sa, sb, za = 0, zb = 0;
     if (MODE == 2) {
-      u32 a = *(const u32*)(stage + K_BYTES + 2 * token);
+      u32 a = *(const u32*)(stage + KI_BYTES + 2 * token);
       sa = half_lo(a); sb = half_hi(a);
     } else {
-      uint2 a = *(const uint2*)(stage + K_BYTES + 4 * token);
+      uint2 a = *(const uint2*)(stage + KI_BYTES + 4 * token);
       sa = half_lo(a.x); za = half_hi(a.x); sb = half_lo(a.y); zb = half_hi(a.y);
     }
     constexpr float unit = (float)(1 << (24 - Q_SHIFT));
@@ -431,7 +545,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
     load_words(w0, vc + (2 * (pr + j)) * V_TILE, lane);
     load_words(w1, vc + (2 * (pr + j) + 1) * V_TILE, lane);
     const int token = half * 64 + 16 * (pr + j) + 2 * g;
-    uint2 a = *(const uint2*)(stage + K_BYTES + KS_BYTES + 4 * token);
+    uint2 a = *(const uint2*)(stage + KI_BYTES + KS_BYTES + 4 * token);
     float sa = half_lo(a.x), za = half_hi(a.x), sb = half_lo(a.y), zb = half_hi(a.y);
     if (MASKED) {
       if (!(valid >> (2 * (pr + j)) & 1)) sa = za = 0;
@@ -452,9 +566,9 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
 }
 
-DEVICE void rotate_query(u32 (&rq)[16], const unsigned char* stage, const unsigned char* smem, int lane) {
+DEVICE void rotate_query(u32 (&rq)[16], const unsigned char* stage, const unsigned char* smem, int lane, int at) {
   const int g = lane >> 2, t = lane & 3;
-  const uint4* raw = (const uint4*)((const u32*)(smem + OFF_RAW) + ((g & 3) * 4 + t) * 20);
+  const uint4* raw = (const uint4*)((const u32*)(smem + OFF_RAW + at * RAW_BYTES) + ((g & 3) * 4 + t) * 20);
   const uint4* rot = (const uint4*)(stage + STAGE_BYTES - ROT_BYTES) + (g >> 2) * 16 + t;
 #pragma unroll
   for (int i = 0; i < 2; i++) {                      // runs 4 i .. 4 i + 3 with their partners 8 runs (64 channels) on
@@ -469,21 +583,21 @@ DEVICE void rotate_query(u32 (&rq)[16], const unsigned char* stage, const unsign
 }
 
 template <int RUN> struct Center {                   // 2^pos * (2^w - 1) / 2 of a run, twice, as fp16 bits
-  static constexpr u32 value() {
+  BOTH static constexpr u32 value() {
     int n = (1 << KF.width[RUN]) - 1, e = KF.pos[RUN] - 1, top = KF.width[RUN] - 1;   // n * 2^e, n has its leading bit at `top`
     u32 h = (u32)(15 + e + top) << 10 | ((u32)(n - (1 << top)) << (10 - top));
     return h | h << 16;
   }
 };
 template <int KS> struct CenterSteps {
-  static DEVICE void run(float (&s)[4], const u32 (&q)[16]) {
+  DEVICE_STATIC void run(float (&s)[4], const u32 (&q)[16]) {
     CenterSteps<KS - 1>::run(s, q);
     constexpr int k = KS - 1;
     constexpr u32 lo = Center<2 * k>::value(), hi = Center<2 * k + 1>::value();
     mma(s, lo, lo, hi, hi, q[2 * k], q[2 * k + 1]);
   }
 };
-template <> struct CenterSteps<0> { static DEVICE void run(float (&)[4], const u32 (&)[16]) {} };
+template <> struct CenterSteps<0> { DEVICE_STATIC void run(float (&)[4], const u32 (&)[16]) {} };
 
 DEVICE void transform_query(u32 (&q)[16], float (&shift)[2], const u32 (&rq)[16], const unsigned char* smem, int lane) {
   const uint4* basis = (const uint4*)(smem + OFF_BASIS) + lane;
@@ -531,23 +645,29 @@ DEVICE void write_warp_partial(State& st, float* dst, int lane) {
   }
 }
 
-// dst[head][channel], dst[head][128] = max, [129] = sum: n partials at src, `stride` floats apart, added in one common scale.
-DEVICE void merge(float* dst, const float* src, int n, long long stride) {
-  for (int at = TID; at < 4 * 64; at += THREADS) {
-    int h = at >> 6, d = (at & 63) * 2;
-    float m = NEG_INF, l = 0, a = 0, b = 0;
-    for (int i = 0; i < n; i++) m = fmaxf(m, src[i * stride + h * PART + 128]);
-    for (int i = 0; i < n; i++) {
-      const float* s = src + i * stride + h * PART;
-      float f = exp2_fast(s[128] - m);
-      l += f * s[129]; a += f * s[d]; b += f * s[d + 1];
-    }
-    dst[h * PART + d] = a; dst[h * PART + d + 1] = b;
-    if (d == 0) { dst[h * PART + 128] = m; dst[h * PART + 129] = l; }
+DEVICE Partial merge_warps(const float* parts, int hq, int lane) {
+  Partial a = {{0, 0, 0, 0}, NEG_INF, 0};
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) a.m = fmaxf(a.m, parts[(w * 4 + hq) * PART + 128]);
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    const float* s = parts + (w * 4 + hq) * PART;
+    const float f = exp2_fast(s[128] - a.m);
+    const uint4 v = *(const uint4*)(s + 4 * lane);
+    a.l += f * s[129];
+    a.o[0] += f * bits_float(v.x); a.o[1] += f * bits_float(v.y); a.o[2] += f * bits_float(v.z); a.o[3] += f * bits_float(v.w);
   }
+  return a;
+}
+
+DEVICE void mark(const Params& p, int i) {
+#if TRACE
+  if (TID == 0 || TID == WARPS * 32) p.trace[(CTA_Y * GRID_X + CTA_X) * 16 + i] = clock_ns();
+#endif
 }
 
 #ifndef KVSINK_EMULATE
+extern "C" __device__ const int attend_packed_launch[2] = {THREADS, SMEM_BYTES};   // what the host must ask for
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_packed(const __grid_constant__ Params p)
 #else
 static void attend_packed(const Params& p)
@@ -558,81 +678,138 @@ static void attend_packed(const Params& p)
 #else
   unsigned char* smem = EMULATED_SMEM;
 #endif
-  const int lane = TID & 31, warp = TID >> 5, head = CTA_Y, g = lane >> 2, t = lane & 3;
-  int* rows = (int*)(smem + OFF_ROWS);               // prefix of superblocks over the rows of the batch
-  float* parts = (float*)(smem + OFF_PART);
-  float* misc = (float*)(smem + OFF_MISC);
-  u64* bars = (u64*)(smem + OFF_BAR) + warp * STAGES;
-  unsigned char* stages = smem + OFF_STAGE + warp * STAGES * STAGE_BYTES;
+  const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
+  int* prefix = (int*)(smem + OFF_ROWS);
+  int* firsts = prefix + MAX_ROWS + 1;
+  int* sums = firsts + MAX_ROWS;
+  u64* bars = (u64*)(smem + OFF_BAR);
+  u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows
+  mark(p, warp < WARPS ? 0 : 8);
 
-  if (lane == 0) {
-    for (int i = 0; i < STAGES; i++) barrier_init(bars + i);
+  if (TID == 0) {
+    barrier_init(tables, 1);
+    barrier_init(ready, SERVICE); barrier_init(ready + 1, SERVICE);
+    barrier_init(done, WARPS);
+    barrier_init(emptied, SERVICE);
+    for (int i = 0; i < WARPS * STAGES; i++) barrier_init(bars + 8 + i, 1);
     barrier_init_fence();
+    if (MODE != 0) {
+      barrier_expect(tables, 16384 + (MODE == 2 ? 32768 : 0));
+      bulk_load(smem + OFF_MEAN, p.mean + head * 4096, 16384, tables);
+      if (MODE == 2) bulk_load(smem + OFF_BASIS, p.basis + head * 8192, 32768, tables);
+    }
   }
-  if (warp == 0) {
-    int sum = 0;
-    for (int base = 0; base < p.B; base += 32) {
-      int b = base + lane, n = 0;
-      if (b < p.B) {
-        int s = p.start[b], e = p.length[b] - p.leave_out;
-        n = (e + 127) / 128 - s / 128;
-        n = n < 1 ? 1 : n;
-      }
-      for (int d = 1; d < 32; d <<= 1) {
-        int y = shfl_int(n, lane - d < 0 ? lane : lane - d);
-        if (lane >= d) n += y;
-      }
-      if (b < p.B) rows[b + 1] = sum + n;
-      sum += shfl_int(n, 31);
+  if (warp < MAX_ROWS / 32) {                        // superblocks of every row and their prefix
+    int n = 0;
+    if (TID < p.B) {
+      const int s = p.start[TID], e = p.length[TID] - p.leave_out;
+      n = (e + 127) / 128 - s / 128;
+      n = n < 1 ? 1 : n;
+      firsts[TID] = s / 128;
     }
-    if (lane == 0) rows[0] = 0;
-  } else if (MODE != 0) {
-    const uint4* src = (const uint4*)p.mean + head * 1024;
-    for (int i = TID - 32; i < 1024; i += THREADS - 32) ((uint4*)(smem + OFF_MEAN))[i] = src[i];
-    if (MODE == 2) {
-      const uint4* basis = (const uint4*)p.basis + head * 2048;
-      for (int i = TID - 32; i < 2048; i += THREADS - 32) ((uint4*)(smem + OFF_BASIS))[i] = basis[i];
+#pragma unroll
+    for (int d = 1; d < 32; d <<= 1) {
+      const int y = shfl_int(n, lane - d < 0 ? lane : lane - d);
+      if (lane >= d) n += y;
     }
+    if (TID < p.B) prefix[TID + 1] = n;
+    if (TID == 0) prefix[0] = 0;
+    if (lane == 31) sums[warp] = n;
   }
   sync_cta();
-  const int total = rows[p.B], nc = GRID_X, c = CTA_X;
-  Range range = {(int)((long long)total * c / nc), (int)((long long)total * (c + 1) / nc)};
-  if (range.u0 >= range.u1) return;
-  int first_row = 0, last_row = p.B - 1;
-  while (rows[first_row + 1] <= range.u0) first_row++;
-  while (rows[last_row] >= range.u1) last_row--;
+  if (p.B > 32) {
+    if (TID < p.B && warp > 0) {
+      int add = 0;
+      for (int w = 0; w < warp; w++) add += sums[w];
+      prefix[TID + 1] += add;
+    }
+    sync_cta();
+  }
+  const u32 total = prefix[p.B], nc = (u32)GRID_X < total ? GRID_X : total, c = CTA_X;
+  if (c >= nc) return;
+  Rows rows = {prefix, firsts, {(int)(total * c / nc), (int)(total * (c + 1) / nc)}};
+  int first_row = 0, last_row = 0;
+  for (int b = lane; b - lane < p.B; b += 32) {
+    first_row += popcount(ballot_warp(b < p.B && prefix[b + 1] <= rows.range.u0));
+    last_row += popcount(ballot_warp(b < p.B && prefix[b + 1] < rows.range.u1));
+  }
+  mark(p, warp < WARPS ? 1 : 9);
+  const bool tail = prefix[last_row + 1] > rows.range.u1;       // the last row goes on in later blocks: send what we have of it
 
+  if (warp >= WARPS) {                               // service warps, one query head each
+    fewer_registers<SERVICE_REGISTERS>();
+    const int hq = warp - WARPS;
+    Partial held = {}, held_exact = {};
+    prepare_query(p, first_row, head, hq, lane, smem, 0);
+    sync_warp();
+    if (lane == 0) barrier_arrive(ready);
+    mark(p, 10);
+    for (int b = first_row, n = 0; b <= last_row; b++, n++) {
+      if (b < last_row) {
+        prepare_query(p, b + 1, head, hq, lane, smem, (n + 1) & 1);
+        sync_warp();
+        if (lane == 0) barrier_arrive(ready + ((n + 1) & 1));
+      }
+      const bool send = b == last_row && tail, receive = !send && prefix[b] < rows.range.u0;
+      Partial exact = {{0, 0, 0, 0}, NEG_INF, 0};
+      if (!send && hq < R) exact = attend_exact(p, b, head, hq, lane);
+      mark(p, 11);
+      barrier_wait(done, n & 1);
+      mark(p, 12);
+      const Partial a = merge_warps((const float*)(smem + OFF_PART), hq, lane);
+      sync_warp();
+      if (lane == 0) barrier_arrive(emptied);
+      if (hq >= R) continue;
+      if (send) send_partial(p.partial + ((long long)head * GRID_X + c) * 4 * PART + hq * PART, a, lane);
+      else if (receive) { held = a; held_exact = exact; }       // wait for the others at the end only
+      else finish(p, b, head, hq, lane, a, exact);
+    }
+    mark(p, 13);
+    if (hq < R && prefix[first_row] < rows.range.u0 && !(first_row == last_row && tail)) {
+      const u32 from = ((prefix[first_row] + 1) * nc - 1) / total;   // the block that holds the row's first superblock
+      receive_partials(held, p.partial + ((long long)head * GRID_X + from) * 4 * PART + hq * PART, 4 * PART, c - from, lane);
+      mark(p, 14);
+      finish(p, first_row, head, hq, lane, held, held_exact);
+    }
+    mark(p, 15);
+    return;
+  }
+
+  more_registers<COMPUTE_REGISTERS>();
+  const int g = lane >> 2, t = lane & 3;
+  u64* full = bars + 8 + warp * STAGES;
+  unsigned char* stages = smem + warp * STAGES * STAGE_BYTES;
+  float* part = (float*)(smem + OFF_PART) + warp * 4 * PART;
   Work fetch;
   fetch.row = first_row; fetch.last = last_row; fetch.valid = true;
-  enter_row(fetch, rows, p.start, range, warp);
-  settle(fetch, rows, p.start, range, warp);
-  for (int i = 0; i < STAGES; i++) request(p, fetch, rows, p.start, range, head, warp, lane, stages + i * STAGE_BYTES, bars + i);
+  enter_row(fetch, rows, warp);
+  settle(fetch, rows, warp);
+  for (int i = 0; i < STAGES; i++) request(p, fetch, rows, head, warp, lane, stages + i * STAGE_BYTES, full + i);
   int slot = 0;
   u32 parity = 0;
+  mark(p, 2);
 
-  for (int b = first_row; b <= last_row; b++) {
-    float* exact = p.partial + ((long long)p.Hkv * nc * 2 + b * p.Hkv + head) * 4 * PART;
-    if (warp < 4) prepare_query(p, b, head, warp, lane, smem);
-    if (range.u0 <= rows[b] && warp < 4) attend_exact(p, b, head, warp, lane, exact);
-    sync_cta();
-
+  for (int b = first_row, n = 0; b <= last_row; b++, n++) {
     Work work;
     work.row = work.last = b;
-    enter_row(work, rows, p.start, range, warp);
-    const int begin = p.start[b], end = p.length[b] - p.leave_out;
+    enter_row(work, rows, warp);
+    const int begin = p.start[b], end = p.length[b] - p.leave_out, at = n & 1;
     const int excluded = lane < p.E ? p.exact_slot[b * p.E + lane] : -1;
+    barrier_wait(ready + at, n >> 1 & 1);
+    mark(p, 3);
     u32 q[16], rq[16];
     float shift[2] = {0, 0};
     if (MODE != 2) {
-      const u32* qt = (const u32*)(smem + OFF_QT) + (g & 3) * (D / 2) + t;
+      const u32* qt = (const u32*)(smem + OFF_QT + at * QT_BYTES) + (g & 3) * (D / 2) + t;
 #pragma unroll
       for (int r = 0; r < 16; r++) {
         constexpr u32 one = 0x3c00u;
-        u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[r] << 10);
+        const u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[r] << 10);
         q[r] = hmul2(qt[4 * r], f | f << 16);
       }
-      shift[0] = misc[2 * (t & 1)];
-      shift[1] = misc[2 * (t & 1) + 1];
+      const float* qs = (const float*)(smem + OFF_SUM) + at * 4;
+      shift[0] = qs[2 * (t & 1)];
+      shift[1] = qs[2 * (t & 1) + 1];
     }
     State st;
 #pragma unroll
@@ -642,72 +819,49 @@ static void attend_packed(const Params& p)
 #pragma unroll
     for (int i = 0; i < 2; i++) st.m[i] = st.l[i] = st.z[i] = 0;
     st.fresh = true;
+    if (MODE != 0 && n == 0) barrier_wait(tables, 0);
 
     for (; work.i < work.items; work.i += WARPS) {
       unsigned char* stage = stages + slot * STAGE_BYTES;
       const int base = (work.first + (work.i >> work.shift)) * 128;
-      const int n = 4 >> work.shift, pr0 = (work.i & ((1 << work.shift) - 1)) * n;
-      bool masked = base < begin || base + 128 > end || any_lane(excluded >= base && excluded < base + 128);
+      const int np = 4 >> work.shift, pr0 = (work.i & ((1 << work.shift) - 1)) * np;
+      const bool masked = base < begin || base + 128 > end || any_lane(excluded >= base && excluded < base + 128);
       u32 valid = 0xff;
       if (masked) {
         valid = 0;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-          int token = base + (t >> 1) * 64 + (i >> 1) * 16 + 2 * g + (i & 1);
+          const int token = base + (t >> 1) * 64 + (i >> 1) * 16 + 2 * g + (i & 1);
           if (token >= begin && token < end) valid |= 1u << i;
         }
         for (int e = 0; e < p.E; e++) {
-          int s = shfl_int(excluded, e) - base;
+          const int s = shfl_int(excluded, e) - base;
           if (s >= 0 && s < 128 && (s >> 6) == (t >> 1) && ((s & 15) >> 1) == g) valid &= ~(1u << (((s & 63) >> 4) * 2 + (s & 1)));
         }
       }
-      barrier_wait(bars + slot, parity >> slot & 1);
+      if (ABLATE != 2) barrier_wait(full + slot, parity >> slot & 1);
       parity ^= 1u << slot;
-      if (MODE != 0) rotate_query(rq, stage, smem, lane);
+      if (work.i == warp) mark(p, 4);
+      if (MODE != 0) rotate_query(rq, stage, smem, lane, at);
       if (MODE == 2) transform_query(q, shift, rq, smem, lane);
-      if (!masked)
+      if (ABLATE == 1) {
+        st.l[0] += *(const float*)(stage + 4 * lane);
+      } else if (!masked)
 #pragma unroll 1
-        for (int pr = pr0; pr < pr0 + n; pr += STEP_PAIRS) step<false>(st, stage, smem, q, rq, shift, pr, valid, lane);
+        for (int pr = pr0; pr < pr0 + np; pr += STEP_PAIRS) step<false>(st, stage, smem, q, rq, shift, pr0, pr, valid, lane);
       else
 #pragma unroll 1
-        for (int pr = pr0; pr < pr0 + n; pr += STEP_PAIRS) step<true>(st, stage, smem, q, rq, shift, pr, valid, lane);
+        for (int pr = pr0; pr < pr0 + np; pr += STEP_PAIRS) step<true>(st, stage, smem, q, rq, shift, pr0, pr, valid, lane);
       sync_warp();
-      request(p, fetch, rows, p.start, range, head, warp, lane, stage, bars + slot);
+      request(p, fetch, rows, head, warp, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
-
-    write_warp_partial(st, parts + warp * 4 * PART, lane);
-    sync_cta();
-    const bool whole = range.u0 <= rows[b] && range.u1 >= rows[b + 1];
-    float* sum = (float*)(smem + OFF_PART) + 0;      // merged in place is unsafe: use warp 0's slot after a barrier
-    float held[2];
-    (void)sum; (void)held;
-    if (whole) {
-      float* dst = (float*)(smem + OFF_MERGED);
-      merge(dst, parts, WARPS, 4 * PART);
-      sync_cta();
-      finish(p, b, head, warp, lane, dst, exact);
-    } else {
-      const int a = rows[b], z = rows[b + 1];
-      const int cf = (int)(((long long)(a + 1) * nc - 1) / total), cl = (int)(((long long)z * nc - 1) / total);
-      const long long slots = (long long)head * nc * 2;
-      merge(p.partial + (slots + c * 2 + (b == first_row ? 0 : 1)) * 4 * PART, parts, WARPS, 4 * PART);
-      fence_gpu();
-      sync_cta();
-      if (TID == 0) misc[8] = atomic_inc(p.counter + b * p.Hkv + head) == cl - cf ? 1.0f : 0.0f;
-      sync_cta();
-      if (misc[8] != 0.0f) {
-        fence_gpu();
-        if (TID == 0) p.counter[b * p.Hkv + head] = 0;
-        float* dst = (float*)(smem + OFF_MERGED);
-        // the first CTA may hold this row as its second slot; all later ones hold it as their first
-        const int second = (long long)total * cf / nc < a ? 1 : 0;
-        merge_global(dst, p.partial + slots * 4 * PART, cf, cl, second);
-        sync_cta();
-        finish(p, b, head, warp, lane, dst, exact);
-      }
-    }
-    sync_cta();
+    mark(p, 5);
+    if (n) barrier_wait(emptied, (n - 1) & 1);
+    write_warp_partial(st, part, lane);
+    sync_warp();
+    if (lane == 0) barrier_arrive(done);
+    mark(p, 6);
   }
 }
 #endif

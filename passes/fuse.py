@@ -1,0 +1,70 @@
+"""The whole chain of a packed site becomes two ops: one that stores, one that attends over the packed rows.
+
+Formula    center, rotate, reorder, quantize, store, preserve  →  kvsink.append_(k_pre or k_rope, …)
+           dequantize, undo, lay over, repeat_kv, attention     →  kvsink.attend(q, …)
+Source     ours
+Differs    no
+Shapes     q [B, Hq, S, D], k_rope, v_new [B, Hkv, S, D], state as in kvsink.codecs.STATE_NAMES → [B, Hq, S, D]
+Exact      stored bytes equal; outputs up to float32 rounding of the softmax
+Declines   sites without a packed chain; a stock cache, which has no packed rows to attend over
+Cost       see `kvsink.kernels.append` and `kvsink.kernels.attend`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvsink.errors import KvsinkError
+from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
+from kvsink.sites import AttentionSite
+from kvsink.targets import value
+
+
+@register_pass
+@dataclass(frozen=True)
+class Fuse(RewritePass):
+    name: ClassVar[str] = "fuse"
+    exact: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ("quantize", "preserve")
+
+    def check(self, site: AttentionSite, work: Work) -> Declined | None:
+        chain = work.chain(site)
+        if chain is None or not chain.preserved:
+            return site.declined("it was not quantized")
+        if not chain.packed:
+            return site.declined(
+                f"a stock {site.cache} cache holds no packed rows"
+                if site.cache != "none"
+                else "there is no cache to attend over"
+            )
+        return None
+
+    def rewrite(self, site: AttentionSite, work: Work) -> None:
+        chain, old = work.chain(site), site.attn
+        assert chain is not None
+        candidates, state, params = chain.markers
+        k = site.k_rope if chain.roped_input else site.k_pre
+        insert_op(
+            old, torch.ops.kvsink.append_.default, k, site.v_new, chain.positions, chain.cos, chain.sin, candidates, state,
+            params, chain.codec_text, chain.roped_input,
+        )  # fmt: skip
+        new = insert_op(
+            old, torch.ops.kvsink.attend.default, site.q, site.k_rope, site.v_new, state, params, site.mask, site.scale,
+            site.is_causal, chain.codec_text,
+        )  # fmt: skip
+        if tuple(value(new).shape) != tuple(value(old).shape):
+            raise KvsinkError(
+                f"{site.path}: fused attention of shape {tuple(value(new).shape)} for {tuple(value(old).shape)}"
+            )
+        old.replace_all_uses_with(new)
+        erase_orphans(work.graph, [old])
+        for node in reversed(chain.inserted):
+            if not node._erased:
+                work.graph.erase_node(
+                    node
+                )  # every node of the chain, stores included; fails loudly if one is still used
+        chain.inserted.clear()
+        chain.fused = new

@@ -1,0 +1,99 @@
+"""Code the NEW rows, store them, and read every row back through the stages undone in reverse.
+
+Formula    codes, scale = quantize(x);  state[length .. length + S - 1] = codes, scale;  x^ = undo(dequantize(state))
+           on a stock cache: x^ = undo(dequantize(quantize(x))) replaces the new row on its way into the cache
+Source     see the quantizer of the codec, `kvsink.kernels.quantize`
+Differs    no
+Shapes     x [B, Hkv, S, D] float32 → codes uint8 [B, Hkv, S, bytes], scale float16 [B, Hkv, S, n] → x^ [B, Hkv, L or S, D]
+Exact      no: |x^ - x| <= scale / 2 per element for uniform quantizers without clipping
+Declines   sites without a codec
+Cost       see `kvsink.kernels.quantize`; the read-back of all rows is what `fuse` removes
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from kvsink.passes.base import Declined, RewritePass, Work, register_pass
+from kvsink.passes.chain import Chain, Side
+from kvsink.sites import AttentionSite
+from kvsink.targets import value
+
+
+@register_pass
+@dataclass(frozen=True)
+class Quantize(RewritePass):
+    name: ClassVar[str] = "quantize"
+    exact: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ("attach", "center", "rotate", "reorder")
+    before: ClassVar[tuple[str, ...]] = ("preserve", "fuse")
+
+    def check(self, site: AttentionSite, work: Work) -> Declined | None:
+        chain = work.chain(site)
+        if chain is None:
+            return site.declined("no codec is attached")
+        if not chain.packed and not chain.keys.spec.packed and not chain.values.spec.packed:
+            return site.declined("its codec keeps keys and values in 16 bit")
+        return None
+
+    def rewrite(self, site: AttentionSite, work: Work) -> None:
+        chain = work.chain(site)
+        assert chain is not None
+        if chain.packed:
+            _open_slots(chain)
+        for prefix, side in (("k", chain.keys), ("v", chain.values)):
+            codes, scale = _encode(chain, side, prefix)
+            positions = chain.positions
+            if chain.packed:
+                codes, scale = _store(chain, side, prefix, codes, scale)
+                positions = chain.state["positions"]
+            side.full = _decode(chain, side, prefix, codes, scale, positions)
+
+
+def _open_slots(chain: Chain) -> None:
+    """The slots of the new rows, and their positions stored."""
+    at, state, k = chain.keys.write_at, chain.state, chain.keys.new
+    device = value(state["length"]).device
+    rows = chain.size(at, k, 2)
+    chain.slots = chain.put(at, torch.add, state["length"], chain.put(at, torch.arange, rows, device=device))
+    new = chain.put(at, "expand", chain.positions, chain.size(at, k, 0), rows)
+    chain.put(
+        at, "index_copy_", state["positions"], 1, chain.slots, chain.put(at, "to", new, value(state["positions"]).dtype)
+    )
+
+
+def _encode(chain: Chain, side: Side, prefix: str) -> tuple[Node, Node | None]:
+    spec, at = side.spec, side.write_at
+    if not spec.packed:
+        return side.x, None
+    sigma = chain.params.get(f"{prefix}_sigma")
+    op = torch.ops.kvsink.quantize.default
+    pair = chain.put(at, op, side.x, sigma, spec.kind, list(spec.widths), spec.group_size, spec.clip, spec.gain)
+    return chain.put(at, operator.getitem, pair, 0), chain.put(at, operator.getitem, pair, 1)
+
+
+def _store(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | None) -> tuple[Node, Node | None]:
+    at, stored = side.write_at, chain.state[f"{prefix}_codes"]
+    if not side.spec.packed:
+        codes = chain.put(at, "to", codes, value(stored).dtype)
+    chain.put(at, "index_copy_", stored, 2, chain.slots, codes)
+    if scale is not None:
+        chain.put(at, "index_copy_", chain.state[f"{prefix}_scale"], 2, chain.slots, scale)
+    return stored, chain.state[f"{prefix}_scale"]
+
+
+def _decode(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | None, positions: Node) -> Node:
+    spec, at, dtype = side.spec, side.read_at, value(side.new).dtype
+    if not spec.packed:
+        return chain.put(at, "clone", chain.put(at, "to", codes, dtype)) if chain.packed else codes
+    sigma = chain.params.get(f"{prefix}_sigma")
+    op = torch.ops.kvsink.dequantize.default
+    x = chain.put(at, op, codes, scale, sigma, spec.kind, list(spec.widths), spec.group_size, spec.gain)
+    for undo in reversed(side.undo):
+        x = undo(x, positions)
+    return chain.put(at, "to", x, dtype)

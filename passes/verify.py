@@ -1,0 +1,65 @@
+"""Check what the passes left: one store and one read per site, nothing of the unfused path, shapes kept.
+
+Formula    none
+Source     ours
+Differs    no
+Shapes     unchanged
+Exact      yes, the graph is not touched
+Declines   sites without a codec
+Raises     KvsinkError naming the site and what was found
+Cost       none at run time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvsink.errors import KvsinkError
+from kvsink.passes.base import Declined, RewritePass, Work, register_pass
+from kvsink.passes.chain import Chain
+from kvsink.sites import AttentionSite
+from kvsink.targets import argument, kind
+
+
+@register_pass
+@dataclass(frozen=True)
+class Verify(RewritePass):
+    name: ClassVar[str] = "verify"
+    exact: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ("quantize", "preserve", "fuse")
+
+    def check(self, site: AttentionSite, work: Work) -> Declined | None:
+        return site.declined("no codec is attached") if work.chain(site) is None else None
+
+    def rewrite(self, site: AttentionSite, work: Work) -> None:
+        chain = work.chain(site)
+        assert chain is not None
+        if chain.packed:
+            _verify_packed(site, work, chain)
+        else:
+            _verify_stock(site, chain)
+
+
+def _verify_packed(site: AttentionSite, work: Work, chain: Chain) -> None:
+    codes = chain.state["k_codes"]
+    names = [kind(user) for user in codes.users]
+    wanted = ["kvsink.append_", "kvsink.attend"] if chain.fused is not None else ["index_copy_"]
+    if chain.fused is not None and sorted(names) != wanted:
+        raise KvsinkError(
+            f"{site.path}: packed keys are used by {', '.join(names) or 'nothing'}; expected one store and one attention"
+        )
+    if chain.fused is None and chain.preserved and names.count("index_copy_") != 1:
+        raise KvsinkError(f"{site.path}: packed keys are stored {names.count('index_copy_')} times; expected once")
+    if chain.fused is not None:
+        store = next(user for user in codes.users if kind(user) == "kvsink.append_")
+        if not store < chain.fused:
+            raise KvsinkError(f"{site.path}: attention runs before the new rows are stored")
+
+
+def _verify_stock(site: AttentionSite, chain: Chain) -> None:
+    for side in (chain.keys, chain.values):
+        stored = [argument(write, 3, "source") for write in site.writes if kind(write) == "index_copy_"]
+        stored += [tensor for write in site.writes if kind(write) == "cat" for tensor in argument(write, 0, "tensors")]
+        if side.spec.packed and side.new in stored:
+            raise KvsinkError(f"{site.path}: a new row reaches the cache without being coded")

@@ -1,0 +1,39 @@
+"""`kvsink.explain(model)`: one attention site before and after the passes, then every layer left alone and why, as text."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.cache_utils import StaticCache
+
+from kvsink.cache import KVSinkCache
+from kvsink.capture import capture_all
+from kvsink.pipeline import explain_graph
+
+__all__ = ["explain"]
+
+_SLOTS, _PROMPT = 64, 4
+
+
+def explain(model: nn.Module) -> str:
+    """What the compiler does to one decoding step of `model`: rewritten models on their packed cache, others on a stock one.
+
+    Runs a few tokens. The graph shown last is the one that is compiled.
+    """
+    device = next(model.parameters()).device
+    runtime = getattr(model, "_kvsink_runtime", None)
+    if runtime is not None:
+        cache = KVSinkCache.for_model(model, batch_size=1, max_length=_SLOTS)
+    else:
+        cache = StaticCache(model.config.get_text_config(decoder=True), max_cache_len=_SLOTS)  # type: ignore[union-attr, operator]
+    ids = torch.zeros(1, _PROMPT, dtype=torch.int64, device=device)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    lines = [explain_graph(gm) for gm in capture_all(model, ids[:, :1], cache)]
+    torch._dynamo.reset()
+    if runtime is not None:
+        for layer, plan in enumerate(runtime.plans):
+            if plan.codec is None:
+                lines.append(f"left alone: {runtime.anatomy.attentions[layer]}: {plan.reason}")
+    return "\n".join(line for line in lines if line)

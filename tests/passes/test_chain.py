@@ -1,0 +1,102 @@
+"""On kvsink's own cache every pass leaves a graph that runs, with the same outputs and the same bytes in the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvsink.pipeline import DEFAULT, run_passes
+from kvsink.targets import kind
+
+from ..close import FUSED_FLOAT32, SOFTMAX_IN_FLOAT32, largest_difference
+from ..graphs import packed_graph, run
+
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("klt", {}),
+    ("klt", {"window": 4}),
+    ("klt", {"strict": True}),
+    ("klt", {"protect": "none", "key_bits": 16}),
+    ("centred", {}),
+    ("rtn", {}),
+    ("rtn", {"value_bits": 16, "protect": "first:2"}),
+    ("rotatekv", {}),
+    ("rotatekv", {"fold": False, "window": 3}),
+)
+
+
+def passes_and_runs(gm: torch.fx.GraphModule) -> dict[str, tuple[list[torch.Tensor], list[Any]]]:
+    runs = {"before": run(gm)}
+    run_passes(gm, watch=lambda name, rewritten: runs.__setitem__(name, run(rewritten)))
+    assert tuple(runs) == ("before", *DEFAULT)
+    return runs
+
+
+def check_runs(runs: dict[str, tuple[list[torch.Tensor], list[Any]]], eager: bool) -> None:
+    for name, (outputs, state) in runs.items():
+        fused = name in ("fuse", "verify")
+        bound = FUSED_FLOAT32 if fused else SOFTMAX_IN_FLOAT32 if eager else 0.0
+        assert largest_difference(outputs, runs["before"][0]) <= bound, name
+        assert largest_difference(state, runs["before"][1]) <= bound, name  # codes too: a code that moves differs by 1
+
+
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize(
+    ("method", "options"), CASES, ids=lambda case: "-".join(map(str, case.items())) if isinstance(case, dict) else case
+)
+def test_every_pass_keeps_outputs_and_bytes(method: str, options: dict[str, Any], length: int) -> None:
+    check_runs(passes_and_runs(packed_graph("llama", "sdpa", method, length, **options)), eager=False)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma3", "qwen3-moe"])
+def test_every_family(family: str, attention: str) -> None:
+    check_runs(passes_and_runs(packed_graph(family, attention, "klt", 1)), eager=attention == "eager")
+
+
+def test_a_model_without_rope() -> None:
+    check_runs(passes_and_runs(packed_graph("gpt2", "sdpa", "rtn", 6, protect="first:2")), eager=False)
+
+
+def test_a_batch() -> None:
+    check_runs(passes_and_runs(packed_graph("llama", "sdpa", "klt", 6, batch=3)), eager=False)
+
+
+def test_the_fused_graph_stores_once_and_attends_once_per_site() -> None:
+    gm = packed_graph("llama", "sdpa", "klt", 1)
+    report = run_passes(gm)
+    names = [kind(node) for node in gm.graph.nodes]
+    assert names.count("kvsink.append_") == names.count("kvsink.attend") == 2
+    for gone in (
+        "kvsink.read",
+        "kvsink.quantize",
+        "kvsink.dequantize",
+        "scaled_dot_product_attention",
+        "index_copy_",
+        "merge_exact",
+    ):
+        assert gone not in names
+    assert [record.layer for record in report.done("verify")] == [0, 1]
+
+
+def test_keys_before_rope_reach_the_store() -> None:
+    gm = packed_graph("llama", "sdpa", "klt", 1)
+    sites = run_passes(gm).sites
+    stores = [node for node in gm.graph.nodes if kind(node) == "kvsink.append_"]
+    for site, store in zip(sites, stores, strict=True):
+        assert store.args[0] is site.k_pre and store.args[9] is False
+
+
+def test_keys_after_rope_reach_the_store_when_nothing_acts_before_it() -> None:
+    gm = packed_graph("llama", "sdpa", "rtn", 1)
+    sites = run_passes(gm).sites
+    for site, store in zip(sites, [node for node in gm.graph.nodes if kind(node) == "kvsink.append_"], strict=True):
+        assert store.args[0] is site.k_rope and store.args[9] is True
+
+
+def test_a_layer_the_plan_leaves_alone_keeps_its_arithmetic() -> None:
+    gm = packed_graph("gemma3", "sdpa", "klt", 1)
+    report = run_passes(gm)
+    assert [record.layer for record in report.done("fuse")] == [1]
+    assert report.left_alone() == {"model.layers.0.self_attn": "a stock static cache and no codec for it"}

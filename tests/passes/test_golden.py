@@ -1,0 +1,69 @@
+"""The printed site after each pass, as kept in tests/golden; KVSINK_UPDATE_GOLDEN=1 writes the files anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvsink.pipeline import run_passes
+from kvsink.render import render_site
+
+from ..graphs import packed_graph, plan_of, rewritten, stock_graph
+from .test_stock import step
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def compare(name: str, text: str) -> None:
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("KVSINK_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert path.is_file(), f"no golden file {name}.txt; run with KVSINK_UPDATE_GOLDEN=1"
+    assert text == path.read_text(encoding="utf-8"), f"{name}.txt differs; look at the diff with KVSINK_UPDATE_GOLDEN=1"
+
+
+def changes(gm, plan=None) -> str:  # type: ignore[no-untyped-def]
+    """The first site before, and after each pass that changed its text."""
+    report = run_passes(gm, plan=plan, trace=True)
+    path = report.sites[-1].path
+    parts, last = [], ""
+    for shot in report.snapshots:
+        if shot.path == path and shot.text != last:
+            parts.append(f"== {shot.pass_name}\n{shot.text}\n")
+            last = shot.text
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("method", ["klt", "centred", "rotatekv", "rtn"])
+def test_packed_decode(method: str) -> None:
+    compare(f"packed-decode-{method}", changes(packed_graph("llama", "sdpa", method, 1)))
+
+
+def test_packed_prefill_with_a_window() -> None:
+    compare("packed-prefill-klt-window", changes(packed_graph("qwen3", "sdpa", "klt", 6, window=4)))
+
+
+def test_stock_static_decode() -> None:
+    model = rewritten("llama", "sdpa", "klt", protect="first:2")
+    compare("stock-static-decode-klt", changes(step(model, "static", 1), plan_of(model)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma3"])
+def test_eager_normalised(family: str) -> None:
+    gm = stock_graph(family, "eager", "static", 1)
+    texts = []
+
+    def watch(name: str, rewritten_gm: object) -> None:
+        texts.append(name)
+
+    report = run_passes(gm, ("normalize", "locate"), watch=watch)
+    whole = render_site(report.sites[-1], gm, whole=True)
+    before = stock_graph(family, "eager", "static", 1)
+    from kvsink.sites import AttentionSite, find_sites
+
+    site = [each for each in find_sites(before) if isinstance(each, AttentionSite)][-1]
+    compare(
+        f"eager-normalised-{family}", f"== before\n{render_site(site, before, whole=True)}\n\n== normalize\n{whole}\n"
+    )

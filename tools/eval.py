@@ -1,0 +1,144 @@
+"""kvsink-eval: quality of a model through its real cache, beside the 16-bit model; defined in `kvsink.evaluation`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import click
+
+from kvsink.tools.cli import command_line, wide_console
+
+Progress = Callable[[int, int], None]
+
+
+@click.command("kvsink-eval", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option(
+    "--baseline",
+    metavar="DIR",
+    help="The 16-bit model. For a rewritten folder the default is its own weights with a stock cache.",
+)
+@click.option(
+    "--text",
+    "text_path",
+    metavar="FILE",
+    help="Text to evaluate on. Default: the WikiText-2 test split that ships with kvsink.",
+)
+@click.option(
+    "--windows", default=8, show_default=True, type=click.IntRange(1), help="Windows, spread evenly over the text."
+)
+@click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
+@click.option("--chunk", default=64, show_default=True, type=click.IntRange(1), help="Tokens fed at a time.")
+@click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Windows run as rows of one batch.")
+@click.option("--passkey/--no-passkey", default=True, show_default=True, help="Also measure passkey retrieval.")
+@click.option("--strict", is_flag=True, help="Read the newest chunk from its codes too, not only the stored rows.")
+@click.option(
+    "--detokenize/--no-detokenize", default=None, help="Undo WikiText's tokenizer. Default: when the text needs it."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="auto, float32, float16 or bfloat16. auto is float32 on a CPU."
+)
+@click.option("--json", "json_path", metavar="FILE", help="Write the row as JSON; - is standard output.")
+def command(
+    model: str,
+    baseline: str | None,
+    text_path: str | None,
+    windows: int,
+    window_tokens: int,
+    chunk: int,
+    batch: int,
+    passkey: bool,
+    strict: bool,
+    detokenize: bool | None,
+    device: str,
+    dtype: str,
+    json_path: str | None,
+) -> None:
+    """Perplexity, KL and top-1 agreement with the 16-bit model, passkey retrieval and counted bits of MODEL.
+
+    MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2.
+    """
+    import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
+    from kvsink import evaluation
+    from kvsink.demo import resolve_model_dir
+    from kvsink.loading import load_model, load_tokenizer
+
+    folder = resolve_model_dir(model)
+    baseline_folder = None if baseline is None else resolve_model_dir(baseline)
+    text, text_name = _text(text_path, detokenize)
+    tokenizer = load_tokenizer(folder)
+    ids = evaluation.token_windows(text, tokenizer, windows, window_tokens)
+    net = load_model(folder, device, dtype)
+    packed = evaluation.is_rewritten(net)
+    if baseline_folder is not None:
+        reference = load_model(baseline_folder, device, dtype)
+    else:
+        reference = net if packed else None
+    factory = partial(evaluation.packed_cache, strict=strict) if packed else evaluation.dynamic_cache
+    with _bars() as bar:
+        result = evaluation.evaluate(
+            net,
+            reference,
+            ids,
+            chunk=chunk,
+            cache_factory=factory,
+            batch=batch,
+            model_name=model,
+            method=evaluation.method_name(net) + (", strict" if strict and packed else ""),
+            text_name=text_name,
+            progress=bar("perplexity"),
+        )
+        if passkey:
+            lengths = [n for n in (256, 512, 1024) if n <= window_tokens] or [256]
+            retrieve = partial(evaluation.passkey_retrieval, tokenizer=tokenizer, lengths=lengths, chunk=chunk)
+            result = replace(result, passkey=retrieve(net, cache_factory=factory, progress=bar("passkey")))
+            if reference is not None:
+                found = retrieve(reference, cache_factory=evaluation.dynamic_cache, progress=bar("passkey, reference"))
+                result = replace(result, baseline_passkey=found)
+    wide_console(sys.stderr if json_path == "-" else sys.stdout).print(result.table())
+    if json_path is not None:
+        record = json.dumps(result.to_json(), indent=2)
+        if json_path == "-":
+            print(record)
+        else:
+            Path(json_path).write_text(record + "\n")
+
+
+def _text(path: str | None, detokenize: bool | None) -> tuple[str, str]:
+    """The text and the name a row gives it."""
+    from kvsink.texts import detokenize_wikitext, evaluation_text, looks_like_wikitext, read_text
+
+    if path is None:
+        return evaluation_text(), "WikiText-2 test, detokenized"
+    text = read_text(path)
+    if detokenize if detokenize is not None else looks_like_wikitext(text):
+        return detokenize_wikitext(text), f"{Path(path).name}, detokenized"
+    return text, Path(path).name
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str], Progress]]:
+    """Progress bars on stderr; call the result with a title to get the function that moves that bar."""
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(file=sys.stderr), transient=True) as bars:
+
+        def bar(title: str) -> Progress:
+            task = bars.add_task(title, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield bar
+
+
+main = command_line(command)
+
+if __name__ == "__main__":
+    sys.exit(main())
