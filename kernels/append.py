@@ -4,7 +4,7 @@ Formula    slots = length .. length + S - 1
            codes[slots], scale[slots] = encode(k), encode(v);  recent[slot mod W] = last W rows, unchanged
            per protection segment: the best `capacity` of (stored rows ∪ candidates) by score stay exact; a row named by
            several candidates is held once (the other places are marked empty as -(slot + 2))
-           length += S
+           the length is the caller's to advance, after the new rows have been attended to
 Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running selection over chunks is ours
 Differs    every row is coded, protected rows too: a row that loses its place in the side store is then simply read
            from its codes
@@ -94,7 +94,6 @@ def append_ref(
         recent_k.index_copy_(2, ring, full_k[:, :, s - last :].to(recent_k.dtype))
         recent_v.index_copy_(2, ring, v[:, :, s - last :].to(recent_v.dtype))
         recent_slot.index_copy_(0, ring, slots[-last:].to(recent_slot.dtype))
-    length.add_(s)
 
 
 @torch.library.custom_op("kvsink::append_", mutates_args=("state",))

@@ -3,7 +3,7 @@
 Formula    out = softmax(scale · q k^T + mask) v^ with k^, v^ as `kvsink::read` defines them
            computed over tiles of slots with a running maximum and sum (online softmax), decoding one tile at a time
 Source     FlashAttention, arXiv 2205.14135 (online softmax); KIVI, arXiv 2402.02750 (attention over packed tiles)
-Shapes     q [B, Hq, S, D] after RoPE; k, v [B, H, S, D] the rows just appended, k after RoPE; mask bool or additive
+Shapes     q [B, Hq, S, D] after RoPE; k, v [B, H, S, D] the rows just appended at slots length … length + S - 1, k after RoPE; mask bool or additive
            [B or 1, 1 or Hq, S, >= L] or None → [B, Hq, S, D] in the dtype of q
 Units      scale multiplies logits
 Exact      equals `read` + softmax attention up to float32 rounding: |difference| <= 1e-5 of the largest |v|
@@ -46,8 +46,7 @@ def attend_ref(
     full_k, full_v = read_ref(k, v, state, params, codec)
     b, h, slots, d = full_k.shape
     s, r = q.shape[2], q.shape[1] // h
-    first = state[11] - s
-    bias = _additive(mask, is_causal, first, s, torch.arange(slots, device=q.device))
+    bias = _additive(mask, is_causal, state[11], s, torch.arange(slots, device=q.device))
     logits = q.float().reshape(b, h, r * s, d) @ full_k.float().mT * scale  # [B, H, R·S, L]
     logits = (logits.reshape(b, h, r, s, slots) + _grouped(bias, h, r)).reshape(b, h, r * s, slots)
     top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
@@ -73,12 +72,12 @@ def _attend_tiles(
     (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
      recent_k, recent_v, recent_slot, length, positions) = state  # fmt: skip
     b, h, s, d = k.shape
-    r, total = q.shape[1] // h, int(length)
-    first = total - s
+    r, first = q.shape[1] // h, int(length)
+    total = first + s
     query = q.float().reshape(b, h, r * s, d) * scale
     top = query.new_full((b, h, r * s, 1), torch.finfo(torch.float32).min)
     mass, out = torch.zeros_like(top), torch.zeros_like(query)
-    live = torch.where(recent_slot < length, recent_slot, -1)[None].expand(b, -1)
+    live = torch.where(recent_slot < total, recent_slot, -1)[None].expand(b, -1)
     for start in range(0, total, TILE):
         end = min(start + TILE, total)
         tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p)
@@ -93,7 +92,7 @@ def _attend_tiles(
             if not c.strict and end > first:
                 lo = max(first, start)
                 full[:, :, lo - start : end - start] = fresh[:, :, lo - first : end - first]
-        bias = _additive(mask, is_causal, length - s, s, torch.arange(start, end, device=q.device))
+        bias = _additive(mask, is_causal, length, s, torch.arange(start, end, device=q.device))
         logits = (query @ tile_k.mT).reshape(b, h, r, s, end - start) + _grouped(bias, h, r)
         logits = logits.reshape(b, h, r * s, end - start)
         peak = torch.maximum(top, logits.amax(-1, keepdim=True))

@@ -3,7 +3,7 @@
 Formula    k^ = decode(codes);  k^[recent_slot] = recent rows;  k^[exact_slot] = exact rows;  k^[new slots] = k, unless the
            codec is strict; the same for v
 Source     KVSink, arXiv 2508.04257 section 4, step 4
-Shapes     k, v [B, H, S, D] the rows just appended → k^, v^ [B, H, L, D] in the dtype of k and v; slots past the length
+Shapes     k, v [B, H, S, D] the rows just appended, at slots length … length + S - 1 → k^, v^ [B, H, L, D] in the dtype of k and v; slots past the length
            hold finite rest and are for the attention mask to hide
 Exact      protected, recent and new rows yes
 Cost       decodes L rows of keys and values: this is the uncompiled path, the fused op never materializes them
@@ -50,10 +50,10 @@ def read_ref(
         full_k = full_k.clone()
     if full_v.data_ptr() == v_codes.data_ptr():
         full_v = full_v.clone()
-    new = length - s + torch.arange(s, device=k.device)
+    new = length + torch.arange(s, device=k.device)
     for full, fresh, recent, exact in ((full_k, k, recent_k, exact_k), (full_v, v, recent_v, exact_v)):
         if c.window:
-            live = torch.where(recent_slot < length, recent_slot, -1)  # rows of a cropped tail are gone
+            live = torch.where(recent_slot < length + s, recent_slot, -1)  # rows of a cropped tail are gone
             put_rows(full, recent, live[None].expand(full.shape[0], -1))
         put_rows(full, exact, exact_slot)
         if not c.strict:

@@ -59,7 +59,7 @@ class Work:
 
 @dataclass(frozen=True)
 class RewritePass:
-    """One rewrite. exact: the same function in real arithmetic. before, after: names of passes it must precede, follow."""
+    """One rewrite. exact: the same function in real arithmetic. before, after: passes it must precede, follow."""
 
     name: ClassVar[str]
     exact: ClassVar[bool]
@@ -111,7 +111,7 @@ def pass_named(name: str) -> type[RewritePass]:
 
 
 def insert_op(anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """Insert one call before `anchor`, with its fake value and the module path of `anchor`. A str target is a method."""
+    """Insert one call before `anchor`, with its fake value and the module path of `anchor`. A str is a method."""
     op = "call_method" if isinstance(target, str) else "call_function"
     with anchor.graph.inserting_before(anchor):
         node = anchor.graph.create_node(op, target, args, kwargs)
@@ -132,7 +132,7 @@ def insert_tensor(anchor: Node, gm: fx.GraphModule, name: str, tensor: Tensor) -
         first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
         with gm.graph.inserting_before(first):
             node = gm.graph.get_attr(name)
-        node.meta[_value_key(anchor)] = _fake_mode(gm.graph).from_tensor(tensor)
+        node.meta[_value_key(anchor)] = _fake_mode(gm.graph).from_tensor(tensor, static_shapes=True)
         return node
     return next(node for node in gm.graph.find_nodes(op="get_attr") if node.target == name)
 

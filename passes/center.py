@@ -61,17 +61,14 @@ def _center_keys(chain: Chain) -> None:
         side.x = chain.put(side.write_at, stages.rope_rows, side.x, chain.cos, chain.sin)
 
     def undo(x: Node, positions: Node) -> Node:
-        mean = chain.put(side.read_at, stages.table_rows, p["k_table"], positions)
+        at = side.read_at
+        if side.spec.domain == "post" and not chain.packed:  # new rows only: the model's own angles
+            mean = chain.put(at, stages.rope_rows, chain.put(at, "unsqueeze", p["k_mean"], 1), chain.cos, chain.sin)
+            return chain.put(at, torch.add, x, mean)
+        mean = chain.put(at, stages.table_rows, p["k_table"], positions)
         if side.spec.domain == "post":
-            mean = chain.put(
-                side.read_at,
-                stages.rope_start,
-                mean,
-                p["start_cos"],
-                p["start_sin"],
-                positions,
-                chain.codec.table_tokens,
-            )
-        return chain.put(side.read_at, torch.add, x, mean)
+            start = p["start_cos"], p["start_sin"]
+            mean = chain.put(at, stages.rope_start, mean, *start, positions, chain.codec.table_tokens)
+        return chain.put(at, torch.add, x, mean)
 
     side.undo.append(undo)

@@ -1,9 +1,9 @@
 """What the passes build up at one site: per side the rows on their way into storage, and how to undo each step.
 
-A pass that adds a stage inserts its nodes behind `side.x`, moves `side.x` on, and pushes onto `side.undo` how the stage is
-taken back. `quantize` stores `side.x`, reads it back and runs the undo steps, last stage first; `preserve` lays exact rows
-over the result. On a cache of kvsink's own the steps meet at the packed state; on a stock cache there is no state, and rows
-are quantized and dequantized on their way into it, so numbers are right though no memory is saved.
+A pass that adds a stage inserts its nodes behind `side.x`, moves `side.x` on, and pushes onto `side.undo` how the stage
+is taken back. `quantize` stores `side.x`, reads it back and runs the undo steps, last stage first; `preserve` lays the
+exact rows over the result. On a cache of kvsink's own the steps meet at the packed state. A stock cache has no such
+state: rows are quantized and dequantized on their way into it, numbers are right though no memory is saved.
 
 Formula    keys and values as in `kvsink.codecs.codec`, stage for stage
 Exact      all but the quantizer
@@ -44,7 +44,7 @@ class SitePlan:
 
 @dataclass
 class Side:
-    """Keys or values. new: rows as the model made them; x: the same rows as far as they are encoded; full: read back."""
+    """Keys or values. new: rows as the model made them; x: the same as far as they are encoded; full: read back."""
 
     spec: SideSpec
     new: Node

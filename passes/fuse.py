@@ -20,7 +20,7 @@ import torch
 from kvsink.errors import KvsinkError
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
 from kvsink.sites import AttentionSite
-from kvsink.targets import value
+from kvsink.targets import kind, value
 
 
 @register_pass
@@ -48,13 +48,15 @@ class Fuse(RewritePass):
         candidates, state, params = chain.markers
         k = site.k_rope if chain.roped_input else site.k_pre
         insert_op(
-            old, torch.ops.kvsink.append_.default, k, site.v_new, chain.positions, chain.cos, chain.sin, candidates, state,
-            params, chain.codec_text, chain.roped_input,
+            old, torch.ops.kvsink.append_.default, k, site.v_new, chain.positions, chain.cos, chain.sin, candidates,
+            state, params, chain.codec_text, chain.roped_input,
         )  # fmt: skip
         new = insert_op(
             old, torch.ops.kvsink.attend.default, site.q, site.k_rope, site.v_new, state, params, site.mask, site.scale,
             site.is_causal, chain.codec_text,
         )  # fmt: skip
+        for advance in [u for u in chain.state["length"].users if kind(u) == "add_" and chain.keys.new < u < new]:
+            new.append(advance)  # the cache moves its length on behind its read; attention has taken the place of that
         if tuple(value(new).shape) != tuple(value(old).shape):
             raise KvsinkError(
                 f"{site.path}: fused attention of shape {tuple(value(new).shape)} for {tuple(value(old).shape)}"

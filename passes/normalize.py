@@ -5,7 +5,7 @@ Source     ours
 Differs    no
 Shapes     unchanged: [B, Hq, S, D]
 Exact      yes in real arithmetic; eager models that take the softmax in float32 keep float32 rounding
-Declines   softcap, dropout, attention weights that are returned, operators between scores and softmax (see `kvsink.sites`)
+Declines   softcap, dropout, returned attention weights, operators between scores and softmax (see `kvsink.sites`)
 Cost       none: fewer operators, the same sums
 """
 

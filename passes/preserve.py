@@ -4,8 +4,8 @@ Formula    packed: per segment the best `capacity` of (stored ∪ new candidates
            x^[recent] = recent rows, x^[protected] = exact rows, x^[new] = new rows unless the codec is strict
            stock cache: x^ = where(protected, x, x^) for the new rows
 Source     KVSink, arXiv 2508.04257 section 4; Preserve-First-N, KVQuant (arXiv 2401.18079); RotateKV, arXiv 2501.16383
-Differs    a stock cache has no side store: first rows are known by position, sinks only within the chunk of a prefill, and
-           a decode step protects none (RotateKV's rule)
+Differs    a stock cache has no side store: first rows are known by position, sinks only within the chunk of a prefill,
+           and a decode step protects none (RotateKV's rule)
 Shapes     full [B, Hkv, L, D], exact rows [B, Hkv, E, D] at slots [B, E]
 Exact      yes for protected rows
 Declines   sites that were not quantized
@@ -61,7 +61,7 @@ class Preserve(RewritePass):
 
 
 def _store_exact(chain: Chain, site: AttentionSite) -> None:
-    """New rows into the side store and the recent window; then the length moves on."""
+    """New rows into the side store and the recent window."""
     at, state, codec = chain.keys.write_at, chain.state, chain.codec
     k, v = chain.keys.new, chain.values.new
     if not chain.roped_input:  # the fused op sees the key before RoPE and applies it itself
@@ -86,7 +86,6 @@ def _store_exact(chain: Chain, site: AttentionSite) -> None:
             ring,
             chain.put(at, "to", slots, value(state["recent_slot"]).dtype),
         )
-    chain.put(at, "add_", state["length"], chain.size(at, k, 2))
 
 
 def _last_rows(slots: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,9 +98,8 @@ def _lay_over(chain: Chain) -> None:
     at, state, codec = chain.keys.read_at, chain.state, chain.codec
     batch = chain.size(at, chain.keys.new, 0)
     if codec.window:
-        live = chain.put(
-            at, torch.where, chain.put(at, torch.lt, state["recent_slot"], state["length"]), state["recent_slot"], -1
-        )
+        end = chain.put(at, torch.add, state["length"], chain.size(at, chain.keys.new, 2))
+        live = chain.put(at, torch.where, chain.put(at, torch.lt, state["recent_slot"], end), state["recent_slot"], -1)
         live = chain.put(at, "expand", chain.put(at, "unsqueeze", live, 0), batch, -1)
     for prefix, side in (("k", chain.keys), ("v", chain.values)):
         assert side.full is not None
@@ -118,6 +116,7 @@ def _drop_markers(chain: Chain, work: Work) -> None:
     assert chain.read is not None and chain.append is not None
     for user in list(chain.read.users):
         full = chain.keys.full if user.args[1] == 0 else chain.values.full
+        assert full is not None
         user.replace_all_uses_with(full)
         work.graph.erase_node(user)
     work.graph.erase_node(chain.read)
@@ -167,8 +166,11 @@ def _sinks_of_chunk(chain: Chain, site: AttentionSite, work: Work, source: str, 
     if hidden is None or not hidden < at or (isinstance(rows, int) and rows <= count):
         return None
     channels, device = chain.plan.channels.get(block, (0,))[:1], value(hidden).device
-    constants = [insert_tensor(at, work.gm, f"kvsink_channels_{block}", torch.tensor(channels, device=device)),
-                 insert_tensor(at, work.gm, f"kvsink_weights_{len(channels)}", torch.ones(len(channels), device=device))]  # fmt: skip
+    ones = torch.ones(len(channels), device=device)
+    constants = (
+        insert_tensor(at, work.gm, f"kvsink_channels_{block}", torch.tensor(channels, device=device)),
+        insert_tensor(at, work.gm, f"kvsink_weights_{len(channels)}", ones),
+    )
     valid = chain.put(at, _all_valid, hidden)
     pair = chain.put(at, torch.ops.kvsink.select_sinks.default, hidden, valid, *constants, count, massive)
     return chain.put(

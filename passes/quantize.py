@@ -4,7 +4,8 @@ Formula    codes, scale = quantize(x);  state[length .. length + S - 1] = codes,
            on a stock cache: x^ = undo(dequantize(quantize(x))) replaces the new row on its way into the cache
 Source     see the quantizer of the codec, `kvsink.kernels.quantize`
 Differs    no
-Shapes     x [B, Hkv, S, D] float32 → codes uint8 [B, Hkv, S, bytes], scale float16 [B, Hkv, S, n] → x^ [B, Hkv, L or S, D]
+Shapes     x [B, Hkv, S, D] float32 → codes uint8 [B, Hkv, S, bytes], scale float16 [B, Hkv, S, n]
+           → x^ [B, Hkv, L or S, D]
 Exact      no: |x^ - x| <= scale / 2 per element for uniform quantizers without clipping
 Declines   sites without a codec
 Cost       see `kvsink.kernels.quantize`; the read-back of all rows is what `fuse` removes

@@ -65,9 +65,18 @@ def _turn_by_offset(chain: Chain) -> None:
         side.x = chain.put(
             side.write_at, stages.rope_offset, side.x, p["offset_cos"], p["offset_sin"], chain.positions, n
         )
-    if "start_cos" in p:  # last of all steps back, after every mean is in again
-        start = p["start_cos"], p["start_sin"]
-        side.undo.insert(0, lambda x, positions: chain.put(side.read_at, stages.rope_start, x, *start, positions, n))
+
+    def undo(x: Node, positions: Node) -> Node:
+        at = side.read_at
+        if chain.packed:  # old rows: to the start of their block, by a table
+            return chain.put(at, stages.rope_start, x, p["start_cos"], p["start_sin"], positions, n)
+        if n > 1:  # new rows only: back to before RoPE, then the model's own angles
+            back = chain.put(at, torch.neg, p["offset_sin"])
+            x = chain.put(at, stages.rope_offset, x, p["offset_cos"], back, positions, n)
+        return chain.put(at, stages.rope_rows, x, chain.cos, chain.sin)
+
+    if not chain.packed or "start_cos" in p:
+        side.undo.insert(0, undo)  # the last step back, when every mean is in again
 
 
 def _project(chain: Chain, side: Side, prefix: str) -> None:

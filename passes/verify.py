@@ -47,7 +47,7 @@ def _verify_packed(site: AttentionSite, work: Work, chain: Chain) -> None:
     wanted = ["kvsink.append_", "kvsink.attend"] if chain.fused is not None else ["index_copy_"]
     if chain.fused is not None and sorted(names) != wanted:
         raise KvsinkError(
-            f"{site.path}: packed keys are used by {', '.join(names) or 'nothing'}; expected one store and one attention"
+            f"{site.path}: packed keys are used by {', '.join(names) or 'nothing'}; expected one store, one attention"
         )
     if chain.fused is None and chain.preserved and names.count("index_copy_") != 1:
         raise KvsinkError(f"{site.path}: packed keys are stored {names.count('index_copy_')} times; expected once")

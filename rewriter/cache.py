@@ -141,6 +141,8 @@ class KVSinkLayer(CacheLayerMixin):
             self.params, self.codec_text, True,
         )  # fmt: skip
         full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
+        # Outside the ops: Inductor may delay a read of a tensor past an op that writes it as one of a list.
+        self.length.add_(new)
         if self.max_length is None:
             self._held += new
             return full_k[:, :, : self._held], full_v[:, :, : self._held]

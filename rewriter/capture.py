@@ -2,8 +2,9 @@
 
 Dynamo     torch-level operators before autograd, in-place cache writes kept, weights lifted to placeholders
 Export     ATen operators, past keys and values as explicit inputs and outputs, sizes dynamic
-Metadata   the values a graph was traced with are kept in `gm.meta["kvsink_inputs"]` (a list; of an export, by name); the origin of a placeholder
-           (`L['past_key_values'].layers[0].keys`) in `node.meta["kvsink_source"]`, since dynamo clears its own record
+Metadata   the values a graph was traced with are in `gm.meta["kvsink_inputs"]` (a list; of an export, by name), the
+           origin of a placeholder (`L['past_key_values'].layers[0].keys`) in `node.meta["kvsink_source"]`, since dynamo
+           clears its own record
 Differs    gradients are off; a captured graph is never trained
 """
 
@@ -16,13 +17,13 @@ from torch import Tensor, fx, nn
 
 from kvsink.errors import UnsupportedError
 
-_NEVER_RETRACE_LIMIT = {"recompile_limit": 10_000, "accumulated_recompile_limit": 100_000}
+_NEVER_RETRACE_LIMIT: dict[str, Any] = {"recompile_limit": 10_000, "accumulated_recompile_limit": 100_000}
 
 
 def capture(
     model: nn.Module, inputs: Tensor | dict[str, Any], cache: Any = None, dynamic: bool | None = False
 ) -> fx.GraphModule:
-    """The one dynamo graph of `model(**inputs, past_key_values=cache)`; the call is carried out, so `cache` advances."""
+    """The one dynamo graph of `model(**inputs, past_key_values=cache)`; the call is carried out: `cache` advances."""
     graphs = capture_all(model, inputs, cache, dynamic)
     if len(graphs) != 1:
         raise UnsupportedError(
@@ -43,7 +44,7 @@ def capture_all(
         graphs.append(gm)
         return gm.forward
 
-    arguments = dict(inputs) if isinstance(inputs, dict) else {"input_ids": inputs}
+    arguments: dict[str, Any] = dict(inputs) if isinstance(inputs, dict) else {"input_ids": inputs}
     if cache is not None:
         arguments |= {"past_key_values": cache, "use_cache": True}
     elif "use_cache" not in arguments and hasattr(model, "config"):

@@ -110,7 +110,7 @@ class EvalResult:
         """Cells under HEADINGS: the reference first, where there is one."""
         change, kl, top1 = self.perplexity_change, self.kl, self.top1
         compared = ("", "", "")
-        rows = []
+        rows: list[tuple[str, ...]] = []
         if change is not None and kl is not None and top1 is not None and self.baseline_perplexity is not None:
             compared = (f"{change:+.2%}", f"{kl:.4f}", f"{top1:.1%}")
             held = self._held(self.baseline_bits_per_element, self.baseline_cache_nbytes)

@@ -1,7 +1,7 @@
 """One attention site as text, with names that say what a value is and do not change from run to run.
 
-Names      q, k_pre, k_rope, v_new, cos, sin, positions, mask, hidden_in by role; cache.*, codec.* for what a cache and a codec
-           bring; weights by the end of their path; everything else by operator and count
+Names      q, k_pre, k_rope, v_new, cos, sin, positions, mask, hidden_in by role; cache.*, codec.* for what cache
+           and codec bring; weights by the end of their path; everything else by operator and count
 Lines      name = operator(arguments)  # dtype [sizes]
 """
 
@@ -21,8 +21,8 @@ from kvsink.targets import CHECKS, kind, value
 if TYPE_CHECKING:
     from kvsink.passes.chain import Chain
 
-_SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64", torch.int64: "i64", torch.int32: "i32",
-          torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
+_SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64", torch.int64: "i64",
+          torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
 _ATTENTION = ("scaled_dot_product_attention", "kvsink.attend")
 _ROLES = ("hidden_in", "q", "k_pre", "k_rope", "v_new", "cos", "sin", "positions", "mask")
 

@@ -5,7 +5,8 @@ Walks      from the anchor upwards: slice, repeat_kv, cache read, cache write, R
 Variants   core "sdpa" | "eager_softmax"; heads "mha" | "repeated_kv" | "gqa"; rope "none" | "half" | "partial_half";
            cache "none" | "dynamic" | "static" | "kvsink"; "sliding" when the window is visible in the graph
 Graphs     dynamo's torch-level graphs and torch.export's ATen graphs, through the names of `kvsink.targets`
-Declines   cross and vision attention, softcap, learned sink logits, dropout, RoPE of an unknown spelling, weights used elsewhere
+Declines   cross and vision attention, softcap, learned sink logits, dropout, RoPE of an unknown spelling, attention
+           weights used elsewhere
 Shapes     q [B, Hq, S, D]; k_rope, k_pre, v_new [B, Hkv, S, D]; cos, sin [B or 1, S, rotary]; hidden [B, S, E]
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from kvsink.targets import CASTS, CHECKS, RESHAPES, argument, kind, shape, value
+from kvsink.targets import CASTS, CHECKS, RESHAPES, arg, argument, kind, shape, value
 
 UNKNOWN_WINDOW = 0  # the site slides, but its window cannot be read off the graph
 
@@ -49,7 +50,7 @@ class Core:
     k: Node
     v: Node
     mask: Node | None
-    scale: float
+    scale: Any  # a number, or the node of a symbolic one
     is_causal: bool
 
 
@@ -73,7 +74,7 @@ class AttentionSite:
     sin: Node | None
     positions: Node | None
     mask: Node | None
-    scale: float
+    scale: Any  # a number, or the node of a symbolic one
     is_causal: bool
     causal: bool  # by flag, by a mask built in the graph, or because there is a cache
     repeats: int
@@ -146,7 +147,7 @@ def _match_sdpa(node: Node) -> Core | Declined:
         return Declined(f"query of shape {shape(q)}; expected [B, Hq, S, D]", node, module_path(node))
     if dropout:
         return Declined(f"attention dropout of {dropout}; switch the model to evaluation mode", node, module_path(node))
-    scale = float(scale) if scale is not None else 1.0 / math.sqrt(_size(q, 3))
+    scale = 1.0 / math.sqrt(_size(q, 3)) if scale is None else scale if isinstance(scale, Node) else float(scale)
     return Core(
         "sdpa", node, q, k, v, argument(node, 3, "attn_mask"), scale, bool(argument(node, 5, "is_causal", False))
     )
@@ -154,16 +155,17 @@ def _match_sdpa(node: Node) -> Core | Declined:
 
 def _match_eager(softmax: Node) -> Core | Declined | None:
     path = module_path(softmax)
-    weights, attn = softmax, None
+    weights: Node = softmax
+    attn: Node | None = None
     for _ in range(8):
         users = _users(weights)
         if len(users) != 1:
-            later = [user for user in users if kind(user) in ("matmul", "bmm") and user.args[0] is weights]
+            later = [user for user in users if kind(user) in ("matmul", "bmm") and arg(user, 0) is weights]
             if later and _scores_of(softmax) is not None:
                 return Declined("attention weights are used elsewhere (output_attentions)", softmax, path)
             return None
         (user,) = users
-        if kind(user) in ("matmul", "bmm") and user.args[0] is weights:
+        if kind(user) in ("matmul", "bmm") and arg(user, 0) is weights:
             attn = user
             break
         if kind(user) == "dropout":
@@ -172,22 +174,23 @@ def _match_eager(softmax: Node) -> Core | Declined | None:
         elif kind(user) not in CASTS:
             return None
         weights = user
-    if attn is None or kind(_peel_casts(softmax.args[0])) in ("linear", "addmm"):
+    if attn is None or kind(_peel_casts(arg(softmax, 0))) in ("linear", "addmm"):
         return None
     scores = _scores_of(softmax)
     if scores is None or isinstance(scores, Declined):
         return scores
     q, k, mask, scale = scores
-    v = attn.args[1]
+    v = arg(attn, 1)
     if any(len(shape(operand) or ()) != 4 for operand in (q, k, v)):
         return Declined(f"query of shape {shape(q)}; expected [B, Hq, S, D]", softmax, path)
     return Core("eager_softmax", attn, q, k, v, mask, scale, is_causal=False)
 
 
-def _scores_of(softmax: Node) -> tuple[Node, Node, Node | None, float] | Declined | None:
+def _scores_of(softmax: Node) -> tuple[Node, Node, Node | None, Any] | Declined | None:
     """(q, k, mask, scale) from softmax(q @ k.T * scale + mask), walked backwards."""
-    path, mask, scale, capped = module_path(softmax), None, 1.0, None
-    node = softmax.args[0]
+    path, mask, capped = module_path(softmax), None, None
+    scale: Any = 1.0
+    node = arg(softmax, 0)
     for _ in range(12):
         name = kind(node)
         if not isinstance(node, Node) or name in ("linear", "addmm", ""):
@@ -195,25 +198,30 @@ def _scores_of(softmax: Node) -> tuple[Node, Node, Node | None, float] | Decline
         if name in ("matmul", "bmm"):
             if capped is not None:
                 return Declined("softcap: tanh between the scores and the softmax has no SDPA form", capped, path)
-            q, kt = node.args[0], node.args[1]
+            q, kt = arg(node, 0), arg(node, 1)
             if kind(kt) not in ("transpose", "permute", "mT") or not isinstance(q, Node):
                 return Declined(f"keys enter the scores through '{kind(kt)}', not through a transpose", node, path)
-            return q, kt.args[0], mask, scale
+            return q, arg(kt, 0), mask, scale
         if name == "add":
-            left, right = node.args[0], node.args[1]
+            left, right = arg(node, 0), arg(node, 1)
             scores, bias = (left, right) if _leads_to_matmul(left) else (right, left)
             if mask is not None or not isinstance(bias, Node):
                 return Declined("two biases between the scores and the softmax", node, path)
             if scale != 1.0:
                 return Declined("scores are scaled after the mask was added", node, path)
             mask, node = bias, scores
-        elif name in ("mul", "div") and not isinstance(node.args[1], Node):
-            factor = float(node.args[1])
-            scale, node = scale * (factor if name == "mul" else 1.0 / factor), node.args[0]
+        elif name in ("mul", "div") and not isinstance(value(arg(node, 1)), torch.Tensor):
+            factor = arg(node, 1)
+            if isinstance(factor, Node) or isinstance(scale, Node):
+                if name == "div" or scale != 1.0:
+                    return Declined("scores are scaled twice, once by a symbolic number", node, path)
+                scale, node = factor, arg(node, 0)
+            else:
+                scale, node = scale * factor if name == "mul" else scale / factor, arg(node, 0)
         elif name in CASTS:
-            node = node.args[0]
+            node = arg(node, 0)
         elif name == "tanh":
-            capped, node = node, node.args[0]
+            capped, node = node, arg(node, 0)
         else:
             return Declined(f"'{name}' between the scores and the softmax has no SDPA form", node, path)
     return None
@@ -221,7 +229,7 @@ def _scores_of(softmax: Node) -> tuple[Node, Node, Node | None, float] | Decline
 
 def _leads_to_matmul(node: Any) -> bool:
     while isinstance(node, Node) and kind(node) in CASTS | {"mul", "div", "tanh"}:
-        node = node.args[0]
+        node = arg(node, 0)
     return kind(node) in ("matmul", "bmm")
 
 
@@ -308,7 +316,7 @@ def _peel_heads(node: Node) -> tuple[Node, str]:
     heads = "mha"
     while True:
         name, sizes = kind(node), shape(node) or ()
-        source = node.args[0] if node.args else None
+        source: Any = arg(node, 0) if node.args else None
         before = shape(source) or ()
         if name in CASTS - {"to"} or (name in ("slice", "getitem") and len(before) == 4 and _only_rows(sizes, before)):
             node = source
@@ -323,7 +331,7 @@ def _peel_heads(node: Node) -> tuple[Node, str]:
                 "clone",
                 "contiguous",
             ):
-                source = source.args[0]
+                source = arg(source, 0)
             if len(shape(source) or ()) != 4:
                 return node, heads
             node, heads = source, "repeated_kv"
@@ -336,34 +344,34 @@ def _only_rows(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
 
 
 def _stored(source: Node) -> _Stored:
-    if kind(source) == "getitem" and kind(source.args[0]) == "kvsink.read":
-        read = source.args[0]
+    if kind(source) == "getitem" and kind(arg(source, 0)) == "kvsink.read":
+        read = arg(source, 0)
         state = argument(read, 2, "state")
         writes = tuple(
             n for n in read.graph.nodes if kind(n) == "kvsink.append_" and list(argument(n, 6, "state")) == list(state)
         )
         return _Stored(
-            "kvsink", argument(read, int(source.args[1]), "kv"[int(source.args[1])]), source, writes, (read, source)
+            "kvsink", argument(read, int(arg(source, 1)), "kv"[int(arg(source, 1))]), source, writes, (read, source)
         )
     if kind(source) == "cat" and argument(source, 1, "dim", 0) in (-2, 2) and len(shape(source) or ()) == 4:
         new = argument(source, 0, "tensors")[-1]
         copies = _copies_out(source)
         if copies:
-            return _Stored("static", new, source, copies, (source,), _size(copies[0].args[0], 2))
+            return _Stored("static", new, source, copies, (source,), _size(arg(copies[0], 0), 2))
         return _Stored("dynamic", new, source, (source,), (source,), _kept_rows(source))
     for write in source.users:
         name = kind(write)
-        if write.args and write.args[0] is source and name in ("index_copy_", "index_put_", "setitem"):
+        if write.args and arg(write, 0) is source and name in ("index_copy_", "index_put_", "setitem"):
             new = argument(write, 3 if name == "index_copy_" else 2, "source")
             return _Stored("static", new, source, (write,), (source,))
-        if name == "copy_" and write.args[0] is source:
-            rolled = write.args[1]
+        if name == "copy_" and arg(write, 0) is source:
+            rolled = arg(write, 1)
             for put in rolled.users if isinstance(rolled, Node) else ():
-                if kind(put) in ("setitem", "index_put_") and put.args[0] is rolled:
-                    return _Stored("static", put.args[2], source, (put, write), (source,), _size(source, 2))
+                if kind(put) in ("setitem", "index_put_") and arg(put, 0) is rolled:
+                    return _Stored("static", arg(put, 2), source, (put, write), (source,), _size(source, 2))
     copies = _copies_out(source)
     if copies:
-        return _Stored("static", source, source, copies, (source,), _size(copies[0].args[0], 2))
+        return _Stored("static", source, source, copies, (source,), _size(arg(copies[0], 0), 2))
     return _Stored("none", source, source)
 
 
@@ -374,14 +382,14 @@ def _copies_out(node: Node) -> tuple[Node, ...]:
         user
         for cut in cuts
         for user in cut.users
-        if kind(user) == "copy_" and len(user.args) > 1 and user.args[1] is cut
+        if kind(user) == "copy_" and len(user.args) > 1 and arg(user, 1) is cut
     )
 
 
 def _kept_rows(cat: Node) -> int | None:
     """The window of a growing sliding layer, which keeps `rows[:, :, -window + 1:]`."""
     for user in cat.users:
-        index = user.args[1] if kind(user) == "getitem" else None
+        index = arg(user, 1) if kind(user) == "getitem" else None
         if isinstance(index, tuple) and len(index) >= 3 and isinstance(index[2], slice):
             start = index[2].start
             if isinstance(start, int) and start < 0 and index[2].stop is None:
@@ -410,7 +418,7 @@ def _rope_sum(node: Any) -> _Rope | None:
     node = _peel_casts(node)
     if kind(node) != "add":
         return None
-    products = [_peel_casts(arg) for arg in node.args[:2]]
+    products = [_peel_casts(operand) for operand in node.args[:2]]
     if any(kind(product) != "mul" for product in products):
         return None
     for plain, turned in (products, products[::-1]):
@@ -428,7 +436,7 @@ def _rotated_half_of(node: Any) -> Node | None:
     if kind(node) != "cat" or len(argument(node, 0, "tensors")) != 2:
         return None
     upper, lower = (_peel_casts(part) for part in argument(node, 0, "tensors"))
-    if kind(upper) != "neg" or _cut_of(upper.args[0]) is None or _cut_of(upper.args[0]) is not _cut_of(lower):
+    if kind(upper) != "neg" or _cut_of(arg(upper, 0)) is None or _cut_of(arg(upper, 0)) is not _cut_of(lower):
         return None
     return _cut_of(lower) if _is_first_half(lower) else None
 
@@ -437,13 +445,13 @@ def _is_first_half(cut: Node) -> bool:
     """x[..., :d/2] rather than x[..., ::2], which is the interleaved spelling."""
     if kind(cut) == "slice":
         return argument(cut, 2, "start") in (0, None) and argument(cut, 4, "step", 1) == 1
-    index = cut.args[1]
+    index = arg(cut, 1)
     last = index[-1] if isinstance(index, tuple) else index
     return isinstance(last, slice) and last.start in (0, None) and last.step in (1, None)
 
 
 def _cut_of(node: Any) -> Node | None:
-    return node.args[0] if kind(node) in ("getitem", "slice") and isinstance(node.args[0], Node) else None
+    return arg(node, 0) if kind(node) in ("getitem", "slice") and isinstance(arg(node, 0), Node) else None
 
 
 def _table(node: Any) -> Node | None:
@@ -453,7 +461,7 @@ def _table(node: Any) -> Node | None:
         and len(shape(node) or ()) == 4
         and kind(node) in CASTS | {"unsqueeze", "getitem", "slice"}
     ):
-        node = node.args[0]
+        node = arg(node, 0)
     return node if isinstance(node, Node) and len(shape(node) or ()) == 3 else None
 
 
@@ -492,7 +500,7 @@ def _entries(node: Node, path: str) -> dict[Node, None]:
             if isinstance(fake, torch.Tensor) and fake.is_floating_point() and fake.dim() >= 3:
                 entries[current] = None
             continue
-        fresh = [arg for arg in current.all_input_nodes if arg not in seen]
+        fresh = [source for source in current.all_input_nodes if source not in seen]
         seen.update(fresh)
         todo.extend(fresh)
     return entries
@@ -535,8 +543,8 @@ def _is_causal_mask(mask: Node | None) -> bool:
 def _mask_window(mask: Node | None) -> int | None:
     """The window from `key > query - window` in the mask; UNKNOWN_WINDOW for a sliding mask made outside the graph."""
     for node in _ancestors(mask, ("embedding",)) if mask is not None else ():
-        if kind(node) == "gt" and kind(node.args[1]) == "sub" and isinstance(node.args[1].args[1], int):
-            return node.args[1].args[1]
+        if kind(node) == "gt" and kind(arg(node, 1)) == "sub" and isinstance(arg(arg(node, 1), 1), int):
+            return arg(arg(node, 1), 1)
         if node.op == "placeholder" and "sliding" in str(node.meta.get("kvsink_source", "")):
             return UNKNOWN_WINDOW
     return None
@@ -559,7 +567,7 @@ def _ancestors(node: Node | None, stops: Iterable[str] = ()) -> Iterator[Node]:
         yield current
         if kind(current) in stops:
             continue
-        fresh = [arg for arg in current.all_input_nodes if arg not in seen]
+        fresh = [source for source in current.all_input_nodes if source not in seen]
         seen.update(fresh)
         todo.extend(fresh)
 
@@ -570,7 +578,7 @@ def _users(node: Node) -> list[Node]:
 
 def _peel_casts(node: Any) -> Any:
     while kind(node) in CASTS:
-        node = node.args[0]
+        node = arg(node, 0)
     return node
 
 

@@ -44,10 +44,11 @@ VIEWS = RESHAPES | frozenset(
 )
 # Operators without a side effect: the only ones that may be erased once nothing uses them.
 PURE = VIEWS | CASTS | frozenset(
-    {"add", "sub", "mul", "div", "neg", "cat", "matmul", "bmm", "softmax", "dropout", "repeat_interleave", "masked_fill", "where", "tanh",
-     "index_select", "gather", "eq", "ne", "le", "lt", "ge", "gt", "and_", "or_", "size", "sym_size", "cos", "sin", "arange",
-     "zeros", "zeros_like", "new_empty", "logical_and", "logical_or", "scatter", "index_copy",
-     "scaled_dot_product_attention", "kvsink.read", "kvsink.hadamard", "kvsink.quantize", "kvsink.dequantize", "kvsink.select_sinks"}
+    {"add", "sub", "mul", "div", "neg", "cat", "matmul", "bmm", "softmax", "dropout", "repeat_interleave",
+     "masked_fill", "where", "tanh", "index_select", "gather", "scatter", "index_copy", "eq", "ne", "le", "lt",
+     "ge", "gt", "and_", "or_", "logical_and", "logical_or", "size", "sym_size", "cos", "sin", "arange",
+     "zeros", "zeros_like", "new_empty", "scaled_dot_product_attention", "kvsink.read", "kvsink.hadamard",
+     "kvsink.quantize", "kvsink.dequantize", "kvsink.select_sinks"}
 )  # fmt: skip
 
 
@@ -80,6 +81,11 @@ def shape(node: Any) -> tuple[Any, ...] | None:
     """Sizes of a node's tensor, some of which may be symbolic; None when it is not a tensor."""
     fake = value(node)
     return tuple(fake.shape) if isinstance(fake, torch.Tensor) else None
+
+
+def arg(node: Any, position: int) -> Any:
+    """One positional argument; fx types it too wide to be of use."""
+    return node.args[position]
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

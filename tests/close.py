@@ -10,8 +10,8 @@ EXACT_FLOAT64 = 1e-12
 """Exact rewrites of float64 models: a few hundred roundings of 1.1e-16 on numbers of order one."""
 
 SOFTMAX_IN_FLOAT32 = 2e-6
-"""Same sums, another order, in float32: two layers of at most 64 terms, 2**-24 each, on logits of order one. Eager models
-take their softmax in float32 even when the rest is float64, so this is their bound in float64 too."""
+"""Same sums, another order, in float32: two layers of at most 64 terms, 2**-24 each, on logits of order one. Eager
+models take their softmax in float32 even when the rest is float64, so this is their bound in float64 too."""
 
 FUSED_FLOAT32 = 1e-5
 """Fused attention against its parts: softmax and sums in float32 in another order, relative to the largest value."""

@@ -46,15 +46,19 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_DECODER, partial_rotary_factor=0.5)),
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_DECODER, **_GEMMA)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=VOCAB, n_positions=128, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2)
+        hf.GPT2Config(
+            vocab_size=VOCAB, n_positions=128, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS,
+            bos_token_id=1, eos_token_id=2,
+        )
     ),
     "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_DECODER, **_MOE)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_DECODER, **_GEMMA, attn_logit_softcapping=5.0)),
     "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**_DECODER)),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(
-            vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
-            decoder_attention_heads=HEADS, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128,
+            vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS,
+            encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
+            encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
         )
     ),

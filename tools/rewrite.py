@@ -84,7 +84,7 @@ def command(
             progress=progress,
         )
         quality = (
-            measure(out_dir, eval_windows, eval_window_tokens, device, progress)
+            measure(out_dir, model_dir, eval_windows, eval_window_tokens, device, progress)
             if eval_windows and not dry_run
             else None
         )
@@ -110,7 +110,7 @@ def check_apart(source: Path, out_dir: Path) -> None:
         raise KvsinkError(f"OUT_DIR {out_dir} and MODEL_DIR {source} overlap. Choose an OUT_DIR elsewhere")
 
 
-def measure(out_dir: Path, windows: int, window_tokens: int, device: str, progress: Any) -> Any:
+def measure(out_dir: Path, name: str, windows: int, window_tokens: int, device: str, progress: Any) -> Any:
     """Load what was written and compare it with its own weights on a stock cache; the row goes into both reports."""
     from kvsink import evaluation
     from kvsink.loading import load_model, load_tokenizer
@@ -124,7 +124,7 @@ def measure(out_dir: Path, windows: int, window_tokens: int, device: str, progre
         model,
         model,
         ids,
-        model_name=str(out_dir),
+        model_name=name,
         text_name="WikiText-2 test, detokenized",
         progress=lambda done, total: progress("evaluate", done, total),
     )

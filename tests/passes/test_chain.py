@@ -100,3 +100,27 @@ def test_a_layer_the_plan_leaves_alone_keeps_its_arithmetic() -> None:
     report = run_passes(gm)
     assert [record.layer for record in report.done("fuse")] == [1]
     assert report.left_alone() == {"model.layers.0.self_attn": "a stock static cache and no codec for it"}
+
+
+def test_one_graph_serves_several_lengths() -> None:
+    """Lengths become symbolic after the second prompt; the passes must not fix them."""
+    import kvsink
+
+    from ..graphs import rewritten
+    from ..models import tokens
+
+    model, fused = rewritten("llama", "sdpa", "klt", window=4), []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        fused.append(len(run_passes(gm).done("fuse")))
+        return gm.forward
+
+    compiled = torch.compile(model, backend=backend)
+    one, two = (kvsink.KVSinkCache.for_model(model, 1, max_length=64) for _ in range(2))
+    with torch.no_grad():
+        for length in (6, 7, 9, 1, 1):
+            ids = tokens(length=length, seed=length)
+            left, right = (run_(ids, past_key_values=cache).logits for run_, cache in ((compiled, one), (model, two)))
+            assert largest_difference(left, right) <= FUSED_FLOAT32
+    assert fused == [2, 2, 2]
+    assert largest_difference(list(one.tensors().values()), list(two.tensors().values())) <= FUSED_FLOAT32

@@ -170,3 +170,23 @@ def test_interleaved_rope_is_left_alone() -> None:
 def test_a_reason_names_its_module() -> None:
     (first, _) = find_sites(stock_graph("gemma2", "eager", "none", 5))
     assert str(first) == "model.layers.0.self_attn: softcap: tanh between the scores and the softmax has no SDPA form"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_symbolic_sizes_and_scales(attention: str) -> None:
+    model = build("llama", attention)
+    sites = sites_of(capture(model, tokens(2, 6), stock_cache("dynamic", model), dynamic=True))
+    for site in sites:
+        assert isinstance(site.scale, torch.fx.Node) and site.cache == "dynamic" and site.rope == "half"
+        assert not isinstance(shape(site.k_rope)[2], int)
+
+
+def test_a_divided_score_is_a_scale() -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = k = v = torch.nn.functional.linear(x, torch.eye(16)).view(1, 5, 2, 8).transpose(1, 2)
+            hidden = torch.ones(5, 5).triu(1) * -1e9
+            return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-1, -2)) / 4.0 + hidden, -1), v)
+
+    (site,) = sites_of(capture_all(Plain(), {"x": torch.zeros(1, 5, 16)})[0])
+    assert site.scale == 0.25 and site.core == "eager_softmax" and site.mask is not None

@@ -111,7 +111,7 @@ def test_quality_goes_into_both_reports(tiny_dir, tmp_path):
     (out / "kvsink_report.json").write_text('{"method": "rtn"}')
     (out / "kvsink_report.md").write_text("# report\n")
     steps = []
-    result = rewrite.measure(out, 2, 32, "cpu", lambda *step: steps.append(step))
+    result = rewrite.measure(out, "tiny", 2, 32, "cpu", lambda *step: steps.append(step))
     record = json.loads((out / "kvsink_report.json").read_text())
     assert record["method"] == "rtn"
     assert record["quality"]["perplexity"] == result.perplexity

@@ -8,6 +8,7 @@
 #include <vector>
 
 #define DEVICE static inline
+#define DEVICE_IN inline
 #define DEVICE_STATIC static inline
 #define BOTH
 #define TABLE constexpr
@@ -144,5 +145,4 @@ DEVICE void barrier_wait(u64* b, u32 parity) {
     x.phase++;
   }
 }
-DEVICE void sincos_exact(float x, float* s, float* c) { *s = sinf(x); *c = cosf(x); }
 DEVICE u64 clock_ns() { return 0; }

@@ -24,8 +24,9 @@ torch.cuda.synchronize()
 if "trace" in name:
     t = (trace - trace[:, 0].min()).double() / 1e3
     t[trace == 0] = float("nan")
-    print(name, "B", b, "T", sys.argv[3], "microseconds after the first block's first mark")
+    print(name, "B", b, "T", sys.argv[3], "us after the first mark, min/mean/max:", end="")
     for i in range(16):
         x = t[:, i][~t[:, i].isnan()]
         if len(x):
-            print(f"  mark {i}: n {len(x)} min {x.min():.2f} mean {x.mean():.2f} max {x.max():.2f}")
+            print(f"  {i}: {x.min():.2f}/{x.mean():.2f}/{x.max():.2f}", end="")
+    print()
