@@ -1,12 +1,19 @@
-"""The ops of kvsink, one per file, each with its reference in plain torch. Imported as `kvsink.kernels`."""
+"""The ops of kvsink, one per file, each with its reference in plain torch. Imported as `kvsink.kernels`.
 
-from .append import append_
-from .attend import attend
-from .base import Cost, OpSpec, op_specs
-from .dequantize import dequantize
-from .hadamard import hadamard
-from .quantize import quantize
-from .read import read
-from .select_sinks import select_sinks
+transformers looks for an unrelated package called `kernels` and, with a checkout's root on sys.path, imports this folder
+under that name. It is then left empty: a second import would register every op again, in place of the working one.
+"""
 
-__all__ = ["Cost", "OpSpec", "append_", "attend", "dequantize", "hadamard", "op_specs", "quantize", "read", "select_sinks"]
+if __name__ == "kvsink.kernels":
+    from .append import append_
+    from .attend import attend
+    from .base import Cost, OpSpec, op_specs
+    from .dequantize import dequantize
+    from .hadamard import hadamard
+    from .quantize import quantize
+    from .read import read
+    from .select_sinks import select_sinks
+
+    __all__ = [
+        "Cost", "OpSpec", "append_", "attend", "dequantize", "hadamard", "op_specs", "quantize", "read", "select_sinks",
+    ]  # fmt: skip

@@ -37,7 +37,11 @@ def merge_exact(
     rows are the stored exact keys and values [B, H, E, D], chunk the new ones [B, H, S, D]. Returns the new slot [B, E],
     score [B, E], exact keys and values.
     """
-    out_slot, out_score, out_k, out_v, at = [], [], [], [], 0
+    out_slot: list[Tensor] = []
+    out_score: list[Tensor] = []
+    out_k: list[Tensor] = []
+    out_v: list[Tensor] = []
+    at = 0
     for i, capacity in enumerate(segments):
         part = slice(at, at + capacity)
         at += capacity

@@ -3,7 +3,8 @@
 Formula    out = softmax(scale · q k^T + mask) v^ with k^, v^ as `kvsink::read` defines them
            computed over tiles of slots with a running maximum and sum (online softmax), decoding one tile at a time
 Source     FlashAttention, arXiv 2205.14135 (online softmax); KIVI, arXiv 2402.02750 (attention over packed tiles)
-Shapes     q [B, Hq, S, D] after RoPE; k, v [B, H, S, D] the rows just appended at slots length … length + S - 1, k after RoPE; mask bool or additive
+Shapes     q [B, Hq, S, D] after RoPE; k, v [B, H, S, D] the rows just appended, k after RoPE, at slots length …
+           length + S - 1; mask bool or additive
            [B or 1, 1 or Hq, S, >= L] or None → [B, Hq, S, D] in the dtype of q
 Units      scale multiplies logits
 Exact      equals `read` + softmax attention up to float32 rounding: |difference| <= 1e-5 of the largest |v|

@@ -13,7 +13,7 @@ Cost       C·(log2(order / core) + core) flops per row
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .base import Cost, OpSpec, nbytes, register_op
 __all__ = ["hadamard", "hadamard_core", "hadamard_matrix", "hadamard_ref"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def hadamard_core(order: int) -> int:
     """The odd-shaped core of a Hadamard order: 1, 12 or 20. Raises ValueError when the order has none."""
     for core in (1, 12, 20):
@@ -33,7 +33,7 @@ def hadamard_core(order: int) -> int:
     raise ValueError(f"no Hadamard matrix of order {order}: it must be a power of two, or 12 or 20 times one")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _paley(order: int) -> Tensor:
     p = order - 1
     residues = {i * i % p for i in range(1, p)}

@@ -141,7 +141,7 @@ def quantize(
 quantize.register_fake(_outputs)
 
 
-def _example(kind: str, widths: tuple[int, ...], group_size: int, gain: bool, shape: tuple[int, ...]):  # type: ignore[no-untyped-def]
+def _example(kind: str, widths: tuple[int, ...], group_size: int, gain: bool, shape: tuple[int, ...]):
     def make(g: torch.Generator) -> dict[str, object]:
         x = torch.randn(shape, generator=g)
         sigma = torch.rand(shape[-3], shape[-1], generator=g) + 0.5 if kind == "lloyd" else None

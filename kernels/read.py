@@ -3,7 +3,8 @@
 Formula    k^ = decode(codes);  k^[recent_slot] = recent rows;  k^[exact_slot] = exact rows;  k^[new slots] = k, unless the
            codec is strict; the same for v
 Source     KVSink, arXiv 2508.04257 section 4, step 4
-Shapes     k, v [B, H, S, D] the rows just appended, at slots length … length + S - 1 → k^, v^ [B, H, L, D] in the dtype of k and v; slots past the length
+Shapes     k, v [B, H, S, D] the rows just appended, at slots length … length + S - 1
+           → k^, v^ [B, H, L, D] in the dtype of k and v; slots past the length
            hold finite rest and are for the attention mask to hide
 Exact      protected, recent and new rows yes
 Cost       decodes L rows of keys and values: this is the uncompiled path, the fused op never materializes them
@@ -62,9 +63,7 @@ def read_ref(
 
 
 @torch.library.custom_op("kvsink::read", mutates_args=())
-def read(
-    k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str
-) -> tuple[Tensor, Tensor]:
+def read(k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str) -> tuple[Tensor, Tensor]:
     return read_ref(k, v, state, params, codec)
 
 

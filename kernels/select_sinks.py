@@ -52,7 +52,7 @@ def _outputs(
     )
 
 
-def _example(entries: bool, count: int):  # type: ignore[no-untyped-def]
+def _example(entries: bool, count: int):
     def make(g: torch.Generator) -> dict[str, object]:
         valid = torch.ones(2, 9, dtype=torch.bool)
         valid[1, :3] = False

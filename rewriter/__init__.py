@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 from . import codecs, kernels
 from .cache import KVSinkCache
 from .errors import KvsinkError
-from .hf import KvsinkConfig
 from .explain import explain
+from .hf import KvsinkConfig
 from .methods import Method, get_method, methods, register_method
 from .outdir import rewrite_dir
 from .report import Report

@@ -75,14 +75,15 @@ def kvsink_backend(
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
+        return aot_eager(gm, example_inputs)
     if inner != "inductor":
         raise KvsinkError(f"kvsink.inner={inner!r} is not one of inductor, aot_eager, eager")
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **rest}
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled
 
 
 def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | None]:
@@ -118,6 +119,7 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
 def _tables(codec: Codec, site: AttentionSite) -> dict[str, torch.Tensor]:
     missing = [n for n in codec.param_names() if n not in ("start_cos", "start_sin")]
     if missing:
-        raise CalibrationError(f"{site.path}: tables {', '.join(missing)} need calibration; call kvsink.rewrite(model) first")
+        raise CalibrationError(
+            f"{site.path}: tables {', '.join(missing)} need calibration; call kvsink.rewrite(model) first"
+        )
     return {}
-

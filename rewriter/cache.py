@@ -95,7 +95,9 @@ class KVSinkLayer(CacheLayerMixin):
 
     def state(self) -> list[Tensor]:
         """The tensors of this layer in the order of STATE_NAMES."""
-        return [self.shared.positions if n == "positions" else getattr(self, n) for n in STATE_NAMES]
+        positions = self.shared.positions
+        assert positions is not None
+        return [positions if n == "positions" else getattr(self, n) for n in STATE_NAMES]
 
     def _grow(self, slots: int) -> None:
         held = self.k_codes.shape[2]
@@ -123,7 +125,9 @@ class KVSinkLayer(CacheLayerMixin):
         new = key_states.shape[2]
         if self.max_length is None:
             self._grow(self._held + new)
-        elif not torch.compiler.is_compiling() and self.device.type == "cpu" and int(self.length) + new > self.max_length:
+        elif (
+            not torch.compiler.is_compiling() and self.device.type == "cpu" and int(self.length) + new > self.max_length
+        ):
             raise KvsinkError(
                 f"layer {self.layer}: {new} rows do not fit behind {int(self.length)} of max_length={self.max_length}; "
                 "make the cache longer"
@@ -230,7 +234,9 @@ class KVSinkLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
-            self._map_batch(lambda t: t[indices.to(t.device) if indices.dtype != torch.bool else indices], in_place=False)
+            self._map_batch(
+                lambda t: t[indices.to(t.device) if indices.dtype != torch.bool else indices], in_place=False
+            )
 
     def offload(self) -> None:
         if self.is_initialized:
@@ -254,7 +260,9 @@ class KVSinkCache(Cache):
     def __init__(self, runtime: Runtime, max_length: int | None = None) -> None:
         self.shared = _Shared(runtime)
         config = runtime.config.get_text_config(decoder=True)
-        stock: Cache = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
+        stock: Cache = (
+            DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
+        )
         layers: list[Any] = []
         for i, plan in enumerate(runtime.plans):
             if plan.codec is None:
@@ -333,7 +341,9 @@ class KVSinkCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         if self.shared.positions is not None:
-            self.shared.positions.copy_(self.shared.positions.index_select(0, beam_idx.to(self.shared.positions.device)))
+            self.shared.positions.copy_(
+                self.shared.positions.index_select(0, beam_idx.to(self.shared.positions.device))
+            )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

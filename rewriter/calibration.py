@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvsink.errors import CalibrationError, UnsupportedError
+from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import unrope
 from kvsink.observers import KeyStats, ValueStats
-from kvsink.protect import Policy, Segment, SinkStage, segments_for_layer
+from kvsink.protect import Policy, SinkStage, segments_for_layer
 from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, first_candidates
 
 __all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
@@ -99,7 +99,8 @@ class Calibration:
                     values.setdefault(int(parts[1]), {})[parts[2]] = tensor
             record = cls(
                 stages=tuple(
-                    SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in json.loads(meta["stages"])
+                    SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"])
+                    for s in json.loads(meta["stages"])
                 ),
                 keys={at: KeyStats(**k) for at, k in keys.items()},
                 values={at: ValueStats(**v) for at, v in values.items()},
@@ -123,7 +124,7 @@ class Calibration:
 def find_stages(largest: list[float], medians: list[float], channels: list[tuple[int, ...]]) -> tuple[SinkStage, ...]:
     """Emergence stages from the largest and median |H| per block output; channels are the largest ones of each block."""
     stages = []
-    for l in range(len(largest) - 1):  # noqa: E741
+    for l in range(len(largest) - 1):
         before = largest[l - 1] if l else 0.0
         rises, still = largest[l] >= 2 * before, largest[l + 1] >= 2 * largest[l]
         if rises and not still and largest[l] > 100 and largest[l] > 500 * medians[l]:
@@ -218,7 +219,9 @@ def calibrate(
     where = anatomy(model)
     need = 4 * where.head_dim
     if blocks and any(blocks.values()) and ids.numel() < need:
-        raise CalibrationError(f"{ids.numel()} calibration tokens are too few for head_dim={where.head_dim}; give at least {need}")
+        raise CalibrationError(
+            f"{ids.numel()} calibration tokens are too few for head_dim={where.head_dim}; give at least {need}"
+        )
     tell = progress or (lambda what, done, total: None)
     device = next(model.parameters()).device
     recorder = _BlockRecorder(model, where)
@@ -242,9 +245,7 @@ def calibrate(
             out.keys[layer, block] = KeyStats.empty(block, where.kv_heads, where.head_dim)
     if not blocks:
         return out
-    plans = tuple(
-        LayerPlan(None, segments_for_layer(policies, i, stages) if i in blocks else ()) for i in range(n)
-    )
+    plans = tuple(LayerPlan(None, segments_for_layer(policies, i, stages) if i in blocks else ()) for i in range(n))
     runtime = Runtime(model, plans, {}, stages, "calibration")
     attach(model, runtime)
     try:
@@ -260,7 +261,10 @@ def calibrate(
                 tell("calibrating", min(start + batch, len(ids)), len(ids))
     finally:
         detach(model)
-    for name, stats in (*out.keys.items(), *out.values.items()):
+    every: list[tuple[object, KeyStats | ValueStats]] = [*out.keys.items(), *out.values.items()]
+    for name, stats in every:
         if not torch.isfinite(stats.second).all():
-            raise CalibrationError(f"statistics of layer {name} are not finite; check the weights or calibrate in float32")
+            raise CalibrationError(
+                f"statistics of layer {name} are not finite; check the weights or calibrate in float32"
+            )
     return out

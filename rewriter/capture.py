@@ -51,6 +51,11 @@ def capture_all(
         arguments["use_cache"] = False
     with torch.no_grad(), torch._dynamo.config.patch(**_NEVER_RETRACE_LIMIT):
         torch.compile(model, backend=record, dynamic=dynamic)(**arguments)
+    if not graphs:
+        raise UnsupportedError(
+            f"dynamo traced nothing of {type(model).__name__}: it was compiled too often in this process; "
+            "call torch._dynamo.reset() first"
+        )
     return graphs
 
 

@@ -70,7 +70,9 @@ def water_fill(variance: Tensor, bits: float, run: int = 8) -> tuple[int, ...]:
 
 def _need(found: object, layer: int, what: str) -> None:
     if found is None:
-        raise CalibrationError(f"layer {layer} has no {what} statistics in this record; calibrate with this method again")
+        raise CalibrationError(
+            f"layer {layer} has no {what} statistics in this record; calibrate with this method again"
+        )
 
 
 def design_key(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles) -> Design:

@@ -33,6 +33,7 @@ def foldable(attention: nn.Module) -> str | None:
 def fold_value_rotation(attention: nn.Module, order: int, storage: torch.dtype | None = None) -> None:
     """Rotate v_proj and o_proj in place. storage: dtype of the checkpoint, when the weights in memory are wider."""
     v, o = attention.v_proj, attention.o_proj
+    assert isinstance(v, nn.Linear) and isinstance(o, nn.Linear)
 
     def put(target: torch.Tensor, new: torch.Tensor) -> None:
         target.copy_(new.to(storage) if storage is not None else new)

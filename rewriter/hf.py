@@ -32,7 +32,7 @@ class KvsinkConfig(QuantizationConfigMixin):
     """`quantization_config` of a rewritten folder: the method and the counted bits; the plan is in the sidecar."""
 
     def __init__(self, method: str = "klt", bits: float = 16.0, format: int = 1, **kwargs: Any) -> None:
-        self.quant_method = "kvsink"  # type: ignore[assignment]
+        self.quant_method = "kvsink"
         self.method, self.bits, self.format = method, bits, format
 
 
@@ -109,9 +109,10 @@ def _prepare_cache(
         else:
             model_kwargs["past_key_values"] = KVSinkCache.for_model(self)
     original = type(self)._prepare_cache_for_generation
-    result = original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+    result = original(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+    )
     cache = model_kwargs.get("past_key_values")
     if free and isinstance(cache, KVSinkCache):
         cache._is_user_defined = False
     return result
-

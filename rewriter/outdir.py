@@ -122,8 +122,8 @@ def _write(
     (build / "kvsink_report.md").write_text(report.to_markdown(), encoding="utf-8")
     for name in ("config.json", "model.safetensors", SIDECAR_JSON, SIDECAR_TENSORS):
         if name.endswith(".json") or (build / name).exists():
-            with open(build / name, "rb") as file:
-                os.fsync(file.fileno())
+            with open(build / name, "rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def _exchange(build: Path, target: Path) -> None:

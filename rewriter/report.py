@@ -13,7 +13,9 @@ __all__ = ["LayerReport", "Report", "counted_bits"]
 STATED_LENGTH = 4096  # tokens at which a report counts bits
 
 
-def counted_bits(codec: Codec, heads: int, dim: int, tokens: int = STATED_LENGTH, batch: int = 1) -> tuple[float, float]:
+def counted_bits(
+    codec: Codec, heads: int, dim: int, tokens: int = STATED_LENGTH, batch: int = 1
+) -> tuple[float, float]:
     """Bits per element of keys and of values that the cache of one layer holds at `tokens`: codes, scales, exact rows and
     the window (16 bit), slots, scores and positions (32 bit), counted half to each side."""
     per_side = batch * heads * tokens * dim

@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from kvsink.calibration import Calibration, calibrate, fingerprint
+from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
 from kvsink.design import design_key, design_value, key_blocks, needs_calibration
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
@@ -117,7 +118,9 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
         ids = ids[: count * length].reshape(count, length)
     vocabulary = config.vocab_size
     if int(ids.max()) >= vocabulary:
-        raise CalibrationError(f"calibration token {int(ids.max())} is outside the vocabulary of {vocabulary}; wrong tokenizer?")
+        raise CalibrationError(
+            f"calibration token {int(ids.max())} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
+        )
     return ids
 
 
@@ -208,7 +211,9 @@ def rewrite(
     policies = [parse_policies(c.protect) for c in choices]
     uses_stages = any(p.kind == "kvsink" for ps in policies for p in ps)
     blocks = {
-        i: key_blocks(w[0]) for i, w in enumerate(wanted) if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
+        i: key_blocks(w[0])
+        for i, w in enumerate(wanted)
+        if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
     }
     check_weights(model)
     record = Calibration((), {}, {}, torch.zeros(0), 0)
@@ -232,11 +237,16 @@ def rewrite(
         if w is None:
             plans.append(LayerPlan(None, (), _refusal(where, i)))
             continue
-        key = design_key(
-            w[0], i, where.kv_heads, where.head_dim, record, lambda b, i=i: probe.offset_angles(i, b, torch.device("cpu"))
+        key_design = design_key(
+            w[0],
+            i,
+            where.kv_heads,
+            where.head_dim,
+            record,
+            partial(probe.offset_angles, i, device=torch.device("cpu")),
         )
-        value = design_value(w[1], i, where.kv_heads, where.head_dim, record)
-        value_spec, value_tables = value.spec, dict(value.tables)
+        value_design = design_value(w[1], i, where.kv_heads, where.head_dim, record)
+        value_spec, value_tables = value_design.spec, dict(value_design.tables)
         attention = model.get_submodule(where.attentions[i])
         if value_spec.transform == "hadamard":
             reason = foldable(attention) if fold else "folding is off"
@@ -248,8 +258,8 @@ def rewrite(
             elif reason and reason != "folding is off" and i == 0:
                 notes.append(f"value rotation runs online: {reason}")
         segments = segments_for_layer(policies[i], i, record.stages)
-        codec = Codec(key.spec, value_spec, tuple(s.count for s in segments), choices[i].window)
-        tables.update({f"layers.{i}.{name}": t for name, t in {**key.tables, **value_tables}.items()})
+        codec = Codec(key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window)
+        tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
     for attention, order in folds:
         fold_value_rotation(attention, order, storage_dtype)

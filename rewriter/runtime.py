@@ -74,7 +74,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and "ttention" in type(module).__name__ and "vision" not in name and "." in name:
-            if not any(name.startswith(other + ".") for other in found.values()):
+            nested = any(name.startswith(other + ".") for other in found.values())
+            if not nested:
                 found.setdefault(index, name)
     if not found or sorted(found) != list(range(len(found))):
         kinds = sorted({type(m).__name__ for m in model.modules()})[:8]
@@ -115,7 +116,7 @@ class Runtime:
         method: str,
     ) -> None:  # fmt: skip
         self.anatomy = anatomy(model)
-        self.config = model.config
+        self.config: Any = model.config
         self.plans, self.stages, self.method = plans, stages, method
         self.tables = dict(tables)
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
@@ -178,7 +179,7 @@ class Runtime:
 
 
 def _new_frame(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if not getattr(cache, "is_kvsink", False):
         return
     ids = kwargs.get("input_ids")
@@ -208,13 +209,13 @@ def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
 
 
 def _end_frame(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if getattr(cache, "is_kvsink", False):
         cache.frame = None
 
 
 def _tell_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if not getattr(cache, "is_kvsink", False) or cache.frame is None:
         return
     frame = cache.frame
@@ -237,7 +238,7 @@ class _StageHook:
         self.weights = torch.ones(1)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if not getattr(cache, "is_kvsink", False) or cache.frame is None:
             return
         hidden = output[0] if isinstance(output, tuple) else output
@@ -252,7 +253,7 @@ class _MassiveHook:
         self.channels, self.weights = torch.zeros(1, dtype=torch.int64), torch.ones(1)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if not getattr(cache, "is_kvsink", False) or cache.frame is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]

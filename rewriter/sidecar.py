@@ -91,7 +91,9 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
     """Raise SidecarError unless plan and tables fit the model's layers, heads and head dimension."""
     a = runtime.anatomy
     if len(runtime.plans) != len(a.attentions):
-        raise SidecarError(f"{source} plans {len(runtime.plans)} layers, the model has {len(a.attentions)}; it is of another model")
+        raise SidecarError(
+            f"{source} plans {len(runtime.plans)} layers, the model has {len(a.attentions)}; it is of another model"
+        )
     shapes = {
         "k_mean": (a.kv_heads, a.head_dim), "k_mean2": (a.kv_heads, a.head_dim), "k_sigma": (a.kv_heads, a.head_dim),
         "k_basis": (a.kv_heads, a.head_dim, a.head_dim), "v_basis": (a.kv_heads, a.head_dim, a.head_dim),
@@ -122,6 +124,8 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
             if (wanted is not None and tuple(table.shape) != wanted) or (
                 name.startswith("offset") and table.shape[0] != c.key.block
             ):
-                raise SidecarError(f"{source}: table {name} of layer {layer} has shape {tuple(table.shape)}, expected {wanted}")
+                raise SidecarError(
+                    f"{source}: table {name} of layer {layer} has shape {tuple(table.shape)}, expected {wanted}"
+                )
             if table.is_floating_point() and not torch.isfinite(table).all():
                 raise SidecarError(f"{source}: table {name} of layer {layer} holds NaN or infinite numbers")

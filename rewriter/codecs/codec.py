@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class Codec:
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(text: str) -> Codec:
         """The codec of a canonical text."""
         try:
@@ -87,7 +87,9 @@ class Codec:
                 strict=bool(record.get("strict", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SidecarError(f"codec record {text[:80]!r} cannot be read ({error}); rewrite the model again") from error
+            raise SidecarError(
+                f"codec record {text[:80]!r} cannot be read ({error}); rewrite the model again"
+            ) from error
 
     def param_names(self) -> tuple[str, ...]:
         """Names of the constant tables this codec needs, in the order ops receive them."""

@@ -22,8 +22,8 @@
 #define ABLATE 0  // measurements only: 1 loads without arithmetic, 2 arithmetic without waiting for loads
 #endif
 #ifndef COMPUTE_REGISTERS
-#define COMPUTE_REGISTERS 192
-#define SERVICE_REGISTERS 120
+#define COMPUTE_REGISTERS (MODE == 2 ? 200 : 192)
+#define SERVICE_REGISTERS (MODE == 2 ? 104 : 120)
 #endif
 #ifndef TRACE
 #define TRACE 0  // measurements only: write clock readings to Params::trace
@@ -580,7 +580,19 @@ DEVICE void step(State& st, const unsigned char* record, const uint4* mean, cons
   }
 }
 
-DEVICE void rotate_query(u32 (&rq)[2][16], const unsigned char* turns, const unsigned char* raw_bytes, int lane) {
+struct Turn { uint4 c[2][2], s[2][2]; };             // cosines and sines of the four blocks, as this lane needs them
+DEVICE void load_turn(Turn& r, const unsigned char* from, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int j = 0; j < 2; j++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint4* rot = (const uint4*)from + (2 * j + (g >> 2)) * 16 + t;
+      r.c[j][i] = rot[i * 4];
+      r.s[j][i] = rot[(i + 2) * 4];
+    }
+}
+DEVICE void rotate_query(u32 (&rq)[2][16], const Turn& r, const unsigned char* raw_bytes, int lane) {
   const int g = lane >> 2, t = lane & 3;
   const uint4* raw = (const uint4*)((const u32*)raw_bytes + ((g & 3) * 4 + t) * 20);
 #pragma unroll
@@ -589,8 +601,7 @@ DEVICE void rotate_query(u32 (&rq)[2][16], const unsigned char* turns, const uns
     const u32 av[4] = {a.x, a.y, a.z, a.w}, bv[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const uint4* rot = (const uint4*)turns + (2 * j + (g >> 2)) * 16 + t;
-      const uint4 c = rot[i * 4], s = rot[(i + 2) * 4];
+      const uint4 c = r.c[j][i], s = r.s[j][i];
       const u32 cv[4] = {c.x, c.y, c.z, c.w}, sv[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
@@ -775,25 +786,24 @@ static void attend_packed(const Params& p)
     Partial held = {{0, 0, 0, 0}, NEG_INF, 0}, held_exact = held;
     const auto query = [&](int b) { return load4(p.q, ((long long)(b * p.Hkv + head) * R + from) * D + 4 * lane); };
     uint2 qv = query(first_row);
+    prepare_query(p, qv, first_row, hq, lane, smem, 0);   // before any other load: they would queue behind everybody's packed rows
+    sync_warp();
+    if (lane == 0) barrier_arrive(ready);
+    mark(p, 10);
     for (int b = first_row, n = 0;; b++, n++) {
       Partial a, exact = {{0, 0, 0, 0}, NEG_INF, 0};
       int out = b;
       if (b <= last_row) {
         const bool send = b == last_row && tail;
-        ExactRows side;
-        const uint2 next = query(b < last_row ? b + 1 : b);
-        if (!send) load_exact_rows(side, p, b, head, lane);     // ask early: these loads queue behind everybody's packed rows
-        if (n == 0) {
-          prepare_query(p, qv, b, hq, lane, smem, 0);
-          sync_warp();
-          if (lane == 0) barrier_arrive(ready);
-          mark(p, 10);
-        }
+        uint2 next = qv;
         if (b < last_row) {
+          next = query(b + 1);
           prepare_query(p, next, b + 1, hq, lane, smem, (n + 1) & 1);
           sync_warp();
           if (lane == 0) barrier_arrive(ready + ((n + 1) & 1));
         }
+        ExactRows side;
+        if (!send) load_exact_rows(side, p, b, head, lane);
         if (!send) exact = attend_exact(side, qv, p, b, head, lane);
         qv = next;
         mark(p, 11);
@@ -837,9 +847,10 @@ static void attend_packed(const Params& p)
   fetch.w.row = first_row; fetch.w.last = last_row; fetch.turns = 0;
   fetch.w.enter(rows, warp);
   fetch.settle(p, rows, head, warp);
-#pragma unroll 1
-  for (int i = 0; i < STAGES; i++) request(p, fetch, rows, head, warp, lane, stages + i * RECORD_BYTES, turns, full + i);
-  int used = 0, begun = 0;                           // records used, superblocks begun
+  const auto exclusions = [&](int b) { return lane < p.E ? p.exact_slot[b * p.E + lane] : -1; };
+  int coming = exclusions(first_row);                // before the packed rows: it would queue behind them
+  request(p, fetch, rows, head, warp, lane, stages, turns, full);
+  int asked = 1, used = 0, begun = 0;                // records asked for, records used, superblocks begun
   mark(p, 2);
 
   for (int b = first_row, n = 0; b <= last_row; b++, n++) {
@@ -847,7 +858,8 @@ static void attend_packed(const Params& p)
     work.row = work.last = b;
     work.enter(rows, warp);
     const int begin = p.start[b], end = p.length[b] - p.leave_out, at = n & 1;
-    const int excluded = lane < p.E ? p.exact_slot[b * p.E + lane] : -1;
+    const int excluded = coming;
+    if (b < last_row) coming = exclusions(b + 1);
     u32 q[QN][16], rq[2][16];
     float shift[2][2] = {};
     State st;
@@ -858,23 +870,7 @@ static void attend_packed(const Params& p)
 #pragma unroll
     for (int i = 0; i < 2; i++) st.m[i] = st.l[i] = st.z[i] = 0;
     st.fresh = true;
-    if (work.i < work.items) {                       // the row's query, by now written by the service warps
-      barrier_wait(ready + at, n >> 1 & 1);
-      mark(p, 3);
-      if (MODE != 0) barrier_wait(tables, 0);
-      if (MODE != 2) {
-        const u32* qt = (const u32*)(smem + OFF_QT + at * QT_BYTES) + (g & 3) * (D / 2) + t;
-#pragma unroll
-        for (int k = 0; k < 16; k++) {
-          constexpr u32 one = 0x3c00u;
-          const u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[k] << 10);
-          q[0][k] = hmul2(qt[4 * k], f | f << 16);
-        }
-        const float* qs = (const float*)(smem + OFF_SUM) + at * 4;
-        shift[0][0] = qs[2 * (t & 1)];
-        shift[0][1] = qs[2 * (t & 1) + 1];
-      }
-    }
+    bool entered = false;
 
     for (; work.i < work.items; work.i += WARPS) {
       const bool whole = work.is_whole();
@@ -894,24 +890,50 @@ static void attend_packed(const Params& p)
         }
       }
       const unsigned char* raw = smem + OFF_RAW + at * RAW_BYTES;
-      if (MODE != 0 && !whole) rotate_query(rq, (const unsigned char*)(p.rotation + super * 256), raw, lane);   // while the record is on its way
+      Turn turn;
+      if (MODE != 0 && !whole) load_turn(turn, (const unsigned char*)(p.rotation + super * 256), lane);
+      if (!entered) {                                // the row's query, by now written by the service warps
+        entered = true;
+        barrier_wait(ready + at, n >> 1 & 1);
+        mark(p, 3);
+        if (MODE != 0) barrier_wait(tables, 0);
+        if (MODE != 2) {
+          const u32* qt = (const u32*)(smem + OFF_QT + at * QT_BYTES) + (g & 3) * (D / 2) + t;
+#pragma unroll
+          for (int k = 0; k < 16; k++) {
+            constexpr u32 one = 0x3c00u;
+            const u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[k] << 10);
+            q[0][k] = hmul2(qt[4 * k], f | f << 16);
+          }
+          const float* qs = (const float*)(smem + OFF_SUM) + at * 4;
+          shift[0][0] = qs[2 * (t & 1)];
+          shift[0][1] = qs[2 * (t & 1) + 1];
+        }
+      }
+      if (MODE != 0 && !whole) rotate_query(rq, turn, raw, lane);   // while the record is on its way
       const uint4* mean = (const uint4*)(smem + OFF_MEAN) + record0 * 256 + lane;
       valid >>= 4 * record0;
 #pragma unroll 1
       for (int r = 0; r < (whole ? 4 : 1); r++) {
+        while (fetch.left && asked - used < (used ? STAGES : 2)) {   // two at first: the copy engine makes a warp that asks for all wait
+          const int to = asked++ & (STAGES - 1);
+          request(p, fetch, rows, head, warp, lane, stages + to * RECORD_BYTES, turns, full + to);
+        }
         const int slot = used & (STAGES - 1);
-        unsigned char* record = stages + slot * RECORD_BYTES;
+        const unsigned char* record = stages + slot * RECORD_BYTES;
         if (ABLATE != 2) barrier_wait(full + slot, used / STAGES & 1);
         if (used == 0) mark(p, 4);
         if (r == 0) {
-          if (MODE != 0 && whole) rotate_query(rq, turns + (begun++ & 1) * ROT_BYTES, raw, lane);
+          if (MODE != 0 && whole) {
+            load_turn(turn, turns + (begun++ & 1) * ROT_BYTES, lane);
+            rotate_query(rq, turn, raw, lane);
+          }
           if (MODE == 2) transform_query(q, shift, rq, (const uint4*)(smem + OFF_BASIS) + lane);
         }
         if (ABLATE == 1) st.l[0] += *(const float*)(record + 4 * lane);
         else if (!masked) step<false>(st, record, mean, q, rq, shift, 0, lane);
         else step<true>(st, record, mean, q, rq, shift, valid, lane);
         sync_warp();
-        request(p, fetch, rows, head, warp, lane, record, turns, full + slot);
         used++;
         mean += 256;
         valid >>= 4;

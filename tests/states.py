@@ -1,0 +1,81 @@
+"""The packed state of one layer without a model around it: real codecs, random rows, candidates by hand."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.kernels import append_
+
+from .graphs import rewritten
+from .models import HEAD_DIM, KV_HEADS
+
+SLOTS = 64
+
+CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
+    ("klt", ()),
+    ("klt", (("window", 5), ("protect", "first:2+massive:3"))),
+    ("klt", (("key_bits", 1.25), ("value_bits", 16))),
+    ("centred", (("window", 3),)),
+    ("rotatekv", (("protect", "massive:4"),)),
+    ("rotatekv", (("fold", False), ("key_bits", 3))),
+    ("rtn", (("key_bits", 16), ("protect", "first:3"))),
+    ("rtn", (("window", 4),)),
+)
+"""Every method, both ways of leaving a side in 16 bit, exact rows with and without a window."""
+
+
+@cache
+def _model(method: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    return rewritten("llama", "sdpa", method, **dict(options))
+
+
+def layer_of(method: str, options: tuple[tuple[str, Any], ...] = (), batch: int = 1, strict: bool = False) -> KVSinkLayer:
+    """Layer 1 of a fresh static cache of a rewritten tiny Llama, ready to be written to."""
+    cache = KVSinkCache.for_model(_model(method, options), batch, max_length=SLOTS, strict=strict)
+    return cache.packed_layers()[1]
+
+
+def rows(batch: int, length: int, seed: int = 0, heads: int = KV_HEADS) -> tuple[Tensor, Tensor]:
+    """Random keys after RoPE and values [B, H, S, D]."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, heads, length, HEAD_DIM, generator=g), torch.randn(batch, heads, length, HEAD_DIM, generator=g)
+
+
+def candidates(layer: KVSinkLayer, batch: int, length: int, seed: int = 0) -> list[Tensor]:
+    """Random scores for every new row, one pair per segment."""
+    g, out = torch.Generator().manual_seed(100 + seed), []
+    for segment in layer.segments:
+        score, index = torch.randn(batch, length, generator=g).topk(min(segment.count, length), dim=1)
+        out += [score, index]
+    return out
+
+
+def append_arguments(layer: KVSinkLayer, k: Tensor, v: Tensor, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments of `append_` for rows that follow the ones held."""
+    positions = torch.arange(k.shape[2])[None] + layer.length
+    cos, sin = layer.shared.runtime.angles(1, positions)
+    return dict(
+        k=k, v=v, positions=positions, cos=cos, sin=sin, candidates=candidates(layer, k.shape[0], k.shape[2], seed),
+        state=layer.state(), params=layer.params, codec=layer.codec_text, roped=True,
+    )  # fmt: skip
+
+
+def filled(
+    method: str, options: tuple[tuple[str, Any], ...] = (), batch: int = 2, lengths: tuple[int, ...] = (11, 1, 7),
+    strict: bool = False,
+) -> tuple[KVSinkLayer, Tensor, Tensor]:  # fmt: skip
+    """A layer that has seen chunks of these lengths; the length stands before the last of them, as the ops expect."""
+    layer = layer_of(method, options, batch, strict)
+    k, v = rows(batch, sum(lengths))
+    at = 0
+    for i, n in enumerate(lengths):
+        append_(**append_arguments(layer, k[:, :, at : at + n], v[:, :, at : at + n], seed=i))
+        if i < len(lengths) - 1:
+            layer.length.add_(n)
+            at += n
+    return layer, k, v
