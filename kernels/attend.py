@@ -45,6 +45,8 @@ def attend_ref(
 ) -> Tensor:  # fmt: skip
     """The definition: read everything, then attend in float32."""
     full_k, full_v = read_ref(k, v, state, params, codec)
+    if mask is not None:  # a growing cache has more slots than rows; its mask ends with the rows
+        full_k, full_v = full_k[:, :, : mask.shape[-1]], full_v[:, :, : mask.shape[-1]]
     b, h, slots, d = full_k.shape
     s, r = q.shape[2], q.shape[1] // h
     bias = _additive(mask, is_causal, state[11], s, torch.arange(slots, device=q.device))

@@ -7,7 +7,9 @@ Formula    kind "uniform"      per row and group: lo = clip·min x, s = (clip·m
            kind "gauss"        per row and group: m = mean x, d = rms(x - m), code = nearest Lloyd-Max level to
                                (x - m) / d;                                     scale holds (d, m)
            kind "lloyd"        static deviation sigma_c of each channel: code = nearest Lloyd-Max level of width w_c to
-                               x_c / (sigma_c · g); with gain g = rms(x / sigma) per row, else 1; scale holds (g)
+                               x_c / (sigma_c · g); without gain g = 1; with gain g starts at rms(x / sigma) of the row and
+                               is fitted to the levels by least squares, before and after a second encoding;
+                                                                                scale holds (g)
            rounding is half to even; s, lo, z, d, m, g are rounded to float16 first and the codes use the rounded value
 Source     uniform: KIVI, arXiv 2402.02750 section 3; uniform-int and clip: RotateKV, arXiv 2501.16383 and its released
            code; gauss and lloyd: ours (`klt`)
@@ -24,12 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import Cost, OpSpec, nbytes, register_op
-from .levels import thresholds
+from .levels import lloyd_max, thresholds
 from .packing import pack_bits
 
 __all__ = ["KINDS", "quantize", "quantize_ref", "scales_per_row", "segments"]
@@ -94,6 +97,35 @@ def _gauss(x: Tensor, width: int, group_size: int) -> tuple[Tensor, Tensor]:
     return codes, torch.cat([d, m], dim=-1).flatten(-2)
 
 
+def _lloyd(x: Tensor, sigma: Tensor, widths: Sequence[int], gain: bool) -> tuple[Tensor, Tensor]:
+    parts = segments(widths)
+    deviation = sigma[:, None, :].clamp_min(_HALF_TINY)  # [H, 1, D]
+    y = x / deviation
+
+    def encode(g: Tensor) -> list[Tensor]:
+        return [_bucketize(y[..., a:b] / g, w) for a, b, _, w in parts]
+
+    def fit(codes: list[Tensor]) -> Tensor:
+        # Least squares in units of x: the g for which g·sigma·level comes closest to x over the coded channels.
+        dot, square = torch.zeros_like(y[..., :1]), torch.zeros_like(y[..., :1])
+        for (a, b, _, w), code in zip(parts, codes, strict=True):
+            level = lloyd_max(w, x.device)[code.int()] * deviation[..., a:b]
+            dot = dot + (x[..., a:b] * level).sum(-1, keepdim=True)
+            square = square + level.square().sum(-1, keepdim=True)
+        return _half(dot / square.clamp_min(1e-30))
+
+    if not parts:
+        return x.new_empty((*x.shape[:-1], 0), dtype=torch.uint8), x.new_zeros((*x.shape[:-1], int(gain)), dtype=torch.float16)
+    if gain:
+        rms = y.square().mean(-1, keepdim=True).sqrt().clamp_min(_HALF_TINY)
+        codes = encode(fit(encode(rms)).float().clamp_min(_HALF_TINY))
+        scale = fit(codes)
+    else:
+        codes = encode(torch.ones_like(y[..., :1]))
+        scale = x.new_empty((*x.shape[:-1], 0), dtype=torch.float16)
+    return torch.cat([pack_bits(c, w) for c, (_, _, _, w) in zip(codes, parts, strict=True)], dim=-1), scale
+
+
 def quantize_ref(
     x: Tensor, sigma: Tensor | None, kind: str, widths: Sequence[int], group_size: int, clip: float, gain: bool
 ) -> tuple[Tensor, Tensor]:
@@ -105,16 +137,7 @@ def quantize_ref(
     x = x.float()
     if kind == "lloyd":
         assert sigma is not None
-        y = x / sigma[:, None, :].clamp_min(_HALF_TINY)  # [H, 1, D]
-        if gain:
-            scale = _half(y.square().mean(-1, keepdim=True).sqrt())
-            y = y / scale.float().clamp_min(_HALF_TINY)
-        else:
-            scale = x.new_empty((*x.shape[:-1], 0), dtype=torch.float16)
-        packed = [pack_bits(_bucketize(y[..., a:b], w), w) for a, b, _, w in segments(widths)]
-        if not packed:
-            return x.new_empty((*x.shape[:-1], 0), dtype=torch.uint8), scale
-        return torch.cat(packed, dim=-1), scale
+        return _lloyd(x, sigma, widths, gain)
     width = widths[0]
     if kind == "gauss":
         codes, scale = _gauss(x, width, group_size)
@@ -160,14 +183,19 @@ EXAMPLES = (
     _example("lloyd", (1,) * 2, 16, False, (1, 2, 3, 16)),
 )
 
+
+def _cost(**a: Any) -> Cost:
+    x, rows = a["x"], a["x"].numel() // a["x"].shape[-1]
+    row = sum(a["widths"]) + 2 * scales_per_row(a["kind"], x.shape[-1], a["group_size"], a["gain"])
+    return Cost(flops=6 * x.numel(), read=nbytes(x), written=rows * row)
+
+
 SPEC = register_op(
     OpSpec(
         name="quantize",
         op=quantize,
         ref=quantize_ref,
-        cost=lambda **a: Cost(
-            flops=6 * a["x"].numel(), read=nbytes(a["x"]), written=a["x"].numel() // a["x"].shape[-1] * sum(a["widths"])
-        ),
+        cost=_cost,
         examples=EXAMPLES,
     )
 )

@@ -13,6 +13,8 @@ Cost       reads C channels (or all E) of every row once
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,13 @@ def _outputs(
     )
 
 
+def _cost(**a: Any) -> Cost:
+    hidden, tokens = a["hidden"], a["valid"].numel()
+    scored = tokens * (hidden.shape[2] if a["entries"] else a["channels"].numel())
+    kept = hidden.shape[0] * min(a["count"], hidden.shape[1] * (hidden.shape[2] if a["entries"] else 1))
+    return Cost(flops=2 * scored, read=nbytes(a["valid"]) + scored * hidden.element_size(), written=12 * kept)
+
+
 def _example(entries: bool, count: int):
     def make(g: torch.Generator) -> dict[str, object]:
         valid = torch.ones(2, 9, dtype=torch.bool)
@@ -69,7 +78,7 @@ SPEC = register_op(
         name="select_sinks",
         op=select_sinks,
         ref=select_sinks_ref,
-        cost=lambda **a: Cost(flops=2 * a["valid"].numel() * a["channels"].numel(), read=nbytes(a["valid"]), written=0),
+        cost=_cost,
         examples=(_example(False, 5), _example(True, 20), _example(False, 50)),
     )
 )

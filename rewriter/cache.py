@@ -9,6 +9,7 @@ Raises     KvsinkError when a row does not fit, a crop asks for more than is hel
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class KVSinkLayer(CacheLayerMixin):
         super().__init__()
         self.shared, self.layer, self.codec, self.segments = shared, layer, codec, segments
         self.codec_text = codec.text()
+        self.sources = [(s, s.key if s.source != "massive" else f"{s.key}@{layer}") for s in segments]
         self.max_length = max_length
         self.is_compileable = max_length is not None
         self.params: list[Tensor] = []
@@ -165,8 +167,7 @@ class KVSinkLayer(CacheLayerMixin):
 
     def _candidates(self, frame: Frame, positions: Tensor, rows: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
-        for segment in self.segments:
-            key = segment.key if segment.source != "massive" else f"{segment.key}@{self.layer}"
+        for segment, key in self.sources:
             pair = frame.candidates.get(key)
             if pair is None and segment.source == "first":
                 pair = frame.candidates[key] = first_candidates(frame, positions, rows.shape[0], segment.count)
@@ -284,14 +285,17 @@ class KVSinkCache(Cache):
         runtime = runtime_of(model)
         cache = cls(runtime, max_length)
         if strict:
-            for layer in cache.packed_layers():
-                layer.codec = Codec(layer.codec.key, layer.codec.value, layer.codec.segments, layer.codec.window, True)
-                layer.codec_text = layer.codec.text()
+            cache._make_strict()
         if max_length is not None:
             weight = next(model.parameters())
             a = runtime.anatomy
             cache.early_initialization(batch_size, a.kv_heads, a.head_dim, weight.dtype, weight.device)
         return cache
+
+    def _make_strict(self) -> None:
+        for layer in self.packed_layers():
+            layer.codec = replace(layer.codec, strict=True)
+            layer.codec_text = layer.codec.text()
 
     @property
     def frame(self) -> Frame | None:
@@ -359,6 +363,8 @@ class KVSinkCache(Cache):
         """Write the packed state to one safetensors file, to be loaded by `KVSinkCache.load` with the same model."""
         if any(not isinstance(layer, KVSinkLayer) for layer in self.layers):
             raise KvsinkError("a cache with layers that kvsink leaves alone cannot be saved; save the prompt instead")
+        if not all(layer.is_initialized for layer in self.packed_layers()):
+            raise KvsinkError("an empty cache cannot be saved; prefill a prompt first")
         meta = {
             "format": "kvsink-cache-1",
             "codecs": json.dumps([layer.codec_text for layer in self.packed_layers()]),
@@ -379,9 +385,15 @@ class KVSinkCache(Cache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise SidecarError(f"cache file {path} cannot be read ({error}); save it again") from error
+        found = json.loads(meta.get("codecs", "[]"))
+        if found and all(Codec.parse(text).strict for text in found):
+            cache._make_strict()
         texts = [layer.codec_text for layer in cache.packed_layers()]
-        if meta.get("format") != "kvsink-cache-1" or json.loads(meta.get("codecs", "[]")) != texts:
+        if meta.get("format") != "kvsink-cache-1" or found != texts:
             raise SidecarError(f"cache file {path} was made by another plan or version; prefill the prompt again")
+        wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in STATE_NAMES if n != "positions"} | {"positions"}
+        if missing := wanted - set(tensors):
+            raise SidecarError(f"cache file {path} lacks {min(missing)}; save it again")
         length = int(meta["length"])
         if max_length is not None and length > max_length:
             raise KvsinkError(f"cache file {path} holds {length} tokens, more than max_length={max_length}")

@@ -11,7 +11,7 @@ Raises     CalibrationError for too few tokens, NaN or infinite activations, or 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,13 +208,13 @@ class _RecordingCache(Cache):
 
 
 def calibrate(
-    model: nn.Module, ids: Tensor, policies: tuple[Policy, ...], blocks: dict[int, tuple[int, ...]], batch: int = 1,
+    model: nn.Module, ids: Tensor, policies: Sequence[tuple[Policy, ...]], blocks: dict[int, tuple[int, ...]], batch: int = 1,
     progress: Progress | None = None,
 ) -> Calibration:  # fmt: skip
     """Run `ids` [N, T] through the model: two windows to find the stages, then all for the statistics.
 
-    blocks: block lengths whose key statistics each layer needs (empty: only stages). Needs as many tokens as four times the
-    head dimension. Raises CalibrationError.
+    policies: of each layer, since what stays exact is left out. blocks: block lengths whose key statistics each layer
+    needs (empty: only stages). Needs as many tokens as four times the head dimension. Raises CalibrationError.
     """
     where = anatomy(model)
     need = 4 * where.head_dim
@@ -245,8 +245,8 @@ def calibrate(
             out.keys[layer, block] = KeyStats.empty(block, where.kv_heads, where.head_dim)
     if not blocks:
         return out
-    plans = tuple(LayerPlan(None, segments_for_layer(policies, i, stages) if i in blocks else ()) for i in range(n))
-    runtime = Runtime(model, plans, {}, stages, "calibration")
+    plans = tuple(LayerPlan(None, segments_for_layer(policies[i], i, stages) if i in blocks else ()) for i in range(n))
+    runtime, earlier = Runtime(model, plans, {}, stages, "calibration"), model.__dict__.get("_kvsink_runtime")
     attach(model, runtime)
     try:
         with torch.no_grad():
@@ -261,6 +261,8 @@ def calibrate(
                 tell("calibrating", min(start + batch, len(ids)), len(ids))
     finally:
         detach(model)
+        if earlier is not None:
+            attach(model, earlier)
     every: list[tuple[object, KeyStats | ValueStats]] = [*out.keys.items(), *out.values.items()]
     for name, stats in every:
         if not torch.isfinite(stats.second).all():

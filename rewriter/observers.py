@@ -64,7 +64,8 @@ class KeyStats:
 
     def block_table(self, cos: Tensor, sin: Tensor) -> Tensor:
         """R_d mu for every offset d → [H, n, D]."""
-        return rope(self.mean()[:, None, :], cos.double(), sin.double())
+        mean = self.mean()[:, None, :].expand(-1, self.block, -1)
+        return rope(mean, cos.double(), sin.double())
 
     def centred(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """mu2 [H, D] and the covariance [H, D, D] of R_d (k - mu)."""

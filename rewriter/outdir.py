@@ -105,7 +105,7 @@ def _write(
     model.to(storage)
     model.save_pretrained(build)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.name != "config.json" and not file.name.endswith(_WEIGHTS):
+        if file.is_file() and file.name not in ("config.json", "kvsink_demo.json") and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, build / file.name)
     config_path = build / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))

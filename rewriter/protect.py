@@ -11,7 +11,7 @@ Differs    a model may have several emergence stages: a layer uses the latest on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvsink.errors import KvsinkError, UnknownName
 
@@ -53,11 +53,10 @@ class Segment:
 
     source: str
     count: int
+    key: str = field(init=False, compare=False)  # under which a forward pass shares the candidates between layers
 
-    @property
-    def key(self) -> str:
-        """Name under which a forward pass shares the candidates between layers."""
-        return f"{self.source}:{self.count}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.source}:{self.count}")
 
 
 def parse_policies(text: str) -> tuple[Policy, ...]:

@@ -178,6 +178,12 @@ def rewrite(
     begun = time.monotonic()
     m = method if isinstance(method, Method) else get_method(method)
     where = anatomy(model)
+    earlier = model.__dict__.get("_kvsink_runtime")
+    if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
+        raise UnsupportedError(
+            f"this model has been rewritten by {earlier.method}, which turned its value weights; load the model again, or "
+            "rewrite the first time with fold=False"
+        )
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     base = LayerChoice(
         m.key_bits if key_bits is None else key_bits,
@@ -224,7 +230,7 @@ def rewrite(
             record = Calibration.load(calibration, model)
         else:
             ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies[0], blocks, batch, progress)
+            record = calibrate(model, ids, policies, blocks, batch, progress)
     notes = []
     if uses_stages and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")

@@ -178,18 +178,40 @@ class Runtime:
 # -- hooks -------------------------------------------------------------------------------------------------------------
 
 
-def _new_frame(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache: Any = kwargs.get("past_key_values")
-    if not getattr(cache, "is_kvsink", False):
-        return
-    ids = kwargs.get("input_ids")
-    rows = ids if ids is not None else kwargs.get("inputs_embeds")
-    if rows is None and args:
-        rows = args[0]
-    frame = Frame()
-    if rows is not None:
-        frame.valid = _valid_rows(kwargs.get("attention_mask"), rows.shape[0], rows.shape[1], cache)
-    cache.frame = frame
+class _Hook:
+    """A hook of one module that finds the module's arguments by name, however they are passed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = [n for n in inspect.signature(module.forward).parameters if n not in ("self", "args", "kwargs")]
+        self.place = {name: i for i, name in enumerate(names)}
+
+    def given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument `name` of a call, or None."""
+        if name in kwargs:
+            return kwargs[name]
+        at = self.place.get(name, len(args))
+        return args[at] if at < len(args) else None
+
+    def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The kvsink cache of a call, or None."""
+        found = self.given("past_key_values", args, kwargs)
+        return found if getattr(found, "is_kvsink", False) else None
+
+
+class _NewFrame(_Hook):
+    """Pre-hook of the base model: a fresh frame, with what the attention mask says of padding."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = self.cache(args, kwargs)
+        if cache is None:
+            return
+        rows = self.given("input_ids", args, kwargs)
+        rows = self.given("inputs_embeds", args, kwargs) if rows is None else rows
+        frame = Frame()
+        if rows is not None:
+            mask = self.given("attention_mask", args, kwargs)
+            frame.valid = _valid_rows(mask, rows.shape[0], rows.shape[1], cache)
+        cache.frame = frame
 
 
 def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
@@ -208,55 +230,60 @@ def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
     return seen.expand(batch, -1)
 
 
-def _end_frame(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache: Any = kwargs.get("past_key_values")
-    if getattr(cache, "is_kvsink", False):
-        cache.frame = None
+class _EndFrame(_Hook):
+    """Forward hook of the base model: the frame is over."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = self.cache(args, kwargs)
+        if cache is not None:
+            cache.frame = None
 
 
-def _tell_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache: Any = kwargs.get("past_key_values")
-    if not getattr(cache, "is_kvsink", False) or cache.frame is None:
-        return
-    frame = cache.frame
-    angles = kwargs.get("position_embeddings")
-    if angles is None and len(args) > 1 and isinstance(args[1], tuple):
-        angles = args[1]
-    if angles is not None:
-        frame.cos, frame.sin = angles
-    positions = kwargs.get("position_ids")
-    if positions is not None and positions.dim() == 2:
-        frame.positions = positions
+class _Positions(_Hook):
+    """Pre-hook of an attention module: the positions and angles it is about to use."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = self.cache(args, kwargs)
+        if cache is None or cache.frame is None:
+            return
+        angles = self.given("position_embeddings", args, kwargs)
+        if angles is not None:
+            cache.frame.cos, cache.frame.sin = angles
+        positions = self.given("position_ids", args, kwargs)
+        if positions is not None and positions.dim() == 2:
+            cache.frame.positions = positions
 
 
-class _StageHook:
+class _Stage(_Hook):
     """Forward hook of an emergence block: its output ranks the new rows."""
 
-    def __init__(self, key: str, channels: tuple[int, ...], count: int) -> None:
+    def __init__(self, module: nn.Module, key: str, channels: tuple[int, ...], count: int) -> None:
+        super().__init__(module)
         self.key, self.count = key, count
         self.channels = torch.tensor(channels[:1])
         self.weights = torch.ones(1)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache: Any = kwargs.get("past_key_values")
-        if not getattr(cache, "is_kvsink", False) or cache.frame is None:
+        cache = self.cache(args, kwargs)
+        if cache is None or cache.frame is None:
             return
         hidden = output[0] if isinstance(output, tuple) else output
         cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, False)
 
 
-class _MassiveHook:
-    """Forward pre-hook of a block: the largest entries of its input name rows for this layer alone."""
+class _Massive(_Hook):
+    """Pre-hook of a block: the largest entries of its input name rows for this layer alone."""
 
-    def __init__(self, key: str, count: int) -> None:
+    def __init__(self, module: nn.Module, key: str, count: int) -> None:
+        super().__init__(module)
         self.key, self.count = key, count
         self.channels, self.weights = torch.zeros(1, dtype=torch.int64), torch.ones(1)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache: Any = kwargs.get("past_key_values")
-        if not getattr(cache, "is_kvsink", False) or cache.frame is None:
+        cache = self.cache(args, kwargs)
+        if cache is None or cache.frame is None:
             return
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self.given("hidden_states", args, kwargs)
         cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, True)
 
 
@@ -285,12 +312,14 @@ def first_candidates(frame: Frame, positions: Tensor, batch: int, count: int) ->
 def attach(model: nn.Module, runtime: Runtime) -> None:
     """Give a model its runtime and hooks; an earlier runtime is detached first."""
     detach(model)
-    a, handles = runtime.anatomy, []
+    a = runtime.anatomy
+    handles = []
     base = model.get_submodule(a.base) if a.base else model
-    handles.append(base.register_forward_pre_hook(_new_frame, with_kwargs=True))
-    handles.append(base.register_forward_hook(_end_frame, with_kwargs=True))
+    handles.append(base.register_forward_pre_hook(_NewFrame(base), with_kwargs=True))
+    handles.append(base.register_forward_hook(_EndFrame(base), with_kwargs=True))
     for name in a.attentions:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(_tell_positions, with_kwargs=True))
+        attention = model.get_submodule(name)
+        handles.append(attention.register_forward_pre_hook(_Positions(attention), with_kwargs=True))
     stages = {f"stage:{s.block}": s for s in runtime.stages}
     done = set()
     for layer, plan in enumerate(runtime.plans):
@@ -299,12 +328,12 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
                 done.add(segment.key)
                 stage = stages[segment.source]
                 block = model.get_submodule(a.blocks[stage.block])
-                hook = _StageHook(segment.key, stage.channels, segment.count)
+                hook = _Stage(block, segment.key, stage.channels, segment.count)
                 handles.append(block.register_forward_hook(hook, with_kwargs=True))
             elif segment.source == "massive":
                 block = model.get_submodule(a.blocks[layer])
-                hook_in = _MassiveHook(f"{segment.key}@{layer}", segment.count)
-                handles.append(block.register_forward_pre_hook(hook_in, with_kwargs=True))
+                entries = _Massive(block, f"{segment.key}@{layer}", segment.count)
+                handles.append(block.register_forward_pre_hook(entries, with_kwargs=True))
     model._kvsink_runtime = runtime  # type: ignore[assignment]
     model._kvsink_handles = handles  # type: ignore[assignment]
 

@@ -16,6 +16,9 @@ models take their softmax in float32 even when the rest is float64, so this is t
 FUSED_FLOAT32 = 1e-5
 """Fused attention against its parts: softmax and sums in float32 in another order, relative to the largest value."""
 
+HALF_SCALE = 2.0**-11
+"""One float16 scale that rounds the other way after float32 sums in another order, relative to the largest value."""
+
 
 def largest_difference(left: Any, right: Any) -> float:
     """max |left - right| over all tensors of two equal structures; infinite when their shapes differ."""

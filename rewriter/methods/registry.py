@@ -82,7 +82,12 @@ def methods() -> Mapping[str, Method]:
     package = importlib.import_module(__package__)
     for info in pkgutil.iter_modules(package.__path__):
         if info.name != "registry":
-            importlib.import_module(f"{__package__}.{info.name}")
+            try:
+                importlib.import_module(f"{__package__}.{info.name}")
+            except Exception as error:
+                raise KvsinkError(
+                    f"method file {info.name}.py cannot be imported ({type(error).__name__}: {error}); mend it or take it away"
+                ) from error
     return MappingProxyType(dict(sorted(_METHODS.items())))
 
 

@@ -1,8 +1,7 @@
 // Decode attention over packed keys and values: one query row per sequence, split over tokens, merged in the same launch.
 //
 // Formula    out = softmax(scale * q.K^ + mean) V^ over packed tokens, exact rows and the new row (NOTES.md, layout.py)
-// Layout     a superblock is 4 blocks of 64 tokens; its record r holds tokens 16 r .. 16 r + 15 of each block: codes in the order of
-//            mma.m16n8k16 A fragments, then scales (layout.py)
+// Layout     token tiles of 16 are stored in the order of mma.m16n8k16 A fragments; a superblock is 128 tokens (layout.py)
 // Arithmetic a masked code is an fp16 subnormal (code * 2^pos * 2^-24), so nothing is converted; powers of two and the
 //            levels' spacing are folded into the query (keys) or into the final scaling (values)
 // Needs      sm_80 instructions plus the bulk copy engine (sm_90). No header is included, so NVRTC compiles it as it is.
@@ -18,12 +17,18 @@
 #ifndef MODE
 #define MODE 1  // 0 plain scale and zero, 1 the same plus the mean's logit (centred), 2 block KLT with one gain per token
 #endif
+#ifndef STEP_PAIRS
+#define STEP_PAIRS 2  // tile pairs (32 tokens each) whose logits are computed before one softmax step
+#endif
+#ifndef ITEM_PAIRS
+#define ITEM_PAIRS 4  // tile pairs that one warp loads at a time: 4 (a superblock), 2 or 1, not fewer than STEP_PAIRS
+#endif
 #ifndef ABLATE
 #define ABLATE 0  // measurements only: 1 loads without arithmetic, 2 arithmetic without waiting for loads
 #endif
 #ifndef COMPUTE_REGISTERS
-#define COMPUTE_REGISTERS (MODE == 2 ? 200 : 192)
-#define SERVICE_REGISTERS (MODE == 2 ? 104 : 120)
+#define COMPUTE_REGISTERS 200
+#define SERVICE_REGISTERS 104
 #endif
 #ifndef TRACE
 #define TRACE 0  // measurements only: write clock readings to Params::trace
@@ -32,7 +37,7 @@
 #define WARPS 8
 #endif
 #ifndef STAGES
-#define STAGES 4  // records of 64 tokens that a warp has in flight or in use
+#define STAGES 2
 #endif
 #ifndef HEADS_PER_KV
 #define HEADS_PER_KV 4
@@ -45,7 +50,6 @@ typedef unsigned long long u64;
 #include "emulate.h"
 #else
 #define DEVICE __device__ __forceinline__
-#define DEVICE_IN __device__ __forceinline__
 #define DEVICE_STATIC static __device__ __forceinline__
 #define BOTH __host__ __device__
 #define TABLE __device__ constexpr
@@ -74,6 +78,7 @@ DEVICE int shfl_int(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane);
 DEVICE bool any_lane(bool p) { return __any_sync(0xffffffffu, p); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_cta() { __syncthreads(); }
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEVICE u32 ballot_warp(bool p) { return __ballot_sync(0xffffffffu, p); }
 DEVICE int popcount(u32 v) { return __popc(v); }
 // Words other blocks write or poll: past L1, never reordered with each other's arrival, each word checked on its own.
@@ -110,9 +115,12 @@ DEVICE u64 clock_ns() { u64 r; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(r
 
 struct Params {
   const void* q;            // [B, Hkv * R, 128] fp16 or bf16, rotary applied
-  const unsigned char* packed;  // [B, Hkv, superblocks, 4, RECORD_BYTES]
+  const u32* k_codes;       // [B, Hkv, tiles, K_BYTES / 4]
+  const void* k_scale;      // [B, Hkv, tiles * 128, 2] fp16 scale, zero; block KLT: [B, Hkv, tiles * 128] fp16 gain
+  const u32* v_codes;       // [B, Hkv, tiles, V_BYTES / 4]
+  const u32* v_scale;       // [B, Hkv, tiles * 128, 2] fp16 scale, zero
   const u32* mean;          // [Hkv, 4, 8, 32, 4] A fragments of the [64, 128] table of the mean's logit
-  const u32* rotation;      // [4 * superblocks, 4, 4, 4] cos and sin of 64 * block, B-fragment order
+  const u32* rotation;      // [2 * tiles, 4, 4, 4] cos and sin of 64 * block, B-fragment order
   const u32* basis;         // block KLT: [Hkv, 8, 8, 32, 4] A fragments of diag(step * sigma * 2^(8 - pos)) U^T
   const float* turn;        // [B, 64, 2] cos and sin of the rotation by start, read where start is not 0
   const int* start;         // [B] index of the row's first token (left padding)
@@ -125,7 +133,7 @@ struct Params {
   const float* value_mean;  // [Hkv, 128] or null
   void* out;                // [B, Hkv * R, 128]
   float* partial;           // [Hkv, grid_x, 4 * PART], every word 0xffffffff before the first launch and left so
-  int B, Hkv, superblocks, E, N, leave_out;  // leave_out: packed tokens at the end of each row not to be read
+  int B, Hkv, tiles, E, N, leave_out;  // leave_out: packed tokens at the end of each row not to be read
   int q_bf16, key_hadamard, value_hadamard;
   float scale;              // softmax scale times log2(e)
   u64* trace;               // measurements only: 16 clock readings per block, or null
@@ -157,15 +165,15 @@ TABLE Fields KF = make_fields(K_WIDTH);
 TABLE Fields VF = make_fields(V_WIDTH);
 constexpr int K_WORDS = 2 * KF.bins, V_WORDS = 2 * VF.bins;                   // 32-bit words per lane and tile of 16 tokens
 constexpr int K_TILE = 32 * K_WORDS, V_TILE = 32 * V_WORDS;                   // words per tile
-constexpr int K_SCALE = MODE == 2 ? 2 : 4, V_SCALE = 4;                       // bytes per token
-constexpr int AT_V = 4 * K_TILE * 4, AT_KS = AT_V + 4 * V_TILE * 4, AT_VS = AT_KS + 64 * K_SCALE;
-constexpr int RECORD_BYTES = AT_VS + 64 * V_SCALE, ROT_BYTES = MODE == 0 ? 0 : 1024;
-constexpr int SUPER = 256;                                                     // tokens of a superblock
+constexpr int K_BYTES = 8 * K_TILE * 4, V_BYTES = 8 * V_TILE * 4;             // per superblock of 128 tokens
+constexpr int KS_BYTES = MODE == 2 ? 256 : 512, VS_BYTES = 512, ROT_BYTES = MODE == 0 ? 0 : 512;
+constexpr int KI_BYTES = K_BYTES * ITEM_PAIRS / 4, VI_BYTES = V_BYTES * ITEM_PAIRS / 4;   // codes of one item
+constexpr int PAIR_K = K_BYTES / 4, PAIR_V = V_BYTES / 4, K_SCALE = KS_BYTES / 128, V_SCALE = VS_BYTES / 128;   // bytes per tile pair, per token
+constexpr int STAGE_BYTES = KI_BYTES + VI_BYTES + KS_BYTES + VS_BYTES + ROT_BYTES;
 constexpr int PART = 132;                                                      // floats per head of a partial: 128 channels, max, sum
 constexpr int MAX_ROWS = 256;                                                  // rows of one launch; the host cuts larger batches
 
-constexpr int OFF_ROT = WARPS * STAGES * RECORD_BYTES;                         // two per warp
-constexpr int OFF_MEAN = OFF_ROT + WARPS * 2 * ROT_BYTES;
+constexpr int OFF_MEAN = WARPS * STAGES * STAGE_BYTES;
 constexpr int OFF_BASIS = OFF_MEAN + (MODE == 0 ? 0 : 16384);
 constexpr int OFF_PART = OFF_BASIS + (MODE == 2 ? 32768 : 0);
 constexpr int RAW_BYTES = 16 * 20 * 4, QT_BYTES = MODE == 2 ? 0 : 4 * D * 2;
@@ -179,7 +187,6 @@ static_assert(SMEM_BYTES <= 232448, "more shared memory than a block can have");
 
 // The block owns what it was launched with; asking for more than that waits for ever.
 static_assert(WARPS * 32 * COMPUTE_REGISTERS + SERVICE * 32 * SERVICE_REGISTERS <= 65536 / THREADS / 8 * 8 * THREADS, "registers");
-static_assert(STAGES == 1 || STAGES == 2 || STAGES == 4, "rotations are kept for two superblocks");
 static_assert(MAX_ROWS <= THREADS && WARPS % 4 == 0, "one thread per row; register counts change per four warps");
 
 constexpr float LAZY_LOW = 4.0f, LAZY_HIGH = 8.0f;   // log2: a new reference puts the largest weight at 2^4; it moves when one passes 2^8
@@ -203,30 +210,28 @@ template <int RUN> DEVICE u32 value_field(const u32 (&w)[V_WORDS], int half) {
   constexpr u32 m = ((1u << VF.width[RUN]) - 1u) << VF.pos[RUN];
   return (w[half * VF.bins + VF.bin[RUN]] >> VF.shift[RUN]) & (m | m << 16);
 }
-constexpr int QN = MODE == 2 ? 2 : 1;                // query operands: one per pair of blocks, or one for all
-
-// S^T += K Q^T of four tiles (blocks 0 1 | 2 3), 16 components per step, and the mean's logits of the same tokens: six chains side by side.
+// S^T += K Q^T of the two tiles of each pair, 16 components per step, and the mean's logits of the same tokens: independent chains side by side.
 template <int KS> struct KeySteps {
-  DEVICE_STATIC void run(float (&s)[2][2][4], float (&u)[2][4], const u32 (&w)[2][2][K_WORDS], const u32 (&q)[QN][16], const u32 (&rq)[2][16],
-                         const uint4* mean) {
+  DEVICE_STATIC void run(float (&s)[STEP_PAIRS][2][4], float (&u)[STEP_PAIRS][4], const u32 (&w)[STEP_PAIRS][2][K_WORDS], const u32 (&q)[16],
+                         const u32 (&rq)[16], const uint4* mean) {
     KeySteps<KS - 1>::run(s, u, w, q, rq, mean);
     constexpr int k = KS - 1;
 #pragma unroll
-    for (int j = 0; j < 2; j++)
+    for (int j = 0; j < STEP_PAIRS; j++) {
 #pragma unroll
       for (int i = 0; i < 2; i++)
         mma(s[j][i], key_field<2 * k>(w[j][i], 0), key_field<2 * k>(w[j][i], 1), key_field<2 * k + 1>(w[j][i], 0), key_field<2 * k + 1>(w[j][i], 1),
-            q[QN == 2 ? j : 0][2 * k], q[QN == 2 ? j : 0][2 * k + 1]);
-    if (MODE != 0) {
-      const uint4 a = mean[k * 32];
-#pragma unroll
-      for (int j = 0; j < 2; j++) mma(u[j], a.x, a.y, a.z, a.w, rq[j][2 * k], rq[j][2 * k + 1]);
+            q[2 * k], q[2 * k + 1]);
+      if (MODE != 0) {
+        const uint4 a = mean[j * 256 + k * 32];
+        mma(u[j], a.x, a.y, a.z, a.w, rq[2 * k], rq[2 * k + 1]);
+      }
     }
   }
 };
 template <> struct KeySteps<0> {
-  DEVICE_STATIC void run(float (&)[2][2][4], float (&)[2][4], const u32 (&)[2][2][K_WORDS], const u32 (&)[QN][16], const u32 (&)[2][16],
-                         const uint4*) {}
+  DEVICE_STATIC void run(float (&)[STEP_PAIRS][2][4], float (&)[STEP_PAIRS][4], const u32 (&)[STEP_PAIRS][2][K_WORDS], const u32 (&)[16],
+                         const u32 (&)[16], const uint4*) {}
 };
 template <int MT> struct ValueSteps {                // O^T += V^T P^T, 16 channels per step
   DEVICE_STATIC void run(float (&o)[8][4], const u32 (&w)[V_WORDS], u32 p0, u32 p1) {
@@ -253,55 +258,57 @@ template <int N> DEVICE void load_words(u32 (&w)[N], const u32* tile, int lane) 
   }
 }
 
+struct Work {                                        // walks the items of one warp: superblocks (or parts of them) of the CTA's rows
+  int row, last, first, shift, items, i;
+  bool valid;
+};
+
 struct Range { int u0, u1; };
+DEVICE constexpr int halvings(int pairs) { return pairs == 4 ? 0 : pairs == 2 ? 1 : 2; }
+
 struct Rows { const int *prefix, *first; Range range; };
 
-// The items of one warp: superblocks of the block's rows, WARPS apart; what is left over at the end of a row is dealt out record by record.
-struct Work {
-  int row, last, first, whole, items, i;
-  DEVICE_IN void enter(const Rows& r, int warp) {
-    const int a = r.prefix[row], b = r.prefix[row + 1];
-    const int u0 = r.range.u0 > a ? r.range.u0 : a, u1 = r.range.u1 < b ? r.range.u1 : b, n = u1 - u0, rest = n % WARPS;
-    first = r.first[row] + (u0 - a);
-    whole = rest <= WARPS / 2 ? n - rest : n;
-    items = whole + 4 * (n - whole);
-    i = warp;
+DEVICE void enter_row(Work& w, const Rows& r, int warp) {
+  const int a = r.prefix[w.row], b = r.prefix[w.row + 1];
+  const int u0 = r.range.u0 > a ? r.range.u0 : a, u1 = r.range.u1 < b ? r.range.u1 : b, n = u1 - u0;
+  w.first = r.first[w.row] + (u0 - a);
+  w.shift = halvings(n * (4 / STEP_PAIRS) <= WARPS ? STEP_PAIRS : ITEM_PAIRS);   // few superblocks: smaller items, more warps
+  w.items = n << w.shift;
+  w.i = warp;
+}
+DEVICE void settle(Work& w, const Rows& r, int warp) {
+  while (w.i >= w.items) {
+    if (w.row >= w.last) { w.valid = false; return; }
+    w.row++;
+    enter_row(w, r, warp);
   }
-  DEVICE_IN bool is_whole() const { return i < whole; }
-  DEVICE_IN int superblock() const { return first + (i < whole ? i : whole + ((i - whole) >> 2)); }
-  DEVICE_IN int record0() const { return i < whole ? 0 : (i - whole) & 3; }
-};
+}
 
-struct Fetch {                                       // the same walk, ahead of the arithmetic, record by record
-  Work w;
-  const unsigned char *row, *from;                   // the row's first record, the next record to ask for
-  int left, turns;                                   // records left in this item, superblocks asked for
-  DEVICE_IN void settle(const Params& p, const Rows& r, int head, int warp) {
-    while (w.i >= w.items) {
-      if (w.row >= w.last) { left = 0; return; }
-      w.row++;
-      w.enter(r, warp);
-    }
-    from = p.packed + (((long long)(w.row * p.Hkv + head) * p.superblocks + w.superblock()) * 4 + w.record0()) * RECORD_BYTES;
-    left = w.is_whole() ? 4 : 1;
-  }
-};
-
-// Asks for the next record, and with a superblock's first one for the rotations of its four blocks.
-DEVICE void request(const Params& p, Fetch& f, const Rows& r, int head, int warp, int lane, unsigned char* stage, unsigned char* rot, u64* bar) {
-  if (!f.left) return;
-  const bool turn = MODE != 0 && f.left == 4;
+DEVICE void request(const Params& p, Work& w, const Rows& r, int head, int warp, int lane,
+                    unsigned char* stage, u64* bar) {
+  if (!w.valid) return;
   if (lane == 0 && ABLATE != 2) {
-    barrier_expect(bar, turn ? RECORD_BYTES + ROT_BYTES : RECORD_BYTES);
-    bulk_load(stage, f.from, RECORD_BYTES, bar);
-    if (turn) bulk_load(rot + (f.turns & 1) * ROT_BYTES, p.rotation + f.w.superblock() * 256, ROT_BYTES, bar);
+    long long tile = (long long)(w.row * p.Hkv + head) * p.tiles + w.first + (w.i >> w.shift);
+    const int parts = 1 << w.shift, part = w.i & (parts - 1);
+    const u32 kb = K_BYTES >> w.shift, vb = V_BYTES >> w.shift, ks = KS_BYTES >> w.shift, vs = VS_BYTES >> w.shift;
+    unsigned char* scales = stage + KI_BYTES;
+    barrier_expect(bar, kb + vb + ks + vs + ROT_BYTES);
+    bulk_load(stage, (const char*)p.k_codes + tile * K_BYTES + part * kb, kb, bar);
+    bulk_load(stage + STAGE_BYTES - ROT_BYTES - VI_BYTES, (const char*)p.v_codes + tile * V_BYTES + part * vb, vb, bar);
+    if (parts == 1) {
+      bulk_load(scales, (const char*)p.k_scale + tile * KS_BYTES, KS_BYTES, bar);
+      bulk_load(scales + KS_BYTES, (const char*)p.v_scale + tile * VS_BYTES, VS_BYTES, bar);
+    } else {                                         // the even tiles' tokens, then the odd tiles'
+      for (int half = 0; half < 2; half++) {
+        const int ka = half * (KS_BYTES / 2) + part * (ks / 2), va = half * (VS_BYTES / 2) + part * (vs / 2);
+        bulk_load(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, ks / 2, bar);
+        bulk_load(scales + KS_BYTES + va, (const char*)p.v_scale + tile * VS_BYTES + va, vs / 2, bar);
+      }
+    }
+    if (MODE != 0) bulk_load(stage + STAGE_BYTES - ROT_BYTES, p.rotation + (long long)(w.first + (w.i >> w.shift)) * 128, ROT_BYTES, bar);
   }
-  f.turns += turn;
-  f.from += RECORD_BYTES;
-  if (--f.left == 0) {
-    f.w.i += WARPS;
-    f.settle(p, r, head, warp);
-  }
+  w.i += WARPS;
+  settle(w, r, warp);
 }
 
 DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4 lane .. 4 lane + 3, Sylvester order, orthonormal
@@ -363,70 +370,96 @@ DEVICE void prepare_query(const Params& p, uint2 q, int b, int hq, int lane, uns
 
 struct Partial { float o[4], m, l; };                // one head: this lane's 4 channels (4 lane ..), largest logit, sum of weights
 
-struct Pair { uint2 k, v; };
-DEVICE Pair load_exact(const Params& p, long long pair, int lane, int e) {
-  const bool side = e < p.E;
-  const long long at = (side ? pair * p.E + e : pair * p.N + e - p.E) * D + 4 * lane;
-  Pair r = {{0, 0}, {0, 0}};
-  if (e < p.E + p.N) {
-    r.k = load4(side ? p.exact_k : p.new_k, at);
-    r.v = load4(side ? p.exact_v : p.new_v, at);
+constexpr int CHUNK = 9;
+struct ExactRows { uint2 k[CHUNK], v[CHUNK]; int kept; };
+
+// Into L2 without waiting: 256 bytes per row, one lane per 128-byte line.
+DEVICE void prefetch_exact(const Params& p, int b, int head, int lane) {
+  const long long pair = b * p.Hkv + head;
+  for (int i = lane; i < 2 * p.E; i += 32) {
+    prefetch((const unsigned short*)p.exact_k + pair * p.E * D + i * 64);
+    prefetch((const unsigned short*)p.exact_v + pair * p.E * D + i * 64);
   }
-  return r;
-}
-constexpr int AHEAD = 4;
-struct ExactRows { Pair row[AHEAD]; int kept; };
-DEVICE void load_exact_rows(ExactRows& r, const Params& p, int b, int head, int lane) {
-  r.kept = lane < p.E ? p.exact_slot[b * p.E + lane] : -1;
-#pragma unroll
-  for (int j = 0; j < AHEAD; j++) r.row[j] = load_exact(p, b * p.Hkv + head, lane, j);
 }
 
-// Exact and new rows of row b for one query head, in the values' own basis; `r` holds the first rows. Two at a time, loads four ahead.
+DEVICE void load_exact(ExactRows& r, const Params& p, int b, int head, int lane, int e0) {
+  if (!e0) r.kept = lane < p.E ? p.exact_slot[b * p.E + lane] : -1;
+  const long long pair = b * p.Hkv + head;
+#pragma unroll
+  for (int j = 0; j < CHUNK; j++) {
+    const int e = e0 + j;
+    const bool side = e < p.E;
+    const long long at = (side ? pair * p.E + e : pair * p.N + e - p.E) * D + 4 * lane;
+    r.k[j] = r.v[j] = uint2{0, 0};
+    if (e < p.E + p.N) {
+      r.k[j] = load4(side ? p.exact_k : p.new_k, at);
+      r.v[j] = load4(side ? p.exact_v : p.new_v, at);
+    }
+  }
+}
+
+// Exact and new rows of row b for one query head, in the values' own basis; `r` holds the first chunk.
 DEVICE Partial attend_exact(ExactRows& r, uint2 qv, const Params& p, int b, int head, int lane) {
   Partial a = {{0, 0, 0, 0}, NEG_INF, 0};
   float q[4];
-  widen(q, qv, p.q_bf16);
-#pragma unroll 1
-  for (int e0 = 0; e0 < p.E + p.N; e0 += 2) {
-    float x[2];
+  for (int e0 = 0; e0 < p.E + p.N; e0 += CHUNK) {
+    if (e0) load_exact(r, p, b, head, lane, e0);
+    widen(q, qv, p.q_bf16);
+    float d[CHUNK];
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const int e = e0 + j;
-      const bool seen = e < p.E ? shfl_int(r.kept, e & 31) >= 0 : e < p.E + p.N;
+    for (int j = 0; j < CHUNK; j++) {
       float k[4];
-      widen(k, r.row[j].k, p.q_bf16);
-      x[j] = warp_sum(q[0] * k[0] + q[1] * k[1] + q[2] * k[2] + q[3] * k[3]) * p.scale;
-      if (!seen) { x[j] = NEG_INF; r.row[j].v = uint2{0, 0}; }  // unused rows of the store may hold anything
+      widen(k, r.k[j], p.q_bf16);
+      d[j] = q[0] * k[0] + q[1] * k[1] + q[2] * k[2] + q[3] * k[3];
     }
-    const float top = fmaxf(a.m, fmaxf(x[0], x[1])), f = exp2_fast(a.m - top);
-    a.l *= f;
+    // eight sums over the warp at once: every exchange halves the rows a lane holds; lane bits 16, 8, 4 end up naming the row
+#pragma unroll
+    for (int n = 4; n; n >>= 1) {
+      const bool upper = lane & 4 * n;
+#pragma unroll
+      for (int j = 0; j < n; j++) {
+        const float send = upper ? d[j] : d[j + n];
+        d[j] = (upper ? d[j + n] : d[j]) + shfl_xor(send, 4 * n);
+      }
+    }
+    d[0] += shfl_xor(d[0], 2);
+    d[0] += shfl_xor(d[0], 1);
+    d[8] = warp_sum(d[8]);
+    const int mine = e0 + (lane >> 2);
+    const bool kept = shfl_int(r.kept, mine & 31) >= 0, kept8 = shfl_int(r.kept, (e0 + 8) & 31) >= 0;
+    const float x = (mine < p.E ? kept : mine < p.E + p.N) ? d[0] * p.scale : NEG_INF;
+    const float x8 = (e0 + 8 < p.E ? kept8 : e0 + 8 < p.E + p.N) ? d[8] * p.scale : NEG_INF;
+    float top = fmaxf(x, fmaxf(x8, a.m));
+#pragma unroll
+    for (int m = 4; m < 32; m <<= 1) top = fmaxf(top, shfl_xor(top, m));
+    const float f = exp2_fast(a.m - top), w = x <= NEG_INF ? 0.0f : exp2_fast(x - top), w8 = x8 <= NEG_INF ? 0.0f : exp2_fast(x8 - top);
+    float sum = w;
+#pragma unroll
+    for (int m = 4; m < 32; m <<= 1) sum += shfl_xor(sum, m);
+    a.l = a.l * f + sum + w8;
     a.m = top;
 #pragma unroll
     for (int i = 0; i < 4; i++) a.o[i] *= f;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const float w = x[j] <= NEG_INF ? 0.0f : exp2_fast(x[j] - top);
+    for (int j = 0; j < CHUNK; j++) {
+      const float wj = j == 8 ? w8 : bits_float((u32)shfl_int((int)float_bits(w), 4 * j));
       float v[4];
-      widen(v, r.row[j].v, p.q_bf16);
-      a.l += w;
+      widen(v, wj > 0.0f ? r.v[j] : uint2{0, 0}, p.q_bf16);   // unused rows of the store may hold anything
 #pragma unroll
-      for (int i = 0; i < 4; i++) a.o[i] += w * v[i];
+      for (int i = 0; i < 4; i++) a.o[i] += wj * v[i];
     }
-#pragma unroll
-    for (int j = 0; j < AHEAD; j++) r.row[j] = j + 2 < AHEAD ? r.row[j + 2] : load_exact(p, b * p.Hkv + head, lane, e0 + 2 + j);
   }
   return a;
 }
 
-DEVICE void finish(const Params& p, int b, int head, int hq, int lane, Partial a, const Partial& e) {
+DEVICE void finish(const Params& p, int b, int head, int hq, int lane, Partial a, const Partial& e, uint4 mean) {
   if (p.value_hadamard) hadamard(a.o, lane);
   const float n = fmaxf(a.m, e.m), f0 = exp2_fast(a.m - n), f1 = exp2_fast(e.m - n), inv = 1.0f / (a.l * f0 + e.l * f1);
   const float f = f0 * inv, fe = f1 * inv;
   float x[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float mu = p.value_mean ? p.value_mean[head * D + 4 * lane + i] * a.l : 0.0f;
+    const float mu = bits_float(i == 0 ? mean.x : i == 1 ? mean.y : i == 2 ? mean.z : mean.w) * a.l;
     x[i] = f * (a.o[i] + mu) + fe * e.o[i];
   }
   uint2 v = {p.q_bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]), p.q_bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3])};
@@ -489,49 +522,57 @@ struct State {                                       // online softmax of one wa
   bool fresh;
 };
 
-// One softmax step over a record: 16 tokens of each of four blocks.
+// One softmax step over NP tile pairs starting at pair pr of the superblock in `stage`.
 template <bool MASKED>
-DEVICE void step(State& st, const unsigned char* record, const uint4* mean, const u32 (&q)[QN][16], const u32 (&rq)[2][16],
-                 const float (&shift)[2][2], u32 valid, int lane) {
+DEVICE void step(State& st, const unsigned char* stage, const unsigned char* smem, const u32 (&q)[16], const u32 (&rq)[16],
+                 const float (&shift)[2], int pr0, int pr, u32 valid, int lane) {
   const int g = lane >> 2, t = lane & 3, half = t >> 1;
-  const int row = half * 16 + 2 * g;                 // this lane's rows of pair j are rows row + 32 j and the next
-  float x[2][4], s[2][2][4], u[2][4];
-  u32 w[2][2][K_WORDS];
+  const int token = half * 64 + 16 * pr + 2 * g;     // this lane's rows of pair pr + j are tokens token + 16 j and the next
+  const unsigned char *keys[STEP_PAIRS], *values[STEP_PAIRS], *key_scales[STEP_PAIRS], *value_scales[STEP_PAIRS];
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int j = 0; j < STEP_PAIRS; j++) {
+    keys[j] = stage + (pr + j - pr0) * PAIR_K;
+    values[j] = stage + KI_BYTES + KS_BYTES + VS_BYTES + (pr + j - pr0) * PAIR_V;
+    key_scales[j] = stage + KI_BYTES + (token + 16 * j) * K_SCALE;
+    value_scales[j] = stage + KI_BYTES + KS_BYTES + (token + 16 * j) * V_SCALE;
+  }
+  float x[STEP_PAIRS][4], s[STEP_PAIRS][2][4], u[STEP_PAIRS][4];
+  u32 w[STEP_PAIRS][2][K_WORDS];
+#pragma unroll
+  for (int j = 0; j < STEP_PAIRS; j++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      load_words(w[j][i], (const u32*)record + (2 * j + i) * K_TILE, lane);
+      load_words(w[j][i], (const u32*)keys[j] + i * K_TILE, lane);
 #pragma unroll
-      for (int e = 0; e < 4; e++) s[j][i][e] = MODE == 2 ? shift[j][e & 1] : 0.0f;
+      for (int e = 0; e < 4; e++) s[j][i][e] = MODE == 2 ? shift[e & 1] : 0.0f;
     }
 #pragma unroll
-  for (int j = 0; j < 2; j++)
+  for (int j = 0; j < STEP_PAIRS; j++)
 #pragma unroll
     for (int e = 0; e < 4; e++) u[j][e] = -st.m[e & 1];
-  KeySteps<8>::run(s, u, w, q, rq, mean);
+  KeySteps<8>::run(s, u, w, q, rq, (const uint4*)(smem + OFF_MEAN) + pr * 256 + lane);
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < STEP_PAIRS; j++) {
     float sa, sb, za = 0, zb = 0;
     if (MODE == 2) {
-      const u32 a = *(const u32*)(record + AT_KS + (row + 32 * j) * K_SCALE);
+      const u32 a = *(const u32*)key_scales[j];
       sa = half_lo(a); sb = half_hi(a);
     } else {
-      const uint2 a = *(const uint2*)(record + AT_KS + (row + 32 * j) * K_SCALE);
+      const uint2 a = *(const uint2*)key_scales[j];
       sa = half_lo(a.x); za = half_hi(a.x); sb = half_lo(a.y); zb = half_hi(a.y);
     }
     constexpr float unit = (float)(1 << (24 - Q_SHIFT));
     sa *= unit; sb *= unit;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      if (MODE != 2) u[j][i] += (i < 2 ? za : zb) * shift[0][i & 1];
+      if (MODE != 2) u[j][i] += (i < 2 ? za : zb) * shift[i & 1];
       x[j][i] = (i < 2 ? sa : sb) * (half ? s[j][1][i] : s[j][0][i]) + u[j][i];
-      if (MASKED && !(valid >> (2 * j + (i >> 1)) & 1)) x[j][i] = NEG_INF;
+      if (MASKED && !(valid >> (2 * (pr + j) + (i >> 1)) & 1)) x[j][i] = NEG_INF;
     }
   }
   float top0 = x[0][0], top1 = x[0][1];
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < STEP_PAIRS; j++) {
     top0 = fmaxf(top0, fmaxf(x[j][0], x[j][2]));
     top1 = fmaxf(top1, fmaxf(x[j][1], x[j][3]));
   }
@@ -552,18 +593,18 @@ DEVICE void step(State& st, const unsigned char* record, const uint4* mean, cons
 #pragma unroll
     for (int i = 0; i < 8; i++) { st.o[i][0] *= f0; st.o[i][1] *= f1; st.o[i][2] *= f0; st.o[i][3] *= f1; }
 #pragma unroll
-    for (int j = 0; j < 2; j++) { x[j][0] -= d0; x[j][1] -= d1; x[j][2] -= d0; x[j][3] -= d1; }
+    for (int j = 0; j < STEP_PAIRS; j++) { x[j][0] -= d0; x[j][1] -= d1; x[j][2] -= d0; x[j][3] -= d1; }
   }
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < STEP_PAIRS; j++) {
     u32 w0[V_WORDS], w1[V_WORDS];
-    load_words(w0, (const u32*)(record + AT_V) + 2 * j * V_TILE, lane);
-    load_words(w1, (const u32*)(record + AT_V) + (2 * j + 1) * V_TILE, lane);
-    const uint2 a = *(const uint2*)(record + AT_VS + (row + 32 * j) * V_SCALE);
+    load_words(w0, (const u32*)values[j], lane);
+    load_words(w1, (const u32*)values[j] + V_TILE, lane);
+    const uint2 a = *(const uint2*)value_scales[j];
     float sa = half_lo(a.x), za = half_hi(a.x), sb = half_lo(a.y), zb = half_hi(a.y);
     if (MASKED) {
-      if (!(valid >> (2 * j) & 1)) sa = za = 0;
-      if (!(valid >> (2 * j + 1) & 1)) sb = zb = 0;
+      if (!(valid >> (2 * (pr + j)) & 1)) sa = za = 0;
+      if (!(valid >> (2 * (pr + j) + 1) & 1)) sb = zb = 0;
     }
     float e[4];
 #pragma unroll
@@ -580,34 +621,18 @@ DEVICE void step(State& st, const unsigned char* record, const uint4* mean, cons
   }
 }
 
-struct Turn { uint4 c[2][2], s[2][2]; };             // cosines and sines of the four blocks, as this lane needs them
-DEVICE void load_turn(Turn& r, const unsigned char* from, int lane) {
+DEVICE void rotate_query(u32 (&rq)[16], const unsigned char* stage, const unsigned char* smem, int lane, int at) {
   const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int j = 0; j < 2; j++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint4* rot = (const uint4*)from + (2 * j + (g >> 2)) * 16 + t;
-      r.c[j][i] = rot[i * 4];
-      r.s[j][i] = rot[(i + 2) * 4];
-    }
-}
-DEVICE void rotate_query(u32 (&rq)[2][16], const Turn& r, const unsigned char* raw_bytes, int lane) {
-  const int g = lane >> 2, t = lane & 3;
-  const uint4* raw = (const uint4*)((const u32*)raw_bytes + ((g & 3) * 4 + t) * 20);
+  const uint4* raw = (const uint4*)((const u32*)(smem + OFF_RAW + at * RAW_BYTES) + ((g & 3) * 4 + t) * 20);
+  const uint4* rot = (const uint4*)(stage + STAGE_BYTES - ROT_BYTES) + (g >> 2) * 16 + t;
 #pragma unroll
   for (int i = 0; i < 2; i++) {                      // runs 4 i .. 4 i + 3 with their partners 8 runs (64 channels) on
-    const uint4 a = raw[i], b = raw[i + 2];
-    const u32 av[4] = {a.x, a.y, a.z, a.w}, bv[4] = {b.x, b.y, b.z, b.w};
+    uint4 a = raw[i], b = raw[i + 2], c = rot[i * 4], s = rot[(i + 2) * 4];
+    u32 av[4] = {a.x, a.y, a.z, a.w}, bv[4] = {b.x, b.y, b.z, b.w}, cv[4] = {c.x, c.y, c.z, c.w}, sv[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const uint4 c = r.c[j][i], s = r.s[j][i];
-      const u32 cv[4] = {c.x, c.y, c.z, c.w}, sv[4] = {s.x, s.y, s.z, s.w};
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        rq[j][4 * i + k] = hfma2(bv[k], sv[k], hmul2(av[k], cv[k]));
-        rq[j][4 * i + k + 8] = hfma2(av[k] ^ 0x80008000u, sv[k], hmul2(bv[k], cv[k]));
-      }
+    for (int k = 0; k < 4; k++) {
+      rq[4 * i + k] = hfma2(bv[k], sv[k], hmul2(av[k], cv[k]));
+      rq[4 * i + k + 8] = hfma2(av[k] ^ 0x80008000u, sv[k], hmul2(bv[k], cv[k]));
     }
   }
 }
@@ -629,33 +654,28 @@ template <int KS> struct CenterSteps {
 };
 template <> struct CenterSteps<0> { DEVICE_STATIC void run(float (&)[4], const u32 (&)[16]) {} };
 
-DEVICE void transform_query(u32 (&q)[QN][16], float (&shift)[2][2], const u32 (&rq)[2][16], const uint4* basis) {
+DEVICE void transform_query(u32 (&q)[16], float (&shift)[2], const u32 (&rq)[16], const unsigned char* smem, int lane) {
+  const uint4* basis = (const uint4*)(smem + OFF_BASIS) + lane;
 #pragma unroll
-  for (int m = 0; m < 8; m += 2) {                   // two tiles of components, two pairs of blocks: four chains side by side
-    float y[2][2][4] = {};
+  for (int m = 0; m < 8; m += 4) {                   // four chains side by side
+    float y[4][4] = {};
 #pragma unroll
     for (int k = 0; k < 8; k++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < 4; i++) {
         const uint4 a = basis[((m + i) * 8 + k) * 32];
-#pragma unroll
-        for (int j = 0; j < 2; j++) mma(y[i][j], a.x, a.y, a.z, a.w, rq[j][2 * k], rq[j][2 * k + 1]);
+        mma(y[i], a.x, a.y, a.z, a.w, rq[2 * k], rq[2 * k + 1]);
       }
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        q[j % QN][2 * (m + i)] = transpose8x8(pack_half2(y[i][j][0], y[i][j][1]));
-        q[j % QN][2 * (m + i) + 1] = transpose8x8(pack_half2(y[i][j][2], y[i][j][3]));
-      }
+    for (int i = 0; i < 4; i++) {
+      q[2 * (m + i)] = transpose8x8(pack_half2(y[i][0], y[i][1]));
+      q[2 * (m + i) + 1] = transpose8x8(pack_half2(y[i][2], y[i][3]));
+    }
   }
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-    float c[4] = {0, 0, 0, 0};
-    CenterSteps<8>::run(c, q[j % QN]);
-    shift[j][0] = -c[0] * 5.9604644775390625e-08f;   // 2^-24, the unit of a subnormal code
-    shift[j][1] = -c[1] * 5.9604644775390625e-08f;
-  }
+  float c[4] = {0, 0, 0, 0};
+  CenterSteps<8>::run(c, q);
+  shift[0] = -c[0] * 5.9604644775390625e-08f;        // 2^-24, the unit of a subnormal code
+  shift[1] = -c[1] * 5.9604644775390625e-08f;
 }
 
 DEVICE void write_warp_partial(State& st, float* dst, int lane) {
@@ -746,9 +766,9 @@ static void attend_packed(const Params& p)
     int n = 0;
     if (TID < p.B) {
       const int s = p.start[TID], e = p.length[TID] - p.leave_out;
-      n = (e + SUPER - 1) / SUPER - s / SUPER;
+      n = (e + 127) / 128 - s / 128;
       n = n < 1 ? 1 : n;
-      firsts[TID] = s / SUPER;
+      firsts[TID] = s / 128;
     }
 #pragma unroll
     for (int d = 1; d < 32; d <<= 1) {
@@ -786,6 +806,9 @@ static void attend_packed(const Params& p)
     Partial held = {{0, 0, 0, 0}, NEG_INF, 0}, held_exact = held;
     const auto query = [&](int b) { return load4(p.q, ((long long)(b * p.Hkv + head) * R + from) * D + 4 * lane); };
     uint2 qv = query(first_row);
+    uint4 mean = {0, 0, 0, 0};
+    if (p.value_mean) mean = *(const uint4*)(p.value_mean + head * D + 4 * lane);
+    if (!(first_row == last_row && tail)) prefetch_exact(p, first_row, head, lane);
     prepare_query(p, qv, first_row, hq, lane, smem, 0);   // before any other load: they would queue behind everybody's packed rows
     sync_warp();
     if (lane == 0) barrier_arrive(ready);
@@ -803,7 +826,7 @@ static void attend_packed(const Params& p)
           if (lane == 0) barrier_arrive(ready + ((n + 1) & 1));
         }
         ExactRows side;
-        if (!send) load_exact_rows(side, p, b, head, lane);
+        if (!send) load_exact(side, p, b, head, lane, 0);
         if (!send) exact = attend_exact(side, qv, p, b, head, lane);
         qv = next;
         mark(p, 11);
@@ -831,7 +854,7 @@ static void attend_packed(const Params& p)
         mark(p, 14);
         out = first_row;
       }
-      if (hq < R) finish(p, out, head, hq, lane, a, exact);
+      if (hq < R) finish(p, out, head, hq, lane, a, exact, mean);
       if (b > last_row) break;
     }
     mark(p, 15);
@@ -841,27 +864,44 @@ static void attend_packed(const Params& p)
   more_registers<COMPUTE_REGISTERS>();
   const int g = lane >> 2, t = lane & 3;
   u64* full = bars + 8 + warp * STAGES;
-  unsigned char *stages = smem + warp * STAGES * RECORD_BYTES, *turns = smem + OFF_ROT + warp * 2 * ROT_BYTES;
+  unsigned char* stages = smem + warp * STAGES * STAGE_BYTES;
   float* part = (float*)(smem + OFF_PART) + warp * 4 * PART;
-  Fetch fetch;
-  fetch.w.row = first_row; fetch.w.last = last_row; fetch.turns = 0;
-  fetch.w.enter(rows, warp);
-  fetch.settle(p, rows, head, warp);
+  Work fetch;
+  fetch.row = first_row; fetch.last = last_row; fetch.valid = true;
+  enter_row(fetch, rows, warp);
+  settle(fetch, rows, warp);
   const auto exclusions = [&](int b) { return lane < p.E ? p.exact_slot[b * p.E + lane] : -1; };
   int coming = exclusions(first_row);                // before the packed rows: it would queue behind them
-  request(p, fetch, rows, head, warp, lane, stages, turns, full);
-  int asked = 1, used = 0, begun = 0;                // records asked for, records used, superblocks begun
+  request(p, fetch, rows, head, warp, lane, stages, full);
+  int slot = 0;
+  u32 parity = 0;
   mark(p, 2);
 
   for (int b = first_row, n = 0; b <= last_row; b++, n++) {
     Work work;
     work.row = work.last = b;
-    work.enter(rows, warp);
+    enter_row(work, rows, warp);
     const int begin = p.start[b], end = p.length[b] - p.leave_out, at = n & 1;
     const int excluded = coming;
     if (b < last_row) coming = exclusions(b + 1);
-    u32 q[QN][16], rq[2][16];
-    float shift[2][2] = {};
+    barrier_wait(ready + at, n >> 1 & 1);
+    mark(p, 3);
+    if (n == 0)                                      // not before every warp has asked for its first stage
+      for (int i = 1; i < STAGES; i++) request(p, fetch, rows, head, warp, lane, stages + i * STAGE_BYTES, full + i);
+    u32 q[16], rq[16];
+    float shift[2] = {0, 0};
+    if (MODE != 2) {
+      const u32* qt = (const u32*)(smem + OFF_QT + at * QT_BYTES) + (g & 3) * (D / 2) + t;
+#pragma unroll
+      for (int r = 0; r < 16; r++) {
+        constexpr u32 one = 0x3c00u;
+        const u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[r] << 10);
+        q[r] = hmul2(qt[4 * r], f | f << 16);
+      }
+      const float* qs = (const float*)(smem + OFF_SUM) + at * 4;
+      shift[0] = qs[2 * (t & 1)];
+      shift[1] = qs[2 * (t & 1) + 1];
+    }
     State st;
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -870,74 +910,42 @@ static void attend_packed(const Params& p)
 #pragma unroll
     for (int i = 0; i < 2; i++) st.m[i] = st.l[i] = st.z[i] = 0;
     st.fresh = true;
-    bool entered = false;
+    if (MODE != 0 && n == 0) barrier_wait(tables, 0);
 
     for (; work.i < work.items; work.i += WARPS) {
-      const bool whole = work.is_whole();
-      const int super = work.superblock(), record0 = work.record0(), base = super * SUPER;
-      const bool masked = base < begin || base + SUPER > end || any_lane(excluded >= base && excluded < base + SUPER);
-      u32 valid = 0xffff;
-      if (masked) {                                  // bit 4 r + 2 j + i: row i of this lane in pair j of record r
+      unsigned char* stage = stages + slot * STAGE_BYTES;
+      const int base = (work.first + (work.i >> work.shift)) * 128;
+      const int np = 4 >> work.shift, pr0 = (work.i & ((1 << work.shift) - 1)) * np;
+      const bool masked = base < begin || base + 128 > end || any_lane(excluded >= base && excluded < base + 128);
+      u32 valid = 0xff;
+      if (masked) {
         valid = 0;
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-          const int token = base + (i >> 1 & 1) * 128 + (t >> 1) * 64 + (i >> 2) * 16 + 2 * g + (i & 1);
+        for (int i = 0; i < 8; i++) {
+          const int token = base + (t >> 1) * 64 + (i >> 1) * 16 + 2 * g + (i & 1);
           if (token >= begin && token < end) valid |= 1u << i;
         }
         for (int e = 0; e < p.E; e++) {
           const int s = shfl_int(excluded, e) - base;
-          if (s >= 0 && s < SUPER && (s >> 6 & 1) == (t >> 1) && (s & 15) >> 1 == g) valid &= ~(1u << ((s >> 4 & 3) * 4 + (s >> 7) * 2 + (s & 1)));
+          if (s >= 0 && s < 128 && (s >> 6) == (t >> 1) && ((s & 15) >> 1) == g) valid &= ~(1u << (((s & 63) >> 4) * 2 + (s & 1)));
         }
       }
-      const unsigned char* raw = smem + OFF_RAW + at * RAW_BYTES;
-      Turn turn;
-      if (MODE != 0 && !whole) load_turn(turn, (const unsigned char*)(p.rotation + super * 256), lane);
-      if (!entered) {                                // the row's query, by now written by the service warps
-        entered = true;
-        barrier_wait(ready + at, n >> 1 & 1);
-        mark(p, 3);
-        if (MODE != 0) barrier_wait(tables, 0);
-        if (MODE != 2) {
-          const u32* qt = (const u32*)(smem + OFF_QT + at * QT_BYTES) + (g & 3) * (D / 2) + t;
-#pragma unroll
-          for (int k = 0; k < 16; k++) {
-            constexpr u32 one = 0x3c00u;
-            const u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[k] << 10);
-            q[0][k] = hmul2(qt[4 * k], f | f << 16);
-          }
-          const float* qs = (const float*)(smem + OFF_SUM) + at * 4;
-          shift[0][0] = qs[2 * (t & 1)];
-          shift[0][1] = qs[2 * (t & 1) + 1];
-        }
-      }
-      if (MODE != 0 && !whole) rotate_query(rq, turn, raw, lane);   // while the record is on its way
-      const uint4* mean = (const uint4*)(smem + OFF_MEAN) + record0 * 256 + lane;
-      valid >>= 4 * record0;
+      if (ABLATE != 2) barrier_wait(full + slot, parity >> slot & 1);
+      parity ^= 1u << slot;
+      if (work.i == warp) mark(p, 4);
+      if (MODE != 0) rotate_query(rq, stage, smem, lane, at);
+      if (MODE == 2) transform_query(q, shift, rq, smem, lane);
+      if (ABLATE == 1) {
+        st.l[0] += *(const float*)(stage + 4 * lane);
+      } else if (!masked)
 #pragma unroll 1
-      for (int r = 0; r < (whole ? 4 : 1); r++) {
-        while (fetch.left && asked - used < (used ? STAGES : 2)) {   // two at first: the copy engine makes a warp that asks for all wait
-          const int to = asked++ & (STAGES - 1);
-          request(p, fetch, rows, head, warp, lane, stages + to * RECORD_BYTES, turns, full + to);
-        }
-        const int slot = used & (STAGES - 1);
-        const unsigned char* record = stages + slot * RECORD_BYTES;
-        if (ABLATE != 2) barrier_wait(full + slot, used / STAGES & 1);
-        if (used == 0) mark(p, 4);
-        if (r == 0) {
-          if (MODE != 0 && whole) {
-            load_turn(turn, turns + (begun++ & 1) * ROT_BYTES, lane);
-            rotate_query(rq, turn, raw, lane);
-          }
-          if (MODE == 2) transform_query(q, shift, rq, (const uint4*)(smem + OFF_BASIS) + lane);
-        }
-        if (ABLATE == 1) st.l[0] += *(const float*)(record + 4 * lane);
-        else if (!masked) step<false>(st, record, mean, q, rq, shift, 0, lane);
-        else step<true>(st, record, mean, q, rq, shift, valid, lane);
-        sync_warp();
-        used++;
-        mean += 256;
-        valid >>= 4;
-      }
+        for (int pr = pr0; pr < pr0 + np; pr += STEP_PAIRS) step<false>(st, stage, smem, q, rq, shift, pr0, pr, valid, lane);
+      else
+#pragma unroll 1
+        for (int pr = pr0; pr < pr0 + np; pr += STEP_PAIRS) step<true>(st, stage, smem, q, rq, shift, pr0, pr, valid, lane);
+      sync_warp();
+      request(p, fetch, rows, head, warp, lane, stage, full + slot);
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
     mark(p, 5);
     if (n) barrier_wait(emptied, (n - 1) & 1);

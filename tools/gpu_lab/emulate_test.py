@@ -26,8 +26,8 @@ def main() -> int:
     two, four = (2,) * 16, (4,) * 16
     mixed = (4, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1)
     bad = 0
-    for mode, kw, vw, defs in [(CENTRED, two, two, {}), (KLT, mixed, two, {}), (PLAIN, two, two, dict(STAGES=2)), (KLT, two, two, dict(WARPS=4)),
-                               (CENTRED, four, four, dict(STAGES=2)), (CENTRED, two, two, dict(HEADS_PER_KV=3)), (CENTRED, (1,) * 16, (1,) * 16, {})]:
+    for mode, kw, vw, defs in [(CENTRED, two, two, {}), (KLT, mixed, two, {}), (PLAIN, two, two, dict(STEP_PAIRS=1)), (KLT, two, two, dict(WARPS=4)),
+                               (CENTRED, four, four, dict(ITEM_PAIRS=2)), (CENTRED, two, two, dict(HEADS_PER_KV=3)), (CENTRED, (1,) * 16, (1,) * 16, {})]:
         lib = build(mode, kw, vw, **defs)
         r = defs.get("HEADS_PER_KV", 4)
         for (b, length, ragged, start), grid in itertools.product([(1, 100, False, False), (3, 700, True, True), (40, 300, True, True), (1, 2900, False, False)], [1, 3, 20]):

@@ -3,7 +3,7 @@
 Formula    K^[j] = H (s_j c_j + z_j 1) + R_{j0} M[delta]            mode "centred" (mode "plain": without M)
            K^[j] = R_{j0} (U (g_j sigma step (c_j - (2^w - 1)/2)) + M[delta])    mode "klt", j = j0 + delta, j0 = 64 * (j // 64)
            V^[j] = H (s_j c_j + z_j 1) + mu_v                        H on values optional
-Shapes     codes [B, Hkv, L, 128] integers, L a multiple of 256; packed uint8 [B, Hkv, L / 256, 4, record bytes] (NOTES.md)
+Shapes     codes [B, Hkv, L, 128] integers, L a multiple of 128; packed uint8 [B, Hkv, L, bits * 16] (NOTES.md)
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 D = 128
 PLAIN, CENTRED, KLT = 0, 1, 2
 PART = 132
-SUPER = 256
+SUPER = 128
 STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}   # best uniform step for a unit Gaussian, by width
 
 
@@ -55,35 +55,23 @@ def _words(codes: torch.Tensor, fields: Fields) -> torch.Tensor:
 
 
 def _lanes(words: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, record, block, g, t, n] → uint8 [B, H, S, record, bytes]: 16-byte (or 8-byte) chunks, all lanes of a chunk together."""
-    b, h, s, r, block, g, t, n = words.shape
+    """[B, H, S, pair, half, g, t, n] → uint8 [B, H, 128 S, bytes]: 16-byte (or 8-byte) chunks, all lanes of a chunk together."""
+    b, h, s, pair, half, g, t, n = words.shape
     c = 4 if n % 4 == 0 else 2
-    w = words.reshape(b, h, s, r, block, g * t, n // c, c).transpose(-3, -2)
-    return w.reshape(b, h, s, r, -1).contiguous().view(torch.uint8)
+    w = words.reshape(b, h, s, pair * half, g * t, n // c, c).transpose(-3, -2)
+    return w.reshape(b, h, s * SUPER, -1).contiguous().view(torch.uint8)
 
 
 def pack_keys(codes: torch.Tensor, fields: Fields) -> torch.Tensor:
     b, h, n, _ = codes.shape
-    c = codes.view(b, h, n // SUPER, 4, 4, 8, 2, 16, 4, 2)             # block, record, g, row, run, t, hi
+    c = codes.view(b, h, n // SUPER, 2, 4, 8, 2, 16, 4, 2)             # half, pair, g, row, run, t, hi
     return _lanes(_words(c.permute(0, 1, 2, 4, 3, 5, 8, 6, 7, 9), fields).flatten(-2))
 
 
 def pack_values(codes: torch.Tensor, fields: Fields) -> torch.Tensor:
     b, h, n, _ = codes.shape
-    c = codes.view(b, h, n // SUPER, 4, 4, 4, 2, 2, 16, 8)             # block, record, t, hi, kh, run, g
+    c = codes.view(b, h, n // SUPER, 2, 4, 4, 2, 2, 16, 8)             # half, pair, t, hi, kh, run, g
     return _lanes(_words(c.permute(0, 1, 2, 4, 3, 9, 5, 7, 8, 6), fields).flatten(-2))
-
-
-def pack_scales(x: torch.Tensor) -> torch.Tensor:
-    """fp16 [B, H, L] or [B, H, L, 2] → uint8 [B, H, L / 256, 4, bytes]."""
-    b, h, n = x.shape[:3]
-    x = x.reshape(b, h, n // SUPER, 4, 4, -1).transpose(3, 4)          # block, record, 16 tokens
-    return x.reshape(b, h, n // SUPER, 4, -1).contiguous().view(torch.uint8)
-
-
-def pack(k: torch.Tensor, v: torch.Tensor, ks: torch.Tensor, vs: torch.Tensor, kf: Fields, vf: Fields) -> torch.Tensor:
-    """Codes and scales → uint8 [B, Hkv, L / 256, 4, record bytes]."""
-    return torch.cat([pack_keys(k, kf), pack_values(v, vf), pack_scales(ks), pack_scales(vs)], -1).contiguous()
 
 
 def _pairs(x: torch.Tensor) -> torch.Tensor:
@@ -132,9 +120,9 @@ def rope(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> to
 
 class Params(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in (
-        "q", "packed", "mean", "rotation", "basis", "turn", "start", "length", "exact_k", "exact_v", "exact_slot", "new_k", "new_v",
+        "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "turn", "start", "length", "exact_k", "exact_v", "exact_slot", "new_k", "new_v",
         "value_mean", "out", "partial")] + [
-        (n, ctypes.c_int) for n in ("B", "Hkv", "superblocks", "E", "N", "leave_out", "q_bf16", "key_hadamard", "value_hadamard")] + [
+        (n, ctypes.c_int) for n in ("B", "Hkv", "tiles", "E", "N", "leave_out", "q_bf16", "key_hadamard", "value_hadamard")] + [
         ("scale", ctypes.c_float), ("trace", ctypes.c_void_p)]
 
 
@@ -149,9 +137,9 @@ def bind(c: dict, grid_x: int) -> tuple[Params, list]:
         keep.append(x)
         return x.data_ptr()
 
-    b, hkv, supers = c["packed"].shape[:3]
+    b, hkv, supers = c["k_codes"].shape[0], c["k_codes"].shape[1], c["k_codes"].shape[2] // SUPER
     partial = torch.full((hkv * grid_x * 4 * PART,), -1, dtype=torch.int32, device=c["q"].device)
-    p = Params(*(ptr(c.get(n)) for n, _ in Params._fields_[:15]), ptr(partial), b, hkv, supers,
+    p = Params(*(ptr(c.get(n)) for n, _ in Params._fields_[:18]), ptr(partial), b, hkv, supers,
                0 if c.get("exact_slot") is None else c["exact_slot"].shape[1], 0 if c.get("new_k") is None else c["new_k"].shape[2],
                c.get("leave_out", 0), int(c["q"].dtype == torch.bfloat16), int(c["key_hadamard"]), int(c["value_hadamard"]),
                c["scale"] * math.log2(math.e))
@@ -218,7 +206,7 @@ def make_case(mode: int, b: int, hkv: int, r: int, length: int, *, device="cpu",
         for name in ("k_scale", "v_scale"):
             c[name][i, :, : int(starts[i])] = float("nan")
             c[name][i, :, int(lengths[i]) - c["leave_out"]:] = float("nan")
-    c["packed"] = pack(kc, vc, c["k_scale"], c["v_scale"], kf, vf)
+    c["k_codes"], c["v_codes"] = pack_keys(kc, kf), pack_values(vc, vf)
     return c
 
 

@@ -1,7 +1,7 @@
 """The same attention over the same packed records in Triton: portable, checked against the same definition, slower.
 
 Formula    as layout.py; codes are turned into numbers in place (an fp16 subnormal is code * 2^-24), one field of two runs per dot
-Shapes     q [B, Hkv * R, 128], records uint8 [B, Hkv, L / 256, 4, bytes] → partial sums over splits, merged in torch
+Shapes     q [B, Hkv * R, 128], codes and scales as layout.py packs them → partial sums over splits, merged in torch
 Declines   value widths other than 2 and 4; more than 16 query heads per KV head
 """
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from layout import CENTRED, KLT, PLAIN, SUPER, Fields, hadamard_matrix, make_case, make_fields, reference, relative_error
+from layout import CENTRED, KLT, PLAIN, Fields, hadamard_matrix, make_case, make_fields, reference, relative_error
 
 D, HEADS = 128, 16
 
@@ -47,16 +47,15 @@ def _codes(words, hi, odd, OFF_A: tl.constexpr, W_A: tl.constexpr, OFF_B: tl.con
 
 
 @triton.jit
-def _attend_kernel(packed, q_groups, q_raw, mean, cos, sin, basis, centre, excluded, start, length, partial, statistics,
-                   HKV, SUPERS, SPLITS, LEAVE_OUT, E: tl.constexpr, MODE: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr, NKG: tl.constexpr,
-                   KP: tl.constexpr, VP: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr, AT_V: tl.constexpr, AT_KS: tl.constexpr,
-                   AT_VS: tl.constexpr, RECORD: tl.constexpr, K_SCALE: tl.constexpr):
+def _attend_kernel(k_codes, k_scale, v_codes, v_scale, q_groups, q_raw, mean, cos, sin, basis, centre, excluded, start, length, partial, statistics,
+                   HKV, LENGTH, SPLITS, LEAVE_OUT, E: tl.constexpr, MODE: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr, NKG: tl.constexpr,
+                   KP: tl.constexpr, VP: tl.constexpr, K_TILE: tl.constexpr, V_TILE: tl.constexpr):
     split, pair = tl.program_id(0), tl.program_id(1)
     b = pair // HKV
     head = pair % HKV
     begin, end = tl.load(start + b), tl.load(length + b) - LEAVE_OUT
     n = tl.arange(0, 64)                                                 # tokens of one block
-    record, g, row = n // 16, (n % 16) // 2, n % 2
+    part, g, row = n // 16, (n % 16) // 2, n % 2                          # tile pair of the superblock, rows of its tile
     col = tl.arange(0, 16)
     odd, hi, t = col // 8, (col // 4) % 2, col % 4                        # keys: columns (bin of the pair, hi, t)
     heads = tl.arange(0, 16)
@@ -88,8 +87,11 @@ def _attend_kernel(packed, q_groups, q_raw, mean, cos, sin, basis, centre, exclu
     first, last = begin // 64, tl.maximum((end + 63) // 64, begin // 64)
     per = (last - first + SPLITS - 1) // SPLITS
     for block in range(first + split * per, tl.minimum(first + (split + 1) * per, last)):
-        base = packed + (pair.to(tl.int64) * SUPERS + block // 4) * (4 * RECORD) + record.to(tl.int64) * RECORD     # [64]
-        tile = block % 4
+        token0 = pair.to(tl.int64) * LENGTH + block * 64
+        superblock = token0 // 128
+        tile = part * 2 + block % 2                                       # [64]
+        k_base = k_codes + superblock * (8 * K_TILE)
+        v_base = v_codes + superblock * (8 * V_TILE)
         if MODE != 0:
             c = tl.load(cos + block * 64 + half)[:, None]
             s = tl.load(sin + block * 64 + half)[:, None]
@@ -103,8 +105,7 @@ def _attend_kernel(packed, q_groups, q_raw, mean, cos, sin, basis, centre, exclu
         shift = tl.zeros([16], tl.float32)
         for p in tl.static_range(KP):
             word = k_word + 2 * p
-            at = tile * (K_TILE * 4) + (word // 4) * 512 + k_lane * 16 + (word % 4) * 4
-            words = tl.load((base[:, None] + at).to(tl.pointer_type(tl.int32)))
+            words = tl.load(k_base + tile[:, None] * K_TILE + (word // 4) * 128 + k_lane * 4 + word % 4)
             for i in tl.static_range(NKG):
                 if KG[5 * i] == p:
                     if MODE == 2:
@@ -118,13 +119,12 @@ def _attend_kernel(packed, q_groups, q_raw, mean, cos, sin, basis, centre, exclu
                     codes = _codes(words, hi[None, :], odd[None, :], KG[5 * i + 1], KG[5 * i + 2], KG[5 * i + 3], KG[5 * i + 4])
                     acc = tl.dot(codes, qi, acc)
         acc = acc * 16777216.0
-        scale_at = (tile * 16 + n % 16)
         if MODE == 2:
-            gain = tl.load((base + AT_KS + scale_at * K_SCALE).to(tl.pointer_type(tl.float16))).to(tl.float32)
+            gain = tl.load(k_scale + token0 + n).to(tl.float32)
             x = gain[:, None] * (acc - shift[None, :]) + offset
         else:
-            sc = tl.load((base + AT_KS + scale_at * K_SCALE).to(tl.pointer_type(tl.float16))).to(tl.float32)
-            zp = tl.load((base + AT_KS + scale_at * K_SCALE + 2).to(tl.pointer_type(tl.float16))).to(tl.float32)
+            sc = tl.load(k_scale + (token0 + n) * 2).to(tl.float32)
+            zp = tl.load(k_scale + (token0 + n) * 2 + 1).to(tl.float32)
             sums = tl.load(centre + pair * 16 + heads)
             x = sc[:, None] * acc + zp[:, None] * sums[None, :] + offset
         at_token = block * 64 + n
@@ -136,8 +136,8 @@ def _attend_kernel(packed, q_groups, q_raw, mean, cos, sin, basis, centre, exclu
         f = tl.exp2(top - new)
         w = tl.where(seen[:, None], tl.exp2(x - new[None, :]), 0.0)
         top = new
-        vs = tl.load((base + AT_VS + scale_at * 4).to(tl.pointer_type(tl.float16))).to(tl.float32)
-        vz = tl.load((base + AT_VS + scale_at * 4 + 2).to(tl.pointer_type(tl.float16))).to(tl.float32)
+        vs = tl.load(v_scale + (token0 + n) * 2).to(tl.float32)
+        vz = tl.load(v_scale + (token0 + n) * 2 + 1).to(tl.float32)
         vs = tl.where(seen, vs, 0.0)
         vz = tl.where(seen, vz, 0.0)
         total = total * f + tl.sum(w, 0)
@@ -146,8 +146,7 @@ def _attend_kernel(packed, q_groups, q_raw, mean, cos, sin, basis, centre, exclu
         f = f[:, None]
         for p in tl.static_range(VP):
             word = v_word + 2 * p
-            at = AT_V + tile * (V_TILE * 4) + (word // 4) * 512 + v_lane * 16 + (word % 4) * 4
-            vw = tl.load((base[:, None] + at).to(tl.pointer_type(tl.int32)))                 # [64 tokens, 16 (bin, g)]
+            vw = tl.load(v_base + tile[:, None] * V_TILE + (word // 4) * 128 + v_lane * 4 + word % 4)    # [64 tokens, 16 (bin, g)]
             for i in tl.static_range(8 // VP):
                 codes = _codes(vw, v_hi[:, None], v_odd[None, :], VG[5 * (p * (8 // VP) + i) + 1], VG[5 * (p * (8 // VP) + i) + 2],
                                VG[5 * (p * (8 // VP) + i) + 3], VG[5 * (p * (8 // VP) + i) + 4])
@@ -195,7 +194,7 @@ class TritonAttend:
         assert width in (2, 4)
         self.channels = torch.tensor([[8 * r + g for r in pair for g in range(8)] for pair in runs], device=device).flatten()
         self.had = hadamard_matrix(device)
-        blocks = c["packed"].shape[2] * 4
+        blocks = c["k_codes"].shape[2] // 64
         angle = torch.arange(blocks, device=device, dtype=torch.float64)[:, None] * 64 * c["inv_freq"].double()
         self.cos, self.sin = angle.cos().float(), angle.sin().float()
         self.mean = c["m"].half().contiguous() if c["mode"] != PLAIN else c["q"]
@@ -210,7 +209,7 @@ class TritonAttend:
 
     def __call__(self) -> torch.Tensor:
         c, splits = self.c, self.splits
-        b, hkv, supers = c["packed"].shape[:3]
+        b, hkv, capacity = c["k_codes"].shape[:3]
         r, device = c["r"], c["q"].device
         q = c["q"].float().view(b, hkv, r, D) * (c["scale"] * math.log2(math.e))
         pad = torch.zeros(b, hkv, HEADS - r, D, device=device)
@@ -230,14 +229,10 @@ class TritonAttend:
         stats = torch.empty(b, hkv, splits, 2, HEADS, device=device)
         e = 0 if c.get("exact_slot") is None else c["exact_slot"].shape[1]
         kb, vb = c["kf"].bins, c["vf"].bins
-        k_scale = 2 if c["mode"] == KLT else 4
-        at_v = 4 * 64 * kb * 4
-        at_ks = at_v + 4 * 64 * vb * 4
         _attend_kernel[(splits, b * hkv)](
-            c["packed"], q_groups, q_raw, self.mean, self.cos, self.sin, basis, centre, c["exact_slot"] if e else c["length"], c["start"], c["length"], partial, stats,
-            hkv, supers, splits, c.get("leave_out", 0), E=e, MODE=c["mode"], KG=tuple(x for g in self.kg for x in g), VG=tuple(x for g in self.vg for x in g),
-            NKG=len(self.kg), KP=kb // 2, VP=vb // 2, K_TILE=64 * kb, V_TILE=64 * vb, AT_V=at_v, AT_KS=at_ks, AT_VS=at_ks + 64 * k_scale,
-            RECORD=c["packed"].shape[4], K_SCALE=k_scale, num_warps=self.num_warps)
+            c["k_codes"].view(torch.int32), c["k_scale"], c["v_codes"].view(torch.int32), c["v_scale"], q_groups, q_raw, self.mean, self.cos, self.sin, basis, centre, c["exact_slot"] if e else c["length"], c["start"], c["length"], partial, stats,
+            hkv, capacity, splits, c.get("leave_out", 0), E=e, MODE=c["mode"], KG=tuple(x for g in self.kg for x in g), VG=tuple(x for g in self.vg for x in g),
+            NKG=len(self.kg), KP=kb // 2, VP=vb // 2, K_TILE=64 * kb, V_TILE=64 * vb, num_warps=self.num_warps)
         top, total = stats[:, :, :, 0, :r], stats[:, :, :, 1, :r]                        # [B, Hkv, splits, R]
         best = top.amax(2, keepdim=True)
         f = torch.exp2(top - best)

@@ -1,0 +1,200 @@
+"""What every registered method promises, derived from its declaration; a new method file is tested by being there."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvsink
+from kvsink.backend import last_report
+from kvsink.cache import KVSinkCache
+from kvsink.kernels import stages
+from kvsink.kernels.packing import unpack_bits
+from kvsink.kernels.quantize import segments
+from kvsink.report import counted_bits
+from kvsink.runtime import runtime_of
+from tests.close import FUSED_FLOAT32, SOFTMAX_IN_FLOAT32, largest_difference
+from tests.graphs import rewritten
+from tests.models import HEAD_DIM, KV_HEADS, build, tokens
+
+METHODS = sorted(kvsink.methods())
+KINDS_OF_BITS = (2, 3, 4, 6, 8)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@cache
+def rows_of_the_model() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """True keys before and after RoPE and values of layer 1, with positions and angles, over 100 tokens of 4 texts."""
+    model = rewritten("llama", "sdpa", "rtn", key_bits=16, value_bits=16)
+    cache = KVSinkCache.for_model(model, 4, max_length=100)
+    with torch.no_grad():
+        model(tokens(4, 100, seed=2), past_key_values=cache)
+    layer, positions = cache.packed_layers()[1], torch.arange(100)[None]
+    cos, sin = runtime_of(model).angles(1, positions)
+    return stages.unrope_rows(layer.k_codes, cos, sin), layer.k_codes, layer.v_codes, positions, cos, sin
+
+
+def codec_of(method: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The codec of layer 1 and its tables; values are not folded, so that they are the model's own."""
+    model = rewritten("llama", "sdpa", method, fold=False, **options)
+    runtime = runtime_of(model)
+    codec = runtime.plans[1].codec
+    return codec, dict(zip(codec.param_names(), runtime.params(1, codec, 128, torch.device("cpu")), strict=True))
+
+
+def unpacked(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
+    return torch.cat(
+        [unpack_bits(codes[..., byte : byte + (b - a) * w // 8], w, b - a) for a, b, byte, w in segments(widths)], dim=-1
+    ).int()
+
+
+def greedy(model: Any, run: Any, ids: Tensor, count: int = 8) -> list[list[int]]:
+    """Tokens of a greedy loop over a static cache: one prefill, then one token at a time."""
+    cache = KVSinkCache.for_model(model, ids.shape[0], max_length=32)
+    out = []
+    with torch.no_grad():
+        for _ in range(count):
+            ids = run(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            out.append(ids.flatten().tolist())
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_declaration_is_complete(method: str) -> None:
+    m = kvsink.get_method(method)
+    assert m.name == method and m.summary and m.source.arxiv
+    assert m.source.arxiv == "ours" or (re.fullmatch(r"\d{4}\.\d{5}", m.source.arxiv) and m.source.title)
+    assert all(claim.source and claim.setting for claim in m.claims)
+    assert m.key.packed and m.value.packed and 0 < m.key_bits <= 8 and 0 < m.value_bits <= 8
+    kvsink.rewrite(build("llama"), method, calibration=tokens(8, 64, seed=1))  # with its own defaults
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_falls_with_every_bit(method: str) -> None:
+    _, k, v, positions, cos, sin = rows_of_the_model()
+    errors = []
+    for bits in KINDS_OF_BITS:
+        codec, p = codec_of(method, key_bits=bits, value_bits=bits)
+        k_back = codec.decode_keys(*codec.encode_keys(k, cos, sin, positions, p, True), positions, p)
+        v_back = codec.decode_values(*codec.encode_values(v, p), p)
+        assert k_back.shape == k.shape and v_back.shape == v.shape
+        errors.append([float((back - x).square().mean() / x.square().mean()) for back, x in ((k_back, k), (v_back, v))])
+    for fewer, more in pairwise(errors):
+        assert more[0] < 0.7 * fewer[0] and more[1] < 0.7 * fewer[1], errors
+    assert max(errors[0]) < 0.5 and max(errors[-1]) < 2e-4, errors  # 8 bits: a thousandth of the range and less
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_codes_do_not_depend_on_where_the_key_is_taken(method: str) -> None:
+    """Before RoPE in a compiled graph, after it uncompiled: the same codes, but for rounding at a threshold."""
+    pre, _, _, positions, cos, sin = rows_of_the_model()
+    codec, p = codec_of(method, key_bits=4)
+    roped = stages.rope_rows(pre, cos, sin)
+    (one, one_scale), (two, two_scale) = (
+        codec.encode_keys(k, cos, sin, positions, p, after) for k, after in ((pre, False), (roped, True))
+    )
+    left, right = unpacked(one, codec.key.widths), unpacked(two, codec.key.widths)
+    assert left.numel() >= 4 * 100 * KV_HEADS * HEAD_DIM // 2
+    assert (left - right).abs().max() <= 1 and (left != right).float().mean() <= 0.001
+    assert (one_scale.float() - two_scale.float()).abs().max() <= 2.0**-10 * one_scale.float().abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_16_bit_changes_nothing(method: str) -> None:
+    plain, model = build("llama"), rewritten("llama", "sdpa", method, key_bits=16, value_bits=16)
+    first, second = tokens(2, 21, seed=3), tokens(2, 1, seed=4)
+    for max_length in (None, 64):
+        cache = KVSinkCache.for_model(model, 2, max_length=max_length)
+        stock: Any = None
+        with torch.no_grad():
+            for ids in (first, second, second):
+                wanted = plain(ids, past_key_values=stock, use_cache=True)
+                stock = wanted.past_key_values
+                got = model(ids, past_key_values=cache).logits
+                assert largest_difference(got, wanted.logits) <= SOFTMAX_IN_FLOAT32 * float(wanted.logits.abs().max())
+    ids = tokens(1, 9, seed=5)
+    settings = dict(max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_are_those_of_the_tensors_and_of_the_report(method: str) -> None:
+    model = build("llama", dtype=torch.bfloat16)  # reports count exact rows as 16 bit
+    kvsink.rewrite(model, method, calibration=tokens(8, 64, seed=1), window=6, protect="massive:3+first:2")
+    for batch, length in ((1, 64), (3, 32)):
+        cache = KVSinkCache.for_model(model, batch, max_length=length)
+        with torch.no_grad():
+            for step in (length - 2, 1, 1):  # more tokens than exact rows and window
+                model(tokens(batch, step, seed=step), past_key_values=cache)
+        held = {t.data_ptr(): t for layer in cache.packed_layers() for t in layer.state() if t.numel()}
+        assert cache.nbytes() == sum(t.numel() * t.element_size() for t in held.values())
+        per_layer = []
+        for layer in cache.packed_layers():
+            bits = counted_bits(layer.codec, KV_HEADS, HEAD_DIM, tokens=length, batch=batch)
+            per_layer.append(sum(bits) * batch * KV_HEADS * HEAD_DIM * length / 8)
+        shared = 4 * batch * length * (len(per_layer) - 1)  # a report counts positions in every layer, a cache holds them once
+        assert abs(cache.nbytes() - (sum(per_layer) - shared)) < 1e-6 * cache.nbytes()
+        elements = 2 * len(per_layer) * batch * KV_HEADS * HEAD_DIM * length
+        assert abs(cache.bits_per_element() - 8 * cache.nbytes() / elements) < 1e-9
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+@pytest.mark.parametrize("method", METHODS)
+def test_chunks_equal_one_prefill_when_strict(method: str, max_length: int | None) -> None:
+    model, ids = rewritten("llama", "sdpa", method, protect="first:2"), tokens(2, 30, seed=7)
+    logits, states = [], []
+    for chunks in ((30,), (7, 1, 16, 6)):
+        cache = KVSinkCache.for_model(model, 2, max_length=max_length, strict=True)
+        with torch.no_grad():
+            logits.append(torch.cat([model(c, past_key_values=cache).logits for c in ids.split(chunks, dim=1)], dim=1))
+        states.append([t for layer in cache.packed_layers() for t in layer.state()])
+    assert largest_difference(states[0][:4], states[1][:4]) == 0  # codes and scales of the first layer
+    assert largest_difference(logits[0], logits[1]) <= FUSED_FLOAT32 * float(logits[0].abs().max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_rows_are_exact_unless_strict(method: str) -> None:
+    plain, model = build("llama"), rewritten("llama", "sdpa", method, key_bits=2, value_bits=2, fold=False)
+    ids = tokens(1, 20, seed=8)
+    with torch.no_grad():
+        wanted = plain(ids).logits
+        loose, strict = (model(ids, past_key_values=KVSinkCache.for_model(model, strict=s)).logits for s in (False, True))
+    assert largest_difference(loose, wanted) <= SOFTMAX_IN_FLOAT32 * float(wanted.abs().max())
+    assert largest_difference(strict, wanted) > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_folding_keeps_the_function(method: str) -> None:
+    plain, model = build("llama"), rewritten("llama", "sdpa", method)
+    ids = tokens(1, 20, seed=8)
+    with torch.no_grad():
+        assert largest_difference(model(ids).logits, plain(ids).logits) <= SOFTMAX_IN_FLOAT32 * float(plain(ids).logits.abs().max())
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_equals_uncompiled(method: str, window: int) -> None:
+    model = rewritten("llama", "sdpa", method, window=window)
+    compiled = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"})
+    ids = tokens(2, 9, seed=9)
+    assert greedy(model, compiled, ids) == greedy(model, model, ids)
+    report = last_report()
+    assert report is not None and len(report.done("fuse")) == 2 and not report.left_alone()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_explain_shows_the_fused_site(method: str) -> None:
+    text = kvsink.explain(rewritten("llama", "sdpa", method))
+    assert "kvsink.append_" in text and "kvsink.attend" in text
