@@ -43,6 +43,8 @@ def rewrite_dir(
     if onnx:
         raise UnsupportedError("--onnx is not available in this version; leave it out to write the PyTorch folder")
     config = _read_config(source)
+    if not dry_run:
+        _sweep(target)
     if target.exists() and not target.is_dir():
         raise KvsinkError(f"{target} is not a folder; choose another OUT_DIR")
     if target.is_dir() and any(target.iterdir()) and not (force or dry_run):
@@ -62,7 +64,6 @@ def rewrite_dir(
     report.model = str(model_dir)
     if dry_run:
         return report
-    _sweep(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:

@@ -116,10 +116,12 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
                 f"--calibration-tokens {ids.numel()}"
             )
         ids = ids[: count * length].reshape(count, length)
+    if ids.numel() == 0:
+        raise CalibrationError("0 calibration tokens: give token ids [N, T], or a longer text")
     vocabulary = config.vocab_size
-    if int(ids.max()) >= vocabulary:
+    if wrong := ids[(ids < 0) | (ids >= vocabulary)].tolist():
         raise CalibrationError(
-            f"calibration token {int(ids.max())} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
+            f"calibration token {wrong[0]} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
         )
     return ids
 
@@ -191,12 +193,12 @@ def rewrite(
         m.protect if protect is None else protect,
         m.window if window is None else window,
     )
-    if base.window < 0:
-        raise KvsinkError(f"window={base.window} is negative; give the number of recent tokens to keep exact")
     if base.key_bits == base.value_bits == 16 and protect is None:
         base = replace(base, protect="none")  # everything is exact already
     n = len(where.attentions)
     choices = parse_layers(layers, n, base)
+    if (least := min(c.window for c in choices)) < 0:
+        raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
     for i, choice in enumerate(choices):
         if _refusal(where, i):

@@ -260,8 +260,8 @@ class _Stage(_Hook):
     def __init__(self, module: nn.Module, key: str, channels: tuple[int, ...], count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        self.channels = torch.tensor(channels[:1])
-        self.weights = torch.ones(1)
+        device = next(module.parameters()).device  # where the rows will be: a copy per step would break CUDA graphs
+        self.channels, self.weights = torch.tensor(channels[:1], device=device), torch.ones(1, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = self.cache(args, kwargs)
@@ -277,7 +277,9 @@ class _Massive(_Hook):
     def __init__(self, module: nn.Module, key: str, count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        self.channels, self.weights = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+        device = next(module.parameters()).device
+        self.channels = torch.zeros(1, dtype=torch.int64, device=device)
+        self.weights = torch.ones(1, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)

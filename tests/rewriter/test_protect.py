@@ -48,7 +48,9 @@ def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
     assert isinstance(caught.value, UnknownName) == words.startswith("unknown")
 
 
-@pytest.mark.parametrize(("layer", "source"), [(0, None), (2, None), (3, "stage:2"), (7, "stage:2"), (8, "stage:7"), (20, "stage:7")])
+@pytest.mark.parametrize(
+    ("layer", "source"), [(0, None), (2, None), (3, "stage:2"), (7, "stage:2"), (8, "stage:7"), (20, "stage:7")]
+)
 def test_a_layer_uses_the_latest_stage_before_it(layer: int, source: str | None) -> None:
     segments = segments_for_layer(parse_policies("kvsink:5+first:1"), layer, (EARLY, LATE))
     assert segments == ((Segment(source, 5),) if source else ()) + (Segment("first", 1),)

@@ -74,6 +74,50 @@ def pack_values(codes: torch.Tensor, fields: Fields) -> torch.Tensor:
     return _lanes(_words(c.permute(0, 1, 2, 4, 3, 9, 5, 7, 8, 6), fields).flatten(-2))
 
 
+def key_address(token: int, fields: Fields) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """Where one token's key goes: (byte offset in the row of one head, 4 bytes wide, [(component, bit offset in that word)])."""
+    tile, r, n = _tile(token), token % 16, 2 * fields.bins
+    out = []
+    for t in range(4):
+        for b in range(fields.bins):
+            word, lane = (r % 2) * fields.bins + b, (r // 2) * 4 + t
+            at = tile * 128 * n + (word // 4 * 512 + lane * 16 + word % 4 * 4 if n % 4 == 0 else word // 2 * 256 + lane * 8 + word % 2 * 4)
+            bits = [(8 * k + 2 * t + hi, 16 * hi + fields.offset[k]) for k in range(16) if fields.bin[k] == b for hi in range(2)]
+            out.append((at, 4, bits))
+    return out
+
+
+def value_address(token: int, fields: Fields) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """The same for a value; words are shared by two tokens, their halves are not: 2 bytes wide."""
+    tile, r, n = _tile(token), token % 16, 2 * fields.bins
+    t, hi, kh = r // 4, r // 2 % 2, r % 2
+    out = []
+    for g in range(8):
+        for b in range(fields.bins):
+            word, lane = kh * fields.bins + b, g * 4 + t
+            at = tile * 128 * n + (word // 4 * 512 + lane * 16 + word % 4 * 4 if n % 4 == 0 else word // 2 * 256 + lane * 8 + word % 2 * 4)
+            out.append((at + 2 * hi, 2, [(8 * k + g, fields.offset[k]) for k in range(16) if fields.bin[k] == b]))
+    return out
+
+
+def _tile(token: int) -> int:
+    """Number of the 16-token tile in storage order: superblock, pair (16 offsets inside a block), block of the two."""
+    return token // SUPER * 8 + token % 64 // 16 * 2 + token // 64 % 2
+
+
+def unpack(packed: torch.Tensor, fields: Fields, address) -> torch.Tensor:  # noqa: ANN001 - key_address or value_address
+    """[B, Hkv, L, bytes] → codes [B, Hkv, L, 128]; slow, for tests and for a reader that wants plain codes."""
+    b, h, n, _ = packed.shape
+    flat, out = packed.reshape(b, h, -1).long(), torch.zeros(b, h, n, D, dtype=torch.uint8, device=packed.device)
+    for token in range(n):
+        for at, size, bits in address(token, fields):
+            word = sum(flat[..., at + i] << 8 * i for i in range(size))
+            for component, offset in bits:
+                width = fields.width[component // 8]
+                out[..., token, component] = (word >> offset & (1 << width) - 1).to(torch.uint8)
+    return out
+
+
 def _pairs(x: torch.Tensor) -> torch.Tensor:
     """fp16 [..., 2] → int32 [...]."""
     return x.to(torch.float16).contiguous().view(torch.int32).squeeze(-1)
@@ -253,3 +297,17 @@ def reference(c: dict) -> torch.Tensor:
 
 def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
     return float((out.float() - ref).norm() / ref.norm())
+
+
+def main() -> None:
+    for widths in [(2,) * 16, (4,) * 16, (4, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1), (1,) * 16]:
+        f = make_fields(widths)
+        limit = torch.tensor([2**w for w in widths]).repeat_interleave(8)
+        codes = (torch.rand(2, 2, 256, D) * limit).to(torch.uint8)
+        assert torch.equal(unpack(pack_keys(codes, f), f, key_address), codes)
+        assert torch.equal(unpack(pack_values(codes, f), f, value_address), codes)
+    print("layout: keys and values come back from the stated addresses")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The engine: options are read, the impossible is refused with the model unchanged, the report says what was done."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+import kvsink
+from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
+from kvsink.report import Report, counted_bits
+from kvsink.rewrite import LayerChoice, calibration_windows, parse_layers
+from kvsink.runtime import runtime_of
+from tests.models import _DECODER, HEAD_DIM, KV_HEADS, LAYERS, VOCAB, build, tokens
+
+BASE = LayerChoice(2, 4, "kvsink:5", 0)
+IDS = tokens(8, 64, seed=1)
+
+
+class Characters:
+    """A tokenizer that knows letters."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [3 + ord(c) % (VOCAB - 3) for c in text]}
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_read() -> None:
+    text = "0-1:key_bits=4,protect=none; 3:value_bits=2.5,window=8"
+    assert parse_layers(text, 5, BASE) == [
+        LayerChoice(4, 4, "none", 0), LayerChoice(4, 4, "none", 0), BASE, LayerChoice(2, 2.5, "kvsink:5", 8), BASE,
+    ]  # fmt: skip
+    assert parse_layers("", 3, BASE) == [BASE] * 3
+    assert parse_layers("0-2:key_bits=4;1:key_bits=8", 3, BASE)[1].key_bits == 8  # the later one wins
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0-9:key_bits=4", "names layers outside 0 to 4"),
+        ("3-1:key_bits=4", "names layers outside"),
+        ("5:key_bits=4", "names layers outside"),
+        ("x:key_bits=4", "'x:key_bits=4' cannot be read; write for example"),
+        ("-1:key_bits=4", "cannot be read"),
+        ("0", "cannot be read"),
+        ("0:", "cannot be read"),
+        ("0:bits=4", "'bits=4' is not one of key_bits="),
+        ("0:key_bits=many", "'key_bits=many' is not one of"),
+        ("0:window=2.5", "'window=2.5' is not one of"),
+    ],
+)
+def test_layers_that_cannot_be_read(text: str, words: str) -> None:
+    with pytest.raises(KvsinkError, match=re.escape(words) if "'" not in words else words):
+        parse_layers(text, 5, BASE)
+
+
+def test_layers_reach_the_plan() -> None:
+    model = build("llama")
+    kvsink.rewrite(model, "rtn", protect="first:2", layers="1:key_bits=8,protect=none,window=3")
+    first, second = (plan.codec for plan in runtime_of(model).plans)
+    assert (first.key.bits, first.exact_rows, first.window) == (4, 2, 0)
+    assert (second.key.bits, second.exact_rows, second.window) == (8, 0, 3)
+
+
+@pytest.mark.parametrize("source", [IDS, IDS.flatten(), ["some text of its own " * 20] * 2])
+def test_calibration_sources(source: Any) -> None:
+    report = kvsink.rewrite(build("llama"), "klt", calibration=source, calibration_tokens=512, tokenizer=Characters())
+    assert report.calibration_tokens == 512
+
+
+def test_a_text_file_is_a_source(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("some text of its own " * 40)
+    windows = calibration_windows(build("llama"), file, 512, Characters())
+    assert windows.shape == (4, 128)  # windows of the model's own length
+    with pytest.raises(CalibrationError, match=f"{file} has 840 tokens, 1000 were asked for.*--calibration-tokens 840"):
+        calibration_windows(build("llama"), file, 1000, Characters())
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (torch.full((4, 64), VOCAB), f"token {VOCAB} is outside the vocabulary of {VOCAB}"),
+        (torch.full((4, 64), -1), "token -1 is outside the vocabulary"),
+        (torch.empty(0, dtype=torch.int64), "0 calibration tokens"),
+        (torch.empty(0, 8, dtype=torch.int64), "0 calibration tokens"),
+        ("no-such-file.txt", "text file no-such-file.txt does not exist"),
+        ([], "0 calibration tokens"),
+    ],
+)
+def test_impossible_calibration(source: Any, words: str) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        kvsink.rewrite(build("llama"), "klt", calibration=source, tokenizer=Characters())
+
+
+def test_without_a_tokenizer_text_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="no tokenizer found for 'LlamaForCausalLM'; pass tokenizer="):
+        kvsink.rewrite(build("llama"), "klt", calibration=["text"])
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"method": "kltt"}, kvsink.errors.UnknownName, "unknown method 'kltt'; nearest known: klt"),
+        ({"key_bits": 0}, KvsinkError, "key bits=0 is impossible"),
+        ({"value_bits": 17}, KvsinkError, "value bits=17 is impossible"),
+        ({"layers": "1:key_bits=12"}, KvsinkError, "key bits=12 is impossible"),
+        ({"method": "rtn", "key_bits": 2.5}, UnsupportedError, "bits=2.5 is not whole.*use 2 or 3"),
+        ({"window": -1}, KvsinkError, "window=-1 is negative"),
+        ({"layers": "1:window=-4"}, KvsinkError, "window=-4 is negative"),
+        ({"protect": "sinks:4"}, KvsinkError, "unknown protection 'sinks'"),
+        ({"layers": "0:protect=first:x"}, KvsinkError, "needs a positive number"),
+        ({"calibration": tokens(1, 8)}, CalibrationError, "8 calibration tokens are too few"),
+    ],
+)
+def test_a_refusal_leaves_the_model_alone(options: dict[str, Any], error: type[KvsinkError], words: str) -> None:
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=words):
+        kvsink.rewrite(model, **{"calibration": IDS, **options})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not hasattr(model, "_kvsink_runtime") and "_prepare_cache_for_generation" not in vars(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_damaged_weights(number: float) -> None:
+    model = build("llama")
+    model.model.layers[1].mlp.up_proj.weight[3, 3] = number
+    with pytest.raises(ModelError, match="weight model.layers.1.mlp.up_proj.weight holds NaN or infinite"):
+        kvsink.rewrite(model, "rtn")
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("bart", "BartForConditionalGeneration is an encoder-decoder model"),
+        ("clip-vision", "no decoder attention layers found in CLIPVisionModel; modules seen: "),
+        ("mistral-sliding", "MistralForCausalLM: every layer is left alone .sliding attention"),
+    ],
+)
+def test_other_architectures(family: str, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        kvsink.rewrite(build(family), "rtn")
+
+
+def head_of(dim: int) -> Any:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**_DECODER, "head_dim": dim})).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("method", sorted(kvsink.methods()))
+def test_heads_that_cannot_be_packed(method: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"head_dim=12 is not divisible by 8, which packing needs; keep 16 bit"):
+        kvsink.rewrite(head_of(12), method, calibration=IDS)
+    kvsink.rewrite(head_of(12), method, key_bits=16, value_bits=16)
+
+
+@pytest.mark.parametrize("dim", [24, 40, 56])
+@pytest.mark.parametrize("method", sorted(kvsink.methods()))
+def test_heads_that_are_not_a_power_of_two(method: str, dim: int) -> None:
+    """Rotated in the largest runs that have a Hadamard matrix: 24, 40 and 8 channels."""
+    model = head_of(dim)
+    kvsink.rewrite(model, method, calibration=IDS, key_bits=8, value_bits=8)
+    ids = tokens(1, 12, seed=3)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        got = model(ids, past_key_values=kvsink.KVSinkCache.for_model(model, strict=True)).logits
+    assert 0 < (got - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_change_with_the_length(kind: str) -> None:
+    model = build("llama")
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    words = rf"layer 0 \(model.layers.0.self_attn\): rope type {kind} changes its angles.*--method rtn"
+    with pytest.raises(UnsupportedError, match=words):
+        kvsink.rewrite(model, "klt", calibration=IDS)
+    kvsink.rewrite(model, "rtn")
+
+
+def test_a_model_is_rewritten_once_when_its_weights_were_turned() -> None:
+    model = build("llama")
+    kvsink.rewrite(model, "rotatekv", calibration=IDS)
+    with pytest.raises(UnsupportedError, match="rewritten by rotatekv, which turned its value weights; load the model again"):
+        kvsink.rewrite(model, "klt", calibration=IDS)
+    assert runtime_of(model).method == "rotatekv"
+
+
+def test_a_model_that_was_not_turned_can_be_rewritten_again() -> None:
+    one, two = build("llama"), build("llama")
+    kvsink.rewrite(one, "rtn", protect="massive:3")
+    runtime = runtime_of(one)
+    with pytest.raises(CalibrationError):
+        kvsink.rewrite(one, "klt", calibration=tokens(1, 8))
+    assert runtime_of(one) is runtime  # a failed attempt leaves the earlier plan in place
+    reports = [kvsink.rewrite(m, "klt", calibration=IDS) for m in (one, two)]
+    assert reports[0].layers == reports[1].layers
+    for model in (one, two):  # no hook of the first plan is left
+        assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == 2 + LAYERS
+    ids = tokens(1, 9, seed=3)
+    outs = [m.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None) for m in (one, two)]
+    assert torch.equal(outs[0], outs[1])
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def planted() -> Any:
+    model = build("llama")
+    model.model.embed_tokens.weight[5, 7] = 800.0
+    return model
+
+
+def test_the_report_says_what_was_done() -> None:
+    report = kvsink.rewrite(planted(), "klt", calibration=IDS, protect="kvsink:5+first:1", key_bits=2, value_bits=4)
+    assert (report.method, report.protect, report.calibration_tokens) == ("klt", "kvsink:5+first:1", 512)
+    assert [row.protect for row in report.layers] == ["first:1", "stage:0:5, first:1"]
+    assert [row.path for row in report.layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert report.stages[0]["block"] == 0 and report.stages[0]["channels"][0] == 7
+    assert all(row.packed and row.key.startswith("centred, block 64, klt, lloyd") for row in report.layers)
+    assert report.smaller == 16 / report.bits and 2 < report.bits < 16 and report.table_bytes > 0 and report.seconds > 0
+    assert set(report.versions) == {"kvsink", "torch", "transformers", "python"}
+    record = json.loads(report.to_json())
+    assert record["layers"][1]["protect"] == "stage:0:5, first:1" and record["bits_per_element"] == round(report.bits, 4)
+    assert record["bits_counted_at_tokens"] == 4096 and record["times_smaller"] == round(report.smaller, 3)
+    page = report.to_markdown()
+    assert "Sinks emerge at the output of block 0: channel 7, |H| up to 8" in page
+    assert f"{report.bits:.2f} bits per cached element" in page and "| 1 `model.layers.1.self_attn` |" in page
+
+
+def test_the_report_names_what_is_left_alone() -> None:
+    report = kvsink.rewrite(build("gemma3"), "klt", calibration=IDS)
+    left = report.layers[0]
+    assert not left.packed and left.reason.startswith("sliding attention: its window already bounds its size")
+    assert (left.key_bits, left.value_bits) == (16.0, 16.0) and report.layers[1].packed
+    assert left.reason in report.to_markdown() and "no massive activation was found" in report.to_markdown()
+
+
+def test_rotations_that_run_online_are_noted() -> None:
+    notes = kvsink.rewrite(build("phi3"), "rotatekv", calibration=IDS).notes
+    assert notes == ["value rotation runs online: v_proj is nothing, not a plain Linear"]
+    assert kvsink.rewrite(build("llama"), "rotatekv", calibration=IDS, fold=False).notes == []
+
+
+def test_16_bit_is_reported_as_16_bit() -> None:
+    report = kvsink.rewrite(build("llama"), "klt", key_bits=16, value_bits=16)
+    assert report.protect == "none" and report.calibration_tokens == 0
+    assert all((row.key, row.value, row.protect) == ("16 bit", "16 bit", "") for row in report.layers)
+    assert 16 < report.bits < 16.6  # the positions are counted too
+    assert Report("m", "rtn", "none").bits == 16.0
+
+
+def test_counted_bits_follow_the_formula() -> None:
+    model = build("llama")
+    kvsink.rewrite(model, "rtn", key_bits=2, value_bits=4, protect="first:3", window=5)
+    codec, n = runtime_of(model).plans[1].codec, 1000
+    shared = 32 * (2 * 3 + n) + 32 * 5 + 64  # slots and scores, positions, slots of the window, the length
+    for bits, counted in zip((2, 4), counted_bits(codec, KV_HEADS, HEAD_DIM, tokens=n), strict=True):
+        row = HEAD_DIM * bits + 2 * 16  # codes, step and minimum
+        total = KV_HEADS * (n * row + 8 * HEAD_DIM * 16) + shared / 2
+        assert abs(counted - total / (KV_HEADS * HEAD_DIM * n)) < 1e-9
+
+
+def test_saving_a_rewritten_model_leaves_a_valid_plain_one(tmp_path: Path) -> None:
+    model, ids = build("llama"), tokens(1, 9)
+    with torch.no_grad():
+        wanted = build("llama")(ids).logits
+    kvsink.rewrite(model, "rotatekv", calibration=IDS)
+    model.save_pretrained(tmp_path / "saved")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not hasattr(again, "_kvsink_runtime")
+    with torch.no_grad():
+        assert (again(ids).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_copy_of_a_rewritten_model_works_alone() -> None:
+    model, ids = build("llama"), tokens(1, 9)
+    kvsink.rewrite(model, "klt", calibration=IDS)
+    other = copy.deepcopy(model)
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    wanted = model.generate(ids, **settings)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert torch.equal(other.generate(ids, **settings), wanted)
