@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -45,13 +46,28 @@ def distortion(bits: int) -> float:
     return 1.0 if bits == 0 else _solve(bits)[1]
 
 
+_SHARED: dict[tuple[str, int, str], Tensor] = {}
+
+
+def _shared(name: str, bits: int, device: torch.device | str, values: tuple[float, ...]) -> Tensor:
+    """One tensor per device: a copy from the host at every call would break the capture of CUDA graphs."""
+    key = (name, bits, str(device))
+    held = _SHARED.get(key)
+    if held is None:
+        held = torch.tensor(values, dtype=torch.float32, device=device)
+        if type(held) is Tensor:  # not the stand-in of a tracer
+            _SHARED[key] = held
+    return held
+
+
 def lloyd_max(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Levels float32 [2**bits], ascending, of the Lloyd-Max quantizer of a unit Gaussian."""
-    half = torch.tensor(_solve(bits)[0], dtype=torch.float32)
-    return torch.cat([-half.flip(0), half]).to(device)
+    half = _solve(bits)[0]
+    return _shared("levels", bits, device, (*(-y for y in reversed(half)), *half))
 
 
 def thresholds(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Decision thresholds float32 [2**bits - 1] that belong to `lloyd_max(bits)`."""
-    y = lloyd_max(bits)
-    return ((y[1:] + y[:-1]) / 2).to(device)
+    half = _solve(bits)[0]
+    positive = tuple((a + b) / 2 for a, b in pairwise(half))
+    return _shared("thresholds", bits, device, (*(-t for t in reversed(positive)), 0.0, *positive))

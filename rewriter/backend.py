@@ -32,6 +32,14 @@ __all__ = ["kvsink_backend", "last_report", "split_options"]
 
 _OPTIONS = ("kvsink.method", "kvsink.key_bits", "kvsink.value_bits", "kvsink.protect", "kvsink.fuse", "kvsink.inner")
 _reports: list[PipelineReport] = []
+_told: set[str] = set()
+
+
+def _tell_once(text: str) -> None:
+    """Warn once per process: a model is compiled graph by graph, and dynamo resets Python's own record of warnings."""
+    if text not in _told:
+        _told.add(text)
+        warnings.warn(text, stacklevel=3)
 
 
 def split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -64,10 +72,9 @@ def kvsink_backend(
     _reports[:] = [report]
     stock = [s for s in report.sites if s.cache in ("static", "dynamic")]
     if plan is not None and stock:
-        warnings.warn(
+        _tell_once(
             f"kvsink: {len(stock)} attention layers run on a stock {stock[0].cache} cache: the numbers are those of "
-            f"{ours['method']}, but no memory is saved. Use kvsink.rewrite(model) and its own cache to save it.",
-            stacklevel=2,
+            f"{ours['method']}, but no memory is saved. Use kvsink.rewrite(model) and its own cache to save it."
         )
     inner = ours.get("inner", "inductor")
     if inner == "eager":
@@ -99,10 +106,9 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
         )
     dropped = [name for s in (key, value_side) for name in ("center", "reorder") if getattr(s, name)]
     if dropped:
-        warnings.warn(
+        _tell_once(
             f"kvsink: {method.name} runs without its calibrated steps ({', '.join(sorted(set(dropped)))}); "
-            "call kvsink.rewrite(model) for the whole method",
-            stacklevel=3,
+            "call kvsink.rewrite(model) for the whole method"
         )
     key, value_side = replace(key, center=False, reorder=False), replace(value_side, center=False, reorder=False)
     policies = parse_policies(str(ours.get("protect", method.protect)))

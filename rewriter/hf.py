@@ -3,8 +3,8 @@
 `import kvsink` registers both. `AutoModelForCausalLM.from_pretrained(out_dir)` then reads the sidecar, checks that it belongs to
 the weights just loaded, and attaches the runtime. `generate()` makes its own KVSinkCache unless the caller brings a cache.
 
-Differs    `_prepare_cache_for_generation` is private to transformers; `tests/test_hf.py` names it and its replacement, which is
-           to pass past_key_values=kvsink.KVSinkCache.for_model(...) to generate()
+Differs    `_prepare_cache_for_generation` is private to transformers; `tests/rewriter/test_hf.py` names it and its
+           replacement, which is to pass past_key_values=kvsink.KVSinkCache.for_model(...) to generate()
 """
 
 from __future__ import annotations
