@@ -50,12 +50,18 @@ def attend_ref(
     b, h, slots, d = full_k.shape
     s, r = q.shape[2], q.shape[1] // h
     bias = _additive(mask, is_causal, state[11], s, torch.arange(slots, device=q.device))
-    logits = q.float().reshape(b, h, r * s, d) @ full_k.float().mT * scale  # [B, H, R·S, L]
+    wide = _wide(q)
+    logits = q.to(wide).reshape(b, h, r * s, d) @ full_k.to(wide).mT * scale  # [B, H, R·S, L]
     logits = (logits.reshape(b, h, r, s, slots) + _grouped(bias, h, r)).reshape(b, h, r * s, slots)
     top = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     p = (logits - top).exp()
-    out = (p @ full_v.float()) / p.sum(-1, keepdim=True).clamp_min(1e-30)
+    out = (p @ full_v.to(wide)) / p.sum(-1, keepdim=True).clamp_min(1e-30)
     return out.reshape(b, h * r, s, d).to(q.dtype)
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    """What sums are taken in: float32, or float64 where the model is."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _grouped(bias: Tensor, heads: int, repeats: int) -> Tensor:
@@ -77,14 +83,15 @@ def _attend_tiles(
     b, h, s, d = k.shape
     r, first = q.shape[1] // h, int(length)
     total = first + s
-    query = q.float().reshape(b, h, r * s, d) * scale
+    wide = _wide(q)
+    query = q.to(wide).reshape(b, h, r * s, d) * scale
     top = query.new_full((b, h, r * s, 1), torch.finfo(torch.float32).min)
     mass, out = torch.zeros_like(top), torch.zeros_like(query)
     live = torch.where(recent_slot < total, recent_slot, -1)[None].expand(b, -1)
     for start in range(0, total, TILE):
         end = min(start + TILE, total)
-        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p)
-        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p)
+        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p).to(wide)
+        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p).to(wide)
         if not c.key.packed or not c.value.packed:
             tile_k, tile_v = tile_k.clone(), tile_v.clone()
         for full, fresh, recent, exact in ((tile_k, k, recent_k, exact_k), (tile_v, v, recent_v, exact_v)):

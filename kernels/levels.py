@@ -9,8 +9,8 @@ Exact      symmetric to the last bit: level i is minus level 2**bits - 1 - i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -49,12 +49,12 @@ def distortion(bits: int) -> float:
 _SHARED: dict[tuple[str, int, str], Tensor] = {}
 
 
-def _shared(name: str, bits: int, device: torch.device | str, values: tuple[float, ...]) -> Tensor:
+def _shared(name: str, bits: int, device: torch.device | str, values: Callable[[], tuple[float, ...]]) -> Tensor:
     """One tensor per device: a copy from the host at every call would break the capture of CUDA graphs."""
     key = (name, bits, str(device))
     held = _SHARED.get(key)
     if held is None:
-        held = torch.tensor(values, dtype=torch.float32, device=device)
+        held = torch.tensor(values(), dtype=torch.float32, device=device)
         if type(held) is Tensor:  # not the stand-in of a tracer
             _SHARED[key] = held
     return held
@@ -62,12 +62,19 @@ def _shared(name: str, bits: int, device: torch.device | str, values: tuple[floa
 
 def lloyd_max(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Levels float32 [2**bits], ascending, of the Lloyd-Max quantizer of a unit Gaussian."""
-    half = _solve(bits)[0]
-    return _shared("levels", bits, device, (*(-y for y in reversed(half)), *half))
+
+    def values() -> tuple[float, ...]:
+        half = _solve(bits)[0]
+        return (*(-y for y in reversed(half)), *half)
+
+    return _shared("levels", bits, device, values)
 
 
 def thresholds(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Decision thresholds float32 [2**bits - 1] that belong to `lloyd_max(bits)`."""
-    half = _solve(bits)[0]
-    positive = tuple((a + b) / 2 for a, b in pairwise(half))
-    return _shared("thresholds", bits, device, (*(-t for t in reversed(positive)), 0.0, *positive))
+
+    def values() -> tuple[float, ...]:
+        y = lloyd_max(bits)
+        return tuple(((y[1:] + y[:-1]) / 2).tolist())
+
+    return _shared("thresholds", bits, device, values)

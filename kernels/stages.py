@@ -59,7 +59,7 @@ def table_rows(table: Tensor, positions: Tensor) -> Tensor:
 
 def project(x: Tensor, basis: Tensor) -> Tensor:
     """x U, one basis [D, D] per head."""
-    return x @ basis
+    return x @ basis.to(x.dtype)
 
 
 def unproject(x: Tensor, basis: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Attach(RewritePass):
     def rewrite(self, site: AttentionSite, work: Work) -> None:
         chain = _from_markers(site) if site.cache == "kvsink" else _from_plan(site, work, work.plan(site))
         for side in (chain.keys, chain.values):
-            if side.spec.packed:
+            if side.spec.packed and value(side.x).dtype != torch.float64:
                 side.x = chain.put(side.write_at, "to", side.x, torch.float32)
         work.chains[site.attn] = chain
 

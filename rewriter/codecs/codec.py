@@ -136,7 +136,7 @@ class Codec:
         if not s.packed:
             full = k if roped else stages.rope_rows(k, cos, sin)
             return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
-        x = k.float()
+        x = _wide(k)
         if s.domain == "block":
             x = stages.unrope_rows(x, cos, sin) if roped else x
             if s.center:
@@ -185,7 +185,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
-        x = v.float()
+        x = _wide(v)
         if s.center:
             x = stages.center(x, p["v_mean"])
         if s.transform == "klt":
@@ -205,6 +205,11 @@ class Codec:
         elif s.transform == "hadamard" and not s.folded:
             x = stages.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
         return x + p["v_mean"][:, None, :] if s.center else x
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What transforms are computed in: float32, or float64 where the model is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 set_codec_resolver(Codec.parse)

@@ -102,16 +102,33 @@ def test_a_row_of_zeros_under_lloyd_is_finite() -> None:
 
 def test_lloyd_takes_the_nearest_level_of_each_channel() -> None:
     widths, sigma, x = (4, 2, 1, 0), torch.rand(2, 32) + 0.5, rows(0, 1, 2, 40, 32)
-    codes, scale = quantize_ref(x, sigma, "lloyd", widths, 32, 1.0, True)
-    back = dequantize_ref(codes, scale, sigma, "lloyd", widths, 32, True)
-    unit = x / sigma[:, None] / scale.float()
-    assert (scale.float() / (x / sigma[:, None]).square().mean(-1, keepdim=True).sqrt() - 1).abs().max() <= 2.0**-11
+    codes, scale = quantize_ref(x, sigma, "lloyd", widths, 32, 1.0, False)
+    assert scale.shape[-1] == 0
+    back = dequantize_ref(codes, scale, sigma, "lloyd", widths, 32, False)
+    unit = x / sigma[:, None]
     for run, width in enumerate(widths):
         part = slice(8 * run, 8 * run + 8)
-        got = (back / sigma[:, None] / scale.float())[..., part]
+        got = (back / sigma[:, None])[..., part]
         levels = lloyd_max(width) if width else torch.zeros(1)
         best = (unit[..., part, None] - levels).abs().amin(-1)
         assert ((unit[..., part] - got).abs() <= best + ROUNDING).all()
+
+
+def test_the_gain_of_a_row_is_the_least_squares_one() -> None:
+    widths, sigma = (4, 2, 1, 0), torch.rand(2, 32) + 0.5
+    x = rows(0, 1, 2, 40, 32) * torch.logspace(-2, 2, 40)[:, None]  # rows of very different size
+    codes, scale = quantize_ref(x, sigma, "lloyd", widths, 32, 1.0, True)
+    back = dequantize_ref(codes, scale, sigma, "lloyd", widths, 32, True)
+
+    def error(factor: float) -> torch.Tensor:
+        return (x - factor * back).square().sum(-1)
+
+    slack = 1e-4 * x.square().sum(-1)  # the gain is rounded to float16
+    assert (error(1.0) <= error(0.98) + slack).all() and (error(1.0) <= error(1.02) + slack).all()
+    assert (error(1.0) < error(0.8)).all() and (error(1.0) < error(1.2)).all()
+    plain_codes, none = quantize_ref(x, sigma, "lloyd", widths, 32, 1.0, False)
+    plain = dequantize_ref(plain_codes, none, sigma, "lloyd", widths, 32, False)
+    assert error(1.0).mean() < (x - plain).square().sum(-1).mean()
 
 
 def test_runs_of_equal_width_are_one_segment() -> None:
