@@ -67,25 +67,11 @@ class KVSinkLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.head_dim, self.value_dim = key_states.shape[-1], value_states.shape[-1]
-        c, b, h, dev = self.codec, self.batch_size, self.num_heads, self.device
+        c, b, dev = self.codec, self.batch_size, self.device
         slots = self.max_length if self.max_length is not None else _BLOCK
-        code = {True: torch.uint8, False: self.dtype}
-
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=dev)
-
-        self.k_codes = empty(b, h, slots, c.row_bytes(c.key, self.head_dim), dtype=code[c.key.packed])
-        self.k_scale = empty(b, h, slots, c.row_scales(c.key, self.head_dim), dtype=torch.float16)
-        self.v_codes = empty(b, h, slots, c.row_bytes(c.value, self.value_dim), dtype=code[c.value.packed])
-        self.v_scale = empty(b, h, slots, c.row_scales(c.value, self.value_dim), dtype=torch.float16)
-        self.exact_k = empty(b, h, c.exact_rows, self.head_dim, dtype=self.dtype)
-        self.exact_v = empty(b, h, c.exact_rows, self.value_dim, dtype=self.dtype)
-        self.exact_slot = torch.full((b, c.exact_rows), -1, dtype=torch.int32, device=dev)
-        self.exact_score = torch.full((b, c.exact_rows), float("-inf"), device=dev)
-        self.recent_k = empty(b, h, c.window, self.head_dim, dtype=self.dtype)
-        self.recent_v = empty(b, h, c.window, self.value_dim, dtype=self.dtype)
-        self.recent_slot = torch.full((c.window,), -1, dtype=torch.int32, device=dev)
-        self.length = torch.zeros((), dtype=torch.int64, device=dev)
+        layout = c.layout(b, self.num_heads, self.head_dim, self.value_dim, slots, self.dtype)
+        for name, (shape, dtype, fill) in layout.items():
+            setattr(self, name, torch.full(shape, fill, dtype=dtype, device=dev))
         if self.shared.positions is None or self.shared.positions.shape != (b, slots):
             self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
         self.params = self.shared.runtime.params(self.layer, c, slots, dev)

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import unrope
-from kvsink.observers import KeyStats, ValueStats
+from kvsink.observers import KeyStats, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
 from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, first_candidates
 
@@ -61,6 +61,7 @@ class Calibration:
     tokens: int
     largest: list[float] = field(default_factory=list)  # largest |H| per block output
     medians: list[float] = field(default_factory=list)
+    samples: dict[int, Samples] = field(default_factory=dict)  # layer → rows, where a quantizer learns from them
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; tensors by name, the rest as JSON in its header."""

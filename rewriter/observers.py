@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvsink.kernels.rope import rope
 
-__all__ = ["KeyStats", "ValueStats"]
+__all__ = ["KeyStats", "Samples", "ValueStats"]
 
 
 @dataclass
@@ -116,3 +116,21 @@ class ValueStats:
         """Covariance [H, D, D]."""
         mu = self.mean()
         return self.second / self.count - mu[:, :, None] * mu[:, None, :]
+
+
+@dataclass
+class Samples:
+    """Rows of one layer kept for quantizers that learn their levels: a subset of the calibration tokens, protected rows left out.
+
+    keys before RoPE and values [N, H, D] float32; positions int64 [N]. Weights are None unless a method asked for them:
+    key_fisher, value_fisher [N, H, D], the squared gradient of the loss with respect to each entry (KVQuant, CQ);
+    key_error, value_error [N, H], how strongly an error of that row reaches the attention output (AnTKV).
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    key_fisher: Tensor | None = None
+    value_fisher: Tensor | None = None
+    key_error: Tensor | None = None
+    value_error: Tensor | None = None

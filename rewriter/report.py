@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from kvsink.codecs import Codec
 
@@ -14,20 +17,19 @@ STATED_LENGTH = 4096  # tokens at which a report counts bits
 
 
 def counted_bits(
-    codec: Codec, heads: int, dim: int, tokens: int = STATED_LENGTH, batch: int = 1
+    codec: Codec, heads: int, dim: int, tokens: int = STATED_LENGTH, batch: int = 1, layers: int = 1
 ) -> tuple[float, float]:
-    """Bits per element of keys and of values that the cache of one layer holds at `tokens`: codes, scales, exact rows and
-    the window (16 bit), slots, scores and positions (32 bit), counted half to each side."""
-    per_side = batch * heads * tokens * dim
-    shared = 32.0 * batch * (2 * codec.exact_rows + tokens) + 32.0 * codec.window + 64.0
-    rows = 16.0 * batch * heads * dim * (codec.exact_rows + codec.window)
-
-    def side(spec: Any) -> float:
-        row = 8.0 * codec.row_bytes(spec, dim) if spec.packed else 16.0 * dim
-        row += 16.0 * codec.row_scales(spec, dim)
-        return (row * batch * heads * tokens + rows + shared / 2) / per_side
-
-    return side(codec.key), side(codec.value)
+    """Bits per element of keys and of values that the cache of one layer holds at `tokens`: every tensor of its state, what
+    belongs to neither side counted half to each. The positions are one tensor for all `layers`."""
+    elements = batch * heads * tokens * dim
+    side = {"k": 0.0, "v": 0.0}
+    for name, (shape, dtype, _) in codec.layout(batch, heads, dim, dim, tokens, torch.float16).items():
+        bits = 8.0 * math.prod(shape) * dtype.itemsize
+        owner = next((s for s in side if name.startswith(f"{s}_") or name.endswith(f"_{s}")), None)
+        for s in side:
+            side[s] += bits * (0.5 if owner is None else owner == s)
+    positions = 32.0 * batch * tokens / layers
+    return (side["k"] + positions / 2) / elements, (side["v"] + positions / 2) / elements
 
 
 @dataclass(frozen=True)

@@ -294,11 +294,12 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
         notes=list(notes),
         versions=versions(),
     )
+    packed = sum(plan.codec is not None for plan in runtime.plans)
     for i, plan in enumerate(runtime.plans):
         if plan.codec is None:
             row = LayerReport(i, where.attentions[i], False, "16 bit", "16 bit", 16.0, 16.0, "", plan.reason)
         else:
-            key_bits, value_bits = counted_bits(plan.codec, where.kv_heads, where.head_dim)
+            key_bits, value_bits = counted_bits(plan.codec, where.kv_heads, where.head_dim, layers=packed)
             row = LayerReport(
                 i, where.attentions[i], True, describe(plan.codec.key), describe(plan.codec.value), key_bits, value_bits,
                 ", ".join(s.key for s in plan.segments), "",

@@ -24,9 +24,8 @@ from torch import Tensor
 from kvsink.errors import SidecarError
 from kvsink.kernels import stages
 from kvsink.kernels.base import set_codec_resolver
-from kvsink.kernels.dequantize import dequantize_ref
-from kvsink.kernels.quantize import quantize_ref, scales_per_row
 
+from .quantizers import QUANTIZERS
 from .spec import SideSpec
 
 __all__ = ["STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
@@ -105,26 +104,51 @@ class Codec:
                 names += ["k_mean2", "k_basis"]
             if k.reorder:
                 names += ["k_perm", "k_unperm"]
-            if k.kind == "lloyd":
-                names += ["k_sigma"]
+            names += QUANTIZERS[k.kind].tables(k, "k")
         if v.packed:
             if v.center:
                 names += ["v_mean"]
             if v.transform == "klt":
                 names += ["v_basis"]
-            if v.kind == "lloyd":
-                names += ["v_sigma"]
+            names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
     def row_bytes(self, side: SideSpec, dim: int) -> int:
         """Width of the code tensor of one side: bytes when packed, channels when kept in 16 bit."""
-        return sum(side.widths) if side.packed else dim
+        return QUANTIZERS[side.kind].row_bytes(side, dim) if side.packed else dim
 
     def row_scales(self, side: SideSpec, dim: int) -> int:
         """float16 numbers stored beside the codes of one row."""
-        return scales_per_row(side.kind, dim, side.group_size, side.gain) if side.packed else 0
+        return QUANTIZERS[side.kind].row_scales(side, dim) if side.packed else 0
+
+    def layout(
+        self, batch: int, heads: int, key_dim: int, value_dim: int, slots: int, dtype: torch.dtype
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
+        """Shape, dtype and first fill of every state tensor but the positions, in the order of STATE_NAMES."""
+
+        def codes(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
+            return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0
+
+        def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
+            return (batch, heads, slots, self.row_scales(side, dim)), torch.float16, 0
+
+        e, w = self.exact_rows, self.window
+        return {
+            "k_codes": codes(self.key, key_dim),
+            "k_scale": scale(self.key, key_dim),
+            "v_codes": codes(self.value, value_dim),
+            "v_scale": scale(self.value, value_dim),
+            "exact_k": ((batch, heads, e, key_dim), dtype, 0),
+            "exact_v": ((batch, heads, e, value_dim), dtype, 0),
+            "exact_slot": ((batch, e), torch.int32, -1),
+            "exact_score": ((batch, e), torch.float32, float("-inf")),
+            "recent_k": ((batch, heads, w, key_dim), dtype, 0),
+            "recent_v": ((batch, heads, w, value_dim), dtype, 0),
+            "recent_slot": ((w,), torch.int32, -1),
+            "length": ((), torch.int64, 0),
+        }
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -136,7 +160,11 @@ class Codec:
         if not s.packed:
             full = k if roped else stages.rope_rows(k, cos, sin)
             return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
-        x = _wide(k)
+        return QUANTIZERS[s.kind].encode(self.transform_keys(k, cos, sin, positions, p, roped), s, p, "k")
+
+    def transform_keys(self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool) -> Tensor:
+        """Keys [B, H, S, D] through every stage before the quantizer."""
+        s, x = self.key, _wide(k)
         if s.domain == "block":
             x = stages.unrope_rows(x, cos, sin) if roped else x
             if s.center:
@@ -154,14 +182,19 @@ class Codec:
             x = stages.hadamard_heads(x, s.order, s.heads_per_group)
         if s.reorder:
             x = stages.reorder_heads(x, p["k_perm"])
-        return quantize_ref(x, p.get("k_sigma"), s.kind, s.widths, s.group_size, s.clip, s.gain)
+        return x
 
     def decode_keys(self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params) -> Tensor:
         """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D] float32."""
         s = self.key
         if not s.packed:
             return codes.float()
-        x = dequantize_ref(codes, scale, p.get("k_sigma"), s.kind, s.widths, s.group_size, s.gain)
+        x = QUANTIZERS[s.kind].decode(codes, scale, s, p, "k")
+        return self.restore_keys(x, positions, p)
+
+    def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
+        """The stages of `transform_keys` taken back, last first; keys after RoPE."""
+        s = self.key
         if s.reorder:
             x = stages.reorder_heads(x, p["k_unperm"])
         if s.transform == "klt":
@@ -185,21 +218,29 @@ class Codec:
         s = self.value
         if not s.packed:
             return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
-        x = _wide(v)
+        return QUANTIZERS[s.kind].encode(self.transform_values(v, p), s, p, "v")
+
+    def transform_values(self, v: Tensor, p: Params) -> Tensor:
+        """Values [B, H, S, D] through every stage before the quantizer."""
+        s, x = self.value, _wide(v)
         if s.center:
             x = stages.center(x, p["v_mean"])
         if s.transform == "klt":
             x = stages.project(x, p["v_basis"])
         elif s.transform == "hadamard" and not s.folded:
             x = stages.hadamard_heads(x, s.order, s.heads_per_group)
-        return quantize_ref(x, p.get("v_sigma"), s.kind, s.widths, s.group_size, s.clip, s.gain)
+        return x
 
     def decode_values(self, codes: Tensor, scale: Tensor, p: Params) -> Tensor:
         """Packed values → values [B, H, L, D] float32."""
         s = self.value
         if not s.packed:
             return codes.float()
-        x = dequantize_ref(codes, scale, p.get("v_sigma"), s.kind, s.widths, s.group_size, s.gain)
+        return self.restore_values(QUANTIZERS[s.kind].decode(codes, scale, s, p, "v"), p)
+
+    def restore_values(self, x: Tensor, p: Params) -> Tensor:
+        """The stages of `transform_values` taken back, last first."""
+        s = self.value
         if s.transform == "klt":
             x = stages.unproject(x, p["v_basis"])
         elif s.transform == "hadamard" and not s.folded:

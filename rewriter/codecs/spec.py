@@ -7,7 +7,8 @@ from typing import Any
 
 from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_core
-from kvsink.kernels.quantize import KINDS
+
+from .quantizers import QUANTIZERS
 
 __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
@@ -71,8 +72,8 @@ class SideSpec:
             refuse(f"domain {self.domain!r} is not one of {', '.join(DOMAINS)}")
         if self.transform not in TRANSFORMS:
             refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
-        if self.kind != "none" and self.kind not in KINDS:
-            refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(KINDS)}")
+        if self.kind != "none" and self.kind not in QUANTIZERS:
+            refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(QUANTIZERS)}")
         if self.kind == "none" and self.bits != 16:
             refuse(f"bits={self.bits:g} without a quantizer")
         if self.kind != "none" and not 0.125 <= self.bits <= 8:
