@@ -91,8 +91,8 @@ def _attend_tiles(
     live = torch.where(recent_slot < total, recent_slot, -1)[None].expand(b, -1)
     for start in range(0, total, TILE):
         end = min(start + TILE, total)
-        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p).to(wide)
-        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p).to(wide)
+        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p, wide)
+        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p, wide)
         if not c.key.packed or not c.value.packed:
             tile_k, tile_v = tile_k.clone(), tile_v.clone()
         for full, fresh, recent, exact in ((tile_k, k, recent_k, exact_k), (tile_v, v, recent_v, exact_v)):
