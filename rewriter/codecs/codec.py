@@ -150,7 +150,8 @@ class Codec:
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             if side.by_token_block:
                 return (batch, heads, -(-slots // side.group_tokens), 2 * dim), torch.float16, 0
-            return (batch, heads, slots, self.row_scales(side, dim)), torch.float16, 0
+            one = side.packed and QUANTIZERS[side.kind].scale_of_token
+            return (batch, 1 if one else heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
         e, w, normed = self.exact_rows, self.ring, self.key.packed and self.key.norm
         return {
@@ -182,27 +183,41 @@ class Codec:
         x = x if norm is None else x / norm.to(x.dtype)
         return *quantize_tokens(x, valid, s.widths[0], s.group_tokens), norm
 
-    def _encode(self, x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor, Tensor]:
+    def quantize(self, side: str, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Transformed rows of side "k" or "v" → (codes, scale); of blocks of tokens, the first one begins with the rows."""
+        s = self.key if side == "k" else self.value
         if not s.by_token_block:
-            return QUANTIZERS[s.kind].encode(x, s, p, prefix)
+            return QUANTIZERS[s.kind].encode(x, s, p, side)
         rows = x.shape[2]
         x = F.pad(x, (0, 0, 0, -rows % s.group_tokens))
         valid = (torch.arange(x.shape[2], device=x.device) < rows).expand(x.shape[0], -1)
         codes, scale, _ = self.encode_block(x, s, valid)
         return codes[:, :, :rows], scale
 
-    def _decode(self, codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str, skip: int = 0) -> Tensor:
+    def dequantize(self, side: str, codes: Tensor, scale: Tensor, p: Params, skip: int = 0) -> Tensor:
+        """The inverse of `quantize` up to its rounding, float32; codes begin `skip` rows into their first group of tokens."""
+        s = self.key if side == "k" else self.value
         if not s.by_token_block:
-            return QUANTIZERS[s.kind].decode(codes, scale, s, p, prefix)
+            return QUANTIZERS[s.kind].decode(codes, scale, s, p, side)
         return dequantize_tokens(codes, scale, s.widths[0], s.group_tokens, skip)
+
+    def table_names(self, side: str) -> tuple[str, ...]:
+        """Names of the tables of one side's quantizer."""
+        spec = self.key if side == "k" else self.value
+        return QUANTIZERS[spec.kind].tables(spec, side)
+
+    def row_channels(self, side: str, tables: Sequence[Tensor]) -> int:
+        """Channels of one row, as widths or the codebook say."""
+        spec = self.key if side == "k" else self.value
+        return 8 * len(spec.widths) if spec.widths else tables[-1].shape[1] * spec.couple
 
     def _stored(self, st: Params, s: SideSpec, p: Params, prefix: str, start: int, end: int) -> Tensor:
         """The packed rows of slots start … end - 1, in the basis of the quantizer."""
         codes, scale = st[f"{prefix}_codes"][:, :, start:end], st[f"{prefix}_scale"]
         if not s.by_token_block:
-            return self._decode(codes, scale[:, :, start:end], s, p, prefix)
+            return self.dequantize(prefix, codes, scale[:, :, start:end], p)
         g = s.group_tokens
-        x = self._decode(codes, scale[:, :, start // g : -(-end // g)], s, p, prefix, start % g)
+        x = self.dequantize(prefix, codes, scale[:, :, start // g : -(-end // g)], p, start % g)
         return x * st[f"{prefix}_norm"][:, :, start:end].float() if s.norm else x
 
     def read_keys(self, st: Params, p: Params, start: int, end: int) -> Tensor:
@@ -231,7 +246,7 @@ class Codec:
         if not s.packed:
             full = k if roped else stages.rope_rows(k, cos, sin)
             return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
-        return self._encode(self.transform_keys(k, cos, sin, positions, p, roped), s, p, "k")
+        return self.quantize("k", self.transform_keys(k, cos, sin, positions, p, roped), p)
 
     def transform_keys(self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool) -> Tensor:
         """Keys [B, H, S, D] through every stage before the quantizer."""
@@ -260,7 +275,7 @@ class Codec:
         s = self.key
         if not s.packed:
             return codes.float()
-        return self.restore_keys(self._decode(codes, scale, s, p, "k"), positions, p)
+        return self.restore_keys(self.dequantize("k", codes, scale, p), positions, p)
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
@@ -288,7 +303,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
-        return self._encode(self.transform_values(v, p), s, p, "v")
+        return self.quantize("v", self.transform_values(v, p), p)
 
     def transform_values(self, v: Tensor, p: Params) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
@@ -306,7 +321,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return codes.float()
-        return self.restore_values(self._decode(codes, scale, s, p, "v"), p)
+        return self.restore_values(self.dequantize("v", codes, scale, p), p)
 
     def restore_values(self, x: Tensor, p: Params) -> Tensor:
         """The stages of `transform_values` taken back, last first."""
