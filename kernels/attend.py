@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attend_cpu import attend_one, why_not
 from .base import resolve_codec
 from .read import put_rows, read_ref
 
@@ -90,7 +91,7 @@ def _attend_tiles(
     live = [c.exact_recent(side, st["recent_slot"], total)[None].expand(b, -1) for side in (c.key, c.value)]
     for start in range(0, total, TILE):
         end = min(start + TILE, total)
-        tile_k, tile_v = c.read_keys(st, p, start, end).to(wide), c.read_values(st, p, start, end).to(wide)
+        tile_k, tile_v = c.read_keys(st, p, start, end, wide), c.read_values(st, p, start, end, wide)
         if not c.key.packed or not c.value.packed:
             tile_k, tile_v = tile_k.clone(), tile_v.clone()
         for prefix, full, fresh, recent in (("k", tile_k, k, live[0]), ("v", tile_v, v, live[1])):
@@ -119,6 +120,8 @@ def attend(
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
     if q.device.type == "cpu":
+        if not why_not(resolve_codec(codec), q, k):
+            return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
         return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
     return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
 

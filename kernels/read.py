@@ -45,8 +45,9 @@ def read_ref(
     p = dict(zip(c.param_names(), params, strict=True))
     st = c.named(state)
     s, slots = k.shape[2], st["k_codes"].shape[2]
-    full_k = c.read_keys(st, p, 0, slots).to(k.dtype).contiguous()
-    full_v = c.read_values(st, p, 0, slots).to(v.dtype).contiguous()
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    full_k = c.read_keys(st, p, 0, slots, wide).to(k.dtype).contiguous()
+    full_v = c.read_values(st, p, 0, slots, wide).to(v.dtype).contiguous()
     if full_k.data_ptr() == st["k_codes"].data_ptr():
         full_k = full_k.clone()
     if full_v.data_ptr() == st["v_codes"].data_ptr():

@@ -113,6 +113,8 @@ def _decode(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | No
     else:
         op = torch.ops.kvsink.decode.default
         x = chain.put(at, op, codes, scale, _tables(chain, side, prefix), chain.codec_text, prefix)
+    if dtype == torch.float64:
+        x = chain.put(at, "to", x, dtype)
     for undo in reversed(side.undo):
         x = undo(x, positions)
     return chain.put(at, "to", x, dtype)

@@ -220,17 +220,18 @@ class Codec:
         x = self.dequantize(prefix, codes, scale[:, :, start // g : -(-end // g)], p, start % g)
         return x * st[f"{prefix}_norm"][:, :, start:end].float() if s.norm else x
 
-    def read_keys(self, st: Params, p: Params, start: int, end: int) -> Tensor:
-        """Slots start … end - 1 of a state by name → keys after RoPE [B, H, end - start, D] float32."""
+    def read_keys(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
+        """Slots start … end - 1 of a state by name → keys after RoPE [B, H, end - start, D], computed in `wide`."""
         if not self.key.packed:
-            return st["k_codes"][:, :, start:end].float()
-        return self.restore_keys(self._stored(st, self.key, p, "k", start, end), st["positions"][:, start:end], p)
+            return st["k_codes"][:, :, start:end].to(wide)
+        x = self._stored(st, self.key, p, "k", start, end).to(wide)
+        return self.restore_keys(x, st["positions"][:, start:end], p)
 
-    def read_values(self, st: Params, p: Params, start: int, end: int) -> Tensor:
-        """Slots start … end - 1 of a state by name → values [B, H, end - start, D] float32."""
+    def read_values(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
+        """Slots start … end - 1 of a state by name → values [B, H, end - start, D], computed in `wide`."""
         if not self.value.packed:
-            return st["v_codes"][:, :, start:end].float()
-        return self.restore_values(self._stored(st, self.value, p, "v", start, end), p)
+            return st["v_codes"][:, :, start:end].to(wide)
+        return self.restore_values(self._stored(st, self.value, p, "v", start, end).to(wide), p)
 
     def exact_recent(self, side: SideSpec, recent_slot: Tensor, total: Tensor | int) -> Tensor:
         """Slots of the ring that `side` reads as they came when `total` rows are held; -1 for the others."""
@@ -270,12 +271,14 @@ class Codec:
             x = stages.reorder_heads(x, p["k_perm"])
         return x
 
-    def decode_keys(self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params) -> Tensor:
-        """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D] float32."""
+    def decode_keys(
+        self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params, wide: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D], computed in `wide`."""
         s = self.key
         if not s.packed:
-            return codes.float()
-        return self.restore_keys(self.dequantize("k", codes, scale, p), positions, p)
+            return codes.to(wide)
+        return self.restore_keys(self.dequantize("k", codes, scale, p).to(wide), positions, p)
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
@@ -316,12 +319,12 @@ class Codec:
             x = stages.hadamard_heads(x, s.order, s.heads_per_group)
         return x
 
-    def decode_values(self, codes: Tensor, scale: Tensor, p: Params) -> Tensor:
-        """Packed values → values [B, H, L, D] float32."""
+    def decode_values(self, codes: Tensor, scale: Tensor, p: Params, wide: torch.dtype = torch.float32) -> Tensor:
+        """Packed values → values [B, H, L, D], computed in `wide`."""
         s = self.value
         if not s.packed:
-            return codes.float()
-        return self.restore_values(self.dequantize("v", codes, scale, p), p)
+            return codes.to(wide)
+        return self.restore_values(self.dequantize("v", codes, scale, p).to(wide), p)
 
     def restore_values(self, x: Tensor, p: Params) -> Tensor:
         """The stages of `transform_values` taken back, last first."""

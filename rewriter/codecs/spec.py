@@ -15,7 +15,7 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
-AXES = ("row", "channel")
+AXES = ("token", "channel")
 VECTOR_SETTINGS = {
     4.0: (2, 8), 2.25: (4, 9), 2.0: (4, 8), 1.5: (8, 12), 1.25: (8, 10), 1.0: (8, 8), 0.75: (16, 12), 0.375: (32, 12),
 }  # fmt: skip
@@ -55,7 +55,7 @@ class SideSpec:
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd".
     folded     the transform already sits in the weights, nothing is to be done at run time.
-    axis       "row": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
+    axis       "token": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
     flush      rows are coded in blocks of this many tokens and stay exact until their block is full; 0: at once.
     newest     so many newest rows of this side stay exact.
     norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
@@ -80,7 +80,7 @@ class SideSpec:
     gain: bool = False
     widths: tuple[int, ...] = ()
     folded: bool = False
-    axis: str = "row"
+    axis: str = "token"
     group_tokens: int = 0
     flush: int = 0
     newest: int = 0

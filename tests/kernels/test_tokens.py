@@ -198,9 +198,9 @@ def test_which_recent_rows_are_exact() -> None:
         (dict(flush=8, group_tokens=8, domain="block", block=1), "after RoPE"),
         (dict(flush=8, group_tokens=8, center=True), "without centring"),
         (dict(flush=8, group_tokens=8, kind="gauss"), "kind='uniform'"),
-        (dict(axis="row", group_tokens=8), "axis='channel'"),
-        (dict(axis="row", norm=True), "axis='channel'"),
-        (dict(axis="diagonal"), "not one of row, channel"),
+        (dict(axis="token", group_tokens=8), "axis='channel'"),
+        (dict(axis="token", norm=True), "axis='channel'"),
+        (dict(axis="diagonal"), "not one of token, channel"),
         (dict(flush=-8, group_tokens=8), "cannot be negative"),
     ],
 )
