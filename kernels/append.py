@@ -91,16 +91,20 @@ def append_ref(
             st[name].copy_(new)
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, positions, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
+    elif st["k_sparse"].shape[2]:
+        x = c.transform_keys(k, cos, sin, positions, p, roped)
+        _store_rows("k", st, slots, *c.quantize("k", x, p))
+        _store_outliers(c, "k", x, st, p, positions)
     else:
         _store_rows("k", st, slots, *c.encode_keys(k, cos, sin, positions, p, roped))
-        if st["k_sparse"].shape[2]:
-            _store_outliers(c, "k", c.transform_keys(k, cos, sin, positions, p, roped), st, p, positions)
     if c.value.by_token_block:
         _store_blocks(c, c.value, "v", v, st, positions, lambda rows: c.transform_values(rows, p))
+    elif st["v_sparse"].shape[2]:
+        x = c.transform_values(v, p)
+        _store_rows("v", st, slots, *c.quantize("v", x, p))
+        _store_outliers(c, "v", x, st, p, positions)
     else:
         _store_rows("v", st, slots, *c.encode_values(v, p))
-        if st["v_sparse"].shape[2]:
-            _store_outliers(c, "v", c.transform_values(v, p), st, p, positions)
     if c.ring:
         last = min(s, c.ring)
         ring = slots[-last:] % c.ring
