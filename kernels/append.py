@@ -6,6 +6,7 @@ Formula    slots = length .. length + S - 1
            several candidates is held once (the other places are marked empty as -(slot + 2))
            a side that is coded by blocks of R tokens: every block the new rows touch is coded anew from the recent rows
            and the new ones; ranges leave out padding (slots below last slot - last position) and rows now kept exact
+           a side with outliers: the new entries compete for the records of their blocks, see `kvsink.kernels.sparse`
            the length is the caller's to advance, after the new rows have been attended to
 Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running selection over chunks is ours
 Differs    every row is coded, protected rows too: a row that loses its place in the side store is then simply read
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from .base import resolve_codec
+from .sparse import merge_sparse
 from .stages import rope_rows
-from .tokens import window_rows
+from .tokens import touched, window_rows
 
 __all__ = ["append_", "append_ref", "merge_exact"]
 
@@ -89,10 +91,18 @@ def append_ref(
             st[name].copy_(new)
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, positions, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
+    elif st["k_sparse"].shape[2]:
+        x = c.transform_keys(k, cos, sin, positions, p, roped)
+        _store_rows("k", st, slots, *c.quantize("k", x, p))
+        _store_outliers(c, "k", x, st, p, positions)
     else:
         _store_rows("k", st, slots, *c.encode_keys(k, cos, sin, positions, p, roped))
     if c.value.by_token_block:
         _store_blocks(c, c.value, "v", v, st, positions, lambda rows: c.transform_values(rows, p))
+    elif st["v_sparse"].shape[2]:
+        x = c.transform_values(v, p)
+        _store_rows("v", st, slots, *c.quantize("v", x, p))
+        _store_outliers(c, "v", x, st, p, positions)
     else:
         _store_rows("v", st, slots, *c.encode_values(v, p))
     if c.ring:
@@ -116,10 +126,7 @@ def _store_blocks(
     length, s = st["length"], new.shape[2]
     total = length + s
     slots, rows = window_rows(st[f"recent_{prefix}"], new, length, side.flush)
-    padding = total - 1 - positions[:, -1:]  # [B or 1, 1]: slots below are no tokens of their row
-    valid = (slots < total) & (slots >= padding).expand(new.shape[0], -1)
-    if c.exact_rows:
-        valid = valid & ~(slots[None, :, None] == st["exact_slot"][:, None, :]).any(-1)
+    valid = _tokens_to_code(st, slots, total, positions)
     codes, scale, norm = c.encode_block(transform(rows), side, valid)
     # Slots that are not reached yet may lie behind the end of the cache: the first slot is written again instead.
     held = torch.where(slots < total, torch.arange(slots.numel(), device=slots.device), 0)
@@ -129,6 +136,29 @@ def _store_blocks(
     st[f"{prefix}_scale"].index_copy_(2, first + groups, scale.index_select(2, groups))
     if norm is not None:
         st[f"{prefix}_norm"].index_copy_(2, slots[:1] + held, norm.index_select(2, held))
+
+
+def _tokens_to_code(st: dict[str, Tensor], slots: Tensor, total: Tensor, positions: Tensor) -> Tensor:
+    """bool [B, N]: slots that hold tokens which are read from codes: no padding, nothing now kept exact."""
+    padding = total - 1 - positions[:, -1:]  # [B or 1, 1]: slots below are no tokens of their row
+    valid = (slots < total) & (slots >= padding).expand(st["positions"].shape[0], -1)
+    return valid & ~(slots[None, :, None] == st["exact_slot"][:, None, :]).any(-1)
+
+
+def _store_outliers(
+    c: Any, prefix: str, x: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], positions: Tensor
+) -> None:
+    """The entries of transformed new rows [B, H, S, D] that leave the dense range, into the records of their blocks."""
+    length, s, n = st["length"], x.shape[2], (c.key if prefix == "k" else c.value).outlier_tokens
+    first, block = touched(length, s, n)
+    slots = first * n + torch.arange(block.numel() * n, device=x.device)
+    scale = st[f"{prefix}_scale"]
+    if scale.shape[3]:
+        scale = scale.index_select(2, slots.clamp_max(scale.shape[2] - 1))
+    valid = _tokens_to_code(st, slots, length + s, positions)
+    rows = x.transpose(1, 2).flatten(2)
+    record = st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"]
+    merge_sparse(*record, rows, length, valid, *c.dense_range(prefix, scale, p), n)
 
 
 @torch.library.custom_op("kvsink::append_", mutates_args=("state",))

@@ -333,6 +333,8 @@ def describe(spec: SideSpec) -> str:
     else:
         widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
     words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
+    if spec.outliers:
+        words.append(f"{100 * spec.outliers:g} % outliers")
     if spec.norm:
         words.append("token norms")
     if spec.by_token_block:

@@ -25,6 +25,7 @@ from torch import Tensor
 from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.kernels import stages
 from kvsink.kernels.base import set_codec_resolver
+from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
 
 from .quantizers import QUANTIZERS
@@ -39,6 +40,7 @@ TABLE_TOKENS = 64  # rows of the mean table of a "post" codec: its blocks exist 
 STATE_NAMES = (
     "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
     "recent_k", "recent_v", "recent_slot", "length", "positions", "k_norm",
+    "k_sparse", "k_sparse_at", "v_sparse", "v_sparse_at",
 )  # fmt: skip
 
 
@@ -68,7 +70,8 @@ class Codec:
     @property
     def opaque(self) -> bool:
         """True when coding is no chain of steps per row: compiled graphs then keep it inside the cache ops."""
-        return self.key.by_token_block or self.value.by_token_block or self.ring > self.window
+        sides = (self.key, self.value)
+        return any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window
 
     @property
     def exact_rows(self) -> int:
@@ -153,6 +156,10 @@ class Codec:
             one = side.packed and QUANTIZERS[side.kind].scale_of_token
             return (batch, 1 if one else heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
+        def record(side: SideSpec, prefix: str, channels: int) -> tuple[int, ...]:
+            m = self.record_size(prefix, channels)
+            return (batch, -(-slots // side.outlier_tokens) if m else 0, m)
+
         e, w, normed = self.exact_rows, self.ring, self.key.packed and self.key.norm
         return {
             "k_codes": codes(self.key, key_dim),
@@ -168,7 +175,18 @@ class Codec:
             "recent_slot": ((w,), torch.int32, -1),
             "length": ((), torch.int64, 0),
             "k_norm": ((batch, 1, slots if normed else 0, 1), torch.float16, 0),
+            "k_sparse": (record(self.key, "k", heads * key_dim), torch.float16, 0),
+            "k_sparse_at": (record(self.key, "k", heads * key_dim), torch.int16, -1),
+            "v_sparse": (record(self.value, "v", heads * value_dim), torch.float16, 0),
+            "v_sparse_at": (record(self.value, "v", heads * value_dim), torch.int16, -1),
         }
+
+    def record_size(self, side: str, channels: int) -> int:
+        """Outliers kept per block of tokens; 0 when none are, or when their share of a token's values is less than one."""
+        s = self.key if side == "k" else self.value
+        if not s.packed or not s.outliers or (side == "v" and not round(s.outliers / 2 * channels)):
+            return 0
+        return record_size(s.outliers, channels, s.outlier_tokens)
 
     @staticmethod
     def named(state: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -215,7 +233,10 @@ class Codec:
         """The packed rows of slots start … end - 1, in the basis of the quantizer."""
         codes, scale = st[f"{prefix}_codes"][:, :, start:end], st[f"{prefix}_scale"]
         if not s.by_token_block:
-            return self.dequantize(prefix, codes, scale[:, :, start:end], p)
+            x = self.dequantize(prefix, codes, scale[:, :, start:end], p)
+            if not st[f"{prefix}_sparse"].shape[2]:
+                return x
+            return lay_sparse(x, st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"], start, s.outlier_tokens)
         g = s.group_tokens
         x = self.dequantize(prefix, codes, scale[:, :, start // g : -(-end // g)], p, start % g)
         return x * st[f"{prefix}_norm"][:, :, start:end].float() if s.norm else x
@@ -232,6 +253,13 @@ class Codec:
         if not self.value.packed:
             return st["v_codes"][:, :, start:end].to(wide)
         return self.restore_values(self._stored(st, self.value, p, "v", start, end).to(wide), p)
+
+    def dense_range(self, side: str, scale: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Offset and range of the dense codes: [1, 1, C] of the channels, or [B, N, 1] of the tokens with `scale`."""
+        if side == "k":
+            return p["k_offset"].flatten()[None, None], p["k_range"].flatten()[None, None]
+        half, middle = scale[:, 0].float().split(1, dim=-1)
+        return middle, torch.where(half > 0, half, torch.ones_like(half))
 
     def exact_recent(self, side: SideSpec, recent_slot: Tensor, total: Tensor | int) -> Tensor:
         """Slots of the ring that `side` reads as they came when `total` rows are held; -1 for the others."""

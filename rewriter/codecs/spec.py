@@ -8,6 +8,7 @@ from typing import Any
 
 from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_core
+from kvsink.kernels.sparse import INDEX_LIMIT
 
 from .quantizers import QUANTIZERS
 
@@ -61,7 +62,8 @@ class SideSpec:
     norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
     couple     kind "vector": channels that share one code of `code_bits` bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
     shared     kind "vector": one codebook for all heads.
-    outliers   kind "nuq": share of entries outside the range that the code points cover.
+    outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
+    outlier_tokens  tokens whose outliers share one record, at most; a power of two.
     weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
                normalised by a range r, times r^2), "fisher-raw" (without r^2), "error" (reach into the attention output).
     """
@@ -89,6 +91,7 @@ class SideSpec:
     code_bits: int = 0
     shared: bool = False
     outliers: float = 0.0
+    outlier_tokens: int = 128
     weights: str = "none"
 
     def __post_init__(self) -> None:
@@ -103,6 +106,10 @@ class SideSpec:
             refuse(f"weights {self.weights!r} is not one of {', '.join(WEIGHTS)}")
         if not 0 <= self.outliers < 1:
             refuse(f"outliers={self.outliers} is outside [0, 1)")
+        if self.outliers and self.kind != "nuq":
+            refuse("outliers need kind='nuq', whose ranges can leave entries out")
+        if self.outlier_tokens < 1 or self.outlier_tokens & (self.outlier_tokens - 1):
+            refuse(f"outlier_tokens={self.outlier_tokens} is not a power of two")
         if (self.couple > 0) != (self.code_bits > 0) or self.couple < 0:
             refuse(f"couple={self.couple} and code_bits={self.code_bits} are given together or not at all")
         if self.couple and (self.code_bits > 12 or self.bits != self.code_bits / self.couple):
@@ -180,6 +187,14 @@ class SideSpec:
             spec = replace(spec, heads_per_group=groups, order=order)
         if self.kind == "vector":
             return replace(spec, **self._coupling(dim))
+        if self.outliers:
+            if heads * dim > INDEX_LIMIT:
+                raise UnsupportedError(
+                    f"{heads} heads of {dim} channels are more than the {INDEX_LIMIT} an outlier's index can name; "
+                    "use outliers=0"
+                )
+            fits = 1 << ((INDEX_LIMIT // (heads * dim)).bit_length() - 1)
+            spec = replace(spec, outlier_tokens=min(self.outlier_tokens, fits))
         if not self.widths and self.kind != "lloyd":
             if self.bits != int(self.bits):
                 raise UnsupportedError(

@@ -13,7 +13,7 @@ _TABLE = "arXiv 2401.18079v6, main table"
 KVQUANT = register_method(
     Method(
         name="kvquant",
-        summary="non-uniform code points, keys per channel before RoPE, values per token, first row exact",
+        summary="non-uniform code points, keys per channel before RoPE, values per token, first row exact; -1% keeps outliers",
         source=Paper(
             "2401.18079",
             "KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache Quantization",
@@ -26,6 +26,10 @@ KVQUANT = register_method(
                 "Q-Norm is on at 2 bits and below, folded into the code points of reading",
                 "a constant vector has range 1",
                 "calibration is the record's, not 16 sequences of 2048 tokens",
+                "with outliers (kvquant-1%): entries compete for a record of fixed size per block of tokens, by their distance "
+                "from the range in units of the entry; the released code keeps all, or a capped number per token",
+                "values whose share of outliers is below one entry per token keep none",
+                "an outlier takes 32 bits, value and index; the release adds a pointer per token",
             ),
         ),
         key=SideSpec(bits=2, domain="block", block=1, kind="nuq", weights="fisher"),

@@ -70,6 +70,21 @@ class Method:
         return replace(template, bits=float(bits), clip=clip)
 
 
+    def with_outliers(self, share: str) -> Method:
+        """The same method with a share such as "0.5%" of the entries kept in 16 bit; its name says so."""
+        try:
+            part = float(share.removesuffix("%")) / 100
+        except ValueError:
+            part = -1.0
+        if not 0 <= part <= 0.1 or self.key.kind != "nuq":
+            raise KvsinkError(
+                f"{self.name}-{share}: outliers are a share of 0 to 10 % of a method with free code points; write for example "
+                "kvquant-1%"
+            )
+        sides = (replace(side, outliers=part if side.kind == "nuq" else 0.0) for side in (self.key, self.value))
+        return replace(self, name=f"{self.name}-{share}", key=next(sides), value=next(sides))
+
+
 _METHODS: dict[str, Method] = {}
 
 
@@ -96,8 +111,12 @@ def methods() -> Mapping[str, Method]:
 
 
 def get_method(name: str) -> Method:
-    """One method by name. Raises UnknownName with the three nearest."""
+    """One method by name; "kvquant-1%" is kvquant with 1 % of the entries kept as outliers. Raises UnknownName with the
+    three nearest."""
     known = methods()
+    stem, dash, share = name.rpartition("-")
+    if name not in known and dash and share.endswith("%") and stem in known:
+        return known[stem].with_outliers(share)
     if name not in known:
         raise UnknownName("method", name, known, "kvsink.methods() lists them all.")
     return known[name]
