@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attend_cpu import attend_one, why_not
 from .base import resolve_codec
 from .read import put_rows, read_ref
 
@@ -119,6 +120,8 @@ def attend(
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
     if q.device.type == "cpu":
+        if not why_not(resolve_codec(codec), q, k):
+            return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
         return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
     return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
 
