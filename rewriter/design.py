@@ -10,7 +10,7 @@ Raises     CalibrationError when statistics are missing, UnsupportedError when t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor
 from kvsink.calibration import Calibration
 from kvsink.codecs import SideSpec
 from kvsink.codecs.codec import TABLE_TOKENS
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels import stages
 from kvsink.kernels.levels import distortion
+from kvsink.observers import SampleNeed
 
-__all__ = ["Design", "design_key", "design_value", "key_blocks", "needs_calibration", "water_fill"]
+__all__ = ["Design", "design_key", "design_value", "gather_needs", "key_blocks", "needs_calibration", "sample_need", "water_fill"]
 
 Angles = Callable[[int], tuple[Tensor, Tensor]]  # block length → offset cos, sin [n, R]
 
@@ -38,7 +40,34 @@ class Design:
 
 def needs_calibration(spec: SideSpec) -> bool:
     """Whether a side cannot be built without statistics."""
-    return spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind == "lloyd")
+    learns = spec.packed and QUANTIZERS[spec.kind].learns(spec) > 0
+    return learns or (spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind == "lloyd"))
+
+
+def sample_need(*sides: SideSpec) -> SampleNeed | None:
+    """What the quantizers of these sides (resolved) learn from, together; None when they learn nothing."""
+    need = None
+    for side in sides:
+        rows = QUANTIZERS[side.kind].learns(side) if side.packed else 0
+        if rows:
+            one = SampleNeed(rows, side.weights.startswith("fisher"), side.weights == "error")
+            need = one if need is None else need | one
+    return need
+
+
+def gather_needs(
+    pairs: Iterable[tuple[SideSpec, SideSpec]], heads: int, dim: int
+) -> tuple[tuple[int, ...], SampleNeed | None]:
+    """Key block lengths and samples of one layer that serve all given pairs of sides: what `calibrate` is to be asked for."""
+    blocks: set[int] = set()
+    need = None
+    for pair in pairs:
+        key, value = (side.resolved(heads, dim) for side in pair)
+        blocks |= set(key_blocks(key))
+        one = sample_need(key, value)
+        if one is not None:
+            need = one if need is None else need | one
+    return tuple(sorted(blocks)), need
 
 
 def key_blocks(spec: SideSpec) -> tuple[int, ...]:

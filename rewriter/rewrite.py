@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
-from kvsink.design import design_key, design_value, key_blocks, needs_calibration
+from kvsink.design import design_key, design_value, key_blocks, needs_calibration, sample_need
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.fold import fold_value_rotation, foldable
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method
+from kvsink.observers import SampleNeed
 from kvsink.protect import parse_policies, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach
@@ -200,6 +201,7 @@ def rewrite(
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
+    samples: dict[int, SampleNeed] = {}
     for i, choice in enumerate(choices):
         if _refusal(where, i):
             wanted.append(None)
@@ -210,7 +212,9 @@ def rewrite(
             raise UnsupportedError(
                 f"layer {i} ({where.attentions[i]}): {rope_reason}, which {m.name} keys need to undo; use --method rtn"
             )
-        key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)  # refuse early
+        resolved = key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)
+        if (need := sample_need(*resolved)) is not None:
+            samples[i] = need
         wanted.append((key, value))
     if all(w is None for w in wanted):
         raise UnsupportedError(
@@ -232,7 +236,7 @@ def rewrite(
             record = Calibration.load(calibration, model)
         else:
             ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies, blocks, batch, progress)
+            record = calibrate(model, ids, policies, blocks, batch, progress, samples)
     notes = []
     if uses_stages and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")

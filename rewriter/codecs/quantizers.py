@@ -30,7 +30,8 @@ class Quantizer:
 
     encode(x, spec, params, prefix) → (codes, scale); decode(codes, scale, spec, params, prefix) → x^;
     tables(spec, prefix): names of its constant tables, in order; row_bytes and row_scales (spec, head_dim): width of the
-    code tensor in bytes and of the scale tensor in numbers.
+    code tensor in bytes and of the scale tensor in numbers. learns(spec): calibration rows its tables need at the least, 0
+    when none are learnt from samples.
     """
 
     encode: Callable[[Tensor, SideSpec, Params, str], tuple[Tensor, Tensor]]
@@ -38,6 +39,7 @@ class Quantizer:
     tables: Callable[[SideSpec, str], tuple[str, ...]]
     row_bytes: Callable[[SideSpec, int], int]
     row_scales: Callable[[SideSpec, int], int]
+    learns: Callable[[SideSpec], int] = lambda s: 0
 
 
 QUANTIZERS: dict[str, Quantizer] = {}

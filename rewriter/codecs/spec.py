@@ -14,6 +14,7 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
+WEIGHTS = ("none", "fisher", "fisher-raw", "error")
 
 
 def group_size_for(wanted: int, dim: int) -> int:
@@ -47,6 +48,8 @@ class SideSpec:
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd".
     folded     the transform already sits in the weights, nothing is to be done at run time.
+    weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
+               normalised by a range r, times r^2), "fisher-raw" (without r^2), "error" (reach into the attention output).
     """
 
     bits: float = 16.0
@@ -63,6 +66,7 @@ class SideSpec:
     gain: bool = False
     widths: tuple[int, ...] = ()
     folded: bool = False
+    weights: str = "none"
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> None:
@@ -72,6 +76,8 @@ class SideSpec:
             refuse(f"domain {self.domain!r} is not one of {', '.join(DOMAINS)}")
         if self.transform not in TRANSFORMS:
             refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
+        if self.weights not in WEIGHTS:
+            refuse(f"weights {self.weights!r} is not one of {', '.join(WEIGHTS)}")
         if self.kind != "none" and self.kind not in QUANTIZERS:
             refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(QUANTIZERS)}")
         if self.kind == "none" and self.bits != 16:
