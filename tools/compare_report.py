@@ -46,7 +46,7 @@ def latest(records: Sequence[Record]) -> list[Record]:
         name = repr((r["model"], r["text"], r["name"], r["windows"], r["window_tokens"], sorted(row.items(), key=str)))
         newest.pop(name, None)
         newest[name] = r
-    return list(newest.values())
+    return sorted(newest.values(), key=lambda r: (r["model"], r["text"], r["name"], r.get("bits", math.inf), r.get("gap", 0.0)))
 
 
 def cells(r: Record) -> dict[str, Any]:
