@@ -153,7 +153,9 @@ def _halves(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:half][:WINDOWS], ids[half:][:WINDOWS]
 
 
-def _costs(run: Rewrite, base: tuple[float, float], budget: float, fractions: tuple[bool, bool]) -> tuple[Curves, Report]:
+def _costs(
+    run: Rewrite, base: tuple[float, float], budget: float, fractions: tuple[bool, bool]
+) -> tuple[Curves, Report]:
     """Counted bits of every layer and side at every width that the method can take."""
     report = run(key_bits=base[0], value_bits=base[1])
     packed = [r.layer for r in report.layers if r.packed]
@@ -212,9 +214,7 @@ def choose_plan(
     rivals = _uniform(curves, base, budget)
 
     def finish(chosen: dict[tuple[int, int], float]) -> tuple[float, Widths]:
-        widths = tuple(
-            (chosen[i, 0], chosen[i, 1]) if (i, 0) in chosen else (16.0, 16.0) for i in range(curves.layers)
-        )
+        widths = tuple((chosen[i, 0], chosen[i, 1]) if (i, 0) in chosen else (16.0, 16.0) for i in range(curves.layers))
         run(layers=layers_text(widths))
         return held_out.kl(), widths
 

@@ -159,9 +159,9 @@ def markdown(rows: Sequence[BiasRow], bits: float = BITS, command: str = "python
     lines = [
         "# A large key bias",
         "",
-        f"Random Qwen2, one layer, head dimension 128, 2 key-value heads; the k_proj bias of {CHANNELS} channels per head is",
-        f"{DEVIATIONS:g} standard deviations of the keys. Error of the attention output at {bits:g} bits for keys and values, nothing",
-        "protected, every row read back from its code. `center` subtracts the calibrated mean of the keys before RoPE.",
+        f"Random Qwen2, one layer, head dimension 128, 2 key-value heads; the k_proj bias of {CHANNELS} channels per head",
+        f"is {DEVIATIONS:g} standard deviations of the keys. Error of the attention output at {bits:g} bits for keys and values,",
+        "nothing protected, every row read back from its code. `center` subtracts the calibrated mean of the keys before RoPE.",
         "",
         "```",
         command,
@@ -181,7 +181,9 @@ def markdown(rows: Sequence[BiasRow], bits: float = BITS, command: str = "python
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study and write docs/key_bias.md."""
-    parser = argparse.ArgumentParser("python -m kvsink.tools.bias", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        "python -m kvsink.tools.bias", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("--bits", type=float, default=BITS)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--device", default="cpu")

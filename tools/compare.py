@@ -32,7 +32,7 @@ from kvsink.calibration import Calibration, calibrate, fingerprint
 from kvsink.codecs import SideSpec
 from kvsink.design import gather_needs
 from kvsink.errors import KvsinkError, UnknownName
-from kvsink.evaluation import EvalResult, dynamic_cache, evaluate, packed_cache, token_windows, versions
+from kvsink.evaluation import EvalResult, evaluate, packed_cache, token_windows, versions
 from kvsink.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods
 from kvsink.protect import parse_policies
@@ -93,7 +93,9 @@ class Store:
                 self.records[record["key"]] = record
             except (ValueError, KeyError, TypeError) as error:
                 if i + 1 < len(lines):
-                    raise KvsinkError(f"{path}, line {i + 1} is damaged ({error!r}); remove that line and run again") from error
+                    raise KvsinkError(
+                        f"{path}, line {i + 1} is damaged ({error!r}); remove that line and run again"
+                    ) from error
                 self._write_all()
 
     def _write_all(self) -> None:
@@ -168,7 +170,11 @@ class Bench:
                 }
             except KvsinkError as error:
                 sides = {"refused": str(error)}
-            about["codec"] = {**sides, "protect": protection(row), "window": m.window if row.window is None else row.window}
+            about["codec"] = {
+                **sides,
+                "protect": protection(row),
+                "window": m.window if row.window is None else row.window,
+            }
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
     def record(self, protect: str, rows: Iterable[Row]) -> Calibration:
@@ -231,7 +237,9 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
         def counted(length: int) -> float:
             sides = [
-                counted_bits(p.codec, where.kv_heads, where.head_dim, length, layers=packed) if p.codec else (16.0, 16.0)
+                counted_bits(p.codec, where.kv_heads, where.head_dim, length, layers=packed)
+                if p.codec
+                else (16.0, 16.0)
                 for p in plans
             ]
             return sum(k + v for k, v in sides) / (2 * len(sides))
@@ -254,7 +262,13 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def compare(
-    bench: Bench, rows: Sequence[Row], out: Path, command: str = "", retry: bool = False, tell: Tell = print, report: bool = True
+    bench: Bench,
+    rows: Sequence[Row],
+    out: Path,
+    command: str = "",
+    retry: bool = False,
+    tell: Tell = print,
+    report: bool = True,
 ) -> list[dict[str, Any]]:
     """Measure every row that is not finished in `out`, write tables and plots, and return the records of `rows` in order.
 
@@ -292,7 +306,12 @@ def compare(
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             about = {"key": key, "row": row.as_dict(), "name": row.name, "model": bench.name, "text": bench.text}
-            shape = {"windows": len(bench.ids), "window_tokens": bench.ids.shape[1], "chunk": bench.chunk, "command": command}
+            shape = {
+                "windows": len(bench.ids),
+                "window_tokens": bench.ids.shape[1],
+                "chunk": bench.chunk,
+                "command": command,
+            }
             store.add({**about, **shape, **found})
             fresh += 1
             left = (time.perf_counter() - begun) / fresh * (count - done)
@@ -300,7 +319,7 @@ def compare(
     if report:
         for note in write_report(out, list(store.records.values())):
             tell(note)
-    keys = [bench.key(row) for row in rows if row.stock or row.method in methods() and _present(row)]
+    keys = [bench.key(row) for row in rows if row.stock or (row.method in methods() and _present(row))]
     return [store.records[key] for key in keys if key in store.records]
 
 
@@ -341,7 +360,10 @@ def make_bench(
     if text is not None:
         words, name = read_text(text), Path(text).name
     elif rows.text == "python":
-        words, name = python_source(windows * window_tokens), f"Python {sys.version_info[0]}.{sys.version_info[1]} standard library"
+        words, name = (
+            python_source(windows * window_tokens),
+            f"Python {sys.version_info[0]}.{sys.version_info[1]} standard library",
+        )
     else:
         words, name = evaluation_text(), "WikiText-2 test, detokenized"
     ids = token_windows(words, tokenizer, windows, window_tokens)
@@ -353,7 +375,9 @@ def make_bench(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; `kvsink-eval MODEL --compare` calls it too."""
-    parser = argparse.ArgumentParser("python -m kvsink.tools.compare", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        "python -m kvsink.tools.compare", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("--model", required=True, help="A model folder, or demo:smollm2.")
     parser.add_argument("--set", default="published", help="published, stock, shift or quick.")
     parser.add_argument("--rows", help="A JSON file with rows, instead of a set.")

@@ -46,7 +46,9 @@ def latest(records: Sequence[Record]) -> list[Record]:
         name = repr((r["model"], r["text"], r["name"], r["windows"], r["window_tokens"], sorted(row.items(), key=str)))
         newest.pop(name, None)
         newest[name] = r
-    return sorted(newest.values(), key=lambda r: (r["model"], r["text"], r["name"], r.get("bits", math.inf), r.get("gap", 0.0)))
+    return sorted(
+        newest.values(), key=lambda r: (r["model"], r["text"], r["name"], r.get("bits", math.inf), r.get("gap", 0.0))
+    )
 
 
 def cells(r: Record) -> dict[str, Any]:
@@ -88,15 +90,17 @@ def markdown(records: Sequence[Record]) -> str:
     lines = [
         "# Methods side by side",
         "",
-        "Every row goes through the real cache, fed in chunks, so that tokens attend to stored rows; the newest chunk is exact, as in",
-        "`generate()`. The strict columns read even that one back from its codes. Bits are counted from every tensor that grows with",
-        "tokens or sequences (scales, exact rows, windows, positions), at 4096 tokens and at the length of a window; static tables",
+        "Every row goes through the real cache, fed in chunks, so that tokens attend to stored rows; the newest chunk is exact, as",
+        "in `generate()`. The strict columns read even that one back from its codes. Bits are counted from every tensor that grows",
+        "with tokens or sequences (scales, exact rows, windows, positions), at 4096 tokens and at the length of a window; static tables",
         "(codebooks, bases, means) are listed apart. A row in bold is on the Pareto front of its table's text: none has both fewer",
         "bits and a smaller gap.",
     ]
     sections: dict[tuple[str, ...], list[Record]] = {}
     for r in records:
-        sections.setdefault((r["model"], r["text"], str(r["windows"]), str(r["window_tokens"]), str(r["chunk"])), []).append(r)
+        sections.setdefault(
+            (r["model"], r["text"], str(r["windows"]), str(r["window_tokens"]), str(r["chunk"])), []
+        ).append(r)
     for (model, text, windows, length, chunk), rows in sections.items():
         measured = [r for r in rows if r["status"] == "measured"]
         lines += ["", f"## {model} on {text}", "", f"{windows} windows of {length} tokens in chunks of {chunk}."]
@@ -105,7 +109,10 @@ def markdown(records: Sequence[Record]) -> str:
         if measured:
             bases = sorted({round(r["baseline_perplexity"], 3) for r in measured})
             devices = sorted({r["device"] for r in measured})
-            lines += ["", f"16 bit: perplexity {' / '.join(f'{b:.3f}' for b in bases)}. Measured on {', '.join(devices)}."]
+            lines += [
+                "",
+                f"16 bit: perplexity {' / '.join(f'{b:.3f}' for b in bases)}. Measured on {', '.join(devices)}.",
+            ]
         front = {id(measured[i]) for i in pareto([(r["bits"], r["gap"]) for r in measured])}
         low = -math.inf
         for high in BUDGETS:
@@ -113,7 +120,13 @@ def markdown(records: Sequence[Record]) -> str:
             if inside:
                 title = f"More than {low:g} bits" if math.isinf(high) else f"At most {high:g} bits"
                 head = [h.format(length=length) for h in _HEADINGS]
-                lines += ["", f"### {title}", "", "| " + " | ".join(head) + " |", "|---|---|---" + "|---:" * (len(head) - 3) + "|"]
+                lines += [
+                    "",
+                    f"### {title}",
+                    "",
+                    "| " + " | ".join(head) + " |",
+                    "|---|---|---" + "|---:" * (len(head) - 3) + "|",
+                ]
                 lines += [_line(r, id(r) in front) for r in inside]
             low = high
         if refused := [r for r in rows if r["status"] != "measured"]:
@@ -152,12 +165,23 @@ def _claims(records: Sequence[Record]) -> list[str]:
     known = methods()
     names = sorted({r["row"]["method"] for r in records} & set(known))
     rows = [
-        f"| {name} | {claim.metric} | {claim.value:g} | {claim.setting} | {claim.source} |" for name in names for claim in known[name].claims
+        f"| {name} | {claim.metric} | {claim.value:g} | {claim.setting} | {claim.source} |"
+        for name in names
+        for claim in known[name].claims
     ]
     if not rows:
         return []
-    note = "Measured by others, on other models and texts. They are listed for orientation and cannot be compared with the rows above."
-    return ["", "## Published figures", "", note, "", "| method | metric | value | setting | source |", "|---|---|---:|---|---|", *rows]
+    note = "Measured by others, on other models and texts. They cannot be compared with the rows above."
+    return [
+        "",
+        "## Published figures",
+        "",
+        note,
+        "",
+        "| method | metric | value | setting | source |",
+        "|---|---|---:|---|---|",
+        *rows,
+    ]
 
 
 def plot(out: Path, records: Sequence[Record]) -> list[str]:
@@ -181,15 +205,32 @@ def plot(out: Path, records: Sequence[Record]) -> list[str]:
     names = sorted({r["row"]["method"] for r in rows})
     colours = {n: matplotlib.colormaps["tab20"](i % 20) for i, n in enumerate(names)}
     marks = "osD^vP*X<>ph"
-    for axes, what, label in zip(panels, ("gap", "kl"), ("perplexity gap to 16 bit, %", "KL to 16 bit, nats"), strict=True):
+    for axes, what, label in zip(
+        panels, ("gap", "kl"), ("perplexity gap to 16 bit, %", "KL to 16 bit, nats"), strict=True
+    ):
         scale = 100.0 if what == "gap" else 1.0
         least = 0.01 if what == "gap" else 1e-4
         points = [(r["bits"], max(scale * r[what], least)) for r in rows]
         for i, n in enumerate(names):
             mine = [p for p, r in zip(points, rows, strict=True) if r["row"]["method"] == n]
-            axes.scatter(*zip(*mine, strict=True), color=colours[n], marker=marks[i % len(marks)], s=36, label=n, zorder=3, alpha=0.85)
+            axes.scatter(
+                *zip(*mine, strict=True),
+                color=colours[n],
+                marker=marks[i % len(marks)],
+                s=36,
+                label=n,
+                zorder=3,
+                alpha=0.85,
+            )
         front = pareto(points)
-        axes.plot(*zip(*[points[i] for i in front], strict=True), color="0.25", lw=1.2, ls="--", zorder=2, label="Pareto front")
+        axes.plot(
+            *zip(*[points[i] for i in front], strict=True),
+            color="0.25",
+            lw=1.2,
+            ls="--",
+            zorder=2,
+            label="Pareto front",
+        )
         for k, i in enumerate(front):
             words = f"{rows[i]['name']} {_bits(rows[i])}"
             axes.annotate(words, points[i], textcoords="offset points", xytext=(7, 7 if k % 2 else -12), fontsize=8)

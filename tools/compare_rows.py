@@ -106,9 +106,14 @@ PUBLISHED = (
 
 STOCK = tuple(
     Row(f"stock:{backend}", bits, bits, options=options, label=f"transformers {backend}{label}")
-    for backend, channel in (("quanto", -1), ("hqq", 1))
     for bits in (4, 2)
-    for label, options in (("", ()), (", keys per channel", (("axis_key", channel),)))
+    for backend, label, options in (
+        ("quanto", "", ()),
+        ("quanto", ", keys per channel", (("axis_key", -1),)),
+        ("hqq", "", ()),
+        ("hqq", ", per token", (("axis_key", 1), ("axis_value", 1))),
+        ("hqq", ", keys per channel", (("axis_key", 0), ("axis_value", 1))),
+    )
 )
 
 SHIFT = (
@@ -141,10 +146,18 @@ def read_rows(path: str | Path) -> RowSet:
         rows = []
         for i, record in enumerate(found):
             if unknown := set(record) - known:
-                raise KvsinkError(f"{path}, row {i}: unknown field {min(unknown)!r}; a row has {', '.join(sorted(known))}")
-            rows.append(replace(Row(record["method"]), **{**record, "options": tuple(sorted(record.get("options", {}).items()))}))
+                raise KvsinkError(
+                    f"{path}, row {i}: unknown field {min(unknown)!r}; a row has {', '.join(sorted(known))}"
+                )
+            rows.append(
+                replace(
+                    Row(record["method"]), **{**record, "options": tuple(sorted(record.get("options", {}).items()))}
+                )
+            )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise KvsinkError(f'rows {path} cannot be read ({error!r}); write a list such as [{{"method": "klt", "key_bits": 2}}]') from error
+        raise KvsinkError(
+            f'rows {path} cannot be read ({error!r}); write a list such as [{{"method": "klt", "key_bits": 2}}]'
+        ) from error
     if not rows:
         raise KvsinkError(f"rows {path} is an empty list; name at least one method")
     return RowSet(tuple(rows))

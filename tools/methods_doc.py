@@ -23,7 +23,7 @@ def page(known: Mapping[str, Method] | None = None) -> str:
         "# Methods",
         "",
         f"Made from the declarations in `rewriter/methods/` by `{COMMAND}`; change those, not this file. Figures under",
-        "\"published\" are the sources' own, on their models and texts; ours are in the comparison (`kvsink-eval --compare`).",
+        '"published" are the sources\' own, on their models and texts; ours are in the comparison (`kvsink-eval --compare`).',
         "",
         ", ".join(f"[{name}](#{name})" for name in found),
     ]

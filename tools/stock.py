@@ -25,16 +25,18 @@ class MissingPackage(Exception):
 
 
 def stock_factory(backend: str, bits: int, options: dict[str, Any]) -> Callable[[Any, int, int], Any]:
-    """(model, batch, length) -> an empty QuantizedCache. options: axis_key, axis_value, q_group_size, residual_length."""
+    """(model, batch, length) -> an empty QuantizedCache. options: axis_key, axis_value, q_group_size, residual_length.
+
+    Axes mean different things: quanto's 0 is one range per run of channels of a token (the default), -1 per channel over tokens;
+    hqq's 0 (the default) takes channels over tokens, 1 runs of channels of a token.
+    """
     if backend not in _PACKAGES or importlib.util.find_spec(_PACKAGES[backend]) is None:
         raise MissingPackage(f"the {backend} backend of transformers' QuantizedCache is not installed")
     from transformers.cache_utils import QuantizedCache
 
-    given = {"axis_key": 0, "axis_value": 0, **options} if backend == "quanto" else {"axis_key": 1, "axis_value": 1, **options}
-
     def make(model: Any, batch: int, length: int) -> Any:
         del batch, length
-        return QuantizedCache(backend, model.config, nbits=bits, **given)
+        return QuantizedCache(backend, model.config, nbits=bits, **options)
 
     return make
 
