@@ -217,7 +217,8 @@ def evaluate(
     """Run every window of `ids` [N, T] through `model` and its cache, and beside it through `baseline`.
 
     `baseline`: `model` itself (its stored weights are a valid plain model), another model, a `Reference` that remembers
-    its log-probabilities between calls, or None for perplexity alone. `cache_factory`: by default the packed cache of a rewritten model, else transformers.DynamicCache.
+    its log-probabilities between calls, or None for perplexity alone.
+    `cache_factory`: by default the packed cache of a rewritten model, else transformers.DynamicCache.
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache

@@ -90,11 +90,11 @@ def markdown(records: Sequence[Record]) -> str:
     lines = [
         "# Methods side by side",
         "",
-        "Every row goes through the real cache, fed in chunks, so that tokens attend to stored rows; the newest chunk is exact, as",
-        "in `generate()`. The strict columns read even that one back from its codes. Bits are counted from every tensor that grows",
-        "with tokens or sequences (scales, exact rows, windows, positions), at 4096 tokens and at the length of a window; static tables",
-        "(codebooks, bases, means) are listed apart. A row in bold is on the Pareto front of its table's text: none has both fewer",
-        "bits and a smaller gap.",
+        "Every row goes through the real cache, fed in chunks, so that tokens attend to stored rows; the newest chunk is",
+        "exact, as in `generate()`. The strict columns read even that one back from its codes. Bits are counted from every",
+        "tensor that grows with tokens or sequences (scales, exact rows, windows, positions), at 4096 tokens and at the",
+        "length of a window; static tables (codebooks, bases, means) are listed apart. A row in bold is on the Pareto front",
+        "of its text: no other row has fewer bits and a smaller gap.",
     ]
     sections: dict[tuple[str, ...], list[Record]] = {}
     for r in records:
