@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
 from kvsink.design import design_key, design_value, key_blocks, needs_calibration, sample_need
-from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
+from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
 from kvsink.fold import fold_value_rotation, foldable
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method
 from kvsink.observers import SampleNeed
+from kvsink.plan import Plan, choose_plan
 from kvsink.protect import parse_policies, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
-from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach
+from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach
 from kvsink.texts import builtin_text
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
@@ -50,6 +51,8 @@ class RewriteOptions:
     calibration_tokens: int = 16384
     layers: str = ""
     fold: bool = True
+    bits: float | None = None
+    plan: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def rewrite(
     model: nn.Module, method: str | Method = "klt", *, key_bits: float | None = None, value_bits: float | None = None,
     protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
-    progress: Progress | None = None,
+    progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -175,6 +178,8 @@ def rewrite(
     kept exact, such as "kvsink:5+first:1". window: recent rows kept exact. calibration: "builtin", a text file, a list of
     texts, token ids [N, T], or a `Calibration`. layers: per-layer changes, "0-1:key_bits=4". fold: put value rotations into
     the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in, when it is narrower.
+    plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
+    on plan_ids [N, T], by default the calibration text.
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
@@ -197,6 +202,12 @@ def rewrite(
     if base.key_bits == base.value_bits == 16 and protect is None:
         base = replace(base, protect="none")  # everything is exact already
     n = len(where.attentions)
+    if plan not in ("uniform", "auto"):
+        raise UnknownName("plan", plan, ("uniform", "auto"))
+    if plan == "uniform" and bits is not None:
+        raise KvsinkError(f"bits={bits:g} is a budget for plan='auto'; pass --plan auto, or --key-bits and --value-bits")
+    if plan == "auto" and layers:
+        raise KvsinkError("plan='auto' chooses the widths of every layer itself; leave --layers out, or use --plan uniform")
     choices = parse_layers(layers, n, base)
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
@@ -240,6 +251,17 @@ def rewrite(
     notes = []
     if uses_stages and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
+    if plan == "auto":
+        if plan_ids is None:
+            source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
+            plan_ids = calibration_windows(model, source, calibration_tokens, tokenizer)
+        found = _auto_plan(model, m, base, record, plan_ids, bits, progress)
+        notes.append(found.note)
+        choices = parse_layers(found.layers, n, base)
+        wanted = [
+            None if w is None else (m.side("key", c.key_bits), m.side("value", c.value_bits))
+            for w, c in zip(wanted, choices, strict=True)
+        ]
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
     device = next(model.parameters()).device
     plans: list[LayerPlan] = []
@@ -286,6 +308,25 @@ def rewrite(
     report = make_report(model, runtime, base.protect, record.tokens, notes)
     report.seconds = time.monotonic() - begun
     return report
+
+
+def _auto_plan(
+    model: nn.Module, m: Method, base: LayerChoice, record: Calibration, ids: Tensor, bits: float | None,
+    progress: Progress | None,
+) -> Plan:  # fmt: skip
+    """Widths per layer within a budget; the model is as it was before."""
+    earlier = model.__dict__.get("_kvsink_runtime")
+    run = partial(rewrite, model, m, **{**asdict(base), "calibration": record, "fold": False})
+    fractions = m.key.kind == "lloyd", m.value.kind == "lloyd"
+    training = model.training
+    model.eval()
+    try:
+        return choose_plan(model, run, (base.key_bits, base.value_bits), ids, bits, fractions, progress)
+    finally:
+        detach(model)
+        model.train(training)
+        if earlier is not None:
+            attach(model, earlier)
 
 
 def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, notes: Sequence[str]) -> Report:
