@@ -145,7 +145,7 @@ def learn_levels(side: str, x: Tensor, w: Tensor | None, spec: SideSpec) -> dict
     found = weighted_kmeans(*starts, k, steps=300, tolerance=1e-6).centroids  # [starts, 2^b, 1]
     best = (starts[1] * assign(starts[0], found)[1]).sum(-1).argmin()
     levels = found[best].flatten().sort().values.half().float()
-    read = levels
+    read = levels.clone()
     if spec.bits <= 2:  # rounding shrinks the deviation: give it back
         between = (levels[1:] + levels[:-1]) / 2
         back = levels[torch.bucketize(points, between)].double()
