@@ -5,7 +5,8 @@ Source     ours
 Differs    no
 Shapes     k_pre or k_rope, v_new [B, Hkv, S, D] → the same, float32
 Exact      yes
-Declines   no cache and no plan; a stock cache without a plan; positions that cannot be found for a codec before RoPE
+Declines   no cache and no plan; a stock cache without a plan; positions that cannot be found for a codec before RoPE;
+           a codec over blocks of tokens or with outliers on a stock cache, which has no place for blocks and records
 Cost       none
 """
 

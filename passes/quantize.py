@@ -3,6 +3,7 @@
 Formula    codes, scale = quantize(x);  state[length .. length + S - 1] = codes, scale;  x^ = undo(dequantize(state))
            on a stock cache: x^ = undo(dequantize(quantize(x))) replaces the new row on its way into the cache
            kinds that are not scalar do the same through `kvsink.encode` and `kvsink.decode`
+           codecs over blocks of tokens or with outliers keep the cache's own `append_` and `read`, which `fuse` takes over
 Source     see the quantizer of the codec, `kvsink.kernels.quantize`, `vector`, `nuq`
 Differs    no
 Shapes     x [B, Hkv, S, D] float32 → codes uint8 [B, Hkv, S, bytes], scale float16 [B, Hkv, S, n]

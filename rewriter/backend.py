@@ -106,7 +106,7 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
             f"method {method.name} needs calibration, which a compiled graph cannot do; call kvsink.rewrite(model, "
             f"{method.name!r}) first and compile the model then"
         )
-    if any(s.packed and (s.by_token_block or s.flush or s.newest) for s in (key, value_side)):
+    if Codec(key, value_side).opaque:
         raise UnsupportedError(
             f"method {method.name} codes blocks of tokens, which a stock cache cannot hold; call kvsink.rewrite(model, "
             f"{method.name!r}) and compile the model then"

@@ -5,6 +5,8 @@ Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), o
                    k^ = R_{j - d} (z^ U^T + M[d]),  M[d] = R_d mu + mu2       (block)
                    k^ = z^ U^T + R_{j - d} M[d]                               (post)
            values  z = (v - mu) U;  v^ = z^ U^T + mu
+           axis "channel": z, divided by the norm of its token where the side says so, is coded by blocks of tokens
+           (kvsink.kernels.tokens);  outliers: z^ = z at the entries of a record (kvsink.kernels.sparse)
 Source     ours (`klt`); with U a Hadamard matrix and n = 1 it is RotateKV (arXiv 2501.16383), without U it is plain
            per-token quantization
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; codes uint8 [B, H, S, bytes]; scale float16 [B, H, S, n]
@@ -69,7 +71,8 @@ class Codec:
 
     @property
     def opaque(self) -> bool:
-        """True when coding is no chain of steps per row: compiled graphs then keep it inside the cache ops."""
+        """True when coding is no chain of steps per row (blocks of tokens, records of outliers, rows that are exact on one
+        side alone): compiled graphs then keep it inside the cache ops."""
         sides = (self.key, self.value)
         return any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window
 
