@@ -66,7 +66,7 @@ def declared(row: Row) -> Method:
         if side not in sides or name not in SideSpec.__dataclass_fields__:
             raise Absent(f"the codec has no field {path!r}")
         sides[side] = replace(sides[side], **{name: value})
-    return replace(method, **sides)
+    return replace(method, key=sides["key"], value=sides["value"])
 
 
 def python_source(tokens: int) -> str:
@@ -163,6 +163,7 @@ class Bench:
         about: dict[str, Any] = {**self.identity, **{n: v for n, v in row.as_dict().items() if n != "label"}}
         if not row.stock:
             m = declared(row)
+            sides: dict[str, Any]
             try:
                 sides = {
                     "key": m.side("key", m.key_bits if row.key_bits is None else row.key_bits).as_dict(),
@@ -215,7 +216,7 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     begun = time.perf_counter()
     tokens = bench.ids.shape[1]
     run = partial(
-        evaluate, baseline=bench.reference, ids=bench.ids, chunk=bench.chunk, batch=bench.batch, model_name=bench.name,
+        evaluate, baseline=bench.reference, ids=bench.ids, chunk=bench.chunk, batch=bench.batch or 4, model_name=bench.name,
         method=row.method, text_name=bench.text,
     )  # fmt: skip
     strict: EvalResult | None = None
