@@ -8,12 +8,15 @@ if __name__ == "kvsink.kernels":
     from .append import append_
     from .attend import attend
     from .base import Cost, OpSpec, op_specs
+    from .decode import decode
     from .dequantize import dequantize
+    from .encode import encode
     from .hadamard import hadamard
     from .quantize import quantize
     from .read import read
     from .select_sinks import select_sinks
 
     __all__ = [
-        "Cost", "OpSpec", "append_", "attend", "dequantize", "hadamard", "op_specs", "quantize", "read", "select_sinks",
+        "Cost", "OpSpec", "append_", "attend", "decode", "dequantize", "encode", "hadamard", "op_specs", "quantize", "read",
+        "select_sinks",
     ]  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvsink.calibration import Calibration
+from kvsink.codebooks import learn
 from kvsink.codecs import SideSpec
 from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.codecs.quantizers import QUANTIZERS
@@ -27,6 +28,7 @@ from kvsink.observers import SampleNeed
 
 __all__ = ["Design", "design_key", "design_value", "gather_needs", "key_blocks", "needs_calibration", "sample_need", "water_fill"]
 
+CPU = torch.device("cpu")
 Angles = Callable[[int], tuple[Tensor, Tensor]]  # block length → offset cos, sin [n, R]
 
 
@@ -104,8 +106,10 @@ def _need(found: object, layer: int, what: str) -> None:
         )
 
 
-def design_key(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles) -> Design:
-    """The key codec of one layer. `angles` gives the offset angles of a block length."""
+def design_key(
+    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles, device: torch.device = CPU
+) -> Design:
+    """The key codec of one layer. `angles` gives the offset angles of a block length; codebooks are learnt on `device`."""
     spec = spec.resolved(heads, dim)
     tables: dict[str, Tensor] = {}
     if not spec.packed:
@@ -143,10 +147,16 @@ def design_key(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibra
     if spec.kind == "lloyd":
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["k_sigma"] = variance.sqrt().clamp_min(1e-6).float()
+    if QUANTIZERS[spec.kind].learns(spec):
+        if spec.domain != "block":
+            raise UnsupportedError(f"{spec.kind} keys are in the block domain; set domain='block' with a block length")
+        tables.update(learn("k", spec, layer, record, tables, device))
     return Design(spec, tables)
 
 
-def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration) -> Design:
+def design_value(
+    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, device: torch.device = CPU
+) -> Design:
     """The value codec of one layer; the tables are in the basis of the weights as they are now."""
     spec = spec.resolved(heads, dim)
     if not needs_calibration(spec):
@@ -167,4 +177,6 @@ def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calib
     if spec.kind == "lloyd":
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["v_sigma"] = variance.sqrt().clamp_min(1e-6).float()
+    if QUANTIZERS[spec.kind].learns(spec):
+        tables.update(learn("v", spec, layer, record, tables, device))
     return Design(spec, tables)

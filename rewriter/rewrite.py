@@ -278,8 +278,11 @@ def rewrite(
             where.head_dim,
             record,
             partial(probe.offset_angles, i, device=torch.device("cpu")),
+            device,
         )
-        value_design = design_value(w[1], i, where.kv_heads, where.head_dim, record)
+        value_design = design_value(w[1], i, where.kv_heads, where.head_dim, record, device)
+        if progress is not None and samples:
+            progress("learning codebooks", i + 1, n)
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
         attention = model.get_submodule(where.attentions[i])
         if value_spec.transform == "hadamard":
@@ -366,7 +369,10 @@ def describe(spec: SideSpec) -> str:
         words.append(spec.transform + (f" x{spec.heads_per_group} heads" if spec.heads_per_group > 1 else ""))
     if spec.reorder:
         words.append("reordered")
-    widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
+    if spec.couple:
+        widths = f"{spec.couple}c{spec.code_bits}b" + (" shared" if spec.shared else "")
+    else:
+        widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
     words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
     return ", ".join(words)
 

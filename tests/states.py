@@ -25,6 +25,9 @@ CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("rotatekv", (("fold", False), ("key_bits", 3))),
     ("rtn", (("key_bits", 16), ("protect", "first:3"))),
     ("rtn", (("window", 4),)),
+    ("klt", (("key_bits", 2), ("value_bits", 2.25))),
+    ("cq", (("key_bits", 1.25), ("value_bits", 2), ("protect", "first:2"))),
+    ("kvquant", (("window", 3),)),
 )
 """Every method, both ways of leaving a side in 16 bit, exact rows with and without a window."""
 
