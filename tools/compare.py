@@ -35,6 +35,7 @@ from kvsink.errors import KvsinkError, UnknownName
 from kvsink.evaluation import EvalResult, evaluate, packed_cache, token_windows, versions
 from kvsink.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods
+from kvsink.plan import sides as planned_sides
 from kvsink.protect import parse_policies
 from kvsink.reference import Reference
 from kvsink.report import STATED_LENGTH, counted_bits
@@ -194,6 +195,8 @@ class Bench:
                 )
                 gather_needs([pair], where.kv_heads, where.head_dim)
                 pairs.append(pair)
+                if row.plan == "auto":
+                    pairs += planned_sides(m, where.kv_heads, where.head_dim)
             except (Absent, KvsinkError):
                 continue  # the row itself will say so
         blocks, need = gather_needs(pairs, where.kv_heads, where.head_dim)
