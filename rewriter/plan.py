@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from kvsink.cache import KVSinkCache
+from kvsink.codecs import SideSpec
 from kvsink.errors import CalibrationError, KvsinkError
+from kvsink.methods import Method
 from kvsink.report import Report
 
-__all__ = ["Curves", "Plan", "allocate", "choose_plan", "layers_text"]
+__all__ = ["Curves", "Plan", "allocate", "candidates", "choose_plan", "layers_text", "sides"]
 
 Widths = tuple[tuple[float, float], ...]  # of every layer: key and value bits; (16, 16) where a layer is left alone
 Rewrite = Callable[..., Report]
@@ -153,43 +155,78 @@ def _halves(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:half][:WINDOWS], ids[half:][:WINDOWS]
 
 
+def candidates(method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Widths worth trying for keys and for values: whole bits, and quarters up to 4 where a quantizer takes them."""
+
+    def of(kind: str) -> tuple[float, ...]:
+        return tuple(sorted({*WHOLE, *(w / 4 for w in range(4, 17))})) if kind == "lloyd" else WHOLE
+
+    return of(method.key.kind), of(method.value.kind)
+
+
+def sides(method: Method, heads: int, dim: int) -> list[tuple[SideSpec, SideSpec]]:
+    """Both sides at every width the plan may try and the method can take: what a calibration record must serve."""
+    found = []
+    for which, widths in zip(("key", "value"), candidates(method), strict=True):
+        for w in widths:
+            try:
+                side = method.side(which, w)
+                side.resolved(heads, dim)
+            except KvsinkError:
+                continue
+            found.append((side, SideSpec()) if which == "key" else (SideSpec(), side))
+    return found
+
+
 def _costs(
-    run: Rewrite, base: tuple[float, float], budget: float, fractions: tuple[bool, bool]
+    run: Rewrite, base: tuple[float, float], budget: float, widths: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> tuple[Curves, Report]:
-    """Counted bits of every layer and side at every width that the method can take."""
+    """Counted bits of every layer and side at every width that the method can take.
+
+    A width changes the codes of every layer by the same number of bits, so one layer is coded at each of them.
+    """
     report = run(key_bits=base[0], value_bits=base[1])
     packed = [r.layer for r in report.layers if r.packed]
     fixed = sum(r.key_bits + r.value_bits for r in report.layers if not r.packed)
     curves = Curves({}, {(i, s): {} for i in packed for s in _SIDES}, fixed, len(report.layers))
+
+    def cost(side: int, w: float) -> float:
+        pair = (w, 16) if side == 0 else (16, w)
+        row = run(layers=_alone(packed, packed[0], *pair)).layers[packed[0]]
+        return row.value_bits if side else row.key_bits
+
     for side in _SIDES:
-        if base[side] == 16:
-            widths: Iterable[float] = (16.0,)
-        else:
-            quarters = {w / 4 for w in range(4, 17)} if fractions[side] else set()
-            widths = sorted(w for w in {*WHOLE, *quarters, base[side]} if w <= max(4.0, budget + 2))
-        for w in widths:
+        at_base = cost(side, base[side])
+        tried = {*widths[side], base[side]} if base[side] != 16 else {16.0}
+        for w in sorted(w for w in tried if w <= max(4.0, budget + 2, base[side])):
             try:
-                found = run(key_bits=w if side == 0 else base[0], value_bits=w if side == 1 else base[1])
+                more = cost(side, w) - at_base
             except KvsinkError:
                 continue  # a width this method has no code for
             for i in packed:
-                row = found.layers[i]
-                curves.cost[i, side][w] = row.value_bits if side else row.key_bits
+                row = report.layers[i]
+                curves.cost[i, side][w] = (row.value_bits if side else row.key_bits) + more
     return curves, report
+
+
+def _alone(layers: Iterable[int], one: int, key_bits: float, value_bits: float) -> str:
+    """The `layers=` text that codes one layer and keeps the others exact."""
+    exact = [f"{j}:key_bits=16,value_bits=16,protect=none,window=0" for j in layers if j != one]
+    return ";".join([*exact, f"{one}:key_bits={key_bits:g},value_bits={value_bits:g}"])
 
 
 def choose_plan(
     model: nn.Module, run: Rewrite, base: tuple[float, float], ids: Tensor, budget: float | None,
-    fractions: tuple[bool, bool] = (False, False), progress: Progress | None = None,
+    widths: tuple[tuple[float, ...], tuple[float, ...]] = (WHOLE, WHOLE), progress: Progress | None = None,
 ) -> Plan:  # fmt: skip
     """The best plan found within `budget` counted bits; None stands for the counted bits of the widths `base`.
 
-    run: `rewrite` with everything but widths given, changing no weights. fractions: sides that take quarters of bits.
+    run: `rewrite` with everything but widths given, changing no weights. widths: those to try for keys and for values.
     The model is left as the last trial left it.
     """
     tell = progress or (lambda what, done, total: None)
     first, second = _halves(ids)
-    curves, report = _costs(run, base, report_budget(budget), fractions)
+    curves, report = _costs(run, base, 6.0 if budget is None else budget, widths)
     budget = report.bits if budget is None else budget
     lowest = {at: min(c) for at, c in curves.cost.items()}
     if curves.bits(lowest) > budget + 1e-9:
@@ -204,9 +241,7 @@ def choose_plan(
     for done, (at, costs) in enumerate(curves.cost.items()):
         points = []
         for w in _probes(costs, base[at[1]]):
-            words = [f"{j}:key_bits=16,value_bits=16,protect=none" for j in layers if j != at[0]]
-            words.append(f"{at[0]}:key_bits={w if at[1] == 0 else 16:g},value_bits={w if at[1] == 1 else 16:g}")
-            run(layers=";".join(words))
+            run(layers=_alone(layers, at[0], *((w, 16) if at[1] == 0 else (16, w))))
             points.append((w, meter.kl()))
             tell("planning", min(total, 2 * done + len(points)), total)
         curves.damage[at] = straight(costs, points[0], points[-1])
@@ -214,24 +249,19 @@ def choose_plan(
     rivals = _uniform(curves, base, budget)
 
     def finish(chosen: dict[tuple[int, int], float]) -> tuple[float, Widths]:
-        widths = tuple((chosen[i, 0], chosen[i, 1]) if (i, 0) in chosen else (16.0, 16.0) for i in range(curves.layers))
-        run(layers=layers_text(widths))
-        return held_out.kl(), widths
+        plan = tuple((chosen[i, 0], chosen[i, 1]) if (i, 0) in chosen else (16.0, 16.0) for i in range(curves.layers))
+        run(layers=layers_text(plan))
+        return held_out.kl(), plan
 
     found = [(finish(chosen), pair, chosen) for pair, chosen in rivals]
-    (kl, widths), uniform, chosen = min(found, key=lambda f: f[0][0]) if found else (finish(mine), base, mine)
+    (kl, plan), uniform, chosen = min(found, key=lambda f: f[0][0]) if found else (finish(mine), base, mine)
     uniform_kl = kl if found else math.inf
     if found and mine != chosen:
         planned = finish(mine)
         if planned[0] < kl:
-            (kl, widths), chosen = planned, mine
+            (kl, plan), chosen = planned, mine
     tell("planning", total, total)
-    return Plan(layers_text(widths), widths, curves.bits(chosen), kl, uniform, uniform_kl)
-
-
-def report_budget(budget: float | None) -> float:
-    """What bounds the widths worth costing when no budget is given."""
-    return 6.0 if budget is None else budget
+    return Plan(layers_text(plan), plan, curves.bits(chosen), kl, uniform, uniform_kl)
 
 
 def _narrow(curves: Curves, base: tuple[float, float], budget: float) -> None:
@@ -257,9 +287,10 @@ def _uniform(
     curves: Curves, base: tuple[float, float], budget: float
 ) -> list[tuple[tuple[float, float], dict[tuple[int, int], float]]]:
     """Equal widths in all layers that fit: the two with the least predicted damage, and the base when it fits."""
-    sides = [set.intersection(*(set(c) for at, c in curves.cost.items() if at[1] == s)) for s in _SIDES]
+    shared = [set.intersection(*(set(c) for at, c in curves.cost.items() if at[1] == s)) for s in _SIDES]
     fitting = []
-    for pair in product(*(sorted(s) for s in sides)):
+    for key, value in product(*(sorted(s) for s in shared)):
+        pair = (key, value)
         chosen = {at: pair[at[1]] for at in curves.cost}
         if curves.bits(chosen) <= budget + 1e-9:
             fitting.append((pair, chosen))

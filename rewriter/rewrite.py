@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
-from kvsink.design import design_key, design_value, key_blocks, needs_calibration, sample_need
+from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
 from kvsink.fold import fold_value_rotation, foldable
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method
 from kvsink.observers import SampleNeed
-from kvsink.plan import Plan, choose_plan
+from kvsink.plan import Plan, candidates, choose_plan
+from kvsink.plan import sides as planned_sides
 from kvsink.protect import parse_policies, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach
@@ -171,6 +172,7 @@ def rewrite(
     protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
+    designs: dict[Any, Design] | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -180,6 +182,7 @@ def rewrite(
     the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in, when it is narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
+    designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
@@ -238,6 +241,11 @@ def rewrite(
         for i, w in enumerate(wanted)
         if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
     }
+    if plan == "auto":
+        served, need = gather_needs(planned_sides(m, where.kv_heads, where.head_dim), where.kv_heads, where.head_dim)
+        blocks = {i: tuple(sorted({*blocks.get(i, ()), *served})) for i, w in enumerate(wanted) if w is not None}
+        samples = {} if need is None else {i: samples.get(i, need) | need for i in blocks}
+        designs = {} if designs is None else designs
     check_weights(model)
     record = Calibration((), {}, {}, torch.zeros(0), 0)
     if blocks or uses_stages:
@@ -255,7 +263,7 @@ def rewrite(
         if plan_ids is None:
             source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
             plan_ids = calibration_windows(model, source, calibration_tokens, tokenizer)
-        found = _auto_plan(model, m, base, record, plan_ids, bits, progress)
+        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs)
         notes.append(found.note)
         choices = parse_layers(found.layers, n, base)
         wanted = [
@@ -271,16 +279,14 @@ def rewrite(
         if w is None:
             plans.append(LayerPlan(None, (), _refusal(where, i)))
             continue
-        key_design = design_key(
-            w[0],
-            i,
-            where.kv_heads,
-            where.head_dim,
-            record,
-            partial(probe.offset_angles, i, device=torch.device("cpu")),
-            device,
-        )
-        value_design = design_value(w[1], i, where.kv_heads, where.head_dim, record, device)
+        angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
+        head = where.kv_heads, where.head_dim
+        made = {} if designs is None else designs
+        key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
+        if key_design is None:
+            key_design = made[i, "key", w[0]] = design_key(w[0], i, *head, record, angles, device)
+        if value_design is None:
+            value_design = made[i, "value", w[1]] = design_value(w[1], i, *head, record, device)
         if progress is not None and samples:
             progress("learning codebooks", i + 1, n)
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
@@ -312,16 +318,15 @@ def rewrite(
 
 def _auto_plan(
     model: nn.Module, m: Method, base: LayerChoice, record: Calibration, ids: Tensor, bits: float | None,
-    progress: Progress | None,
+    progress: Progress | None, designs: dict[Any, Design] | None,
 ) -> Plan:  # fmt: skip
     """Widths per layer within a budget; the model is as it was before."""
     earlier = model.__dict__.get("_kvsink_runtime")
-    run = partial(rewrite, model, m, **{**asdict(base), "calibration": record, "fold": False})
-    fractions = m.key.kind == "lloyd", m.value.kind == "lloyd"
+    run = partial(rewrite, model, m, **{**asdict(base), "calibration": record, "fold": False, "designs": designs})
     training = model.training
     model.eval()
     try:
-        return choose_plan(model, run, (base.key_bits, base.value_bits), ids, bits, fractions, progress)
+        return choose_plan(model, run, (base.key_bits, base.value_bits), ids, bits, candidates(m), progress)
     finally:
         detach(model)
         model.train(training)

@@ -132,7 +132,7 @@ def study(
         except KvsinkError as reason:
             found.append(BiasRow(name, reason=str(reason)))
             continue
-        row = BiasRow(name, *errors)
+        row = BiasRow(name, errors[0], errors[1])
         if method.key.center:
             row = replace(row, centred_reason="centred already")
         else:

@@ -31,10 +31,11 @@ from torch import Tensor
 from kvsink.calibration import Calibration, calibrate, fingerprint
 from kvsink.codecs import SideSpec
 from kvsink.design import gather_needs
-from kvsink.errors import KvsinkError, UnknownName
+from kvsink.errors import CalibrationError, KvsinkError, UnknownName
 from kvsink.evaluation import EvalResult, evaluate, packed_cache, token_windows, versions
 from kvsink.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods
+from kvsink.plan import sides as planned_sides
 from kvsink.protect import parse_policies
 from kvsink.reference import Reference
 from kvsink.report import STATED_LENGTH, counted_bits
@@ -66,7 +67,7 @@ def declared(row: Row) -> Method:
         if side not in sides or name not in SideSpec.__dataclass_fields__:
             raise Absent(f"the codec has no field {path!r}")
         sides[side] = replace(sides[side], **{name: value})
-    return replace(method, **sides)
+    return replace(method, key=sides["key"], value=sides["value"])
 
 
 def python_source(tokens: int) -> str:
@@ -163,6 +164,7 @@ class Bench:
         about: dict[str, Any] = {**self.identity, **{n: v for n, v in row.as_dict().items() if n != "label"}}
         if not row.stock:
             m = declared(row)
+            sides: dict[str, Any]
             try:
                 sides = {
                     "key": m.side("key", m.key_bits if row.key_bits is None else row.key_bits).as_dict(),
@@ -191,16 +193,18 @@ class Bench:
                     m.side("key", m.key_bits if row.key_bits is None else row.key_bits),
                     m.side("value", m.value_bits if row.value_bits is None else row.value_bits),
                 )
-                gather_needs([pair], where.kv_heads, where.head_dim)
-                pairs.append(pair)
+                wanted = [pair, *(planned_sides(m, where.kv_heads, where.head_dim) if row.plan == "auto" else ())]
+                _, need = gather_needs(wanted, where.kv_heads, where.head_dim)
             except (Absent, KvsinkError):
                 continue  # the row itself will say so
+            if need is None or need.rows <= self.calibration_ids.numel():
+                pairs += wanted
         blocks, need = gather_needs(pairs, where.kv_heads, where.head_dim)
         layers = range(len(where.attentions))
         policies = [parse_policies(protect)] * len(layers)
         samples = {} if need is None else dict.fromkeys(layers, need)
-        wanted = dict.fromkeys(layers, blocks) if blocks or need is not None else {}
-        record = calibrate(self.model, self.calibration_ids, policies, wanted, 1, None, samples)
+        statistics = dict.fromkeys(layers, blocks) if blocks or need is not None else {}
+        record = calibrate(self.model, self.calibration_ids, policies, statistics, 1, None, samples)
         self._record = (protect, record)
         return record
 
@@ -215,7 +219,7 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     begun = time.perf_counter()
     tokens = bench.ids.shape[1]
     run = partial(
-        evaluate, baseline=bench.reference, ids=bench.ids, chunk=bench.chunk, batch=bench.batch, model_name=bench.name,
+        evaluate, baseline=bench.reference, ids=bench.ids, chunk=bench.chunk, batch=bench.batch or 4, model_name=bench.name,
         method=row.method, text_name=bench.text,
     )  # fmt: skip
     strict: EvalResult | None = None
@@ -227,11 +231,14 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     else:
         method, protect = declared(row), protection(row)
         work = copy.deepcopy(bench.model)
-        report = rewrite(
-            work, method, key_bits=row.key_bits, value_bits=row.value_bits, protect=row.protect, window=row.window,
-            calibration=bench.record(protect, rows), bits=row.bits, plan=row.plan, plan_ids=bench.calibration_ids,
-            tokenizer=bench.tokenizer,
+        wish = partial(
+            rewrite, work, method, key_bits=row.key_bits, value_bits=row.value_bits, protect=row.protect, window=row.window,
+            bits=row.bits, plan=row.plan, plan_ids=bench.calibration_ids, tokenizer=bench.tokenizer,
         )  # fmt: skip
+        try:
+            report = wish(calibration=bench.record(protect, rows))
+        except CalibrationError:  # it needs what the shared record lacks: calibrate for this row alone, or say why not
+            report = wish(calibration=bench.calibration_ids)
         where, plans = anatomy(work), runtime_of(work).plans
         packed = sum(p.codec is not None for p in plans)
 

@@ -25,7 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 _HEADINGS = (
     "method", "keys/values", "kept exact", "bits at 4096", "bits at {length}", "tables, MB", "perplexity", "gap", "KL", "top-1",
-    "strict gap", "strict KL",
+    "strict gap", "strict KL", "strict top-1",
 )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _line(r: Record, bold: bool) -> str:
     found = (
         name, _bits(r), kept, f"{r['bits']:.3f}", f"{r['bits_at_window']:.3f}", f"{r['table_bytes'] / 1e6:.2f}",
         f"{r['perplexity']:.3f}", f"{r['gap']:+.2%}", f"{r['kl']:.4f}", f"{r['top1']:.1%}", optional("strict_gap", "+.2%"),
-        optional("strict_kl", ".4f"),
+        optional("strict_kl", ".4f"), optional("strict_top1", ".1%"),
     )  # fmt: skip
     return "| " + " | ".join(found) + " |"
 

@@ -163,7 +163,7 @@ def test_every_form_of_the_table_is_well_formed(bench, tmp_path):
     page = (tmp_path / "compare.md").read_text()
     assert "the command" in page and "## tiny on random tokens" in page
     widths = {line.count("|") for line in page.splitlines() if line.startswith("| ") and "KL" in line}
-    assert widths == {13}
+    assert widths == {14}
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (tmp_path / "compare.svg").read_text()
 
@@ -258,3 +258,26 @@ def test_eval_hands_over(tiny_dir, tmp_path, capsys):
     capsys.readouterr()
     assert eval_main([str(tiny_dir), "--set", "quick", *small]) == 2
     assert "--compare" in capsys.readouterr().err
+
+
+def test_a_row_that_asks_too_much_does_not_stop_its_neighbours(bench, tmp_path):
+    """12-bit codes need 4096 calibration rows; the others of the same protection share a record all the same."""
+    found = compare(
+        bench, (row("antkv", 0.75, 0.75, "none"), row("cq", 2, 2, "none")), tmp_path, tell=lambda words: None
+    )
+    assert [r["status"] for r in found] == ["declined", "measured"]
+    assert "4096" in found[0]["reason"]
+
+
+def test_rows_of_one_protection_share_one_record(bench, tmp_path, monkeypatch):
+    calls = []
+    calibrate = tool.calibrate
+    monkeypatch.setattr(tool, "calibrate", lambda *a, **k: calls.append(1) or calibrate(*a, **k))
+    rows = (
+        row("klt", 2, 4, "first:1"),
+        row("rotatekv", 2, 2, "none"),
+        row("klt", 3, 4, "first:1"),
+        row("centred", 2, 4, "first:1"),
+    )
+    assert all(r["status"] == "measured" for r in compare(bench, rows, tmp_path, tell=lambda words: None))
+    assert len(calls) == 2
