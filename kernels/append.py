@@ -9,7 +9,8 @@ Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running
 Differs    every row is coded, protected rows too: a row that loses its place in the side store is then simply read
            from its codes
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; cos, sin [B or 1, S, R]; candidates: pairs of score float32
-           [B, n] and index int64 [B, n] into the chunk, one pair per segment; state: see kvsink.codecs.STATE_NAMES
+           [B, n] and index int64 [B, n] into the chunk, one pair per segment, then bool [B, S] of visual rows where the
+           codec asks for it; state: see kvsink.codecs.STATE_NAMES. Places of anchors behind the segments are left alone
 Exact      the side store and the recent window, yes; codes, see the codec
 Raises     IndexError when the slots do not fit (the cache checks first and says so in the user's words)
 Cost       reads S rows, writes their codes; the transform is 2·S·H·D² flops (klt) or S·H·D·log2 D (Hadamard)
@@ -72,6 +73,8 @@ def append_ref(
     """The definition, for any device."""
     c = resolve_codec(codec)
     p = dict(zip(c.param_names(), params, strict=True))
+    if c.modal:
+        p["visual"] = candidates[-1]
     (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, exact_score,
      recent_k, recent_v, recent_slot, length, stored_positions) = state  # fmt: skip
     b, _, s, _ = k.shape
@@ -85,13 +88,15 @@ def append_ref(
     v_scale.index_copy_(2, slots, scale)
     full_k = k if roped else rope_rows(k, cos, sin)
     if c.exact_rows:
+        n = c.exact_rows
         slot, score, new_k, new_v = merge_exact(
-            exact_slot, exact_score, (exact_k, exact_v), (full_k, v), candidates, c.segments, length
-        )
-        exact_slot.copy_(slot)
-        exact_score.copy_(score)
-        exact_k.copy_(new_k)
-        exact_v.copy_(new_v)
+            exact_slot[:, :n], exact_score[:, :n], (exact_k[:, :, :n], exact_v[:, :, :n]), (full_k, v), candidates,
+            c.segments, length,
+        )  # fmt: skip
+        exact_slot[:, :n] = slot
+        exact_score[:, :n] = score
+        exact_k[:, :, :n] = new_k
+        exact_v[:, :, :n] = new_v
     if c.window:
         last = min(s, c.window)
         ring = slots[-last:] % c.window

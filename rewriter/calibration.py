@@ -26,7 +26,7 @@ from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import unrope
 from kvsink.observers import KeyStats, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
-from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, first_candidates
+from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, position_candidates
 
 __all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
 
@@ -198,7 +198,7 @@ class _RecordingCache(Cache):
             key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
             pair = frame.candidates.get(key)
             if pair is None:
-                pair = frame.candidates[key] = first_candidates(frame, positions, b, segment.count)
+                pair = frame.candidates[key] = position_candidates(frame, positions, b, segment)
             exact = torch.zeros_like(keep).scatter_(1, pair[1], pair[0] > float("-inf"))
             keep &= ~exact
         keys = unrope(k.float(), cos[:, None].float(), sin[:, None].float())

@@ -25,7 +25,8 @@ from kvsink.errors import CalibrationError, KvsinkError, ModelError, Unsupported
 from kvsink.fold import fold_value_rotation, foldable
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method
-from kvsink.protect import parse_policies, segments_for_layer
+from kvsink.observed import check_observable
+from kvsink.protect import anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach
 from kvsink.texts import builtin_text
@@ -217,7 +218,9 @@ def rewrite(
             f"{type(model).__name__}: every layer is left alone ({_refusal(where, 0)}); there is nothing to rewrite"
         )
     policies = [parse_policies(c.protect) for c in choices]
-    uses_stages = any(p.kind == "kvsink" for ps in policies for p in ps)
+    uses_stages = any(p.kind in ("kvsink", "pivots") for ps in policies for p in ps)
+    if any(anchors_for_layer(p) for p, w in zip(policies, wanted, strict=True) if w is not None):
+        check_observable(model)
     blocks = {
         i: key_blocks(w[0])
         for i, w in enumerate(wanted)
@@ -236,6 +239,8 @@ def rewrite(
     notes = []
     if uses_stages and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
+    elif any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
+        notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
     device = next(model.parameters()).device
     plans: list[LayerPlan] = []
@@ -266,7 +271,10 @@ def rewrite(
             elif reason and reason != "folding is off" and i == 0:
                 notes.append(f"value rotation runs online: {reason}")
         segments = segments_for_layer(policies[i], i, record.stages)
-        codec = Codec(key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window)
+        codec = Codec(
+            key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window,
+            anchors=anchors_for_layer(policies[i]),
+        )  # fmt: skip
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
     for attention, order in folds:
@@ -302,7 +310,7 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
             key_bits, value_bits = counted_bits(plan.codec, where.kv_heads, where.head_dim, layers=packed)
             row = LayerReport(
                 i, where.attentions[i], True, describe(plan.codec.key), describe(plan.codec.value), key_bits, value_bits,
-                ", ".join(s.key for s in plan.segments), "",
+                ", ".join([s.key for s in plan.segments] + ([str(plan.codec.anchors)] if plan.codec.anchors else [])), "",
             )  # fmt: skip
         report.layers.append(row)
     return report

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
@@ -24,11 +24,12 @@ from torch import Tensor
 from kvsink.errors import SidecarError
 from kvsink.kernels import stages
 from kvsink.kernels.base import set_codec_resolver
+from kvsink.protect import Anchors
 
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
 
-__all__ = ["STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
+__all__ = ["ANCHOR_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
 
 Params = Mapping[str, Tensor]
 
@@ -39,13 +40,16 @@ STATE_NAMES = (
     "recent_k", "recent_v", "recent_slot", "length", "positions",
 )  # fmt: skip
 
+ANCHOR_NAMES = ("recent_score",)  # state that only the choice of anchors reads and writes
+
 
 @dataclass(frozen=True)
 class Codec:
     """Both sides of one layer and the rows it keeps exact.
 
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
-    back from their codes like old ones (for evaluation).
+    back from their codes like old ones (for evaluation); anchors: rows chosen by the attention they receive, whose
+    places follow those of the segments and grow with the slots.
     """
 
     key: SideSpec
@@ -53,11 +57,21 @@ class Codec:
     segments: tuple[int, ...] = ()
     window: int = 0
     strict: bool = False
+    anchors: Anchors | None = None
 
     @property
     def exact_rows(self) -> int:
-        """Capacity of the exact side store, in rows per sequence."""
+        """Capacity of the protection segments in the exact side store, in rows per sequence; anchors come on top."""
         return sum(self.segments)
+
+    def exact_places(self, slots: int) -> int:
+        """Places of the exact side store of a cache with `slots` slots, anchors included."""
+        return self.exact_rows + (self.anchors.capacity(slots) if self.anchors is not None else 0)
+
+    @property
+    def modal(self) -> bool:
+        """Whether visual rows are coded otherwise than text: `append_` then takes a last candidate, bool [B, S]."""
+        return bool(self.key.visual_bits or self.value.visual_bits)
 
     @property
     def table_tokens(self) -> int:
@@ -70,6 +84,8 @@ class Codec:
             "key": self.key.as_dict(), "value": self.value.as_dict(), "segments": list(self.segments),
             "window": self.window, "strict": self.strict,
         }  # fmt: skip
+        if self.anchors is not None:
+            record["anchors"] = asdict(self.anchors)
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -84,6 +100,7 @@ class Codec:
                 segments=tuple(int(n) for n in record.get("segments", ())),
                 window=int(record.get("window", 0)),
                 strict=bool(record.get("strict", False)),
+                anchors=Anchors(**record["anchors"]) if "anchors" in record else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SidecarError(
@@ -126,7 +143,7 @@ class Codec:
     def layout(
         self, batch: int, heads: int, key_dim: int, value_dim: int, slots: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
-        """Shape, dtype and first fill of every state tensor but the positions, in the order of STATE_NAMES."""
+        """Shape, dtype and first fill of every state tensor but the positions: STATE_NAMES in their order, then ANCHOR_NAMES."""
 
         def codes(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0
@@ -134,7 +151,7 @@ class Codec:
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             return (batch, heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
-        e, w = self.exact_rows, self.window
+        e, w = self.exact_places(slots), self.window
         return {
             "k_codes": codes(self.key, key_dim),
             "k_scale": scale(self.key, key_dim),
@@ -148,6 +165,7 @@ class Codec:
             "recent_v": ((batch, heads, w, value_dim), dtype, 0),
             "recent_slot": ((w,), torch.int32, -1),
             "length": ((), torch.int64, 0),
+            "recent_score": ((batch, w if self.anchors is not None else 0), torch.float32, 0),
         }
 
     # -- keys --------------------------------------------------------------------------------------------------------
