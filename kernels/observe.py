@@ -10,7 +10,7 @@ Differs    the paper's own simplified score could not be read; three are offered
 Shapes     q, out [B, Hq, S, D]; k, v [B, H, L, D]; mask bool or additive [B or 1, 1 or Hq, S, >= L] or None (causal by
            slot); first int64 [], the slot of the first query; valid bool [B, S] or None → score float32 [B, L]
 Exact      the sums are float32 (float64 for float64 models); tiles change their order only
-Cost       4·B·Hq·S·L·D flops, no S·L matrix: one tile of TILE keys and TILE queries at a time; "exact" 3·B·Hq·S·L·D more
+Cost       4·B·Hq·S·L·D flops, no S·L matrix beyond _SMALL: a tile of TILE keys and TILE queries at a time; "exact" 3·B·Hq·S·L·D more
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .base import Cost, OpSpec, nbytes, register_op
 __all__ = ["observe", "observe_ref"]
 
 TILE = 512  # keys, and queries, looked at together
+_SMALL = 4096  # pairs of a query and a key that one matrix may hold
 _NARROW = 32  # queries whose distance to a tile of values is taken at once
 
 
@@ -109,7 +110,9 @@ def observe(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float,
     score: str,
 ) -> Tensor:  # fmt: skip
-    return _observe_tiles(q, k, v, out, mask, first, valid, scale, score)
+    q, k, v, out = (x.contiguous() for x in (q, k, v, out))  # sums in the same order whatever the strides
+    small = q.shape[2] * k.shape[2] <= _SMALL
+    return (observe_ref if small else _observe_tiles)(q, k, v, out, mask, first, valid, scale, score)
 
 
 @observe.register_fake

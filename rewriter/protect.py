@@ -34,6 +34,7 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from kvsink.codecs.anchors import MILLION, SCORES, Anchors
 from kvsink.errors import KvsinkError, UnknownName
 
 __all__ = [
@@ -42,32 +43,6 @@ __all__ = [
 ]  # fmt: skip
 
 _KINDS = ("none", "first", "random", "kvsink", "massive", "pivots", "anchors")
-SCORES = ("mass", "qnorm", "exact")
-_MILLION = 1_000_000
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """The anchors of one layer: a share of the tokens in parts per million, or a fixed number of rows."""
-
-    ppm: int = 0
-    rows: int = 0
-    score: str = "mass"
-    normalize: bool = False  # divide scores by the number of queries that could see the row
-
-    def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise UnknownName("anchor score", self.score, SCORES, "Write for example anchors:1%:mass.")
-        if (self.ppm > 0) == (self.rows > 0) or self.ppm > _MILLION:
-            raise KvsinkError(f"anchors of {self.ppm} ppm and {self.rows} rows; give a share up to 100 %, or a number of rows")
-
-    def capacity(self, tokens: int) -> int:
-        """Places for `tokens` tokens: ceil(share · tokens), or the fixed number."""
-        return self.rows or -(-tokens * self.ppm // _MILLION)
-
-    def __str__(self) -> str:
-        share = f"{Fraction(self.ppm, 10_000).__float__():g}%" if self.ppm else str(self.rows)
-        return f"anchors:{share}" + (f":{self.score}" if self.score != "mass" else "") + (":count" if self.normalize else "")
 
 
 @dataclass(frozen=True)
@@ -172,7 +147,7 @@ def _anchors(part: str, text: str) -> Policy:
         if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", amount[:-1]):
             raise KvsinkError(f"protection {part!r}: {amount!r} is not a percentage; write for example anchors:1%")
         ppm = round(Fraction(amount[:-1]) * 10_000)
-        if not 0 < ppm <= _MILLION:
+        if not 0 < ppm <= MILLION:
             raise KvsinkError(
                 f"protection {part!r}: a share of {amount} is not above 0 and up to 100 percent; write for example anchors:1%"
             )

@@ -24,8 +24,8 @@ from torch import Tensor
 from kvsink.errors import SidecarError
 from kvsink.kernels import stages
 from kvsink.kernels.base import set_codec_resolver
-from kvsink.protect import Anchors
 
+from .anchors import Anchors
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
 
