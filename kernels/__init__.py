@@ -9,7 +9,9 @@ if __name__ == "kvsink.kernels":
     from .append import append_
     from .attend import attend
     from .base import Cost, OpSpec, op_specs
+    from .decode import decode
     from .dequantize import dequantize
+    from .encode import encode
     from .hadamard import hadamard
     from .observe import observe
     from .quantize import quantize
@@ -17,6 +19,6 @@ if __name__ == "kvsink.kernels":
     from .select_sinks import select_sinks
 
     __all__ = [
-        "Cost", "OpSpec", "append_", "attend", "dequantize", "hadamard", "observe", "op_specs", "quantize", "read",
-        "release_", "select_sinks", "settle_",
+        "Cost", "OpSpec", "append_", "attend", "decode", "dequantize", "encode", "hadamard", "observe", "op_specs",
+        "quantize", "read", "release_", "select_sinks", "settle_",
     ]  # fmt: skip

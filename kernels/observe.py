@@ -10,7 +10,7 @@ Differs    the paper's own simplified score could not be read; three are offered
 Shapes     q, out [B, Hq, S, D]; k, v [B, H, L, D]; mask bool or additive [B or 1, 1 or Hq, S, >= L] or None (causal by
            slot); first int64 [], the slot of the first query; valid bool [B, S] or None → score float32 [B, L]
 Exact      the sums are float32 (float64 for float64 models); tiles change their order only
-Cost       4·B·Hq·S·L·D flops, no S·L matrix beyond _SMALL: a tile of TILE keys and TILE queries at a time; "exact" 3·B·Hq·S·L·D more
+Cost       4·B·Hq·S·L·D flops, a tile of TILE keys and TILE queries at a time; "exact" 3·B·Hq·S·L·D more
 """
 
 from __future__ import annotations

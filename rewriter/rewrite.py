@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
-from kvsink.design import design_key, design_value, key_blocks, needs_calibration
+from kvsink.design import design_key, design_value, key_blocks, needs_calibration, sample_need
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.fold import fold_value_rotation, foldable
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method
 from kvsink.observed import check_observable
+from kvsink.observers import SampleNeed
 from kvsink.protect import anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach
@@ -201,6 +202,7 @@ def rewrite(
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
+    samples: dict[int, SampleNeed] = {}
     for i, choice in enumerate(choices):
         if _refusal(where, i):
             wanted.append(None)
@@ -211,7 +213,9 @@ def rewrite(
             raise UnsupportedError(
                 f"layer {i} ({where.attentions[i]}): {rope_reason}, which {m.name} keys need to undo; use --method rtn"
             )
-        key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)  # refuse early
+        resolved = key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)
+        if (need := sample_need(*resolved)) is not None:
+            samples[i] = need
         wanted.append((key, value))
     if all(w is None for w in wanted):
         raise UnsupportedError(
@@ -235,7 +239,7 @@ def rewrite(
             record = Calibration.load(calibration, model)
         else:
             ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies, blocks, batch, progress)
+            record = calibrate(model, ids, policies, blocks, batch, progress, samples)
     notes = []
     if uses_stages and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
@@ -257,8 +261,11 @@ def rewrite(
             where.head_dim,
             record,
             partial(probe.offset_angles, i, device=torch.device("cpu")),
+            device,
         )
-        value_design = design_value(w[1], i, where.kv_heads, where.head_dim, record)
+        value_design = design_value(w[1], i, where.kv_heads, where.head_dim, record, device)
+        if progress is not None and samples:
+            progress("learning codebooks", i + 1, n)
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
         attention = model.get_submodule(where.attentions[i])
         if value_spec.transform == "hadamard":
@@ -329,7 +336,10 @@ def describe(spec: SideSpec) -> str:
         words.append(spec.transform + (f" x{spec.heads_per_group} heads" if spec.heads_per_group > 1 else ""))
     if spec.reorder:
         words.append("reordered")
-    widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
+    if spec.couple:
+        widths = f"{spec.couple}c{spec.code_bits}b" + (" shared" if spec.shared else "")
+    else:
+        widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
     words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
     return ", ".join(words)
 

@@ -14,7 +14,7 @@ Exact      the transforms are orthogonal, so without quantization k^ = k up to r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -149,7 +149,8 @@ class Codec:
             return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0
 
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
-            return (batch, heads, slots, self.row_scales(side, dim)), torch.float16, 0
+            one = side.packed and QUANTIZERS[side.kind].scale_of_token
+            return (batch, 1 if one else heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
         e, w = self.exact_places(slots), self.window
         return {
@@ -168,6 +169,28 @@ class Codec:
             "recent_score": ((batch, w if self.anchors is not None else 0), torch.float32, 0),
         }
 
+    # -- the quantizer alone -------------------------------------------------------------------------------------------
+
+    def quantize(self, side: str, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Transformed rows of side "k" or "v" → (codes, scale)."""
+        spec = self.key if side == "k" else self.value
+        return QUANTIZERS[spec.kind].encode(x, spec, p, side)
+
+    def dequantize(self, side: str, codes: Tensor, scale: Tensor, p: Params) -> Tensor:
+        """The inverse of `quantize` up to its rounding, float32."""
+        spec = self.key if side == "k" else self.value
+        return QUANTIZERS[spec.kind].decode(codes, scale, spec, p, side)
+
+    def table_names(self, side: str) -> tuple[str, ...]:
+        """Names of the tables of one side's quantizer."""
+        spec = self.key if side == "k" else self.value
+        return QUANTIZERS[spec.kind].tables(spec, side)
+
+    def row_channels(self, side: str, tables: Sequence[Tensor]) -> int:
+        """Channels of one row, as widths or the codebook say."""
+        spec = self.key if side == "k" else self.value
+        return 8 * len(spec.widths) if spec.widths else tables[-1].shape[1] * spec.couple
+
     # -- keys --------------------------------------------------------------------------------------------------------
 
     def encode_keys(
@@ -178,7 +201,7 @@ class Codec:
         if not s.packed:
             full = k if roped else stages.rope_rows(k, cos, sin)
             return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
-        return QUANTIZERS[s.kind].encode(self.transform_keys(k, cos, sin, positions, p, roped), s, p, "k")
+        return self.quantize("k", self.transform_keys(k, cos, sin, positions, p, roped), p)
 
     def transform_keys(self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool) -> Tensor:
         """Keys [B, H, S, D] through every stage before the quantizer."""
@@ -207,8 +230,7 @@ class Codec:
         s = self.key
         if not s.packed:
             return codes.float()
-        x = QUANTIZERS[s.kind].decode(codes, scale, s, p, "k")
-        return self.restore_keys(x, positions, p)
+        return self.restore_keys(self.dequantize("k", codes, scale, p), positions, p)
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
@@ -236,7 +258,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
-        return QUANTIZERS[s.kind].encode(self.transform_values(v, p), s, p, "v")
+        return self.quantize("v", self.transform_values(v, p), p)
 
     def transform_values(self, v: Tensor, p: Params) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
@@ -254,7 +276,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return codes.float()
-        return self.restore_values(QUANTIZERS[s.kind].decode(codes, scale, s, p, "v"), p)
+        return self.restore_values(self.dequantize("v", codes, scale, p), p)
 
     def restore_values(self, x: Tensor, p: Params) -> Tensor:
         """The stages of `transform_values` taken back, last first."""

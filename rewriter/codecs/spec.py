@@ -14,6 +14,12 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
+VECTOR_SETTINGS = {
+    4.0: (2, 8), 2.25: (4, 9), 2.0: (4, 8), 1.5: (8, 12), 1.25: (8, 10), 1.0: (8, 8), 0.75: (16, 12), 0.375: (32, 12),
+}  # fmt: skip
+"""Bits per element → channels coupled and bits of their one code."""
+
+WEIGHTS = ("none", "fisher", "fisher-raw", "error")
 
 
 def group_size_for(wanted: int, dim: int) -> int:
@@ -48,6 +54,11 @@ class SideSpec:
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd".
     folded     the transform already sits in the weights, nothing is to be done at run time.
     visual_bits, visual_clip   levels and clip ratio of visual rows; 0 codes them like text (kind "modal" only).
+    couple     kind "vector": channels that share one code of `code_bits` bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
+    shared     kind "vector": one codebook for all heads.
+    outliers   kind "nuq": share of entries outside the range that the code points cover.
+    weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
+               normalised by a range r, times r^2), "fisher-raw" (without r^2), "error" (reach into the attention output).
     """
 
     bits: float = 16.0
@@ -66,6 +77,11 @@ class SideSpec:
     folded: bool = False
     visual_bits: int = 0
     visual_clip: float = 1.0
+    couple: int = 0
+    code_bits: int = 0
+    shared: bool = False
+    outliers: float = 0.0
+    weights: str = "none"
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> None:
@@ -75,6 +91,14 @@ class SideSpec:
             refuse(f"domain {self.domain!r} is not one of {', '.join(DOMAINS)}")
         if self.transform not in TRANSFORMS:
             refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
+        if self.weights not in WEIGHTS:
+            refuse(f"weights {self.weights!r} is not one of {', '.join(WEIGHTS)}")
+        if not 0 <= self.outliers < 1:
+            refuse(f"outliers={self.outliers} is outside [0, 1)")
+        if (self.couple > 0) != (self.code_bits > 0) or self.couple < 0:
+            refuse(f"couple={self.couple} and code_bits={self.code_bits} are given together or not at all")
+        if self.couple and (self.code_bits > 12 or self.bits != self.code_bits / self.couple):
+            refuse(f"{self.code_bits} bits for {self.couple} channels are not {self.bits:g} bits each, of codes of 1 to 12 bits")
         if self.kind != "none" and self.kind not in QUANTIZERS:
             refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(QUANTIZERS)}")
         if self.kind == "none" and self.bits != 16:
@@ -124,6 +148,8 @@ class SideSpec:
             else:
                 groups = 1
             spec = replace(spec, heads_per_group=groups, order=order)
+        if self.kind == "vector":
+            return replace(spec, **self._coupling(dim))
         if not self.widths and self.kind != "lloyd":
             if self.bits != int(self.bits):
                 raise UnsupportedError(
@@ -132,6 +158,22 @@ class SideSpec:
                 )
             spec = replace(spec, widths=(int(self.bits),) * (dim // 8))
         return spec
+
+    def _coupling(self, dim: int) -> dict[str, int]:
+        if self.couple and dim % self.couple == 0:
+            return {}
+        fitting = {bits: pair for bits, pair in VECTOR_SETTINGS.items() if dim % pair[0] == 0}
+        nearest = min(fitting, key=lambda bits: abs(bits - self.bits))
+        if self.couple or (self.bits in VECTOR_SETTINGS and self.bits not in fitting):
+            couple = self.couple or VECTOR_SETTINGS[self.bits][0]
+            raise UnsupportedError(f"head_dim={dim} does not split into runs of {couple} channels; use bits={nearest:g}")
+        if self.bits not in VECTOR_SETTINGS:
+            raise UnsupportedError(
+                f"bits={self.bits:g} has no codebook setting; use {nearest:g} (known: "
+                f"{', '.join(f'{bits:g} = {c}c{b}b' for bits, (c, b) in VECTOR_SETTINGS.items())})"
+            )
+        couple, code_bits = VECTOR_SETTINGS[self.bits]
+        return {"couple": couple, "code_bits": code_bits}
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, JSON-ready."""

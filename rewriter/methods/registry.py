@@ -40,7 +40,8 @@ class Method:
     """A composition of codec and protection, declared once.
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
-    whole bits where it is not 1. protect: the default protection.
+    whole bits where it is not 1. protect: the default protection. value_below: (bits, side): values below so many bits are
+    coded by that side instead.
     """
 
     name: str
@@ -54,10 +55,13 @@ class Method:
     window: int = 0
     clip_at: Mapping[int, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
+    value_below: tuple[float, SideSpec] | None = None
 
     def side(self, which: str, bits: float) -> SideSpec:
         """The declaration of "key" or "value" at `bits`; 16 keeps that side exact."""
         template = self.key if which == "key" else self.value
+        if which == "value" and self.value_below is not None and bits < self.value_below[0]:
+            template = self.value_below[1]
         if bits == 16:
             return SideSpec()
         if not 0.125 <= bits <= 8:

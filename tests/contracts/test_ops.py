@@ -78,7 +78,7 @@ def test_the_fake_says_the_truth(name: str, i: int) -> None:
     a = arguments(name, i)
     real = tree_leaves(SPECS[name].op(**a))
     with FakeTensorMode() as mode:
-        fake = tree_leaves(SPECS[name].op(**{k: mode.from_tensor(x) if isinstance(x, Tensor) else x for k, x in a.items()}))
+        fake = tree_leaves(SPECS[name].op(**tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, a)))
     assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
 
 
