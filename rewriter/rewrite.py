@@ -288,9 +288,10 @@ def rewrite(
         else:
             ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
             record = calibrate(model, ids, policies, blocks, batch, progress, samples)
-    if uses_stages and not record.stages:
+    kinds = {p.kind for ps in policies for p in ps}
+    if "kvsink" in kinds and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
-    elif any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
+    if any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
         notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
     device = next(model.parameters()).device
