@@ -98,7 +98,8 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW)
     if _are_prompts(source):
-        source = torch.cat([p["input_ids"].flatten().cpu() for p in source])
+        kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
+        source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
     if isinstance(source, Tensor):
         ids = source if source.dim() == 2 else source.flatten()
     else:

@@ -162,7 +162,8 @@ def test_a_layer_that_looks_at_text_is_salient() -> None:
         return torch.zeros_like(out).index_fill_(-1, torch.arange(slow, out.shape[-1], HEAD_DIM), 3.0)
 
     def hide(module: Any, args: Any, out: Tensor) -> Tensor:
-        out[..., slow::HEAD_DIM] = torch.where(ids["input_ids"] == IMAGE, -3.0, 0.0)[..., None]
+        if out.shape[:2] == ids["input_ids"].shape:  # the prompt itself, not the windows that statistics are taken from
+            out[..., slow::HEAD_DIM] = torch.where(ids["input_ids"] == IMAGE, -3.0, 0.0)[..., None]
         return out
 
     hooks = [attention.q_proj.register_forward_hook(look), attention.k_proj.register_forward_hook(hide)]
