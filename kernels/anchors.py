@@ -10,6 +10,7 @@ Differs    scores of anchors go on growing while they are held; a row that a pro
 Shapes     k, v [B, H, S, D] the new rows, k after RoPE; scores float32 [B, L] from `kvsink::observe`; valid bool [B, S] or
            None; total int64 [], t with the chunk counted in; state: exact_k, exact_v, exact_slot, exact_score, recent_k,
            recent_v, recent_slot, recent_score
+           the window is the ring of recent rows, which codecs that work on blocks of tokens make longer
 Exact      yes: the rows kept are the rows
 Cost       reads the places of the anchors and min(S, W) rows of the window
 """
@@ -60,11 +61,11 @@ def release_ref(new: int, total: Tensor, state: Sequence[Tensor], codec: str) ->
     """The definition: `new` rows are about to be stored as slots total - new … total - 1."""
     c = resolve_codec(codec)
     recent_k, recent_v, recent_slot, recent_score = state[4:]
-    leave = min(new, c.window)
+    leave = min(new, c.ring)
     if leave == 0:
         return
-    slots = total - new - c.window + torch.arange(leave, device=total.device)
-    place = slots % c.window
+    slots = total - new - c.ring + torch.arange(leave, device=total.device)
+    place = slots % c.ring
     gone = (slots < 0) | (recent_slot[place] != slots)
     score = recent_score[:, place].masked_fill(gone, _NEVER)
     _compete(recent_k.index_select(2, place), recent_v.index_select(2, place), score, slots[0], total, state, c)
@@ -76,7 +77,7 @@ def settle_ref(
     """The definition: the chunk k, v is stored and has been attended to."""
     c = resolve_codec(codec)
     exact_slot, exact_score, recent_score = state[2], state[3], state[7]
-    s, fixed, window = k.shape[2], c.exact_rows, c.window
+    s, fixed, window = k.shape[2], c.exact_rows, c.ring
     first = total - s
     slot = exact_slot[:, fixed:].to(torch.int64)
     exact_score[:, fixed:] += torch.where(slot >= 0, scores.gather(1, slot.clamp_min(0)), 0.0)

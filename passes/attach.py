@@ -6,7 +6,7 @@ Differs    no
 Shapes     k_pre or k_rope, v_new [B, Hkv, S, D] → the same, float32
 Exact      yes
 Declines   no cache and no plan; a stock cache without a plan; positions that cannot be found for a codec before RoPE;
-           layers that keep anchors or tell text from images: their ops stay as they are
+           layers that keep anchors: their ops stay as they are
 Cost       none
 """
 
@@ -41,8 +41,6 @@ class Attach(RewritePass):
                 return site.declined(
                     "anchors are chosen by its queries and keys, which packed attention never holds", site.writes[0]
                 )
-            if codec is not None and codec.modal:
-                return site.declined("its rows are coded by what they show, text or image", site.writes[0])
             if len(site.writes) != 1:
                 return site.declined(f"{len(site.writes)} writes for one read of the packed cache; expected one")
             if argument(site.writes[0], 0, "k") is not site.k_rope or not argument(site.writes[0], 9, "roped"):
@@ -55,13 +53,15 @@ class Attach(RewritePass):
                 if site.cache == "none"
                 else f"a stock {site.cache} cache and no codec for it"
             )
+        if plan.codec.opaque:
+            return site.declined("its codec works on blocks of tokens, which only kvsink's own cache holds")
         if site.rope != "none" and site.positions is None and _needs_positions(plan.codec):
             return site.declined("the positions behind its rotary table were not found", site.cos)
         return None
 
     def rewrite(self, site: AttentionSite, work: Work) -> None:
         chain = _from_markers(site) if site.cache == "kvsink" else _from_plan(site, work, work.plan(site))
-        for side in (chain.keys, chain.values):
+        for side in (chain.keys, chain.values) if not chain.opaque else ():
             if side.spec.packed and value(side.x).dtype != torch.float64:
                 side.x = chain.put(side.write_at, "to", side.x, torch.float32)
         work.chains[site.attn] = chain

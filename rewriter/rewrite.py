@@ -216,7 +216,8 @@ def rewrite(
 
     method: a name of `kvsink.methods()` or a Method. key_bits, value_bits: average bits, 16 keeps a side exact. protect: rows
     kept exact, such as "kvsink:5+first:1". window: recent rows kept exact. calibration: "builtin", a text file, a list of
-    texts, token ids [N, T], prompts (dicts of model inputs), or a `Calibration`. layers: per-layer changes, "0-1:key_bits=4". fold: put value rotations into
+    texts, token ids [N, T], prompts (dicts of model inputs), or a `Calibration`. layers: per-layer changes,
+    "0-1:key_bits=4". fold: put value rotations into
     the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in, when it is narrower.
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
@@ -390,6 +391,14 @@ def describe(spec: SideSpec) -> str:
     else:
         widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
     words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
+    if spec.norm:
+        words.append("token norms")
+    if spec.by_token_block:
+        words.append(f"per channel over {spec.group_tokens} tokens")
+    if spec.flush:
+        words.append(f"in blocks of {spec.flush}")
+    if spec.newest:
+        words.append(f"newest {spec.newest} exact")
     return ", ".join(words)
 
 
