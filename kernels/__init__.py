@@ -5,6 +5,7 @@ under that name. It is then left empty: a second import would register every op 
 """
 
 if __name__ == "kvsink.kernels":
+    from .anchors import release_, settle_
     from .append import append_
     from .attend import attend
     from .base import Cost, OpSpec, op_specs
@@ -12,11 +13,12 @@ if __name__ == "kvsink.kernels":
     from .dequantize import dequantize
     from .encode import encode
     from .hadamard import hadamard
+    from .observe import observe
     from .quantize import quantize
     from .read import read
     from .select_sinks import select_sinks
 
     __all__ = [
-        "Cost", "OpSpec", "append_", "attend", "decode", "dequantize", "encode", "hadamard", "op_specs", "quantize", "read",
-        "select_sinks",
+        "Cost", "OpSpec", "append_", "attend", "decode", "dequantize", "encode", "hadamard", "observe", "op_specs",
+        "quantize", "read", "release_", "select_sinks", "settle_",
     ]  # fmt: skip

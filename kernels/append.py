@@ -13,7 +13,8 @@ Differs    every row is coded, protected rows too: a row that loses its place in
            from its codes (clamped to the ranges of its group where those left it out); so are rows of an unfinished
            block, whose codes nothing reads until it is full
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; cos, sin [B or 1, S, R]; candidates: pairs of score float32
-           [B, n] and index int64 [B, n] into the chunk, one pair per segment; state: see kvsink.codecs.STATE_NAMES
+           [B, n] and index int64 [B, n] into the chunk, one pair per segment, then bool [B, S] of visual rows where the
+           codec asks for it; state: see kvsink.codecs.STATE_NAMES. Places of anchors behind the segments are left alone
 Exact      the side store and the recent window, yes; codes, see the codec
 Raises     IndexError when the slots do not fit (the cache checks first and says so in the user's words)
 Cost       reads S rows, writes their codes; the transform is 2·S·H·D² flops (klt) or S·H·D·log2 D (Hadamard)
@@ -33,6 +34,8 @@ from .stages import rope_rows
 from .tokens import touched, window_rows
 
 __all__ = ["append_", "append_ref", "merge_exact"]
+
+EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
 
 def merge_exact(
@@ -80,15 +83,17 @@ def append_ref(
     c = resolve_codec(codec)
     p = dict(zip(c.param_names(), params, strict=True))
     st = c.named(state)
+    if c.modal:
+        p["visual"] = candidates[-1]
     b, _, s, _ = k.shape
     slots = st["length"] + torch.arange(s, device=k.device)
     st["positions"].index_copy_(1, slots, positions.expand(b, s).to(st["positions"].dtype))
     full_k = k if roped else rope_rows(k, cos, sin)
     if c.exact_rows:
-        held = st["exact_slot"], st["exact_score"], (st["exact_k"], st["exact_v"])
-        merged = merge_exact(*held, (full_k, v), candidates, c.segments, st["length"])
-        for name, new in zip(("exact_slot", "exact_score", "exact_k", "exact_v"), merged, strict=True):
-            st[name].copy_(new)
+        held = [st[name].narrow(dim, 0, c.exact_rows) for name, dim in EXACT]  # anchors stand behind
+        merged = merge_exact(held[0], held[1], (held[2], held[3]), (full_k, v), candidates, c.segments, st["length"])
+        for old, new in zip(held, merged, strict=True):
+            old.copy_(new)
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, positions, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
     elif st["k_sparse"].shape[2]:

@@ -71,6 +71,9 @@ def kvsink_backend(
     passes = DEFAULT if ours.get("fuse", True) else tuple(p for p in DEFAULT if p != "fuse")
     report = run_passes(gm, passes, plan)
     _reports[:] = [report]
+    for reason in dict.fromkeys(r.reason for r in report.declined("attach") if _is_packed(report, r.path)):
+        count = sum(r.reason == reason for r in report.declined("attach"))
+        _tell_once(f"kvsink: {count} attention layers keep their own operators in the compiled graph: {reason}")
     stock = [s for s in report.sites if s.cache in ("static", "dynamic")]
     if plan is not None and stock:
         _tell_once(
@@ -92,6 +95,10 @@ def kvsink_backend(
     patches = {**(list_mode_options(mode) if mode else {}), **rest}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
+
+
+def _is_packed(report: PipelineReport, path: str) -> bool:
+    return any(site.path == path and site.cache == "kvsink" for site in report.sites)
 
 
 def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | None]:
@@ -119,6 +126,9 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
         )
     key, value_side = replace(key, center=False, reorder=False), replace(value_side, center=False, reorder=False)
     policies = parse_policies(str(ours.get("protect", method.protect)))
+    if left := [str(p) for p in policies if p.kind in ("anchors", "pivots", "random")]:
+        _tell_once(f"kvsink: {'+'.join(left)} needs kvsink's own cache and is left out; call kvsink.rewrite(model) for it")
+        policies = tuple(p for p in policies if str(p) not in left)
 
     def plan(site: AttentionSite) -> SitePlan | None:
         heads, dim = (int(n) for n in (value(site.k_rope).shape[1], value(site.k_rope).shape[3]))

@@ -27,7 +27,7 @@ from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
-from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, first_candidates
+from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, position_candidates
 
 __all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
 
@@ -231,7 +231,7 @@ class _RecordingCache(Cache):
             key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
             pair = frame.candidates.get(key)
             if pair is None:
-                pair = frame.candidates[key] = first_candidates(frame, positions, b, segment.count)
+                pair = frame.candidates[key] = position_candidates(frame, positions, b, segment)
             exact = torch.zeros_like(keep).scatter_(1, pair[1], pair[0] > float("-inf"))
             keep &= ~exact
         if frame.valid is not None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
@@ -30,10 +30,11 @@ from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
 
+from .anchors import Anchors
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
 
-__all__ = ["STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
+__all__ = ["ANCHOR_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
 
 Params = Mapping[str, Tensor]
 
@@ -45,13 +46,16 @@ STATE_NAMES = (
     "k_sparse", "k_sparse_at", "v_sparse", "v_sparse_at",
 )  # fmt: skip
 
+ANCHOR_NAMES = ("recent_score",)  # state that only the choice of anchors reads and writes
+
 
 @dataclass(frozen=True)
 class Codec:
     """Both sides of one layer and the rows it keeps exact.
 
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
-    back from their codes like old ones (for evaluation).
+    back from their codes like old ones (for evaluation); anchors: rows chosen by the attention they receive, whose
+    places follow those of the segments and grow with the slots.
     """
 
     key: SideSpec
@@ -59,6 +63,7 @@ class Codec:
     segments: tuple[int, ...] = ()
     window: int = 0
     strict: bool = False
+    anchors: Anchors | None = None
 
     def __post_init__(self) -> None:
         if self.value.norm:
@@ -71,15 +76,24 @@ class Codec:
 
     @property
     def opaque(self) -> bool:
-        """True when coding is no chain of steps per row (blocks of tokens, records of outliers, rows that are exact on one
-        side alone): compiled graphs then keep it inside the cache ops."""
+        """True when coding is no chain of the same steps per row (blocks of tokens, records of outliers, visual rows, rows that
+        are exact on one side alone): compiled graphs then keep it inside the cache ops."""
         sides = (self.key, self.value)
-        return any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window
+        return any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window or self.modal
 
     @property
     def exact_rows(self) -> int:
-        """Capacity of the exact side store, in rows per sequence."""
+        """Capacity of the protection segments in the exact side store, in rows per sequence; anchors come on top."""
         return sum(self.segments)
+
+    def exact_places(self, slots: int) -> int:
+        """Places of the exact side store of a cache with `slots` slots, anchors included."""
+        return self.exact_rows + (self.anchors.capacity(slots) if self.anchors is not None else 0)
+
+    @property
+    def modal(self) -> bool:
+        """Whether visual rows are coded otherwise than text: `append_` then takes a last candidate, bool [B, S]."""
+        return bool(self.key.visual_bits or self.value.visual_bits)
 
     @property
     def table_tokens(self) -> int:
@@ -92,6 +106,8 @@ class Codec:
             "key": self.key.as_dict(), "value": self.value.as_dict(), "segments": list(self.segments),
             "window": self.window, "strict": self.strict,
         }  # fmt: skip
+        if self.anchors is not None:
+            record["anchors"] = asdict(self.anchors)
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -106,6 +122,7 @@ class Codec:
                 segments=tuple(int(n) for n in record.get("segments", ())),
                 window=int(record.get("window", 0)),
                 strict=bool(record.get("strict", False)),
+                anchors=Anchors(**record["anchors"]) if "anchors" in record else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SidecarError(
@@ -148,7 +165,7 @@ class Codec:
     def layout(
         self, batch: int, heads: int, key_dim: int, value_dim: int, slots: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
-        """Shape, dtype and first fill of every state tensor but the positions, in the order of STATE_NAMES."""
+        """Shape, dtype and first fill of every state tensor but the positions: STATE_NAMES in their order, then ANCHOR_NAMES."""
 
         def codes(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0
@@ -163,7 +180,7 @@ class Codec:
             m = self.record_size(prefix, channels)
             return (batch, -(-slots // side.outlier_tokens) if m else 0, m)
 
-        e, w, normed = self.exact_rows, self.ring, self.key.packed and self.key.norm
+        e, w, normed = self.exact_places(slots), self.ring, self.key.packed and self.key.norm
         return {
             "k_codes": codes(self.key, key_dim),
             "k_scale": scale(self.key, key_dim),
@@ -182,6 +199,7 @@ class Codec:
             "k_sparse_at": (record(self.key, "k", heads * key_dim), torch.int16, -1),
             "v_sparse": (record(self.value, "v", heads * value_dim), torch.float16, 0),
             "v_sparse_at": (record(self.value, "v", heads * value_dim), torch.int16, -1),
+            "recent_score": ((batch, w if self.anchors is not None else 0), torch.float32, 0),
         }
 
     def record_size(self, side: str, channels: int) -> int:

@@ -56,6 +56,7 @@ class SideSpec:
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd".
     folded     the transform already sits in the weights, nothing is to be done at run time.
+    visual_bits, visual_clip   levels and clip ratio of visual rows; 0 codes them like text (kind "modal" only).
     axis       "token": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
     flush      rows are coded in blocks of this many tokens and stay exact until their block is full; 0: at once.
     newest     so many newest rows of this side stay exact.
@@ -82,6 +83,8 @@ class SideSpec:
     gain: bool = False
     widths: tuple[int, ...] = ()
     folded: bool = False
+    visual_bits: int = 0
+    visual_clip: float = 1.0
     axis: str = "token"
     group_tokens: int = 0
     flush: int = 0
@@ -126,8 +129,10 @@ class SideSpec:
             refuse("mixed widths need the lloyd quantizer")
         if self.transform == "klt" and self.domain == "block" and not self.center:
             refuse("klt keys are centred: center=False")
-        if not 0 < self.clip <= 1:
-            refuse(f"clip={self.clip} is outside (0, 1]")
+        if not (0 < self.clip <= 1 and 0 < self.visual_clip <= 1):
+            refuse(f"clip={self.clip}, visual_clip={self.visual_clip}: one is outside (0, 1]")
+        if (self.kind == "modal") != (self.visual_bits > 0) or not 0 <= self.visual_bits <= self.bits:
+            refuse(f"visual_bits={self.visual_bits} with quantizer {self.kind!r} of {self.bits:g} bits")
         if self.axis not in AXES:
             refuse(f"axis {self.axis!r} is not one of {', '.join(AXES)}")
         if min(self.flush, self.newest, self.group_tokens) < 0:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from kvsink.codecs import SideSpec
 from kvsink.errors import KvsinkError, UnknownName
 
-__all__ = ["Claim", "Method", "Paper", "get_method", "methods", "register_method"]
+__all__ = ["Claim", "Method", "Modality", "Paper", "get_method", "methods", "register_method"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,25 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Modality:
+    """How a method treats text-salient layers of a vision-language model; see `kvsink.patterns` for ratio and share.
+
+    text_bits: of text rows there, visual rows keep the method's own bits; protect: what such layers keep exact.
+    """
+
+    text_bits: float = 4.0
+    ratio: float = 2.0
+    share: float = 0.5
+    protect: str = "none"
+
+
+@dataclass(frozen=True)
 class Method:
     """A composition of codec and protection, declared once.
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
     whole bits where it is not 1. protect: the default protection. value_below: (bits, side): values below so many bits are
-    coded by that side instead.
+    coded by that side instead. modality: set when layers are told apart by how they look at text and images.
     """
 
     name: str
@@ -56,6 +69,7 @@ class Method:
     clip_at: Mapping[int, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     value_below: tuple[float, SideSpec] | None = None
+    modality: Modality | None = None
 
     def side(self, which: str, bits: float) -> SideSpec:
         """The declaration of "key" or "value" at `bits`; 16 keeps that side exact."""
@@ -68,6 +82,14 @@ class Method:
             raise KvsinkError(f"{which} bits={bits:g} is impossible: choose 1 to 8, or 16 to keep {which}s exact")
         clip = self.clip_at.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
         return replace(template, bits=float(bits), clip=clip)
+
+    def modal_side(self, which: str, bits: float) -> SideSpec:
+        """A side of a text-salient layer: text at the modality's bits, visual rows at `bits`."""
+        assert self.modality is not None
+        text, visual = self.side(which, self.modality.text_bits), self.side(which, bits)
+        if not visual.packed or visual.bits >= text.bits:
+            return visual
+        return replace(text, kind="modal", visual_bits=int(bits), visual_clip=visual.clip)
 
 
     def with_outliers(self, share: str) -> Method:
