@@ -51,7 +51,7 @@ def _seed(x: Tensor, w: Tensor, k: int, generator: torch.Generator) -> Tensor:
     g, n, c = x.shape
     most = 8 * k
     if n > most:
-        drawn = torch.randperm(n, generator=generator)[:most].to(x.device)
+        drawn = torch.randperm(n, generator=generator, device=x.device)[:most]
         x, w, n = x[:, drawn], w[:, drawn], most
     seeds = x.new_empty(g, k, c)
     far = torch.ones_like(w)
@@ -60,7 +60,7 @@ def _seed(x: Tensor, w: Tensor, k: int, generator: torch.Generator) -> Tensor:
         take = 1 if at == 0 else min(max(1, k // 64), k - at)
         chance = (w * far).double()
         chance = chance + 1e-12 * chance.amax(-1, keepdim=True) + 1e-30  # rows without weight only when nothing else is left
-        key = -torch.rand(g, n, generator=generator, dtype=torch.float64).to(x.device).clamp_min(1e-300).log() / chance
+        key = -torch.rand(g, n, generator=generator, dtype=torch.float64, device=x.device).clamp_min(1e-300).log() / chance
         picked = key.topk(take, dim=-1, largest=False).indices  # the first of n exponential clocks: a draw without repeats
         new = x.gather(1, picked[..., None].expand(-1, -1, c))
         seeds[:, at : at + take] = new
@@ -80,7 +80,7 @@ def weighted_kmeans(
     x = x.float()
     w = torch.ones(g, n, device=x.device) if w is None else w.float()
     w = w / w.mean(-1, keepdim=True).clamp_min(1e-30)
-    centroids = _seed(x, w, k, torch.Generator().manual_seed(seed))
+    centroids = _seed(x, w, k, torch.Generator(x.device).manual_seed(seed))
     out = KMeans(centroids)
     weighted = w[..., None] * x
     for step in range(steps + 1):

@@ -67,7 +67,11 @@ def declared(row: Row) -> Method:
         if side not in sides or name not in SideSpec.__dataclass_fields__:
             raise Absent(f"the codec has no field {path!r}")
         sides[side] = replace(sides[side], **{name: value})
-    return replace(method, key=sides["key"], value=sides["value"])
+    below = method.value_below  # changes of values are meant for whichever side the bits choose
+    if below is not None:
+        changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith("value.")}
+        below = (below[0], replace(below[1], **changes))
+    return replace(method, key=sides["key"], value=sides["value"], value_below=below)
 
 
 def python_source(tokens: int) -> str:
@@ -142,6 +146,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.reference = Reference(self.model)
         self._record: tuple[str, Calibration] | None = None
+        self.designs: dict[Any, Any] = {}  # of the record's rows: a side that two rows share is learnt once
         device = next(self.model.parameters()).device
         if self.batch is None:
             self.batch = len(self.ids) if device.type == "cuda" else 4
@@ -183,7 +188,7 @@ class Bench:
         """The calibration record that serves all `rows`, which keep the same rows exact; the last one is remembered."""
         if self._record is not None and self._record[0] == protect:
             return self._record[1]
-        self._record = None
+        self._record, self.designs = None, {}
         where = anatomy(self.model)
         pairs = []
         for row in rows:
@@ -236,7 +241,7 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             bits=row.bits, plan=row.plan, plan_ids=bench.calibration_ids, tokenizer=bench.tokenizer,
         )  # fmt: skip
         try:
-            report = wish(calibration=bench.record(protect, rows))
+            report = wish(calibration=bench.record(protect, rows), designs=bench.designs)
         except CalibrationError:  # it needs what the shared record lacks: calibrate for this row alone, or say why not
             report = wish(calibration=bench.calibration_ids)
         where, plans = anatomy(work), runtime_of(work).plans
