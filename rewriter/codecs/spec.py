@@ -191,7 +191,8 @@ class SideSpec:
                 groups = 1
             spec = replace(spec, heads_per_group=groups, order=order)
         if self.kind == "vector":
-            return replace(spec, **self._coupling(dim))
+            couple, code_bits = self._coupling(dim)
+            return replace(spec, couple=couple, code_bits=code_bits)
         if self.outliers:
             if heads * dim > INDEX_LIMIT:
                 raise UnsupportedError(
@@ -209,9 +210,9 @@ class SideSpec:
             spec = replace(spec, widths=(int(self.bits),) * (dim // 8))
         return spec
 
-    def _coupling(self, dim: int) -> dict[str, int]:
+    def _coupling(self, dim: int) -> tuple[int, int]:
         if self.couple and dim % self.couple == 0:
-            return {}
+            return self.couple, self.code_bits
         fitting = {bits: pair for bits, pair in VECTOR_SETTINGS.items() if dim % pair[0] == 0}
         nearest = min(fitting, key=lambda bits: abs(bits - self.bits))
         if self.couple or (self.bits in VECTOR_SETTINGS and self.bits not in fitting):
@@ -222,8 +223,7 @@ class SideSpec:
                 f"bits={self.bits:g} has no codebook setting; use {nearest:g} (known: "
                 f"{', '.join(f'{bits:g} = {c}c{b}b' for bits, (c, b) in VECTOR_SETTINGS.items())})"
             )
-        couple, code_bits = VECTOR_SETTINGS[self.bits]
-        return {"couple": couple, "code_bits": code_bits}
+        return VECTOR_SETTINGS[self.bits]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, JSON-ready."""
