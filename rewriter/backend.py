@@ -20,6 +20,7 @@ from torch import fx
 
 from kvsink.capture import note_sources
 from kvsink.codecs import Codec
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName, UnsupportedError
 from kvsink.methods import get_method
 from kvsink.passes.chain import SitePlan
@@ -99,7 +100,8 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
     key_bits = float(ours.get("key_bits", method.key_bits))
     value_bits = float(ours.get("value_bits", method.value_bits))
     key, value_side = method.side("key", key_bits), method.side("value", value_bits)
-    if any(s.transform == "klt" or s.kind == "lloyd" for s in (key, value_side)):
+    learnt = [s.packed and QUANTIZERS[s.kind].tables(s, "k") for s in (key, value_side)]
+    if any(learnt) or key.transform == "klt" or value_side.transform == "klt":
         raise CalibrationError(
             f"method {method.name} needs calibration, which a compiled graph cannot do; call kvsink.rewrite(model, "
             f"{method.name!r}) first and compile the model then"

@@ -99,6 +99,27 @@ def water_fill(variance: Tensor, bits: float, run: int = 8) -> tuple[int, ...]:
     return tuple(sorted(widths, reverse=True))
 
 
+def eigenbasis(covariance: Tensor, spec: SideSpec) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [H, D] and vectors [H, D, D] of a covariance, falling; for codebooks, dealt out over their runs."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+    if not spec.couple:
+        return values, vectors
+    order = torch.stack([balanced(v, spec.couple) for v in values])
+    return values.gather(-1, order), vectors.gather(-1, order[:, None].expand_as(vectors))
+
+
+def balanced(values: Tensor, couple: int) -> Tensor:
+    """An order of falling variances [D] in which runs of `couple` have nearly equal products: each goes, the largest first,
+    to the run with room whose product is smallest (eigenvalue allocation, Ge et al. 2013)."""
+    runs: list[list[int]] = [[] for _ in range(len(values) // couple)]
+    logs = values.double().clamp_min(1e-12 * float(values.max()) + 1e-30).log()
+    logs = logs - logs.min() + 1.0
+    for i in range(len(values)):
+        min((r for r in runs if len(r) < couple), key=lambda r: float(logs[r].sum())).append(i)
+    return torch.tensor([i for run in runs for i in run])
+
+
 def _need(found: object, layer: int, what: str) -> None:
     if found is None:
         raise CalibrationError(
@@ -127,8 +148,7 @@ def design_key(
     if spec.transform == "klt":
         if spec.domain != "block":
             raise UnsupportedError("klt keys are in the block domain; set domain='block' with a block length")
-        values, vectors = torch.linalg.eigh(covariance)
-        values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+        values, vectors = eigenbasis(covariance, spec)
         tables["k_basis"] = vectors.float().contiguous()
         tables["k_mean2"] = mu2.float()
         variance = values
@@ -169,8 +189,7 @@ def design_value(
     if spec.center:
         tables["v_mean"] = stats.mean().float()
     if spec.transform == "klt":
-        values, vectors = torch.linalg.eigh(covariance)
-        values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+        values, vectors = eigenbasis(covariance, spec)
         tables["v_basis"], variance = vectors.float().contiguous(), values
     else:
         variance = torch.diagonal(covariance, dim1=-2, dim2=-1)

@@ -22,7 +22,7 @@ KVQUANT = register_method(
             differs=(
                 "weights are F·r^2 as the paper's appendix has them; the released code takes F",
                 "rows kept exact are left out of the ranges too, not of the code points alone",
-                "code points are fitted to 4096 bins of the normalised entries",
+                "code points are fitted to 4096 bins of the normalised entries, the best of 16 starts",
                 "Q-Norm is on at 2 bits and below, folded into the code points of reading",
                 "a constant vector has range 1",
                 "calibration is the record's, not 16 sequences of 2048 tokens",
