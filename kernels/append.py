@@ -162,8 +162,9 @@ def _store_outliers(
         scale = scale.index_select(2, slots.clamp_max(scale.shape[2] - 1))
     valid = _tokens_to_code(st, slots, length + s, positions)
     rows = x.transpose(1, 2).flatten(2)
-    record = st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"]
-    merge_sparse(*record, rows, length, valid, *c.dense_range(prefix, scale, p), n)
+    value, index = st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"]
+    offset, extent = c.dense_range(prefix, scale, p)
+    merge_sparse(value, index, rows, length, valid, offset, extent, n)
 
 
 @torch.library.custom_op("kvsink::append_", mutates_args=("state",))
