@@ -172,8 +172,8 @@ def test_heads_that_cannot_be_packed(method: str) -> None:
 def test_heads_that_are_not_a_power_of_two(method: str, dim: int) -> None:
     """Rotated in the largest runs that have a Hadamard matrix: 24, 40 and 8 channels."""
     model = head_of(dim)
-    kvsink.rewrite(model, method, calibration=IDS, key_bits=8, value_bits=8)
-    ids = tokens(1, 12, seed=3)
+    kvsink.rewrite(model, method, calibration=IDS, key_bits=8, value_bits=8, window=0)
+    ids = tokens(1, 12 + runtime_of(model).plans[0].codec.ring, seed=3)  # rows of an unfinished block are exact
     with torch.no_grad():
         wanted = model(ids).logits
         got = model(ids, past_key_values=kvsink.KVSinkCache.for_model(model, strict=True)).logits
