@@ -72,7 +72,7 @@ def switch_attention(model: nn.Module, on: bool) -> None:
     held = config._attn_implementation
     if on and held != OBSERVED:
         check_observable(model)
-        model._kvsink_attention = held  # type: ignore[assignment]
+        model._kvsink_attention = held
         config._attn_implementation = OBSERVED
     elif not on and held == OBSERVED:
         config._attn_implementation = model.__dict__.pop("_kvsink_attention", "sdpa")

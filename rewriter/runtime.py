@@ -286,7 +286,7 @@ class _Observe(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)
         layer = cache.layers[self.layer] if cache is not None else None
-        module._kvsink_observer.see = getattr(layer, "observe", None)  # type: ignore[union-attr, assignment]
+        module._kvsink_observer.see = getattr(layer, "observe", None)  # type: ignore[union-attr]
 
 
 class _Positions(_Hook):

@@ -129,8 +129,10 @@ class SideSpec:
             refuse("mixed widths need the lloyd quantizer")
         if self.transform == "klt" and self.domain == "block" and not self.center:
             refuse("klt keys are centred: center=False")
-        if not (0 < self.clip <= 1 and 0 < self.visual_clip <= 1):
-            refuse(f"clip={self.clip}, visual_clip={self.visual_clip}: one is outside (0, 1]")
+        if not 0 < self.clip <= 1:
+            refuse(f"clip={self.clip} is outside (0, 1]")
+        if not 0 < self.visual_clip <= 1:
+            refuse(f"visual_clip={self.visual_clip} is outside (0, 1]")
         if (self.kind == "modal") != (self.visual_bits > 0) or not 0 <= self.visual_bits <= self.bits:
             refuse(f"visual_bits={self.visual_bits} with quantizer {self.kind!r} of {self.bits:g} bits")
         if self.axis not in AXES:
