@@ -133,10 +133,12 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
     for side in (codec.key, codec.value):
         if not side.packed or side.kind not in KINDS:
             return f"rows of kind {side.kind}"
-        if getattr(side, "axis", "token") != "token":
+        if side.by_token_block:
             return "ranges along tokens"
-    if getattr(s, "outliers", 0) or getattr(codec.value, "outliers", 0):
-        return "sparse outliers"
+        if side.outliers:
+            return "sparse outliers"
+    if codec.ring > codec.window:
+        return "rows that stay exact on one side alone"
     if s.reorder or s.heads_per_group > 1 or (codec.value.heads_per_group > 1 and not codec.value.folded):
         return "a rotation across heads"
     if s.domain == "block" and s.block < _SMALLEST_BLOCK:

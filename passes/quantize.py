@@ -47,6 +47,10 @@ class Quantize(RewritePass):
     def rewrite(self, site: AttentionSite, work: Work) -> None:
         chain = work.chain(site)
         assert chain is not None
+        if chain.opaque:
+            assert chain.read is not None
+            chain.keys.full = chain.read  # the markers stay as they are: they store and read blocks of tokens
+            return
         if chain.packed:
             _open_slots(chain)
         for prefix, side in (("k", chain.keys), ("v", chain.values)):
@@ -109,6 +113,8 @@ def _decode(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | No
     else:
         op = torch.ops.kvsink.decode.default
         x = chain.put(at, op, codes, scale, _tables(chain, side, prefix), chain.codec_text, prefix)
+    if dtype == torch.float64:
+        x = chain.put(at, "to", x, dtype)
     for undo in reversed(side.undo):
         x = undo(x, positions)
     return chain.put(at, "to", x, dtype)

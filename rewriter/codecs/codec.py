@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvsink.errors import SidecarError
+from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.kernels import stages
 from kvsink.kernels.base import set_codec_resolver
+from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
 
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
@@ -36,7 +38,7 @@ TABLE_TOKENS = 64  # rows of the mean table of a "post" codec: its blocks exist 
 
 STATE_NAMES = (
     "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
-    "recent_k", "recent_v", "recent_slot", "length", "positions",
+    "recent_k", "recent_v", "recent_slot", "length", "positions", "k_norm",
 )  # fmt: skip
 
 
@@ -53,6 +55,20 @@ class Codec:
     segments: tuple[int, ...] = ()
     window: int = 0
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.value.norm:
+            raise UnsupportedError(f"norm is for keys only, in {self.value!r}")
+
+    @property
+    def ring(self) -> int:
+        """Recent rows held as they came: what the window and the unfinished blocks of either side need."""
+        return max(self.window, *(max(s.flush, s.newest) for s in (self.key, self.value) if s.packed), 0)
+
+    @property
+    def opaque(self) -> bool:
+        """True when coding is no chain of steps per row: compiled graphs then keep it inside the cache ops."""
+        return self.key.by_token_block or self.value.by_token_block or self.ring > self.window
 
     @property
     def exact_rows(self) -> int:
@@ -132,10 +148,12 @@ class Codec:
             return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0
 
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
+            if side.by_token_block:
+                return (batch, heads, -(-slots // side.group_tokens), 2 * dim), torch.float16, 0
             one = side.packed and QUANTIZERS[side.kind].scale_of_token
             return (batch, 1 if one else heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
-        e, w = self.exact_rows, self.window
+        e, w, normed = self.exact_rows, self.ring, self.key.packed and self.key.norm
         return {
             "k_codes": codes(self.key, key_dim),
             "k_scale": scale(self.key, key_dim),
@@ -149,19 +167,39 @@ class Codec:
             "recent_v": ((batch, heads, w, value_dim), dtype, 0),
             "recent_slot": ((w,), torch.int32, -1),
             "length": ((), torch.int64, 0),
+            "k_norm": ((batch, 1, slots if normed else 0, 1), torch.float16, 0),
         }
 
-    # -- the quantizer alone -------------------------------------------------------------------------------------------
+    @staticmethod
+    def named(state: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The state of a layer, as ops receive it, by name."""
+        return dict(zip(STATE_NAMES, state, strict=True))
+
+    # -- the quantizers ------------------------------------------------------------------------------------------------
+
+    def encode_block(self, x: Tensor, s: SideSpec, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Transformed rows [B, H, N, D] of whole groups of tokens → codes, scale, and the norm of each token."""
+        norm = token_norm(x) if s.norm else None
+        x = x if norm is None else x / norm.to(x.dtype)
+        return *quantize_tokens(x, valid, s.widths[0], s.group_tokens), norm
 
     def quantize(self, side: str, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        """Transformed rows of side "k" or "v" → (codes, scale)."""
-        spec = self.key if side == "k" else self.value
-        return QUANTIZERS[spec.kind].encode(x, spec, p, side)
+        """Transformed rows of side "k" or "v" → (codes, scale); of blocks of tokens, the first one begins with the rows."""
+        s = self.key if side == "k" else self.value
+        if not s.by_token_block:
+            return QUANTIZERS[s.kind].encode(x, s, p, side)
+        rows = x.shape[2]
+        x = F.pad(x, (0, 0, 0, -rows % s.group_tokens))
+        valid = (torch.arange(x.shape[2], device=x.device) < rows).expand(x.shape[0], -1)
+        codes, scale, _ = self.encode_block(x, s, valid)
+        return codes[:, :, :rows], scale
 
-    def dequantize(self, side: str, codes: Tensor, scale: Tensor, p: Params) -> Tensor:
-        """The inverse of `quantize` up to its rounding, float32."""
-        spec = self.key if side == "k" else self.value
-        return QUANTIZERS[spec.kind].decode(codes, scale, spec, p, side)
+    def dequantize(self, side: str, codes: Tensor, scale: Tensor, p: Params, skip: int = 0) -> Tensor:
+        """The inverse of `quantize` up to its rounding, float32; codes begin `skip` rows into their first group of tokens."""
+        s = self.key if side == "k" else self.value
+        if not s.by_token_block:
+            return QUANTIZERS[s.kind].decode(codes, scale, s, p, side)
+        return dequantize_tokens(codes, scale, s.widths[0], s.group_tokens, skip)
 
     def table_names(self, side: str) -> tuple[str, ...]:
         """Names of the tables of one side's quantizer."""
@@ -172,6 +210,32 @@ class Codec:
         """Channels of one row, as widths or the codebook say."""
         spec = self.key if side == "k" else self.value
         return 8 * len(spec.widths) if spec.widths else tables[-1].shape[1] * spec.couple
+
+    def _stored(self, st: Params, s: SideSpec, p: Params, prefix: str, start: int, end: int) -> Tensor:
+        """The packed rows of slots start … end - 1, in the basis of the quantizer."""
+        codes, scale = st[f"{prefix}_codes"][:, :, start:end], st[f"{prefix}_scale"]
+        if not s.by_token_block:
+            return self.dequantize(prefix, codes, scale[:, :, start:end], p)
+        g = s.group_tokens
+        x = self.dequantize(prefix, codes, scale[:, :, start // g : -(-end // g)], p, start % g)
+        return x * st[f"{prefix}_norm"][:, :, start:end].float() if s.norm else x
+
+    def read_keys(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
+        """Slots start … end - 1 of a state by name → keys after RoPE [B, H, end - start, D], computed in `wide`."""
+        if not self.key.packed:
+            return st["k_codes"][:, :, start:end].to(wide)
+        x = self._stored(st, self.key, p, "k", start, end).to(wide)
+        return self.restore_keys(x, st["positions"][:, start:end], p)
+
+    def read_values(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
+        """Slots start … end - 1 of a state by name → values [B, H, end - start, D], computed in `wide`."""
+        if not self.value.packed:
+            return st["v_codes"][:, :, start:end].to(wide)
+        return self.restore_values(self._stored(st, self.value, p, "v", start, end).to(wide), p)
+
+    def exact_recent(self, side: SideSpec, recent_slot: Tensor, total: Tensor | int) -> Tensor:
+        """Slots of the ring that `side` reads as they came when `total` rows are held; -1 for the others."""
+        return open_blocks(recent_slot, total, side.flush, max(self.window, side.newest))
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -207,12 +271,14 @@ class Codec:
             x = stages.reorder_heads(x, p["k_perm"])
         return x
 
-    def decode_keys(self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params) -> Tensor:
-        """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D] float32."""
+    def decode_keys(
+        self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params, wide: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D], computed in `wide`."""
         s = self.key
         if not s.packed:
-            return codes.float()
-        return self.restore_keys(self.dequantize("k", codes, scale, p), positions, p)
+            return codes.to(wide)
+        return self.restore_keys(self.dequantize("k", codes, scale, p).to(wide), positions, p)
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
@@ -253,12 +319,12 @@ class Codec:
             x = stages.hadamard_heads(x, s.order, s.heads_per_group)
         return x
 
-    def decode_values(self, codes: Tensor, scale: Tensor, p: Params) -> Tensor:
-        """Packed values → values [B, H, L, D] float32."""
+    def decode_values(self, codes: Tensor, scale: Tensor, p: Params, wide: torch.dtype = torch.float32) -> Tensor:
+        """Packed values → values [B, H, L, D], computed in `wide`."""
         s = self.value
         if not s.packed:
-            return codes.float()
-        return self.restore_values(self.dequantize("v", codes, scale, p), p)
+            return codes.to(wide)
+        return self.restore_values(self.dequantize("v", codes, scale, p).to(wide), p)
 
     def restore_values(self, x: Tensor, p: Params) -> Tensor:
         """The stages of `transform_values` taken back, last first."""
