@@ -29,7 +29,7 @@ def span(x: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
     if outliers:
         ordered = x.sort(dim=-1).values
         n = x.shape[-1]
-        cut = min(int(round(outliers / 2 * n)), (n - 1) // 2)
+        cut = min(round(outliers / 2 * n), (n - 1) // 2)
         low, high = ordered[..., cut], ordered[..., n - 1 - cut]
     else:
         low, high = x.amin(-1), x.amax(-1)

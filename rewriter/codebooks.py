@@ -3,7 +3,8 @@
 Formula    vector   C = weighted k-means of the runs of c transformed channels, one codebook per head and run (one for all heads
                     when `shared`), of x / rms(x) with a gain
            nuq      Q = weighted one-dimensional k-means of y = (x - o) / r over all entries inside the range, by 4096 bins of
-                    equal width, the best of 16 starts; Q' = Q·s + t at 2 bits and below, so that code points keep mean and deviation of y
+                    equal width, the best of 16 starts; at 2 bits and below Q' = Q·s + t is read, so that what is read has
+                    the mean and deviation of y
            weights  fisher: the sum of the squared gradients of a run (after a rotation: the mean over the head); of nuq, times
                     r^2 unless "fisher-raw".  error: f of the row, mean 1 per window, at most its 99.9 % quantile
 Source     CQ, arXiv 2405.03917; AnTKV, arXiv 2506.19505; KVQuant, arXiv 2401.18079 with appendix E
@@ -72,7 +73,7 @@ def row_weights(side: str, spec: SideSpec, layer: int, rows: Samples) -> Tensor 
         )
     if kind == "fisher":
         w = found.transpose(0, 1)
-        return w.mean(-1, keepdim=True) if spec.transform != "none" or spec.block > 1 and side == "k" else w
+        return w.mean(-1, keepdim=True) if spec.transform != "none" or (side == "k" and spec.block > 1) else w
     return _per_window(found, rows.windows).T[..., None]
 
 
@@ -90,7 +91,7 @@ def _per_window(f: Tensor, windows: Tensor | None) -> Tensor:
 
 def learn_book(x: Tensor, w: Tensor | None, spec: SideSpec) -> Tensor:
     """Codebooks [H or 1, D/c, 2^b, c] of rows [H, N, D]; numbers that float16 holds."""
-    h, n, d = x.shape
+    d = x.shape[-1]
     c, k = spec.couple, 2**spec.code_bits
     x = x.float()
     if spec.gain:
@@ -118,7 +119,6 @@ def learn_book(x: Tensor, w: Tensor | None, spec: SideSpec) -> Tensor:
 def learn_levels(side: str, x: Tensor, w: Tensor | None, spec: SideSpec) -> dict[str, Tensor]:
     """Code points of rows [H, N, D], with the range of every channel for keys."""
     x = x.float()
-    h, n, d = x.shape
     if side == "k":
         offset, extent = (t.half().float() for t in span(x.transpose(1, 2), spec.outliers))  # [H, D]
         extent = torch.where(extent > 0, extent, torch.ones_like(extent))
@@ -145,7 +145,7 @@ def learn_levels(side: str, x: Tensor, w: Tensor | None, spec: SideSpec) -> dict
     found = weighted_kmeans(*starts, k, steps=300, tolerance=1e-6).centroids  # [starts, 2^b, 1]
     best = (starts[1] * assign(starts[0], found)[1]).sum(-1).argmin()
     levels = found[best].flatten().sort().values.half().float()
-    read = levels
+    read = levels.clone()
     if spec.bits <= 2:  # rounding shrinks the deviation: give it back
         between = (levels[1:] + levels[:-1]) / 2
         back = levels[torch.bucketize(points, between)].double()

@@ -194,7 +194,7 @@ class SideSpec:
             return {}
         fitting = {bits: pair for bits, pair in VECTOR_SETTINGS.items() if dim % pair[0] == 0}
         nearest = min(fitting, key=lambda bits: abs(bits - self.bits))
-        if self.couple or self.bits in VECTOR_SETTINGS and self.bits not in fitting:
+        if self.couple or (self.bits in VECTOR_SETTINGS and self.bits not in fitting):
             couple = self.couple or VECTOR_SETTINGS[self.bits][0]
             raise UnsupportedError(f"head_dim={dim} does not split into runs of {couple} channels; use bits={nearest:g}")
         if self.bits not in VECTOR_SETTINGS:

@@ -23,8 +23,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rtn", {"value_bits": 16, "protect": "first:2"}),
     ("rotatekv", {}),
     ("rotatekv", {"fold": False, "window": 3}),
-    ("klt", {"value_bits": 2.25}),
-    ("cq", {"key_bits": 1.25, "window": 3}),
+    ("klt", {"value_bits": 2.25, "windows": 12}),
+    ("cq", {"key_bits": 1.25, "window": 3, "windows": 16}),
     ("kvquant", {}),
 )
 
