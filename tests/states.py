@@ -28,13 +28,8 @@ CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("rotatekv", (("fold", False), ("key_bits", 3))),
     ("rtn", (("key_bits", 16), ("protect", "first:3"))),
     ("rtn", (("window", 4),)),
-<<<<<<< HEAD
-    ("klt", (("key_bits", 2), ("value_bits", 2.25))),
-    ("cq", (("key_bits", 1.25), ("value_bits", 2), ("protect", "first:2"))),
-=======
     ("klt", (("key_bits", 2), ("value_bits", 2.25), ("windows", 12))),
     ("cq", (("key_bits", 1.25), ("windows", 18), ("value_bits", 2), ("protect", "first:2"))),
->>>>>>> books
     ("kvquant", (("window", 3),)),
     ("kivi/8", ()),
     ("kivi/8", (("window", 10),)),
