@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import cache_folder
 from .levels import lloyd_max
 from .quantize import KINDS, segments
 from .rope import rope
@@ -85,9 +86,7 @@ def _library() -> ctypes.CDLL | None:
             raise OSError("no C compiler found")
         version = subprocess.run([found, "--version"], capture_output=True, check=True).stdout
         key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode() + _machine()).hexdigest()[:24]
-        from kvsink.demo import cache_dir
-
-        folder = cache_dir() / "kernels"
+        folder = cache_folder() / "kernels"
         built = folder / f"attend-{key}.so"
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)

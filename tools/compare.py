@@ -391,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m kvsink.tools.compare", description=__doc__.splitlines()[0] if __doc__ else ""
     )
     parser.add_argument("--model", required=True, help="A model folder, or demo:smollm2.")
-    parser.add_argument("--set", default="published", help="published, stock, shift or quick.")
+    parser.add_argument("--set", default="published", help="published, design, plan, stock, shift or quick.")
     parser.add_argument("--rows", help="A JSON file with rows, instead of a set.")
     parser.add_argument("--text", help="A text to measure on, instead of the set's own.")
     parser.add_argument("--out", default="docs", type=Path, help="Where records, tables and plots go.")

@@ -74,7 +74,7 @@ def _both(**changes: Any) -> dict[str, Any]:
 def _kvquant() -> list[Row]:
     out = []
     for share in (0.0, 0.001, 0.005, 0.01):
-        for protect in ("none", "kvsink:5", "first:5"):
+        for protect in ("none", "first:1", "kvsink:5"):
             out.append(row("kvquant", 2, 2, protect, label=f"kvquant {100 * share:g} %", **_both(outliers=share)))
     return [*out, row("kvquant", 4, 4, "none", label="kvquant 1 %", **_both(outliers=0.01))]
 
@@ -93,15 +93,43 @@ PUBLISHED = (
     *_kvquant(), *_cq(),
     row("rotatekv", 4, 4), row("rotatekv", 4, 4, label="rotatekv, no reorder", key_reorder=False),
     row("rotatekv", 2, 2), row("rotatekv", 2, 2, label="rotatekv, no reorder", key_reorder=False),
-    row("rotatekv", 2, 2, "none"), row("rotatekv", 2, 2, "first:5"), row("rotatekv", 2, 2, "kvsink:5"),
-    row("oscar", 2, 2), row("oscar", 4, 4),
-    *(row("antkv", b, b, protect) for b in (4, 2, 1, 0.75, 0.375) for protect in ("anchors:1%", "none")),
-    row("antkv", 1, 1, "random:11"), row("antkv", 1, 1, OURS),
+    row("rotatekv", 2, 2, "none"), row("rotatekv", 2, 2, "kvsink:5"),
+    row("oscar", 2, 2), row("oscar", 4, 4), row("oscar", 2, 2, "kvsink:5"), row("kivi", 2, 2, "kvsink:5"),
+    *(row("antkv", b, b, protect) for b in (2, 1, 0.75, 0.375) for protect in ("anchors:1%", "none")),
+    row("antkv", 1, 1, "random:11"),
     row("akvq-vl", 2, 2),
     row("centred", 2, 2, OURS), row("centred", 4, 4, OURS), row("centred", 2, 2, "none"),
-    *(row("klt", k, v, OURS, window) for k, v in ((4, 4), (3, 4), (2, 4), (2, 2), (1, 1)) for window in (0, 32)),
-    *(row("klt", 2, 2, protect) for protect in ("none", "first:5", "kvsink:5", "massive:20", "random:6", "kvsink:5+anchors:1%")),
-    *(row("klt", k, v, OURS, plan="auto", label="klt, automatic plan") for k, v in ((2, 2), (2, 4), (1, 1))),
+    *(row("klt", k, v, OURS) for k, v in ((4, 4), (3, 4), (2, 4), (2, 2), (1, 1))),
+    row("klt", 2, 2, OURS, 16),
+    *(row("klt", 2, 2, protect) for protect in ("none", "first:5", "kvsink:5", "massive:20", "kvsink:5+anchors:1%")),
+)  # fmt: skip
+
+PLAN = tuple(row("klt", k, v, OURS, plan=plan, label="klt, automatic plan" if plan == "auto" else "")
+             for k, v in ((2, 4), (2, 2)) for plan in ("uniform", "auto"))  # fmt: skip
+
+_VECTOR = dict(key_kind="vector", key_gain=False)
+DESIGN = (
+    # what the values' codebooks are learnt from
+    row("klt", 2, 2, OURS, value_weights="none", label="klt, values unweighted"),
+    row("klt", 2, 2, OURS, value_weights="fisher", label="klt, values Fisher-weighted"),
+    row("klt", 2, 2, OURS, value_weights="fisher", value_transform="none", value_center=False, label="klt keys, cq values"),
+    row("klt", 2, 2, OURS, value_transform="klt", label="klt, values in their eigenbasis"),
+    # keys
+    row("klt", 2, 2, OURS, key_block=1, label="klt, dense"),
+    row("klt", 2, 2.25, OURS, key_gain=False, label="klt without gain, 4c9b values"),
+    row("klt", 2, 2, OURS, key_kind="vector", label="klt, keys in codebooks"),
+    row("klt", 2, 2, OURS, key_kind="vector", key_block=1, label="klt, dense, keys in codebooks"),
+    row("klt", 2, 16, OURS, label="klt, keys alone"), row("klt", 16, 2, OURS, label="klt, values alone"),
+    row("cq", 2, 16, OURS, label="cq, keys alone"),
+    row("cq", 2, 2, OURS, label="cq 4c8b"), row("cq", 2.25, 2, OURS, label="cq 4c9b keys, 4c8b values"),
+    # about one bit
+    row("klt", 1, 1, OURS, key_kind="vector", label="klt, keys in codebooks"),
+    row("klt", 1.25, 1, OURS, **_VECTOR, label="klt, keys in codebooks without gain"),
+    row("klt", 1, 1, OURS, 32, **_VECTOR, label="klt, keys in codebooks without gain"),
+    row("klt", 0.75, 0.75, OURS, 96, **_VECTOR, label="klt, keys in codebooks without gain"),
+    row("klt", 0.375, 0.375, OURS, 192, **_VECTOR, label="klt, keys in codebooks without gain"),
+    row("cq", 1, 1, OURS, label="cq 8c8b"), row("cq", 1.25, 1, OURS, label="cq 8c10b keys, 8c8b values"),
+    row("cq", 0.75, 0.75, OURS, 96, label="cq 16c12b"), row("antkv", 0.75, 0.75, OURS, 0),
 )  # fmt: skip
 
 STOCK = tuple(
@@ -125,6 +153,8 @@ QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 
 SETS: dict[str, RowSet] = {
     "published": RowSet(PUBLISHED),
+    "design": RowSet(DESIGN),
+    "plan": RowSet(PLAN),
     "stock": RowSet(STOCK),
     "shift": RowSet(SHIFT, "python"),
     "quick": RowSet(QUICK),

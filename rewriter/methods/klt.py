@@ -14,7 +14,7 @@ KLT = register_method(
         source=Paper("ours"),
         key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="lloyd", gain=True),
         value=SideSpec(bits=4, center=True, transform="hadamard", kind="gauss"),
-        value_below=(2.5, SideSpec(bits=2, center=True, transform="hadamard", kind="vector")),
+        value_below=(2.5, SideSpec(bits=2, center=True, transform="hadamard", kind="vector", weights="error")),
         key_bits=2,
         value_bits=4,
         protect="kvsink:5+first:1",
