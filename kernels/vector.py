@@ -48,7 +48,8 @@ def _vectors(codes: Tensor, book: Tensor) -> Tensor:
 
 def vector_encode(x: Tensor, book: Tensor, code_bits: int, gain: bool) -> tuple[Tensor, Tensor]:
     """Rows [B, H, S, D] → (codes, scale)."""
-    x = x.float()
+    x = x if x.dtype == torch.float64 else x.float()
+    book = book.to(x.dtype)
     if not gain:
         return pack_codes(_codes(x, book), code_bits), x.new_empty((*x.shape[:-1], 0), dtype=torch.float16)
 

@@ -158,10 +158,11 @@ def _halves(ids: Tensor) -> tuple[Tensor, Tensor]:
 def candidates(method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Widths worth trying for keys and for values: whole bits, and quarters up to 4 where a quantizer takes them."""
 
-    def of(kind: str) -> tuple[float, ...]:
-        return tuple(sorted({*WHOLE, *(w / 4 for w in range(4, 17))})) if kind == "lloyd" else WHOLE
+    def of(side: SideSpec, below: tuple[float, SideSpec] | None) -> tuple[float, ...]:
+        quarters = [w / 4 for w in range(4, 17) if below is None or w / 4 >= below[0]]
+        return tuple(sorted({*WHOLE, *quarters})) if side.kind == "lloyd" else WHOLE
 
-    return of(method.key.kind), of(method.value.kind)
+    return of(method.key, method.key_below), of(method.value, method.value_below)
 
 
 def sides(method: Method, heads: int, dim: int) -> list[tuple[SideSpec, SideSpec]]:

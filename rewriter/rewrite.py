@@ -380,7 +380,12 @@ def _auto_plan(
 ) -> Plan:  # fmt: skip
     """Widths per layer within a budget; the model is as it was before."""
     earlier = model.__dict__.get("_kvsink_runtime")
-    run = partial(rewrite, model, m, **{**asdict(base), "calibration": record, "fold": False, "designs": designs})
+    if m.modality is not None:
+        raise UnsupportedError(f"method {m.name} gives its layers widths by their attention pattern; use --plan uniform")
+    run = partial(
+        rewrite, model, m, key_bits=base.key_bits, value_bits=base.value_bits, protect=base.protect, window=base.window,
+        calibration=record, fold=False, designs=designs,
+    )  # fmt: skip
     training = model.training
     model.eval()
     try:

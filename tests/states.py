@@ -22,7 +22,7 @@ SLOTS = 64
 CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", ()),
     ("klt", (("window", 5), ("protect", "first:2+massive:3"))),
-    ("klt", (("key_bits", 1.25), ("value_bits", 16))),
+    ("klt", (("key_bits", 1.5), ("value_bits", 16))),
     ("centred", (("window", 3),)),
     ("rotatekv", (("protect", "massive:4"),)),
     ("rotatekv", (("fold", False), ("key_bits", 3))),

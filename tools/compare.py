@@ -67,11 +67,12 @@ def declared(row: Row) -> Method:
         if side not in sides or name not in SideSpec.__dataclass_fields__:
             raise Absent(f"the codec has no field {path!r}")
         sides[side] = replace(sides[side], **{name: value})
-    below = method.value_below  # changes of values are meant for whichever side the bits choose
-    if below is not None:
-        changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith("value.")}
-        below = (below[0], replace(below[1], **changes))
-    return replace(method, key=sides["key"], value=sides["value"], value_below=below)
+    below = {"key": method.key_below, "value": method.value_below}
+    for side, other in below.items():  # changes are meant for whichever declaration the bits choose
+        if other is not None:
+            changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith(f"{side}.")}
+            below[side] = (other[0], replace(other[1], **changes))
+    return replace(method, **sides, key_below=below["key"], value_below=below["value"])
 
 
 def python_source(tokens: int) -> str:

@@ -99,15 +99,14 @@ PUBLISHED = (
     row("antkv", 1, 1, "random:11"),
     row("akvq-vl", 2, 2),
     row("centred", 2, 2, OURS), row("centred", 4, 4, OURS), row("centred", 2, 2, "none"),
-    *(row("klt", k, v, OURS) for k, v in ((4, 4), (3, 4), (2, 4), (2, 2), (1, 1))),
-    row("klt", 2, 2, OURS, 16),
+    *(row("klt", k, v, OURS) for k, v in ((4, 4), (3, 4), (2, 4), (2, 2), (1.25, 1))),
+    row("klt", 2, 2, OURS, 16), row("klt", 0.75, 0.75, OURS, 96),
     *(row("klt", 2, 2, protect) for protect in ("none", "first:5", "kvsink:5", "massive:20", "kvsink:5+anchors:1%")),
 )  # fmt: skip
 
 PLAN = tuple(row("klt", k, v, OURS, plan=plan, label="klt, automatic plan" if plan == "auto" else "")
              for k, v in ((2, 4), (2, 2)) for plan in ("uniform", "auto"))  # fmt: skip
 
-_VECTOR = dict(key_kind="vector", key_gain=False)
 DESIGN = (
     # what the values' codebooks are learnt from
     row("klt", 2, 2, OURS, value_weights="none", label="klt, values unweighted"),
@@ -123,11 +122,9 @@ DESIGN = (
     row("cq", 2, 16, OURS, label="cq, keys alone"),
     row("cq", 2, 2, OURS, label="cq 4c8b"), row("cq", 2.25, 2, OURS, label="cq 4c9b keys, 4c8b values"),
     # about one bit
-    row("klt", 1, 1, OURS, key_kind="vector", label="klt, keys in codebooks"),
-    row("klt", 1.25, 1, OURS, **_VECTOR, label="klt, keys in codebooks without gain"),
-    row("klt", 1, 1, OURS, 32, **_VECTOR, label="klt, keys in codebooks without gain"),
-    row("klt", 0.75, 0.75, OURS, 96, **_VECTOR, label="klt, keys in codebooks without gain"),
-    row("klt", 0.375, 0.375, OURS, 192, **_VECTOR, label="klt, keys in codebooks without gain"),
+    row("klt", 1, 1, OURS, key_kind="lloyd", key_gain=True, label="klt, no codebooks for keys"),
+    row("klt", 1, 1, OURS, key_gain=True, label="klt, keys with gain"),
+    row("klt", 1, 1, OURS, 32), row("klt", 0.375, 0.375, OURS, 192),
     row("cq", 1, 1, OURS, label="cq 8c8b"), row("cq", 1.25, 1, OURS, label="cq 8c10b keys, 8c8b values"),
     row("cq", 0.75, 0.75, OURS, 96, label="cq 16c12b"), row("antkv", 0.75, 0.75, OURS, 0),
 )  # fmt: skip

@@ -10,10 +10,11 @@ from kvsink.methods.registry import Method, Paper, register_method
 KLT = register_method(
     Method(
         name="klt",
-        summary="block-KLT keys with gain, Lloyd-Max levels; values centred and rotated, in codebooks at 2 bits",
+        summary="block-KLT keys with gain, codebooks below 1.5 bits; values centred and rotated, codebooks below 2.5",
         source=Paper("ours"),
         key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="lloyd", gain=True),
         value=SideSpec(bits=4, center=True, transform="hadamard", kind="gauss"),
+        key_below=(1.5, SideSpec(bits=1, domain="block", block=64, center=True, transform="klt", kind="vector")),
         value_below=(2.5, SideSpec(bits=2, center=True, transform="hadamard", kind="vector", weights="error")),
         key_bits=2,
         value_bits=4,

@@ -53,8 +53,8 @@ class Method:
     """A composition of codec and protection, declared once.
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
-    whole bits where it is not 1. protect: the default protection. value_below: (bits, side): values below so many bits are
-    coded by that side instead. modality: set when layers are told apart by how they look at text and images.
+    whole bits where it is not 1. protect: the default protection. key_below, value_below: (bits, side): keys or values
+    below so many bits are coded by that side instead. modality: set when layers are told apart by how they look at text and images.
     """
 
     name: str
@@ -68,14 +68,15 @@ class Method:
     window: int = 0
     clip_at: Mapping[int, float] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
+    key_below: tuple[float, SideSpec] | None = None
     value_below: tuple[float, SideSpec] | None = None
     modality: Modality | None = None
 
     def side(self, which: str, bits: float) -> SideSpec:
         """The declaration of "key" or "value" at `bits`; 16 keeps that side exact."""
-        template = self.key if which == "key" else self.value
-        if which == "value" and self.value_below is not None and bits < self.value_below[0]:
-            template = self.value_below[1]
+        template, below = (self.key, self.key_below) if which == "key" else (self.value, self.value_below)
+        if below is not None and bits < below[0]:
+            template = below[1]
         if bits == 16:
             return SideSpec()
         if not 0.125 <= bits <= 8:
