@@ -1,0 +1,373 @@
+"""Profile a model: one record of plain data (profile.json) and a few arrays for the figures.
+
+Source     KVSink, arXiv 2508.04257; Super Experts, arXiv 2507.23279; massive activations, arXiv 2402.17762
+Shapes     ids int64 [N, T]; arrays: mass [N, L, Hq, T], first [N, L, Hq, T], token_peak and channel maps as named below
+Raises     CalibrationError, UnsupportedError; `record` then holds what was measured before, with status "partial"
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsink.calibration import find_stages, fingerprint, same_model
+from kvsink.errors import CalibrationError, KvsinkError, UnsupportedError
+from kvsink.evaluation import device_name, is_rewritten, versions
+from kvsink.profiling.attention import START, AttentionSums, watching_attention
+from kvsink.profiling.causal import causal_check, negative_log_likelihood
+from kvsink.profiling.findings import findings
+from kvsink.profiling.hidden import Hidden, StageLife, life_of, watching_hidden
+from kvsink.profiling.ignore import ignore_lists
+from kvsink.profiling.layout import Entry, Layout, find_layout
+from kvsink.profiling.sinks import KVRanges, predictor_rows, truth
+from kvsink.profiling.superexperts import PERCENTILE, SHARE, forming_layers, judge, robustness
+from kvsink.profiling.watch import Stats, down_weight, watching_experts
+from kvsink.protect import SinkStage
+from kvsink.runtime import Anatomy, Runtime, anatomy
+
+__all__ = ["FORMAT", "ProfileOptions", "load_profile", "profile", "profile_stages", "windows_of"]
+
+FORMAT = "kvsink-profile-1"
+Progress = Callable[[str, int, int], None]
+_CARRIERS = 24
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """experts: None where there are any, True to insist, False to leave them out; causal_windows 0 skips the check."""
+
+    windows: int = 8
+    window_tokens: int = 512
+    attention: bool = True
+    experts: bool | None = None
+    causal_windows: int = 4
+
+
+def windows_of(text: str, tokenizer: Any, windows: int, window_tokens: int) -> Tensor:
+    """Windows [N, T] spread evenly over the text. Raises CalibrationError for a text without one whole window."""
+    least = 2 * START
+    if window_tokens < least:
+        raise CalibrationError(f"windows of {window_tokens} tokens are too short to see sinks; give --window-tokens {least} or more")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    if len(ids) < window_tokens:
+        raise CalibrationError(
+            f"the text holds {len(ids)} tokens, too few for one window of {window_tokens} from a sequence start; give a longer "
+            f"text" + (f" or --window-tokens {len(ids)}" if len(ids) >= least else "")
+        )
+    count = min(windows, len(ids) // window_tokens)
+    spare = len(ids) - count * window_tokens
+    starts = [k * window_tokens + (k * spare // (count - 1) if count > 1 else 0) for k in range(count)]
+    return torch.stack([ids[s : s + window_tokens] for s in starts])
+
+
+def profile(
+    model: Any, ids: Tensor, options: ProfileOptions | None = None, *, tokenizer: Any = None, record: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Measure `model` over `ids` [N, T]: the record and the arrays for figures.
+
+    Give `record` to keep what was measured when an error ends the run.
+    """
+    options = options or ProfileOptions()
+    record = {} if record is None else record
+    tell = progress or (lambda what, done, total: None)
+    started = time.perf_counter()
+    if is_rewritten(model):
+        raise UnsupportedError("this model has been rewritten by kvsink; profile the 16-bit model it was made from")
+    where = anatomy(model)
+    device = next(model.parameters()).device
+    record |= {
+        "format": FORMAT, "status": "partial", "architecture": type(model).__name__, "layers": len(where.blocks),
+        "heads": where.heads, "kv_heads": where.kv_heads, "head_dim": where.head_dim, "windows": ids.shape[0],
+        "window_tokens": ids.shape[1], "device": device_name(device), "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": versions(), "fingerprint": fingerprint(model).tolist(),
+    }  # fmt: skip
+    layout = find_layout(model, where)
+    if options.experts and not layout.is_moe:
+        raise UnsupportedError(f"{type(model).__name__} is dense: it has no experts to profile; leave --experts out")
+    arrays: dict[str, Any] = {}
+
+    with torch.no_grad():
+        hidden = _first_look(model, where, ids[:2], tell)
+        stages = find_stages(hidden.largest(), hidden.median(), hidden.top())
+        record["hidden"] = _hidden_row(hidden)
+        record["stages"] = [asdict(s) for s in stages]
+        channels = {c for s in stages for c in s.channels[:4]} or {hidden.top(1)[-1][0]}
+        hidden = Hidden(tuple(sorted(channels)))
+        stats = Stats()
+        seen = _second_look(model, where, layout, ids, hidden, stats, options, tell)
+    record["hidden"] = _hidden_row(hidden)
+    record["perplexity"] = seen.perplexity
+    lives = [life_of(s, hidden) for s in stages]
+    record["stages"] = [
+        _stage_row(model, layout, life, stats, ids, tokenizer, i, lives) for i, life in enumerate(lives)
+    ]
+    arrays["curves"] = torch.tensor([life.curve for life in lives])
+    arrays["largest"], arrays["medians"] = torch.tensor(hidden.largest()), torch.tensor(hidden.median())
+    if seen.mass is not None and seen.first is not None:
+        record["attention"] = _attention_row(seen, ids, tokenizer)
+        record["predictor"] = [
+            {"stage": i, "block": life.stage.block, "layers": [span.start, span.stop - 1], "true_tokens": truth(seen.mass, span).shape[1],
+             "rows": predictor_rows(life, hidden, seen.mass, span)}
+            for i, life in enumerate(lives)
+            if len(span := _layers_of(i, lives, len(where.blocks)))
+        ]  # fmt: skip
+        arrays["mass"] = seen.mass.sum(2)
+        arrays["first"] = seen.first[..., START:].mean((0, 3))
+        arrays |= {f"map.{i}": m for i, m in seen.maps.items()}
+    else:
+        record["attention"], record["predictor"] = None, []
+    record["kv"] = [{"layer": i, "ranges": r.rows(), "norms": r.mean_norms()} for i, r in sorted(seen.ranges.items())]
+    if stages:
+        arrays["tokens"] = seen.token_map
+        arrays["token_channels"] = torch.tensor(seen.token_channels)
+    record["entries"] = {label: _entry_row(e, tokenizer, ids) for label, e in stats.entries.items()}
+    record["experts"] = None
+    if layout.is_moe and options.experts is not False:
+        record["experts"] = _experts(model, where, layout, stats, hidden, lives, ids, options, tell, arrays)
+    record["seconds"] = time.perf_counter() - started
+    record["findings"] = findings(record)
+    record["status"] = "complete"
+    return record, arrays
+
+
+# -- looks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    perplexity: float
+    mass: Tensor | None  # [N, L, Hq, T]
+    first: Tensor | None
+    how: str
+    maps: dict[int, Tensor]
+    ranges: dict[int, KVRanges]
+    token_map: Tensor
+    token_channels: list[int]
+
+
+def _first_look(model: Any, where: Anatomy, ids: Tensor, tell: Progress) -> Hidden:
+    hidden = Hidden()
+    with watching_hidden(model, where, hidden):
+        for i, row in enumerate(ids):
+            model(input_ids=row[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+            tell("finding stages", i + 1, len(ids))
+    return hidden
+
+
+def _second_look(
+    model: Any, where: Anatomy, layout: Layout, ids: Tensor, hidden: Hidden, stats: Stats, options: ProfileOptions, tell: Progress
+) -> _Seen:
+    from contextlib import nullcontext
+
+    sums, masses, firsts, nll = AttentionSums(64), [], [], 0.0
+    ranges: dict[int, KVRanges] = {}
+    runtime = Runtime(model, (), {}, (), "profile")
+    device = next(model.parameters()).device
+    watched: Any = watching_attention(model, where, sums) if options.attention else nullcontext("not looked at")
+    with watching_experts(model, layout, stats), watching_hidden(model, where, hidden), watched as how:
+        for i, row in enumerate(ids):
+            stats.window = i
+            rows = row[None].to(device)
+            out = model(input_ids=rows, use_cache=True)
+            nll += negative_log_likelihood(out.logits, rows)
+            if options.attention:
+                mass, first = sums.take(len(where.blocks))
+                masses.append(mass)
+                firsts.append(first)
+            _ranges(runtime, out.past_key_values, rows, masses[-1] if masses else None, ranges)
+            tell("profiling", i + 1, len(ids))
+    perplexity = float(torch.tensor(nll / (ids.shape[0] * (ids.shape[1] - 1))).exp())
+    return _Seen(
+        perplexity, torch.stack(masses) if masses else None, torch.stack(firsts) if firsts else None, how, sums.maps, ranges,
+        torch.stack([hidden.kept[i][0] for i in range(len(where.blocks))]), list(hidden.channels),
+    )  # fmt: skip
+
+
+def _ranges(runtime: Runtime, cache: Any, rows: Tensor, mass: Tensor | None, into: dict[int, KVRanges]) -> None:
+    """Keys and values of one window, from the layers of a stock cache that kept all of them."""
+    t = rows.shape[1]
+    positions = torch.arange(t, device=rows.device)[None]
+    for i, layer in enumerate(getattr(cache, "layers", ())):
+        k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if k is None or v is None or k.dim() != 4 or k.shape[2] != t:
+            continue  # a sliding window has let rows go
+        sinks = torch.tensor([0]) if mass is None else mass[i].sum(0).topk(min(5, t // 2)).indices
+        try:
+            cos, sin = runtime.angles(i, positions)
+        except (TypeError, RuntimeError, KeyError):
+            cos = sin = torch.empty(1, t, 0)
+        if cos.dim() != 3 or cos.shape[-1] > k.shape[-1] or cos.shape[-1] % 2:
+            cos = sin = torch.empty(1, t, 0)
+        into.setdefault(i, KVRanges()).add(k[0], v[0], cos.to(k.device), sin.to(k.device), sinks)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _hidden_row(hidden: Hidden) -> dict[str, Any]:
+    return {
+        "largest": hidden.largest(), "medians": hidden.median(), "channels": [t[0] for t in hidden.top(1)], "entering": hidden.entering,
+    }  # fmt: skip
+
+
+def _layers_of(i: int, lives: Sequence[StageLife], count: int) -> range:
+    """The layers whose sinks a stage makes: behind its block, up to its end, the next stage or the last layer."""
+    life = lives[i]
+    stop = count if life.end is None else min(count, life.end + 1)
+    if i + 1 < len(lives):
+        stop = min(stop, lives[i + 1].stage.block + 1)
+    return range(life.stage.block + 1, stop)
+
+
+def _said(tokenizer: Any, ids: Tensor, window: int, position: int) -> str | None:
+    if tokenizer is None or position < 0:
+        return None
+    return str(tokenizer.decode([int(ids[window, position])]))
+
+
+def _stage_row(
+    model: Any, layout: Layout, life: StageLife, stats: Stats, ids: Tensor, tokenizer: Any, i: int, lives: Sequence[StageLife]
+) -> dict[str, Any]:
+    stage, span = life.stage, _layers_of(i, lives, layout.layers)
+    main = stage.channels[0]
+    carriers = [{"window": w, "position": p, "value": v, "text": _said(tokenizer, ids, w, p)} for w, p, v in life.carriers]
+    ends = [] if life.end is None else _writers(model, layout, stats, life.end, main)
+    return {
+        **asdict(stage), "channels": list(stage.channels), "stable_channels": list(life.stable), "end": life.end,
+        "ended_at_once": life.at_once, "layers": [span.start, span.stop - 1], "curve": list(life.curve),
+        "carriers_total": len(carriers), "carriers": carriers[:_CARRIERS],
+        "carriers_first": sum(c["position"] == 0 for c in carriers),
+        "first_token_only": bool(carriers) and all(c["position"] == 0 for c in carriers),
+        "windows_with_carriers": len({c["window"] for c in carriers}),
+        "neurons": _writers(model, layout, stats, stage.block, main), "ended_by": ends,
+    }  # fmt: skip
+
+
+def _writers(model: Any, layout: Layout, stats: Stats, layer: int, channel: int) -> list[dict[str, Any]]:
+    """The parts of a layer whose largest output is in `channel`, with the neuron behind it and the weight view beside it."""
+    rows = []
+    for entry in layout.of_layer(layer):
+        held = stats.entries.get(entry.label)
+        if held is None or held.channel != channel:
+            continue
+        weight = down_weight(model, entry)[channel].float().abs()
+        top = weight.topk(min(3, len(weight)))
+        rows.append(
+            {"entry": entry.label, "channel": channel, "neuron": held.neuron, "value": held.value, "weight": held.weight,
+             "activation": held.activation, "share": held.share,
+             "rank_by_weight": int((weight > weight[held.neuron]).sum()) + 1,
+             "weight_view": [{"neuron": int(n), "weight": float(w)} for w, n in zip(top.values, top.indices, strict=True)]}
+        )  # fmt: skip
+    return sorted(rows, key=lambda r: -abs(r["value"]))[:4]
+
+
+def _attention_row(seen: _Seen, ids: Tensor, tokenizer: Any) -> dict[str, Any]:
+    assert seen.mass is not None and seen.first is not None
+    n, layers, _, t = seen.mass.shape
+    share = seen.mass / t  # of all attention of a head
+    rows = []
+    for l in range(layers):
+        whole = share[:, l].mean(1)  # [N, T]
+        best = whole.flatten().topk(min(5, n * t))
+        sinks = [{"window": int(i) // t, "position": int(i) % t, "share": float(x), "text": _said(tokenizer, ids, int(i) // t, int(i) % t)}
+                 for x, i in zip(best.values, best.indices, strict=True)]  # fmt: skip
+        other = share[:, l, :, 1:].permute(1, 0, 2).flatten(1).max(1)  # over windows and tokens, by head
+        rows.append(
+            {"layer": l, "sinks": sinks, "first_token": seen.first[:, l, :, START:].mean((0, 2)).tolist(),
+             "elsewhere": [{"share": float(x), "window": int(i) // (t - 1), "position": int(i) % (t - 1) + 1}
+                           for x, i in zip(other.values, other.indices, strict=True)]}
+        )  # fmt: skip
+    return {"how": seen.how, "layers": rows}
+
+
+def _entry_row(e: Any, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
+    row = dict(asdict(e))
+    total = row.pop("routing_total")
+    row["routing_mean"] = total / e.rows if e.routing is not None and e.rows else None
+    row["text"] = _said(tokenizer, ids, e.window, e.position) if e.window >= 0 else None
+    return row
+
+
+def _experts(
+    model: Any, where: Anatomy, layout: Layout, stats: Stats, hidden: Hidden, lives: Sequence[StageLife], ids: Tensor,
+    options: ProfileOptions, tell: Progress, arrays: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    a = {e.label: stats.entries[e.label].largest if e.label in stats.entries else 0.0 for e in layout.entries}
+    layers = forming_layers(hidden.largest(), hidden.median(), hidden.entering)
+    verdict = judge(a, layers)
+    out: dict[str, Any] = {
+        "entries": verdict.entries, "per_layer": [len(layout.of_layer(i)) for i in range(layout.layers)],
+        "forming_layers": list(layers), "percentile": PERCENTILE, "threshold_percentile": verdict.percentile,
+        "share": SHARE, "largest": verdict.largest, "threshold_share": SHARE * verdict.largest,
+        "super_experts": list(verdict.super_experts), "candidates": list(verdict.candidates),
+        "robustness": robustness(a, layers), "ranking": sorted(a, key=lambda x: -a[x])[:32],
+        "outside": [
+            x for x in sorted(a, key=lambda x: -a[x])
+            if a[x] > max(100.0, SHARE * verdict.largest) and int(x.partition(":")[0]) not in layers
+        ],
+        "causal": None,
+    }  # fmt: skip
+    suspects = [*verdict.super_experts, *verdict.candidates]
+    confirmed = list(verdict.super_experts)
+    if suspects and options.causal_windows and options.attention:
+        top = max(int(x.partition(":")[0]) for x in suspects)
+        ends = [s.end for s in lives if s.stage.block >= min(layers) and s.end is not None and s.end > top + 1]
+        behind = range(top + 1, min([layout.layers, *ends]))
+        check = causal_check(model, where, layout, ids[: options.causal_windows], suspects, suspects, behind, tell)
+        maps = check.pop("maps")
+        arrays |= {f"map.{kind}.{i}": m for kind, found in maps.items() for i, m in found.items()}
+        out["causal"] = check
+        confirmed += [m["expert"] for m in check["members"] if m["confirmed"] and m["expert"] not in confirmed]
+    out["protected"] = confirmed
+    out["ignore"] = ignore_lists(model, [layout.find(x) for x in confirmed])
+    return out
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load_profile(path: str | Path) -> dict[str, Any]:
+    """Read a profile.json. Raises CalibrationError for anything else, or one that is not complete."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"profile {path} cannot be read ({error}); make it with kvsink-profile") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise CalibrationError(f"{path} is not a profile of this version (expected {FORMAT!r}); make it with kvsink-profile")
+    if record.get("status") != "complete":
+        raise CalibrationError(f"profile {path} is partial ({record.get('stopped', 'it was stopped')}); make it again")
+    return record
+
+
+def profile_stages(record: dict[str, Any], model: Any = None) -> tuple[SinkStage, ...]:
+    """The emergence stages of a record; with `model`, refuse a record of other weights."""
+    if model is not None and not same_model(torch.tensor(record["fingerprint"]), fingerprint(model)):
+        raise CalibrationError("the profile was made from other weights; profile this model again")
+    try:
+        return tuple(SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in record["stages"])
+    except (KeyError, TypeError) as error:
+        raise CalibrationError(f"the profile lacks {error}; make it again with kvsink-profile") from error
+
+
+def prune(model: Any, labels: Sequence[str]) -> list[Entry]:
+    """Zero the down projection (and its bias) of the named entries in place. Raises UnsupportedError for unknown ones."""
+    layout = find_layout(model, anatomy(model))
+    entries = [layout.find(label) for label in labels]
+    if not entries:
+        raise KvsinkError("no expert was named to prune; write for example --prune 1:68,2:92")
+    with torch.no_grad():
+        for entry in entries:
+            module = model.get_submodule(entry.module)
+            weights = (module.down_proj, getattr(module, "down_proj_bias", None)) if entry.stacked else (module.weight, module.bias)
+            for weight in weights:
+                if weight is not None:
+                    (weight[int(entry.name)] if entry.stacked else weight).zero_()
+    return entries
