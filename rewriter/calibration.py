@@ -248,13 +248,14 @@ class _RecordingCache(Cache):
 def calibrate(
     model: nn.Module, ids: Tensor, policies: Sequence[tuple[Policy, ...]], blocks: dict[int, tuple[int, ...]], batch: int = 1,
     progress: Progress | None = None, samples: Mapping[int, SampleNeed] | None = None,
+    known: tuple[SinkStage, ...] | None = None,
 ) -> Calibration:  # fmt: skip
     """Run `ids` [N, T] through the model: two windows to find the stages, then all for the statistics.
 
     policies: of each layer, since what stays exact is left out. blocks: block lengths whose key statistics each layer
     needs (empty: only stages). samples: layers of `blocks` whose rows are kept too, and with which weights; weights take
     windows one at a time, whatever `batch` says. Needs as many tokens as four times the head dimension, and as many as the
-    samples ask for. Raises CalibrationError.
+    samples ask for. known: stages found by a profile, taken as they are. Raises CalibrationError.
     """
     where = anatomy(model)
     wanted = dict(samples or {})
@@ -284,7 +285,7 @@ def calibrate(
     largest = [float(recorder.peak[i].max()) for i in range(n)]
     medians = [sum(recorder.median[i]) / len(recorder.median[i]) for i in range(n)]
     top = [tuple(int(c) for c in recorder.peak[i].topk(min(4, recorder.peak[i].numel())).indices) for i in range(n)]
-    stages = find_stages(largest, medians, top)
+    stages = find_stages(largest, medians, top) if known is None else known
     out = Calibration(stages, {}, {}, fingerprint(model), 0, largest, medians)
     for layer, lengths in blocks.items():
         out.values[layer] = ValueStats.empty(where.kv_heads, where.head_dim)

@@ -79,6 +79,7 @@ class EvalResult:
     dtype: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    sink_decay: tuple[float | None, ...] | None = None  # D_sink by layer, of the packed cache against the reference
 
     @property
     def perplexity_change(self) -> float | None:

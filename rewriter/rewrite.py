@@ -30,7 +30,7 @@ from kvsink.observers import SampleNeed
 from kvsink.patterns import PATTERNS, attention_patterns, classify
 from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
-from kvsink.protect import anchors_for_layer, parse_policies, probe_stage, segments_for_layer
+from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, visual_tokens
 from kvsink.texts import builtin_text
@@ -56,6 +56,7 @@ class RewriteOptions:
     fold: bool = True
     bits: float | None = None
     plan: str = "uniform"
+    profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,18 @@ def _rope_refusal(config: Any) -> str:
     return ""
 
 
+def _profiled_stages(profile: str | Path | dict[str, Any], model: nn.Module) -> tuple[SinkStage, ...]:
+    from kvsink.profiling import load_profile, profile_stages
+
+    return profile_stages(profile if isinstance(profile, dict) else load_profile(profile), model)
+
+
 def rewrite(
     model: nn.Module, method: str | Method = "klt", *, key_bits: float | None = None, value_bits: float | None = None,
     protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
-    designs: dict[Any, Design] | None = None,
+    designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -227,6 +234,7 @@ def rewrite(
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
+    profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
@@ -301,14 +309,19 @@ def rewrite(
         designs = {} if designs is None else designs
     check_weights(model)
     record = Calibration((), {}, {}, torch.zeros(0), 0)
-    if blocks or uses_stages:
+    known = None if profile is None else _profiled_stages(profile, model)
+    if known is not None and not blocks:
+        record.stages = known
+    elif blocks or uses_stages:
         if isinstance(calibration, Calibration):
             record = calibration
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
             record = Calibration.load(calibration, model)
         else:
             ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies, blocks, batch, progress, samples)
+            record = calibrate(model, ids, policies, blocks, batch, progress, samples, known)
+        if known is not None and record.stages != known:
+            record = replace(record, stages=known)
     kinds = {p.kind for ps in policies for p in ps}
     if "kvsink" in kinds and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")

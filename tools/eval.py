@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -37,6 +38,7 @@ Progress = Callable[[int, int], None]
 @click.option("--chunk", default=64, show_default=True, type=click.IntRange(1), help="Tokens fed at a time.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Windows run as rows of one batch.")
 @click.option("--passkey/--no-passkey", default=True, show_default=True, help="Also measure passkey retrieval.")
+@click.option("--sinks/--no-sinks", default=True, show_default=True, help="Also measure whether the sinks survive the cache.")
 @click.option("--strict", is_flag=True, help="Read the newest chunk from its codes too, not only the stored rows.")
 @click.option(
     "--detokenize/--no-detokenize", default=None, help="Undo WikiText's tokenizer. Default: when the text needs it."
@@ -60,6 +62,7 @@ def command(
     chunk: int,
     batch: int,
     passkey: bool,
+    sinks: bool,
     strict: bool,
     detokenize: bool | None,
     device: str,
@@ -120,13 +123,32 @@ def command(
             if reference is not None:
                 found = retrieve(reference, cache_factory=evaluation.dynamic_cache, progress=bar("passkey, reference"))
                 result = replace(result, baseline_passkey=found)
-    wide_console(sys.stderr if json_path == "-" else sys.stdout).print(result.table())
+        health = ""
+        if sinks and packed:
+            health, decay = _sinks(net, reference, ids[:1, :512], chunk, strict)
+            result = replace(result, sink_decay=decay)
+    console = wide_console(sys.stderr if json_path == "-" else sys.stdout)
+    console.print(result.table())
+    if health:
+        console.print(health, highlight=False, markup=False)
     if json_path is not None:
         record = json.dumps(result.to_json(), indent=2)
         if json_path == "-":
             print(record)
         else:
             Path(json_path).write_text(record + "\n")
+
+
+def _sinks(net: Any, reference: Any, ids: Any, chunk: int, strict: bool) -> tuple[str, tuple[float | None, ...] | None]:
+    """The health line of the sinks and D_sink by layer; a model that cannot be looked at gets a line that says why."""
+    from kvsink.errors import UnsupportedError
+    from kvsink.profiling.health import sink_health
+
+    try:
+        health = sink_health(net, reference, ids, chunk, strict)
+    except UnsupportedError as error:
+        return str(error), None
+    return health.line(), health.d_sink
 
 
 def _compare(model: str, options: dict[str, object]) -> None:

@@ -27,6 +27,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.option(
     "--protect", metavar="RULE", help="Rows kept exact: none, first:N, kvsink:K, massive:N, or a union with +."
 )
+@click.option("--profile", metavar="FILE", help="A profile.json of this model: its sink stages are used, not looked for again.")
 @click.option("--window", type=int, metavar="R", help="Recent tokens kept exact.")
 @click.option("--calibration", default="builtin", show_default=True, metavar="FILE|builtin", help="UTF-8 text.")
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")

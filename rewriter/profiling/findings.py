@@ -18,8 +18,8 @@ def findings(record: dict[str, Any]) -> list[str]:
     for i, s in enumerate(record["stages"]):
         tokens = (
             "the first token alone" if s["first_token_only"]
-            else f"{s['carriers_first']} first tokens and {s['carriers_total'] - s['carriers_first']} tokens inside the text "
-            f"({record['windows']} windows)"
+            else f"{_count(s['carriers_first'], 'first token')} and {_count(s['carriers_total'] - s['carriers_first'], 'token')} "
+            f"inside the text ({_count(record['windows'], 'window')})"
         )  # fmt: skip
         how = "stays to the last block" if s["end"] is None else (
             f"is cancelled in block {s['end']}" if s["ended_at_once"] else f"has faded to less than half by block {s['end']}"
@@ -43,6 +43,10 @@ def findings(record: dict[str, Any]) -> list[str]:
     if experts:
         out += _experts(experts)
     return out
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
 
 
 def _part(entry: str) -> str:

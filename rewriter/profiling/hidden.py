@@ -1,6 +1,6 @@
 """The life of a massive activation: where it emerges, in which channels, on which tokens, and where it goes.
 
-Formula    stable channels of a stage: those above 100 and 500 · median |H| in at least 90 % of the blocks it lives in
+Formula    stable channels of a stage: those above 100 and a tenth of its size in at least 90 % of the blocks it lives in
            carriers: tokens t with |H_t| in the main channel above 100 and a tenth of the stage's size
            end: the first block behind which the median carrier holds less than half of what it had
 Source     KVSink, arXiv 2508.04257 section 3; massive activations, arXiv 2402.17762
@@ -36,6 +36,7 @@ class Hidden:
     per_window: dict[int, list[float]] = field(default_factory=dict)  # largest |H|
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # [T, channels], signed, one per window
     entering: float = 0.0  # largest |H| that enters block 0
+    snap: dict[int, Tensor | None] = field(default_factory=dict)  # |H| [T, E] of the first window, for the blocks put in
 
     def largest(self) -> list[float]:
         return [float(self.peak[i].max()) for i in range(len(self.peak))]
@@ -71,6 +72,8 @@ def watching_hidden(model: nn.Module, where: Anatomy, into: Hidden) -> Iterator[
             into.per_window.setdefault(i, []).append(float(peak.max()))
             if into.channels:
                 into.kept.setdefault(i, []).append(hidden[:, list(into.channels)].cpu())
+            if i in into.snap and into.snap[i] is None:
+                into.snap[i] = size.cpu()
             if i == 0:
                 entered = args[0] if args else kwargs["hidden_states"]
                 into.entering = max(into.entering, float(entered.abs().max()))
@@ -113,8 +116,7 @@ def life_of(stage: SinkStage, hidden: Hidden) -> StageLife:
     gone = [i for i in range(1, len(middle)) if middle[i] < 0.5 * middle[0]]
     end = b + gone[0] if gone else None
     lives = range(b, end if end is not None else len(h) - 1)
-    medians = hidden.median()
-    above = torch.stack([hidden.peak[i] > max(100.0, 500 * medians[i]) for i in lives]).float().mean(0)
+    above = torch.stack([hidden.peak[i] > max(100.0, 0.1 * stage.size) for i in lives]).float().mean(0)
     stable = [c for c in hidden.peak[b].argsort(descending=True)[:32].tolist() if above[c] >= 0.9]
     signed = hidden.of_channel(main)[b]
     order = held[windows, positions].argsort(descending=True)

@@ -100,7 +100,7 @@ def profile(
         record["hidden"] = _hidden_row(hidden)
         record["stages"] = [asdict(s) for s in stages]
         channels = {c for s in stages for c in s.channels[:4]} or {hidden.top(1)[-1][0]}
-        hidden = Hidden(tuple(sorted(channels)))
+        hidden = Hidden(tuple(sorted(channels)), snap={s.block: None for s in stages})
         stats = Stats()
         seen = _second_look(model, where, layout, ids, hidden, stats, options, tell)
     record["hidden"] = _hidden_row(hidden)
@@ -127,6 +127,7 @@ def profile(
     record["kv"] = [{"layer": i, "ranges": r.rows(), "norms": r.mean_norms()} for i, r in sorted(seen.ranges.items())]
     if stages:
         arrays["tokens"] = seen.token_map
+        arrays |= {f"snap.{i}": x for i, x in hidden.snap.items() if x is not None}
         arrays["token_channels"] = torch.tensor(seen.token_channels)
     record["entries"] = {label: _entry_row(e, tokenizer, ids) for label, e in stats.entries.items()}
     record["experts"] = None
