@@ -17,11 +17,11 @@ PROFILE, PARTIAL, IGNORE, PAGE = "profile.json", "profile.partial.json", "ignore
 @click.command("kvsink-profile", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--text", "text_path", metavar="FILE", help="Text to profile on. Default: the calibration text that ships with kvsink.")
+@click.option("--text", "text_path", metavar="FILE", help="Text to profile on. [default: the built-in calibration text]")
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Windows, spread evenly over the text.")
 @click.option("--window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
 @click.option("--experts/--no-experts", default=None, help="Look for Super Experts. Default: where the model has experts.")
-@click.option("--causal-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows to skip suspects on; 0: no check.")
+@click.option("--causal-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the check; 0: no check.")
 @click.option("--attention/--no-attention", default=True, show_default=True, help="Also look at the attention.")
 @click.option("--prune", metavar="SPEC", help='Also store the model with these experts zeroed, as in "1:68,2:shared"; or `found`.')
 @click.option("--prune-to", type=click.Path(path_type=Path), metavar="DIR", help="Where --prune stores the model folder.")
@@ -45,7 +45,9 @@ def command(
     from kvsink.errors import KvsinkError
     from kvsink.loading import load_model, load_tokenizer
     from kvsink.profiling import ProfileOptions, profile
+    from kvsink.profiling.layout import find_layout
     from kvsink.profiling.record import windows_of
+    from kvsink.runtime import anatomy
     from kvsink.texts import builtin_text, read_text
     from kvsink.tools.rewrite import check_apart, check_out_dir, replace_text
 
@@ -63,6 +65,10 @@ def command(
     net = load_model(source, device, dtype)
     limit = getattr(net.config.get_text_config(), "max_position_embeddings", None) or window_tokens
     ids = windows_of(text, tokenizer, windows, min(window_tokens, limit))
+    if prune is not None and prune != "found":
+        layout = find_layout(net, anatomy(net))
+        for label in _labels(prune):
+            layout.find(label)
     options = ProfileOptions(len(ids), ids.shape[1], attention, experts, causal_windows)
     record: dict[str, Any] = {
         "model": model_dir, "text": "built-in text (WikiText-2 validation)" if text_path is None else Path(text_path).name,
@@ -100,17 +106,21 @@ def command(
         _prune(net, record, prune, Path(source), prune_to)
 
 
+def _labels(spec: str) -> list[str]:
+    return [x for x in spec.replace(" ", "").split(",") if x]
+
+
 def _prune(model: Any, record: dict[str, Any], spec: str, source: Path, target: Path) -> None:
     """Zero the named experts and store the model folder."""
     from kvsink.errors import KvsinkError
     from kvsink.profiling.record import prune
     from kvsink.tools.to_mixtral import save_model_folder
 
-    labels = [x for x in spec.replace(" ", "").split(",") if x]
+    labels = _labels(spec)
     if labels == ["found"]:
         labels = list((record["experts"] or {}).get("protected", ()))
         if not labels:
-            raise KvsinkError(f"--prune found: no Super Expert was found, so {target} was not written; name experts as in 1:68,2:92")
+            raise KvsinkError(f"no Super Expert was found to prune, so {target} was not written; name some, as in 1:68,2:92")
     prune(model, labels)
     save_model_folder(model, source, target)
     print(f"wrote {target} without {', '.join(labels)}")

@@ -90,9 +90,9 @@ def save_model_folder(model: Any, source: Path, target: Path) -> None:
     try:
         model.save_pretrained(build)
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and not (build / file.name).exists():
-                if file.name not in ("kvsink_demo.json", "model.safetensors.index.json"):
-                    shutil.copyfile(file, build / file.name)
+            wanted = file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json")
+            if wanted and file.is_file() and file.name != "kvsink_demo.json" and not (build / file.name).exists():
+                shutil.copyfile(file, build / file.name)
         os.chmod(build, 0o755)
         os.rename(build, target)
     except BaseException:

@@ -111,7 +111,7 @@ def _eager(layer: int, name: str, sums: AttentionSums) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if weights is None:
-            raise UnsupportedError(f"{name} gives no attention probabilities, so its sinks cannot be seen; profile with --no-attention")
+            raise UnsupportedError(f"{name} gives no attention probabilities to find sinks in; profile with --no-attention")
         sums.add(layer, weights[0])
 
     return hook

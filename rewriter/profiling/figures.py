@@ -27,7 +27,7 @@ def draw_figures(record: dict[str, Any], arrays: dict[str, Any]) -> list[Figure]
     try:
         import matplotlib
     except ImportError as error:
-        raise UnsupportedError("the page needs matplotlib; pip install 'kvsink[plot]', or pass --no-page for the JSON alone") from error
+        raise UnsupportedError("the page needs matplotlib; pip install 'kvsink[plot]', or pass --no-page") from error
     data = {k: np.asarray(v) for k, v in arrays.items()}
     found: list[tuple[str, str, float, Draw]] = [_curve(record)]
     found += [_snapshot(record, data, i) for i in range(len(record["stages"]))]
@@ -44,10 +44,11 @@ def draw_figures(record: dict[str, Any], arrays: dict[str, Any]) -> list[Figure]
         found += [_heat(record), _bars(record)]
         if record["experts"].get("causal"):
             found.append(_decay(record))
-    out = []
+    out: list[Figure] = []
     with matplotlib.rc_context({"svg.hashsalt": "kvsink", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}):
         for title, caption, height, draw in found:
-            out.append((title, caption, *(_svg(draw, height, *_SCHEMES[s]) for s in ("light", "dark"))))
+            light, dark = (_svg(draw, height, *_SCHEMES[s]) for s in ("light", "dark"))
+            out.append((title, caption, light, dark))
     return out
 
 
@@ -72,8 +73,8 @@ def _svg(draw: Draw, height: float, ink: str, line: str) -> str:
                 text.set_color(ink)
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :]
 
 
 def _curve(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
@@ -116,7 +117,9 @@ def _snapshot(record: dict[str, Any], data: dict[str, Any], i: int) -> tuple[str
 
     def draw(axes: Any, ink: str) -> None:
         extent = (-0.5, len(m) - 0.5, 0, m.shape[1])
-        image = axes.imshow(np.log10(pooled.T + 1), aspect="auto", cmap="viridis", interpolation="nearest", origin="lower", extent=extent)
+        image = axes.imshow(
+            np.log10(pooled.T + 1), aspect="auto", cmap="viridis", interpolation="nearest", origin="lower", extent=extent
+        )
         axes.set(xlabel="token of the first window", ylabel="channel")
         axes.figure.colorbar(image, ax=axes).set_label("log10(1 + |H|)")
 
@@ -140,7 +143,7 @@ def _maps(record: dict[str, Any], data: dict[str, Any]) -> list[tuple[str, str, 
     """One layer behind each stage: as it is, and without its sinks (or with the experts skipped)."""
     causal = any(k.startswith("map.without.") for k in data)
     kinds = ("map.with", "map.without") if causal else ("map", "map")
-    out = []
+    out: list[tuple[str, str, float, Draw]] = []
     for p in record["predictor"]:
         layer = (p["layers"][0] + p["layers"][1]) // 2
         if f"{kinds[0]}.{layer}" not in data:
@@ -192,13 +195,14 @@ def _crests(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
     names = list(record["kv"][0]["ranges"])
 
     def draw(axes: Any, ink: str) -> None:
-        for i, name in enumerate(names):
+        for name in names:
             rows = [(r["layer"], r["ranges"][name]["crest"]) for r in record["kv"] if name in r["ranges"]]
-            axes.plot(*zip(*rows, strict=True), ":" if "Hadamard" in name else "-", color=_COLORS[i % 3 if i < 3 else (i - 3) % 3], label=name)
+            plain = names.index(name.removesuffix(", Hadamard"))
+            axes.plot(*zip(*rows, strict=True), ":" if "Hadamard" in name else "-", color=_COLORS[plain], label=name)
         axes.set(xlabel="layer", ylabel="largest / rms", ylim=(0, None))
         axes.legend(ncols=2)
 
-    return "Ranges before and after rotation", "Largest magnitude over rms of a layer's keys and values; lower is easier to quantize.", 3.2, draw
+    return "Ranges before and after rotation", "Largest magnitude over rms; lower is easier to quantize.", 3.2, draw
 
 
 def _heat(record: dict[str, Any]) -> tuple[str, str, float, Draw]:

@@ -83,7 +83,8 @@ def find_layout(model: nn.Module, where: Anatomy) -> Layout:
     if declared > 1 and not any(e.routed for e in entries):
         raise UnsupportedError(
             f"{type(model).__name__} declares {declared} experts, but their layout is not known; a block holds "
-            f"{_tree(model.get_submodule(where.blocks[-1]))}. Known are stacked down_proj [experts, ...] and experts.N.down_proj or .w2"
+            f"{_tree(model.get_submodule(where.blocks[-1]))}. Known are "
+            "stacked down_proj [experts, ...] and experts.N.down_proj or .w2"
         )
     return Layout(tuple(entries), len(where.blocks))
 

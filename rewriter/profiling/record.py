@@ -54,7 +54,7 @@ def windows_of(text: str, tokenizer: Any, windows: int, window_tokens: int) -> T
     """Windows [N, T] spread evenly over the text. Raises CalibrationError for a text without one whole window."""
     least = 2 * START
     if window_tokens < least:
-        raise CalibrationError(f"windows of {window_tokens} tokens are too short to see sinks; give --window-tokens {least} or more")
+        raise CalibrationError(f"windows of {window_tokens} tokens are too short for sinks; give --window-tokens {least} or more")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     if len(ids) < window_tokens:
         raise CalibrationError(
@@ -95,7 +95,12 @@ def profile(
     arrays: dict[str, Any] = {}
 
     with torch.no_grad():
-        hidden = _first_look(model, where, ids[:2], tell)
+        hidden = Hidden()
+        try:
+            _first_look(model, where, layout, ids[:2], hidden, tell)
+        except KvsinkError:
+            record["hidden"] = _hidden_row(hidden)
+            raise
         stages = find_stages(hidden.largest(), hidden.median(), hidden.top())
         record["hidden"] = _hidden_row(hidden)
         record["stages"] = [asdict(s) for s in stages]
@@ -114,8 +119,8 @@ def profile(
     if seen.mass is not None and seen.first is not None:
         record["attention"] = _attention_row(seen, ids, tokenizer)
         record["predictor"] = [
-            {"stage": i, "block": life.stage.block, "layers": [span.start, span.stop - 1], "true_tokens": truth(seen.mass, span).shape[1],
-             "rows": predictor_rows(life, hidden, seen.mass, span)}
+            {"stage": i, "block": life.stage.block, "layers": [span.start, span.stop - 1],
+             "true_tokens": truth(seen.mass, span).shape[1], "rows": predictor_rows(life, hidden, seen.mass, span)}
             for i, life in enumerate(lives)
             if len(span := _layers_of(i, lives, len(where.blocks)))
         ]  # fmt: skip
@@ -154,13 +159,11 @@ class _Seen:
     token_channels: list[int]
 
 
-def _first_look(model: Any, where: Anatomy, ids: Tensor, tell: Progress) -> Hidden:
-    hidden = Hidden()
-    with watching_hidden(model, where, hidden):
+def _first_look(model: Any, where: Anatomy, layout: Layout, ids: Tensor, hidden: Hidden, tell: Progress) -> None:
+    with watching_experts(model, layout), watching_hidden(model, where, hidden):
         for i, row in enumerate(ids):
             model(input_ids=row[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
             tell("finding stages", i + 1, len(ids))
-    return hidden
 
 
 def _second_look(
@@ -201,12 +204,8 @@ def _ranges(runtime: Runtime, cache: Any, rows: Tensor, mass: Tensor | None, int
         if k is None or v is None or k.dim() != 4 or k.shape[2] != t:
             continue  # a sliding window has let rows go
         sinks = torch.tensor([0]) if mass is None else mass[i].sum(0).topk(min(5, t // 2)).indices
-        try:
-            cos, sin = runtime.angles(i, positions)
-        except (TypeError, RuntimeError, KeyError):
-            cos = sin = torch.empty(1, t, 0)
-        if cos.dim() != 3 or cos.shape[-1] > k.shape[-1] or cos.shape[-1] % 2:
-            cos = sin = torch.empty(1, t, 0)
+        whole = not hasattr(runtime.config.get_text_config(decoder=True), "qk_rope_head_dim")  # else RoPE turns a part at the end
+        cos, sin = runtime.angles(i, positions) if whole else (torch.empty(1, t, 0), torch.empty(1, t, 0))
         into.setdefault(i, KVRanges()).add(k[0], v[0], cos.to(k.device), sin.to(k.device), sinks)
 
 
@@ -215,7 +214,8 @@ def _ranges(runtime: Runtime, cache: Any, rows: Tensor, mass: Tensor | None, int
 
 def _hidden_row(hidden: Hidden) -> dict[str, Any]:
     return {
-        "largest": hidden.largest(), "medians": hidden.median(), "channels": [t[0] for t in hidden.top(1)], "entering": hidden.entering,
+        "largest": hidden.largest(), "medians": hidden.median(), "channels": [t[0] for t in hidden.top(1)],
+        "entering": hidden.entering,
     }  # fmt: skip
 
 
@@ -278,8 +278,9 @@ def _attention_row(seen: _Seen, ids: Tensor, tokenizer: Any) -> dict[str, Any]:
     for l in range(layers):
         whole = share[:, l].mean(1)  # [N, T]
         best = whole.flatten().topk(min(5, n * t))
-        sinks = [{"window": int(i) // t, "position": int(i) % t, "share": float(x), "text": _said(tokenizer, ids, int(i) // t, int(i) % t)}
-                 for x, i in zip(best.values, best.indices, strict=True)]  # fmt: skip
+        at = [divmod(int(i), t) for i in best.indices]
+        sinks = [{"window": w, "position": p, "share": float(x), "text": _said(tokenizer, ids, w, p)}
+                 for x, (w, p) in zip(best.values, at, strict=True)]  # fmt: skip
         other = share[:, l, :, 1:].permute(1, 0, 2).flatten(1).max(1)  # over windows and tokens, by head
         rows.append(
             {"layer": l, "sinks": sinks, "first_token": seen.first[:, l, :, START:].mean((0, 2)).tolist(),

@@ -175,7 +175,8 @@ def _note(
     largest = float(best)
     if not largest < float("inf"):
         raise CalibrationError(
-            f"layer {entry.layer}, expert {entry.name} puts out NaN or infinite activations; check the weights or profile in float32"
+            f"layer {entry.layer}, expert {entry.name} puts out NaN or infinite activations; check the weights or profile in "
+            "float32"
         )
     held.rows += len(y)
     if routing is not None:

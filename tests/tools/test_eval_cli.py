@@ -28,6 +28,20 @@ def test_json_on_standard_output_is_only_json(tiny_dir, capsys):
     assert json.loads(capsys.readouterr().out)["baseline"] is None
 
 
+def test_the_sinks_of_a_packed_cache_are_a_line_and_a_list(tiny_dir, tmp_path, capsys):
+    from kvsink import RewriteOptions, rewrite_dir
+
+    out, row = tmp_path / "out", tmp_path / "row.json"
+    rewrite_dir(tiny_dir, out, RewriteOptions(method="rtn", key_bits=8, value_bits=8, protect="none"), device="cpu")
+    args = [str(out), *SMALL, "--window-tokens", "64", "--json", str(row)]
+    assert main(args) == 0
+    assert "sink decay D_sink" in capsys.readouterr().out
+    decay = json.loads(row.read_text())["sink_decay"]
+    assert len(decay) == 2 and all(0 < abs(d) < 0.02 for d in decay)
+    assert main([*args, "--no-sinks"]) == 0
+    assert "sink decay" not in capsys.readouterr().out and json.loads(row.read_text())["sink_decay"] is None
+
+
 @pytest.mark.parametrize(("flags", "name"), [([], "t.txt, detokenized"), (["--no-detokenize"], "t.txt")])
 def test_text_is_detokenized_when_it_needs_it(tiny_dir, tmp_path, capsys, flags, name):
     text = tmp_path / "t.txt"
