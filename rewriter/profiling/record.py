@@ -254,7 +254,7 @@ def _stage_row(
 
 def _writers(model: Any, layout: Layout, stats: Stats, layer: int, channel: int) -> list[dict[str, Any]]:
     """The parts of a layer whose largest output is in `channel`, with the neuron behind it and the weight view beside it."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in layout.of_layer(layer):
         held = stats.entries.get(entry.label)
         if held is None or held.channel != channel:

@@ -86,7 +86,7 @@ def watching_experts(
         for name in dict.fromkeys(e.module for e in layout.entries if e.stacked):
             mine = [e for e in layout.entries if e.module == name]
             module = model.get_submodule(name)
-            module.forward = _stacked(model, module, mine, stats, skip)  # type: ignore[method-assign]
+            module.forward = _stacked(model, module, mine, stats, skip)
             replaced.append(module)
         for entry in layout.entries:
             if not entry.stacked and (stats is not None or entry.label in skip):
@@ -123,7 +123,7 @@ def _stacked(
             y = linear(inner, module.down_proj[e], None if bias is None else bias[e])
             weights = top_k_weights[rows, slots]
             if stats is not None:
-                _note(model, entry, stats, y, inner, weights, lambda r, rows=rows: int(rows[r]))
+                _note(model, entry, stats, y, inner, weights, rows.tolist().__getitem__)
             if entry.label not in skip:
                 if getattr(module, "has_post_expert_norm", False):
                     y = module.post_expert_norm(y)
