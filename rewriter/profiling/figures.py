@@ -56,7 +56,7 @@ def _svg(draw: Draw, height: float, ink: str, line: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
 
-    figure = Canvas(figsize=(7, height), layout="constrained")
+    figure = Canvas(figsize=(6.2, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     draw(axes, ink)
@@ -157,7 +157,7 @@ def _maps(record: dict[str, Any], data: dict[str, Any]) -> list[tuple[str, str, 
         def draw(axes: Any, ink: str, left: Any = left, right: Any = right) -> None:
             both = np.concatenate([left, np.full((len(left), 3), np.nan), right], 1)
             image = axes.imshow(np.log10(both + 1e-4), aspect="auto", cmap="magma", interpolation="nearest")
-            axes.set(xlabel="key (left: as it is; right: without sinks)", ylabel="query")
+            axes.set(xlabel=f"key (left: as it is; right: {'experts skipped' if causal else 'without sinks'})", ylabel="query")
             axes.figure.colorbar(image, ax=axes).set_label("log10 of attention")
 
         how = "the suspected experts are skipped" if causal else "its five sinks are taken out and the rest rescaled"
