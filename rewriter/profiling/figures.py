@@ -238,7 +238,7 @@ def _bars(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
         axes.axhline(e["threshold_share"], color=_COLORS[2], ls=":", lw=1, label="a tenth of the largest")
         axes.set(ylabel="a", yscale="log" if min(values) > 0 else "linear")
         axes.tick_params(axis="x", rotation=60)
-        axes.legend()
+        axes.legend(loc="center right")
 
     return "The largest experts", "Orange: Super Expert; violet: candidate; grey: neither.", 3.2, draw
 
