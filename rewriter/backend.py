@@ -21,6 +21,7 @@ from torch import fx
 from kvsink.capture import note_sources
 from kvsink.codecs import Codec
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
+from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import get_method
 from kvsink.passes.chain import SitePlan
 from kvsink.pipeline import DEFAULT, PipelineReport, run_passes
@@ -99,7 +100,7 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
     key_bits = float(ours.get("key_bits", method.key_bits))
     value_bits = float(ours.get("value_bits", method.value_bits))
     key, value_side = method.side("key", key_bits), method.side("value", value_bits)
-    if any(s.transform == "klt" or s.kind == "lloyd" for s in (key, value_side)):
+    if any(s.transform == "klt" or s.kind in SIGMA_KINDS for s in (key, value_side)):
         raise CalibrationError(
             f"method {method.name} needs calibration, which a compiled graph cannot do; call kvsink.rewrite(model, "
             f"{method.name!r}) first and compile the model then"

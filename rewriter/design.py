@@ -22,6 +22,7 @@ from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels import stages
 from kvsink.kernels.levels import distortion
+from kvsink.kernels.quantize import SIGMA_KINDS
 
 __all__ = ["Design", "design_key", "design_value", "key_blocks", "needs_calibration", "water_fill"]
 
@@ -38,7 +39,7 @@ class Design:
 
 def needs_calibration(spec: SideSpec) -> bool:
     """Whether a side cannot be built without statistics."""
-    return spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind == "lloyd")
+    return spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind in SIGMA_KINDS)
 
 
 def key_blocks(spec: SideSpec) -> tuple[int, ...]:
@@ -111,7 +112,7 @@ def design_key(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibra
             turned = stages.hadamard_heads(turned, spec.order, spec.heads_per_group)
         order = turned.flatten().argsort(stable=True)
         tables["k_perm"], tables["k_unperm"] = order, order.argsort()
-    if spec.kind == "lloyd":
+    if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["k_sigma"] = variance.sqrt().clamp_min(1e-6).float()
     return Design(spec, tables)
@@ -135,7 +136,7 @@ def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calib
         tables["v_basis"], variance = vectors.float().contiguous(), values
     else:
         variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
-    if spec.kind == "lloyd":
+    if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["v_sigma"] = variance.sqrt().clamp_min(1e-6).float()
     return Design(spec, tables)

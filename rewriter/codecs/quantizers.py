@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kvsink.kernels.dequantize import dequantize_ref
-from kvsink.kernels.quantize import KINDS, quantize_ref, scales_per_row
+from kvsink.kernels.quantize import KINDS, SIGMA_KINDS, quantize_ref, scales_per_row
 
 if TYPE_CHECKING:
     from kvsink.codecs.spec import SideSpec
@@ -60,7 +60,7 @@ def _decode(codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str) -
 
 
 def _tables(s: SideSpec, prefix: str) -> tuple[str, ...]:
-    return (f"{prefix}_sigma",) if s.kind == "lloyd" else ()
+    return (f"{prefix}_sigma",) if s.kind in SIGMA_KINDS else ()
 
 
 for _kind in KINDS:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_core
+from kvsink.kernels.quantize import SIGMA_KINDS
 
 from .quantizers import QUANTIZERS
 
@@ -45,7 +46,7 @@ class SideSpec:
     transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
-    widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd".
+    widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd" or "lloyd-even".
     folded     the transform already sits in the weights, nothing is to be done at run time.
     """
 
@@ -80,7 +81,7 @@ class SideSpec:
             refuse(f"bits={self.bits:g} is impossible: choose 1 to 8, or 16 to keep rows exact")
         if self.block < 1:
             refuse(f"block={self.block} is not positive")
-        if self.kind not in ("none", "lloyd") and len(set(self.widths)) > 1:
+        if self.kind not in ("none", *SIGMA_KINDS) and len(set(self.widths)) > 1:
             refuse("mixed widths need the lloyd quantizer")
         if self.transform == "klt" and self.domain == "block" and not self.center:
             refuse("klt keys are centred: center=False")
@@ -119,7 +120,7 @@ class SideSpec:
             else:
                 groups = 1
             spec = replace(spec, heads_per_group=groups, order=order)
-        if not self.widths and self.kind != "lloyd":
+        if not self.widths and self.kind not in SIGMA_KINDS:
             if self.bits != int(self.bits):
                 raise UnsupportedError(
                     f"bits={self.bits:g} is not whole, which the {self.kind} quantizer needs; "

@@ -40,7 +40,7 @@ class Method:
     """A composition of codec and protection, declared once.
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
-    whole bits where it is not 1. protect: the default protection.
+    whole bits where it is not 1 (value_clip_at: the same for values, where theirs differ). protect: the default protection.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Method:
     protect: str = "none"
     window: int = 0
     clip_at: Mapping[int, float] = field(default_factory=dict)
+    value_clip_at: Mapping[int, float] | None = None
     claims: tuple[Claim, ...] = ()
 
     def side(self, which: str, bits: float) -> SideSpec:
@@ -62,7 +63,8 @@ class Method:
             return SideSpec()
         if not 0.125 <= bits <= 8:
             raise KvsinkError(f"{which} bits={bits:g} is impossible: choose 1 to 8, or 16 to keep {which}s exact")
-        clip = self.clip_at.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
+        clips = self.value_clip_at if which == "value" and self.value_clip_at is not None else self.clip_at
+        clip = clips.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
         return replace(template, bits=float(bits), clip=clip)
 
 
