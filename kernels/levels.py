@@ -88,11 +88,16 @@ def thresholds(bits: int, device: torch.device | str = "cpu") -> Tensor:
 
 def even_levels(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Levels float32 [2**bits], ascending, equally spaced."""
-    step, middle = EVEN_STEP[bits], (2**bits - 1) / 2
-    return _shared("even", bits, device, lambda: tuple(step * (i - middle) for i in range(2**bits)))
+    middle = (2**bits - 1) / 2
+    return _shared("even", bits, device, lambda: _even(bits, [i - middle for i in range(2**bits)]))
 
 
 def even_thresholds(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Decision thresholds float32 [2**bits - 1] half way between `even_levels(bits)`."""
-    step, half = EVEN_STEP[bits], 2 ** (bits - 1)
-    return _shared("even thresholds", bits, device, lambda: tuple(step * (i + 1 - half) for i in range(2**bits - 1)))
+    half = 2 ** (bits - 1)
+    return _shared("even thresholds", bits, device, lambda: _even(bits, [i + 1.0 - half for i in range(2**bits - 1)]))
+
+
+def _even(bits: int, units: list[float]) -> tuple[float, ...]:
+    """Multiples of the step, rounded as float32 products: kernels compute them so."""
+    return tuple(float(v) for v in np.float32(EVEN_STEP[bits]) * np.array(units, dtype=np.float32))
