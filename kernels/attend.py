@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attend_cpu import attend_one, why_not
 from .base import resolve_codec
 from .read import put_rows, read_ref
 
@@ -90,8 +91,8 @@ def _attend_tiles(
     live = torch.where(recent_slot < total, recent_slot, -1)[None].expand(b, -1)
     for start in range(0, total, TILE):
         end = min(start + TILE, total)
-        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p).to(wide)
-        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p).to(wide)
+        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p, wide)
+        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p, wide)
         if not c.key.packed or not c.value.packed:
             tile_k, tile_v = tile_k.clone(), tile_v.clone()
         for full, fresh, recent, exact in ((tile_k, k, recent_k, exact_k), (tile_v, v, recent_v, exact_v)):
@@ -119,6 +120,8 @@ def attend(
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
     if q.device.type == "cpu":
+        if not why_not(resolve_codec(codec), q, k):
+            return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
         return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
     return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
 

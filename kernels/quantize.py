@@ -68,7 +68,8 @@ def _half(x: Tensor) -> Tensor:
 
 def _bucketize(x: Tensor, width: int, even: bool = False) -> Tensor:
     # A handful of comparisons beats a search for few levels, and both agree: code = number of thresholds below x.
-    return torch.bucketize(x.contiguous(), (even_thresholds if even else thresholds)(width, x.device)).to(torch.uint8)
+    table = (even_thresholds if even else thresholds)(width, x.device)
+    return torch.bucketize(x.contiguous(), table.to(x.dtype)).to(torch.uint8)
 
 
 def _uniform(x: Tensor, width: int, group_size: int, clip: float, integer_zero: bool) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ def quantize_ref(
         raise ValueError(f"unknown quantizer {kind!r}; known: {', '.join(KINDS)}")
     if x.shape[-1] != 8 * len(widths):
         raise ValueError(f"{len(widths)} widths of 8 channels do not cover {x.shape[-1]} channels")
-    x = x.float()
+    x = x if x.dtype == torch.float64 else x.float()
     if kind in SIGMA_KINDS:
         assert sigma is not None
         return _lloyd(x, sigma, widths, gain, kind == "lloyd-even")

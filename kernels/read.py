@@ -45,8 +45,9 @@ def read_ref(
     (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
      recent_k, recent_v, recent_slot, length, positions) = state  # fmt: skip
     s = k.shape[2]
-    full_k = c.decode_keys(k_codes, k_scale, positions, p).to(k.dtype).contiguous()
-    full_v = c.decode_values(v_codes, v_scale, p).to(v.dtype).contiguous()
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    full_k = c.decode_keys(k_codes, k_scale, positions, p, wide).to(k.dtype).contiguous()
+    full_v = c.decode_values(v_codes, v_scale, p, wide).to(v.dtype).contiguous()
     if full_k.data_ptr() == k_codes.data_ptr():
         full_k = full_k.clone()
     if full_v.data_ptr() == v_codes.data_ptr():

@@ -64,7 +64,7 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
 
 def unproject(x: Tensor, basis: Tensor) -> Tensor:
     """x U^T: the inverse of `project`."""
-    return x @ basis.mT
+    return x @ basis.mT.to(x.dtype)
 
 
 def hadamard_heads(x: Tensor, order: int, heads_per_group: int = 1, inverse: bool = False) -> Tensor:

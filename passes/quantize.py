@@ -95,6 +95,8 @@ def _decode(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | No
     sigma = chain.params.get(f"{prefix}_sigma")
     op = torch.ops.kvsink.dequantize.default
     x = chain.put(at, op, codes, scale, sigma, spec.kind, list(spec.widths), spec.group_size, spec.gain)
+    if dtype == torch.float64:
+        x = chain.put(at, "to", x, dtype)
     for undo in reversed(side.undo):
         x = undo(x, positions)
     return chain.put(at, "to", x, dtype)

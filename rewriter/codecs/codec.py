@@ -184,13 +184,15 @@ class Codec:
             x = stages.reorder_heads(x, p["k_perm"])
         return x
 
-    def decode_keys(self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params) -> Tensor:
-        """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D] float32."""
+    def decode_keys(
+        self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params, wide: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D], computed in `wide`."""
         s = self.key
         if not s.packed:
-            return codes.float()
+            return codes.to(wide)
         x = QUANTIZERS[s.kind].decode(codes, scale, s, p, "k")
-        return self.restore_keys(x, positions, p)
+        return self.restore_keys(x.to(wide), positions, p)
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
@@ -231,12 +233,12 @@ class Codec:
             x = stages.hadamard_heads(x, s.order, s.heads_per_group)
         return x
 
-    def decode_values(self, codes: Tensor, scale: Tensor, p: Params) -> Tensor:
-        """Packed values → values [B, H, L, D] float32."""
+    def decode_values(self, codes: Tensor, scale: Tensor, p: Params, wide: torch.dtype = torch.float32) -> Tensor:
+        """Packed values → values [B, H, L, D], computed in `wide`."""
         s = self.value
         if not s.packed:
-            return codes.float()
-        return self.restore_values(QUANTIZERS[s.kind].decode(codes, scale, s, p, "v"), p)
+            return codes.to(wide)
+        return self.restore_values(QUANTIZERS[s.kind].decode(codes, scale, s, p, "v").to(wide), p)
 
     def restore_values(self, x: Tensor, p: Params) -> Tensor:
         """The stages of `transform_values` taken back, last first."""
