@@ -4,10 +4,13 @@ Formula    slots = length .. length + S - 1
            codes[slots], scale[slots] = encode(k), encode(v);  recent[slot mod W] = last W rows, unchanged
            per protection segment: the best `capacity` of (stored rows ∪ candidates) by score stay exact; a row named by
            several candidates is held once (the other places are marked empty as -(slot + 2))
+           a side that is coded by blocks of R tokens: every block the new rows touch is coded anew from the recent rows
+           and the new ones; ranges leave out padding (slots below last slot - last position) and rows now kept exact
            the length is the caller's to advance, after the new rows have been attended to
 Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running selection over chunks is ours
 Differs    every row is coded, protected rows too: a row that loses its place in the side store is then simply read
-           from its codes
+           from its codes (clamped to the ranges of its group where those left it out); so are rows of an unfinished
+           block, whose codes nothing reads until it is full
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; cos, sin [B or 1, S, R]; candidates: pairs of score float32
            [B, n] and index int64 [B, n] into the chunk, one pair per segment; state: see kvsink.codecs.STATE_NAMES
 Exact      the side store and the recent window, yes; codes, see the codec
@@ -17,13 +20,15 @@ Cost       reads S rows, writes their codes; the transform is 2·S·H·D² flops
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import resolve_codec
 from .stages import rope_rows
+from .tokens import window_rows
 
 __all__ = ["append_", "append_ref", "merge_exact"]
 
@@ -72,32 +77,61 @@ def append_ref(
     """The definition, for any device."""
     c = resolve_codec(codec)
     p = dict(zip(c.param_names(), params, strict=True))
-    (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, exact_score,
-     recent_k, recent_v, recent_slot, length, stored_positions) = state  # fmt: skip
+    st = c.named(state)
     b, _, s, _ = k.shape
-    slots = length + torch.arange(s, device=k.device)
-    stored_positions.index_copy_(1, slots, positions.expand(b, s).to(stored_positions.dtype))
-    codes, scale = c.encode_keys(k, cos, sin, positions, p, roped)
-    k_codes.index_copy_(2, slots, codes.to(k_codes.dtype))
-    k_scale.index_copy_(2, slots, scale)
-    codes, scale = c.encode_values(v, p)
-    v_codes.index_copy_(2, slots, codes.to(v_codes.dtype))
-    v_scale.index_copy_(2, slots, scale)
+    slots = st["length"] + torch.arange(s, device=k.device)
+    st["positions"].index_copy_(1, slots, positions.expand(b, s).to(st["positions"].dtype))
     full_k = k if roped else rope_rows(k, cos, sin)
     if c.exact_rows:
-        slot, score, new_k, new_v = merge_exact(
-            exact_slot, exact_score, (exact_k, exact_v), (full_k, v), candidates, c.segments, length
-        )
-        exact_slot.copy_(slot)
-        exact_score.copy_(score)
-        exact_k.copy_(new_k)
-        exact_v.copy_(new_v)
-    if c.window:
-        last = min(s, c.window)
-        ring = slots[-last:] % c.window
-        recent_k.index_copy_(2, ring, full_k[:, :, s - last :].to(recent_k.dtype))
-        recent_v.index_copy_(2, ring, v[:, :, s - last :].to(recent_v.dtype))
-        recent_slot.index_copy_(0, ring, slots[-last:].to(recent_slot.dtype))
+        held = st["exact_slot"], st["exact_score"], (st["exact_k"], st["exact_v"])
+        merged = merge_exact(*held, (full_k, v), candidates, c.segments, st["length"])
+        for name, new in zip(("exact_slot", "exact_score", "exact_k", "exact_v"), merged, strict=True):
+            st[name].copy_(new)
+    if c.tiles:
+        c.store_tiles(full_k, v, slots, st, p)
+        return
+    if c.key.by_token_block:
+        _store_blocks(c, c.key, "k", full_k, st, positions, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
+    else:
+        _store_rows("k", st, slots, *c.encode_keys(k, cos, sin, positions, p, roped))
+    if c.value.by_token_block:
+        _store_blocks(c, c.value, "v", v, st, positions, lambda rows: c.transform_values(rows, p))
+    else:
+        _store_rows("v", st, slots, *c.encode_values(v, p))
+    if c.ring:
+        last = min(s, c.ring)
+        ring = slots[-last:] % c.ring
+        st["recent_k"].index_copy_(2, ring, full_k[:, :, s - last :].to(st["recent_k"].dtype))
+        st["recent_v"].index_copy_(2, ring, v[:, :, s - last :].to(st["recent_v"].dtype))
+        st["recent_slot"].index_copy_(0, ring, slots[-last:].to(st["recent_slot"].dtype))
+
+
+def _store_rows(prefix: str, st: dict[str, Tensor], slots: Tensor, codes: Tensor, scale: Tensor) -> None:
+    st[f"{prefix}_codes"].index_copy_(2, slots, codes.to(st[f"{prefix}_codes"].dtype))
+    st[f"{prefix}_scale"].index_copy_(2, slots, scale)
+
+
+def _store_blocks(
+    c: Any, side: Any, prefix: str, new: Tensor, st: dict[str, Tensor], positions: Tensor,
+    transform: Callable[[Tensor], Tensor],
+) -> None:  # fmt: skip
+    """Code every block of tokens that the new rows touch."""
+    length, s = st["length"], new.shape[2]
+    total = length + s
+    slots, rows = window_rows(st[f"recent_{prefix}"], new, length, side.flush)
+    padding = total - 1 - positions[:, -1:]  # [B or 1, 1]: slots below are no tokens of their row
+    valid = (slots < total) & (slots >= padding).expand(new.shape[0], -1)
+    if c.exact_rows:
+        valid = valid & ~(slots[None, :, None] == st["exact_slot"][:, None, :]).any(-1)
+    codes, scale, norm = c.encode_block(transform(rows), side, valid)
+    # Slots that are not reached yet may lie behind the end of the cache: the first slot is written again instead.
+    held = torch.where(slots < total, torch.arange(slots.numel(), device=slots.device), 0)
+    groups = torch.where(slots[:: side.group_tokens] < total, held[:: side.group_tokens] // side.group_tokens, 0)
+    first = slots[:1] // side.group_tokens
+    st[f"{prefix}_codes"].index_copy_(2, slots[:1] + held, codes.index_select(2, held))
+    st[f"{prefix}_scale"].index_copy_(2, first + groups, scale.index_select(2, groups))
+    if norm is not None:
+        st[f"{prefix}_norm"].index_copy_(2, slots[:1] + held, norm.index_select(2, held))
 
 
 @torch.library.custom_op("kvsink::append_", mutates_args=("state",))

@@ -79,8 +79,8 @@ def _attend_tiles(
     """The same in tiles of slots up to the length: what runs on the CPU."""
     c = resolve_codec(codec)
     p = dict(zip(c.param_names(), params, strict=True))
-    (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
-     recent_k, recent_v, recent_slot, length, positions) = state  # fmt: skip
+    st = c.named(state)
+    length, exact_slot = st["length"], st["exact_slot"]
     b, h, s, d = k.shape
     r, first = q.shape[1] // h, int(length)
     total = first + s
@@ -88,18 +88,18 @@ def _attend_tiles(
     query = q.to(wide).reshape(b, h, r * s, d) * scale
     top = query.new_full((b, h, r * s, 1), torch.finfo(torch.float32).min)
     mass, out = torch.zeros_like(top), torch.zeros_like(query)
-    live = torch.where(recent_slot < total, recent_slot, -1)[None].expand(b, -1)
+    live = [c.exact_recent(side, st["recent_slot"], total)[None].expand(b, -1) for side in (c.key, c.value)]
     for start in range(0, total, TILE):
         end = min(start + TILE, total)
-        tile_k = c.decode_keys(k_codes[:, :, start:end], k_scale[:, :, start:end], positions[:, start:end], p, wide)
-        tile_v = c.decode_values(v_codes[:, :, start:end], v_scale[:, :, start:end], p, wide)
+        tile_k, tile_v = c.read_keys(st, p, start, end, wide), c.read_values(st, p, start, end, wide)
         if not c.key.packed or not c.value.packed:
             tile_k, tile_v = tile_k.clone(), tile_v.clone()
-        for full, fresh, recent, exact in ((tile_k, k, recent_k, exact_k), (tile_v, v, recent_v, exact_v)):
-            if c.window:
-                put_rows(full, recent, torch.where((live >= start) & (live < end), live - start, -1))
+        for prefix, full, fresh, recent in (("k", tile_k, k, live[0]), ("v", tile_v, v, live[1])):
+            if c.ring:
+                inside = (recent >= start) & (recent < end)
+                put_rows(full, st[f"recent_{prefix}"], torch.where(inside, recent - start, -1))
             inside = (exact_slot >= start) & (exact_slot < end)
-            put_rows(full, exact, torch.where(inside, exact_slot - start, -1))
+            put_rows(full, st[f"exact_{prefix}"], torch.where(inside, exact_slot - start, -1))
             if not c.strict and end > first:
                 lo = max(first, start)
                 full[:, :, lo - start : end - start] = fresh[:, :, lo - first : end - first]

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .levels import lloyd_max
-from .quantize import KINDS, segments
+from .levels import even_levels, lloyd_max
+from .quantize import KINDS, SIGMA_KINDS, segments
 from .rope import rope
 
 __all__ = ["attend_one", "why_not"]
@@ -43,7 +43,7 @@ FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
     "-freciprocal-math", "-shared", "-fPIC",
 )  # fmt: skip
-_KIND = {"lloyd": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
+_KIND = {"lloyd": 0, "lloyd-even": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -135,6 +135,8 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
             return f"rows of kind {side.kind}"
         if getattr(side, "axis", "token") != "token":
             return "ranges along tokens"
+    if codec.tiles:
+        return "codes in the order of a GPU kernel"
     if getattr(s, "outliers", 0) or getattr(codec.value, "outliers", 0):
         return "sparse outliers"
     if s.reorder or s.heads_per_group > 1 or (codec.value.heads_per_group > 1 and not codec.value.folded):
@@ -151,7 +153,7 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, list[Ten
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
     held = []
     for *_, width in runs:
-        levels = torch.arange(2.0**width) if kind.startswith("uniform") else lloyd_max(width)
+        levels = _levels(kind, width)
         if 8 % width == 0:
             byte = torch.arange(256)
             levels = levels[torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)]
@@ -159,12 +161,18 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, list[Ten
     return len(runs), numbers, (_pointer * len(runs))(*[t.data_ptr() for t in held]), held
 
 
+def _levels(kind: str, width: int) -> Tensor:
+    if kind.startswith("uniform"):
+        return torch.arange(2.0**width)
+    return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
+
+
 def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int) -> _Side:
     runs, run, tables, _ = _tables(spec.kind, tuple(spec.widths))
-    groups = 1 if spec.kind == "lloyd" else dim // spec.group_size
+    groups = 1 if spec.kind in SIGMA_KINDS else dim // spec.group_size
     return _Side(
         dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
-        scale.stride(1), _KIND[spec.kind] + int(spec.kind == "lloyd" and spec.gain), runs, ctypes.addressof(run),
+        scale.stride(1), _KIND[spec.kind] + int(spec.kind in SIGMA_KINDS and spec.gain), runs, ctypes.addressof(run),
         ctypes.addressof(tables), codes.data_ptr(), scale.data_ptr(),
     )  # fmt: skip
 
@@ -192,7 +200,7 @@ def _query(codec: Any, q: Tensor, p: Mapping[str, Tensor], reach: int) -> tuple[
         turned = turned @ p["k_basis"][None, :, None]
     elif s.transform == "hadamard" and not s.folded:
         turned = hadamard_ref(turned, s.order)
-    if s.kind == "lloyd":
+    if s.kind in SIGMA_KINDS:
         turned = turned * p["k_sigma"][None, :, None, None]
     return turned.contiguous(), block, mean.contiguous() if mean is not None else None
 
@@ -235,7 +243,7 @@ def attend_one(
     )  # fmt: skip
     library.kvsink_attend(ctypes.byref(call))
     decoded = out[0] / mass[0, ..., None].clamp_min(1e-30)
-    if c.value.kind == "lloyd":
+    if c.value.kind in SIGMA_KINDS:
         decoded = decoded * p["v_sigma"][:, None, :]
     decoded = c.restore_values(decoded, p) * mass[0, ..., None] + out[1]
     return (decoded / mass.sum(0)[..., None].clamp_min(1e-30)).reshape(b, h * r, 1, dv).to(q.dtype)

@@ -1,7 +1,8 @@
 """The whole cache of one layer as keys and values again: decoded rows, with the exact ones laid over them.
 
-Formula    k^ = decode(codes);  k^[recent_slot] = recent rows;  k^[exact_slot] = exact rows;  k^[new slots] = k, unless the
-           codec is strict; the same for v
+Formula    k^ = decode(codes);  k^[recent_slot] = recent rows: those of the window, of the block that is not full yet and
+           the newest, as the side says;  k^[exact_slot] = exact rows;  k^[new slots] = k, unless the codec is strict; the
+           same for v
 Source     KVSink, arXiv 2508.04257 section 4, step 4
 Shapes     k, v [B, H, S, D] the rows just appended, at slots length … length + S - 1
            → k^, v^ [B, H, L, D] in the dtype of k and v; slots past the length
@@ -42,22 +43,21 @@ def read_ref(
     """The definition, for any device."""
     c = resolve_codec(codec)
     p = dict(zip(c.param_names(), params, strict=True))
-    (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
-     recent_k, recent_v, recent_slot, length, positions) = state  # fmt: skip
-    s = k.shape[2]
+    st = c.named(state)
+    s, slots = k.shape[2], st["k_codes"].shape[2]
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-    full_k = c.decode_keys(k_codes, k_scale, positions, p, wide).to(k.dtype).contiguous()
-    full_v = c.decode_values(v_codes, v_scale, p, wide).to(v.dtype).contiguous()
-    if full_k.data_ptr() == k_codes.data_ptr():
+    full_k = c.read_keys(st, p, 0, slots, wide).to(k.dtype).contiguous()
+    full_v = c.read_values(st, p, 0, slots, wide).to(v.dtype).contiguous()
+    if full_k.data_ptr() == st["k_codes"].data_ptr():
         full_k = full_k.clone()
-    if full_v.data_ptr() == v_codes.data_ptr():
+    if full_v.data_ptr() == st["v_codes"].data_ptr():
         full_v = full_v.clone()
-    new = length + torch.arange(s, device=k.device)
-    for full, fresh, recent, exact in ((full_k, k, recent_k, exact_k), (full_v, v, recent_v, exact_v)):
-        if c.window:
-            live = torch.where(recent_slot < length + s, recent_slot, -1)  # rows of a cropped tail are gone
-            put_rows(full, recent, live[None].expand(full.shape[0], -1))
-        put_rows(full, exact, exact_slot)
+    new = st["length"] + torch.arange(s, device=k.device)
+    for prefix, side, full, fresh in (("k", c.key, full_k, k), ("v", c.value, full_v, v)):
+        if c.ring:
+            live = c.exact_recent(side, st["recent_slot"], st["length"] + s)  # rows of a cropped tail are gone
+            put_rows(full, st[f"recent_{prefix}"], live[None].expand(full.shape[0], -1))
+        put_rows(full, st[f"exact_{prefix}"], st["exact_slot"])
         if not c.strict:
             full.index_copy_(2, new, fresh)
     return full_k, full_v

@@ -30,7 +30,7 @@ from .quantize import segments
 from .rope import rope, unrope
 
 __all__ = [
-    "DIM", "TILE_SLOTS", "Fields", "TileTables", "decode_keys", "fetch", "key_rows", "make_fields", "refuse", "store",
+    "DIM", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "refuse", "restore_keys", "store",
     "tile_bytes", "transform_keys",
 ]  # fmt: skip
 
@@ -242,7 +242,7 @@ def transform_keys(k: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -
     return hadamard(x) if s.transform == "hadamard" else x
 
 
-def decode_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> Tensor:
+def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> Tensor:
     """The stages of `transform_keys` taken back; keys after RoPE."""
     table = p["k_table"][:, slots % BLOCK][None] if s.center else None
     if s.domain == "block":

@@ -47,13 +47,15 @@ class Attach(RewritePass):
                 if site.cache == "none"
                 else f"a stock {site.cache} cache and no codec for it"
             )
+        if plan.codec.opaque:
+            return site.declined("its codec works on blocks of tokens, which only kvsink's own cache holds")
         if site.rope != "none" and site.positions is None and _needs_positions(plan.codec):
             return site.declined("the positions behind its rotary table were not found", site.cos)
         return None
 
     def rewrite(self, site: AttentionSite, work: Work) -> None:
         chain = _from_markers(site) if site.cache == "kvsink" else _from_plan(site, work, work.plan(site))
-        for side in (chain.keys, chain.values):
+        for side in (chain.keys, chain.values) if not chain.opaque else ():
             if side.spec.packed and value(side.x).dtype != torch.float64:
                 side.x = chain.put(side.write_at, "to", side.x, torch.float32)
         work.chains[site.attn] = chain

@@ -37,6 +37,8 @@ class Center(RewritePass):
         chain = work.chain(site)
         if chain is None:
             return site.declined("no codec is attached")
+        if chain.opaque:
+            return site.declined("its codec works on blocks of tokens, inside the cache ops")
         if not any(side.spec.packed and side.spec.center for side in (chain.keys, chain.values)):
             return site.declined("its codec does not centre")
         return None

@@ -3,7 +3,8 @@
 A pass that adds a stage inserts its nodes behind `side.x`, moves `side.x` on, and pushes onto `side.undo` how the stage
 is taken back. `quantize` stores `side.x`, reads it back and runs the undo steps, last stage first; `preserve` lays the
 exact rows over the result. On a cache of kvsink's own the steps meet at the packed state. A stock cache has no such
-state: rows are quantized and dequantized on their way into it, numbers are right though no memory is saved.
+state: rows are quantized and dequantized on their way into it, numbers are right though no memory is saved. A codec whose
+rows are coded together (blocks of tokens) keeps the markers of the cache, store and read, until `fuse`.
 
 Formula    keys and values as in `kvsink.codecs.codec`, stage for stage
 Exact      all but the quantizer
@@ -81,6 +82,11 @@ class Chain:
     def packed(self) -> bool:
         """True on kvsink's own cache, where rows meet packed state."""
         return bool(self.state)
+
+    @property
+    def opaque(self) -> bool:
+        """Whether coding stays inside the cache ops: rows that are coded together are no chain of steps."""
+        return self.packed and self.codec.opaque
 
     @property
     def roped_input(self) -> bool:

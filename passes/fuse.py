@@ -63,6 +63,10 @@ class Fuse(RewritePass):
             )
         old.replace_all_uses_with(new)
         erase_orphans(work.graph, [old])
+        for marker in (chain.read, chain.append):  # those of an opaque codec; `preserve` took the others
+            if marker is not None and not marker._erased:
+                work.graph.erase_node(marker)
+        chain.read = chain.append = None
         for node in reversed(chain.inserted):
             if not node._erased:
                 work.graph.erase_node(

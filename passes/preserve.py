@@ -48,11 +48,11 @@ class Preserve(RewritePass):
     def rewrite(self, site: AttentionSite, work: Work) -> None:
         chain = work.chain(site)
         assert chain is not None
-        if chain.packed:
+        if chain.packed and not chain.opaque:
             _store_exact(chain, site)
             _lay_over(chain)
             _drop_markers(chain, work)
-        else:
+        elif not chain.packed:
             _keep_in_stock(chain, site, work)
         chain.preserved = True
 

@@ -45,6 +45,10 @@ class Quantize(RewritePass):
     def rewrite(self, site: AttentionSite, work: Work) -> None:
         chain = work.chain(site)
         assert chain is not None
+        if chain.opaque:
+            assert chain.read is not None
+            chain.keys.full = chain.read  # the markers stay as they are: they store and read blocks of tokens
+            return
         if chain.packed:
             _open_slots(chain)
         for prefix, side in (("k", chain.keys), ("v", chain.values)):

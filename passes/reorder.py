@@ -34,6 +34,8 @@ class Reorder(RewritePass):
         chain = work.chain(site)
         if chain is None:
             return site.declined("no codec is attached")
+        if chain.opaque:
+            return site.declined("its codec works on blocks of tokens, inside the cache ops")
         if not (chain.keys.spec.packed and chain.keys.spec.reorder):
             return site.declined("its codec does not reorder")
         return None

@@ -36,6 +36,8 @@ class Rotate(RewritePass):
         chain = work.chain(site)
         if chain is None:
             return site.declined("no codec is attached")
+        if chain.opaque:
+            return site.declined("its codec works on blocks of tokens, inside the cache ops")
         if not any(_turns(side) for side in (chain.keys, chain.values)):
             return site.declined("its codec does not rotate")
         return None

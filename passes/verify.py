@@ -49,7 +49,9 @@ def _verify_packed(site: AttentionSite, work: Work, chain: Chain) -> None:
         raise KvsinkError(
             f"{site.path}: packed keys are used by {', '.join(names) or 'nothing'}; expected one store, one attention"
         )
-    if chain.fused is None and chain.preserved and names.count("index_copy_") != 1:
+    if chain.opaque and chain.fused is None and sorted(names) != ["kvsink.append_", "kvsink.read"]:
+        raise KvsinkError(f"{site.path}: packed keys are used by {', '.join(names)}; expected one store, one read")
+    if chain.fused is None and chain.preserved and not chain.opaque and names.count("index_copy_") != 1:
         raise KvsinkError(f"{site.path}: packed keys are stored {names.count('index_copy_')} times; expected once")
     if chain.fused is not None:
         store = next(user for user in codes.users if kind(user) == "kvsink.append_")

@@ -20,7 +20,7 @@ from torch import fx
 
 from kvsink.capture import note_sources
 from kvsink.codecs import Codec
-from kvsink.errors import CalibrationError, KvsinkError, UnknownName
+from kvsink.errors import CalibrationError, KvsinkError, UnknownName, UnsupportedError
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import get_method
 from kvsink.passes.chain import SitePlan
@@ -104,6 +104,11 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
         raise CalibrationError(
             f"method {method.name} needs calibration, which a compiled graph cannot do; call kvsink.rewrite(model, "
             f"{method.name!r}) first and compile the model then"
+        )
+    if any(s.packed and (s.by_token_block or s.flush or s.newest) for s in (key, value_side)):
+        raise UnsupportedError(
+            f"method {method.name} codes blocks of tokens, which a stock cache cannot hold; call kvsink.rewrite(model, "
+            f"{method.name!r}) and compile the model then"
         )
     dropped = [name for s in (key, value_side) for name in ("center", "reorder") if getattr(s, name)]
     if dropped:

@@ -69,8 +69,7 @@ class KVSinkLayer(CacheLayerMixin):
         self.head_dim, self.value_dim = key_states.shape[-1], value_states.shape[-1]
         c, b, dev = self.codec, self.batch_size, self.device
         slots = self.max_length if self.max_length is not None else _BLOCK
-        layout = c.layout(b, self.num_heads, self.head_dim, self.value_dim, slots, self.dtype)
-        for name, (shape, dtype, fill) in layout.items():
+        for name, (shape, dtype, fill) in self._layout(slots).items():
             setattr(self, name, torch.full(shape, fill, dtype=dtype, device=dev))
         if self.shared.positions is None or self.shared.positions.shape != (b, slots):
             self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
@@ -87,15 +86,19 @@ class KVSinkLayer(CacheLayerMixin):
         assert positions is not None
         return [positions if n == "positions" else getattr(self, n) for n in STATE_NAMES]
 
+    def _layout(self, slots: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
+        heads, dims = self.num_heads, (self.head_dim, self.value_dim)
+        return self.codec.layout(self.batch_size, heads, *dims, slots, self.dtype)
+
     def _grow(self, slots: int) -> None:
-        held = self.k_codes.shape[2]
-        if slots > held:
+        if slots > self.k_codes.shape[2]:
             wanted = -(-slots // _BLOCK) * _BLOCK
-            for name in ("k_codes", "k_scale", "v_codes", "v_scale"):
+            for name, (shape, dtype, fill) in self._layout(wanted).items():
                 old = getattr(self, name)
-                new = old.new_zeros((*old.shape[:2], wanted, old.shape[3]))
-                new[:, :, :held] = old
-                setattr(self, name, new)
+                if shape != old.shape:
+                    new = torch.full(shape, fill, dtype=dtype, device=old.device)
+                    new[tuple(slice(n) for n in old.shape)] = old
+                    setattr(self, name, new)
         wanted = self.k_codes.shape[2]
         positions = self.shared.positions
         assert positions is not None
@@ -188,19 +191,44 @@ class KVSinkLayer(CacheLayerMixin):
         self._held = 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last |n| tokens (a negative count; a positive one is the length to keep). Codes are not touched."""
+        """Remove the last |n| tokens (a negative count; a positive one is the length to keep).
+
+        Codes are not touched. Where the cut opens a block of tokens that had been coded, its rows are exact again as far
+        as the ring of recent rows still holds them; the others go on as the rows their codes say.
+        """
         if not self.is_initialized or tokens_to_remove == 0:
             return
         held = int(self.length)
         keep = held + tokens_to_remove if tokens_to_remove < 0 else min(tokens_to_remove, held)
         if keep < 0:
             raise KvsinkError(f"layer {self.layer}: cannot crop {-tokens_to_remove} tokens from a cache of {held}")
+        self._reopen(keep)
         self.length.fill_(keep)
         self._held = keep
         named = torch.where(self.exact_slot < -1, -self.exact_slot - 2, self.exact_slot)
         gone = named >= keep
         self.exact_slot.masked_fill_(gone, -1)
         self.exact_score.masked_fill_(gone, float("-inf"))
+
+    def _reopen(self, keep: int) -> None:
+        """Put the rows of the block that is open at `keep` rows back into the ring, where it has gone past them."""
+        sides = (self.codec.key, self.codec.value)
+        flush = [s.flush for s in sides if s.by_token_block]
+        start = min((keep // n * n for n in flush), default=keep)
+        held = set(self.recent_slot.tolist())
+        gone = [slot for slot in range(start, keep) if slot not in held]
+        if not gone:
+            return
+        params = dict(zip(self.codec.param_names(), self.params, strict=True))
+        state = self.codec.named(self.state())
+        slots = torch.tensor(gone, device=self.device)
+        place = slots % self.codec.ring
+        for recent, rows in (
+            (self.recent_k, self.codec.read_keys(state, params, gone[0], gone[-1] + 1)),
+            (self.recent_v, self.codec.read_values(state, params, gone[0], gone[-1] + 1)),
+        ):
+            recent.index_copy_(2, place, rows.index_select(2, slots - gone[0]).to(recent.dtype))
+        self.recent_slot.index_copy_(0, place, slots.to(self.recent_slot.dtype))
 
     def _map_batch(self, pick: Any, in_place: bool) -> None:
         for name in _BATCHED:
@@ -394,10 +422,8 @@ class KVSinkCache(Cache):
                 if name == "positions":
                     continue
                 saved, held = tensors[f"layers.{i}.{name}"], getattr(layer, name)
-                if name in ("k_codes", "k_scale", "v_codes", "v_scale"):
-                    held[:, :, :length] = saved[:, :, :length]
-                else:
-                    held.copy_(saved)
+                both = tuple(slice(min(a, b)) for a, b in zip(saved.shape, held.shape, strict=True))
+                held[both] = saved[both]
             layer._held = length
         assert cache.shared.positions is not None
         cache.shared.positions[:, :length] = tensors["positions"][:, :length]

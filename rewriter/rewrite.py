@@ -323,6 +323,14 @@ def describe(spec: SideSpec) -> str:
         words.append("reordered")
     widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
     words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
+    if spec.norm:
+        words.append("token norms")
+    if spec.by_token_block:
+        words.append(f"per channel over {spec.group_tokens} tokens")
+    if spec.flush:
+        words.append(f"in blocks of {spec.flush}")
+    if spec.newest:
+        words.append(f"newest {spec.newest} exact")
     return ", ".join(words)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.codecs import STATE_NAMES
 from kvsink.kernels import append_
+from kvsink.methods import get_method
 
 from .graphs import rewritten
 from .models import HEAD_DIM, KV_HEADS
@@ -25,13 +28,27 @@ CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("rotatekv", (("fold", False), ("key_bits", 3))),
     ("rtn", (("key_bits", 16), ("protect", "first:3"))),
     ("rtn", (("window", 4),)),
+    ("kivi/8", ()),
+    ("kivi/8", (("window", 10),)),
+    ("oscar/8", (("fold", False), ("window", 2))),
 )
-"""Every method, both ways of leaving a side in 16 bit, exact rows with and without a window."""
+"""Every method, both ways of leaving a side in 16 bit, exact rows with and without a window, blocks of 8 tokens."""
+
+
+def method_named(name: str) -> Any:
+    """A method; "kivi/8" is kivi with blocks of 8 tokens in groups of 4, which tiny tests can fill."""
+    name, _, flush = name.partition("/")
+    if not flush:
+        return name
+    method, n = get_method(name), int(flush)
+    key = replace(method.key, group_tokens=n // 2, flush=n)
+    value = replace(method.value, flush=n if method.value.flush else 0, newest=n if method.value.newest else 0)
+    return replace(method, key=key, value=value)
 
 
 @cache
 def _model(method: str, options: tuple[tuple[str, Any], ...]) -> Any:
-    return rewritten("llama", "sdpa", method, **dict(options))
+    return rewritten("llama", "sdpa", method_named(method), **dict(options))
 
 
 def layer_of(method: str, options: tuple[tuple[str, Any], ...] = (), batch: int = 1, strict: bool = False) -> KVSinkLayer:
@@ -53,6 +70,19 @@ def candidates(layer: KVSinkLayer, batch: int, length: int, seed: int = 0) -> li
         score, index = torch.randn(batch, length, generator=g).topk(min(segment.count, length), dim=1)
         out += [score, index]
     return out
+
+
+def read_codes(
+    codec: Any, p: dict[str, Tensor], k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys after RoPE and values as a fresh cache of one layer would read them from codes alone."""
+    b, h, s, d = k.shape
+    layout = codec.layout(b, h, d, v.shape[3], s, k.dtype)
+    state = {name: torch.full(shape, fill, dtype=dtype) for name, (shape, dtype, fill) in layout.items()}
+    state["positions"] = torch.zeros(b, s, dtype=torch.int32)
+    held = [state[name] for name in STATE_NAMES]
+    append_(k, v, positions, cos, sin, [], held, [p[n] for n in codec.param_names()], codec.text(), True)
+    return codec.read_keys(state, p, 0, s), codec.read_values(state, p, 0, s)
 
 
 def append_arguments(layer: KVSinkLayer, k: Tensor, v: Tensor, seed: int = 0) -> dict[str, Any]:

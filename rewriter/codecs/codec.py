@@ -14,16 +14,18 @@ Exact      the transforms are orthogonal, so without quantization k^ = k up to r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kvsink.errors import SidecarError
-from kvsink.kernels import stages
+from kvsink.errors import SidecarError, UnsupportedError
+from kvsink.kernels import stages, tiles
 from kvsink.kernels.base import set_codec_resolver
+from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
 
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
@@ -36,7 +38,7 @@ TABLE_TOKENS = 64  # rows of the mean table of a "post" codec: its blocks exist 
 
 STATE_NAMES = (
     "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
-    "recent_k", "recent_v", "recent_slot", "length", "positions",
+    "recent_k", "recent_v", "recent_slot", "length", "positions", "k_norm",
 )  # fmt: skip
 
 
@@ -45,7 +47,8 @@ class Codec:
     """Both sides of one layer and the rows it keeps exact.
 
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
-    back from their codes like old ones (for evaluation).
+    back from their codes like old ones (for evaluation). tiles: codes stand in the order of `kvsink.kernels.tiles`; a cache
+    decides so when it is made, a rewritten model's plan never does.
     """
 
     key: SideSpec
@@ -53,6 +56,21 @@ class Codec:
     segments: tuple[int, ...] = ()
     window: int = 0
     strict: bool = False
+    tiles: bool = False
+
+    def __post_init__(self) -> None:
+        if self.value.norm:
+            raise UnsupportedError(f"norm is for keys only, in {self.value!r}")
+
+    @property
+    def ring(self) -> int:
+        """Recent rows held as they came: what the window and the unfinished blocks of either side need."""
+        return max(self.window, *(max(s.flush, s.newest) for s in (self.key, self.value) if s.packed), 0)
+
+    @property
+    def opaque(self) -> bool:
+        """True when coding is no chain of steps per row: compiled graphs then keep it inside the cache ops."""
+        return self.tiles or self.key.by_token_block or self.value.by_token_block or self.ring > self.window
 
     @property
     def exact_rows(self) -> int:
@@ -70,6 +88,8 @@ class Codec:
             "key": self.key.as_dict(), "value": self.value.as_dict(), "segments": list(self.segments),
             "window": self.window, "strict": self.strict,
         }  # fmt: skip
+        if self.tiles:
+            record["tiles"] = True
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -84,6 +104,7 @@ class Codec:
                 segments=tuple(int(n) for n in record.get("segments", ())),
                 window=int(record.get("window", 0)),
                 strict=bool(record.get("strict", False)),
+                tiles=bool(record.get("tiles", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SidecarError(
@@ -93,6 +114,8 @@ class Codec:
     def param_names(self) -> tuple[str, ...]:
         """Names of the constant tables this codec needs, in the order ops receive them."""
         k, v, names = self.key, self.value, []
+        if self.tiles:
+            return self._tile_param_names()
         if k.packed:
             if k.center:
                 names += ["k_mean", "k_table"]
@@ -113,6 +136,16 @@ class Codec:
             names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
 
+    def _tile_param_names(self) -> tuple[str, ...]:
+        """The tables of a codec in tiles: those of its reference, and `tile_` ones in the order a kernel reads them."""
+        k, v, names = self.key, self.value, []
+        if k.center:
+            names += ["k_table", "start_cos", "start_sin", "anchor_cos", "anchor_sin", "tile_mean", "tile_turn"]
+        if k.transform == "klt":
+            names += ["k_basis", "tile_rows", "tile_basis"]
+        names += QUANTIZERS[k.kind].tables(k, "k")
+        return (*names, "v_mean") if v.center else tuple(names)
+
     # -- storage -----------------------------------------------------------------------------------------------------
 
     def row_bytes(self, side: SideSpec, dim: int) -> int:
@@ -132,9 +165,11 @@ class Codec:
             return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0
 
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
+            if side.by_token_block:
+                return (batch, heads, -(-slots // side.group_tokens), 2 * dim), torch.float16, 0
             return (batch, heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
-        e, w = self.exact_rows, self.window
+        e, w, normed = self.exact_rows, self.ring, self.key.packed and self.key.norm
         return {
             "k_codes": codes(self.key, key_dim),
             "k_scale": scale(self.key, key_dim),
@@ -148,7 +183,79 @@ class Codec:
             "recent_v": ((batch, heads, w, value_dim), dtype, 0),
             "recent_slot": ((w,), torch.int32, -1),
             "length": ((), torch.int64, 0),
+            "k_norm": ((batch, 1, slots if normed else 0, 1), torch.float16, 0),
         }
+
+    @staticmethod
+    def named(state: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The state of a layer, as ops receive it, by name."""
+        return dict(zip(STATE_NAMES, state, strict=True))
+
+    # -- the quantizers ------------------------------------------------------------------------------------------------
+
+    def encode_block(self, x: Tensor, s: SideSpec, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Transformed rows [B, H, N, D] of whole groups of tokens → codes, scale, and the norm of each token."""
+        norm = token_norm(x) if s.norm else None
+        x = x if norm is None else x / norm.to(x.dtype)
+        return *quantize_tokens(x, valid, s.widths[0], s.group_tokens), norm
+
+    def _encode(self, x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor, Tensor]:
+        if not s.by_token_block:
+            return QUANTIZERS[s.kind].encode(x, s, p, prefix)
+        rows = x.shape[2]
+        x = F.pad(x, (0, 0, 0, -rows % s.group_tokens))
+        valid = (torch.arange(x.shape[2], device=x.device) < rows).expand(x.shape[0], -1)
+        codes, scale, _ = self.encode_block(x, s, valid)
+        return codes[:, :, :rows], scale
+
+    def _decode(self, codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str, skip: int = 0) -> Tensor:
+        if not s.by_token_block:
+            return QUANTIZERS[s.kind].decode(codes, scale, s, p, prefix)
+        return dequantize_tokens(codes, scale, s.widths[0], s.group_tokens, skip)
+
+    def _stored(self, st: Params, s: SideSpec, p: Params, prefix: str, start: int, end: int) -> Tensor:
+        """The packed rows of slots start … end - 1, in the basis of the quantizer."""
+        codes, scale = st[f"{prefix}_codes"], st[f"{prefix}_scale"]
+        if self.tiles:
+            codes = tiles.fetch(codes, s.widths, prefix, start, end - start)
+            return QUANTIZERS[s.kind].decode(codes, scale[:, :, start:end], s, p, prefix)
+        codes = codes[:, :, start:end]
+        if not s.by_token_block:
+            return self._decode(codes, scale[:, :, start:end], s, p, prefix)
+        g = s.group_tokens
+        x = self._decode(codes, scale[:, :, start // g : -(-end // g)], s, p, prefix, start % g)
+        return x * st[f"{prefix}_norm"][:, :, start:end].float() if s.norm else x
+
+    def read_keys(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
+        """Slots start … end - 1 of a state by name → keys after RoPE [B, H, end - start, D], computed in `wide`."""
+        if not self.key.packed:
+            return st["k_codes"][:, :, start:end].to(wide)
+        x = self._stored(st, self.key, p, "k", start, end).to(wide)
+        if self.tiles:
+            slots = torch.arange(start, end, device=x.device)
+            return tiles.restore_keys(x, slots, self.key, p, self._rotate_keys)
+        return self.restore_keys(x, st["positions"][:, start:end], p)
+
+    def read_values(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
+        """Slots start … end - 1 of a state by name → values [B, H, end - start, D], computed in `wide`."""
+        if not self.value.packed:
+            return st["v_codes"][:, :, start:end].to(wide)
+        return self.restore_values(self._stored(st, self.value, p, "v", start, end).to(wide), p)
+
+    def store_tiles(self, k: Tensor, v: Tensor, slots: Tensor, st: Params, p: Params) -> None:
+        """Code new rows, keys after RoPE, and write them to their slots int64 [S] of a state in tiles."""
+        x = tiles.transform_keys(k, slots, self.key, p, self._rotate_keys)
+        for prefix, side, rows in (("k", self.key, x), ("v", self.value, self.transform_values(v, p))):
+            codes, scale = QUANTIZERS[side.kind].encode(rows, side, p, prefix)
+            tiles.store(st[f"{prefix}_codes"], codes, slots, side.widths, prefix)
+            st[f"{prefix}_scale"].index_copy_(2, slots, scale)
+
+    def _rotate_keys(self, x: Tensor) -> Tensor:
+        return stages.hadamard_heads(x, self.key.order)
+
+    def exact_recent(self, side: SideSpec, recent_slot: Tensor, total: Tensor | int) -> Tensor:
+        """Slots of the ring that `side` reads as they came when `total` rows are held; -1 for the others."""
+        return open_blocks(recent_slot, total, side.flush, max(self.window, side.newest))
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -160,7 +267,7 @@ class Codec:
         if not s.packed:
             full = k if roped else stages.rope_rows(k, cos, sin)
             return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
-        return QUANTIZERS[s.kind].encode(self.transform_keys(k, cos, sin, positions, p, roped), s, p, "k")
+        return self._encode(self.transform_keys(k, cos, sin, positions, p, roped), s, p, "k")
 
     def transform_keys(self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool) -> Tensor:
         """Keys [B, H, S, D] through every stage before the quantizer."""
@@ -191,8 +298,7 @@ class Codec:
         s = self.key
         if not s.packed:
             return codes.to(wide)
-        x = QUANTIZERS[s.kind].decode(codes, scale, s, p, "k")
-        return self.restore_keys(x.to(wide), positions, p)
+        return self.restore_keys(self._decode(codes, scale, s, p, "k").to(wide), positions, p)
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
@@ -220,7 +326,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
-        return QUANTIZERS[s.kind].encode(self.transform_values(v, p), s, p, "v")
+        return self._encode(self.transform_values(v, p), s, p, "v")
 
     def transform_values(self, v: Tensor, p: Params) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
@@ -238,7 +344,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return codes.to(wide)
-        return self.restore_values(QUANTIZERS[s.kind].decode(codes, scale, s, p, "v").to(wide), p)
+        return self.restore_values(self._decode(codes, scale, s, p, "v").to(wide), p)
 
     def restore_values(self, x: Tensor, p: Params) -> Tensor:
         """The stages of `transform_values` taken back, last first."""

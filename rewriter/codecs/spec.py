@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
+AXES = ("row", "channel")
 
 
 def group_size_for(wanted: int, dim: int) -> int:
@@ -48,6 +50,10 @@ class SideSpec:
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd" or "lloyd-even".
     folded     the transform already sits in the weights, nothing is to be done at run time.
+    axis       "row": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
+    flush      rows are coded in blocks of this many tokens and stay exact until their block is full; 0: at once.
+    newest     so many newest rows of this side stay exact.
+    norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
     """
 
     bits: float = 16.0
@@ -64,6 +70,11 @@ class SideSpec:
     gain: bool = False
     widths: tuple[int, ...] = ()
     folded: bool = False
+    axis: str = "row"
+    group_tokens: int = 0
+    flush: int = 0
+    newest: int = 0
+    norm: bool = False
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> None:
@@ -87,11 +98,35 @@ class SideSpec:
             refuse("klt keys are centred: center=False")
         if not 0 < self.clip <= 1:
             refuse(f"clip={self.clip} is outside (0, 1]")
+        if self.axis not in AXES:
+            refuse(f"axis {self.axis!r} is not one of {', '.join(AXES)}")
+        if min(self.flush, self.newest, self.group_tokens) < 0:
+            refuse("flush, newest and group_tokens cannot be negative")
+        if self.axis == "channel":
+            self._check_channel_blocks(refuse)
+        elif self.group_tokens or self.norm:
+            refuse("group_tokens and norm need axis='channel'")
+
+    def _check_channel_blocks(self, refuse: Callable[[str], None]) -> None:
+        if self.kind != "uniform" or self.clip != 1:
+            refuse("ranges along tokens need kind='uniform' without clipping")
+        if self.domain != "post" or self.center:
+            refuse("ranges along tokens are taken after RoPE and without centring: set domain='post', center=False")
+        if self.group_tokens < 1 or self.flush < 1 or self.flush % self.group_tokens:
+            near = max(1, round(self.flush / max(1, self.group_tokens))) * max(1, self.group_tokens)
+            refuse(
+                f"a block of {self.flush} tokens is not a multiple of its groups of {self.group_tokens}; use flush={near}"
+            )
 
     @property
     def packed(self) -> bool:
         """False when this side stays in 16 bit."""
         return self.kind != "none"
+
+    @property
+    def by_token_block(self) -> bool:
+        """True when rows are coded together with their neighbours in time."""
+        return self.packed and self.axis == "channel"
 
     @property
     def pre_rope(self) -> bool:

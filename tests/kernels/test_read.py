@@ -39,19 +39,15 @@ def test_every_slot_is_exact_or_decoded(method: str, options: tuple, strict: boo
     full_k, full_v = read(k[:, :, -new:], v[:, :, -new:], layer.state(), layer.params, layer.codec_text)
     assert full_k.dtype == k.dtype and full_k.shape == (*k.shape[:2], layer.max_length, k.shape[3])
     assert torch.isfinite(full_k).all() and torch.isfinite(full_v).all()
-    decoded_k = c.decode_keys(layer.k_codes, layer.k_scale, layer.shared.positions, p)
-    decoded_v = c.decode_values(layer.v_codes, layer.v_scale, p)
-    exact = torch.zeros(2, total, dtype=torch.bool)
-    for row in range(2):
-        exact[row, [s for s in layer.exact_slot[row].tolist() if s >= 0]] = True
-    exact[:, total - c.window :] |= bool(c.window)
-    if not strict:
-        exact[:, total - new :] = True
-    for row in range(2):
-        for slot in range(total):
-            source = (k, v) if exact[row, slot] else (decoded_k, decoded_v)
-            assert torch.equal(full_k[row, :, slot], source[0][row, :, slot])
-            assert torch.equal(full_v[row, :, slot], source[1][row, :, slot])
+    st = c.named(layer.state())
+    decoded_k, decoded_v = c.read_keys(st, p, 0, layer.max_length), c.read_values(st, p, 0, layer.max_length)
+    for side, full, rows, decoded in ((c.key, full_k, k, decoded_k), (c.value, full_v, v, decoded_v)):
+        newest = max(c.window, side.newest, total % side.flush if side.flush else 0)
+        for row in range(2):
+            for slot in range(total):
+                exact = slot in layer.exact_slot[row].tolist() or slot >= total - newest
+                exact = exact or (not strict and slot >= total - new)
+                assert torch.equal(full[row, :, slot], (rows if exact else decoded)[row, :, slot])
     if c.key.packed:
         assert not torch.equal(decoded_k[:, :, :total], k)
 
