@@ -133,7 +133,7 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
     for side in (codec.key, codec.value):
         if not side.packed or side.kind not in KINDS:
             return f"rows of kind {side.kind}"
-        if getattr(side, "axis", "token") != "token":
+        if side.by_token_block:
             return "ranges along tokens"
     if codec.tiles:
         return "codes in the order of a GPU kernel"

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvsink.attention import causal_mask
 from kvsink.codecs import Codec
 from kvsink.errors import UnsupportedError
 from kvsink.kernels import select_sinks
+from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.protect import Segment, SinkStage
 
 __all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "detach", "runtime_of"]
@@ -44,6 +46,7 @@ class Frame:
     sin: Tensor | None = None
     valid: Tensor | None = None  # [B, S], False at padding
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    anchored: bool = False  # the anchors of codes in tiles have been seen to
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Runtime:
         self.tables = dict(tables)
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
+        self._tiles: dict[str, Tensor] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,11 +159,20 @@ class Runtime:
         norm = (cos * cos + sin * sin).sqrt().clamp_min(1e-12)
         return (cos / norm)[0], (sin / norm)[0]
 
-    def params(self, layer: int, codec: Codec, tokens: int, device: torch.device) -> list[Tensor]:
-        """The constant tables of one layer in the order its codec names them, for positions below `tokens`."""
+    def params(
+        self, layer: int, codec: Codec, tokens: int, device: torch.device, given: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """The constant tables of one layer in the order its codec names them, for positions below `tokens`.
+
+        given: tables that belong to the cache and not to the model, such as the anchors of its rows.
+        """
         out = []
         for name in codec.param_names():
-            if name in ("start_cos", "start_sin"):
+            if given and name in given:
+                out.append(given[name])
+            elif name.startswith("tile_"):
+                out.append(self._tile_table(name, layer, codec, tokens, device))
+            elif name in ("start_cos", "start_sin"):
                 n = codec.table_tokens
                 start = self.start_angles(layer, n, -(-tokens // n), device)
                 out.append(start[name == "start_sin"])
@@ -169,6 +182,38 @@ class Runtime:
                     table = self.tables[f"layers.{layer}.{name}"] = table.to(device)
                 out.append(table)
         return out
+
+    def _tile_table(self, name: str, layer: int, codec: Codec, tokens: int, device: torch.device) -> Tensor:
+        """A table in the order in which the GPU kernel reads it, made once from the plain ones."""
+        if name == "tile_turn":
+            n = codec.table_tokens
+            cos, sin = self.start_angles(layer, n, -(-tokens // n), device)
+            kind = self.anatomy.layer_types[layer] if self.anatomy.layer_types else ""
+            key = f"turn.{kind}.{n}.{cos.shape[0]}@{device}"
+            if key not in self._tiles:
+                self._tiles[key] = TileTables.turn(cos, sin)
+            return self._tiles[key]
+        key = f"layers.{layer}.{name}@{device}"
+        if key not in self._tiles:
+            basis, sigma, mean = (
+                t.to(device) if (t := self.tables.get(f"layers.{layer}.{n}")) is not None else None
+                for n in ("k_basis", "k_sigma", "k_table")
+            )
+            if name == "tile_mean":
+                assert mean is not None
+                made = TileTables.mean(mean)
+            elif name == "tile_rows":
+                assert basis is not None
+                made = basis.mT.contiguous()
+            else:
+                assert basis is not None and sigma is not None
+                made = TileTables.basis(key_rows(basis, sigma, codec.key.widths))
+            self._tiles[key] = made
+        return self._tiles[key]
+
+    def rotary_channels(self, layer: int) -> int:
+        """Channels of a head that carry RoPE; 0 without it."""
+        return self.angles(layer, torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
 
     def table_nbytes(self) -> int:
         """Bytes of the calibrated tables: weights of the method, not part of the cache."""
@@ -201,10 +246,10 @@ class _Hook:
 class _NewFrame(_Hook):
     """Pre-hook of the base model: a fresh frame, with what the attention mask says of padding."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = self.cache(args, kwargs)
         if cache is None:
-            return
+            return None
         rows = self.given("input_ids", args, kwargs)
         rows = self.given("inputs_embeds", args, kwargs) if rows is None else rows
         frame = Frame()
@@ -212,6 +257,13 @@ class _NewFrame(_Hook):
             mask = self.given("attention_mask", args, kwargs)
             frame.valid = _valid_rows(mask, rows.shape[0], rows.shape[1], cache)
         cache.frame = frame
+        asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
+        if asks and getattr(cache, "attends_itself", bool)():
+            mask = self.given("attention_mask", args, kwargs)
+            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())):
+                named = {n: args[i] for n, i in self.place.items() if i < len(args)}
+                return (), {**named, **kwargs, "attention_mask": causal_mask(rows.shape[1], cache.get_max_length(), rows.device)}
+        return None
 
 
 def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:

@@ -719,7 +719,6 @@ DEVICE Partial merge_warps(const float* parts, int hq, int lane) {
 }
 
 #ifndef KVSINK_EMULATE
-extern "C" __device__ const int attend_packed_launch[2] = {THREADS, SMEM_BYTES};   // what the host must ask for
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_packed(const __grid_constant__ Params p)
 #else
 static void attend_packed(const Params& p)
@@ -747,7 +746,7 @@ static void attend_packed(const Params& p)
       if (MODE == 2) bulk_load(smem + OFF_BASIS, p.basis + head * 8192, 32768, tables);
     }
   }
-  const int end = (int)*p.length + p.extra, each = end < 1 ? 1 : (end + 127) / 128;
+  const int held = (int)*p.length + p.extra, end = held < p.tiles * 128 ? held : p.tiles * 128, each = end < 1 ? 1 : (end + 127) / 128;
   const u32 total = (u32)(p.B * each), nc = (u32)GRID_X < total ? GRID_X : total, c = CTA_X;
   sync_cta();
   if (c >= nc) return;

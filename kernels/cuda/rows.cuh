@@ -248,6 +248,7 @@ DEVICE void enter_exact(const RowParams& p, uint2 k, uint2 v, int b, int head, i
 constexpr int ROW_SMEM = ROWS * Z_STRIDE * 4 * (MODE == 2 ? 5 : 0) + 2 * ROWS * D;
 
 #ifndef KVSINK_EMULATE
+extern "C" __device__ const int kvsink_launch[3] = {THREADS, SMEM_BYTES, ROW_THREADS};   // what the host must ask for
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) append_rows(const __grid_constant__ RowParams p) {
   __shared__ __align__(16) unsigned char smem[ROW_SMEM];
 #else
@@ -255,8 +256,9 @@ static void append_rows(const RowParams& p) {
   unsigned char* smem = EMULATED_SMEM;
 #endif
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y, r = warp % ROWS, index = CTA_X * ROWS + r;
-  const bool values = warp >= ROWS, live = index < p.B * p.S;
-  const int b = index / p.S, s = index - b * p.S, slot = (int)*p.length + s;
+  const bool values = warp >= ROWS, inside = index < p.B * p.S;
+  const int b = inside ? index / p.S : 0, s = inside ? index - b * p.S : 0, slot = (int)*p.length + s;
+  const bool live = inside && slot < p.L;         // what does not fit is dropped; the cache says so beforehand
   unsigned char* code = smem + warp * D;
   float *xs = (float*)(smem + 2 * ROWS * D), *sums = xs + ROWS * Z_STRIDE;
   uint2 row = {0, 0};
