@@ -179,7 +179,9 @@ class KVSinkLayer(CacheLayerMixin):
         if positions is None:
             positions = torch.arange(new, device=self.device)[None] + self.length
         cos, sin = frame.cos, frame.sin
-        if cos is None or sin is None:
+        if self.codec.tiles:  # keys are coded after RoPE; angles would be computed for nothing
+            cos = sin = key_states.new_empty(1, new, 0)
+        elif cos is None or sin is None:
             cos, sin = self.shared.runtime.angles(self.layer, positions[:1])
         self._check_positions(positions, new)
         if self.codec.tiles and new > 1 and not torch.compiler.is_compiling():

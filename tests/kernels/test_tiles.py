@@ -73,7 +73,8 @@ def append(layer: KVSinkLayer, k: Tensor, v: Tensor, positions: Tensor, lib: Emu
 
         layer._set_anchors(Frame(), positions)
     if lib is None:
-        append_ref(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec_text, True)
+        angles = (none, none) if layer.codec.tiles else layer.shared.runtime.angles(1, positions)
+        append_ref(k, v, positions, *angles, scores, layer.state(), layer.params, layer.codec_text, True)
     else:
         append_tiles(lib, layer.codec, k, v, positions, scores, layer.state(), layer.params)
 
