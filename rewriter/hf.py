@@ -85,7 +85,7 @@ def install_generate(model: nn.Module) -> None:
         model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)  # type: ignore[assignment]
     config = getattr(model, "generation_config", None)
     if config is not None and next(model.parameters()).device.type == "cuda" and config.compile_config is None:
-        config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode=None)
+        config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode="reduce-overhead")
 
 
 def _prepare_cache(

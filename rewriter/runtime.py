@@ -359,6 +359,8 @@ def first_candidates(frame: Frame, positions: Tensor, batch: int, count: int) ->
     if frame.valid is not None:
         inside = inside & frame.valid
     score = torch.where(inside, _FIRST_SCORE * (1.0 - positions * 1e-6), float("-inf"))
+    if score.shape[1] == 1:
+        return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from
     best, index = score.topk(min(count, score.shape[1]), dim=1)
     return best.float(), index
 
