@@ -101,8 +101,11 @@ DEVICE void bulk_load(void* dst, const void* src, u32 bytes, u64* bar) {
 }
 // Suspended by the hardware, not spinning: four waiting service warps would take issue slots from the arithmetic.
 DEVICE void barrier_wait(u64* bar, u32 parity) {
-  asm volatile("{\n.reg .pred P;\nW: mbarrier.try_wait.parity.shared::cta.b64 P, [%0], %1, %2;\n@P bra D;\nbra W;\nD:\n}"
-               ::"r"(smem_address(bar)), "r"(parity), "r"(10000000u) : "memory");
+  u32 done;
+  do {
+    asm volatile("{.reg .pred P; mbarrier.try_wait.parity.shared::cta.b64 P, [%1], %2, %3; selp.u32 %0, 1, 0, P;}"
+                 : "=r"(done) : "r"(smem_address(bar)), "r"(parity), "r"(10000000u) : "memory");
+  } while (!done);
 }
 #endif
 
