@@ -379,7 +379,9 @@ DEVICE void prefetch_exact(const Params& p, int b, int head, int lane) {
 
 DEVICE void load_exact(ExactRows& r, const Params& p, int b, int head, int lane, int e0) {
   if (!e0) {                                         // new rows follow the side store; both obey the mask
-    r.kept = lane < p.E ? p.exact_slot[b * p.E + lane] : lane < p.E + p.N ? (int)*p.length + lane - p.E : -1;
+    const int length = (int)*p.length;
+    r.kept = lane < p.E ? p.exact_slot[b * p.E + lane] : lane < p.E + p.N ? length + lane - p.E : -1;
+    if (lane < p.E && p.N && r.kept >= length) r.kept = -1;   // the new row, already among the exact ones: it counts once
     if (p.mask && r.kept >= 0 && !p.mask[b * p.mask_row + r.kept]) r.kept = -1;
   }
   const long long pair = b * p.Hkv + head;

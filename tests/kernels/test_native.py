@@ -129,8 +129,10 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
     assert kvsink.KVSinkCache.for_model(model, 2, 128).packed_layers()[0].codec.tiles
     logits = []
     torch._dynamo.reset()
-    step = torch.compile(model, backend="kvsink", mode="reduce-overhead", fullgraph=True)
-    for call in (model, step):
+    plain = torch.compile(model, backend="kvsink", fullgraph=True, options={"kvsink.inner": "eager"})
+    fused = torch.compile(model, backend="kvsink", fullgraph=True)
+    graphs = torch.compile(model, backend="kvsink", mode="reduce-overhead", fullgraph=True)
+    for call in (model, plain, fused, graphs):
         cache = KVSinkCache.for_model(model, 2, 128)
         seen, held = mask, []
         with torch.no_grad():
@@ -142,8 +144,11 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
                 torch.compiler.cudagraph_mark_step_begin()
                 held.append(call(ids[:, i : i + 1], attention_mask=wide, position_ids=positions, past_key_values=cache).logits.clone())
         logits.append(torch.cat(held, 1).float())
-    assert (logits[0] - logits[1]).norm() <= 2e-2 * logits[0].norm()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (logits[0] - logits[1]).norm() <= 1e-2 * logits[0].norm()  # the same operators in bfloat16
+    assert torch.equal(logits[2], logits[3])  # capture changes nothing
+    assert (logits[0] - logits[2]).norm() <= 0.15 * logits[0].norm()  # Inductor rounds less often, and codes of 2 bits turn
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # one each: no recompilation per token
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 def test_generate_takes_the_packed_path() -> None:
@@ -170,4 +175,4 @@ def test_a_cache_larger_than_the_gpu_is_refused_before_it_is_made() -> None:
     before = torch.cuda.memory_allocated()
     with pytest.raises(KvsinkError, match="GiB are free"):
         KVSinkCache.for_model(model, 100000, max_length=1 << 20)
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() <= before
