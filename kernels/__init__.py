@@ -6,6 +6,7 @@ under that name. It is then left empty: a second import would register every op 
 
 if __name__ == "kvsink.kernels":
     from .append import append_
+    from .append_attend import append_attend_
     from .attend import attend
     from .base import Cost, OpSpec, op_specs
     from .dequantize import dequantize
@@ -15,5 +16,5 @@ if __name__ == "kvsink.kernels":
     from .select_sinks import select_sinks
 
     __all__ = [
-        "Cost", "OpSpec", "append_", "attend", "dequantize", "hadamard", "op_specs", "quantize", "read", "select_sinks",
+        "Cost", "OpSpec", "append_", "append_attend_", "attend", "dequantize", "hadamard", "op_specs", "quantize", "read", "select_sinks",
     ]  # fmt: skip

@@ -116,6 +116,18 @@ def _attend_tiles(
     return (out / mass.clamp_min(1e-30)).reshape(b, h * r, s, d).to(q.dtype)
 
 
+def attend_any(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
+    scale: float, is_causal: bool, codec: str,
+) -> Tensor:  # fmt: skip
+    """The same without GPU kernels: in C or tile by tile on the CPU, else the definition."""
+    if q.device.type != "cpu":
+        return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
+    if not why_not(resolve_codec(codec), q, k):
+        return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
+    return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
+
+
 def attend_packed(
     lib: packed.Library, c: Any, q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor],
     mask: Tensor | None, scale: float, is_causal: bool,
@@ -139,16 +151,12 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
-    if q.device.type == "cpu":
-        if not why_not(resolve_codec(codec), q, k):
-            return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
-        return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
     c = resolve_codec(codec)
     if c.tiles and (lib := packed.usable(c, q.shape[1], k)) is not None:
         out = attend_packed(lib, c, q, k, v, state, params, mask, scale, is_causal)
         if out is not None:
             return out.contiguous()
-    return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
+    return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
 
 
 @attend.register_fake

@@ -31,6 +31,7 @@ __all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_ol
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
+_SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
 
@@ -69,7 +70,7 @@ class Variant:
     def source(self) -> str:
         """One translation unit without includes."""
         head = "".join(f"#define {name} {text}\n" for name, text in self.defines().items())
-        return head + "".join((_FOLDER / name).read_text() for name in ("attend.cuh", "rows.cuh"))
+        return head + "".join((_FOLDER / name).read_text() for name in ("attend.cuh", "rows.cuh", "step.cuh"))
 
 
 def too_old(device: torch.device) -> str | None:
@@ -209,22 +210,24 @@ class Cubin:
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name), f"finding {name.decode()}")
         return function
 
-    def _launch(self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, argument: ctypes.Structure) -> None:
-        args = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.byref(argument), ctypes.c_void_p))
+    def _launch(self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure) -> None:
+        args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, stream, args, None), "a launch")
 
-    def grid(self, heads: int) -> int:
-        """Blocks per key-value head: all of them run at once, as waiting for each other needs."""
-        return max(1, self.blocks // heads)
+    def share(self, heads: int) -> int:
+        """Blocks per key-value head that attend. All run at once, as waiting for each other needs; a few are left over."""
+        return max(1, (self.blocks - _SPARE) // heads)
 
-    def attend(self, argument: Any, heads: int) -> None:
-        """Launch `attend_packed`."""
-        self._launch(self._attend, self.grid(heads), heads, self._threads, self._shared, argument)
+    def attend(self, argument: Any, fresh: Any, heads: int) -> None:
+        """Launch `attend_packed`; `fresh` names rows to be stored by the blocks left over, or none."""
+        attending = self.share(heads) * heads
+        spare = max(1, self.blocks - attending) if fresh.B else 0
+        self._launch(self._attend, attending + spare, 1, self._threads, self._shared, argument, fresh)
 
-    def append(self, argument: Any, rows: int, heads: int) -> None:
-        """Launch `append_rows` over `rows` rows of every head."""
-        self._launch(self._append, -(-rows // 8), heads, self._row_threads, 0, argument)
+    def append(self, argument: Any, rows: int) -> None:
+        """Launch `append_rows` over `rows` rows, those of all heads counted."""
+        self._launch(self._append, -(-rows // 8), 1, self._row_threads, 0, argument)
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""

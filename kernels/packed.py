@@ -24,10 +24,11 @@ from torch import Tensor
 from . import native, tiles
 from .read import put_rows
 
-__all__ = ["AttendArguments", "RowArguments", "append_rows", "attend_chunk", "attend_one", "serves", "usable", "variant_of"]
+__all__ = ["AttendArguments", "RowArguments", "append_rows", "attend_chunk", "attend_one", "serves", "step", "usable", "variant_of"]
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SEGMENTS = 4
+_TOGETHER = 64  # sequences up to which the blocks that attention leaves over code the new rows in its shadow
 _DECODED_BYTES = 128 << 20  # keys and values of a piece of the past, decoded at a time
 
 State = Mapping[str, Tensor]
@@ -43,7 +44,7 @@ class AttendArguments(ctypes.Structure):
             "mask", "exact_k", "exact_v", "exact_slot", "new_k", "new_v", "value_mean", "out", "partial",
         )),
         ("mask_row", _long),
-        *((n, _int) for n in ("B", "Hkv", "tiles", "E", "N", "extra", "q_bf16", "key_hadamard", "value_hadamard")),
+        *((n, _int) for n in ("B", "Hkv", "share", "tiles", "E", "N", "extra", "q_bf16", "key_hadamard", "value_hadamard")),
         ("scale", _float),
     ]  # fmt: skip
 
@@ -72,8 +73,9 @@ class Library(Protocol):
     partial: Tensor
     arrived: Tensor
 
-    def attend(self, argument: Any, heads: int) -> None: ...
-    def append(self, argument: Any, rows: int, heads: int) -> None: ...
+    def share(self, heads: int) -> int: ...
+    def attend(self, argument: Any, fresh: Any, heads: int) -> None: ...
+    def append(self, argument: Any, rows: int) -> None: ...
     def decode(self, argument: Any, rows: int, heads: int) -> None: ...
 
 
@@ -158,10 +160,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if aligned else x.contiguous()
 
 
-def append_rows(
+def _fresh_rows(
     lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
-) -> bool:
-    """Code and store new rows [B, H, S, 128], keys after RoPE. True when the exact rows have been seen to as well."""
+) -> tuple[RowArguments, bool, list[Tensor]]:
+    """Arguments for new rows, whether the kernel sees to the exact rows too, and what must live until the launch."""
     k, v = _rows(k), _rows(v)
     positions = positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
     a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
@@ -178,7 +180,15 @@ def append_rows(
         a.exact_slot, a.exact_score = at(st["exact_slot"]), at(st["exact_score"])
         for i, (score, capacity) in enumerate(zip(scores, codec.segments, strict=True)):
             a.score[i], a.capacity[i] = score.data_ptr(), capacity
-    lib.append(a, k.shape[0] * k.shape[2], k.shape[1])
+    return a, whole, [k, v, positions, *scores]
+
+
+def append_rows(
+    lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
+) -> bool:
+    """Code and store new rows [B, H, S, 128], keys after RoPE. True when the exact rows have been seen to as well."""
+    a, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
+    lib.append(a, k.shape[0] * k.shape[2] * k.shape[1])
     return whole
 
 
@@ -210,10 +220,25 @@ def _mask_rows(mask: Tensor, slots: int) -> Tensor | None:
     return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
 
 
+def step(
+    lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State,
+    p: Params, mask: Tensor | None, scale: float,
+) -> Tensor | None:  # fmt: skip
+    """`append_` and `attend` of one new row per sequence in one launch; None when two are needed.
+
+    The new row enters the exact rows after attention has read them, so the row it drives out is exact for one step longer.
+    """
+    if codec.strict or k.shape[0] > _TOGETHER:
+        return None
+    fresh, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
+    return attend_one(lib, codec, q, k, v, st, p, mask, scale, fresh) if whole else None
+
+
 def attend_one(
-    lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, st: State, p: Params, mask: Tensor | None, scale: float
-) -> Tensor | None:
-    """`attend` of one new row per sequence; None when the mask is not one of visible slots."""
+    lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, st: State, p: Params, mask: Tensor | None, scale: float,
+    fresh: RowArguments | None = None,
+) -> Tensor | None:  # fmt: skip
+    """`attend` of one new row per sequence, which `fresh` stores too; None when the mask is not one of visible slots."""
     slots = st["k_codes"].shape[2]
     visible = None if mask is None else _mask_rows(mask, slots)
     if mask is not None and visible is None:
@@ -230,11 +255,11 @@ def attend_one(
         exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
         value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
-        B=q.shape[0], Hkv=k.shape[1], tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows, N=new, extra=1 - new,
+        B=q.shape[0], Hkv=k.shape[1], share=lib.share(k.shape[1]), tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows, N=new, extra=1 - new,
         q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key), value_hadamard=_rotates(codec.value),
         scale=scale * math.log2(math.e),
     )  # fmt: skip
-    lib.attend(a, k.shape[1])
+    lib.attend(a, RowArguments() if fresh is None else fresh, k.shape[1])
     return out
 
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.kernels import append_, attend, read
+from kvsink.kernels import append_, append_attend_, read
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
@@ -104,6 +104,7 @@ class KVSinkLayer(CacheLayerMixin):
         self.is_compileable = max_length is not None
         self.params: list[Tensor] = []
         self._held = 0  # tokens held, for growing caches only
+        self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
@@ -186,13 +187,14 @@ class KVSinkLayer(CacheLayerMixin):
         self._check_positions(positions, new)
         if self.codec.tiles and new > 1 and not torch.compiler.is_compiling():
             self._set_anchors(frame, positions)
+        if self._defers(frame):
+            key_states._kvsink_layer = self  # type: ignore[attr-defined]  # attention asks the layer, see kvsink.attention
+            self._fresh = positions, self._candidates(frame, positions, key_states)
+            return key_states, value_states
         append_(
             key_states, value_states, positions, cos, sin, self._candidates(frame, positions, key_states), self.state(),
             self.params, self.codec_text, True,
         )  # fmt: skip
-        if self._defers(frame):
-            key_states._kvsink_layer = self  # type: ignore[attr-defined]  # attention asks the layer, see kvsink.attention
-            return key_states, value_states
         full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
         # Outside the ops: Inductor may delay a read of a tensor past an op that writes it as one of a list.
         self.length.add_(new)
@@ -209,8 +211,11 @@ class KVSinkLayer(CacheLayerMixin):
         )  # fmt: skip
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
-        """Attention of the rows just appended, k after RoPE; then the length moves on."""
-        out = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
+        """Store the rows that `update` was given, k after RoPE, and attend; then the length moves on."""
+        positions, candidates = self._fresh
+        out = append_attend_(
+            q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
+        )
         self.length.add_(k.shape[2])
         if self.max_length is None:
             self._held += k.shape[2]

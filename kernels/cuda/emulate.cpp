@@ -2,8 +2,9 @@
 #define KVSINK_EMULATE
 #include "attend.cuh"
 #include "rows.cuh"
+#include "step.cuh"
 
-static const void* params;
+static const void *params, *fresh;
 static void (*kernel)();
 static void entry() {
   kernel();
@@ -40,11 +41,12 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
   free(stacks);
   free(emu::smem);
 }
-extern "C" void run_attend(const Params* p, int grid_x) {
-  run([] { attend_packed(*(const Params*)params); }, p, grid_x, p->Hkv, THREADS, SMEM_BYTES);
+extern "C" void run_attend(const Params* p, const RowParams* n, int blocks) {
+  fresh = n;
+  run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, blocks, 1, THREADS, SMEM_BYTES);
 }
-extern "C" void run_append(const RowParams* p, int grid_x) {
-  run([] { append_rows(*(const RowParams*)params); }, p, grid_x, p->Hkv, ROW_THREADS, ROW_SMEM);
+extern "C" void run_append(const RowParams* p, int blocks) {
+  run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);
 }
 extern "C" void run_decode(const RowParams* p, int grid_x) {
   run([] { decode_rows(*(const RowParams*)params); }, p, grid_x, p->Hkv, ROW_THREADS, ROW_SMEM);

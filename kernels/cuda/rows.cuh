@@ -2,7 +2,7 @@
 //
 // Formula    kernels/tiles.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
 // Layout     as attend.cuh, in whose translation unit this file stands: KW, VW and MODE are shared
-// Shapes     one block: 8 rows of one KV head; warps 0-7 their keys, warps 8-15 their values, 4 channels per lane
+// Shapes     half the warps of a block take the keys of one (row, KV head) each, the other half the values, 4 channels per lane
 // Exact      every product, difference and quotient is rounded on its own, as the plain operators do; only sums differ in order
 #ifndef KVSINK_ROWS
 #define KVSINK_ROWS
@@ -10,7 +10,7 @@
 #ifndef KSTEP
 #define KSTEP 1.5957691f, 0.9956867f, 0.5860194f, 0.3352006f  // spacing of 1- to 4-bit levels (kernels/levels.py)
 #endif
-constexpr int ROWS = 8, ROW_THREADS = 2 * ROWS * 32, SEGMENTS = 4, Z_STRIDE = D + 4;
+constexpr int ROW_THREADS = 512, SEGMENTS = 4, Z_STRIDE = D + 4;
 TABLE float STEPS[4] = {KSTEP};
 constexpr float HALF_MAX = 65504.0f, HALF_TINY = 6.0e-8f;
 
@@ -180,32 +180,59 @@ DEVICE u32 read_value_code(const unsigned char* tile, int slot, int channel) {
   return word >> (VF.shift[k] + VF.pos[k]) & ((1u << VF.width[k]) - 1u);
 }
 
-// y[r] = x[r] M for the rows in shared memory: every thread one column, a quarter of the inner sum.
-DEVICE void project_rows(float* xs, float* sums, const float* matrix) {
-  const int c = TID & 127, part = TID >> 7;
+// y[r] = x[r] M for the rows in shared memory: every thread one column, a part of the inner sum. Rows may be of several heads,
+// `first` being that of row 0; `index` counts (head, row).
+template <int N> DEVICE void project_rows(float* xs, float* sums, const float* matrices, int index, int rows, int heads) {
+  constexpr int ROWS = N / 64, PARTS = N / 128, LENGTH = (D + PARTS - 1) / PARTS;
+  const int c = TID & 127, part = TID >> 7, from = part * LENGTH, to = from + LENGTH < D ? from + LENGTH : D;
+  const int first = index / rows, last = (index + ROWS - 1) / rows;
   float acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) acc[r] = 0;
+  if (first == last) {
+    const float* matrix = matrices + (long long)first * D * D;
 #pragma unroll 8
-  for (int d = part * 32; d < part * 32 + 32; d++) {
-    const float u = matrix[d * D + c];
+    for (int d = from; d < to; d++) {
+      const float u = matrix[d * D + c];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) acc[r] += xs[r * Z_STRIDE + d] * u;
+      for (int r = 0; r < ROWS; r++) acc[r] += xs[r * Z_STRIDE + d] * u;
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const int head = (index + r) / rows;
+      if (head < heads) {
+        const float* matrix = matrices + (long long)head * D * D;
+#pragma unroll 16
+        for (int d = from; d < to; d++) acc[r] += xs[r * Z_STRIDE + d] * matrix[d * D + c];
+      }
+    }
   }
 #pragma unroll
   for (int r = 0; r < ROWS; r++) sums[(part * ROWS + r) * Z_STRIDE + c] = acc[r];
 }
-DEVICE void collect_row(float (&x)[4], const float* sums, int r, int lane) {
+template <int N> DEVICE void collect_row(float (&x)[4], const float* sums, int r, int lane) {
+  constexpr int ROWS = N / 64, PARTS = N / 128;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int c = 4 * lane + i;
-    x[i] = (sums[r * Z_STRIDE + c] + sums[(ROWS + r) * Z_STRIDE + c]) + (sums[(2 * ROWS + r) * Z_STRIDE + c] + sums[(3 * ROWS + r) * Z_STRIDE + c]);
+    x[i] = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) x[i] += sums[(part * ROWS + r) * Z_STRIDE + 4 * lane + i];
   }
 }
 
 DEVICE void write4(void* base, long long at, const float (&x)[4], int bf16) {
   const uint2 v = {bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]), bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3])};
   *(uint2*)((unsigned short*)base + at) = v;
+}
+
+// Whether the new row of sequence b is better than the worst exact row of some segment.
+DEVICE bool may_enter(const RowParams& p, int b, int lane) {
+  const float score = lane < p.E ? p.exact_score[b * p.E + lane] : 0.0f;
+  bool better = false;
+  for (int i = 0, from = 0; i < p.segments; from += p.capacity[i], i++)
+    better = better || (lane >= from && lane < from + p.capacity[i] && p.score[i][b] > score);
+  return any_lane(better);
 }
 
 // The new row of sequence b takes the place of a segment's worst exact row if it is better. Every head decides alike; the
@@ -245,19 +272,15 @@ DEVICE void enter_exact(const RowParams& p, uint2 k, uint2 v, int b, int head, i
   }
 }
 
-constexpr int ROW_SMEM = ROWS * Z_STRIDE * 4 * (MODE == 2 ? 5 : 0) + 2 * ROWS * D;
+constexpr int ROW_SMEM = ROW_THREADS / 64 * (Z_STRIDE * 4 * (MODE == 2 ? 1 + ROW_THREADS / 128 : 0) + 2 * D);
 
-#ifndef KVSINK_EMULATE
-extern "C" __device__ const int kvsink_launch[3] = {THREADS, SMEM_BYTES, ROW_THREADS};   // what the host must ask for
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) append_rows(const __grid_constant__ RowParams p) {
-  __shared__ __align__(16) unsigned char smem[ROW_SMEM];
-#else
-static void append_rows(const RowParams& p) {
-  unsigned char* smem = EMULATED_SMEM;
-#endif
-  const int lane = TID & 31, warp = TID >> 5, head = CTA_Y, r = warp % ROWS, index = CTA_X * ROWS + r;
-  const bool values = warp >= ROWS, inside = index < p.B * p.S;
-  const int b = inside ? index / p.S : 0, s = inside ? index - b * p.S : 0, slot = (int)*p.length + s;
+// Codes and stores as many (head, row) as half the warps of a block of N threads.
+template <int N> DEVICE void append_unit(const RowParams& p, int unit, bool enter, unsigned char* smem) {
+  constexpr int ROWS = N / 64;
+  const int lane = TID & 31, warp = TID >> 5, r = warp % ROWS, rows = p.B * p.S, index = unit * ROWS + r;
+  const bool values = warp >= ROWS, inside = index < p.Hkv * rows;
+  const int head = inside ? index / rows : 0, row_index = inside ? index - head * rows : 0;
+  const int b = row_index / p.S, s = row_index - b * p.S, slot = (int)*p.length + s;
   const bool live = inside && slot < p.L;         // what does not fit is dropped; the cache says so beforehand
   unsigned char* code = smem + warp * D;
   float *xs = (float*)(smem + 2 * ROWS * D), *sums = xs + ROWS * Z_STRIDE;
@@ -281,9 +304,9 @@ static void append_rows(const RowParams& p) {
 #pragma unroll
       for (int i = 0; i < 4; i++) xs[r * Z_STRIDE + 4 * lane + i] = x[i];
     sync_cta();
-    project_rows(xs, sums, p.basis + (long long)head * D * D);
+    project_rows<N>(xs, sums, p.basis, unit * ROWS, rows, p.Hkv);
     sync_cta();
-    if (!values) collect_row(x, sums, r, lane);
+    if (!values) collect_row<N>(x, sums, r, lane);
   }
   if (!live) return;
   u32 c[4];
@@ -325,10 +348,21 @@ static void append_rows(const RowParams& p) {
   }
   store_key_words(p.k_codes + tile * K_BYTES, code, slot, lane);
   if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
-  if (p.segments) {
+  if (enter && p.segments) {
     const uint2 v = load4(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + 4 * lane);
     enter_exact(p, row, v, b, head, slot, lane);
   }
+}
+
+#ifndef KVSINK_EMULATE
+extern "C" __device__ const int kvsink_launch[3] = {THREADS, SMEM_BYTES, ROW_THREADS};   // what the host must ask for
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) append_rows(const __grid_constant__ RowParams p) {
+  __shared__ __align__(16) unsigned char smem[ROW_SMEM];
+#else
+static void append_rows(const RowParams& p) {
+  unsigned char* smem = EMULATED_SMEM;
+#endif
+  append_unit<ROW_THREADS>(p, CTA_X, true, smem);
 }
 
 #ifndef KVSINK_EMULATE
@@ -338,6 +372,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) decode_rows(const __gr
 static void decode_rows(const RowParams& p) {
   unsigned char* smem = EMULATED_SMEM;
 #endif
+  constexpr int ROWS = ROW_THREADS / 64;
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y, r = warp % ROWS, index = CTA_X * ROWS + r;
   const bool values = warp >= ROWS, live = index < p.B * p.S;
   const int b = live ? index / p.S : 0, s = live ? index - b * p.S : 0, slot = p.first + s;
@@ -371,9 +406,9 @@ static void decode_rows(const RowParams& p) {
   }
   if (MODE == 2) {
     sync_cta();
-    project_rows(xs, sums, p.basis + (long long)head * D * D);
+    project_rows<ROW_THREADS>(xs, sums, p.basis + (long long)head * D * D, 0, ROWS, 1);
     sync_cta();
-    if (!values) collect_row(x, sums, r, lane);
+    if (!values) collect_row<ROW_THREADS>(x, sums, r, lane);
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] = add(x[i], t[i]);

@@ -45,11 +45,14 @@ class Emulated:
         self.partial = torch.full((64 * blocks * 4 * 132,), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
 
-    def attend(self, argument: Any, heads: int) -> None:
-        assert self.lib.attend_bytes() == ctypes.sizeof(argument)
-        self.lib.run_attend(ctypes.byref(argument), self.blocks)
+    def share(self, heads: int) -> int:
+        return self.blocks
 
-    def append(self, argument: Any, rows: int, heads: int) -> None:
+    def attend(self, argument: Any, fresh: Any, heads: int) -> None:
+        assert self.lib.attend_bytes() == ctypes.sizeof(argument)
+        self.lib.run_attend(ctypes.byref(argument), ctypes.byref(fresh), self.blocks * heads + (2 if fresh.B else 0))
+
+    def append(self, argument: Any, rows: int) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
         self.lib.run_append(ctypes.byref(argument), -(-rows // 8))
 

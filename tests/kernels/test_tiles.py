@@ -335,3 +335,53 @@ def test_beams_move_codes_and_anchors_alike() -> None:
         cache.reorder_cache(torch.tensor([1, 0]))
         straight = model(ids[:, :1], attention_mask=one, past_key_values=cache).logits
     assert (swapped[[1, 0]] - straight).abs().max() <= 1e-4 * straight.abs().max()
+
+
+@pytest.mark.parametrize(("index", "batch", "length", "blocks", "best"), [
+    (0, 1, 300, 3, 9.0), (0, 3, 255, 2, -9.0), (1, 7, 130, 2, 9.0), (2, 2, 300, 4, 9.0), (3, 9, 128, 1, 0.0), (4, 2, 0, 2, 9.0),
+])  # fmt: skip
+def test_a_step_stores_the_new_row_and_attends_in_one_launch(index: int, batch: int, length: int, blocks: int, best: float) -> None:
+    mine, wanted = layer_of(index, batch), layer_of(index, batch)
+    for layer in (mine, wanted):
+        layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
+        if length:
+            append(layer, rows(batch, length, 1), rows(batch, length, 2), torch.arange(length)[None])
+        layer.length.fill_(length)
+    q = rows(batch, 1, 5, HEADS, torch.float16) * 0.5
+    k, v = rows(batch, 1, 6, dtype=torch.float16), rows(batch, 1, 7, dtype=torch.float16)
+    positions = torch.full((batch, 1), length)
+    scores: list[Tensor] = []
+    for i, _ in enumerate(mine.codec.segments):
+        scores += [torch.randn(batch, 1, generator=torch.Generator().manual_seed(i)) + best, torch.zeros(batch, 1, dtype=torch.int64)]
+    mask = (torch.arange(SLOTS) <= length)[None, None, None]
+    wide = [x.float() for x in (q, k, v)]
+    expected = attend_ref(*wide, wanted.state(), wanted.params, mask, 0.09, False, wanted.codec_text)
+    none = torch.empty(1, 1, 0)
+    append_ref(k, v, positions, none, none, scores, wanted.state(), wanted.params, wanted.codec_text, True)
+    st, p = mine.codec.named(mine.state()), dict(zip(mine.codec.param_names(), mine.params, strict=True))
+    lib = library(mine, blocks)
+    got = packed.step(lib, mine.codec, q, k, v, positions, scores, st, p, mask, 0.09)
+    assert got is not None and (got.float() - expected).norm() <= 2e-3 * expected.norm()
+    assert (lib.partial == -1).all() and not lib.arrived.any()
+    for a, b in zip(decoded(mine, length + 1), decoded(wanted, length + 1), strict=True):
+        assert ((a - b).abs() <= 2e-3).float().mean() >= 0.999
+    for name in ("v_codes", "v_scale"):
+        assert torch.equal(getattr(mine, name), getattr(wanted, name))
+    assert torch.equal(mine.shared.positions, wanted.shared.positions)
+    assert torch.equal(mine.exact_slot.sort(1)[0], wanted.exact_slot.sort(1)[0])
+    assert torch.equal(mine.exact_score.sort(1)[0], wanted.exact_score.sort(1)[0])
+    order = [x.exact_score.argsort(1)[:, None, :, None].expand_as(x.exact_k) for x in (mine, wanted)]
+    assert torch.equal(mine.exact_k.gather(2, order[0]), wanted.exact_k.gather(2, order[1]))
+
+
+def test_a_step_of_many_sequences_or_of_strict_rows_is_left_to_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(2, 2)
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    q, k = rows(2, 1, 1, HEADS, torch.float16), rows(2, 1, 2, dtype=torch.float16)
+    scores = [torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)] * len(layer.codec.segments)
+    call = (q, k, k, torch.zeros(2, 1, dtype=torch.int64), scores, st, p, None, 1.0)
+    from dataclasses import replace
+
+    assert packed.step(library(layer), replace(layer.codec, strict=True), *call) is None
+    monkeypatch.setattr(packed, "_TOGETHER", 1)
+    assert packed.step(library(layer), layer.codec, *call) is None
