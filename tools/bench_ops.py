@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.kernels import packed
-from kvsink.kernels.append import append_tiles
+from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_packed, attend_ref
 from kvsink.tools.bench_model import fill, llama, rewritten
 from kvsink.tools.timing import Times, graph_times
@@ -82,7 +82,7 @@ def ops_rows(methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int
         for method, bits, attach in runtimes:
             row = _one(attach(), method, bits, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
             rows.append(row)
-            say("  " + "  ".join(f"{k}={row[k]}" for k in ("method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "of_limit")))
+            say("  " + "  ".join(f"{k}={row[k]}" for k in ("method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "of_limit") if k in row))
             gc.collect()
             torch.cuda.empty_cache()
     return rows
@@ -114,8 +114,8 @@ def _one(
     def attention(x: Any) -> Tensor:
         return attend_packed(lib, codec, q, k, v, x.state(), x.params, None, scale, False)  # type: ignore[return-value]
 
-    def store(x: Any) -> None:
-        append_tiles(lib, codec, k, v, positions, scores, x.state(), x.params)
+    def step(x: Any) -> Tensor:
+        return append_attend_(q, k, v, positions, scores, x.state(), x.params, None, scale, False, x.codec_text)
 
     error = _error(layer, codec, attention, q, k, v, scale)
     bits_held = 8 * size / (b * t * kv_heads * 256)
@@ -128,7 +128,7 @@ def _one(
     layers = [layer] + [made() for _ in range(max(1, min(32, -(-_DISTINCT // size))) - 1)]
     repeats = 1 if len(layers) > 8 else 4
     alone = graph_times([lambda x=x: attention(x) for _ in range(repeats) for x in layers])
-    both = graph_times([lambda x=x: (store(x), attention(x)) for _ in range(repeats) for x in layers])
+    both = graph_times([lambda x=x: step(x) for _ in range(repeats) for x in layers])
     limit = size / bandwidth * 1e3
     return {
         **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
