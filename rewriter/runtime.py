@@ -238,7 +238,8 @@ class _Hook:
         return args[at] if at < len(args) else None
 
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The kvsink cache of a call, or None."""
+        """The kvsink cache of a call, or None. Its frame is written through `shared`: dynamo of torch 2.11 does not trace
+        the setter of a property."""
         found = self.given("past_key_values", args, kwargs)
         return found if getattr(found, "is_kvsink", False) else None
 
@@ -256,7 +257,7 @@ class _NewFrame(_Hook):
         if rows is not None:
             mask = self.given("attention_mask", args, kwargs)
             frame.valid = _valid_rows(mask, rows.shape[0], rows.shape[1], cache)
-        cache.frame = frame
+        cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():
             mask = self.given("attention_mask", args, kwargs)
@@ -288,7 +289,7 @@ class _EndFrame(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = self.cache(args, kwargs)
         if cache is not None:
-            cache.frame = None
+            cache.shared.frame = None
 
 
 class _Positions(_Hook):
@@ -296,14 +297,14 @@ class _Positions(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)
-        if cache is None or cache.frame is None:
+        if cache is None or cache.shared.frame is None:
             return
         angles = self.given("position_embeddings", args, kwargs)
         if angles is not None:
-            cache.frame.cos, cache.frame.sin = angles
+            cache.shared.frame.cos, cache.shared.frame.sin = angles
         positions = self.given("position_ids", args, kwargs)
         if positions is not None and positions.dim() == 2:
-            cache.frame.positions = positions
+            cache.shared.frame.positions = positions
 
 
 class _Stage(_Hook):
@@ -317,10 +318,10 @@ class _Stage(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = self.cache(args, kwargs)
-        if cache is None or cache.frame is None:
+        if cache is None or cache.shared.frame is None:
             return
         hidden = output[0] if isinstance(output, tuple) else output
-        cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, False)
+        cache.shared.frame.candidates[self.key] = _rank(hidden, cache.shared.frame, self.channels, self.weights, self.count, False)
 
 
 class _Massive(_Hook):
@@ -335,10 +336,10 @@ class _Massive(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)
-        if cache is None or cache.frame is None:
+        if cache is None or cache.shared.frame is None:
             return
         hidden = self.given("hidden_states", args, kwargs)
-        cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, True)
+        cache.shared.frame.candidates[self.key] = _rank(hidden, cache.shared.frame, self.channels, self.weights, self.count, True)
 
 
 def _rank(
