@@ -31,6 +31,7 @@ __all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_ol
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
+SIDE_BY_SIDE = True  # code new rows on the multiprocessors that attention leaves over
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
@@ -203,6 +204,7 @@ class Cubin:
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Words another block waits for: empty is -1, and every launch leaves them so.
         self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
+        self._side = torch.cuda.Stream(device)
         self.arrived = torch.zeros(65536, dtype=torch.int32, device=device)
 
     def _function(self, name: bytes) -> ctypes.c_void_p:
@@ -220,14 +222,26 @@ class Cubin:
         return max(1, (self.blocks - _SPARE) // heads)
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
-        """Launch `attend_packed`; `fresh` names rows to be stored by the blocks left over, or none."""
-        attending = self.share(heads) * heads
-        spare = max(1, self.blocks - attending) if fresh.B else 0
-        self._launch(self._attend, attending + spare, 1, self._threads, self._shared, argument, fresh)
+        """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
+        self._launch(self._attend, self.share(heads), heads, self._threads, self._shared, argument, fresh)
 
-    def append(self, argument: Any, rows: int) -> None:
-        """Launch `append_rows` over `rows` rows, those of all heads counted."""
-        self._launch(self._append, -(-rows // 8), 1, self._row_threads, 0, argument)
+    def append(self, argument: Any) -> None:
+        """Launch `append_rows`."""
+        pairs = argument.B * argument.S * argument.Hkv
+        self._launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
+
+    def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
+        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
+        if not (SIDE_BY_SIDE and torch.cuda.is_current_stream_capturing()):
+            self.append(rows)
+            self.attend(argument, fresh, heads)
+            return
+        here = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(here)
+        self.attend(argument, fresh, heads)
+        with torch.cuda.stream(self._side):
+            self.append(rows)
+        here.wait_stream(self._side)
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""

@@ -28,7 +28,6 @@ __all__ = ["AttendArguments", "RowArguments", "append_rows", "attend_chunk", "at
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SEGMENTS = 4
-_TOGETHER = 64  # sequences up to which the blocks that attention leaves over code the new rows in its shadow
 _DECODED_BYTES = 128 << 20  # keys and values of a piece of the past, decoded at a time
 
 State = Mapping[str, Tensor]
@@ -62,7 +61,7 @@ class RowArguments(ctypes.Structure):
             "stored_positions", "k_codes", "v_codes", "k_scale", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
         )),
         ("score", _pointer * _SEGMENTS), ("arrived", _pointer), ("capacity", _int * _SEGMENTS),
-        *((n, _int) for n in ("segments", "E", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "first")),
+        *((n, _int) for n in ("segments", "E", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first")),
         ("key_clip", _float), ("value_clip", _float),
     ]  # fmt: skip
 
@@ -75,7 +74,8 @@ class Library(Protocol):
 
     def share(self, heads: int) -> int: ...
     def attend(self, argument: Any, fresh: Any, heads: int) -> None: ...
-    def append(self, argument: Any, rows: int) -> None: ...
+    def append(self, argument: Any) -> None: ...
+    def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None: ...
     def decode(self, argument: Any, rows: int, heads: int) -> None: ...
 
 
@@ -169,6 +169,7 @@ def _fresh_rows(
     a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
     at = native.pointer
     a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
+    a.per = min(8, k.shape[0] * k.shape[2])  # a block's rows are of one head, or nearly all blocks' are
     a.position_row = positions.stride(0) if positions.shape[0] > 1 else 0
     # One new row has one candidate per segment: the kernel enters it itself.
     whole = k.shape[2] == 1 and len(codec.segments) <= _SEGMENTS and all(s.shape[1] == 1 for s in candidates[::2])
@@ -188,7 +189,7 @@ def append_rows(
 ) -> bool:
     """Code and store new rows [B, H, S, 128], keys after RoPE. True when the exact rows have been seen to as well."""
     a, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
-    lib.append(a, k.shape[0] * k.shape[2] * k.shape[1])
+    lib.append(a)
     return whole
 
 
@@ -224,11 +225,11 @@ def step(
     lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State,
     p: Params, mask: Tensor | None, scale: float,
 ) -> Tensor | None:  # fmt: skip
-    """`append_` and `attend` of one new row per sequence in one launch; None when two are needed.
+    """`append_` and `attend` of one new row per sequence, side by side; None when one must wait for the other.
 
     The new row enters the exact rows after attention has read them, so the row it drives out is exact for one step longer.
     """
-    if codec.strict or k.shape[0] > _TOGETHER:
+    if codec.strict:
         return None
     fresh, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
     return attend_one(lib, codec, q, k, v, st, p, mask, scale, fresh) if whole else None
@@ -259,7 +260,12 @@ def attend_one(
         q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key), value_hadamard=_rotates(codec.value),
         scale=scale * math.log2(math.e),
     )  # fmt: skip
-    lib.attend(a, RowArguments() if fresh is None else fresh, k.shape[1])
+    if fresh is None:
+        lib.attend(a, RowArguments(), k.shape[1])
+    else:  # attention sees to the exact rows, the coding does not
+        coded = RowArguments.from_buffer_copy(fresh)
+        coded.segments = 0
+        lib.step(a, fresh, coded, k.shape[1])
     return out
 
 

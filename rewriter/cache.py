@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.kernels import append_, append_attend_, read
+from kvsink.kernels import append_, read
+from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
@@ -213,7 +214,7 @@ class KVSinkLayer(CacheLayerMixin):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
         """Store the rows that `update` was given, k after RoPE, and attend; then the length moves on."""
         positions, candidates = self._fresh
-        out = append_attend_(
+        out = append_attend(
             q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
         )
         self.length.add_(k.shape[2])

@@ -131,7 +131,7 @@ struct Params {
   void* out;                // [B, Hkv * R, 128]
   float* partial;           // [Hkv, grid_x, 4 * PART], every word 0xffffffff before the first launch and left so
   long long mask_row;       // bytes between the masks of two rows, 0 when all rows share one
-  int B, Hkv, share, tiles, E, N, extra;  // share: blocks of a KV head that attend, blocks behind them code rows; extra: packed slots from `length` on that are to be read (strict), else 0
+  int B, Hkv, share, tiles, E, N, extra;  // share: blocks of a KV head; extra: packed slots from `length` on that are to be read (strict), else 0
   int q_bf16, key_hadamard, value_hadamard;
   float scale;              // softmax scale times log2(e)
 };

@@ -41,9 +41,9 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
   free(stacks);
   free(emu::smem);
 }
-extern "C" void run_attend(const Params* p, const RowParams* n, int blocks) {
+extern "C" void run_attend(const Params* p, const RowParams* n) {
   fresh = n;
-  run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, blocks, 1, THREADS, SMEM_BYTES);
+  run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, SMEM_BYTES);
 }
 extern "C" void run_append(const RowParams* p, int blocks) {
   run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);

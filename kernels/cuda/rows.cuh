@@ -36,6 +36,7 @@ struct RowParams {
   u32* arrived;                                 // [B] zero
   int capacity[SEGMENTS];
   int segments, E, B, Hkv, S, L, bf16, key_hadamard, value_hadamard;
+  int per;                                      // (head, row) pairs of a block, at most half its warps
   int first;                                    // decode_rows: first slot, S slots are read
   float key_clip, value_clip;
 };
@@ -182,10 +183,10 @@ DEVICE u32 read_value_code(const unsigned char* tile, int slot, int channel) {
 
 // y[r] = x[r] M for the rows in shared memory: every thread one column, a part of the inner sum. Rows may be of several heads,
 // `first` being that of row 0; `index` counts (head, row).
-template <int N> DEVICE void project_rows(float* xs, float* sums, const float* matrices, int index, int rows, int heads) {
+template <int N> DEVICE void project_rows(float* xs, float* sums, const float* matrices, int index, int rows, int heads, int per) {
   constexpr int ROWS = N / 64, PARTS = N / 128, LENGTH = (D + PARTS - 1) / PARTS;
   const int c = TID & 127, part = TID >> 7, from = part * LENGTH, to = from + LENGTH < D ? from + LENGTH : D;
-  const int first = index / rows, last = (index + ROWS - 1) / rows;
+  const int first = index / rows, last = (index + per - 1) / rows;
   float acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) acc[r] = 0;
@@ -201,7 +202,7 @@ template <int N> DEVICE void project_rows(float* xs, float* sums, const float* m
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const int head = (index + r) / rows;
-      if (head < heads) {
+      if (r < per && head < heads) {
         const float* matrix = matrices + (long long)head * D * D;
 #pragma unroll 16
         for (int d = from; d < to; d++) acc[r] += xs[r * Z_STRIDE + d] * matrix[d * D + c];
@@ -275,10 +276,10 @@ DEVICE void enter_exact(const RowParams& p, uint2 k, uint2 v, int b, int head, i
 constexpr int ROW_SMEM = ROW_THREADS / 64 * (Z_STRIDE * 4 * (MODE == 2 ? 1 + ROW_THREADS / 128 : 0) + 2 * D);
 
 // Codes and stores as many (head, row) as half the warps of a block of N threads.
-template <int N> DEVICE void append_unit(const RowParams& p, int unit, bool enter, unsigned char* smem) {
+template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned char* smem) {
   constexpr int ROWS = N / 64;
-  const int lane = TID & 31, warp = TID >> 5, r = warp % ROWS, rows = p.B * p.S, index = unit * ROWS + r;
-  const bool values = warp >= ROWS, inside = index < p.Hkv * rows;
+  const int lane = TID & 31, warp = TID >> 5, r = warp % ROWS, rows = p.B * p.S, index = unit * p.per + r;
+  const bool values = warp >= ROWS, inside = r < p.per && index < p.Hkv * rows;
   const int head = inside ? index / rows : 0, row_index = inside ? index - head * rows : 0;
   const int b = row_index / p.S, s = row_index - b * p.S, slot = (int)*p.length + s;
   const bool live = inside && slot < p.L;         // what does not fit is dropped; the cache says so beforehand
@@ -304,7 +305,7 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, bool ente
 #pragma unroll
       for (int i = 0; i < 4; i++) xs[r * Z_STRIDE + 4 * lane + i] = x[i];
     sync_cta();
-    project_rows<N>(xs, sums, p.basis, unit * ROWS, rows, p.Hkv);
+    project_rows<N>(xs, sums, p.basis, unit * p.per, rows, p.Hkv, p.per);
     sync_cta();
     if (!values) collect_row<N>(x, sums, r, lane);
   }
@@ -348,7 +349,7 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, bool ente
   }
   store_key_words(p.k_codes + tile * K_BYTES, code, slot, lane);
   if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
-  if (enter && p.segments) {
+  if (p.segments) {
     const uint2 v = load4(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + 4 * lane);
     enter_exact(p, row, v, b, head, slot, lane);
   }
@@ -362,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) append_rows(const __gr
 static void append_rows(const RowParams& p) {
   unsigned char* smem = EMULATED_SMEM;
 #endif
-  append_unit<ROW_THREADS>(p, CTA_X, true, smem);
+  append_unit<ROW_THREADS>(p, CTA_X, smem);
 }
 
 #ifndef KVSINK_EMULATE
@@ -406,7 +407,7 @@ static void decode_rows(const RowParams& p) {
   }
   if (MODE == 2) {
     sync_cta();
-    project_rows<ROW_THREADS>(xs, sums, p.basis + (long long)head * D * D, 0, ROWS, 1);
+    project_rows<ROW_THREADS>(xs, sums, p.basis + (long long)head * D * D, 0, ROWS, 1, ROWS);
     sync_cta();
     if (!values) collect_row<ROW_THREADS>(x, sums, r, lane);
   }

@@ -1,6 +1,5 @@
-// The kernel of one decode step: attention of one new row per sequence (attend.cuh), and in blocks that attention does not use
-// the coding of the new rows (rows.cuh). Attention reads the new row as it came, so neither waits for the other; the new row
-// enters the exact rows after attention has read them.
+// The kernel of one decode step: attention of one new row per sequence (attend.cuh), which then enters the exact rows if it is
+// better than one of them. Attention reads the new row as it came, so its coding (rows.cuh) may run beside this kernel.
 #ifndef KVSINK_STEP
 #define KVSINK_STEP
 
@@ -15,15 +14,7 @@ static void attend_packed(const Params& p, const RowParams& fresh)
 #else
   unsigned char* smem = EMULATED_SMEM;
 #endif
-  const int lane = TID & 31, warp = TID >> 5, head = CTA_X / p.share;
-  if (head >= p.Hkv) {                               // blocks on the multiprocessors that attention leaves over
-    const int units = (fresh.B * fresh.S * fresh.Hkv + THREADS / 64 - 1) / (THREADS / 64);
-    for (int unit = CTA_X - p.share * p.Hkv; unit < units; unit += GRID_X - p.share * p.Hkv) {
-      append_unit<THREADS>(fresh, unit, false, smem);
-      sync_cta();
-    }
-    return;
-  }
+  const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
   u64* bars = (u64*)(smem + OFF_BAR);
   u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows
 
@@ -41,7 +32,7 @@ static void attend_packed(const Params& p, const RowParams& fresh)
     }
   }
   const int held = (int)*p.length + p.extra, end = held < p.tiles * 128 ? held : p.tiles * 128, each = end < 1 ? 1 : (end + 127) / 128;
-  const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = CTA_X - head * p.share;
+  const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = CTA_X;
   sync_cta();
   if (c >= nc) return;
   Rows rows = {each, {(int)(total * c / nc), (int)(total * (c + 1) / nc)}};

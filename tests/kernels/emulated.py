@@ -50,11 +50,15 @@ class Emulated:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         assert self.lib.attend_bytes() == ctypes.sizeof(argument)
-        self.lib.run_attend(ctypes.byref(argument), ctypes.byref(fresh), self.blocks * heads + (2 if fresh.B else 0))
+        self.lib.run_attend(ctypes.byref(argument), ctypes.byref(fresh))
 
-    def append(self, argument: Any, rows: int) -> None:
+    def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
+        self.append(rows)
+        self.attend(argument, fresh, heads)
+
+    def append(self, argument: Any) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
-        self.lib.run_append(ctypes.byref(argument), -(-rows // 8))
+        self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         self.lib.run_decode(ctypes.byref(argument), -(-rows // 8))
