@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvsink.kernels import packed
+from kvsink.kernels import native, packed
 from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_packed, attend_ref
 from kvsink.tools.bench_model import fill, llama, rewritten
@@ -68,7 +68,7 @@ def packed_bytes(codec: Any, b: int, t: int, kv_heads: int) -> int:
 
 
 def ops_rows(methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One row per method, bits and shape, with `append_` apart and together."""
+    """One row per method, bits and shape, with `append_`: beside attention, and in turn."""
     dtype, rows = torch.float16, []
     model = llama(layers=1, dtype=dtype, vocabulary=512)
     a = model.config
@@ -82,7 +82,7 @@ def ops_rows(methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int
         for method, bits, attach in runtimes:
             row = _one(attach(), method, bits, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
             rows.append(row)
-            say("  " + "  ".join(f"{k}={row[k]}" for k in ("method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "of_limit") if k in row))
+            say("  " + "  ".join(f"{k}={row[k]}" for k in ("method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "in_turn_ms", "of_limit") if k in row))
             gc.collect()
             torch.cuda.empty_cache()
     return rows
@@ -129,11 +129,14 @@ def _one(
     repeats = 1 if len(layers) > 8 else 4
     alone = graph_times([lambda x=x: attention(x) for _ in range(repeats) for x in layers])
     both = graph_times([lambda x=x: step(x) for _ in range(repeats) for x in layers])
+    native.SIDE_BY_SIDE = False
+    in_turn = graph_times([lambda x=x: step(x) for _ in range(repeats) for x in layers])
+    native.SIDE_BY_SIDE = True
     limit = size / bandwidth * 1e3
     return {
         **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
         "speedup": round(base[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
-        "speedup_with_append": round(base[1] / both[1], 3), "bytes": size, "limit_ms": round(limit, 5),
+        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size, "limit_ms": round(limit, 5),
         "of_limit": round(limit / alone[1], 3), "byte_limit_speedup": round(base[1] / limit, 2),
     }  # fmt: skip
 
