@@ -16,7 +16,7 @@ from torch import Tensor
 from kvsink.kernels.dequantize import dequantize_ref
 from kvsink.kernels.nuq import nuq_decode_static, nuq_decode_token, nuq_encode_static, nuq_encode_token
 from kvsink.kernels.packing import packed_bytes
-from kvsink.kernels.quantize import KINDS, quantize_ref, scales_per_row
+from kvsink.kernels.quantize import KINDS, SIGMA_KINDS, quantize_ref, scales_per_row
 from kvsink.kernels.vector import vector_decode, vector_encode
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _decode(codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str) -
 
 
 def _tables(s: SideSpec, prefix: str) -> tuple[str, ...]:
-    return (f"{prefix}_sigma",) if s.kind == "lloyd" else ()
+    return (f"{prefix}_sigma",) if s.kind in SIGMA_KINDS else ()
 
 
 for _kind in KINDS:
