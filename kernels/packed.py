@@ -142,7 +142,7 @@ def _rotates(side: Any) -> int:
 
 def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis: Tensor | None) -> RowArguments:
     at = native.pointer
-    a = RowArguments(
+    return RowArguments(
         k=at(k), v=at(v), k_stride=(_long * 3)(*k.stride()[:3]), v_stride=(_long * 3)(*v.stride()[:3]),
         table=at(p.get("k_table")), start_cos=at(p.get("start_cos")), start_sin=at(p.get("start_sin")),
         anchor_cos=at(p.get("anchor_cos")), anchor_sin=at(p.get("anchor_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
@@ -151,7 +151,6 @@ def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis
         bf16=int(k.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key), value_hadamard=_rotates(codec.value),
         key_clip=codec.key.clip, value_clip=codec.value.clip,
     )  # fmt: skip
-    return a
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -256,9 +255,9 @@ def attend_one(
         exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
         value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
-        B=q.shape[0], Hkv=k.shape[1], share=lib.share(k.shape[1]), tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows, N=new, extra=1 - new,
-        q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key), value_hadamard=_rotates(codec.value),
-        scale=scale * math.log2(math.e),
+        B=q.shape[0], Hkv=k.shape[1], share=lib.share(k.shape[1]), tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
+        N=new, extra=1 - new, q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key),
+        value_hadamard=_rotates(codec.value), scale=scale * math.log2(math.e),
     )  # fmt: skip
     if fresh is None:
         lib.attend(a, RowArguments(), k.shape[1])

@@ -94,16 +94,21 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 
 
 @bench.command(help="Tokens per second of a whole LLaMA-3-8B shape with random weights, compiled, under CUDA graphs.")
-@click.option("--sides", default=f"stock,{','.join(_METHODS)}", show_default=True, help="stock: 16 bit over grouped heads without a mask, the strongest; static: 16 bit as transformers compiles it; METHOD-BITS.")
-@click.option("--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits.")
+@click.option(
+    "--sides", default=f"stock,{','.join(_METHODS)}", show_default=True,
+    help="stock: 16 bit over grouped heads without a mask, the strongest; static: 16 bit as transformers compiles it; METHOD-BITS.",
+)  # fmt: skip
+@click.option(
+    "--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits."
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
 def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
     _gpu()
+    import torch
+
     from kvsink.tools.bench_model import decode_rows, llama
     from kvsink.tools.bench_ops import sdpa_best
-
-    import torch
 
     pairs, chosen = _pairs(shapes), _sides(sides)
     backends = {}
@@ -137,7 +142,9 @@ def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
 @click.option("--side", default="centred-even-2", show_default=True)
 @click.option("--tokens", default=1_000_000, show_default=True)
 @click.option("--chunk", default=8192, show_default=True)
-@click.option("--whole/--sampled", default=True, show_default=True, help="Run every chunk, or nine of them spread over the sequence.")
+@click.option(
+    "--whole/--sampled", default=True, show_default=True, help="Run every chunk, or nine of them spread over the sequence."
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
 def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: Path | None) -> int:

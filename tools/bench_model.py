@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def rewritten(model: Any, method: str, bits: int, protect: str = "kvsink:5+first
     layers = model.config.num_hidden_layers
     if id(model) not in _records:
         ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(model.device)
-        record = calibrate(model, ids, [()] * layers, {i: (64,) for i in range(layers)})
+        record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
         # Random weights have no sinks: a stage is named so that every step ranks its row as a trained model's does.
         stage = SinkStage(0, (7,), 1.0, 1.0)
         _records[id(model)] = replace(record, stages=(stage,))
@@ -172,7 +173,7 @@ def _decode(step: Callable[..., Any], cache: Any, reset: Callable[[], None], bat
             if not turn:
                 first = time.monotonic() - begun
             else:
-                times += [a.elapsed_time(b) for a, b in zip(events[2:-1], events[3:], strict=True)]
+                times += [a.elapsed_time(b) for a, b in pairwise(events[2:])]
     times.sort()
     return times[len(times) // 2] / 1e3, first
 
@@ -188,7 +189,9 @@ def _attempts(batch: int, fixed: bool) -> list[int]:
     return [batch] if fixed else [batch, int(batch * 0.94) // 8 * 8, int(batch * 0.88) // 8 * 8]
 
 
-def _run(make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]]], batch: int, fixed: bool, length: int) -> dict[str, Any]:
+def _run(
+    make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]]], batch: int, fixed: bool, length: int
+) -> dict[str, Any]:
     """Decode at a batch, or at the largest of a few that does not run out of memory."""
     for b in _attempts(batch, fixed):
         gc.collect()
@@ -215,7 +218,8 @@ def _run(make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]
 
 
 def decode_rows(
-    model: Any, sides: Sequence[str], shapes: Sequence[tuple[int, int]], backends: dict[tuple[int, int], str], say: Callable[[str], None]
+    model: Any, sides: Sequence[str], shapes: Sequence[tuple[int, int]], backends: dict[tuple[int, int], str],
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Tokens per second of each side ("stock", "static", or a method with its bits, "centred-even-2") at each shape."""
     rows = []
@@ -269,7 +273,9 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
 # -- prefill --------------------------------------------------------------------------------------------------------------
 
 
-def prefill_rows(model: Any, sides: Sequence[str], length: int, say: Callable[[str], None], repeats: int = 3) -> list[dict[str, Any]]:
+def prefill_rows(
+    model: Any, sides: Sequence[str], length: int, say: Callable[[str], None], repeats: int = 3
+) -> list[dict[str, Any]]:
     """Seconds of one prompt of `length` tokens in one piece; the logits of its last token only."""
     from kvsink.cache import KVSinkCache
     from kvsink.runtime import detach

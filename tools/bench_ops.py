@@ -26,10 +26,15 @@ __all__ = ["BOUND", "SHAPES", "ops_rows", "sdpa_best"]
 
 SHAPES = ((1, 1024), (1, 131072), (16, 8192), (64, 4096))
 BOUND = 2e-3  # relative error of an fp16 result: its own rounding, 2**-11, and a few like it
+_SAID = (
+    "method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "in_turn_ms", "of_limit",
+)  # fmt: skip
 _DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
 
 
-def sdpa_calls(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> dict[str, Callable[[Sequence[Tensor]], Tensor]]:
+def sdpa_calls(
+    b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> dict[str, Callable[[Sequence[Tensor]], Tensor]]:
     """Ways to ask PyTorch for decode attention of grouped heads."""
 
     def backend(kind: SDPBackend, rows: bool) -> Callable[[Sequence[Tensor]], Tensor]:
@@ -67,7 +72,9 @@ def packed_bytes(codec: Any, b: int, t: int, kv_heads: int) -> int:
     return sum(int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale"))
 
 
-def ops_rows(methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def ops_rows(
+    methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One row per method, bits and shape, with `append_`: beside attention, and in turn."""
     dtype, rows = torch.float16, []
     model = llama(layers=1, dtype=dtype, vocabulary=512)
@@ -82,7 +89,7 @@ def ops_rows(methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int
         for method, bits, attach in runtimes:
             row = _one(attach(), method, bits, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
             rows.append(row)
-            say("  " + "  ".join(f"{k}={row[k]}" for k in ("method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "in_turn_ms", "of_limit") if k in row))
+            say("  " + "  ".join(f"{k}={row[k]}" for k in _SAID if k in row))
             gc.collect()
             torch.cuda.empty_cache()
     return rows
@@ -136,7 +143,8 @@ def _one(
     return {
         **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
         "speedup": round(base[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
-        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size, "limit_ms": round(limit, 5),
+        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size,
+        "limit_ms": round(limit, 5),
         "of_limit": round(limit / alone[1], 3), "byte_limit_speedup": round(base[1] / limit, 2),
     }  # fmt: skip
 

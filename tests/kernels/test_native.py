@@ -142,7 +142,8 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
                 wide = torch.cat([full, full.new_zeros(2, 128 - full.shape[1])], 1)[:, None, None].bool()
                 positions = (full.cumsum(1) - 1)[:, -1:].contiguous()
                 torch.compiler.cudagraph_mark_step_begin()
-                held.append(call(ids[:, i : i + 1], attention_mask=wide, position_ids=positions, past_key_values=cache).logits.clone())
+                step = call(ids[:, i : i + 1], attention_mask=wide, position_ids=positions, past_key_values=cache)
+                held.append(step.logits.clone())
         logits.append(torch.cat(held, 1).float())
     assert (logits[0] - logits[1]).norm() <= 1e-2 * logits[0].norm()  # the same operators in bfloat16
     assert torch.equal(logits[2], logits[3])  # capture changes nothing

@@ -199,7 +199,10 @@ def test_the_append_kernel_stores_what_the_definition_stores(index: int) -> None
             order = [x.exact_score[b, part].argsort() for x in (mine, wanted)]
             scores = [x.exact_score[b, part][o] for x, o in zip((mine, wanted), order, strict=True)]
             assert torch.equal(*scores)
-            named = [torch.where(x.exact_slot < -1, -x.exact_slot - 2, x.exact_slot)[b, part][o] for x, o in zip((mine, wanted), order, strict=True)]
+            named = [
+                torch.where(x.exact_slot < -1, -x.exact_slot - 2, x.exact_slot)[b, part][o]
+                for x, o in zip((mine, wanted), order, strict=True)
+            ]
             assert torch.equal(*named)
             keys = [x.exact_k[b, :, part][:, o] for x, o in zip((mine, wanted), order, strict=True)]
             assert torch.equal(*keys)
@@ -352,7 +355,8 @@ def test_a_step_stores_the_new_row_and_attends_in_one_launch(index: int, batch: 
     positions = torch.full((batch, 1), length)
     scores: list[Tensor] = []
     for i, _ in enumerate(mine.codec.segments):
-        scores += [torch.randn(batch, 1, generator=torch.Generator().manual_seed(i)) + best, torch.zeros(batch, 1, dtype=torch.int64)]
+        score = torch.randn(batch, 1, generator=torch.Generator().manual_seed(i)) + best
+        scores += [score, torch.zeros(batch, 1, dtype=torch.int64)]
     mask = (torch.arange(SLOTS) <= length)[None, None, None]
     wide = [x.float() for x in (q, k, v)]
     expected = attend_ref(*wide, wanted.state(), wanted.params, mask, 0.09, False, wanted.codec_text)
