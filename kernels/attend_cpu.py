@@ -57,7 +57,7 @@ class _Side(ctypes.Structure):
         *((n, _pointer) for n in ("run", "tables", "codes", "scale")),
         *((n, _int) for n in ("couple", "code_bits", "book_h")),
         ("book", _pointer),
-    )  # type: ignore[assignment]
+    )
 
 
 class _Call(ctypes.Structure):
@@ -73,7 +73,7 @@ class _Call(ctypes.Structure):
         ("q", _pointer),
         ("exact", _int),
         *((n, _pointer) for n in ("exact_k", "exact_v", "exact_slot", "out", "mass", "work")),
-    )  # type: ignore[assignment]
+    )
 
 
 @cache
@@ -172,7 +172,7 @@ def _levels(kind: str, width: int) -> Tensor:
 
 def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None) -> _Side:
     runs, run, tables, _ = _tables(spec.kind, tuple(spec.widths))
-    vectors = (0, 0, 0, None)
+    vectors: tuple[int, int, int, int | None] = (0, 0, 0, None)
     if book is not None:
         vectors = (spec.couple, spec.code_bits, book.stride(0) * (book.shape[0] > 1), book.data_ptr())
     groups = dim // spec.group_size if _KIND[spec.kind] else 1

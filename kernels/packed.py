@@ -320,8 +320,8 @@ def _piece(
             k, v = (x.repeat_interleave(hq // h, 1) if hq != h else x for x in (k, v))
             found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
             return found[0], found[1]
-        rows = q.reshape(b, h, hq // h * s, d)  # heads that share keys are rows of one head
-        found = torch.ops.aten._scaled_dot_product_flash_attention(rows, k, v, 0.0, False, False, scale=scale)
+        grouped = q.reshape(b, h, hq // h * s, d)  # heads that share keys are rows of one head
+        found = torch.ops.aten._scaled_dot_product_flash_attention(grouped, k, v, 0.0, False, False, scale=scale)
         return found[0].reshape(b, hq, s, d), found[1].reshape(b, hq, s)
     bias = None
     if mask is not None:

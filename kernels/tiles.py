@@ -110,14 +110,14 @@ def _beyond_rows(codec: Any) -> str | None:
     if codec.anchors is not None:
         return "anchors, whose number grows with the slots"
     for name, side in (("keys", codec.key), ("values", codec.value)):
+        if side.norm:
+            return f"{name} with a norm of each token"
         if side.by_token_block:
             return f"{name} with ranges along tokens"
         if side.flush or side.newest:
             return f"recent {name} that stay exact on one side alone"
         if side.outliers:
             return f"{name} with sparse outliers"
-        if side.norm:
-            return f"{name} with a norm of each token"
         if side.visual_bits:
             return f"{name} of visual rows with levels of their own"
         if side.kind == "vector":
@@ -268,11 +268,10 @@ def transform_keys(k: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -
 
 def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> Tensor:
     """The stages of `transform_keys` taken back; keys after RoPE."""
-    table = p["k_table"][:, slots % BLOCK][None] if s.center else None
     if s.domain == "block":
-        return _turn(x @ p["k_basis"].mT + table, slots, p, back=False)
+        return _turn(x @ p["k_basis"].mT.to(x.dtype) + p["k_table"][:, slots % BLOCK][None], slots, p, back=False)
     x = hadamard(x) if s.transform == "hadamard" else x
-    return x if table is None else x + _turn(table, slots, p, back=False)
+    return x + _turn(p["k_table"][:, slots % BLOCK][None].to(x.dtype), slots, p, back=False) if s.center else x
 
 
 # -- tables of the kernel ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor
 
 import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
-from kvsink.codecs import Codec
+from kvsink.codecs import Anchors, Codec
 from kvsink.kernels import native, packed, tiles
 from kvsink.kernels.append import append_ref, append_tiles
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.read import read_ref
+from kvsink.methods import get_method
 
 from .emulated import Emulated
 
@@ -112,13 +114,59 @@ def test_refusals_name_the_reason() -> None:
     assert "head_dim is 64" in str(tiles.refuse(codec, 8, 2, 64, 64, 64))
     assert "more than 4 each" in str(tiles.refuse(codec, 64, 8, 128, 128, 128))
     assert "64 of 128 channels" in str(tiles.refuse(codec, 8, 2, 128, 128, 64))
-    from dataclasses import replace
-
     wide = replace(codec, value=replace(codec.value, bits=8, widths=(8,) * 16))
     assert "outside 1 to 4" in str(tiles.refuse(wide, 8, 2, 128, 128, 128))
     odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
     assert "whole words" in str(tiles.refuse(odd, 8, 2, 128, 128, 128))
     assert "window" in str(tiles.refuse(replace(codec, window=4), 8, 2, 128, 128, 128))
+
+
+@pytest.mark.parametrize(("method", "bits", "reason"), [
+    ("klt", (2, 4), "lloyd keys before RoPE"),
+    ("klt", (1, 4), "keys in codebooks"),
+    ("klt", (2, 2), "values in codebooks"),
+    ("centred", (2, 4), "gauss values"),
+    ("kivi", (2, 2), "keys with ranges along tokens"),
+    ("kvquant", (3, 3), "keys with free code points"),
+    ("kvquant-1%", (3, 3), "keys with sparse outliers"),
+    ("rotatekv", (2, 2), "uniform-int keys before RoPE"),
+    ("akvq-vl", (2, 2), "a window of recent rows"),
+])  # fmt: skip
+def test_what_holds_more_than_codes_per_row_is_refused(method: str, bits: tuple[int, int], reason: str) -> None:
+    declared = get_method(method)
+    sides = [declared.side(name, b).resolved(KV_HEADS, DIM) for name, b in zip(("key", "value"), bits, strict=True)]
+    assert str(tiles.refuse(Codec(*sides, window=declared.window), HEADS, KV_HEADS, DIM, DIM, DIM)).startswith(reason)
+
+
+def test_rows_beside_the_codes_are_refused() -> None:
+    codec = layer_of(3).codec
+    assert tiles.refuse(codec, HEADS, KV_HEADS, DIM, DIM, DIM) is None
+    normed = replace(codec, key=replace(codec.key, axis="channel", center=False, group_tokens=32, flush=32, norm=True))
+    for other, reason in (
+        (replace(codec, anchors=Anchors(rows=2)), "anchors"),
+        (replace(codec, window=4), "a window"),
+        (replace(codec, value=replace(codec.value, newest=8)), "recent values"),
+        (normed, "keys with a norm of each token"),
+    ):
+        assert str(tiles.refuse(other, HEADS, KV_HEADS, DIM, DIM, DIM)).startswith(reason)
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_the_one_op_passes_opcheck(new: int) -> None:
+    layer = layer_of(2, 2)
+    append(layer, rows(2, 9, 1), rows(2, 9, 2), torch.arange(9)[None])
+    layer.length.fill_(9)
+    scores: list[Tensor] = []
+    for i, segment in enumerate(layer.segments):
+        scores += list(torch.randn(2, new, generator=torch.Generator().manual_seed(i)).topk(min(segment.count, new), dim=1))
+    mask = torch.ones(2, 1, new, SLOTS, dtype=torch.bool).tril(9)
+    given = (
+        rows(2, new, 5, HEADS), rows(2, new, 6), rows(2, new, 7), torch.arange(9, 9 + new)[None], scores, layer.state(),
+        layer.params, mask, 0.09, False, layer.codec_text,
+    )  # fmt: skip
+    results = torch.library.opcheck(torch.ops.kvsink.append_attend_.default, given)
+    assert set(results.values()) == {"SUCCESS"}
+
 
 
 def test_a_cache_in_tiles_is_rounded_up_and_says_so_in_its_codec() -> None:
@@ -384,7 +432,5 @@ def test_a_step_whose_rows_are_read_from_their_codes_is_left_to_two_launches() -
     q, k = rows(2, 1, 1, HEADS, torch.float16), rows(2, 1, 2, dtype=torch.float16)
     scores = [torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)] * len(layer.codec.segments)
     call = (q, k, k, torch.zeros(2, 1, dtype=torch.int64), scores, st, p, None, 1.0)
-    from dataclasses import replace
-
     assert packed.step(library(layer), replace(layer.codec, strict=True), *call) is None
     assert packed.step(library(layer), layer.codec, *call) is not None
