@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.kernels import append_, observe, read, release_, settle_
+from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
@@ -110,6 +110,7 @@ class KVSinkLayer(CacheLayerMixin):
         self._held = 0  # tokens held, for growing caches only
         self._unseen: tuple[Tensor, Tensor] | None = None  # new rows whose attention has not been observed yet
         self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
+        self._asked = True  # False from an update that left the reading to attention until attention has asked
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class KVSinkLayer(CacheLayerMixin):
                 f"layer {self.layer}: {new} rows do not fit behind {int(self.length)} of max_length={self.max_length}; "
                 "make the cache longer"
             )
+        self.check_asked()
         frame = self.shared.frame or Frame()
         positions = frame.positions
         if positions is None:
@@ -200,14 +202,18 @@ class KVSinkLayer(CacheLayerMixin):
             release_(new, self.length + new, self.anchor_state(), self.codec_text)
         if self.codec.tiles and new > 1 and not torch.compiler.is_compiling():
             self._set_anchors(frame, positions)
-        if self._defers(frame):
-            key_states._kvsink_layer = self  # type: ignore[attr-defined]  # attention asks the layer, see kvsink.attention
-            self._fresh = positions, self._candidates(frame, positions, key_states)
-            return key_states, value_states
+        defers = self._defers(frame)
+        if defers:  # attention asks the layer, see kvsink.attention
+            key_states._kvsink_layer, self._asked = self, False  # type: ignore[attr-defined]
+            if self.codec.tiles:
+                self._fresh = positions, self._candidates(frame, positions, key_states)
+                return key_states, value_states
         append_(
             key_states, value_states, positions, cos, sin, self._candidates(frame, positions, key_states), self.state(),
             self.params, self.codec_text, True,
         )  # fmt: skip
+        if defers:
+            return key_states, value_states
         full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
         # Outside the ops: Inductor may delay a read of a tensor past an op that writes it as one of a list.
         self.length.add_(new)
@@ -233,18 +239,31 @@ class KVSinkLayer(CacheLayerMixin):
         return [getattr(self, n) for n in _ANCHOR_STATE]
 
     def _defers(self, frame: Frame) -> bool:
-        """Whether attention will ask this layer itself, so that nothing need be read back: eager, codes in tiles."""
-        return (
-            self.codec.tiles and self.device.type == "cuda" and not torch.compiler.is_compiling() and frame.cos is not None
-            and self.shared.runtime.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
-        )  # fmt: skip
+        """Whether attention will ask this layer itself, so that nothing need be read back: outside compiled graphs, in a model
+        whose attention goes through transformers' "sdpa" function."""
+        if torch.compiler.is_compiling() or frame.cos is None or not self.shared.runtime.asks:
+            return False
+        return self.codec.tiles if self.device.type == "cuda" else self.codec.anchors is None and not self.codec.tiles
+
+    def check_asked(self) -> None:
+        """Raise KvsinkError when attention did not come for what the last update left to it: its result would be wrong."""
+        if not self._asked:
+            self._asked = True
+            raise KvsinkError(
+                f"layer {self.layer}: the model's attention did not go through transformers' attention functions, so it saw the new "
+                'rows alone; load the model with attn_implementation="eager"'
+            )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
-        """Store the rows that `update` was given, k after RoPE, and attend; then the length moves on."""
-        positions, candidates = self._fresh
-        out = append_attend(
-            q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
-        )
+        """Attention of the rows that `update` was given, k after RoPE, over everything held; then the length moves on."""
+        self._asked = True
+        if self.codec.tiles:
+            positions, candidates = self._fresh
+            out = append_attend(
+                q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
+            )
+        else:
+            out = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         self.length.add_(k.shape[2])
         if self.max_length is None:
             self._held += k.shape[2]
@@ -481,9 +500,8 @@ class KVSinkCache(Cache):
 
     def attends_itself(self) -> bool:
         """Whether every layer attends over its codes itself outside compiled graphs; masks may then stay unbuilt."""
-        a = self.shared.runtime.config.get_text_config(decoder=True)._attn_implementation
         layers = self.layers
-        return a == "sdpa" and all(
+        return self.shared.runtime.asks and all(
             isinstance(i, KVSinkLayer) and i.codec.tiles and i.is_initialized and i.device.type == "cuda" for i in layers
         )
 

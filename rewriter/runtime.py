@@ -122,12 +122,18 @@ class Runtime:
     ) -> None:  # fmt: skip
         self.anatomy = anatomy(model)
         self.config: Any = model.config
+        self._through_functions = bool(getattr(model, "_supports_attention_backend", False))
         self.plans, self.stages, self.method = plans, stages, method
         self.tables = dict(tables)
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def asks(self) -> bool:
+        """Whether attention goes through transformers' "sdpa" function, where a layer can answer it."""
+        return self._through_functions and self.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [1, P, R] of positions [1, P], attention scaling included; R = 0 without RoPE."""
@@ -327,6 +333,9 @@ class _EndFrame(_Hook):
         if cache is not None:
             cache.shared.frame = None
             cache.visual = None
+            if not torch.compiler.is_compiling():
+                for layer in cache.layers:
+                    getattr(layer, "check_asked", bool)()
 
 
 class _Observe(_Hook):
