@@ -42,6 +42,9 @@ def install_attention() -> None:
         layer = None if torch.compiler.is_compiling() else getattr(key, "_kvsink_layer", None)
         if layer is None:
             return plain(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        if layer.begins(key.shape[2]):
+            seen = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
+            return plain(module, query, key, value, seen, dropout, scaling, is_causal, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = None if is_plain_causal(attention_mask) else attention_mask
         return layer.attend(query, key, value, mask, scale, mask is None).transpose(1, 2).contiguous(), None

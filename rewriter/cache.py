@@ -243,7 +243,9 @@ class KVSinkLayer(CacheLayerMixin):
         whose attention goes through transformers' "sdpa" function."""
         if torch.compiler.is_compiling() or frame.cos is None or not self.shared.runtime.asks:
             return False
-        return self.codec.tiles if self.device.type == "cuda" else self.codec.anchors is None and not self.codec.tiles
+        if self.device.type == "cuda":
+            return self.codec.tiles
+        return (self.codec.key.packed or self.codec.value.packed) and self.codec.anchors is None and not self.codec.tiles
 
     def check_asked(self) -> None:
         """Raise KvsinkError when attention did not come for what the last update left to it: its result would be wrong."""
@@ -253,6 +255,19 @@ class KVSinkLayer(CacheLayerMixin):
                 f"layer {self.layer}: the model's attention did not go through transformers' attention functions, so it saw the new "
                 'rows alone; load the model with attn_implementation="eager"'
             )
+
+    def begins(self, rows: int) -> bool:
+        """Whether the rows that `update` was given are all there is to attend to, as they came; then the length moves on."""
+        if self.codec.tiles or self.codec.strict or int(self.length):
+            return False
+        self._asked = True
+        self._advance(rows)
+        return True
+
+    def _advance(self, rows: int) -> None:
+        self.length.add_(rows)
+        if self.max_length is None:
+            self._held += rows
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
         """Attention of the rows that `update` was given, k after RoPE, over everything held; then the length moves on."""
@@ -264,9 +279,7 @@ class KVSinkLayer(CacheLayerMixin):
             )
         else:
             out = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
-        self.length.add_(k.shape[2])
-        if self.max_length is None:
-            self._held += k.shape[2]
+        self._advance(k.shape[2])
         return out
 
     def _set_anchors(self, frame: Frame, positions: Tensor) -> None:
