@@ -5,16 +5,21 @@ under that name. It is then left empty: a second import would register every op 
 """
 
 if __name__ == "kvsink.kernels":
+    from .anchors import release_, settle_
     from .append import append_
     from .append_attend import append_attend_
     from .attend import attend
     from .base import Cost, OpSpec, op_specs
+    from .decode import decode
     from .dequantize import dequantize
+    from .encode import encode
     from .hadamard import hadamard
+    from .observe import observe
     from .quantize import quantize
     from .read import read
     from .select_sinks import select_sinks
 
     __all__ = [
-        "Cost", "OpSpec", "append_", "append_attend_", "attend", "dequantize", "hadamard", "op_specs", "quantize", "read", "select_sinks",
+        "Cost", "OpSpec", "append_", "append_attend_", "attend", "decode", "dequantize", "encode", "hadamard", "observe", "op_specs",
+        "quantize", "read", "release_", "select_sinks", "settle_",
     ]  # fmt: skip

@@ -6,13 +6,15 @@ Formula    slots = length .. length + S - 1
            several candidates is held once (the other places are marked empty as -(slot + 2))
            a side that is coded by blocks of R tokens: every block the new rows touch is coded anew from the recent rows
            and the new ones; ranges leave out padding (slots below last slot - last position) and rows now kept exact
+           a side with outliers: the new entries compete for the records of their blocks, see `kvsink.kernels.sparse`
            the length is the caller's to advance, after the new rows have been attended to
 Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running selection over chunks is ours
 Differs    every row is coded, protected rows too: a row that loses its place in the side store is then simply read
            from its codes (clamped to the ranges of its group where those left it out); so are rows of an unfinished
            block, whose codes nothing reads until it is full
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; cos, sin [B or 1, S, R]; candidates: pairs of score float32
-           [B, n] and index int64 [B, n] into the chunk, one pair per segment; state: see kvsink.codecs.STATE_NAMES
+           [B, n] and index int64 [B, n] into the chunk, one pair per segment, then bool [B, S] of visual rows where the
+           codec asks for it; state: see kvsink.codecs.STATE_NAMES. Places of anchors behind the segments are left alone
 Exact      the side store and the recent window, yes; codes, see the codec
 Raises     IndexError when the slots do not fit (the cache checks first and says so in the user's words)
 Cost       reads S rows, writes their codes; the transform is 2·S·H·D² flops (klt) or S·H·D·log2 D (Hadamard)
@@ -28,10 +30,13 @@ from torch import Tensor
 
 from . import packed
 from .base import resolve_codec
+from .sparse import merge_sparse
 from .stages import rope_rows
-from .tokens import window_rows
+from .tokens import touched, window_rows
 
 __all__ = ["append_", "append_ref", "merge_exact"]
+
+EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
 
 def merge_exact(
@@ -79,24 +84,34 @@ def append_ref(
     c = resolve_codec(codec)
     p = dict(zip(c.param_names(), params, strict=True))
     st = c.named(state)
+    if c.modal:
+        p["visual"] = candidates[-1]
     b, _, s, _ = k.shape
     slots = st["length"] + torch.arange(s, device=k.device)
     st["positions"].index_copy_(1, slots, positions.expand(b, s).to(st["positions"].dtype))
     full_k = k if roped else rope_rows(k, cos, sin)
     if c.exact_rows:
-        held = st["exact_slot"], st["exact_score"], (st["exact_k"], st["exact_v"])
-        merged = merge_exact(*held, (full_k, v), candidates, c.segments, st["length"])
-        for name, new in zip(("exact_slot", "exact_score", "exact_k", "exact_v"), merged, strict=True):
-            st[name].copy_(new)
+        held = [st[name].narrow(dim, 0, c.exact_rows) for name, dim in EXACT]  # anchors stand behind
+        merged = merge_exact(held[0], held[1], (held[2], held[3]), (full_k, v), candidates, c.segments, st["length"])
+        for old, new in zip(held, merged, strict=True):
+            old.copy_(new)
     if c.tiles:
         c.store_tiles(full_k, v, slots, st, p)
         return
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, positions, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
+    elif st["k_sparse"].shape[2]:
+        x = c.transform_keys(k, cos, sin, positions, p, roped)
+        _store_rows("k", st, slots, *c.quantize("k", x, p))
+        _store_outliers(c, "k", x, st, p, positions)
     else:
         _store_rows("k", st, slots, *c.encode_keys(k, cos, sin, positions, p, roped))
     if c.value.by_token_block:
         _store_blocks(c, c.value, "v", v, st, positions, lambda rows: c.transform_values(rows, p))
+    elif st["v_sparse"].shape[2]:
+        x = c.transform_values(v, p)
+        _store_rows("v", st, slots, *c.quantize("v", x, p))
+        _store_outliers(c, "v", x, st, p, positions)
     else:
         _store_rows("v", st, slots, *c.encode_values(v, p))
     if c.ring:
@@ -120,10 +135,7 @@ def _store_blocks(
     length, s = st["length"], new.shape[2]
     total = length + s
     slots, rows = window_rows(st[f"recent_{prefix}"], new, length, side.flush)
-    padding = total - 1 - positions[:, -1:]  # [B or 1, 1]: slots below are no tokens of their row
-    valid = (slots < total) & (slots >= padding).expand(new.shape[0], -1)
-    if c.exact_rows:
-        valid = valid & ~(slots[None, :, None] == st["exact_slot"][:, None, :]).any(-1)
+    valid = _tokens_to_code(st, slots, total, positions)
     codes, scale, norm = c.encode_block(transform(rows), side, valid)
     # Slots that are not reached yet may lie behind the end of the cache: the first slot is written again instead.
     held = torch.where(slots < total, torch.arange(slots.numel(), device=slots.device), 0)
@@ -133,6 +145,30 @@ def _store_blocks(
     st[f"{prefix}_scale"].index_copy_(2, first + groups, scale.index_select(2, groups))
     if norm is not None:
         st[f"{prefix}_norm"].index_copy_(2, slots[:1] + held, norm.index_select(2, held))
+
+
+def _tokens_to_code(st: dict[str, Tensor], slots: Tensor, total: Tensor, positions: Tensor) -> Tensor:
+    """bool [B, N]: slots that hold tokens which are read from codes: no padding, nothing now kept exact."""
+    padding = total - 1 - positions[:, -1:]  # [B or 1, 1]: slots below are no tokens of their row
+    valid = (slots < total) & (slots >= padding).expand(st["positions"].shape[0], -1)
+    return valid & ~(slots[None, :, None] == st["exact_slot"][:, None, :]).any(-1)
+
+
+def _store_outliers(
+    c: Any, prefix: str, x: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], positions: Tensor
+) -> None:
+    """The entries of transformed new rows [B, H, S, D] that leave the dense range, into the records of their blocks."""
+    length, s, n = st["length"], x.shape[2], (c.key if prefix == "k" else c.value).outlier_tokens
+    first, block = touched(length, s, n)
+    slots = first * n + torch.arange(block.numel() * n, device=x.device)
+    scale = st[f"{prefix}_scale"]
+    if scale.shape[3]:
+        scale = scale.index_select(2, slots.clamp_max(scale.shape[2] - 1))
+    valid = _tokens_to_code(st, slots, length + s, positions)
+    rows = x.transpose(1, 2).flatten(2)
+    value, index = st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"]
+    offset, extent = c.dense_range(prefix, scale, p)
+    merge_sparse(value, index, rows, length, valid, offset, extent, n)
 
 
 @torch.library.custom_op("kvsink::append_", mutates_args=("state",))

@@ -22,11 +22,9 @@ from torch import Tensor
 from .attend_cpu import attend_one, why_not
 from . import packed
 from .base import resolve_codec
-from .read import put_rows, read_ref
+from .read import TILE, put_rows, read_ref
 
 __all__ = ["TILE", "attend", "attend_ref"]
-
-TILE = 512  # slots decoded at a time
 
 
 def _additive(mask: Tensor | None, is_causal: bool, first: Tensor, s: int, slots: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ typedef struct {
     const float *const *tables;                          /* per run: levels of every byte (1, 2, 4, 8 bit) or of every code */
     const uint8_t *codes;
     const uint16_t *scale; /* float16 */
+    int64_t couple, code_bits, book_h; /* channels of one code when codes name vectors, else 0; numbers between books of heads */
+    const float *book;                 /* [H or 1, dim / couple, 2^code_bits, couple] */
 } Side;
 
 typedef struct {
@@ -66,7 +68,23 @@ static inline float fast_exp(float x) {
     return p * f;
 }
 
-static void decode_row(const Side *s, const uint8_t *row, float *out) {
+static void decode_vectors(const Side *s, const uint8_t *row, const float *book, float *out) {
+    const int64_t c = s->couple, b = s->code_bits, size = (int64_t)1 << b;
+    for (int64_t g = 0; g < s->dim / c; g++) {
+        const int64_t bit = g * b, byte = bit >> 3;
+        uint32_t word = row[byte];
+        if ((bit & 7) + b > 8) word |= (uint32_t)row[byte + 1] << 8;
+        if ((bit & 7) + b > 16) word |= (uint32_t)row[byte + 2] << 16;
+        const float *from = book + (g * size + ((word >> (bit & 7)) & (size - 1))) * c;
+        for (int64_t x = 0; x < c; x++) out[g * c + x] = from[x];
+    }
+}
+
+static void decode_row(const Side *s, const uint8_t *row, int64_t head, float *out) {
+    if (s->couple) {
+        decode_vectors(s, row, s->book + head * s->book_h, out);
+        return;
+    }
     for (int64_t k = 0; k < s->runs; k++) {
         const int64_t *run = s->run + 4 * k, width = run[3];
         const uint8_t *in = row + run[2];
@@ -123,7 +141,7 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
         const int64_t n = end - start < TILE ? end - start : TILE;
         const uint8_t *codes = k->codes + b * k->stride_b + h * k->stride_h + start * k->row_bytes;
         const uint16_t *scale = k->scale + b * k->scale_b + h * k->scale_h + start * k->scales;
-        for (int64_t t = 0; t < n; t++) decode_row(k, codes + t * k->row_bytes, rows + t * d);
+        for (int64_t t = 0; t < n; t++) decode_row(k, codes + t * k->row_bytes, h, rows + t * d);
         for (int64_t i = 0; i < r; i++) {
             const int64_t q = (b * c->heads + h) * r + i;
             float top = LOWEST;
@@ -174,7 +192,7 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
         scale = v->scale + b * v->scale_b + h * v->scale_h + start * v->scales;
         for (int64_t t = 0; t < n; t++) {
             if (skip[start - begin + t]) continue;
-            decode_row(v, codes + t * v->row_bytes, rows);
+            decode_row(v, codes + t * v->row_bytes, h, rows);
             for (int64_t g = 0; g < v->groups; g++) {
                 float a, z;
                 affine(v, scale + t * v->scales, g, &a, &z);

@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import cache_folder
 from .levels import even_levels, lloyd_max
-from .quantize import KINDS, SIGMA_KINDS, segments
+from .quantize import SIGMA_KINDS, segments
 from .rope import rope
 
 __all__ = ["attend_one", "why_not"]
@@ -43,7 +44,7 @@ FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
     "-freciprocal-math", "-shared", "-fPIC",
 )  # fmt: skip
-_KIND = {"lloyd": 0, "lloyd-even": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
+_KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -54,6 +55,8 @@ class _Side(ctypes.Structure):
         *((n, _int) for n in ("dim", "row_bytes", "groups", "group_size", "scales")),
         *((n, _int) for n in ("stride_b", "stride_h", "scale_b", "scale_h", "kind", "runs")),
         *((n, _pointer) for n in ("run", "tables", "codes", "scale")),
+        *((n, _int) for n in ("couple", "code_bits", "book_h")),
+        ("book", _pointer),
     )  # type: ignore[assignment]
 
 
@@ -85,9 +88,7 @@ def _library() -> ctypes.CDLL | None:
             raise OSError("no C compiler found")
         version = subprocess.run([found, "--version"], capture_output=True, check=True).stdout
         key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode() + _machine()).hexdigest()[:24]
-        from kvsink.demo import cache_dir
-
-        folder = cache_dir() / "kernels"
+        folder = cache_folder() / "kernels"
         built = folder / f"attend-{key}.so"
         if not built.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -131,14 +132,16 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
     if q.shape[2] != 1:
         return "more than one new row"
     for side in (codec.key, codec.value):
-        if not side.packed or side.kind not in KINDS:
+        if not side.packed or side.kind not in _KIND:
             return f"rows of kind {side.kind}"
         if side.by_token_block:
             return "ranges along tokens"
+        if side.outliers:
+            return "sparse outliers"
     if codec.tiles:
         return "codes in the order of a GPU kernel"
-    if getattr(s, "outliers", 0) or getattr(codec.value, "outliers", 0):
-        return "sparse outliers"
+    if codec.ring > codec.window:
+        return "rows that stay exact on one side alone"
     if s.reorder or s.heads_per_group > 1 or (codec.value.heads_per_group > 1 and not codec.value.folded):
         return "a rotation across heads"
     if s.domain == "block" and s.block < _SMALLEST_BLOCK:
@@ -161,19 +164,16 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, list[Ten
     return len(runs), numbers, (_pointer * len(runs))(*[t.data_ptr() for t in held]), held
 
 
-def _levels(kind: str, width: int) -> Tensor:
-    if kind.startswith("uniform"):
-        return torch.arange(2.0**width)
-    return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
-
-
-def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int) -> _Side:
+def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None) -> _Side:
     runs, run, tables, _ = _tables(spec.kind, tuple(spec.widths))
-    groups = 1 if spec.kind in SIGMA_KINDS else dim // spec.group_size
+    vectors = (0, 0, 0, None)
+    if book is not None:
+        vectors = (spec.couple, spec.code_bits, book.stride(0) * (book.shape[0] > 1), book.data_ptr())
+    groups = dim // spec.group_size if _KIND[spec.kind] else 1
     return _Side(
         dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
-        scale.stride(1), _KIND[spec.kind] + int(spec.kind in SIGMA_KINDS and spec.gain), runs, ctypes.addressof(run),
-        ctypes.addressof(tables), codes.data_ptr(), scale.data_ptr(),
+        scale.stride(1), _KIND[spec.kind] or int(spec.gain), runs, ctypes.addressof(run), ctypes.addressof(tables),
+        codes.data_ptr(), scale.data_ptr(), *vectors,
     )  # fmt: skip
 
 
@@ -235,7 +235,8 @@ def attend_one(
     out, mass = torch.empty(2, b, h, r, dv), torch.empty(2, b, h, r)
     work = torch.empty(b * h * pieces * r * (2 + dv))
     call = _Call(
-        b, h, r, slots, pieces, _side(c.key, k_codes, k_scale, d), _side(c.value, v_codes, v_scale, dv), w.shape[3], block,
+        b, h, r, slots, pieces, _side(c.key, k_codes, k_scale, d, p.get("k_book")),
+        _side(c.value, v_codes, v_scale, dv, p.get("v_book")), w.shape[3], block,
         0 if mean is None else mean.shape[-1], w.data_ptr(), None if mean is None else mean.data_ptr(), positions.data_ptr(),
         positions.stride(0), None if extra is None else extra.data_ptr(), *_strides(extra), query.data_ptr(),
         held.shape[1], held_k.data_ptr(), held_v.data_ptr(), held.data_ptr(), out.data_ptr(), mass.data_ptr(),

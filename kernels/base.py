@@ -6,14 +6,16 @@ registration. Ops live in the `kvsink` namespace of `torch.ops`; they have no gr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Cost", "OpSpec", "nbytes", "op_specs", "register_op", "resolve_codec", "set_codec_resolver"]
+__all__ = ["Cost", "OpSpec", "cache_folder", "nbytes", "op_specs", "register_op", "resolve_codec", "set_codec_resolver"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,11 @@ def resolve_codec(text: str) -> Any:
     if _resolver is None:
         raise RuntimeError("no codec resolver is set; import kvsink before calling kvsink ops")
     return _resolver(text)
+
+
+def cache_folder() -> Path:
+    """The folder for everything kvsink stores outside its outputs: $KVSINK_CACHE, else kvsink in the user's cache folder."""
+    if own := os.environ.get("KVSINK_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "kvsink"

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .base import resolve_codec
 
-__all__ = ["put_rows", "read", "read_ref"]
+__all__ = ["TILE", "put_rows", "read", "read_ref"]
+
+TILE = 512  # slots decoded at a time
 
 
 def put_rows(full: Tensor, rows: Tensor, slot: Tensor) -> Tensor:
@@ -46,12 +48,15 @@ def read_ref(
     st = c.named(state)
     s, slots = k.shape[2], st["k_codes"].shape[2]
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-    full_k = c.read_keys(st, p, 0, slots, wide).to(k.dtype).contiguous()
-    full_v = c.read_values(st, p, 0, slots, wide).to(v.dtype).contiguous()
-    if full_k.data_ptr() == st["k_codes"].data_ptr():
-        full_k = full_k.clone()
-    if full_v.data_ptr() == st["v_codes"].data_ptr():
-        full_v = full_v.clone()
+    full_k, full_v = (x.new_zeros((*x.shape[:2], slots, x.shape[3])) for x in (k, v))
+    if k.device.type == "cpu":  # tile by tile up to the length: intermediate values take several times the room of a row
+        for start in range(0, end := int(st["length"]) + s, TILE):
+            stop = min(start + TILE, end)
+            full_k[:, :, start:stop] = c.read_keys(st, p, start, stop, wide)
+            full_v[:, :, start:stop] = c.read_values(st, p, start, stop, wide)
+    else:
+        full_k.copy_(c.read_keys(st, p, 0, slots, wide))
+        full_v.copy_(c.read_values(st, p, 0, slots, wide))
     new = st["length"] + torch.arange(s, device=k.device)
     for prefix, side, full, fresh in (("k", c.key, full_k, k), ("v", c.value, full_v, v)):
         if c.ring:

@@ -81,8 +81,12 @@ def refuse(codec: Any, heads: int, kv_heads: int, dim: int, value_dim: int, rota
         return f"{rotary} of {dim} channels carry RoPE"
     if not k.packed or not v.packed:
         return "keys or values stay in 16 bit"
-    if codec.window:
-        return "a window of recent rows"
+    if codec.ring:
+        return "recent rows that stay exact"
+    if codec.anchors is not None or codec.modal:
+        return "anchors or visual rows"
+    if any(s.by_token_block or s.outliers for s in (k, v)):
+        return "ranges along tokens or sparse outliers"
     if codec.exact_rows > 31:
         return f"{codec.exact_rows} exact rows, more than 31"
     if k.domain == "block" and not (k.block == BLOCK and k.transform == "klt" and k.kind == "lloyd-even" and k.gain):

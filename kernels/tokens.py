@@ -4,7 +4,7 @@ Formula    per channel and group of G tokens: lo = min x, s = (max x - lo) / (2^
            code = clamp(round((x - lo) / s), 0, 2^w - 1);  x^ = s·code + lo;  s and lo are rounded to float16 first
            per token: n = sqrt(sum over heads and channels of x²), rounded to float16;  1 where that is 0
 Source     KIVI, arXiv 2402.02750 section 3 (per-channel keys); OScaR, arXiv 2605.19660 (one norm per token)
-Differs    a constant group has step 0 and is read as its value; a group without valid rows has step and minimum 0
+Differs    a constant group has step and codes 0 and is read as its value; a group without valid rows has step and minimum 0
 Shapes     x [B, H, N, D], valid bool [B, N], N divisible by G → codes uint8 [B, H, N, D·w/8],
            scale float16 [B, H, N / G, 2·D]: D steps, then D minima; norm float16 [B, 1, N, 1]
 Exact      no; |x^ - x| <= s / 2 for valid rows
@@ -71,7 +71,8 @@ def quantize_tokens(x: Tensor, valid: Tensor, width: int, group: int) -> tuple[T
     lo, hi = torch.where(some, lo, 0.0), torch.where(some, hi, 0.0)
     base = lo.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
     step = ((hi - lo) / top).clamp_max(_HALF_MAX).to(torch.float16)
-    codes = torch.round((groups - base.float()) / step.float().clamp_min(_HALF_TINY)).clamp(0.0, top)
+    level = (groups - base.float()) / step.float().clamp_min(_HALF_TINY)
+    codes = torch.where(step > 0, torch.round(level).clamp(0.0, top), 0.0)
     scale = torch.cat([step, base], dim=-1).squeeze(3)
     return pack_bits(codes.to(torch.uint8).flatten(2, 3), width), scale
 

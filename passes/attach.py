@@ -5,7 +5,9 @@ Source     ours
 Differs    no
 Shapes     k_pre or k_rope, v_new [B, Hkv, S, D] → the same, float32
 Exact      yes
-Declines   no cache and no plan; a stock cache without a plan; positions that cannot be found for a codec before RoPE
+Declines   no cache and no plan; a stock cache without a plan; positions that cannot be found for a codec before RoPE;
+           a codec over blocks of tokens or with outliers on a stock cache, which has no place for blocks and records; layers
+           that keep anchors: their ops stay as they are
 Cost       none
 """
 
@@ -35,6 +37,11 @@ class Attach(RewritePass):
         if site.core != "sdpa":
             return site.declined(f"core {site.core!r} was not normalised")
         if site.cache == "kvsink":
+            codec = Codec.parse(argument(site.writes[0], 8, "codec")) if site.writes else None
+            if codec is not None and codec.anchors is not None:
+                return site.declined(
+                    "anchors are chosen by its queries and keys, which packed attention never holds", site.writes[0]
+                )
             if len(site.writes) != 1:
                 return site.declined(f"{len(site.writes)} writes for one read of the packed cache; expected one")
             if argument(site.writes[0], 0, "k") is not site.k_rope or not argument(site.writes[0], 9, "roped"):

@@ -2,7 +2,9 @@
 
 Formula    codes, scale = quantize(x);  state[length .. length + S - 1] = codes, scale;  x^ = undo(dequantize(state))
            on a stock cache: x^ = undo(dequantize(quantize(x))) replaces the new row on its way into the cache
-Source     see the quantizer of the codec, `kvsink.kernels.quantize`
+           kinds that are not scalar do the same through `kvsink.encode` and `kvsink.decode`
+           codecs over blocks of tokens or with outliers keep the cache's own `append_` and `read`, which `fuse` takes over
+Source     see the quantizer of the codec, `kvsink.kernels.quantize`, `vector`, `nuq`
 Differs    no
 Shapes     x [B, Hkv, S, D] float32 → codes uint8 [B, Hkv, S, bytes], scale float16 [B, Hkv, S, n]
            → x^ [B, Hkv, L or S, D]
@@ -20,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.passes.base import Declined, RewritePass, Work, register_pass
 from kvsink.passes.chain import Chain, Side
 from kvsink.sites import AttentionSite
@@ -76,10 +79,18 @@ def _encode(chain: Chain, side: Side, prefix: str) -> tuple[Node, Node | None]:
     spec, at = side.spec, side.write_at
     if not spec.packed:
         return side.x, None
-    sigma = chain.params.get(f"{prefix}_sigma")
-    op = torch.ops.kvsink.quantize.default
-    pair = chain.put(at, op, side.x, sigma, spec.kind, list(spec.widths), spec.group_size, spec.clip, spec.gain)
+    if QUANTIZERS[spec.kind].scalar:
+        sigma = chain.params.get(f"{prefix}_sigma")
+        op = torch.ops.kvsink.quantize.default
+        pair = chain.put(at, op, side.x, sigma, spec.kind, list(spec.widths), spec.group_size, spec.clip, spec.gain)
+    else:
+        op = torch.ops.kvsink.encode.default
+        pair = chain.put(at, op, side.x, _tables(chain, side, prefix), chain.codec_text, prefix)
     return chain.put(at, operator.getitem, pair, 0), chain.put(at, operator.getitem, pair, 1)
+
+
+def _tables(chain: Chain, side: Side, prefix: str) -> list[Node]:
+    return [chain.params[name] for name in QUANTIZERS[side.spec.kind].tables(side.spec, prefix)]
 
 
 def _store(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | None) -> tuple[Node, Node | None]:
@@ -96,9 +107,13 @@ def _decode(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | No
     spec, at, dtype = side.spec, side.read_at, value(side.new).dtype
     if not spec.packed:
         return chain.put(at, "clone", chain.put(at, "to", codes, dtype)) if chain.packed else codes
-    sigma = chain.params.get(f"{prefix}_sigma")
-    op = torch.ops.kvsink.dequantize.default
-    x = chain.put(at, op, codes, scale, sigma, spec.kind, list(spec.widths), spec.group_size, spec.gain)
+    if QUANTIZERS[spec.kind].scalar:
+        sigma = chain.params.get(f"{prefix}_sigma")
+        op = torch.ops.kvsink.dequantize.default
+        x = chain.put(at, op, codes, scale, sigma, spec.kind, list(spec.widths), spec.group_size, spec.gain)
+    else:
+        op = torch.ops.kvsink.decode.default
+        x = chain.put(at, op, codes, scale, _tables(chain, side, prefix), chain.codec_text, prefix)
     if dtype == torch.float64:
         x = chain.put(at, "to", x, dtype)
     for undo in reversed(side.undo):

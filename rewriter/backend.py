@@ -20,6 +20,7 @@ from torch import fx
 
 from kvsink.capture import note_sources
 from kvsink.codecs import Codec
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName, UnsupportedError
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import get_method
@@ -71,6 +72,9 @@ def kvsink_backend(
     passes = DEFAULT if ours.get("fuse", True) else tuple(p for p in DEFAULT if p != "fuse")
     report = run_passes(gm, passes, plan)
     _reports[:] = [report]
+    for reason in dict.fromkeys(r.reason for r in report.declined("attach") if _is_packed(report, r.path)):
+        count = sum(r.reason == reason for r in report.declined("attach"))
+        _tell_once(f"kvsink: {count} attention layers keep their own operators in the compiled graph: {reason}")
     stock = [s for s in report.sites if s.cache in ("static", "dynamic")]
     if plan is not None and stock:
         _tell_once(
@@ -94,18 +98,23 @@ def kvsink_backend(
     return compiled
 
 
+def _is_packed(report: PipelineReport, path: str) -> bool:
+    return any(site.path == path and site.cache == "kvsink" for site in report.sites)
+
+
 def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | None]:
     """What to do with sites on a stock cache: the method with what needs no calibration; a warning names what is left out."""
     method = get_method(str(ours["method"]))
     key_bits = float(ours.get("key_bits", method.key_bits))
     value_bits = float(ours.get("value_bits", method.value_bits))
     key, value_side = method.side("key", key_bits), method.side("value", value_bits)
-    if any(s.transform == "klt" or s.kind in SIGMA_KINDS for s in (key, value_side)):
+    learnt = [s.packed and QUANTIZERS[s.kind].tables(s, "k") for s in (key, value_side)]
+    if any(learnt) or key.transform == "klt" or value_side.transform == "klt":
         raise CalibrationError(
             f"method {method.name} needs calibration, which a compiled graph cannot do; call kvsink.rewrite(model, "
             f"{method.name!r}) first and compile the model then"
         )
-    if any(s.packed and (s.by_token_block or s.flush or s.newest) for s in (key, value_side)):
+    if Codec(key, value_side).opaque:
         raise UnsupportedError(
             f"method {method.name} codes blocks of tokens, which a stock cache cannot hold; call kvsink.rewrite(model, "
             f"{method.name!r}) and compile the model then"
@@ -118,6 +127,9 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
         )
     key, value_side = replace(key, center=False, reorder=False), replace(value_side, center=False, reorder=False)
     policies = parse_policies(str(ours.get("protect", method.protect)))
+    if left := [str(p) for p in policies if p.kind in ("anchors", "pivots", "random")]:
+        _tell_once(f"kvsink: {'+'.join(left)} needs kvsink's own cache and is left out; call kvsink.rewrite(model) for it")
+        policies = tuple(p for p in policies if str(p) not in left)
 
     def plan(site: AttentionSite) -> SitePlan | None:
         heads, dim = (int(n) for n in (value(site.k_rope).shape[1], value(site.k_rope).shape[3]))

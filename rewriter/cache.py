@@ -20,19 +20,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
-from kvsink.codecs import STATE_NAMES, Codec
+from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.kernels import append_, read
+from kvsink.kernels import append_, observe, read, release_, settle_
 from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
-from kvsink.runtime import Frame, Runtime, first_candidates, runtime_of
+from kvsink.runtime import Frame, Runtime, position_candidates, runtime_of
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
 
 _BLOCK = 256  # slots by which a growing cache grows
-_BATCHED = tuple(n for n in STATE_NAMES if n not in ("recent_slot", "length", "positions"))
+_HELD = tuple(n for n in (*STATE_NAMES, *ANCHOR_NAMES) if n != "positions")  # of one layer
+_BATCHED = tuple(n for n in _HELD if n not in ("recent_slot", "length"))
+_EXACT = ("exact_k", "exact_v", "exact_slot", "exact_score")
+_ANCHOR_STATE = (*_EXACT, "recent_k", "recent_v", "recent_slot", "recent_score")
 
 
 def why_not_tiles(runtime: Runtime, layer: int) -> str | None:
@@ -106,6 +109,7 @@ class KVSinkLayer(CacheLayerMixin):
         self.params: list[Tensor] = []
         self._held = 0  # tokens held, for growing caches only
         self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
+        self._unseen: tuple[Tensor, Tensor] | None = None  # new rows whose attention has not been observed yet
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +130,7 @@ class KVSinkLayer(CacheLayerMixin):
         self._set_params(slots)
         self._held = 0
         if self.is_compileable and not torch.compiler.is_compiling():
-            for tensor in (*self.state(), *self.params):
+            for tensor in (*(getattr(self, n) for n in _HELD), self.shared.positions, *self.params):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
@@ -192,6 +196,14 @@ class KVSinkLayer(CacheLayerMixin):
             key_states._kvsink_layer = self  # type: ignore[attr-defined]  # attention asks the layer, see kvsink.attention
             self._fresh = positions, self._candidates(frame, positions, key_states)
             return key_states, value_states
+        anchored = self.codec.anchors is not None
+        if anchored:
+            if self._unseen is not None:
+                raise KvsinkError(
+                    f"layer {self.layer} keeps anchors exact but its attention was not observed; run the cache through its "
+                    "model (kvsink.KVSinkCache.for_model), with the attention implementation that kvsink gave it"
+                )
+            release_(new, self.length + new, self.anchor_state(), self.codec_text)
         append_(
             key_states, value_states, positions, cos, sin, self._candidates(frame, positions, key_states), self.state(),
             self.params, self.codec_text, True,
@@ -199,6 +211,8 @@ class KVSinkLayer(CacheLayerMixin):
         full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
         # Outside the ops: Inductor may delay a read of a tensor past an op that writes it as one of a list.
         self.length.add_(new)
+        if anchored:
+            self._unseen = (key_states, value_states)
         if self.max_length is None:
             self._held += new
             return full_k[:, :, : self._held], full_v[:, :, : self._held]
@@ -238,6 +252,19 @@ class KVSinkLayer(CacheLayerMixin):
         empty = self.length == 0
         cos.copy_(torch.where(empty, (new_cos / norm)[0], cos))
         sin.copy_(torch.where(empty, (new_sin / norm)[0], sin))
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, scale: float) -> None:
+        """See the attention of the chunk just stored, q, out [B, Hq, S, D] over k, v [B, H, L, D], and choose anchors by it."""
+        assert self._unseen is not None and self.codec.anchors is not None
+        new_k, new_v = self._unseen
+        self._unseen = None
+        valid = self.shared.frame.valid if self.shared.frame is not None else None
+        total = self.length + 0
+        scores = observe(q, k, v, out, mask, total - q.shape[2], valid, scale, self.codec.anchors.score)
+        settle_(new_k, new_v, scores, valid, total, self.anchor_state(), self.codec_text)
+
+    def anchor_state(self) -> list[Tensor]:
+        """The tensors that `release_` and `settle_` write, in their order."""
+        return [getattr(self, n) for n in _ANCHOR_STATE]
 
     def _check_positions(self, positions: Tensor, new: int) -> None:
         """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
@@ -254,14 +281,17 @@ class KVSinkLayer(CacheLayerMixin):
         out: list[Tensor] = []
         for segment, key in self.sources:
             pair = frame.candidates.get(key)
-            if pair is None and segment.source == "first":
-                pair = frame.candidates[key] = first_candidates(frame, positions, rows.shape[0], segment.count)
+            if pair is None and segment.source in ("first", "random"):
+                pair = frame.candidates[key] = position_candidates(frame, positions, rows.shape[0], segment)
             if pair is None:
                 raise KvsinkError(
                     f"layer {self.layer} keeps {segment.source} rows exact but saw no hidden states; run the cache through "
                     "its model (kvsink.KVSinkCache.for_model), not by hand"
                 )
             out += pair
+        if self.codec.modal:
+            visual = frame.visual
+            out.append(rows.new_zeros(rows.shape[::2][:2], dtype=torch.bool) if visual is None else visual)
         return out
 
     def get_seq_length(self) -> Any:
@@ -288,6 +318,7 @@ class KVSinkLayer(CacheLayerMixin):
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
         self._held = 0
+        self._unseen = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last |n| tokens (a negative count; a positive one is the length to keep).
@@ -328,6 +359,8 @@ class KVSinkLayer(CacheLayerMixin):
         ):
             recent.index_copy_(2, place, rows.index_select(2, slots - gone[0]).to(recent.dtype))
         self.recent_slot.index_copy_(0, place, slots.to(self.recent_slot.dtype))
+        if self.codec.anchors is not None:  # what their codes say is no row to keep
+            self.recent_score[:, place] = float("-inf")
 
     def _map_batch(self, pick: Any, in_place: bool) -> None:
         for name in _BATCHED:
@@ -375,6 +408,7 @@ class KVSinkCache(Cache):
         self.shared = _Shared(runtime)
         if tiles and max_length is not None:
             max_length = -(-max_length // TILE_SLOTS) * TILE_SLOTS
+        self.visual: Tensor | None = None  # bool [B, S] of the forward pass that begins, where a layer asks for it
         config = runtime.config.get_text_config(decoder=True)
         stock: Cache = (
             DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
@@ -462,7 +496,7 @@ class KVSinkCache(Cache):
         for i, layer in enumerate(self.layers):
             if isinstance(layer, KVSinkLayer):
                 if layer.is_initialized:
-                    out.update({f"layers.{i}.{n}": getattr(layer, n) for n in STATE_NAMES if n != "positions"})
+                    out.update({f"layers.{i}.{n}": getattr(layer, n) for n in _HELD})
             elif getattr(layer, "is_initialized", False):
                 out.update({f"layers.{i}.{n}": t for n, t in vars(layer).items() if isinstance(t, Tensor)})
         if self.shared.positions is not None:
@@ -537,7 +571,7 @@ class KVSinkCache(Cache):
         texts = [layer.codec_text for layer in cache.packed_layers()]
         if meta.get("format") != "kvsink-cache-1" or found != texts:
             raise SidecarError(f"cache file {path} was made by another plan or version; prefill the prompt again")
-        wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in STATE_NAMES if n != "positions"} | {"positions"}
+        wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in _HELD} | {"positions"}
         if missing := wanted - set(tensors):
             raise SidecarError(f"cache file {path} lacks {min(missing)}; save it again")
         length = int(meta["length"])
@@ -550,9 +584,7 @@ class KVSinkCache(Cache):
             layer.lazy_initialization(k[:, :, :0].to(dtype), v[:, :, :0].to(dtype))
             if max_length is None:
                 layer._grow(length)
-            for name in STATE_NAMES:
-                if name == "positions":
-                    continue
+            for name in _HELD:
                 saved, held = tensors[f"layers.{i}.{name}"], getattr(layer, name)
                 both = tuple(slice(min(a, b)) for a, b in zip(saved.shape, held.shape, strict=True))
                 held[both] = saved[both]

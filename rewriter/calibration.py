@@ -11,7 +11,7 @@ Raises     CalibrationError for too few tokens, NaN or infinite activations, or 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvsink.collect import Collector, frozen, watched
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import unrope
-from kvsink.observers import KeyStats, Samples, ValueStats
+from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
-from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, first_candidates
+from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, position_candidates
 
 __all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
 
@@ -72,11 +73,33 @@ class Calibration:
         for layer, v in self.values.items():
             for name in ("count", "total", "second"):
                 tensors[f"values.{layer}.{name}"] = getattr(v, name).contiguous()
+        for layer, rows in self.samples.items():
+            for name, tensor in rows.tensors().items():
+                tensors[f"samples.{layer}.{name}"] = tensor.contiguous()
         meta = {
             "format": FORMAT, "tokens": str(self.tokens), "stages": json.dumps([asdict(s) for s in self.stages]),
             "largest": json.dumps(self.largest), "medians": json.dumps(self.medians),
         }  # fmt: skip
         save_file(tensors, str(path), metadata=meta)
+
+    def merge(self, other: Calibration) -> None:
+        """Add another shard of the same model, made for the same needs. Raises CalibrationError when it is not."""
+        if not same_model(self.fingerprint, other.fingerprint):
+            raise CalibrationError("the two calibration records are of different weights; merge shards of one model only")
+        for what in ("keys", "values", "samples"):
+            mine, others = getattr(self, what), getattr(other, what)
+            if set(mine) != set(others):
+                raise CalibrationError(
+                    f"the two calibration records hold {what} of different layers or blocks; make every shard with the same needs"
+                )
+        for at, k in self.keys.items():
+            k.merge(other.keys[at])
+        for layer, v in self.values.items():
+            v.merge(other.values[layer])
+        for layer, rows in self.samples.items():
+            self.samples[layer] = rows.merge(other.samples[layer])
+        self.tokens += other.tokens
+        self.stages = self.stages or other.stages
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:
@@ -92,12 +115,15 @@ class Calibration:
                 )
             keys: dict[tuple[int, int], dict[str, Tensor]] = {}
             values: dict[int, dict[str, Tensor]] = {}
+            samples: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 parts = name.split(".")
                 if parts[0] == "keys":
                     keys.setdefault((int(parts[1]), int(parts[2])), {})[parts[3]] = tensor
                 elif parts[0] == "values":
                     values.setdefault(int(parts[1]), {})[parts[2]] = tensor
+                elif parts[0] == "samples":
+                    samples.setdefault(int(parts[1]), {})[parts[2]] = tensor
             record = cls(
                 stages=tuple(
                     SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"])
@@ -109,6 +135,7 @@ class Calibration:
                 tokens=int(meta["tokens"]),
                 largest=json.loads(meta["largest"]),
                 medians=json.loads(meta["medians"]),
+                samples={at: Samples(**rows) for at, rows in samples.items()},
             )
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise CalibrationError(f"calibration record {path} cannot be read ({error}); calibrate again") from error
@@ -169,7 +196,11 @@ class _Recording(DynamicLayer):
         self.owner, self.layer = owner, layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.owner.record(self.layer, key_states, value_states)
+        collector = self.owner.collector
+        if collector is not None:
+            key_states, value_states = collector.track(self.layer, key_states, value_states)
+        with torch.no_grad():
+            self.owner.record(self.layer, key_states.detach(), value_states.detach())
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -179,9 +210,11 @@ class _Recording(DynamicLayer):
 class _RecordingCache(Cache):
     is_kvsink = True  # the hooks of the runtime fill the frame
 
-    def __init__(self, runtime: Runtime, into: Calibration, blocks: dict[int, tuple[int, ...]]) -> None:
+    def __init__(
+        self, runtime: Runtime, into: Calibration, blocks: dict[int, tuple[int, ...]], collector: Collector | None
+    ) -> None:
         super().__init__(layers=[_Recording(self, i) for i in range(len(runtime.plans))])
-        self.runtime, self.into, self.blocks = runtime, into, blocks
+        self.runtime, self.into, self.blocks, self.collector = runtime, into, blocks, collector
         self.frame: Frame | None = None
         self.shared = self  # where the hooks put the frame, as in a KVSinkCache
 
@@ -199,26 +232,39 @@ class _RecordingCache(Cache):
             key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
             pair = frame.candidates.get(key)
             if pair is None:
-                pair = frame.candidates[key] = first_candidates(frame, positions, b, segment.count)
+                pair = frame.candidates[key] = position_candidates(frame, positions, b, segment)
             exact = torch.zeros_like(keep).scatter_(1, pair[1], pair[0] > float("-inf"))
             keep &= ~exact
+        if frame.valid is not None:
+            keep &= frame.valid
         keys = unrope(k.float(), cos[:, None].float(), sin[:, None].float())
         for block in self.blocks[layer]:
             offset_cos, offset_sin = self.runtime.offset_angles(layer, block, k.device)
             self.into.keys[layer, block].add(keys, positions.expand(b, s), keep, offset_cos, offset_sin)
         self.into.values[layer].add(v, keep)
+        if self.collector is not None:
+            self.collector.draw(layer, keys, v, positions.expand(b, s), keep, cos, sin)
 
 
 def calibrate(
     model: nn.Module, ids: Tensor, policies: Sequence[tuple[Policy, ...]], blocks: dict[int, tuple[int, ...]], batch: int = 1,
-    progress: Progress | None = None,
+    progress: Progress | None = None, samples: Mapping[int, SampleNeed] | None = None,
 ) -> Calibration:  # fmt: skip
     """Run `ids` [N, T] through the model: two windows to find the stages, then all for the statistics.
 
     policies: of each layer, since what stays exact is left out. blocks: block lengths whose key statistics each layer
-    needs (empty: only stages). Needs as many tokens as four times the head dimension. Raises CalibrationError.
+    needs (empty: only stages). samples: layers of `blocks` whose rows are kept too, and with which weights; weights take
+    windows one at a time, whatever `batch` says. Needs as many tokens as four times the head dimension, and as many as the
+    samples ask for. Raises CalibrationError.
     """
     where = anatomy(model)
+    wanted = dict(samples or {})
+    if absent := set(wanted) - set(blocks):
+        raise CalibrationError(f"samples are asked of layers {sorted(absent)} that record no statistics; add them to blocks")
+    if wanted and ids.numel() < (least := max(n.rows for n in wanted.values())):
+        raise CalibrationError(
+            f"{ids.numel()} calibration tokens are too few for codebooks of {least} centroids; give at least {least}"
+        )
     need = 4 * where.head_dim
     if blocks and any(blocks.values()) and ids.numel() < need:
         raise CalibrationError(
@@ -249,22 +295,31 @@ def calibrate(
         return out
     plans = tuple(LayerPlan(None, segments_for_layer(policies[i], i, stages) if i in blocks else ()) for i in range(n))
     runtime, earlier = Runtime(model, plans, {}, stages, "calibration"), model.__dict__.get("_kvsink_runtime")
+    collector = Collector(wanted, len(ids)) if wanted else None
+    step = 1 if collector is not None and collector.weighs else batch
     attach(model, runtime)
     try:
-        with torch.no_grad():
-            for start in range(0, len(ids), batch):
-                rows = ids[start : start + batch].to(device)
-                cache = _RecordingCache(runtime, out, {i: blocks.get(i, ()) for i in range(n)})
+        with frozen(model), watched(model, where, collector):
+            for start in range(0, len(ids), step):
+                rows = ids[start : start + step].to(device)
+                cache = _RecordingCache(runtime, out, {i: blocks.get(i, ()) for i in range(n)}, collector)
                 for layer in range(n):
                     if layer not in blocks:
                         cache.layers[layer] = DynamicLayer()
-                model(input_ids=rows, past_key_values=cache, use_cache=True)
+                if collector is not None:
+                    collector.begin(start)
+                with torch.set_grad_enabled(collector is not None and collector.fisher):
+                    logits = model(input_ids=rows, past_key_values=cache, use_cache=True).logits
+                    if collector is not None and collector.fisher:
+                        collector.backward(logits, rows)
                 out.tokens += rows.numel()
-                tell("calibrating", min(start + batch, len(ids)), len(ids))
+                tell("calibrating", min(start + step, len(ids)), len(ids))
     finally:
         detach(model)
         if earlier is not None:
             attach(model, earlier)
+    if collector is not None:
+        out.samples = collector.samples(out.tokens)
     every: list[tuple[object, KeyStats | ValueStats]] = [*out.keys.items(), *out.values.items()]
     for name, stats in every:
         if not torch.isfinite(stats.second).all():

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsink.errors import KvsinkError, ModelError, UnknownName
+from kvsink.kernels.base import cache_folder
 
 RECORD = "kvsink_demo.json"  # lists every file of a finished folder with its size
 
@@ -97,10 +98,7 @@ def resolve_model_dir(name: str | os.PathLike[str], progress: bool = True) -> Pa
 
 def cache_dir() -> Path:
     """The folder for everything kvsink stores outside its outputs (not created here)."""
-    if own := os.environ.get("KVSINK_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "kvsink"
+    return cache_folder()
 
 
 def _hub_dir(repo: str) -> Path:

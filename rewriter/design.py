@@ -10,22 +10,26 @@ Raises     CalibrationError when statistics are missing, UnsupportedError when t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvsink.calibration import Calibration
+from kvsink.codebooks import learn
 from kvsink.codecs import SideSpec
 from kvsink.codecs.codec import TABLE_TOKENS
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels import stages
 from kvsink.kernels.levels import distortion
 from kvsink.kernels.quantize import SIGMA_KINDS
+from kvsink.observers import SampleNeed
 
-__all__ = ["Design", "design_key", "design_value", "key_blocks", "needs_calibration", "water_fill"]
+__all__ = ["Design", "design_key", "design_value", "gather_needs", "key_blocks", "needs_calibration", "sample_need", "water_fill"]
 
+CPU = torch.device("cpu")
 Angles = Callable[[int], tuple[Tensor, Tensor]]  # block length → offset cos, sin [n, R]
 
 
@@ -39,7 +43,34 @@ class Design:
 
 def needs_calibration(spec: SideSpec) -> bool:
     """Whether a side cannot be built without statistics."""
-    return spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind in SIGMA_KINDS)
+    learns = spec.packed and QUANTIZERS[spec.kind].learns(spec) > 0
+    return learns or (spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind in SIGMA_KINDS))
+
+
+def sample_need(*sides: SideSpec) -> SampleNeed | None:
+    """What the quantizers of these sides (resolved) learn from, together; None when they learn nothing."""
+    need = None
+    for side in sides:
+        rows = QUANTIZERS[side.kind].learns(side) if side.packed else 0
+        if rows:
+            one = SampleNeed(rows, side.weights.startswith("fisher"), side.weights == "error")
+            need = one if need is None else need | one
+    return need
+
+
+def gather_needs(
+    pairs: Iterable[tuple[SideSpec, SideSpec]], heads: int, dim: int
+) -> tuple[tuple[int, ...], SampleNeed | None]:
+    """Key block lengths and samples of one layer that serve all given pairs of sides: what `calibrate` is to be asked for."""
+    blocks: set[int] = set()
+    need = None
+    for pair in pairs:
+        key, value = (side.resolved(heads, dim) for side in pair)
+        blocks |= set(key_blocks(key))
+        one = sample_need(key, value)
+        if one is not None:
+            need = one if need is None else need | one
+    return tuple(sorted(blocks)), need
 
 
 def key_blocks(spec: SideSpec) -> tuple[int, ...]:
@@ -69,6 +100,27 @@ def water_fill(variance: Tensor, bits: float, run: int = 8) -> tuple[int, ...]:
     return tuple(sorted(widths, reverse=True))
 
 
+def eigenbasis(covariance: Tensor, spec: SideSpec) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [H, D] and vectors [H, D, D] of a covariance, falling; for codebooks, dealt out over their runs."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+    if not spec.couple:
+        return values, vectors
+    order = torch.stack([balanced(v, spec.couple) for v in values])
+    return values.gather(-1, order), vectors.gather(-1, order[:, None].expand_as(vectors))
+
+
+def balanced(values: Tensor, couple: int) -> Tensor:
+    """An order of falling variances [D] in which runs of `couple` have nearly equal products: each goes, the largest first,
+    to the run with room whose product is smallest (eigenvalue allocation, Ge et al. 2013)."""
+    runs: list[list[int]] = [[] for _ in range(len(values) // couple)]
+    logs = values.double().clamp_min(1e-12 * float(values.max()) + 1e-30).log()
+    logs = logs - logs.min() + 1.0
+    for i in range(len(values)):
+        min((r for r in runs if len(r) < couple), key=lambda r: float(logs[r].sum())).append(i)
+    return torch.tensor([i for run in runs for i in run])
+
+
 def _need(found: object, layer: int, what: str) -> None:
     if found is None:
         raise CalibrationError(
@@ -76,8 +128,10 @@ def _need(found: object, layer: int, what: str) -> None:
         )
 
 
-def design_key(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles) -> Design:
-    """The key codec of one layer. `angles` gives the offset angles of a block length."""
+def design_key(
+    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles, device: torch.device = CPU
+) -> Design:
+    """The key codec of one layer. `angles` gives the offset angles of a block length; codebooks are learnt on `device`."""
     spec = spec.resolved(heads, dim)
     tables: dict[str, Tensor] = {}
     if not spec.packed:
@@ -95,8 +149,7 @@ def design_key(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibra
     if spec.transform == "klt":
         if spec.domain != "block":
             raise UnsupportedError("klt keys are in the block domain; set domain='block' with a block length")
-        values, vectors = torch.linalg.eigh(covariance)
-        values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+        values, vectors = eigenbasis(covariance, spec)
         tables["k_basis"] = vectors.float().contiguous()
         tables["k_mean2"] = mu2.float()
         variance = values
@@ -115,10 +168,16 @@ def design_key(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibra
     if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["k_sigma"] = variance.sqrt().clamp_min(1e-6).float()
+    if QUANTIZERS[spec.kind].learns(spec):
+        if spec.domain != "block":
+            raise UnsupportedError(f"{spec.kind} keys are in the block domain; set domain='block' with a block length")
+        tables.update(learn("k", spec, layer, record, tables, device))
     return Design(spec, tables)
 
 
-def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration) -> Design:
+def design_value(
+    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, device: torch.device = CPU
+) -> Design:
     """The value codec of one layer; the tables are in the basis of the weights as they are now."""
     spec = spec.resolved(heads, dim)
     if not needs_calibration(spec):
@@ -131,12 +190,13 @@ def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calib
     if spec.center:
         tables["v_mean"] = stats.mean().float()
     if spec.transform == "klt":
-        values, vectors = torch.linalg.eigh(covariance)
-        values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+        values, vectors = eigenbasis(covariance, spec)
         tables["v_basis"], variance = vectors.float().contiguous(), values
     else:
         variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
     if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["v_sigma"] = variance.sqrt().clamp_min(1e-6).float()
+    if QUANTIZERS[spec.kind].learns(spec):
+        tables.update(learn("v", spec, layer, record, tables, device))
     return Design(spec, tables)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import EvaluationError
+from kvsink.reference import Reference
 
 CacheFactory = Callable[[Any, int, int], Any]
 """(model, batch_size, max_length) -> an empty cache for `model`."""
@@ -215,8 +216,9 @@ def evaluate(
 ) -> EvalResult:
     """Run every window of `ids` [N, T] through `model` and its cache, and beside it through `baseline`.
 
-    `baseline`: `model` itself (its stored weights are a valid plain model), another model, or None for
-    perplexity alone. `cache_factory`: by default the packed cache of a rewritten model, else transformers.DynamicCache.
+    `baseline`: `model` itself (its stored weights are a valid plain model), another model, a `Reference` that remembers
+    its log-probabilities between calls, or None for perplexity alone.
+    `cache_factory`: by default the packed cache of a rewritten model, else transformers.DynamicCache.
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
@@ -224,6 +226,10 @@ def evaluate(
         raise EvaluationError(f"chunk={chunk} and batch={batch} must be at least 1")
     _check_ids(model, ids)
     started = time.perf_counter()
+    reference = baseline if isinstance(baseline, Reference) else Reference(baseline, keep=False)
+    baseline = reference.model
+    if baseline is not None:
+        reference.begin(ids, chunk, batch)
     count, length = ids.shape
     nll = torch.zeros(count, dtype=torch.float64)
     base_nll = torch.zeros(count, dtype=torch.float64)
@@ -235,7 +241,9 @@ def evaluate(
         for first in range(0, count, batch):
             rows = ids[first : first + batch].to(_device(model))
             cache = cache_factory(model, len(rows), length)
-            base_cache = None if baseline is None else baseline_cache_factory(baseline, len(rows), length)
+            kept = reference.complete(first, range(0, length, chunk))
+            fresh = baseline is not None and not kept
+            base_cache = baseline_cache_factory(baseline, len(rows), length) if fresh else None
             span = slice(first, first + len(rows))
             for start in range(0, length, chunk):
                 stop = min(start + chunk, length)
@@ -249,18 +257,24 @@ def evaluate(
                     )
                 nll[span] -= log_q_target.sum(-1).double().cpu()
                 if baseline is not None:
-                    log_p = _log_probs(baseline, rows[:, start:stop].to(_device(baseline)), base_cache)[
-                        :, : targets.shape[1]
-                    ].to(log_q.device)
+                    if kept:
+                        log_p = reference.get(first, start)
+                    else:
+                        there = rows[:, start:stop].to(_device(baseline))
+                        log_p = _log_probs(baseline, there, base_cache)[:, : targets.shape[1]]
+                        reference.put(first, start, log_p)
+                    log_p = log_p.to(log_q.device)
                     base_nll[span] -= log_p.gather(-1, targets[..., None])[..., 0].sum(-1).double().cpu()
                     agree[span] += (log_p.argmax(-1) == log_q.argmax(-1)).sum(-1).double().cpu()
                     log_q.sub_(log_p).neg_()  # log p - log q, in place
-                    kl[span] += log_p.exp_().mul_(log_q).sum(-1).sum(-1).double().cpu()
+                    kl[span] += log_p.exp().mul_(log_q).sum(-1).sum(-1).double().cpu()
                     del log_p
                 del log_q
             if not largest[1]:
                 largest = cache_size(cache)
-                base_largest = cache_size(base_cache) if base_cache is not None else base_largest
+                if base_cache is not None:
+                    reference.size = cache_size(base_cache)
+                base_largest = reference.size
             del cache, base_cache
             if progress is not None:
                 progress(min(first + batch, count), count)

@@ -10,14 +10,17 @@ Exact      sums in float64; products in float32
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from kvsink.kernels.rope import rope
 
-__all__ = ["KeyStats", "Samples", "ValueStats"]
+__all__ = ["SAMPLE_ROWS", "KeyStats", "SampleNeed", "Samples", "ValueStats"]
+
+SAMPLE_ROWS = 16384  # rows of a layer that are kept at most
 
 
 @dataclass
@@ -118,6 +121,18 @@ class ValueStats:
         return self.second / self.count - mu[:, :, None] * mu[:, None, :]
 
 
+@dataclass(frozen=True)
+class SampleNeed:
+    """What quantizers that learn ask of one layer's samples. rows: the fewest that will do; fisher, error: weights of that kind."""
+
+    rows: int = 1
+    fisher: bool = False
+    error: bool = False
+
+    def __or__(self, other: SampleNeed) -> SampleNeed:
+        return SampleNeed(max(self.rows, other.rows), self.fisher or other.fisher, self.error or other.error)
+
+
 @dataclass
 class Samples:
     """Rows of one layer kept for quantizers that learn their levels: a subset of the calibration tokens, protected rows left out.
@@ -125,6 +140,7 @@ class Samples:
     keys before RoPE and values [N, H, D] float32; positions int64 [N]. Weights are None unless a method asked for them:
     key_fisher, value_fisher [N, H, D], the squared gradient of the loss with respect to each entry (KVQuant, CQ);
     key_error, value_error [N, H], how strongly an error of that row reaches the attention output (AnTKV).
+    windows int64 [N]: which calibration window a row comes from.
     """
 
     keys: Tensor
@@ -134,3 +150,31 @@ class Samples:
     value_fisher: Tensor | None = None
     key_error: Tensor | None = None
     value_error: Tensor | None = None
+    windows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are held, by name."""
+        return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+
+    def take(self, rows: Tensor) -> Samples:
+        """The given rows, int64 [n]."""
+        return Samples(**{name: t[rows] for name, t in self.tensors().items()})
+
+    @staticmethod
+    def join(parts: Sequence[Samples], most: int = SAMPLE_ROWS) -> Samples:
+        """One after the other, at most `most` rows, drawn evenly; fields that a part lacks are dropped."""
+        names = set.intersection(*(set(p.tensors()) for p in parts))
+        whole = Samples(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
+        if len(whole) <= most:
+            return whole
+        drawn = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:most]
+        return whole.take(drawn.sort().values)
+
+    def merge(self, other: Samples, most: int = SAMPLE_ROWS) -> Samples:
+        """The rows of both shards; the windows of the other are counted on from ours."""
+        if other.windows is not None and self.windows is not None and len(self):
+            other = replace(other, windows=other.windows + int(self.windows.max()) + 1)
+        return Samples.join([self, other], most)

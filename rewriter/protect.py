@@ -1,34 +1,68 @@
 """Which rows stay exact: protection policies, their text form, and where each finds its candidates.
 
-A policy is written `none`, `first:N`, `kvsink:K` or `massive:N`; a union joins them with `+`, as in `kvsink:5+first:1`.
-Per layer a policy becomes segments of the exact side store, each with a capacity and a source of candidates.
+    none                nothing
+    first:N             the first N positions (Preserve-First-N)
+    random:N            N rows drawn by a fixed hash of the position, the same in every layer and run: a control
+    kvsink:K            K attention sinks per emergence stage, by the stable outlier channel of the hidden states
+    massive:N           per layer, the rows of the N largest entries of the hidden states that enter it
+    pivots:N[:A[:R]]    at most N rows of the prompt whose largest |h| behind the probe block exceeds A (100) and R (1000)
+                        times the median |h|; all layers behind that block share them, those before keep the first row
+    anchors:P%[:S][:count], anchors:N[:S][:count]
+                        per layer, the rows with the most attention: ceil(P·t) of t tokens, or N. S is the score: `mass`
+                        (attention received, the default), `qnorm` (each query weighted by its norm) or `exact` (the bound
+                        on the error of the output); `count` divides by the number of queries that could see the row
 
+A union joins policies with `+`, as in `kvsink:5+first:1` or `kvsink:5+anchors:1%`. Per layer the fixed counts become segments
+of the exact side store, each with a capacity and a source of candidates; anchors take the places behind them.
+
+Anchors    a new row lives in the recent window while its score grows; leaving it, the row competes with the anchors held (whose
+           scores go on growing) for the present budget. A row that lost is read from its codes for good. Rows of a
+           chunk that do not fit the window compete right after their own chunk's attention. Scores are summed over all
+           query heads: one list of anchors per layer and batch row. Slots of padding count in t, padding is never chosen
 Source     first:N is Preserve-First-N (KVQuant, arXiv 2401.18079); kvsink:K is KVSink, arXiv 2508.04257 section 4, with one
-           set of rows per emergence stage; massive:N is the rule of RotateKV, arXiv 2501.16383
-Differs    a model may have several emergence stages: a layer uses the latest one before it. Rows are chosen over chunks
-           and decoding too, up to the capacity
+           set of rows per emergence stage; massive:N is the rule of RotateKV, arXiv 2501.16383; anchors is the online rule of
+           AnTKV, arXiv 2506.19505; pivots is AKVQ-VL, arXiv 2501.15021
+Differs    a model may have several emergence stages: a layer uses the latest one before it (pivots: the first that passes
+           the thresholds). Rows are chosen over chunks and decoding too, up to the capacity; pivots in steps of several
+           tokens only. A crop takes rows away, not what their queries gave to other rows' scores. Statistics of a
+           calibration leave out every protected row but anchors, which are chosen while the text is read
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 
+from kvsink.codecs.anchors import MILLION, SCORES, Anchors
 from kvsink.errors import KvsinkError, UnknownName
 
-__all__ = ["Policy", "Segment", "SinkStage", "parse_policies", "segments_for_layer"]
+__all__ = [
+    "SCORES", "Anchors", "Policy", "Segment", "SinkStage", "anchors_for_layer", "parse_policies", "probe_stage",
+    "segments_for_layer",
+]  # fmt: skip
 
-_KINDS = ("none", "first", "kvsink", "massive")
+_KINDS = ("none", "first", "random", "kvsink", "massive", "pivots", "anchors")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """One policy and its count of rows (of entries, for `massive`)."""
+    """One policy and its count of rows (of entries, for `massive`).
+
+    anchors: how anchors are counted and scored; least, ratio: the thresholds of pivots.
+    """
 
     kind: str
     count: int
+    anchors: Anchors | None = None
+    least: float = 100.0
+    ratio: float = 1000.0
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "none" else f"{self.kind}:{self.count}"
+        if self.anchors is not None:
+            return str(self.anchors)
+        tail = f":{self.least:g}:{self.ratio:g}" if (self.least, self.ratio) != (100.0, 1000.0) else ""
+        return self.kind if self.kind == "none" else f"{self.kind}:{self.count}{tail}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +82,8 @@ class SinkStage:
 class Segment:
     """A part of one layer's exact store: `count` places filled from `source`.
 
-    source is "first", "massive" or "stage:B" for the sinks that block B marks.
+    source is "first", "random", "massive", "stage:B" for the sinks that block B marks, or "pivots:B:A:R" for the pivots
+    behind block B with their thresholds.
     """
 
     source: str
@@ -61,29 +96,89 @@ class Segment:
 
 def parse_policies(text: str) -> tuple[Policy, ...]:
     """Read `--protect`: policies joined by `+`. Raises KvsinkError naming the part that cannot be read."""
-    policies = []
+    policies: list[Policy] = []
     for part in text.replace(" ", "").split("+"):
         kind, _, count = part.partition(":")
         if kind not in _KINDS:
             raise UnknownName("protection", kind, _KINDS, "Write for example --protect kvsink:5+first:1.")
         if kind == "none":
             continue
-        if not count.isdigit() or int(count) < 1:
-            raise KvsinkError(
-                f"protection {part!r} needs a positive number of rows; write {kind}:5, or none to protect nothing"
-            )
-        policies.append(Policy(kind, int(count)))
+        if kind == "anchors":
+            if any(p.kind == "anchors" for p in policies):
+                raise KvsinkError(f"protection {text!r} names anchors twice; a layer has one list of them, write one share")
+            policies.append(_anchors(part, count))
+        elif kind == "pivots":
+            policies.append(_pivots(part, count))
+        else:
+            policies.append(Policy(kind, _count(part, kind, count)))
     return tuple(policies)
+
+
+def _count(part: str, kind: str, count: str) -> int:
+    if not count.isdigit() or int(count) < 1:
+        raise KvsinkError(
+            f"protection {part!r} needs a positive number of rows; write {kind}:5, or none to protect nothing"
+        )
+    return int(count)
+
+
+def _pivots(part: str, text: str) -> Policy:
+    count, *limits = text.split(":")
+    try:
+        numbers = [float(x) for x in limits]
+    except ValueError:
+        numbers = [-1.0]
+    if len(numbers) > 2 or any(not 0 <= x < float("inf") for x in numbers):
+        raise KvsinkError(f"protection {part!r}: thresholds of pivots are two numbers; write pivots:15:100:1000")
+    least, ratio = (*numbers, *(100.0, 1000.0)[len(numbers) :])
+    return Policy("pivots", _count(part, "pivots", count), least=least, ratio=ratio)
+
+
+def _anchors(part: str, text: str) -> Policy:
+    amount, *words = text.split(":")
+    normalize = bool(words) and words[-1] == "count"
+    words = words[:-1] if normalize else words
+    if len(words) > 1:
+        raise KvsinkError(f"protection {part!r} has too many parts; write anchors:1%, anchors:1%:exact or anchors:1%:mass:count")
+    score = words[0] if words else "mass"
+    if score not in SCORES:
+        raise UnknownName("anchor score", score, (*SCORES, "count"), "Write for example anchors:1%:mass.")
+    if amount.endswith("%"):
+        if not re.fullmatch(r"\d+(\.\d+)?|\.\d+", amount[:-1]):
+            raise KvsinkError(f"protection {part!r}: {amount!r} is not a percentage; write for example anchors:1%")
+        ppm = round(Fraction(amount[:-1]) * 10_000)
+        if not 0 < ppm <= MILLION:
+            raise KvsinkError(
+                f"protection {part!r}: a share of {amount} is not above 0 and up to 100 percent; write for example anchors:1%"
+            )
+        return Policy("anchors", 0, Anchors(ppm=ppm, score=score, normalize=normalize))
+    if not amount.isdigit() or int(amount) < 1:
+        raise KvsinkError(f"protection {part!r} needs a percentage or a positive number of rows; write anchors:1% or anchors:40")
+    return Policy("anchors", 0, Anchors(rows=int(amount), score=score, normalize=normalize))
+
+
+def probe_stage(policy: Policy, stages: tuple[SinkStage, ...]) -> SinkStage | None:
+    """The stage behind which pivots are looked for: the first whose activations pass the thresholds."""
+    return next((s for s in stages if s.size > policy.least and s.size > policy.ratio * s.median), None)
 
 
 def segments_for_layer(policies: tuple[Policy, ...], layer: int, stages: tuple[SinkStage, ...]) -> tuple[Segment, ...]:
     """The segments of one layer: `kvsink` counts only behind an emergence block, with the latest stage."""
     out = []
     for policy in policies:
-        if policy.kind == "first":
-            out.append(Segment("first", policy.count))
-        elif policy.kind == "massive":
-            out.append(Segment("massive", policy.count))
-        elif behind := [s for s in stages if s.block < layer]:
+        if policy.kind in ("first", "massive", "random"):
+            out.append(Segment(policy.kind, policy.count))
+        elif policy.kind == "pivots":
+            probe = probe_stage(policy, stages)
+            if probe is not None and probe.block < layer:
+                out.append(Segment(f"pivots:{probe.block}:{policy.least:g}:{policy.ratio:g}", policy.count))
+            else:
+                out.append(Segment("first", 1))
+        elif policy.kind == "kvsink" and (behind := [s for s in stages if s.block < layer]):
             out.append(Segment(f"stage:{max(s.block for s in behind)}", policy.count))
     return tuple(out)
+
+
+def anchors_for_layer(policies: tuple[Policy, ...]) -> Anchors | None:
+    """The anchors among the policies of a layer, if any."""
+    return next((p.anchors for p in policies if p.anchors is not None), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,19 @@ from torch import Tensor, nn
 
 from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
-from kvsink.design import design_key, design_value, key_blocks, needs_calibration
-from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
+from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
+from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
 from kvsink.fold import fold_value_rotation, foldable
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method
-from kvsink.protect import parse_policies, segments_for_layer
+from kvsink.observed import check_observable
+from kvsink.observers import SampleNeed
+from kvsink.patterns import PATTERNS, attention_patterns, classify
+from kvsink.plan import Plan, candidates, choose_plan
+from kvsink.plan import sides as planned_sides
+from kvsink.protect import anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
-from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach
+from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, visual_tokens
 from kvsink.texts import builtin_text
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
@@ -49,6 +54,8 @@ class RewriteOptions:
     calibration_tokens: int = 16384
     layers: str = ""
     fold: bool = True
+    bits: float | None = None
+    plan: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class LayerChoice:
     value_bits: float
     protect: str
     window: int
+    pattern: str = ""  # "tsa" or "psa"; empty where nobody has said or measured it
 
 
 def parse_layers(text: str, count: int, base: LayerChoice) -> list[LayerChoice]:
@@ -76,12 +84,14 @@ def parse_layers(text: str, count: int, base: LayerChoice) -> list[LayerChoice]:
         for assignment in assignments.split(","):
             name, _, value = assignment.partition("=")
             try:
-                kind = {"key_bits": float, "value_bits": float, "protect": str, "window": int}[name]
+                kind = {"key_bits": float, "value_bits": float, "protect": str, "window": int, "pattern": str}[name]
                 changes[name] = kind(value)
             except (KeyError, ValueError) as error:
                 raise KvsinkError(
                     f"--layers {assignment!r} is not one of key_bits=, value_bits=, protect=, window= with a number"
                 ) from error
+            if name == "pattern" and value not in PATTERNS:
+                raise UnknownName("attention pattern", value, PATTERNS, "Write for example --layers 0-1:pattern=tsa.")
         for i in range(begin, end + 1):
             choices[i] = replace(choices[i], **changes)
     return choices
@@ -91,6 +101,9 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
     """Windows [N, T] of token ids from ids, texts, "builtin" or a text file."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW)
+    if _are_prompts(source):
+        kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
+        source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
     if isinstance(source, Tensor):
         ids = source if source.dim() == 2 else source.flatten()
     else:
@@ -124,6 +137,41 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
             f"calibration token {wrong[0]} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
         )
     return ids
+
+
+def _are_prompts(source: Any) -> bool:
+    return isinstance(source, list | tuple) and bool(source) and all(isinstance(p, Mapping) for p in source)
+
+
+def _with_patterns(
+    model: nn.Module, m: Method, choices: list[LayerChoice], source: Any, protected: bool, notes: list[str]
+) -> list[LayerChoice]:
+    """Choices with their attention pattern filled in, measured where the user has not said it."""
+    rule = m.modality
+    if rule is None:
+        if any(c.pattern for c in choices):
+            raise KvsinkError(f"--layers pattern=: method {m.name} treats all attention patterns alike; leave it out")
+        return choices
+    tokens = visual_tokens(model.config)
+    found = None
+    if tokens and not all(c.pattern for c in choices):
+        if _are_prompts(source):
+            found = attention_patterns(model, source, tokens)
+        elif isinstance(source, Tensor):
+            ids = source if source.dim() == 2 else source[None]
+            found = attention_patterns(model, [{"input_ids": row[None]} for row in ids], tokens)
+        if found is None:
+            notes.append("the calibration shows no image: every layer is taken as pivot-salient; give prompts with images")
+    out = []
+    for i, c in enumerate(choices):
+        pattern = c.pattern or (classify(found[i], rule.ratio, rule.share) if found else "psa")
+        if pattern == "tsa" and not protected and c.protect == m.protect:
+            c = replace(c, protect=rule.protect)
+        out.append(replace(c, pattern=pattern))
+    if found:
+        salient = [i for i, c in enumerate(out) if c.pattern == "tsa"]
+        notes.append(f"text-salient layers, which keep text at {rule.text_bits:g} bit: {salient or 'none'}")
+    return out
 
 
 def _tokenizer_of(model: nn.Module) -> Any:
@@ -166,14 +214,19 @@ def rewrite(
     model: nn.Module, method: str | Method = "klt", *, key_bits: float | None = None, value_bits: float | None = None,
     protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
-    progress: Progress | None = None,
+    progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
+    designs: dict[Any, Design] | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
     method: a name of `kvsink.methods()` or a Method. key_bits, value_bits: average bits, 16 keeps a side exact. protect: rows
     kept exact, such as "kvsink:5+first:1". window: recent rows kept exact. calibration: "builtin", a text file, a list of
-    texts, token ids [N, T], or a `Calibration`. layers: per-layer changes, "0-1:key_bits=4". fold: put value rotations into
+    texts, token ids [N, T], prompts (dicts of model inputs), or a `Calibration`. layers: per-layer changes,
+    "0-1:key_bits=4". fold: put value rotations into
     the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in, when it is narrower.
+    plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
+    on plan_ids [N, T], by default the calibration text.
+    designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
@@ -196,33 +249,56 @@ def rewrite(
     if base.key_bits == base.value_bits == 16 and protect is None:
         base = replace(base, protect="none")  # everything is exact already
     n = len(where.attentions)
+    if plan not in ("uniform", "auto"):
+        raise UnknownName("plan", plan, ("uniform", "auto"))
+    if plan == "uniform" and bits is not None:
+        raise KvsinkError(f"bits={bits:g} is a budget for plan='auto'; pass --plan auto, or --key-bits and --value-bits")
+    if plan == "auto" and layers:
+        raise KvsinkError("plan='auto' chooses the widths of every layer itself; leave --layers out, or use --plan uniform")
     choices = parse_layers(layers, n, base)
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
+    notes: list[str] = []
+    choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
+    samples: dict[int, SampleNeed] = {}
     for i, choice in enumerate(choices):
         if _refusal(where, i):
             wanted.append(None)
             continue
-        key, value = m.side("key", choice.key_bits), m.side("value", choice.value_bits)
+        if choice.pattern == "tsa" and visual_tokens(model.config):
+            key, value = m.modal_side("key", choice.key_bits), m.modal_side("value", choice.value_bits)
+        elif choice.pattern == "tsa" and m.modality is not None:
+            key, value = m.side("key", m.modality.text_bits), m.side("value", m.modality.text_bits)
+        else:
+            key, value = m.side("key", choice.key_bits), m.side("value", choice.value_bits)
         rope_reason = _rope_refusal(config)
         if rope_reason and key.packed and (key.domain == "block" or key.center):
             raise UnsupportedError(
                 f"layer {i} ({where.attentions[i]}): {rope_reason}, which {m.name} keys need to undo; use --method rtn"
             )
-        key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)  # refuse early
+        resolved = key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)
+        if (need := sample_need(*resolved)) is not None:
+            samples[i] = need
         wanted.append((key, value))
     if all(w is None for w in wanted):
         raise UnsupportedError(
             f"{type(model).__name__}: every layer is left alone ({_refusal(where, 0)}); there is nothing to rewrite"
         )
     policies = [parse_policies(c.protect) for c in choices]
-    uses_stages = any(p.kind == "kvsink" for ps in policies for p in ps)
+    uses_stages = any(p.kind in ("kvsink", "pivots") for ps in policies for p in ps)
+    if any(anchors_for_layer(p) for p, w in zip(policies, wanted, strict=True) if w is not None):
+        check_observable(model)
     blocks = {
         i: key_blocks(w[0])
         for i, w in enumerate(wanted)
         if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
     }
+    if plan == "auto":
+        served, need = gather_needs(planned_sides(m, where.kv_heads, where.head_dim), where.kv_heads, where.head_dim)
+        blocks = {i: tuple(sorted({*blocks.get(i, ()), *served})) for i, w in enumerate(wanted) if w is not None}
+        samples = {} if need is None else {i: samples.get(i, need) | need for i in blocks}
+        designs = {} if designs is None else designs
     check_weights(model)
     record = Calibration((), {}, {}, torch.zeros(0), 0)
     if blocks or uses_stages:
@@ -232,10 +308,23 @@ def rewrite(
             record = Calibration.load(calibration, model)
         else:
             ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies, blocks, batch, progress)
-    notes = []
-    if uses_stages and not record.stages:
+            record = calibrate(model, ids, policies, blocks, batch, progress, samples)
+    kinds = {p.kind for ps in policies for p in ps}
+    if "kvsink" in kinds and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
+    if any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
+        notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
+    if plan == "auto":
+        if plan_ids is None:
+            source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
+            plan_ids = calibration_windows(model, source, calibration_tokens, tokenizer)
+        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs)
+        notes.append(found.note)
+        choices = parse_layers(found.layers, n, base)
+        wanted = [
+            None if w is None else (m.side("key", c.key_bits), m.side("value", c.value_bits))
+            for w, c in zip(wanted, choices, strict=True)
+        ]
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
     device = next(model.parameters()).device
     plans: list[LayerPlan] = []
@@ -245,15 +334,16 @@ def rewrite(
         if w is None:
             plans.append(LayerPlan(None, (), _refusal(where, i)))
             continue
-        key_design = design_key(
-            w[0],
-            i,
-            where.kv_heads,
-            where.head_dim,
-            record,
-            partial(probe.offset_angles, i, device=torch.device("cpu")),
-        )
-        value_design = design_value(w[1], i, where.kv_heads, where.head_dim, record)
+        angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
+        head = where.kv_heads, where.head_dim
+        made = {} if designs is None else designs
+        key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
+        if key_design is None:
+            key_design = made[i, "key", w[0]] = design_key(w[0], i, *head, record, angles, device)
+        if value_design is None:
+            value_design = made[i, "value", w[1]] = design_value(w[1], i, *head, record, device)
+        if progress is not None and samples:
+            progress("learning codebooks", i + 1, n)
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
         attention = model.get_submodule(where.attentions[i])
         if value_spec.transform == "hadamard":
@@ -266,7 +356,10 @@ def rewrite(
             elif reason and reason != "folding is off" and i == 0:
                 notes.append(f"value rotation runs online: {reason}")
         segments = segments_for_layer(policies[i], i, record.stages)
-        codec = Codec(key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window)
+        codec = Codec(
+            key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window,
+            anchors=anchors_for_layer(policies[i]),
+        )  # fmt: skip
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
     for attention, order in folds:
@@ -279,6 +372,29 @@ def rewrite(
     report = make_report(model, runtime, base.protect, record.tokens, notes)
     report.seconds = time.monotonic() - begun
     return report
+
+
+def _auto_plan(
+    model: nn.Module, m: Method, base: LayerChoice, record: Calibration, ids: Tensor, bits: float | None,
+    progress: Progress | None, designs: dict[Any, Design] | None,
+) -> Plan:  # fmt: skip
+    """Widths per layer within a budget; the model is as it was before."""
+    earlier = model.__dict__.get("_kvsink_runtime")
+    if m.modality is not None:
+        raise UnsupportedError(f"method {m.name} gives its layers widths by their attention pattern; use --plan uniform")
+    run = partial(
+        rewrite, model, m, key_bits=base.key_bits, value_bits=base.value_bits, protect=base.protect, window=base.window,
+        calibration=record, fold=False, designs=designs,
+    )  # fmt: skip
+    training = model.training
+    model.eval()
+    try:
+        return choose_plan(model, run, (base.key_bits, base.value_bits), ids, bits, candidates(m), progress)
+    finally:
+        detach(model)
+        model.train(training)
+        if earlier is not None:
+            attach(model, earlier)
 
 
 def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, notes: Sequence[str]) -> Report:
@@ -302,7 +418,7 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
             key_bits, value_bits = counted_bits(plan.codec, where.kv_heads, where.head_dim, layers=packed)
             row = LayerReport(
                 i, where.attentions[i], True, describe(plan.codec.key), describe(plan.codec.value), key_bits, value_bits,
-                ", ".join(s.key for s in plan.segments), "",
+                ", ".join([s.key for s in plan.segments] + ([str(plan.codec.anchors)] if plan.codec.anchors else [])), "",
             )  # fmt: skip
         report.layers.append(row)
     return report
@@ -321,8 +437,13 @@ def describe(spec: SideSpec) -> str:
         words.append(spec.transform + (f" x{spec.heads_per_group} heads" if spec.heads_per_group > 1 else ""))
     if spec.reorder:
         words.append("reordered")
-    widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
+    if spec.couple:
+        widths = f"{spec.couple}c{spec.code_bits}b" + (" shared" if spec.shared else "")
+    else:
+        widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
     words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
+    if spec.outliers:
+        words.append(f"{100 * spec.outliers:g} % outliers")
     if spec.norm:
         words.append("token norms")
     if spec.by_token_block:

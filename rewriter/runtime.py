@@ -21,6 +21,7 @@ from kvsink.codecs import Codec
 from kvsink.errors import UnsupportedError
 from kvsink.kernels import select_sinks
 from kvsink.kernels.tiles import TileTables, key_rows
+from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
 
 __all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "detach", "runtime_of"]
@@ -45,6 +46,7 @@ class Frame:
     cos: Tensor | None = None  # [B or 1, S, R]
     sin: Tensor | None = None
     valid: Tensor | None = None  # [B, S], False at padding
+    visual: Tensor | None = None  # [B, S], True at image and video tokens
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     anchored: bool = False  # the anchors of codes in tiles have been seen to
 
@@ -257,6 +259,9 @@ class _NewFrame(_Hook):
         if rows is not None:
             mask = self.given("attention_mask", args, kwargs)
             frame.valid = _valid_rows(mask, rows.shape[0], rows.shape[1], cache)
+            visual = getattr(cache, "visual", None)
+            if visual is not None and visual.shape == rows.shape[:2]:
+                frame.visual = visual
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():
@@ -265,6 +270,37 @@ class _NewFrame(_Hook):
                 named = {n: args[i] for n, i in self.place.items() if i < len(args)}
                 return (), {**named, **kwargs, "attention_mask": causal_mask(rows.shape[1], cache.get_max_length(), rows.device)}
         return None
+
+
+class _Modality(_Hook):
+    """Pre-hook of every module around the decoder that is given token ids: which of them stand for images and video.
+
+    The language model of a vision-language model receives embeddings, so the ids are read where they still are.
+    """
+
+    def __init__(self, module: nn.Module, tokens: tuple[int, ...]) -> None:
+        super().__init__(module)
+        self.tokens = tokens
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache, ids = self.cache(args, kwargs), self.given("input_ids", args, kwargs)
+        if cache is not None and ids is not None:
+            cache.visual = visual_rows(ids, self.tokens)
+
+
+def visual_tokens(config: Any) -> tuple[int, ...]:
+    """Token ids that stand for image and video patches in a model's input; empty for a text model."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = (getattr(config, name, None) for name in names)
+    return tuple(dict.fromkeys(token for token in found if isinstance(token, int) and token >= 0))
+
+
+def visual_rows(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """bool [B, S]: True at the given token ids."""
+    out = torch.zeros_like(ids, dtype=torch.bool)
+    for token in tokens:
+        out = out | (ids == token)
+    return out
 
 
 def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
@@ -290,6 +326,20 @@ class _EndFrame(_Hook):
         cache = self.cache(args, kwargs)
         if cache is not None:
             cache.shared.frame = None
+            cache.visual = None
+
+
+class _Observe(_Hook):
+    """Pre-hook of an attention module whose layer keeps anchors: its cache layer is the one to look at the queries."""
+
+    def __init__(self, module: nn.Module, layer: int) -> None:
+        super().__init__(module)
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = self.cache(args, kwargs)
+        layer = cache.layers[self.layer] if cache is not None else None
+        module._kvsink_observer.see = getattr(layer, "observe", None)  # type: ignore[union-attr]
 
 
 class _Positions(_Hook):
@@ -342,6 +392,36 @@ class _Massive(_Hook):
         cache.shared.frame.candidates[self.key] = _rank(hidden, cache.shared.frame, self.channels, self.weights, self.count, True)
 
 
+class _Pivots(_Hook):
+    """Forward hook of the probe block: rows of a prompt whose largest |h| stands out; a step of one token adds none."""
+
+    def __init__(self, module: nn.Module, key: str, count: int, least: float, ratio: float) -> None:
+        super().__init__(module)
+        self.key, self.count, self.least, self.ratio = key, count, least, ratio
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = self.cache(args, kwargs)
+        if cache is None or cache.shared.frame is None:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        score = pivot_scores(hidden, cache.shared.frame.valid, self.least, self.ratio)
+        if hidden.shape[1] == 1:
+            score = torch.full_like(score, float("-inf"))
+        cache.shared.frame.candidates[self.key] = score.topk(min(self.count, hidden.shape[1]), dim=1)
+
+
+def pivot_scores(hidden: Tensor, valid: Tensor | None, least: float, ratio: float) -> Tensor:
+    """max_c |h_tc| of hidden [B, S, E] where it is above `least` and above `ratio` times the median |h| of its batch row,
+    float32 [B, S]; -inf elsewhere and at padding."""
+    size = hidden.detach().abs().float()
+    counted = size if valid is None else size.masked_fill(~valid[..., None], float("nan"))
+    median = counted.flatten(1).nanmedian(dim=1, keepdim=True).values
+    score = size.amax(-1)
+    passed = (score > least) & (score > ratio * median)
+    passed = passed if valid is None else passed & valid
+    return score.masked_fill(~passed, float("-inf"))
+
+
 def _rank(
     hidden: Tensor, frame: Frame, channels: Tensor, weights: Tensor, count: int, entries: bool
 ) -> tuple[Tensor, Tensor]:
@@ -353,17 +433,30 @@ def _rank(
     return select_sinks(hidden, valid, channels, weights, count, entries)
 
 
-def first_candidates(frame: Frame, positions: Tensor, batch: int, count: int) -> tuple[Tensor, Tensor]:
-    """Candidates of `first:N`: rows whose position is below N, padding excluded."""
-    inside = (positions < count) & (positions >= 0)
+def position_candidates(frame: Frame, positions: Tensor, batch: int, segment: Segment) -> tuple[Tensor, Tensor]:
+    """Candidates known by position alone, padding excluded: `first:N` the rows below N, `random:N` the N largest hashes."""
+    inside = positions >= 0
+    if segment.source == "first":
+        inside = inside & (positions < segment.count)
+        score = _FIRST_SCORE * (1.0 - positions * 1e-6)
+    else:
+        score = position_hash(positions)
     inside = inside.expand(batch, -1)
     if frame.valid is not None:
         inside = inside & frame.valid
-    score = torch.where(inside, _FIRST_SCORE * (1.0 - positions * 1e-6), float("-inf"))
+    score = torch.where(inside, score, float("-inf"))
     if score.shape[1] == 1:
         return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from
-    best, index = score.topk(min(count, score.shape[1]), dim=1)
+    best, index = score.topk(min(segment.count, score.shape[1]), dim=1)
     return best.float(), index
+
+
+def position_hash(positions: Tensor) -> Tensor:
+    """A fixed pseudo-random number in (0, 1], float32, for every position: the same in every run, layer and batch row."""
+    x = (positions.to(torch.int64) + 1) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return (((x ^ (x >> 16)) & 0xFFFFFF) + 1).float() / float(1 << 24)
 
 
 def attach(model: nn.Module, runtime: Runtime) -> None:
@@ -387,10 +480,28 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
                 block = model.get_submodule(a.blocks[stage.block])
                 hook = _Stage(block, segment.key, stage.channels, segment.count)
                 handles.append(block.register_forward_hook(hook, with_kwargs=True))
+            elif segment.source.startswith("pivots:") and segment.key not in done:
+                done.add(segment.key)
+                _, at, least, ratio = segment.source.split(":")
+                block = model.get_submodule(a.blocks[int(at)])
+                pivots = _Pivots(block, segment.key, segment.count, float(least), float(ratio))
+                handles.append(block.register_forward_hook(pivots, with_kwargs=True))
             elif segment.source == "massive":
                 block = model.get_submodule(a.blocks[layer])
                 entries = _Massive(block, f"{segment.key}@{layer}", segment.count)
                 handles.append(block.register_forward_pre_hook(entries, with_kwargs=True))
+    if any(p.codec is not None and p.codec.modal for p in runtime.plans):
+        tokens = visual_tokens(model.config)
+        around = [".".join(a.base.split(".")[:i]) for i in range(a.base.count(".") + 2)] if a.base else [""]
+        for name in around:  # the model itself first, then inwards to the decoder
+            outer = model.get_submodule(name)
+            handles.insert(0, outer.register_forward_pre_hook(_Modality(outer, tokens), with_kwargs=True, prepend=True))
+    anchored = [i for i, p in enumerate(runtime.plans) if p.codec is not None and p.codec.anchors is not None]
+    for layer in anchored:
+        attention = model.get_submodule(a.attentions[layer])
+        attention._kvsink_observer = Observer()  # type: ignore[assignment]
+        handles.append(attention.register_forward_pre_hook(_Observe(attention, layer), with_kwargs=True))
+    switch_attention(model, bool(anchored))
     model._kvsink_runtime = runtime  # type: ignore[assignment]
     model._kvsink_handles = handles  # type: ignore[assignment]
 
@@ -399,7 +510,11 @@ def detach(model: nn.Module) -> None:
     """Remove the hooks and the runtime, if there are any."""
     for handle in model.__dict__.pop("_kvsink_handles", ()):
         handle.remove()
-    model.__dict__.pop("_kvsink_runtime", None)
+    earlier = model.__dict__.pop("_kvsink_runtime", None)
+    for name in earlier.anatomy.attentions if earlier is not None else ():
+        model.get_submodule(name).__dict__.pop("_kvsink_observer", None)
+    if earlier is not None:
+        switch_attention(model, False)
 
 
 def runtime_of(model: nn.Module) -> Runtime:

@@ -17,6 +17,7 @@ from torch import nn
 
 from kvsink.calibration import fingerprint, same_model
 from kvsink.codecs import Codec
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.protect import Segment, SinkStage
 from kvsink.runtime import LayerPlan, Runtime
@@ -94,10 +95,10 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
         raise SidecarError(
             f"{source} plans {len(runtime.plans)} layers, the model has {len(a.attentions)}; it is of another model"
         )
-    shapes = {
-        "k_mean": (a.kv_heads, a.head_dim), "k_mean2": (a.kv_heads, a.head_dim), "k_sigma": (a.kv_heads, a.head_dim),
+    shapes: dict[str, tuple[int, ...]] = {
+        "k_mean": (a.kv_heads, a.head_dim), "k_mean2": (a.kv_heads, a.head_dim),
         "k_basis": (a.kv_heads, a.head_dim, a.head_dim), "v_basis": (a.kv_heads, a.head_dim, a.head_dim),
-        "v_mean": (a.kv_heads, a.head_dim), "v_sigma": (a.kv_heads, a.head_dim),
+        "v_mean": (a.kv_heads, a.head_dim),
         "k_perm": (a.kv_heads * a.head_dim,), "k_unperm": (a.kv_heads * a.head_dim,),
     }  # fmt: skip
     for layer, plan in enumerate(runtime.plans):
@@ -107,18 +108,22 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
         if sum(s.count for s in plan.segments) != c.exact_rows or c.window < 0:
             raise SidecarError(f"{source}: layer {layer} has {c.exact_rows} exact rows but segments {plan.segments}")
         for side in (c.key, c.value):
-            if side.packed and 8 * len(side.widths) != a.head_dim:
+            if side.packed and side.widths and 8 * len(side.widths) != a.head_dim:
                 raise SidecarError(
                     f"{source}: layer {layer} codes {8 * len(side.widths)} channels, the model has {a.head_dim}; it is of "
                     "another model"
                 )
+        learnt = dict(shapes)
+        for prefix, side in (("k", c.key), ("v", c.value)):
+            if side.packed:
+                learnt.update(QUANTIZERS[side.kind].shapes(side, prefix, a.kv_heads, a.head_dim))
         for name in c.param_names():
             if name in ("start_cos", "start_sin"):
                 continue
             table = runtime.tables.get(f"layers.{layer}.{name}")
             if table is None:
                 raise SidecarError(f"{source}: the table {name} of layer {layer} is missing; run kvsink-rewrite again")
-            wanted = shapes.get(name)
+            wanted = learnt.get(name)
             if name == "k_table":
                 wanted = (a.kv_heads, c.table_tokens, a.head_dim)
             if (wanted is not None and tuple(table.shape) != wanted) or (

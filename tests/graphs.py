@@ -67,7 +67,7 @@ def rewritten(family: str, attention: str = "sdpa", method: str = "klt", **optio
     import kvsink
 
     model = build(family, attention)
-    kvsink.rewrite(model, method=method, calibration=tokens(8, 64, seed=1), **options)
+    kvsink.rewrite(model, method=method, calibration=tokens(options.pop("windows", 8), 64, seed=1), **options)
     return model
 
 

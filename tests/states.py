@@ -22,25 +22,33 @@ SLOTS = 64
 CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", ()),
     ("klt", (("window", 5), ("protect", "first:2+massive:3"))),
-    ("klt", (("key_bits", 1.25), ("value_bits", 16))),
+    ("klt", (("key_bits", 1.5), ("value_bits", 16))),
     ("centred", (("window", 3),)),
     ("rotatekv", (("protect", "massive:4"),)),
     ("rotatekv", (("fold", False), ("key_bits", 3))),
     ("rtn", (("key_bits", 16), ("protect", "first:3"))),
     ("rtn", (("window", 4),)),
+    ("klt", (("key_bits", 2), ("value_bits", 2.25), ("windows", 12))),
+    ("cq", (("key_bits", 1.25), ("windows", 18), ("value_bits", 2), ("protect", "first:2"))),
+    ("kvquant", (("window", 3),)),
     ("kivi/8", ()),
     ("kivi/8", (("window", 10),)),
     ("oscar/8", (("fold", False), ("window", 2))),
+    ("kvquant-10%/8", (("protect", "first:2"),)),
 )
 """Every method, both ways of leaving a side in 16 bit, exact rows with and without a window, blocks of 8 tokens."""
 
 
 def method_named(name: str) -> Any:
-    """A method; "kivi/8" is kivi with blocks of 8 tokens in groups of 4, which tiny tests can fill."""
+    """A method; "kivi/8" is kivi with blocks of 8 tokens in groups of 4, "kvquant-1%/8" has records of 8 tokens: small
+    enough that tiny tests fill several."""
     name, _, flush = name.partition("/")
     if not flush:
         return name
     method, n = get_method(name), int(flush)
+    if method.key.outliers:
+        key, value = (replace(side, outlier_tokens=n) for side in (method.key, method.value))
+        return replace(method, key=key, value=value)
     key = replace(method.key, group_tokens=n // 2, flush=n)
     value = replace(method.value, flush=n if method.value.flush else 0, newest=n if method.value.newest else 0)
     return replace(method, key=key, value=value)

@@ -103,10 +103,13 @@ def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None
 def loop(model: Any, step: Any, ids: Tensor, count: int = COUNT) -> Run:
     """The same over a static cache, with `step` for the model: what a compiled model is called like."""
     cache, tokens, logits = KVSinkCache.for_model(model, len(ids), max_length=128), [], []
+    end = model.generation_config.eos_token_id
     with torch.no_grad():
         for _ in range(count):
             logits.append(step(ids, past_key_values=cache).logits[:, -1].clone())
-            ids = logits[-1].argmax(-1, keepdim=True)
+            allowed = logits[-1].clone()
+            allowed[:, end] = float("-inf")  # as min_new_tokens does
+            ids = allowed.argmax(-1, keepdim=True)
             tokens.append(ids)
     return Run(torch.cat(tokens, dim=1), torch.stack(logits), cache, [0] * len(ids))
 

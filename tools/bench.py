@@ -15,7 +15,7 @@ import click
 
 from kvsink.tools.cli import command_line
 
-_METHODS = ("centred-2", "klt-2")
+_METHODS = ("centred-even-2", "klt-even-2")
 
 
 def _gpu() -> None:
@@ -58,7 +58,7 @@ def _sides(text: str) -> list[str]:
     sides = [s for s in text.split(",") if s]
     for side in sides:
         if side not in ("stock", "static"):
-            get_method(side.partition("-")[0])
+            get_method(side.rpartition("-")[0])
     return sides
 
 
@@ -71,7 +71,7 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
 
 
 @bench.command(help="Decode attention and append_ of one layer against the fastest SDPA backend.")
-@click.option("--methods", default=",".join((*_METHODS, "centred-4")), show_default=True, help="METHOD-BITS, comma-separated.")
+@click.option("--methods", default=",".join((*_METHODS, "centred-even-4")), show_default=True, help="METHOD-BITS, comma-separated.")
 @click.option("--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated.")
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
@@ -81,7 +81,7 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 
     read, copy = read_bandwidth(), copy_bandwidth()
     _say(f"read {read / 1e12:.3f} TB/s, copy {copy / 1e12:.3f} TB/s")
-    chosen = [(m, int(bits or 2)) for m, _, bits in (s.partition("-") for s in _sides(methods))]
+    chosen = [(m, int(bits)) for m, _, bits in (s.rpartition("-") for s in _sides(methods))]
     rows = ops_rows(chosen, _pairs(shapes), max(read, copy), _say)
     _write([{**r, "read_tb_s": round(read / 1e12, 3), "copy_tb_s": round(copy / 1e12, 3)} for r in rows], out)
     return 0 if all(r["p50_ms"] is not None for r in rows) else 2
@@ -128,7 +128,7 @@ def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
 
 
 @bench.command(help="The longest sequence: prefilled in chunks, then decoded. The largest batch is a row of `decode`.")
-@click.option("--side", default="centred-2", show_default=True)
+@click.option("--side", default="centred-even-2", show_default=True)
 @click.option("--tokens", default=1_000_000, show_default=True)
 @click.option("--chunk", default=8192, show_default=True)
 @click.option("--whole/--sampled", default=True, show_default=True, help="Run every chunk, or nine of them spread over the sequence.")

@@ -215,7 +215,7 @@ def _run(make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]
 def decode_rows(
     model: Any, sides: Sequence[str], shapes: Sequence[tuple[int, int]], backends: dict[tuple[int, int], str], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Tokens per second of each side ("stock", "static", or a method with its bits, "centred-2") at each shape."""
+    """Tokens per second of each side ("stock", "static", or a method with its bits, "centred-even-2") at each shape."""
     rows = []
     for batch, length in shapes:
         for side in sides:
@@ -244,10 +244,10 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
             return step, cache, lambda: set_stock_length(cache, length - _STEPS)
 
     else:
-        method, _, bits = side.partition("-")
-        attach = rewritten(model, method, int(bits or 2))
+        method, _, bits = side.rpartition("-")
+        attach = rewritten(model, method, int(bits))
         attach()
-        per = int(a.num_hidden_layers * a.num_key_value_heads * 2 * a.head_dim * (int(bits or 2) + 0.26) / 8 * length)
+        per = int(a.num_hidden_layers * a.num_key_value_heads * 2 * a.head_dim * (int(bits) + 0.26) / 8 * length)
 
         def make(b: int) -> tuple[Callable[..., Any], Any, Callable[[], None]]:
             cache = KVSinkCache.for_model(model, b, length)
@@ -283,8 +283,8 @@ def prefill_rows(model: Any, sides: Sequence[str], length: int, say: Callable[[s
             def reset(cache: Any = cache) -> None:
                 set_stock_length(cache, 0)
         else:
-            method, _, bits = side.partition("-")
-            cache = KVSinkCache.for_model(rewritten(model, method, int(bits or 2))(), 1, length + 128)
+            method, _, bits = side.rpartition("-")
+            cache = KVSinkCache.for_model(rewritten(model, method, int(bits))(), 1, length + 128)
 
             def reset(cache: Any = cache) -> None:
                 cache.reset()
@@ -316,9 +316,9 @@ def sequence_rows(model: Any, side: str, length: int, chunk: int, say: Callable[
     """One long sequence, prefilled in chunks and then decoded. Without `whole`, chunks at a few places only are run."""
     from kvsink.cache import KVSinkCache
 
-    method, _, bits = side.partition("-")
+    method, _, bits = side.rpartition("-")
     model.config._attn_implementation = "sdpa"
-    cache = KVSinkCache.for_model(rewritten(model, method, int(bits or 2))(), 1, length + 256)
+    cache = KVSinkCache.for_model(rewritten(model, method, int(bits))(), 1, length + 256)
     starts = list(range(0, length, chunk))
     run = starts if whole else [starts[round(i * (len(starts) - 1) / 8)] for i in range(9)]
     torch.cuda.reset_peak_memory_stats()

@@ -45,6 +45,11 @@ Progress = Callable[[int, int], None]
 @click.option(
     "--dtype", default="auto", show_default=True, help="auto, float32, float16 or bfloat16. auto is float32 on a CPU."
 )
+@click.option("--compare", "comparing", is_flag=True, help="Measure a set of methods side by side instead of MODEL alone.")
+@click.option("--set", "row_set", metavar="NAME", help="With --compare: published (the default), stock, shift or quick.")
+@click.option("--rows", "rows_path", metavar="FILE", help="With --compare: a JSON list of rows, instead of a set.")
+@click.option("--out", "out_dir", metavar="DIR", help="With --compare: where records, tables and plots go. [default: docs]")
+@click.option("--calibration-tokens", type=click.IntRange(1), metavar="N", help="With --compare. [default: 16384]")
 @click.option("--json", "json_path", metavar="FILE", help="Write the row as JSON; - is standard output.")
 def command(
     model: str,
@@ -59,12 +64,25 @@ def command(
     detokenize: bool | None,
     device: str,
     dtype: str,
+    comparing: bool,
+    row_set: str | None,
+    rows_path: str | None,
+    out_dir: str | None,
+    calibration_tokens: int | None,
     json_path: str | None,
 ) -> None:
     """Perplexity, KL and top-1 agreement with the 16-bit model, passkey retrieval and counted bits of MODEL.
 
     MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2.
     """
+    extra = {"--set": row_set, "--rows": rows_path, "--out": out_dir, "--calibration-tokens": calibration_tokens}
+    if comparing:
+        own = {"--text": text_path, "--windows": windows, "--window-tokens": window_tokens, "--chunk": chunk, "--device": device}
+        _compare(model, {**extra, **own, "--dtype": "float32" if dtype == "auto" else dtype})
+        return
+    if given := [name for name, value in extra.items() if value is not None]:
+        raise click.UsageError(f"{given[0]} goes with --compare.")
+
     import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
     from kvsink import evaluation
     from kvsink.demo import resolve_model_dir
@@ -109,6 +127,18 @@ def command(
             print(record)
         else:
             Path(json_path).write_text(record + "\n")
+
+
+def _compare(model: str, options: dict[str, object]) -> None:
+    """Hand over to `python -m kvsink.tools.compare`, which the tables name as the command that made them."""
+    from kvsink.tools.compare import main as compare_main
+
+    source = click.get_current_context().get_parameter_source("windows")
+    if source is not None and source.name == "DEFAULT":
+        options.pop("--windows")  # the comparison has a default of its own
+    argv = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+    if code := compare_main(["--model", model, *argv]):
+        raise SystemExit(code)
 
 
 def _text(path: str | None, detokenize: bool | None) -> tuple[str, str]:

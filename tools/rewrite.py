@@ -21,6 +21,10 @@ from kvsink.tools.cli import command_line, wide_console
 )
 @click.option("--value-bits", type=float, metavar="B", help="Average bits of values. [default: the method's]")
 @click.option(
+    "--plan", default="uniform", show_default=True, help="uniform, or auto: measured widths for every layer within --bits."
+)
+@click.option("--bits", type=float, metavar="B", help="Counted bits per element of --plan auto. [default: those of uniform]")
+@click.option(
     "--protect", metavar="RULE", help="Rows kept exact: none, first:N, kvsink:K, massive:N, or a union with +."
 )
 @click.option("--window", type=int, metavar="R", help="Recent tokens kept exact.")

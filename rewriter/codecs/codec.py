@@ -5,6 +5,8 @@ Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), o
                    k^ = R_{j - d} (z^ U^T + M[d]),  M[d] = R_d mu + mu2       (block)
                    k^ = z^ U^T + R_{j - d} M[d]                               (post)
            values  z = (v - mu) U;  v^ = z^ U^T + mu
+           axis "channel": z, divided by the norm of its token where the side says so, is coded by blocks of tokens
+           (kvsink.kernels.tokens);  outliers: z^ = z at the entries of a record (kvsink.kernels.sparse)
 Source     ours (`klt`); with U a Hadamard matrix and n = 1 it is RotateKV (arXiv 2501.16383), without U it is plain
            per-token quantization
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; codes uint8 [B, H, S, bytes]; scale float16 [B, H, S, n]
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
@@ -25,12 +27,14 @@ from torch import Tensor
 from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.kernels import stages, tiles
 from kvsink.kernels.base import set_codec_resolver
+from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
 
+from .anchors import Anchors
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
 
-__all__ = ["STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
+__all__ = ["ANCHOR_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
 
 Params = Mapping[str, Tensor]
 
@@ -39,7 +43,10 @@ TABLE_TOKENS = 64  # rows of the mean table of a "post" codec: its blocks exist 
 STATE_NAMES = (
     "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
     "recent_k", "recent_v", "recent_slot", "length", "positions", "k_norm",
+    "k_sparse", "k_sparse_at", "v_sparse", "v_sparse_at",
 )  # fmt: skip
+
+ANCHOR_NAMES = ("recent_score",)  # state that only the choice of anchors reads and writes
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,10 @@ class Codec:
     """Both sides of one layer and the rows it keeps exact.
 
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
-    back from their codes like old ones (for evaluation). tiles: codes stand in the order of `kvsink.kernels.tiles`; a cache
-    decides so when it is made, a rewritten model's plan never does.
+    back from their codes like old ones (for evaluation); anchors: rows chosen by the attention they receive, whose
+    places follow those of the segments and grow with the slots.
+    tiles: codes stand in the order of `kvsink.kernels.tiles`; a cache decides so when it is made, a rewritten model's plan
+    never does.
     """
 
     key: SideSpec
@@ -56,6 +65,7 @@ class Codec:
     segments: tuple[int, ...] = ()
     window: int = 0
     strict: bool = False
+    anchors: Anchors | None = None
     tiles: bool = False
 
     def __post_init__(self) -> None:
@@ -69,13 +79,24 @@ class Codec:
 
     @property
     def opaque(self) -> bool:
-        """True when coding is no chain of steps per row: compiled graphs then keep it inside the cache ops."""
-        return self.tiles or self.key.by_token_block or self.value.by_token_block or self.ring > self.window
+        """True when coding is no chain of the same steps per row (blocks of tokens, records of outliers, visual rows, rows that
+        are exact on one side alone, the layout of a GPU kernel): compiled graphs then keep it inside the cache ops."""
+        sides = (self.key, self.value)
+        return self.tiles or any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window or self.modal
 
     @property
     def exact_rows(self) -> int:
-        """Capacity of the exact side store, in rows per sequence."""
+        """Capacity of the protection segments in the exact side store, in rows per sequence; anchors come on top."""
         return sum(self.segments)
+
+    def exact_places(self, slots: int) -> int:
+        """Places of the exact side store of a cache with `slots` slots, anchors included."""
+        return self.exact_rows + (self.anchors.capacity(slots) if self.anchors is not None else 0)
+
+    @property
+    def modal(self) -> bool:
+        """Whether visual rows are coded otherwise than text: `append_` then takes a last candidate, bool [B, S]."""
+        return bool(self.key.visual_bits or self.value.visual_bits)
 
     @property
     def table_tokens(self) -> int:
@@ -90,6 +111,8 @@ class Codec:
         }  # fmt: skip
         if self.tiles:
             record["tiles"] = True
+        if self.anchors is not None:
+            record["anchors"] = asdict(self.anchors)
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -105,6 +128,7 @@ class Codec:
                 window=int(record.get("window", 0)),
                 strict=bool(record.get("strict", False)),
                 tiles=bool(record.get("tiles", False)),
+                anchors=Anchors(**record["anchors"]) if "anchors" in record else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SidecarError(
@@ -159,7 +183,7 @@ class Codec:
     def layout(
         self, batch: int, heads: int, key_dim: int, value_dim: int, slots: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
-        """Shape, dtype and first fill of every state tensor but the positions, in the order of STATE_NAMES."""
+        """Shape, dtype and first fill of every state tensor but the positions: STATE_NAMES in their order, then ANCHOR_NAMES."""
 
         def codes(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0
@@ -167,9 +191,14 @@ class Codec:
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             if side.by_token_block:
                 return (batch, heads, -(-slots // side.group_tokens), 2 * dim), torch.float16, 0
-            return (batch, heads, slots, self.row_scales(side, dim)), torch.float16, 0
+            one = side.packed and QUANTIZERS[side.kind].scale_of_token
+            return (batch, 1 if one else heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
-        e, w, normed = self.exact_rows, self.ring, self.key.packed and self.key.norm
+        def record(side: SideSpec, prefix: str, channels: int) -> tuple[int, ...]:
+            m = self.record_size(prefix, channels)
+            return (batch, -(-slots // side.outlier_tokens) if m else 0, m)
+
+        e, w, normed = self.exact_places(slots), self.ring, self.key.packed and self.key.norm
         return {
             "k_codes": codes(self.key, key_dim),
             "k_scale": scale(self.key, key_dim),
@@ -184,7 +213,19 @@ class Codec:
             "recent_slot": ((w,), torch.int32, -1),
             "length": ((), torch.int64, 0),
             "k_norm": ((batch, 1, slots if normed else 0, 1), torch.float16, 0),
+            "k_sparse": (record(self.key, "k", heads * key_dim), torch.float16, 0),
+            "k_sparse_at": (record(self.key, "k", heads * key_dim), torch.int16, -1),
+            "v_sparse": (record(self.value, "v", heads * value_dim), torch.float16, 0),
+            "v_sparse_at": (record(self.value, "v", heads * value_dim), torch.int16, -1),
+            "recent_score": ((batch, w if self.anchors is not None else 0), torch.float32, 0),
         }
+
+    def record_size(self, side: str, channels: int) -> int:
+        """Outliers kept per block of tokens; 0 when none are, or when their share of a token's values is less than one."""
+        s = self.key if side == "k" else self.value
+        if not s.packed or not s.outliers or (side == "v" and not round(s.outliers / 2 * channels)):
+            return 0
+        return record_size(s.outliers, channels, s.outlier_tokens)
 
     @staticmethod
     def named(state: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -199,19 +240,33 @@ class Codec:
         x = x if norm is None else x / norm.to(x.dtype)
         return *quantize_tokens(x, valid, s.widths[0], s.group_tokens), norm
 
-    def _encode(self, x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor, Tensor]:
+    def quantize(self, side: str, x: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Transformed rows of side "k" or "v" → (codes, scale); of blocks of tokens, the first one begins with the rows."""
+        s = self.key if side == "k" else self.value
         if not s.by_token_block:
-            return QUANTIZERS[s.kind].encode(x, s, p, prefix)
+            return QUANTIZERS[s.kind].encode(x, s, p, side)
         rows = x.shape[2]
         x = F.pad(x, (0, 0, 0, -rows % s.group_tokens))
         valid = (torch.arange(x.shape[2], device=x.device) < rows).expand(x.shape[0], -1)
         codes, scale, _ = self.encode_block(x, s, valid)
         return codes[:, :, :rows], scale
 
-    def _decode(self, codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str, skip: int = 0) -> Tensor:
+    def dequantize(self, side: str, codes: Tensor, scale: Tensor, p: Params, skip: int = 0) -> Tensor:
+        """The inverse of `quantize` up to its rounding, float32; codes begin `skip` rows into their first group of tokens."""
+        s = self.key if side == "k" else self.value
         if not s.by_token_block:
-            return QUANTIZERS[s.kind].decode(codes, scale, s, p, prefix)
+            return QUANTIZERS[s.kind].decode(codes, scale, s, p, side)
         return dequantize_tokens(codes, scale, s.widths[0], s.group_tokens, skip)
+
+    def table_names(self, side: str) -> tuple[str, ...]:
+        """Names of the tables of one side's quantizer."""
+        spec = self.key if side == "k" else self.value
+        return QUANTIZERS[spec.kind].tables(spec, side)
+
+    def row_channels(self, side: str, tables: Sequence[Tensor]) -> int:
+        """Channels of one row, as widths or the codebook say."""
+        spec = self.key if side == "k" else self.value
+        return 8 * len(spec.widths) if spec.widths else tables[-1].shape[1] * spec.couple
 
     def _stored(self, st: Params, s: SideSpec, p: Params, prefix: str, start: int, end: int) -> Tensor:
         """The packed rows of slots start … end - 1, in the basis of the quantizer."""
@@ -221,9 +276,12 @@ class Codec:
             return QUANTIZERS[s.kind].decode(codes, scale[:, :, start:end], s, p, prefix)
         codes = codes[:, :, start:end]
         if not s.by_token_block:
-            return self._decode(codes, scale[:, :, start:end], s, p, prefix)
+            x = self.dequantize(prefix, codes, scale[:, :, start:end], p)
+            if not st[f"{prefix}_sparse"].shape[2]:
+                return x
+            return lay_sparse(x, st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"], start, s.outlier_tokens)
         g = s.group_tokens
-        x = self._decode(codes, scale[:, :, start // g : -(-end // g)], s, p, prefix, start % g)
+        x = self.dequantize(prefix, codes, scale[:, :, start // g : -(-end // g)], p, start % g)
         return x * st[f"{prefix}_norm"][:, :, start:end].float() if s.norm else x
 
     def read_keys(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
@@ -252,6 +310,12 @@ class Codec:
 
     def _rotate_keys(self, x: Tensor) -> Tensor:
         return stages.hadamard_heads(x, self.key.order)
+    def dense_range(self, side: str, scale: Tensor, p: Params) -> tuple[Tensor, Tensor]:
+        """Offset and range of the dense codes: [1, 1, C] of the channels, or [B, N, 1] of the tokens with `scale`."""
+        if side == "k":
+            return p["k_offset"].flatten()[None, None], p["k_range"].flatten()[None, None]
+        half, middle = scale[:, 0].float().split(1, dim=-1)
+        return middle, torch.where(half > 0, half, torch.ones_like(half))
 
     def exact_recent(self, side: SideSpec, recent_slot: Tensor, total: Tensor | int) -> Tensor:
         """Slots of the ring that `side` reads as they came when `total` rows are held; -1 for the others."""
@@ -267,7 +331,7 @@ class Codec:
         if not s.packed:
             full = k if roped else stages.rope_rows(k, cos, sin)
             return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
-        return self._encode(self.transform_keys(k, cos, sin, positions, p, roped), s, p, "k")
+        return self.quantize("k", self.transform_keys(k, cos, sin, positions, p, roped), p)
 
     def transform_keys(self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool) -> Tensor:
         """Keys [B, H, S, D] through every stage before the quantizer."""
@@ -298,7 +362,7 @@ class Codec:
         s = self.key
         if not s.packed:
             return codes.to(wide)
-        return self.restore_keys(self._decode(codes, scale, s, p, "k").to(wide), positions, p)
+        return self.restore_keys(self.dequantize("k", codes, scale, p).to(wide), positions, p)
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
@@ -326,7 +390,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
-        return self._encode(self.transform_values(v, p), s, p, "v")
+        return self.quantize("v", self.transform_values(v, p), p)
 
     def transform_values(self, v: Tensor, p: Params) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
@@ -344,7 +408,7 @@ class Codec:
         s = self.value
         if not s.packed:
             return codes.to(wide)
-        return self.restore_values(self._decode(codes, scale, s, p, "v").to(wide), p)
+        return self.restore_values(self.dequantize("v", codes, scale, p).to(wide), p)
 
     def restore_values(self, x: Tensor, p: Params) -> Tensor:
         """The stages of `transform_values` taken back, last first."""

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kvsink.kernels.dequantize import dequantize_ref
+from kvsink.kernels.nuq import nuq_decode_static, nuq_decode_token, nuq_encode_static, nuq_encode_token
+from kvsink.kernels.packing import packed_bytes
 from kvsink.kernels.quantize import KINDS, SIGMA_KINDS, quantize_ref, scales_per_row
+from kvsink.kernels.vector import vector_decode, vector_encode
 
 if TYPE_CHECKING:
     from kvsink.codecs.spec import SideSpec
@@ -30,7 +33,10 @@ class Quantizer:
 
     encode(x, spec, params, prefix) → (codes, scale); decode(codes, scale, spec, params, prefix) → x^;
     tables(spec, prefix): names of its constant tables, in order; row_bytes and row_scales (spec, head_dim): width of the
-    code tensor in bytes and of the scale tensor in numbers.
+    code tensor in bytes and of the scale tensor in numbers. learns(spec): calibration rows its tables need at the least, 0
+    when none are learnt from samples. shapes(spec, prefix, heads, head_dim): shapes of tables that have one. scalar: the ops
+    `kvsink::quantize` and `kvsink::dequantize` do it; other kinds go through `kvsink::encode` and `kvsink::decode`.
+    scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n].
     """
 
     encode: Callable[[Tensor, SideSpec, Params, str], tuple[Tensor, Tensor]]
@@ -38,6 +44,10 @@ class Quantizer:
     tables: Callable[[SideSpec, str], tuple[str, ...]]
     row_bytes: Callable[[SideSpec, int], int]
     row_scales: Callable[[SideSpec, int], int]
+    learns: Callable[[SideSpec], int] = lambda s: 0
+    shapes: Callable[[SideSpec, str, int, int], Mapping[str, tuple[int, ...]]] = lambda s, prefix, heads, dim: {}
+    scalar: bool = False
+    scale_of_token: bool = False
 
 
 QUANTIZERS: dict[str, Quantizer] = {}
@@ -72,5 +82,49 @@ for _kind in KINDS:
             tables=_tables,
             row_bytes=lambda s, dim: sum(s.widths),
             row_scales=lambda s, dim: scales_per_row(s.kind, dim, s.group_size, s.gain),
+            shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)} if s.kind == "lloyd" else {},
+            scalar=True,
         ),
     )
+
+register_quantizer(
+    "vector",
+    Quantizer(
+        encode=lambda x, s, p, prefix: vector_encode(x, p[f"{prefix}_book"], s.code_bits, s.gain),
+        decode=lambda codes, scale, s, p, prefix: vector_decode(codes, scale, p[f"{prefix}_book"], s.code_bits),
+        tables=lambda s, prefix: (f"{prefix}_book",),
+        row_bytes=lambda s, dim: packed_bytes(dim // s.couple, s.code_bits),
+        row_scales=lambda s, dim: int(s.gain),
+        learns=lambda s: 2**s.code_bits,
+        shapes=lambda s, prefix, heads, dim: {
+            f"{prefix}_book": (1 if s.shared else heads, dim // s.couple, 2**s.code_bits, s.couple)
+        },
+    ),
+)
+
+register_quantizer(
+    "nuq",
+    Quantizer(
+        encode=lambda x, s, p, prefix: (
+            nuq_encode_static(x, p["k_offset"], p["k_range"], p["k_levels"])
+            if prefix == "k"
+            else nuq_encode_token(x, p["v_levels"], s.outliers)
+        ),
+        decode=lambda codes, scale, s, p, prefix: (
+            nuq_decode_static(codes, p["k_offset"], p["k_range"], p["k_read"])
+            if prefix == "k"
+            else nuq_decode_token(codes, scale, p["v_read"])
+        ),
+        tables=lambda s, prefix: (
+            *(("k_offset", "k_range") if prefix == "k" else ()), f"{prefix}_levels", f"{prefix}_read",
+        ),
+        row_bytes=lambda s, dim: sum(s.widths),
+        row_scales=lambda s, dim: 0 if s.domain == "block" else 2,
+        learns=lambda s: 2 ** int(s.bits),
+        shapes=lambda s, prefix, heads, dim: {
+            **({"k_offset": (heads, dim), "k_range": (heads, dim)} if prefix == "k" else {}),
+            f"{prefix}_levels": (2 ** int(s.bits),), f"{prefix}_read": (2 ** int(s.bits),),
+        },
+        scale_of_token=True,
+    ),
+)  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_core
 from kvsink.kernels.quantize import SIGMA_KINDS
+from kvsink.kernels.sparse import INDEX_LIMIT
 
 from .quantizers import QUANTIZERS
 
@@ -16,7 +17,13 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
-AXES = ("row", "channel")
+AXES = ("token", "channel")
+VECTOR_SETTINGS = {
+    4.0: (2, 8), 2.25: (4, 9), 2.0: (4, 8), 1.5: (8, 12), 1.25: (8, 10), 1.0: (8, 8), 0.75: (16, 12), 0.375: (32, 12),
+}  # fmt: skip
+"""Bits per element → channels coupled and bits of their one code."""
+
+WEIGHTS = ("none", "fisher", "fisher-raw", "error")
 
 
 def group_size_for(wanted: int, dim: int) -> int:
@@ -50,10 +57,17 @@ class SideSpec:
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd" or "lloyd-even".
     folded     the transform already sits in the weights, nothing is to be done at run time.
-    axis       "row": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
+    visual_bits, visual_clip   levels and clip ratio of visual rows; 0 codes them like text (kind "modal" only).
+    axis       "token": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
     flush      rows are coded in blocks of this many tokens and stay exact until their block is full; 0: at once.
     newest     so many newest rows of this side stay exact.
     norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
+    couple     kind "vector": channels that share one code of `code_bits` bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
+    shared     kind "vector": one codebook for all heads.
+    outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
+    outlier_tokens  tokens whose outliers share one record, at most; a power of two.
+    weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
+               normalised by a range r, times r^2), "fisher-raw" (without r^2), "error" (reach into the attention output).
     """
 
     bits: float = 16.0
@@ -70,11 +84,19 @@ class SideSpec:
     gain: bool = False
     widths: tuple[int, ...] = ()
     folded: bool = False
-    axis: str = "row"
+    visual_bits: int = 0
+    visual_clip: float = 1.0
+    axis: str = "token"
     group_tokens: int = 0
     flush: int = 0
     newest: int = 0
     norm: bool = False
+    couple: int = 0
+    code_bits: int = 0
+    shared: bool = False
+    outliers: float = 0.0
+    outlier_tokens: int = 128
+    weights: str = "none"
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> None:
@@ -84,6 +106,18 @@ class SideSpec:
             refuse(f"domain {self.domain!r} is not one of {', '.join(DOMAINS)}")
         if self.transform not in TRANSFORMS:
             refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
+        if self.weights not in WEIGHTS:
+            refuse(f"weights {self.weights!r} is not one of {', '.join(WEIGHTS)}")
+        if not 0 <= self.outliers < 1:
+            refuse(f"outliers={self.outliers} is outside [0, 1)")
+        if self.outliers and self.kind != "nuq":
+            refuse("outliers need kind='nuq', whose ranges can leave entries out")
+        if self.outlier_tokens < 1 or self.outlier_tokens & (self.outlier_tokens - 1):
+            refuse(f"outlier_tokens={self.outlier_tokens} is not a power of two")
+        if (self.couple > 0) != (self.code_bits > 0) or self.couple < 0:
+            refuse(f"couple={self.couple} and code_bits={self.code_bits} are given together or not at all")
+        if self.couple and (self.code_bits > 12 or self.bits != self.code_bits / self.couple):
+            refuse(f"{self.code_bits} bits for {self.couple} channels are not {self.bits:g} bits each, of codes of 1 to 12 bits")
         if self.kind != "none" and self.kind not in QUANTIZERS:
             refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(QUANTIZERS)}")
         if self.kind == "none" and self.bits != 16:
@@ -98,6 +132,10 @@ class SideSpec:
             refuse("klt keys are centred: center=False")
         if not 0 < self.clip <= 1:
             refuse(f"clip={self.clip} is outside (0, 1]")
+        if not 0 < self.visual_clip <= 1:
+            refuse(f"visual_clip={self.visual_clip} is outside (0, 1]")
+        if (self.kind == "modal") != (self.visual_bits > 0) or not 0 <= self.visual_bits <= self.bits:
+            refuse(f"visual_bits={self.visual_bits} with quantizer {self.kind!r} of {self.bits:g} bits")
         if self.axis not in AXES:
             refuse(f"axis {self.axis!r} is not one of {', '.join(AXES)}")
         if min(self.flush, self.newest, self.group_tokens) < 0:
@@ -155,6 +193,17 @@ class SideSpec:
             else:
                 groups = 1
             spec = replace(spec, heads_per_group=groups, order=order)
+        if self.kind == "vector":
+            couple, code_bits = self._coupling(dim)
+            return replace(spec, couple=couple, code_bits=code_bits)
+        if self.outliers:
+            if heads * dim > INDEX_LIMIT:
+                raise UnsupportedError(
+                    f"{heads} heads of {dim} channels are more than the {INDEX_LIMIT} an outlier's index can name; "
+                    "use outliers=0"
+                )
+            fits = 1 << ((INDEX_LIMIT // (heads * dim)).bit_length() - 1)
+            spec = replace(spec, outlier_tokens=min(self.outlier_tokens, fits))
         if not self.widths and self.kind not in SIGMA_KINDS:
             if self.bits != int(self.bits):
                 raise UnsupportedError(
@@ -163,6 +212,21 @@ class SideSpec:
                 )
             spec = replace(spec, widths=(int(self.bits),) * (dim // 8))
         return spec
+
+    def _coupling(self, dim: int) -> tuple[int, int]:
+        if self.couple and dim % self.couple == 0:
+            return self.couple, self.code_bits
+        fitting = {bits: pair for bits, pair in VECTOR_SETTINGS.items() if dim % pair[0] == 0}
+        nearest = min(fitting, key=lambda bits: abs(bits - self.bits))
+        if self.couple or (self.bits in VECTOR_SETTINGS and self.bits not in fitting):
+            couple = self.couple or VECTOR_SETTINGS[self.bits][0]
+            raise UnsupportedError(f"head_dim={dim} does not split into runs of {couple} channels; use bits={nearest:g}")
+        if self.bits not in VECTOR_SETTINGS:
+            raise UnsupportedError(
+                f"bits={self.bits:g} has no codebook setting; use {nearest:g} (known: "
+                f"{', '.join(f'{bits:g} = {c}c{b}b' for bits, (c, b) in VECTOR_SETTINGS.items())})"
+            )
+        return VECTOR_SETTINGS[self.bits]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, JSON-ready."""

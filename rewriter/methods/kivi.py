@@ -24,6 +24,7 @@ KIVI = register_method(
                 "padding is left out of the ranges; the release takes it in",
                 "later chunks of several tokens attend to what is stored; the release expects one prefill",
                 "a group of channels is the largest divisor of the head dimension up to 32",
+                "rows that a protection keeps exact are left out of the ranges; groups stay aligned to the first slot",
                 "a crop that cuts into a block that was coded reads it from its codes where the recent rows are gone",
             ),
         ),

@@ -1,6 +1,6 @@
 """Transform-coded keys: centred, rotated only by their offset inside a block, projected on the eigenbasis of what is left.
 
-Source     ours. Karhunen-Loève transform with reverse water-filling over runs of 8 components and the equally spaced levels of least error
+Source     ours. Karhunen-Loève transform with reverse water-filling over runs of 8 components and Lloyd-Max levels
 Differs    no
 """
 
@@ -10,13 +10,14 @@ from kvsink.methods.registry import Method, Paper, register_method
 KLT = register_method(
     Method(
         name="klt",
-        summary="block-KLT keys with gain, equally spaced levels; values centred and rotated",
+        summary="block-KLT keys with gain, codebooks below 1.5 bits; values centred and rotated, codebooks below 2.5",
         source=Paper("ours"),
-        key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="lloyd-even", gain=True),
-        value=SideSpec(bits=4, center=True, transform="hadamard", kind="uniform"),
+        key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="lloyd", gain=True),
+        value=SideSpec(bits=4, center=True, transform="hadamard", kind="gauss"),
+        key_below=(1.5, SideSpec(bits=1, domain="block", block=64, center=True, transform="klt", kind="vector")),
+        value_below=(2.5, SideSpec(bits=2, center=True, transform="hadamard", kind="vector", weights="error")),
         key_bits=2,
         value_bits=4,
-        value_clip_at={1: 0.3, 2: 0.6, 3: 0.8, 4: 0.95},  # of least error on a Gaussian row of 128 channels
         protect="kvsink:5+first:1",
     )
 )

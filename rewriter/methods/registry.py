@@ -11,7 +11,7 @@ from types import MappingProxyType
 from kvsink.codecs import SideSpec
 from kvsink.errors import KvsinkError, UnknownName
 
-__all__ = ["Claim", "Method", "Paper", "get_method", "methods", "register_method"]
+__all__ = ["Claim", "Method", "Modality", "Paper", "get_method", "methods", "register_method"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,26 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Modality:
+    """How a method treats text-salient layers of a vision-language model; see `kvsink.patterns` for ratio and share.
+
+    text_bits: of text rows there, visual rows keep the method's own bits; protect: what such layers keep exact.
+    """
+
+    text_bits: float = 4.0
+    ratio: float = 2.0
+    share: float = 0.5
+    protect: str = "none"
+
+
+@dataclass(frozen=True)
 class Method:
     """A composition of codec and protection, declared once.
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
-    whole bits where it is not 1 (value_clip_at: the same for values, where theirs differ). protect: the default protection.
+    whole bits where it is not 1 (value_clip_at: the same for values, where theirs differ). protect: the default
+    protection. key_below, value_below: (bits, side): keys or values
+    below so many bits are coded by that side instead. modality: set when layers are told apart by how they look at text and images.
     """
 
     name: str
@@ -55,10 +70,15 @@ class Method:
     clip_at: Mapping[int, float] = field(default_factory=dict)
     value_clip_at: Mapping[int, float] | None = None
     claims: tuple[Claim, ...] = ()
+    key_below: tuple[float, SideSpec] | None = None
+    value_below: tuple[float, SideSpec] | None = None
+    modality: Modality | None = None
 
     def side(self, which: str, bits: float) -> SideSpec:
         """The declaration of "key" or "value" at `bits`; 16 keeps that side exact."""
-        template = self.key if which == "key" else self.value
+        template, below = (self.key, self.key_below) if which == "key" else (self.value, self.value_below)
+        if below is not None and bits < below[0]:
+            template = below[1]
         if bits == 16:
             return SideSpec()
         if not 0.125 <= bits <= 8:
@@ -66,6 +86,29 @@ class Method:
         clips = self.value_clip_at if which == "value" and self.value_clip_at is not None else self.clip_at
         clip = clips.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
         return replace(template, bits=float(bits), clip=clip)
+
+    def modal_side(self, which: str, bits: float) -> SideSpec:
+        """A side of a text-salient layer: text at the modality's bits, visual rows at `bits`."""
+        assert self.modality is not None
+        text, visual = self.side(which, self.modality.text_bits), self.side(which, bits)
+        if not visual.packed or visual.bits >= text.bits:
+            return visual
+        return replace(text, kind="modal", visual_bits=int(bits), visual_clip=visual.clip)
+
+
+    def with_outliers(self, share: str) -> Method:
+        """The same method with a share such as "0.5%" of the entries kept in 16 bit; its name says so."""
+        try:
+            part = float(share.removesuffix("%")) / 100
+        except ValueError:
+            part = -1.0
+        if not 0 <= part <= 0.1 or self.key.kind != "nuq":
+            raise KvsinkError(
+                f"{self.name}-{share}: outliers are a share of 0 to 10 % of a method with free code points; write for example "
+                "kvquant-1%"
+            )
+        sides = (replace(side, outliers=part if side.kind == "nuq" else 0.0) for side in (self.key, self.value))
+        return replace(self, name=f"{self.name}-{share}", key=next(sides), value=next(sides))
 
 
 _METHODS: dict[str, Method] = {}
@@ -94,8 +137,12 @@ def methods() -> Mapping[str, Method]:
 
 
 def get_method(name: str) -> Method:
-    """One method by name. Raises UnknownName with the three nearest."""
+    """One method by name; "kvquant-1%" is kvquant with 1 % of the entries kept as outliers. Raises UnknownName with the
+    three nearest."""
     known = methods()
+    stem, dash, share = name.rpartition("-")
+    if name not in known and dash and share.endswith("%") and stem in known:
+        return known[stem].with_outliers(share)
     if name not in known:
         raise UnknownName("method", name, known, "kvsink.methods() lists them all.")
     return known[name]

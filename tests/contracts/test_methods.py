@@ -16,7 +16,7 @@ import kvsink
 from kvsink.backend import last_report
 from kvsink.cache import KVSinkCache
 from kvsink.kernels import stages
-from kvsink.kernels.packing import unpack_bits
+from kvsink.kernels.packing import unpack_bits, unpack_codes
 from kvsink.kernels.quantize import segments
 from kvsink.report import counted_bits
 from kvsink.runtime import runtime_of
@@ -34,6 +34,11 @@ def fresh_dynamo() -> Any:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def observes(method: str) -> bool:
+    """Whether a method protects rows by the attention they receive."""
+    return "anchors" in kvsink.get_method(method).protect
 
 
 @cache
@@ -56,10 +61,21 @@ def codec_of(method: str, **options: Any) -> tuple[Any, dict[str, Tensor]]:
     return codec, dict(zip(codec.param_names(), runtime.params(1, codec, 128, torch.device("cpu")), strict=True))
 
 
-def unpacked(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
+def unpacked(codes: Tensor, side: Any) -> Tensor:
+    if side.couple:
+        return unpack_codes(codes, side.code_bits, HEAD_DIM // side.couple)
     return torch.cat(
-        [unpack_bits(codes[..., byte : byte + (b - a) * w // 8], w, b - a) for a, b, byte, w in segments(widths)], dim=-1
+        [unpack_bits(codes[..., byte : byte + (b - a) * w // 8], w, b - a) for a, b, byte, w in segments(side.widths)], dim=-1
     ).int()
+
+
+def takes(method: str, bits: float) -> bool:
+    """Whether both sides of a method have a setting for so many bits."""
+    m = kvsink.get_method(method)
+    try:
+        return all(m.side(which, bits).resolved(KV_HEADS, HEAD_DIM) for which in ("key", "value"))
+    except kvsink.KvsinkError:
+        return False
 
 
 def greedy(model: Any, run: Any, ids: Tensor, count: int = 8) -> list[list[int]]:
@@ -87,14 +103,19 @@ def test_the_declaration_is_complete(method: str) -> None:
 def test_the_error_falls_with_every_bit(method: str) -> None:
     _, k, v, positions, cos, sin = rows_of_the_model()
     errors = []
-    for bits in KINDS_OF_BITS:
+    chosen = [bits for bits in KINDS_OF_BITS if takes(method, bits)]
+    assert len(chosen) >= 2
+    for bits in chosen:
         codec, p = codec_of(method, key_bits=bits, value_bits=bits)
         k_back, v_back = read_codes(replace(codec, segments=()), p, k, v, positions, cos, sin)
         assert k_back.shape == k.shape and v_back.shape == v.shape
         errors.append([float((back - x).square().mean() / x.square().mean()) for back, x in ((k_back, k), (v_back, v))])
     for fewer, more in pairwise(errors):
         assert more[0] < 0.7 * fewer[0] and more[1] < 0.7 * fewer[1], errors
-    assert max(errors[0]) < 0.5 and max(errors[-1]) < 2e-4, errors  # 8 bits: a thousandth of the range and less
+    assert max(errors[0]) < 0.5, errors
+    if chosen[-1] == 8:
+        # A thousandth of the range and less; where the ranges of channels are calibrated, what lies outside saturates.
+        assert max(errors[-1]) < (1e-3 if codec.key.kind == "nuq" else 2e-4), errors
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,10 +127,13 @@ def test_codes_do_not_depend_on_where_the_key_is_taken(method: str) -> None:
     (one, one_scale), (two, two_scale) = (
         codec.encode_keys(k, cos, sin, positions, p, after) for k, after in ((pre, False), (roped, True))
     )
-    left, right = unpacked(one, codec.key.widths), unpacked(two, codec.key.widths)
+    left, right = unpacked(one, codec.key), unpacked(two, codec.key)
     assert left.numel() >= 4 * 100 * KV_HEADS * HEAD_DIM // 2
-    assert (left - right).abs().max() <= 1 and (left != right).float().mean() <= 0.001
-    assert (one_scale.float() - two_scale.float()).abs().max() <= 2.0**-10 * one_scale.float().abs().max()
+    assert (left != right).float().mean() <= 0.001
+    if not codec.key.couple:  # neighbouring levels are neighbouring codes
+        assert (left - right).abs().max() <= 1
+    if one_scale.numel():
+        assert (one_scale.float() - two_scale.float()).abs().max() <= 2.0**-10 * one_scale.float().abs().max()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,10 +215,14 @@ def test_compiled_equals_uncompiled(method: str, window: int) -> None:
     ids = tokens(2, 9, seed=9)
     assert greedy(model, compiled, ids) == greedy(model, model, ids)
     report = last_report()
-    assert report is not None and len(report.done("fuse")) == 2 and not report.left_alone()
+    assert report is not None
+    if observes(method):  # its anchors need queries, so its operators stay as they are, and that is said
+        assert all("anchors" in reason for reason in report.left_alone().values()) and len(report.left_alone()) == 2
+    else:
+        assert len(report.done("fuse")) == 2 and not report.left_alone()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_explain_shows_the_fused_site(method: str) -> None:
-    text = kvsink.explain(rewritten("llama", "sdpa", method))
+    text = kvsink.explain(rewritten("llama", "sdpa", method, **({"protect": "first:1"} if observes(method) else {})))
     assert "kvsink.append_" in text and "kvsink.attend" in text

@@ -48,7 +48,7 @@ def declared(name: str) -> Any:
 def test_every_op_is_here() -> None:
     ops = {n.removeprefix("kvsink::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvsink::")}
     # The cache ops take the state of a layer; they are tested below, over the codecs of all methods.
-    assert {n.split(".")[0] for n in ops} == set(SPECS) | {"append_", "read", "attend"}
+    assert {n.split(".")[0] for n in ops} == set(SPECS) | {"append_", "append_attend_", "read", "attend", "release_", "settle_"}
     for name, spec in SPECS.items():
         assert spec.name == name and len(spec.examples) >= 2
         assert spec.op is getattr(kvsink.kernels, name) and spec.ref.__name__ == f"{name}_ref"
@@ -78,7 +78,7 @@ def test_the_fake_says_the_truth(name: str, i: int) -> None:
     a = arguments(name, i)
     real = tree_leaves(SPECS[name].op(**a))
     with FakeTensorMode() as mode:
-        fake = tree_leaves(SPECS[name].op(**{k: mode.from_tensor(x) if isinstance(x, Tensor) else x for k, x in a.items()}))
+        fake = tree_leaves(SPECS[name].op(**tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, a)))
     assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
 
 

@@ -22,9 +22,11 @@ from tests.states import SLOTS, filled
 
 OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", (("protect", "first:2+massive:3"), ("window", 5))),
-    *((("klt"), (("key_bits", bits), ("value_bits", 4))) for bits in (1, 1.5, 2.25, 3, 4, 5, 6)),
+    *((("klt"), (("key_bits", bits), ("value_bits", 4))) for bits in (1.5, 2, 2.25, 3, 4, 5, 6)),
     *((("centred"), (("key_bits", bits), ("value_bits", bits), ("protect", "first:1"))) for bits in (1, 3, 5, 6, 7, 8)),
     ("rtn", (("key_bits", 2), ("value_bits", 4), ("window", 4))),
+    ("klt", (("key_bits", 1), ("value_bits", 2))),
+    ("klt", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
 )
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options)}" for name, options in OPTIONS]
 

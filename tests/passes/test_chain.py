@@ -23,6 +23,9 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rtn", {"value_bits": 16, "protect": "first:2"}),
     ("rotatekv", {}),
     ("rotatekv", {"fold": False, "window": 3}),
+    ("klt", {"value_bits": 2.25, "windows": 12}),
+    ("cq", {"key_bits": 1.25, "window": 3, "windows": 16}),
+    ("kvquant", {}),
 )
 
 
@@ -72,6 +75,8 @@ def test_the_fused_graph_stores_once_and_attends_once_per_site() -> None:
         "kvsink.read",
         "kvsink.quantize",
         "kvsink.dequantize",
+        "kvsink.encode",
+        "kvsink.decode",
         "scaled_dot_product_attention",
         "index_copy_",
         "merge_exact",

@@ -18,7 +18,7 @@ from ..models import stock_cache, tokens
 
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("klt", {"protect": "none"}), ("klt", {"protect": "first:2"}), ("centred", {"protect": "first:15"}),
-    ("rotatekv", {"protect": "none"}), ("rtn", {}),
+    ("rotatekv", {"protect": "none"}), ("rtn", {}), ("cq", {}), ("kvquant", {}),
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from kvsink.codecs import Codec, SideSpec, group_size_for, hadamard_order
 from kvsink.design import design_key, design_value, key_blocks, needs_calibration, water_fill
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.levels import distortion
+from kvsink.observers import SampleNeed
 from kvsink.runtime import LayerPlan, Runtime
 from tests.models import HEAD_DIM, KV_HEADS, LAYERS, build, tokens
 
@@ -25,7 +26,8 @@ METHODS = sorted(kvsink.methods())
 
 @pytest.fixture(scope="module")
 def record() -> Calibration:
-    return calibrate(build("llama"), tokens(8, 64, seed=1), [()] * LAYERS, {0: (64, 1), 1: (64, 1)})
+    need = dict.fromkeys(range(LAYERS), SampleNeed(fisher=True, error=True))
+    return calibrate(build("llama"), tokens(8, 64, seed=1), [()] * LAYERS, {0: (64, 1), 1: (64, 1)}, samples=need)
 
 
 def angles(block: int) -> Any:
@@ -130,12 +132,13 @@ def test_codecs_survive_their_text(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_tables_are_those_the_codec_names(record: Calibration, method: str) -> None:
     m = kvsink.get_method(method)
-    key = design_key(m.side("key", 3), 1, KV_HEADS, HEAD_DIM, record, angles)
-    value = design_value(m.side("value", 3), 1, KV_HEADS, HEAD_DIM, record)
+    bits = 2 if m.key.kind == "vector" else 3
+    key = design_key(m.side("key", bits), 1, KV_HEADS, HEAD_DIM, record, angles)
+    value = design_value(m.side("value", bits), 1, KV_HEADS, HEAD_DIM, record)
     wanted = set(Codec(key.spec, value.spec).param_names()) - {"start_cos", "start_sin"}
     assert set(key.tables) | set(value.tables) == wanted
     assert all(torch.isfinite(t).all() for d in (key, value) for t in d.tables.values() if t.is_floating_point())
-    assert sum(key.spec.widths) == 3 * HEAD_DIM // 8
+    assert 8 * Codec(key.spec, value.spec).row_bytes(key.spec, HEAD_DIM) == bits * HEAD_DIM
 
 
 def test_the_basis_diagonalises_the_covariance(record: Calibration) -> None:

@@ -170,14 +170,14 @@ def test_heads_that_cannot_be_packed(method: str) -> None:
 @pytest.mark.parametrize("dim", [24, 40, 56])
 @pytest.mark.parametrize("method", sorted(kvsink.methods()))
 def test_heads_that_are_not_a_power_of_two(method: str, dim: int) -> None:
-    """Rotated in the largest runs that have a Hadamard matrix: 24, 40 and 8 channels."""
-    model = head_of(dim)
-    kvsink.rewrite(model, method, calibration=IDS, key_bits=8, value_bits=8)
-    ids = tokens(1, 12, seed=3)
+    """Rotated in the largest runs that have a Hadamard matrix: 24, 40 and 8 channels. Codebooks have 4 bits at most."""
+    model, bits = head_of(dim), 4 if kvsink.get_method(method).key.kind == "vector" else 8
+    kvsink.rewrite(model, method, calibration=IDS, key_bits=bits, value_bits=bits, window=0)
+    ids = tokens(1, 12 + runtime_of(model).plans[0].codec.ring, seed=3)  # recent rows are exact even when strict
     with torch.no_grad():
         wanted = model(ids).logits
         got = model(ids, past_key_values=kvsink.KVSinkCache.for_model(model, strict=True)).logits
-    assert 0 < (got - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    assert 0 < (got - wanted).abs().max() <= (0.05 if bits == 8 else 0.4) * wanted.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

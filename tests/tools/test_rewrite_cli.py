@@ -121,3 +121,18 @@ def test_quality_goes_into_both_reports(tiny_dir, tmp_path):
     assert "WikiText-2 test, detokenized" in page
     assert steps == [("evaluate", 2, 2)]
     assert not list(out.glob("*.partial"))
+
+
+def test_automatic_plan(tiny_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [str(tiny_dir), str(out), "--method", "rtn", "--calibration-tokens", "512", "--eval-windows", "0", "--device", "cpu"]
+    assert main([*argv, "--plan", "auto", "--bits", "5.0"]) == 0
+    assert "automatic plan" in capsys.readouterr().out
+    record = json.loads((out / "kvsink_report.json").read_text())
+    assert record["bits_per_element"] <= 5.0
+    plan = json.loads((out / "kvsink.json").read_text())
+    assert plan["options"]["plan"] == "auto" and len(plan["layers"]) == 2
+    assert main([*argv, "--force", "--plan", "auto", "--bits", "1.0"]) == 2
+    assert "need at least" in capsys.readouterr().err
+    assert main([*argv, "--force", "--bits", "5.0"]) == 2
+    assert "--plan auto" in capsys.readouterr().err
