@@ -118,7 +118,7 @@ def test_refusals_name_the_reason() -> None:
     assert "outside 1 to 4" in str(tiles.refuse(wide, 8, 2, 128, 128, 128))
     odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
     assert "whole words" in str(tiles.refuse(odd, 8, 2, 128, 128, 128))
-    assert "window" in str(tiles.refuse(replace(codec, window=4), 8, 2, 128, 128, 128))
+    assert "recent rows" in str(tiles.refuse(replace(codec, window=4), 8, 2, 128, 128, 128))
 
 
 @pytest.mark.parametrize(("method", "bits", "reason"), [
