@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attend_cpu import attend_one, why_not
 from . import packed
+from .attend_cpu import attend_one, why_not
 from .base import resolve_codec
 from .read import TILE, put_rows, read_ref
 

@@ -164,6 +164,12 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, list[Ten
     return len(runs), numbers, (_pointer * len(runs))(*[t.data_ptr() for t in held]), held
 
 
+def _levels(kind: str, width: int) -> Tensor:
+    if kind.startswith("uniform"):
+        return torch.arange(2.0**width)
+    return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
+
+
 def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None) -> _Side:
     runs, run, tables, _ = _tables(spec.kind, tuple(spec.widths))
     vectors = (0, 0, 0, None)

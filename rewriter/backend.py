@@ -22,7 +22,6 @@ from kvsink.capture import note_sources
 from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName, UnsupportedError
-from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import get_method
 from kvsink.passes.chain import SitePlan
 from kvsink.pipeline import DEFAULT, PipelineReport, run_passes

@@ -25,7 +25,9 @@ def _gpu() -> None:
     from kvsink.kernels.native import too_old
 
     if not torch.cuda.is_available():
-        raise KvsinkError("no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine")
+        raise KvsinkError(
+            "no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine"
+        )
     if reason := too_old(torch.device("cuda", 0)):
         raise KvsinkError(f"{reason}; its rows would time the plain operators")
 
@@ -71,8 +73,15 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
 
 
 @bench.command(help="Decode attention and append_ of one layer against the fastest SDPA backend.")
-@click.option("--methods", default=",".join((*_METHODS, "centred-even-4")), show_default=True, help="METHOD-BITS, comma-separated.")
-@click.option("--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated.")
+@click.option(
+    "--methods",
+    default=",".join((*_METHODS, "centred-even-4")),
+    show_default=True,
+    help="METHOD-BITS, comma-separated.",
+)
+@click.option(
+    "--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated."
+)
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
     _gpu()
@@ -88,16 +97,26 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 
 
 @bench.command(help="Tokens per second of a whole LLaMA-3-8B shape with random weights, compiled, under CUDA graphs.")
-@click.option("--sides", default=f"stock,{','.join(_METHODS)}", show_default=True, help="stock: 16 bit over grouped heads without a mask, the strongest; static: 16 bit as transformers compiles it; METHOD-BITS.")
-@click.option("--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits.")
+@click.option(
+    "--sides",
+    default=f"stock,{','.join(_METHODS)}",
+    show_default=True,
+    help="stock: 16 bit over grouped heads without a mask, the strongest; static: 16 bit as transformers compiles it; METHOD-BITS.",
+)
+@click.option(
+    "--shapes",
+    default="1x1024,1x131072,x4096",
+    show_default=True,
+    help="BATCHxLENGTH; without a batch, the largest that fits.",
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
 def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
     _gpu()
+    import torch
+
     from kvsink.tools.bench_model import decode_rows, llama
     from kvsink.tools.bench_ops import sdpa_best
-
-    import torch
 
     pairs, chosen = _pairs(shapes), _sides(sides)
     backends = {}
@@ -131,7 +150,12 @@ def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
 @click.option("--side", default="centred-even-2", show_default=True)
 @click.option("--tokens", default=1_000_000, show_default=True)
 @click.option("--chunk", default=8192, show_default=True)
-@click.option("--whole/--sampled", default=True, show_default=True, help="Run every chunk, or nine of them spread over the sequence.")
+@click.option(
+    "--whole/--sampled",
+    default=True,
+    show_default=True,
+    help="Run every chunk, or nine of them spread over the sequence.",
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
 def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: Path | None) -> int:

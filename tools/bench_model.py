@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
 _STEPS = 24
 
 
-def llama(layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int = 128256, positions: int = 1 << 21) -> Any:
+def llama(
+    layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int = 128256, positions: int = 1 << 21
+) -> Any:
     """A LLaMA-3-8B with random weights on the GPU, or its first layers."""
     import transformers
 
@@ -57,8 +60,10 @@ def rewritten(model: Any, method: str, bits: int, protect: str = "kvsink:5+first
 
     layers = model.config.num_hidden_layers
     if id(model) not in _records:
-        ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(model.device)
-        record = calibrate(model, ids, [()] * layers, {i: (64,) for i in range(layers)})
+        ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(
+            model.device
+        )
+        record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
         # Random weights have no sinks: a stage is named so that every step ranks its row as a trained model's does.
         stage = SinkStage(0, (7,), 1.0, 1.0)
         _records[id(model)] = replace(record, stages=(stage,))
@@ -90,7 +95,9 @@ def fill(cache: Any, length: int) -> None:
         layer.exact_slot.copy_(torch.arange(rows, device=layer.device, dtype=torch.int32)[None])
         layer.exact_score.fill_(1e30)
         layer.length.fill_(length)
-    cache.shared.positions.copy_(torch.arange(cache.shared.positions.shape[1], device=cache.shared.positions.device)[None])
+    cache.shared.positions.copy_(
+        torch.arange(cache.shared.positions.shape[1], device=cache.shared.positions.device)[None]
+    )
 
 
 # -- the 16-bit model -----------------------------------------------------------------------------------------------------
@@ -150,7 +157,9 @@ def use_attention(model: Any, backend: str) -> None:
 # -- decode ---------------------------------------------------------------------------------------------------------------
 
 
-def _decode(step: Callable[..., Any], cache: Any, reset: Callable[[], None], batch: int, length: int) -> tuple[float, float]:
+def _decode(
+    step: Callable[..., Any], cache: Any, reset: Callable[[], None], batch: int, length: int
+) -> tuple[float, float]:
     """Median seconds of a step and the seconds of the first call; greedy, the token stays on the device."""
     token = torch.randint(0, 1000, (batch, 1), device="cuda")
     begun = time.monotonic()
@@ -170,7 +179,7 @@ def _decode(step: Callable[..., Any], cache: Any, reset: Callable[[], None], bat
             if not turn:
                 first = time.monotonic() - begun
             else:
-                times += [a.elapsed_time(b) for a, b in zip(events[2:-1], events[3:], strict=True)]
+                times += [a.elapsed_time(b) for a, b in pairwise(events[2:])]
     times.sort()
     return times[len(times) // 2] / 1e3, first
 
@@ -186,7 +195,9 @@ def _attempts(batch: int, fixed: bool) -> list[int]:
     return [batch] if fixed else [batch, int(batch * 0.94) // 8 * 8, int(batch * 0.88) // 8 * 8]
 
 
-def _run(make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]]], batch: int, fixed: bool, length: int) -> dict[str, Any]:
+def _run(
+    make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]]], batch: int, fixed: bool, length: int
+) -> dict[str, Any]:
     """Decode at a batch, or at the largest of a few that does not run out of memory."""
     for b in _attempts(batch, fixed):
         gc.collect()
@@ -213,7 +224,11 @@ def _run(make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]
 
 
 def decode_rows(
-    model: Any, sides: Sequence[str], shapes: Sequence[tuple[int, int]], backends: dict[tuple[int, int], str], say: Callable[[str], None]
+    model: Any,
+    sides: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    backends: dict[tuple[int, int], str],
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Tokens per second of each side ("stock", "static", or a method with its bits, "centred-even-2") at each shape."""
     rows = []
@@ -221,7 +236,9 @@ def decode_rows(
         for side in sides:
             row = {"kind": "decode", "side": side, "T": length, **_side(model, side, batch, length, backends)}
             rows.append(row)
-            say(f"decode T{length} {side}: " + "  ".join(f"{k}={row[k]}" for k in row if k not in ("kind", "side", "T")))
+            say(
+                f"decode T{length} {side}: " + "  ".join(f"{k}={row[k]}" for k in row if k not in ("kind", "side", "T"))
+            )
     return rows
 
 
@@ -267,7 +284,9 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
 # -- prefill --------------------------------------------------------------------------------------------------------------
 
 
-def prefill_rows(model: Any, sides: Sequence[str], length: int, say: Callable[[str], None], repeats: int = 3) -> list[dict[str, Any]]:
+def prefill_rows(
+    model: Any, sides: Sequence[str], length: int, say: Callable[[str], None], repeats: int = 3
+) -> list[dict[str, Any]]:
     """Seconds of one prompt of `length` tokens in one piece; the logits of its last token only."""
     from kvsink.cache import KVSinkCache
     from kvsink.runtime import detach
@@ -312,7 +331,9 @@ def prefill_rows(model: Any, sides: Sequence[str], length: int, say: Callable[[s
     return rows
 
 
-def sequence_rows(model: Any, side: str, length: int, chunk: int, say: Callable[[str], None], whole: bool) -> list[dict[str, Any]]:
+def sequence_rows(
+    model: Any, side: str, length: int, chunk: int, say: Callable[[str], None], whole: bool
+) -> list[dict[str, Any]]:
     """One long sequence, prefilled in chunks and then decoded. Without `whole`, chunks at a few places only are run."""
     from kvsink.cache import KVSinkCache
 

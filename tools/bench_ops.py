@@ -29,7 +29,9 @@ BOUND = 2e-3  # relative error of an fp16 result: its own rounding, 2**-11, and 
 _DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
 
 
-def sdpa_calls(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> dict[str, Callable[[Sequence[Tensor]], Tensor]]:
+def sdpa_calls(
+    b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> dict[str, Callable[[Sequence[Tensor]], Tensor]]:
     """Ways to ask PyTorch for decode attention of grouped heads."""
 
     def backend(kind: SDPBackend, rows: bool) -> Callable[[Sequence[Tensor]], Tensor]:
@@ -64,10 +66,14 @@ def sdpa_best(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.
 def packed_bytes(codec: Any, b: int, t: int, kv_heads: int) -> int:
     """Bytes of codes and scales that decode attention must read."""
     rows = codec.layout(b, kv_heads, 128, 128, t, torch.float16)
-    return sum(int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale"))
+    return sum(
+        int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale")
+    )
 
 
-def ops_rows(methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def ops_rows(
+    methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One row per method, bits and shape, with `append_`: beside attention, and in turn."""
     dtype, rows = torch.float16, []
     model = llama(layers=1, dtype=dtype, vocabulary=512)
@@ -82,7 +88,24 @@ def ops_rows(methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int
         for method, bits, attach in runtimes:
             row = _one(attach(), method, bits, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
             rows.append(row)
-            say("  " + "  ".join(f"{k}={row[k]}" for k in ("method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "in_turn_ms", "of_limit") if k in row))
+            say(
+                "  "
+                + "  ".join(
+                    f"{k}={row[k]}"
+                    for k in (
+                        "method",
+                        "bits",
+                        "error",
+                        "p50_ms",
+                        "speedup",
+                        "with_append_ms",
+                        "speedup_with_append",
+                        "in_turn_ms",
+                        "of_limit",
+                    )
+                    if k in row
+                )
+            )
             gc.collect()
             torch.cuda.empty_cache()
     return rows
@@ -108,7 +131,10 @@ def _one(
     positions = torch.full((1, 1), t - 1, device="cuda")
     scores: list[Tensor] = []
     for _ in codec.segments:
-        scores += [torch.full((b, 1), float("-inf"), device="cuda"), torch.zeros(b, 1, dtype=torch.int64, device="cuda")]
+        scores += [
+            torch.full((b, 1), float("-inf"), device="cuda"),
+            torch.zeros(b, 1, dtype=torch.int64, device="cuda"),
+        ]
     scale = 128**-0.5
 
     def attention(x: Any) -> Tensor:
@@ -124,7 +150,14 @@ def _one(
         "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base_name, "sdpa_ms": round(base[1], 5),
     }  # fmt: skip
     if not error <= BOUND:
-        return {**row, "p50_ms": None, "speedup": None, "with_append_ms": None, "of_limit": None, "note": "wrong, not timed"}
+        return {
+            **row,
+            "p50_ms": None,
+            "speedup": None,
+            "with_append_ms": None,
+            "of_limit": None,
+            "note": "wrong, not timed",
+        }
     layers = [layer] + [made() for _ in range(max(1, min(32, -(-_DISTINCT // size))) - 1)]
     repeats = 1 if len(layers) > 8 else 4
     alone = graph_times([lambda x=x: attention(x) for _ in range(repeats) for x in layers])
@@ -136,18 +169,23 @@ def _one(
     return {
         **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
         "speedup": round(base[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
-        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size, "limit_ms": round(limit, 5),
+        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size,
+        "limit_ms": round(limit, 5),
         "of_limit": round(limit / alone[1], 3), "byte_limit_speedup": round(base[1] / limit, 2),
     }  # fmt: skip
 
 
-def _error(layer: Any, codec: Any, attention: Callable[[Any], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+def _error(
+    layer: Any, codec: Any, attention: Callable[[Any], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> float:
     """Relative error of the first two sequences against the definition."""
     out = attention(layer)
     torch.cuda.synchronize()
     whole = codec.named(layer.state())
     few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
-    tables = [x[:2] if name.startswith("anchor") else x for name, x in zip(codec.param_names(), layer.params, strict=True)]
+    tables = [
+        x[:2] if name.startswith("anchor") else x for name, x in zip(codec.param_names(), layer.params, strict=True)
+    ]
     wanted = attend_ref(q[:2].float(), k[:2].float(), v[:2].float(), few, tables, None, scale, False, layer.codec_text)
     error = float((out[:2].float() - wanted).norm() / wanted.norm())
     return error if bool(torch.isfinite(out).all()) else float("nan")
