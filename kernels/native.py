@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import cache_folder
 from .levels import EVEN_STEP
 from .tiles import make_fields
 
@@ -83,14 +84,6 @@ def too_old(device: torch.device) -> str | None:
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
-
-
-def _cache_folder() -> Path:
-    own, shared = os.environ.get("KVSINK_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    base = (
-        Path(own).expanduser() if own else (Path(shared).expanduser() if shared else Path.home() / ".cache") / "kvsink"
-    )
-    return base / "cubin"
 
 
 @cache
@@ -159,7 +152,7 @@ def compile_cubin(source: str, arch: str) -> bytes:
     key = hashlib.sha256(f"{arch}\0{torch.version.cuda}\0{'nvrtc' if lib else 'nvcc'}\0{source}".encode()).hexdigest()[
         :32
     ]
-    held = _cache_folder() / f"{key}.cubin"
+    held = cache_folder() / "cubin" / f"{key}.cubin"
     if held.is_file():
         return held.read_bytes()
     image = _by_nvrtc(lib, source, arch) if lib is not None else _by_nvcc(str(nvcc), source, arch)

@@ -160,7 +160,7 @@ def candidates(method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     def of(side: SideSpec, below: tuple[float, SideSpec] | None) -> tuple[float, ...]:
         quarters = [w / 4 for w in range(4, 17) if below is None or w / 4 >= below[0]]
-        return tuple(sorted({*WHOLE, *quarters})) if side.kind == "lloyd" else WHOLE
+        return tuple(sorted({*WHOLE, *quarters})) if side.kind in ("lloyd", "lloyd-even") else WHOLE
 
     return of(method.key, method.key_below), of(method.value, method.value_below)
 

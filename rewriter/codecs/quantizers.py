@@ -82,7 +82,7 @@ for _kind in KINDS:
             tables=_tables,
             row_bytes=lambda s, dim: sum(s.widths),
             row_scales=lambda s, dim: scales_per_row(s.kind, dim, s.group_size, s.gain),
-            shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)} if s.kind == "lloyd" else {},
+            shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)} if s.kind in SIGMA_KINDS else {},
             scalar=True,
         ),
     )
