@@ -23,7 +23,8 @@ def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.Captu
 
 def row(method: str, speedup: float | None) -> str:
     return json.dumps({
-        "kind": "kernel", "method": method, "bits": 2, "B": 1, "T": 1024, "speedup": speedup, "byte_limit_speedup": 7.0, "device": "x",
+        "kind": "kernel", "method": method, "bits": 2, "B": 1, "T": 1024, "speedup": speedup, "byte_limit_speedup": 7.0,
+        "device": "x",
     })  # fmt: skip
 
 
