@@ -164,6 +164,16 @@ def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: 
     return 0
 
 
+@bench.command(help="Draw the rows of `kernels` from a JSON-lines file; needs no GPU.")
+@click.argument("rows", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("image", type=click.Path(path_type=Path, dir_okay=False))
+def plot(rows: Path, image: Path) -> int:
+    from kvsink.tools.bench_plot import plot_kernels, read_rows
+
+    plot_kernels(read_rows(rows), image)
+    return 0
+
+
 main = command_line(bench)
 
 if __name__ == "__main__":
