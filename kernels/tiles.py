@@ -255,6 +255,7 @@ def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> 
     """The stages of `transform_keys` taken back; keys after RoPE."""
     table = p["k_table"][:, slots % BLOCK][None] if s.center else None
     if s.domain == "block":
+        assert table is not None
         return _turn(x @ p["k_basis"].mT + table, slots, p, back=False)
     x = hadamard(x) if s.transform == "hadamard" else x
     return x if table is None else x + _turn(table, slots, p, back=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def sdpa_best(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.
     found: dict[str, Times] = {}
     for name, call in sdpa_calls(b, t, heads, kv_heads, dim, dtype).items():
         try:
-            found[name] = graph_times([lambda d=d, call=call: call(d) for d in data])
+            found[name] = graph_times([partial(call, d) for d in data])
         except RuntimeError:
             continue  # a backend that does not serve the shape
     best = min(found, key=lambda n: found[n][1])
@@ -160,10 +161,10 @@ def _one(
         }
     layers = [layer] + [made() for _ in range(max(1, min(32, -(-_DISTINCT // size))) - 1)]
     repeats = 1 if len(layers) > 8 else 4
-    alone = graph_times([lambda x=x: attention(x) for _ in range(repeats) for x in layers])
-    both = graph_times([lambda x=x: step(x) for _ in range(repeats) for x in layers])
+    alone = graph_times([partial(attention, x) for _ in range(repeats) for x in layers])
+    both = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
     native.SIDE_BY_SIDE = False
-    in_turn = graph_times([lambda x=x: step(x) for _ in range(repeats) for x in layers])
+    in_turn = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
     native.SIDE_BY_SIDE = True
     limit = size / bandwidth * 1e3
     return {

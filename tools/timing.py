@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -56,7 +57,7 @@ def read_bandwidth(gib: float = 4.0) -> float:
     """Bytes read per second of a sum over a large tensor, the best of two element types."""
     x = torch.randint(0, 1 << 20, (int(gib * 2**28),), dtype=torch.int32, device="cuda")
     views = (x.view(torch.float32), x.view(torch.float16))
-    return max(x.numel() * 4 / graph_times([lambda y=y: torch.sum(y)], 10)[1] * 1e3 for y in views)
+    return max(x.numel() * 4 / graph_times([partial(torch.sum, y)], 10)[1] * 1e3 for y in views)
 
 
 def device_facts() -> dict[str, str]:
