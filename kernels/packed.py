@@ -375,12 +375,12 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
         seen = torch.ones(s, n, dtype=torch.bool, device=q.device).tril()
         bias = torch.where(seen, 0.0 if bias is None else bias, float("-inf"))
     out, mass = [], []
-    rows = max(1, (256 << 20) // (4 * b * hq * n))
+    count = max(1, (256 << 20) // (4 * b * hq * n))
     k, v = k.float().repeat_interleave(hq // h, 1), v.float().repeat_interleave(hq // h, 1)
-    for i in range(0, s, rows):  # logits of a bounded number of rows at a time
-        logits = q[:, :, i : i + rows].float() @ k.mT * scale
+    for i in range(0, s, count):  # logits of a bounded number of rows at a time
+        logits = q[:, :, i : i + count].float() @ k.mT * scale
         if bias is not None:
-            logits = logits + (bias[..., i : i + rows, :] if bias.shape[-2] > 1 else bias)
+            logits = logits + (bias[..., i : i + count, :] if bias.shape[-2] > 1 else bias)
         mass.append(logits.logsumexp(-1))
         out.append((logits - mass[-1][..., None]).exp().nan_to_num_(0.0) @ v)
     return torch.cat(out, dim=2), torch.cat(mass, dim=2)
