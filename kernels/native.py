@@ -109,7 +109,9 @@ def _by_nvrtc(lib: ctypes.CDLL, source: str, arch: str) -> bytes:
         if code:
             raise NativeError(f"NVRTC error {code} while it {what}")
 
-    check(lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kvsink.cu", 0, None, None), "took the source")
+    check(
+        lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kvsink.cu", 0, None, None), "took the source"
+    )
     options = [b"--std=c++17", f"--gpu-architecture={arch}".encode()]
     code = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     if code:
@@ -132,7 +134,10 @@ def _by_nvcc(nvcc: str, source: str, arch: str) -> bytes:
         unit.write_text(source)
         target = f"-gencode=arch=compute_{arch[3:]},code={arch}"
         done = subprocess.run(
-            [nvcc, "-std=c++17", "-O3", target, "-cubin", str(unit), "-o", str(out)], capture_output=True, text=True, check=False
+            [nvcc, "-std=c++17", "-O3", target, "-cubin", str(unit), "-o", str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise NativeError(f"nvcc: {done.stderr[:400]}")
@@ -207,7 +212,9 @@ class Cubin:
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name), f"finding {name.decode()}")
         return function
 
-    def _launch(self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure) -> None:
+    def _launch(
+        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
+    ) -> None:
         args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, stream, args, None), "a launch")

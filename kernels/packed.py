@@ -24,7 +24,17 @@ from torch import Tensor
 from . import native, tiles
 from .read import put_rows
 
-__all__ = ["AttendArguments", "RowArguments", "append_rows", "attend_chunk", "attend_one", "serves", "step", "usable", "variant_of"]
+__all__ = [
+    "AttendArguments",
+    "RowArguments",
+    "append_rows",
+    "attend_chunk",
+    "attend_one",
+    "serves",
+    "step",
+    "usable",
+    "variant_of",
+]
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SEGMENTS = 4
@@ -97,7 +107,14 @@ def variant_of(codec: Any, repeats: int) -> native.Variant:
 
 
 def serves(
-    codec: Any, heads: int, kv_heads: int, dim: int, value_dim: int, rotary: int, dtype: torch.dtype, device: torch.device
+    codec: Any,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    rotary: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> str | None:
     """Why the kernels cannot serve a layer, or None. Compiles them when nothing else speaks against it."""
     if device.type != "cuda":
@@ -160,11 +177,20 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _fresh_rows(
-    lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
+    lib: Library,
+    codec: Any,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    candidates: Sequence[Tensor],
+    st: State,
+    p: Params,
 ) -> tuple[RowArguments, bool, list[Tensor]]:
     """Arguments for new rows, whether the kernel sees to the exact rows too, and what must live until the launch."""
     k, v = _rows(k), _rows(v)
-    positions = positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
+    positions = (
+        positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
+    )
     a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
     at = native.pointer
     a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
@@ -184,7 +210,14 @@ def _fresh_rows(
 
 
 def append_rows(
-    lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
+    lib: Library,
+    codec: Any,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    candidates: Sequence[Tensor],
+    st: State,
+    p: Params,
 ) -> bool:
     """Code and store new rows [B, H, S, 128], keys after RoPE. True when the exact rows have been seen to as well."""
     a, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
@@ -192,7 +225,9 @@ def append_rows(
     return whole
 
 
-def decode_rows(lib: Library, codec: Any, st: State, p: Params, start: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def decode_rows(
+    lib: Library, codec: Any, st: State, p: Params, start: int, end: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Slots start … end - 1 as keys after RoPE and values [B, H, end - start, 128], exact rows laid over them."""
     b, h = st["k_codes"].shape[:2]
     k, v = (torch.empty(b, h, end - start, tiles.DIM, dtype=dtype, device=st["k_codes"].device) for _ in range(2))
@@ -280,10 +315,14 @@ def attend_chunk(
     causal = mask is None or is_causal
     if first == 0 and not codec.strict:
         part = None if mask is None else mask[..., :s]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=part, is_causal=mask is None, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=part, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
     b, h = k.shape[:2]
     r = q.shape[1] // h
-    step = max(1024, _DECODED_BYTES // (b * h * 2 * tiles.DIM * k.element_size()) // tiles.TILE_SLOTS * tiles.TILE_SLOTS)
+    step = max(
+        1024, _DECODED_BYTES // (b * h * 2 * tiles.DIM * k.element_size()) // tiles.TILE_SLOTS * tiles.TILE_SLOTS
+    )
     out = q.new_zeros((b, h * r, s, q.shape[3]), dtype=torch.float32)
     top = q.new_full((b, h * r, s), float("-inf"), dtype=torch.float32)
 
@@ -291,7 +330,9 @@ def attend_chunk(
         """Add the attention over some slots, with the logarithm of its sum of weights."""
         nonlocal top
         peak = torch.logaddexp(top, mass)
-        out.mul_((top - peak).exp().nan_to_num_(0.0)[..., None]).add_(part * (mass - peak).exp().nan_to_num_(0.0)[..., None])
+        out.mul_((top - peak).exp().nan_to_num_(0.0)[..., None]).add_(
+            part * (mass - peak).exp().nan_to_num_(0.0)[..., None]
+        )
         top = peak
 
     if not codec.strict:
@@ -304,14 +345,18 @@ def attend_chunk(
         if codec.strict and causal:
             query, slot = torch.arange(s, device=q.device) + first, torch.arange(start, end, device=q.device)
             seen = (slot[None] <= query[:, None])[None, None]
-            part = seen if part is None else part & seen if part.dtype == torch.bool else part.masked_fill(~seen, float("-inf"))
+            part = (
+                seen
+                if part is None
+                else part & seen
+                if part.dtype == torch.bool
+                else part.masked_fill(~seen, float("-inf"))
+            )
         merge(*_piece(q, tile_k, tile_v, part, scale, False))
     return out.to(q.dtype)
 
 
-def _piece(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
+def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention over some keys and the logarithm of its sum of weights [B, Hq, S] float32."""
     b, hq, s, d = q.shape
     h, n = k.shape[1], k.shape[2]
@@ -330,12 +375,12 @@ def _piece(
         seen = torch.ones(s, n, dtype=torch.bool, device=q.device).tril()
         bias = torch.where(seen, 0.0 if bias is None else bias, float("-inf"))
     out, mass = [], []
-    rows = max(1, (256 << 20) // (4 * b * hq * n))
+    count = max(1, (256 << 20) // (4 * b * hq * n))
     k, v = k.float().repeat_interleave(hq // h, 1), v.float().repeat_interleave(hq // h, 1)
-    for i in range(0, s, rows):  # logits of a bounded number of rows at a time
-        logits = q[:, :, i : i + rows].float() @ k.mT * scale
+    for i in range(0, s, count):  # logits of a bounded number of rows at a time
+        logits = q[:, :, i : i + count].float() @ k.mT * scale
         if bias is not None:
-            logits = logits + (bias[..., i : i + rows, :] if bias.shape[-2] > 1 else bias)
+            logits = logits + (bias[..., i : i + count, :] if bias.shape[-2] > 1 else bias)
         mass.append(logits.logsumexp(-1))
         out.append((logits - mass[-1][..., None]).exp().nan_to_num_(0.0) @ v)
     return torch.cat(out, dim=2), torch.cat(mass, dim=2)

@@ -164,7 +164,9 @@ def key_bytes(words: Tensor, widths: tuple[int, ...]) -> Tensor:
     """The inverse of `key_words`."""
     f, w = make_fields(widths), words.unflatten(-1, (4, -1))
     codes = [
-        torch.stack([(w[..., f.bin[r]] >> (16 * hi + f.offset[r])) & ((1 << f.width[r]) - 1) for hi in range(2)], dim=-1)
+        torch.stack(
+            [(w[..., f.bin[r]] >> (16 * hi + f.offset[r])) & ((1 << f.width[r]) - 1) for hi in range(2)], dim=-1
+        )
         for r in range(RUNS)
     ]
     return _natural(torch.stack(codes, dim=-3).flatten(-2).to(torch.uint8), widths)
@@ -224,7 +226,10 @@ def store(codes: Tensor, natural: Tensor, slots: Tensor, widths: tuple[int, ...]
     words = key_words(natural, widths) if side == "k" else value_words(natural, widths)
     flat = codes.flatten(2).view(words.dtype)  # [B, H, L · words]
     per_tile = TILE_SLOTS * words.shape[-1]
-    at = slots[:, None] // TILE_SLOTS * per_tile + _index(side, make_fields(widths).bins, codes.device)[slots % TILE_SLOTS]
+    at = (
+        slots[:, None] // TILE_SLOTS * per_tile
+        + _index(side, make_fields(widths).bins, codes.device)[slots % TILE_SLOTS]
+    )
     flat.index_copy_(2, at.flatten(), words.flatten(2))
 
 
@@ -280,7 +285,9 @@ def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> 
 def key_rows(basis: Tensor, sigma: Tensor, widths: tuple[int, ...]) -> Tensor:
     """diag(sigma · step · 2^(8 - pos)) U^T, [H, 128 components, 128 channels]: the query in units of codes."""
     f = make_fields(widths)
-    unit = torch.tensor([EVEN_STEP[w] * 2.0 ** (8 - q) for w, q in zip(f.width, f.pos, strict=True)], device=basis.device)
+    unit = torch.tensor(
+        [EVEN_STEP[w] * 2.0 ** (8 - q) for w, q in zip(f.width, f.pos, strict=True)], device=basis.device
+    )
     return (sigma * unit.repeat_interleave(8)).unsqueeze(-1) * basis.mT
 
 

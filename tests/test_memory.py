@@ -57,7 +57,7 @@ def growth(run) -> int:  # type: ignore[no-untyped-def]
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see the resident size")
 def test_peak_memory_grows_by_less_than_a_quarter_of_the_16_bit_cache(smollm2_dir: Path) -> None:
     model = load_model(smollm2_dir, "cpu")
-    kvsink.rewrite(model, "klt", calibration_tokens=4096)
+    kvsink.rewrite(model, "klt", key_bits=2, value_bits=2, calibration_tokens=4096)
     ids = torch.arange(4 * ROWS).reshape(ROWS, 4) + 100
     config = CompileConfig(backend="kvsink", fullgraph=True, mode=None)
     config._compile_all_devices = True

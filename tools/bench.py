@@ -25,7 +25,9 @@ def _gpu() -> None:
     from kvsink.kernels.native import too_old
 
     if not torch.cuda.is_available():
-        raise KvsinkError("no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine")
+        raise KvsinkError(
+            "no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine"
+        )
     if reason := too_old(torch.device("cuda", 0)):
         raise KvsinkError(f"{reason}; its rows would time the plain operators")
 
@@ -77,8 +79,15 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
 
 
 @bench.command(help="Decode attention and append_ of one layer against the fastest SDPA backend.")
-@click.option("--methods", default=",".join((*_METHODS, "centred-even-4")), show_default=True, help="METHOD-BITS, comma-separated.")
-@click.option("--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated.")
+@click.option(
+    "--methods",
+    default=",".join((*_METHODS, "centred-even-4")),
+    show_default=True,
+    help="METHOD-BITS, comma-separated.",
+)
+@click.option(
+    "--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated."
+)
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
     _gpu()
@@ -152,6 +161,16 @@ def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: 
     from kvsink.tools.bench_model import llama, sequence_rows
 
     _write(sequence_rows(llama(layers), _sides(side)[0], tokens, chunk, _say, whole), out)
+    return 0
+
+
+@bench.command(help="Draw the rows of `kernels` from a JSON-lines file; needs no GPU.")
+@click.argument("rows", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("image", type=click.Path(path_type=Path, dir_okay=False))
+def plot(rows: Path, image: Path) -> int:
+    from kvsink.tools.bench_plot import plot_kernels, read_rows
+
+    plot_kernels(read_rows(rows), image)
     return 0
 
 

@@ -28,7 +28,9 @@ DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
 _STEPS = 24
 
 
-def llama(layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int = 128256, positions: int = 1 << 21) -> Any:
+def llama(
+    layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int = 128256, positions: int = 1 << 21
+) -> Any:
     """A LLaMA-3-8B with random weights on the GPU, or its first layers."""
     import transformers
 
@@ -93,7 +95,9 @@ def fill(cache: Any, length: int) -> None:
         layer.exact_slot.copy_(torch.arange(rows, device=layer.device, dtype=torch.int32)[None])
         layer.exact_score.fill_(1e30)
         layer.length.fill_(length)
-    cache.shared.positions.copy_(torch.arange(cache.shared.positions.shape[1], device=cache.shared.positions.device)[None])
+    cache.shared.positions.copy_(
+        torch.arange(cache.shared.positions.shape[1], device=cache.shared.positions.device)[None]
+    )
 
 
 # -- the 16-bit model -----------------------------------------------------------------------------------------------------
@@ -153,7 +157,9 @@ def use_attention(model: Any, backend: str) -> None:
 # -- decode ---------------------------------------------------------------------------------------------------------------
 
 
-def _decode(step: Callable[..., Any], cache: Any, reset: Callable[[], None], batch: int, length: int) -> tuple[float, float]:
+def _decode(
+    step: Callable[..., Any], cache: Any, reset: Callable[[], None], batch: int, length: int
+) -> tuple[float, float]:
     """Median seconds of a step and the seconds of the first call; greedy, the token stays on the device."""
     token = torch.randint(0, 1000, (batch, 1), device="cuda")
     begun = time.monotonic()
@@ -227,7 +233,9 @@ def decode_rows(
         for side in sides:
             row = {"kind": "decode", "side": side, "T": length, **_side(model, side, batch, length, backends)}
             rows.append(row)
-            say(f"decode T{length} {side}: " + "  ".join(f"{k}={row[k]}" for k in row if k not in ("kind", "side", "T")))
+            say(
+                f"decode T{length} {side}: " + "  ".join(f"{k}={row[k]}" for k in row if k not in ("kind", "side", "T"))
+            )
     return rows
 
 
@@ -320,7 +328,9 @@ def prefill_rows(
     return rows
 
 
-def sequence_rows(model: Any, side: str, length: int, chunk: int, say: Callable[[str], None], whole: bool) -> list[dict[str, Any]]:
+def sequence_rows(
+    model: Any, side: str, length: int, chunk: int, say: Callable[[str], None], whole: bool
+) -> list[dict[str, Any]]:
     """One long sequence, prefilled in chunks and then decoded. Without `whole`, chunks at a few places only are run."""
     from kvsink.cache import KVSinkCache
 

@@ -70,7 +70,9 @@ def sdpa_best(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.
 def packed_bytes(codec: Any, b: int, t: int, kv_heads: int) -> int:
     """Bytes of codes and scales that decode attention must read."""
     rows = codec.layout(b, kv_heads, 128, 128, t, torch.float16)
-    return sum(int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale"))
+    return sum(
+        int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale")
+    )
 
 
 def ops_rows(
@@ -116,7 +118,10 @@ def _one(
     positions = torch.full((1, 1), t - 1, device="cuda")
     scores: list[Tensor] = []
     for _ in codec.segments:
-        scores += [torch.full((b, 1), float("-inf"), device="cuda"), torch.zeros(b, 1, dtype=torch.int64, device="cuda")]
+        scores += [
+            torch.full((b, 1), float("-inf"), device="cuda"),
+            torch.zeros(b, 1, dtype=torch.int64, device="cuda"),
+        ]
     scale = 128**-0.5
 
     def attention(x: Any) -> Tensor:
@@ -132,7 +137,14 @@ def _one(
         "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base_name, "sdpa_ms": round(base[1], 5),
     }  # fmt: skip
     if not error <= BOUND:
-        return {**row, "p50_ms": None, "speedup": None, "with_append_ms": None, "of_limit": None, "note": "wrong, not timed"}
+        return {
+            **row,
+            "p50_ms": None,
+            "speedup": None,
+            "with_append_ms": None,
+            "of_limit": None,
+            "note": "wrong, not timed",
+        }
     layers = [layer] + [made() for _ in range(max(1, min(32, -(-_DISTINCT // size))) - 1)]
     repeats = 1 if len(layers) > 8 else 4
     alone = graph_times([partial(attention, x) for _ in range(repeats) for x in layers])
@@ -150,13 +162,17 @@ def _one(
     }  # fmt: skip
 
 
-def _error(layer: Any, codec: Any, attention: Callable[[Any], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float) -> float:
+def _error(
+    layer: Any, codec: Any, attention: Callable[[Any], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> float:
     """Relative error of the first two sequences against the definition."""
     out = attention(layer)
     torch.cuda.synchronize()
     whole = codec.named(layer.state())
     few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
-    tables = [x[:2] if name.startswith("anchor") else x for name, x in zip(codec.param_names(), layer.params, strict=True)]
+    tables = [
+        x[:2] if name.startswith("anchor") else x for name, x in zip(codec.param_names(), layer.params, strict=True)
+    ]
     wanted = attend_ref(q[:2].float(), k[:2].float(), v[:2].float(), few, tables, None, scale, False, layer.codec_text)
     error = float((out[:2].float() - wanted).norm() / wanted.norm())
     return error if bool(torch.isfinite(out).all()) else float("nan")

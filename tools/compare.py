@@ -360,6 +360,7 @@ def outcome(found: dict[str, Any]) -> str:
 def make_bench(
     model: str, rows: RowSet, device: str = "auto", windows: int = 16, window_tokens: int = 1024, chunk: int = 64,
     batch: int | None = None, calibration_tokens: int = 16384, text: str | None = None, dtype: str = "float32",
+    strict: bool = True,
 ) -> Bench:  # fmt: skip
     """Load a model folder and the text of a set of rows."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -383,7 +384,7 @@ def make_bench(
     net = load_model(folder, device, dtype)
     calibration_ids = calibration_windows(net, "builtin", calibration_tokens, tokenizer)
     label = model if model.startswith("demo:") else folder.name
-    return Bench(net, label, ids, name, calibration_ids, tokenizer, chunk, batch)
+    return Bench(net, label, ids, name, calibration_ids, tokenizer, chunk, batch, strict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -401,13 +402,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, default in (("windows", 16), ("window-tokens", 1024), ("chunk", 64), ("calibration-tokens", 16384)):
         parser.add_argument(f"--{name}", default=default, type=int)
     parser.add_argument("--batch", default=None, type=int, help="Windows at a time. Default: all on CUDA, 4 on a CPU.")
+    parser.add_argument("--no-strict", action="store_true", help="Leave the strict reading out: half the time.")
     parser.add_argument("--retry", action="store_true", help="Run rows again that declined.")
     o = parser.parse_args(argv)
     given = [a for a in (argv if argv is not None else sys.argv[1:]) if a != "--retry"]
     try:
         rows = read_rows(o.rows) if o.rows else named_set(o.set)
         bench = make_bench(
-            o.model, rows, o.device, o.windows, o.window_tokens, o.chunk, o.batch, o.calibration_tokens, o.text, o.dtype
+            o.model, rows, o.device, o.windows, o.window_tokens, o.chunk, o.batch, o.calibration_tokens, o.text, o.dtype,
+            strict=not o.no_strict,
         )
         shown = " ".join(["python -m kvsink.tools.compare", *_portable(given)])
         with torch.no_grad():

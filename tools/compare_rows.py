@@ -74,7 +74,7 @@ def _both(**changes: Any) -> dict[str, Any]:
 def _kvquant() -> list[Row]:
     out = []
     for share in (0.0, 0.001, 0.005, 0.01):
-        for protect in ("none", "first:1", "kvsink:5"):
+        for protect in ("none", "first:1", *(("first:5",) if share == 0 else ()), "kvsink:5"):
             out.append(row("kvquant", 2, 2, protect, label=f"kvquant {100 * share:g} %", **_both(outliers=share)))
     return [*out, row("kvquant", 4, 4, "none", label="kvquant 1 %", **_both(outliers=0.01))]
 

@@ -1,132 +1,62 @@
-"""Measure the rows of README's table and write them between its markers: `python -m kvsink.tools.readme_table`.
+"""Write README's table from the rows of the comparison in docs/compare.jsonl: `python -m kvsink.tools.readme_table`.
 
-Every row is SmolLM2-135M-Instruct in float32 on WikiText-2 test (detokenized), 8 windows of 1024 tokens fed in chunks of 64
-through the packed cache, calibrated on 16384 tokens of the built-in text. Finished rows are kept in tools/results/readme.json
-and not measured again; remove the file to start over.
+The rows themselves are measured by `python -m kvsink.tools.compare`; nothing is measured here.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import kvsink
-from kvsink.calibration import Calibration, calibrate
-from kvsink.demo import resolve_model_dir
-from kvsink.evaluation import evaluate, packed_cache, token_windows
-from kvsink.loading import load_model, load_tokenizer
-from kvsink.protect import parse_policies
-from kvsink.rewrite import calibration_windows
-from kvsink.texts import evaluation_text
+__all__ = ["ROOT", "WANTED", "main", "table", "written"]
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"
 OURS = "kvsink:5+first:1"
+WANTED: tuple[tuple[str, float, float, str], ...] = (
+    ("klt", 4, 4, OURS), ("klt", 3, 4, OURS), ("klt", 2, 4, OURS), ("klt", 2, 2, OURS), ("klt", 1.25, 1, OURS),
+    ("centred", 2, 2, OURS), ("cq 4c8b", 2, 2, "none"), ("kvquant 1 %", 2, 2, "first:1"), ("rotatekv", 2, 2, "massive:20"),
+    ("oscar", 2, 2, "none"), ("kivi", 2, 2, "none"), ("antkv", 0.375, 0.375, "anchors:1%"),
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration; strict also reads the newest rows back from their codes."""
-
-    method: str
-    key_bits: float
-    value_bits: float
-    protect: str
-    strict: bool = False
-
-
-ROWS = tuple(
-    Row(method, k, v, protect, strict)
-    for strict in (False, True)
-    for method, k, v, protect in (
-        ("klt", 3, 4, OURS),
-        ("klt", 2, 4, OURS),
-        ("klt", 2, 2, OURS),
-        ("rotatekv", 4, 4, "massive:20"),
-        ("rotatekv", 2, 2, "massive:20"),
-    )
-) + tuple(
-    Row(method, 2, v, protect, True)
-    for method, v in (("rotatekv", 2), ("klt", 4))
-    for protect in ("none", "first:5", "kvsink:5")
-)
-
-
-def measure(windows: int = 8, tokens: int = 1024) -> list[dict[str, Any]]:
-    """All rows, measured or as kept from an earlier run."""
-    store = ROOT / "tools" / "results" / "readme.json"
-    done = {json.dumps(r["row"]): r for r in json.loads(store.read_text())} if store.is_file() else {}
-    folder = resolve_model_dir("demo:smollm2")
-    tokenizer = load_tokenizer(folder)
-    ids = token_windows(evaluation_text(), tokenizer, windows, tokens)
-    baseline = load_model(folder, "cpu")
-    record: Calibration | None = None
-    for row in ROWS:
-        key = json.dumps(asdict(row))
-        if key in done:
-            continue
-        if record is None:
-            text = calibration_windows(baseline, "builtin", 16384, tokenizer)
-            record = calibrate(baseline, text, [parse_policies(OURS)] * 30, dict.fromkeys(range(30), (1, 64)))
-        model = load_model(folder, "cpu")
-        kvsink.rewrite(
-            model, row.method, key_bits=row.key_bits, value_bits=row.value_bits, protect=row.protect, calibration=record
-        )
-        result = evaluate(
-            model, baseline, ids, cache_factory=partial(packed_cache, strict=row.strict), batch=windows,
-            model_name="demo:smollm2", method=row.method, text_name="WikiText-2 test, detokenized",
-        )  # fmt: skip
-        done[key] = {"row": asdict(row), **result.to_json()}
-        store.parent.mkdir(exist_ok=True)
-        store.write_text(json.dumps(list(done.values()), indent=1) + "\n")
-        print(row, f"{result.perplexity:.3f}", f"{result.bits_per_element:.2f}", flush=True)
-    return [done[json.dumps(asdict(row))] for row in ROWS]
-
-
-def markdown(results: list[dict[str, Any]]) -> str:
-    """The table: one line per method and protection, chunked and strict figures side by side."""
-    base = results[0]["baseline_perplexity"]
+def table(records: list[dict[str, Any]]) -> str:
+    """The wanted rows as Markdown. Raises KeyError for a row that was not measured."""
+    found = {}
+    for r in records:
+        about = (r["name"], r["row"]["key_bits"], r["row"]["value_bits"], r.get("protect"))
+        if r["status"] == "measured" and (r["row"]["window"] is None) and r["text"].startswith("WikiText-2"):
+            found[about] = r
+    base = next(iter(found.values()))["baseline_perplexity"]
     lines = [
-        "| method | keys/values, bits | kept exact | counted bits | perplexity | KL | same top token | strict perplexity |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| 16 bit | 16/16 | all | 16 | {base:.2f} | 0 | 100 % | {base:.2f} |",
+        "| method | keys/values, bits | kept exact | bits counted | cache smaller | perplexity | KL | same top token |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+        f"| 16 bit | 16/16 | all | 16.00 | 1.0x | {base:.2f} | | |",
     ]
-    by = {json.dumps(r["row"]): r for r in results}
-    seen = set()
-    for r in results:
-        row = Row(**r["row"])
-        name = (row.method, row.key_bits, row.value_bits, row.protect)
-        if name in seen:
-            continue
-        seen.add(name)
-        loose = by.get(json.dumps(asdict(Row(*name, strict=False))))
-        strict = by.get(json.dumps(asdict(Row(*name, strict=True))))
-
-        def change(x: dict[str, Any] | None) -> str:
-            return f"{x['perplexity']:.2f} (+{100 * (x['perplexity'] / base - 1):.1f} %)" if x else "-"
-
-        kl, top = (f"{loose['kl']:.4f}", f"{100 * loose['top1']:.1f} %") if loose else ("-", "-")
+    for want in WANTED:
+        r = found[want]
+        name, key, value, protect = want
         lines.append(
-            f"| `{row.method}` | {row.key_bits:g}/{row.value_bits:g} | {row.protect} | {r['bits_per_element']:.2f} | "
-            f"{change(loose)} | {kl} | {top} | {change(strict)} |"
+            f"| `{name.split()[0]}`{name[len(name.split()[0]) :]} | {key:g}/{value:g} | {protect} | {r['bits']:.2f} | "
+            f"{16 / r['bits']:.1f}x | {r['perplexity']:.2f} ({r['gap']:+.1%}) | {r['kl']:.4f} | {r['top1']:.1%} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
+
+
+def written(readme: str, block: str) -> str:
+    """README with the block between its markers."""
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + block + END + rest.split(END)[1]
 
 
 def main() -> None:
-    """Measure what is missing and rewrite the block in README.md."""
-    torch.set_grad_enabled(False)
-    table = markdown(measure())
+    """Rewrite the block in README.md."""
+    lines = (ROOT / "docs" / "compare.jsonl").read_text(encoding="utf-8").splitlines()
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-    print(table)
+    readme.write_text(
+        written(readme.read_text(encoding="utf-8"), table([json.loads(line) for line in lines])), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

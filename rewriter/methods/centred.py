@@ -4,8 +4,6 @@ Source     ours; the fast sibling of `klt`: nothing is undone per token at read 
 Differs    no
 """
 
-from dataclasses import replace
-
 from kvsink.codecs import SideSpec
 from kvsink.methods.registry import Method, Paper, register_method
 
@@ -20,15 +18,5 @@ CENTRED = register_method(
         value_bits=4,
         protect="kvsink:5+first:1",
         clip_at={1: 0.8, 2: 0.8},
-    )
-)
-
-CENTRED_EVEN = register_method(
-    replace(
-        CENTRED,
-        name="centred-even",
-        summary="centred with values on a clipped uniform grid, which the GPU kernel reads without tables",
-        value=replace(CENTRED.value, kind="uniform"),
-        value_clip_at={1: 0.3, 2: 0.6, 3: 0.8, 4: 0.95},  # of least error on a Gaussian row of 128 channels
     )
 )

@@ -4,8 +4,6 @@ Source     ours. Karhunen-Loève transform with reverse water-filling over runs 
 Differs    no
 """
 
-from dataclasses import replace
-
 from kvsink.codecs import SideSpec
 from kvsink.methods.registry import Method, Paper, register_method
 
@@ -21,18 +19,5 @@ KLT = register_method(
         key_bits=2,
         value_bits=4,
         protect="kvsink:5+first:1",
-    )
-)
-
-KLT_EVEN = register_method(
-    replace(
-        KLT,
-        name="klt-even",
-        summary="klt with equally spaced levels and no codebooks, which the GPU kernel reads without tables",
-        key=replace(KLT.key, kind="lloyd-even"),
-        value=replace(KLT.value, kind="uniform"),
-        key_below=None,
-        value_below=None,
-        value_clip_at={1: 0.3, 2: 0.6, 3: 0.8, 4: 0.95},  # of least error on a Gaussian row of 128 channels
     )
 )

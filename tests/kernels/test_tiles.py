@@ -62,7 +62,9 @@ def rows(batch: int, length: int, seed: int, heads: int = KV_HEADS, dtype: torch
     return (torch.randn(batch, heads, length, DIM, generator=g) * 2 + 0.3).to(torch.float16).to(dtype)
 
 
-def append(layer: KVSinkLayer, k: Tensor, v: Tensor, positions: Tensor, lib: Emulated | None = None, best: float = 0.0) -> None:
+def append(
+    layer: KVSinkLayer, k: Tensor, v: Tensor, positions: Tensor, lib: Emulated | None = None, best: float = 0.0
+) -> None:
     b, s = k.shape[0], k.shape[2]
     scores = []
     for i, segment in enumerate(layer.segments):
@@ -118,7 +120,7 @@ def test_refusals_name_the_reason() -> None:
     assert "outside 1 to 4" in str(tiles.refuse(wide, 8, 2, 128, 128, 128))
     odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
     assert "whole words" in str(tiles.refuse(odd, 8, 2, 128, 128, 128))
-    assert "window" in str(tiles.refuse(replace(codec, window=4), 8, 2, 128, 128, 128))
+    assert "recent rows" in str(tiles.refuse(replace(codec, window=4), 8, 2, 128, 128, 128))
 
 
 @pytest.mark.parametrize(("method", "bits", "reason"), [
@@ -282,7 +284,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("index", "batch", "length", "kind", "blocks"), CASES)
-def test_the_attend_kernel_equals_the_definition(index: int, batch: int, length: int, kind: str | None, blocks: int) -> None:
+def test_the_attend_kernel_equals_the_definition(
+    index: int, batch: int, length: int, kind: str | None, blocks: int
+) -> None:
     layer = layer_of(index, batch)
     dtype = torch.bfloat16 if index == 3 else torch.float16
     shift = torch.arange(batch)[:, None] * 11 if kind == "padding" else torch.zeros(batch, 1, dtype=torch.int64)
@@ -341,8 +345,13 @@ def test_a_chunk_attends_over_past_and_new_rows(strict: bool, masked: bool, monk
         slots = torch.arange(SLOTS)
         mask = ((slots <= torch.arange(200, 233)[:, None]) & (slots >= 9))[None, None].expand(2, -1, -1, -1)
     st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
-    monkeypatch.setattr(packed, "decode_rows", lambda lib, c, st, p, a, b, dtype: tuple(
-        x[:, :, a:b] for x in read_ref(k, v, layer.state(), layer.params, layer.codec_text)))
+    monkeypatch.setattr(
+        packed,
+        "decode_rows",
+        lambda lib, c, st, p, a, b, dtype: tuple(
+            x[:, :, a:b] for x in read_ref(k, v, layer.state(), layer.params, layer.codec_text)
+        ),
+    )
     monkeypatch.setattr(packed, "_DECODED_BYTES", 1)
     got = packed.attend_chunk(None, layer.codec, q, k, v, st, p, mask, 0.09, False)  # type: ignore[arg-type]
     wanted = attend_ref(q, k, v, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
@@ -391,7 +400,9 @@ def test_beams_move_codes_and_anchors_alike() -> None:
 @pytest.mark.parametrize(("index", "batch", "length", "blocks", "best"), [
     (0, 1, 300, 3, 9.0), (0, 3, 255, 2, -9.0), (1, 7, 130, 2, 9.0), (2, 2, 300, 4, 9.0), (3, 9, 128, 1, 0.0), (4, 2, 0, 2, 9.0),
 ])  # fmt: skip
-def test_a_step_stores_the_new_row_and_attends_in_one_launch(index: int, batch: int, length: int, blocks: int, best: float) -> None:
+def test_a_step_stores_the_new_row_and_attends_in_one_launch(
+    index: int, batch: int, length: int, blocks: int, best: float
+) -> None:
     mine, wanted = layer_of(index, batch), layer_of(index, batch)
     for layer in (mine, wanted):
         layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()

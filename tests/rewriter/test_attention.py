@@ -14,7 +14,9 @@ from tests.kernels.emulated import Emulated
 from tests.kernels.test_tiles import HEADS, KV_HEADS, model_of
 
 
-def run(model: Any, cache: KVSinkCache, ids: torch.Tensor, mask: torch.Tensor | None, pieces: tuple[int, ...]) -> torch.Tensor:
+def run(
+    model: Any, cache: KVSinkCache, ids: torch.Tensor, mask: torch.Tensor | None, pieces: tuple[int, ...]
+) -> torch.Tensor:
     out, at = [], 0
     with torch.no_grad():
         for n in pieces:
@@ -40,7 +42,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_model_over_layers_that_attend_themselves_gives_the_logits_of_reading_back(padded: bool, emulated: list[int]) -> None:
+def test_a_model_over_layers_that_attend_themselves_gives_the_logits_of_reading_back(
+    padded: bool, emulated: list[int]
+) -> None:
     model = model_of(3).half()  # 4 bits: what is left between the two ways is 16-bit rounding
     try:
         ids = torch.randint(3, 97, (2, 52), generator=torch.Generator().manual_seed(8))
