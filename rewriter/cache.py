@@ -252,7 +252,7 @@ class KVSinkLayer(CacheLayerMixin):
         if not self._asked:
             self._asked = True
             raise KvsinkError(
-                f"layer {self.layer}: the model's attention did not go through transformers' attention functions, so it saw the new "
+                f"layer {self.layer}: the model's attention did not go through transformers' attention functions and saw new "
                 'rows alone; load the model with attn_implementation="eager"'
             )
 
