@@ -312,6 +312,8 @@ def attend_chunk(
 ) -> Tensor:  # fmt: skip
     """`attend` of S > 1 new rows; reads the length, so it is not for CUDA graphs."""
     s, first = q.shape[2], int(st["length"])
+    if first + s > st["k_codes"].shape[2]:
+        raise IndexError(f"{s} rows do not fit behind {first} of {st['k_codes'].shape[2]} slots; make the cache longer")
     causal = mask is None or is_causal
     if first == 0 and not codec.strict:
         part = None if mask is None else mask[..., :s]

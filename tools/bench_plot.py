@@ -39,7 +39,7 @@ def plot_kernels(rows: Sequence[dict[str, Any]], out: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     width = 0.8 / len(codes)
     for i, (method, bits) in enumerate(codes):
-        found = [(x, held[method, bits, b, t]) for x, (b, t) in enumerate(shapes) if (method, bits, b, t) in held]
+        found = [(x, held[(method, bits, b, t)]) for x, (b, t) in enumerate(shapes) if (method, bits, b, t) in held]
         at = [x + (i - (len(codes) - 1) / 2) * width for x, _ in found]
         bars = axes.bar(at, [r["speedup"] for _, r in found], width * 0.94, label=f"{method}, {bits} bit")
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
