@@ -1,7 +1,7 @@
 """A rewritten model as an ONNX graph: traced with its packed past as inputs and outputs, its ops as nodes of com.kvsink.
 
 Route      `ExportedModel` → torch.export → torch.onnx.export with a translation table that records one opaque node per op →
-           function bodies appended (flavour `functions`) or not (`custom`)
+           function bodies appended (`append_functions`) or not
 Names      input_ids, attention_mask, position_ids, past_key_values.N.…, logits, present.N.…
 Raises     ExportError when torch cannot trace or translate the model, naming the first reason
 """
@@ -21,14 +21,14 @@ from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
 from kvsink.export.errors import ExportError
 
-__all__ = ["PAST", "PRESENT", "build_graph"]
+__all__ = ["append_functions", "build_graph"]
 
 PAST, PRESENT = "past_key_values", "present"
 _BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them stay dynamic
 
 
-def build_graph(model: nn.Module, flavour: str, opset: int, tokens: int) -> Any:
-    """The onnx_ir model of a rewritten causal language model on the CPU; see `kvsink.export.onnx`."""
+def build_graph(model: nn.Module, opset: int, tokens: int) -> Any:
+    """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies."""
     table = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
     with _exporting(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,20 +45,24 @@ def build_graph(model: nn.Module, flavour: str, opset: int, tokens: int) -> Any:
             ) from error
     assert made is not None
     _name(made.model, list(inputs["past"]))
-    _append_functions(made.model, flavour, opset)
+    made.model.graph.opset_imports[DOMAIN] = 1
+    made.model.ir_version = max(10, made.model.ir_version)  # the first that tells functions apart by overload
     return made.model
 
 
 @contextmanager
 def _exporting(model: nn.Module) -> Iterator[None]:
-    """The attention function of exported graphs, for the time of a `with` block."""
+    """The attention function of exported graphs, and experts by plain batched products, for the time of a `with` block."""
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    names = {"_attn_implementation": ATTENTION, "_experts_implementation": "batched_mm"}
+    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
     try:
+        for name in before:
+            setattr(config, name, names[name])
         yield
     finally:
-        config._attn_implementation = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def _example(wrapper: ExportedModel) -> dict[str, Any]:
@@ -189,32 +193,24 @@ def _tabled(codec: str, side: str, params: Any) -> dict[str, Any]:
     return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain), "book": [int(n) for n in params[0].shape]}
 
 
-def _append_functions(model: Any, flavour: str, opset: int) -> None:
-    """One function per kind of node; where an op has several kinds they are told apart by their overload."""
+def append_functions(model: Any, opset: int) -> None:
+    """One function per kind of node of com.kvsink; kinds of one op are told apart by their overload."""
     import onnx_ir as ir
 
     kinds: dict[str, list[Any]] = {}
-    protos = []
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
         attributes = {name: attr.value for name, attr in node.attributes.items()}
+        attributes = {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in attributes.items()}
         given = tuple(value is not None for value in node.inputs)
-        kind = (given, sorted((name, str(value)) for name, value in attributes.items()))
-        known = kinds.setdefault(node.op_type, [])
+        kind, known = (given, attributes), kinds.setdefault(node.op_type, [])
         if kind not in known:
             known.append(kind)
-            if flavour == "functions":
-                plain = {n: list(v) if isinstance(v, (list, tuple)) else v for n, v in attributes.items()}
-                protos.append(function_proto(node.op_type, str(len(known)), plain, given, opset))
-        if flavour == "functions":
-            node.overload = str(known.index(kind) + 1)
-    for proto in protos:
-        function = ir.serde.deserialize_function(proto)
-        model.functions[function.identifier()] = function
-    model.graph.opset_imports[DOMAIN] = 1
-    model.opset_imports[DOMAIN] = 1
-    model.ir_version = max(10, model.ir_version)
+            proto = function_proto(node.op_type, str(len(known)), attributes, given, opset)
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
+        node.overload = str(known.index(kind) + 1)
 
 
 def _name(model: Any, past: list[str]) -> None:

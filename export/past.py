@@ -23,11 +23,11 @@ from kvsink.export.nodes import Steps, attend, first_rows, preserve_sinks, resto
 from kvsink.kernels import decode, dequantize, encode, quantize
 from kvsink.runtime import Frame, Runtime, runtime_of
 
-__all__ = ["ATTENTION", "FIXED", "ExportedModel", "empty_past", "past_names"]
+__all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "empty_past", "past_names"]
 
 ATTENTION = "kvsink_export"
 FIXED = ("exact_key", "exact_value", "exact_slot", "exact_score")  # state that does not grow with the tokens
-_STATE = {
+STATE_OF = {
     "key": "k_codes", "key_scale": "k_scale", "value": "v_codes", "value_scale": "v_scale",
     "exact_key": "exact_k", "exact_value": "exact_v", "exact_slot": "exact_slot", "exact_score": "exact_score",
 }  # fmt: skip
@@ -57,7 +57,7 @@ def empty_past(runtime: Runtime, batch: int, length: int, dtype: torch.dtype) ->
             continue
         layout = plan.codec.layout(batch, a.kv_heads, a.head_dim, a.head_dim, length, dtype)
         for name in past_names(plan.codec):
-            shape, kind, fill = layout[_STATE[name]]
+            shape, kind, fill = layout[STATE_OF[name]]
             out[f"{i}.{name}"] = torch.full(shape, fill, dtype=kind)
     return out
 
