@@ -109,10 +109,7 @@ def _pack(b: Body, codes: str, width: int, count: int) -> str:
         per = 8 // width
         fields = b.reshape(b.cast(codes, "FLOAT"), 0, 0, 0, count // per, per)
         return b.cast(b.MatMul(fields, b.const([1 << (i * width) for i in range(per)])), "UINT8")
-    fields = b.reshape(b.cast(codes, "INT64"), 0, 0, 0, count // 8, 8)
-    word = b.reduce("ReduceSum", b.Mul(fields, b.ints(*(1 << (i * width) for i in range(8)))))
-    parts = b.Mod(b.Div(word, b.ints(*(256**i for i in range(width)))), b.ints(256))
-    return b.reshape(b.cast(parts, "UINT8"), 0, 0, 0, count * width // 8)
+    return _pack_any(b, b.cast(codes, "INT64"), width, count)
 
 
 def _pack_any(b: Body, codes: str, width: int, count: int) -> str:

@@ -52,6 +52,7 @@ class OnnxGenerator:
         except Exception as error:  # onnxruntime raises kinds of its own
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime cannot load {path} ({first}); export the model again") from error
+        self.past: dict[str, Any] = {}  # the cache of the last text, as long as it was
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
 
     # -- the cache -----------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ class OnnxGenerator:
             entry, shape = self._past[name], value.shape()
             kind = np.dtype(_dtype(entry))
             found = value.data_type()[7:-1]  # tensor(uint8) → uint8
-            if _DTYPES.get(found, found) != kind.name.replace("float32", "float32"):
+            if _DTYPES.get(found, found) != kind.name:
                 raise ExportError(f"{PAST}{name} is {_DTYPES.get(found, found)}, the model takes {kind.name}; begin with empty()")
             for size, wanted in zip(shape, entry["shape"], strict=False):
                 known = wanted if isinstance(wanted, int) else length.setdefault(wanted, size)
@@ -134,10 +135,11 @@ class OnnxGenerator:
             raise ExportError(f"temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}, chunk={chunk}: out of range")
         rng = np.random.default_rng(seed)
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        past = self.empty(len(ids))
+        past = self.past = self.empty(len(ids))
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)
             logits, past = self.step(ids[:, part], mask[:, : at + chunk], positions[:, part], past)
+        self.past = past
         last, done = positions[:, -1:], np.zeros(len(ids), dtype=bool)
         for left in range(max_new_tokens - 1, -1, -1):
             token = _choose(logits[:, -1], temperature, top_k, top_p, rng)

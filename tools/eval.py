@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -73,7 +74,8 @@ def command(
 ) -> None:
     """Perplexity, KL and top-1 agreement with the 16-bit model, passkey retrieval and counted bits of MODEL.
 
-    MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2.
+    MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2. Of an exported OUT_DIR/model.onnx,
+    perplexity and counted bits, through its runner.
     """
     extra = {"--set": row_set, "--rows": rows_path, "--out": out_dir, "--calibration-tokens": calibration_tokens}
     if comparing:
@@ -82,6 +84,12 @@ def command(
         return
     if given := [name for name, value in extra.items() if value is not None]:
         raise click.UsageError(f"{given[0]} goes with --compare.")
+
+    if model.endswith(".onnx"):
+        if given := [name for name, value in {"--baseline": baseline, "--strict": strict}.items() if value]:
+            raise click.UsageError(f"{given[0]} is not for an ONNX model.")
+        _onnx(model, _text(text_path, detokenize), windows, window_tokens, chunk, batch, device, json_path)
+        return
 
     import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
     from kvsink import evaluation
@@ -120,6 +128,11 @@ def command(
             if reference is not None:
                 found = retrieve(reference, cache_factory=evaluation.dynamic_cache, progress=bar("passkey, reference"))
                 result = replace(result, baseline_passkey=found)
+    _show(result, json_path)
+
+
+def _show(result: Any, json_path: str | None) -> None:
+    """The row as a table, and as JSON where it was asked for."""
     wide_console(sys.stderr if json_path == "-" else sys.stdout).print(result.table())
     if json_path is not None:
         record = json.dumps(result.to_json(), indent=2)
@@ -127,6 +140,26 @@ def command(
             print(record)
         else:
             Path(json_path).write_text(record + "\n")
+
+
+def _onnx(
+    model: str, text: tuple[str, str], windows: int, window_tokens: int, chunk: int, batch: int, device: str, json_path: str | None
+) -> None:  # fmt: skip
+    """Perplexity of an exported model; its tokenizer is beside it."""
+    from kvsink import evaluation
+    from kvsink.errors import UnsupportedError
+    from kvsink.export import OnnxGenerator
+    from kvsink.export.evaluation import evaluate_onnx
+    from kvsink.loading import load_tokenizer
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UnsupportedError(f"device {device!r} is not one of auto, cpu, cuda for an ONNX model")
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider") if device == "cuda" else ("CPUExecutionProvider",)
+    runner = OnnxGenerator(model, providers=providers)
+    ids = evaluation.token_windows(text[0], load_tokenizer(Path(model).parent), windows, window_tokens)
+    with _bars() as bar:
+        result = evaluate_onnx(runner, ids, chunk, batch, text[1], bar("perplexity"))
+    _show(result, json_path)
 
 
 def _compare(model: str, options: dict[str, object]) -> None:
