@@ -8,18 +8,19 @@ Raises     ExportError when torch cannot trace or translate the model, naming th
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvsink.codecs import Codec
 from kvsink.export.bodies import DOMAIN, function_proto
-from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
 from kvsink.export.errors import ExportError
+from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
 
 __all__ = ["append_functions", "build_graph"]
 
@@ -30,7 +31,10 @@ _BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them s
 def build_graph(model: nn.Module, opset: int, tokens: int) -> Any:
     """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies."""
     table = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
+    log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
+    level = log.level
     with _exporting(model), torch.no_grad(), warnings.catch_warnings():
+        log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
         wrapper = ExportedModel(model, tokens).eval()
         inputs = _example(wrapper)
@@ -43,6 +47,8 @@ def build_graph(model: nn.Module, opset: int, tokens: int) -> Any:
             raise ExportError(
                 f"{type(model).__name__} cannot be exported: {_reason(error)}. Its PyTorch folder works; leave --onnx out"
             ) from error
+        finally:
+            log.setLevel(level)
     assert made is not None
     _name(made.model, list(inputs["past"]))
     made.model.graph.opset_imports[DOMAIN] = 1
@@ -78,7 +84,7 @@ def _example(wrapper: ExportedModel) -> dict[str, Any]:
 def _shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     axis = torch.export.Dim.DYNAMIC
     shapes: dict[str, Any] = {name: {0: axis, 1: axis} for name in ("input_ids", "attention_mask", "position_ids")}
-    shapes["past"] = {name: {at: axis for at in _dynamic(name)} for name in inputs["past"]}
+    shapes["past"] = {name: dict.fromkeys(_dynamic(name), axis) for name in inputs["past"]}
     return shapes
 
 

@@ -131,13 +131,18 @@ def _write(
 
 
 def _ids(folder: Path | None, vocabulary: int) -> Tensor:
-    """Two rows of tokens to check the graph on: of a text where the tokenizer is known, else spread over the vocabulary."""
+    """Two rows of tokens to check the graph on: of a text where the tokenizer is known, else spread over the vocabulary.
+
+    No token stands twice in a row: equal ones have equal hidden states before the first layer and would tie for exact places.
+    """
     if folder is not None:
         try:
             found = load_tokenizer(folder)(builtin_text()[:4000], add_special_tokens=False)["input_ids"]
         except KvsinkError:
             found = []
-        if len(found) >= 2 * _CHECKED:
-            return torch.tensor(found[: 2 * _CHECKED]).reshape(2, _CHECKED)
+        half = len(found) // 2
+        rows = [list(dict.fromkeys(part))[:_CHECKED] for part in (found[:half], found[half:])]
+        if min(map(len, rows)) == _CHECKED:
+            return torch.tensor(rows)
     step = max(1, vocabulary // (2 * _CHECKED + 1))
     return (torch.arange(1, 2 * _CHECKED + 1) * step % vocabulary).reshape(2, _CHECKED)

@@ -2,8 +2,9 @@
 
 Per packed layer N: `past_key_values.N.key` and `.value` (codes uint8 [B, H, P, bytes], or rows of a side kept in 16 bit),
 `.key_scale`, `.value_scale` (float16, where the quantizer has scales), and the side store `.exact_key`, `.exact_value`,
-`.exact_slot`, `.exact_score` where rows are kept exact. Layers left alone have `.key` and `.value` alone. `past_key_values.positions`
-int32 [B, P] is shared. Everything but the side store grows by the new rows; `present.…` has the same names.
+`.exact_slot`, `.exact_score` where rows are kept exact. Layers left alone have `.key` and `.value` alone.
+`past_key_values.positions` int32 [B, P] is shared. Everything but the side store grows by the new rows;
+`present.…` has the same names.
 
 Exact      the codes are those of `KVSinkCache`; new rows are attended to as they came
 Declines   see `kvsink.export.flavours`

@@ -167,13 +167,14 @@ class OnnxGenerator:
             raise ExportError(f"{len(prompts)} prompts and {new} new tokens: every prompt needs a token, and one must be asked for")
         limit = self.manifest["max_positions"]
         if longest + new > limit:
-            raise ExportError(f"a prompt of {longest} tokens and {new} new ones exceed the {limit} positions {self.path.name} serves")
+            raise ExportError(f"a prompt of {longest} and {new} new tokens exceed the {limit} positions {self.path.name} serves")
         ids = np.full((len(prompts), longest), self.manifest["pad_token_id"], dtype=np.int64)
         mask = np.zeros_like(ids)
         for i, prompt in enumerate(prompts):
             ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = prompt, 1
         if ids.min() < 0 or ids.max() >= self.manifest["vocab_size"]:
-            raise ExportError(f"token {int(ids.max())} is outside the vocabulary of {self.manifest['vocab_size']}; wrong tokenizer?")
+            size = self.manifest["vocab_size"]
+            raise ExportError(f"token {int(ids.max())} is outside the vocabulary of {size}; wrong tokenizer?")
         return ids, mask
 
 

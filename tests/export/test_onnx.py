@@ -15,14 +15,14 @@ import torch
 pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
-import kvsink  # noqa: E402
-from kvsink.export import ExportError, OnnxGenerator, check, flavour_table, onnx  # noqa: E402
-from kvsink.export.flavours import method_refusal  # noqa: E402
-from kvsink.loading import load_model  # noqa: E402
-from kvsink.tools.eval import main as eval_main  # noqa: E402
-from kvsink.tools.rewrite import main as rewrite_main  # noqa: E402
-from tests.graphs import rewritten  # noqa: E402
-from tests.tools.conftest import tiny_dir  # noqa: E402, F401
+import kvsink
+from kvsink.export import ExportError, OnnxGenerator, check, flavour_table, onnx
+from kvsink.export.flavours import method_refusal
+from kvsink.loading import load_model
+from kvsink.tools.eval import main as eval_main
+from kvsink.tools.rewrite import main as rewrite_main
+from tests.graphs import rewritten
+from tests.tools.conftest import tiny_dir  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("mistral", "qwen2", "qwen3", "phi3", "qwen3-moe")
@@ -31,9 +31,9 @@ PROMPTS = ([5, 6, 7, 8, 9], [9, 10], [40])
 
 @pytest.fixture(scope="module")
 def out(tiny_dir, tmp_path_factory) -> Path:  # noqa: F811
-    """A folder that kvsink-rewrite --onnx wrote: transform-coded keys, sinks of two kinds."""
+    """A folder that kvsink-rewrite --onnx wrote: transform-coded keys, sinks and first rows exact."""
     folder = tmp_path_factory.mktemp("onnx") / "out"
-    flags = "--calibration-tokens 512 --eval-windows 0 --device cpu --onnx --protect kvsink:2+first:1+massive:2"
+    flags = "--calibration-tokens 512 --eval-windows 0 --device cpu --onnx --protect kvsink:2+first:1"
     assert rewrite_main([str(tiny_dir), str(folder), *flags.split()]) == 0
     return folder
 
@@ -54,7 +54,7 @@ def greedy(model: Any, count: int) -> list[list[int]]:
 
 
 def suppressed(runner: OnnxGenerator, count: int) -> list[list[int]]:
-    return runner.generate(PROMPTS, count, eos_token_id=-1, chunk=2)
+    return runner.generate(PROMPTS, count, eos_token_id=-1)
 
 
 def test_the_folder_is_complete(out) -> None:
@@ -79,10 +79,17 @@ def test_greedy_tokens_are_those_of_generate(out, runner) -> None:
     assert runner.past["1.key"].shape() == [3, 2, tokens, 4] and runner.past["1.key"].data_type() == "tensor(uint8)"
 
 
+def test_a_prompt_in_chunks_reads_what_was_stored(runner) -> None:
+    """Rows of an earlier chunk are read from their codes: another text than that of one prefill, the same cache length."""
+    one, many = (next(iter(runner.stream(PROMPTS, 1, eos_token_id=-1, chunk=chunk))) for chunk in (5, 2))
+    assert len(one) == len(many) == 3 and runner.past["positions"].shape() == [3, 5]
+    assert one[2] == many[2]  # a prompt of one token has nothing stored before it
+
+
 def test_streaming_stops_at_the_end_token(runner) -> None:
     whole = suppressed(runner, 8)
     end = whole[0][3]
-    steps = list(runner.stream(PROMPTS, 8, eos_token_id=end, chunk=2))
+    steps = list(runner.stream(PROMPTS, 8, eos_token_id=end))
     for i, row in enumerate(whole):
         stop = row.index(end) + 1 if end in row else 8
         assert [step[i] for step in steps if step[i] is not None] == row[:stop]
@@ -159,13 +166,13 @@ def test_a_copy_without_its_manifest(out, tmp_path) -> None:
 def test_custom_nodes_and_external_data(tmp_path) -> None:
     import onnx as onnx_package
 
-    model = rewritten("llama", method="rotatekv", protect="first:2")
+    model = rewritten("llama", method="rotatekv", protect="massive:3+first:2")
     manifest = onnx(model, tmp_path / "m.onnx", "custom", tokens=64, external_data=True)
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data", "m.onnx.json"}
     proto = onnx_package.load(tmp_path / "m.onnx")
     assert not proto.functions and manifest["max_positions"] == 64
     ops = {node.op_type for node in proto.graph.node if node.domain == "com.kvsink"}
-    assert {"HadamardRotate", "ChannelReorder", "QuantizeKV", "DequantizeKV", "PreserveSinks", "Attend"} <= ops
+    assert {"HadamardRotate", "ChannelReorder", "QuantizeKV", "DequantizeKV", "SelectSinks", "PreserveSinks", "Attend"} <= ops
     with pytest.raises(ExportError, match="nodes without bodies"):
         OnnxGenerator(tmp_path / "m.onnx")
 
@@ -182,12 +189,15 @@ def test_families(family: str, tmp_path) -> None:
 
 
 def test_a_failed_check_leaves_nothing(out, tmp_path, monkeypatch) -> None:
+    import onnx_ir
+
     import kvsink.export.model as module
 
     def fails(*args: Any) -> None:
         raise ExportError("it differs")
 
     monkeypatch.setattr(module, "check_run", fails)
+    monkeypatch.setattr(module, "build_graph", lambda *rest: onnx_ir.load(out / "model.onnx"))
     with pytest.raises(ExportError, match="it differs"):
         onnx(out, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
