@@ -285,10 +285,10 @@ def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", tabl
         return (b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out,)
     size, width = a["group_size"], widths[0]
     levels = lloyd_max(width).numpy() if kind == "gauss" else np.arange(2**width)
-    rows = b.reshape(_look_up(b, codes, width, dim, levels), 0, 0, 0, dim // size, size)
+    values = b.reshape(_look_up(b, codes, width, dim, levels), 0, 0, 0, dim // size, size)
     pairs = b.reshape(b.cast(scale, "FLOAT"), 0, 0, 0, dim // size, 2)
     step, base = b.slice(pairs, 0, 1, -1), b.slice(pairs, 1, 2, -1)
-    out = b.Mul(b.Sub(rows, base), step) if kind == "uniform-int" else b.Add(b.Mul(rows, step), base)
+    out = b.Mul(b.Sub(values, base), step) if kind == "uniform-int" else b.Add(b.Mul(values, step), base)
     return (b.reshape(out, 0, 0, 0, dim),)
 
 

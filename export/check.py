@@ -57,8 +57,8 @@ def check_run(path: Path, model: Any, ids: Tensor) -> dict[str, Any]:
                 input_ids=ids[:, new], attention_mask=mask[:, :upto], position_ids=positions[:, new], past_key_values=cache,
                 use_cache=True,
             ).logits  # fmt: skip
-        inputs = (t.numpy() for t in (ids[:, new], mask[:, :upto], positions[:, new]))
-        logits, present = runner.step(*inputs, past)
+        new_ids, seen_mask, new_positions = (t.numpy() for t in (ids[:, new], mask[:, :upto], positions[:, new]))
+        logits, present = runner.step(new_ids, seen_mask, new_positions, past)
         seen = mask[:, new].bool().numpy()
         off = float(np.abs(logits - wanted.numpy())[seen].max())
         limit = 1e-4 * max(1.0, float(wanted.abs().max()) / 10)

@@ -18,7 +18,7 @@ from kvsink.methods import get_method, methods
 from kvsink.protect import Segment, anchors_for_layer, parse_policies
 from kvsink.runtime import Runtime, visual_tokens
 
-__all__ = ["FLAVOURS", "check_expressible", "codec_refusal", "flavour_table", "method_refusal", "model_refusal"]
+__all__ = ["FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "method_refusal", "model_refusal"]
 
 FLAVOURS = ("functions", "custom")
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
@@ -69,6 +69,17 @@ def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False) -> N
     for i, plan in enumerate(runtime.plans):
         if plan.codec is not None and (reason := codec_refusal(plan.codec, plan.segments)):
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX: {reason}")
+
+
+def explain_flavours(model: Any, runtime: Runtime) -> str:
+    """What of a rewritten model leaves as ONNX: one line, or one for every reason against it."""
+    reasons = {f"the model: {reason}": 1 for reason in [model_refusal(model)] if reason}
+    for plan in runtime.plans:
+        if plan.codec is not None and (reason := codec_refusal(plan.codec, plan.segments)):
+            reasons[reason] = reasons.get(reason, 0) + 1
+    if not reasons:
+        return f"onnx: leaves as {', '.join(FLAVOURS)}"
+    return "\n".join(f"onnx: no flavour, {count} times: {reason}" for reason, count in reasons.items())
 
 
 def method_refusal(name: str) -> str:

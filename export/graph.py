@@ -51,6 +51,7 @@ def build_graph(model: nn.Module, opset: int, tokens: int) -> Any:
             log.setLevel(level)
     assert made is not None
     _name(made.model, list(inputs["past"]))
+    _forget(made.model)
     made.model.graph.opset_imports[DOMAIN] = 1
     made.model.ir_version = max(10, made.model.ir_version)  # the first that tells functions apart by overload
     return made.model
@@ -217,6 +218,18 @@ def append_functions(model: Any, opset: int) -> None:
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
         node.overload = str(known.index(kind) + 1)
+
+
+def _forget(model: Any) -> None:
+    """Drop the exporter's notes on every node: stack traces with the paths of this machine, larger than the graph."""
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _name(model: Any, past: list[str]) -> None:

@@ -17,8 +17,9 @@ pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
 import kvsink
 from kvsink.export import ExportError, OnnxGenerator, check, flavour_table, onnx
-from kvsink.export.flavours import method_refusal
+from kvsink.export.flavours import explain_flavours, method_refusal
 from kvsink.loading import load_model
+from kvsink.runtime import runtime_of
 from kvsink.tools.eval import main as eval_main
 from kvsink.tools.rewrite import main as rewrite_main
 from tests.graphs import rewritten
@@ -61,6 +62,7 @@ def test_the_folder_is_complete(out) -> None:
     names = {p.name for p in out.iterdir()}
     assert {"model.onnx", "model.onnx.json", "config.json", "tokenizer.json"} <= names
     assert not [n for n in names if n.endswith(".partial")]
+    assert str(ROOT).encode() not in (out / "model.onnx").read_bytes()  # no path of this machine
     record = json.loads((out / "model.onnx.json").read_text())
     assert record["flavour"] == "functions" and record["method"] == "klt" and record["opset"] == 18
     assert record["check"]["different_bytes"] == 0 and record["check"]["packed_bytes"] > 1000
@@ -264,6 +266,12 @@ def test_a_missing_extra_is_named(tiny_dir, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else found(name, *rest))
     assert rewrite_main([str(tiny_dir), str(tmp_path / "out"), "--onnx"]) == 2
     assert "onnxscript is not installed" in (error := capsys.readouterr().err) and "kvsink[onnx]" in error
+
+
+def test_explain_says_what_leaves() -> None:
+    assert kvsink.explain(rewritten("llama", method="rtn"), onnx=True).endswith("onnx: leaves as functions, custom")
+    refused = explain_flavours(model := rewritten("llama", method="kivi"), runtime_of(model))
+    assert refused.startswith("onnx: no flavour, 2 times: keys are coded by blocks")
 
 
 def test_the_table_knows_every_method() -> None:
