@@ -7,6 +7,7 @@ under that name. It is then left empty: a second import would register every op 
 if __name__ == "kvsink.kernels":
     from .anchors import release_, settle_
     from .append import append_
+    from .append_attend import append_attend_
     from .attend import attend
     from .base import Cost, OpSpec, op_specs
     from .decode import decode
@@ -19,6 +20,6 @@ if __name__ == "kvsink.kernels":
     from .select_sinks import select_sinks
 
     __all__ = [
-        "Cost", "OpSpec", "append_", "attend", "decode", "dequantize", "encode", "hadamard", "observe", "op_specs",
-        "quantize", "read", "release_", "select_sinks", "settle_",
+        "Cost", "OpSpec", "append_", "append_attend_", "attend", "decode", "dequantize", "encode", "hadamard", "observe",
+        "op_specs", "quantize", "read", "release_", "select_sinks", "settle_",
     ]  # fmt: skip

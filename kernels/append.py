@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import packed
 from .base import resolve_codec
 from .sparse import merge_sparse
 from .stages import rope_rows
@@ -94,6 +95,9 @@ def append_ref(
         merged = merge_exact(held[0], held[1], (held[2], held[3]), (full_k, v), candidates, c.segments, st["length"])
         for old, new in zip(held, merged, strict=True):
             old.copy_(new)
+    if c.tiles:
+        c.store_tiles(full_k, v, slots, st, p)
+        return
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, positions, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
     elif st["k_sparse"].shape[2]:
@@ -172,7 +176,25 @@ def append_(
     k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
     state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
 ) -> None:  # fmt: skip
+    c = resolve_codec(codec)
+    if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k)) is not None:
+        append_tiles(lib, c, k if roped else rope_rows(k, cos, sin), v, positions, candidates, state, params)
+        return
     append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
+
+
+def append_tiles(
+    lib: packed.Library, c: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The same by the kernel: one launch for one new row; the exact rows of more are chosen by plain operators."""
+    p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
+    if packed.append_rows(lib, c, k, v, positions, candidates, st, p) or not c.exact_rows:
+        return
+    held = st["exact_slot"], st["exact_score"], (st["exact_k"], st["exact_v"])
+    merged = merge_exact(*held, (k, v), candidates, c.segments, st["length"])
+    for name, new in zip(("exact_slot", "exact_score", "exact_k", "exact_v"), merged, strict=True):
+        st[name].copy_(new)
 
 
 @append_.register_fake

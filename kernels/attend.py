@@ -14,10 +14,12 @@ Cost       4·B·Hq·S·L·D flops beside decoding L rows once; holds one tile o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import packed
 from .attend_cpu import attend_one, why_not
 from .base import resolve_codec
 from .read import TILE, put_rows, read_ref
@@ -112,16 +114,47 @@ def _attend_tiles(
     return (out / mass.clamp_min(1e-30)).reshape(b, h * r, s, d).to(q.dtype)
 
 
+def attend_any(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
+    scale: float, is_causal: bool, codec: str,
+) -> Tensor:  # fmt: skip
+    """The same without GPU kernels: in C or tile by tile on the CPU, else the definition."""
+    if q.device.type != "cpu":
+        return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
+    if not why_not(resolve_codec(codec), q, k):
+        return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
+    return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
+
+
+def attend_packed(
+    lib: packed.Library, c: Any, q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor],
+    mask: Tensor | None, scale: float, is_causal: bool,
+) -> Tensor | None:  # fmt: skip
+    """The same by the kernels; None where they do not serve a call, which is told once."""
+    p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
+    if q.shape[2] == 1:
+        out = packed.attend_one(lib, c, q, k, v, st, p, mask, scale)
+        if out is None and mask is not None:
+            packed.tell_once(
+                f"a mask {tuple(mask.shape)} of {mask.dtype} is not one of visible slots: the plain operators run, slowly"
+            )
+        return out
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None  # the length decides what runs, and a graph under capture cannot read it
+    return packed.attend_chunk(lib, c, q, k, v, st, p, mask, scale, is_causal)
+
+
 @torch.library.custom_op("kvsink::attend", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
-    if q.device.type == "cpu":
-        if not why_not(resolve_codec(codec), q, k):
-            return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
-        return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
-    return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
+    c = resolve_codec(codec)
+    if c.tiles and (lib := packed.usable(c, q.shape[1], k)) is not None:
+        out = attend_packed(lib, c, q, k, v, state, params, mask, scale, is_causal)
+        if out is not None:
+            return out.contiguous()
+    return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
 
 
 @attend.register_fake

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from .base import cache_folder
-from .levels import lloyd_max
-from .quantize import segments
+from .levels import even_levels, lloyd_max
+from .quantize import SIGMA_KINDS, segments
 from .rope import rope
 
 __all__ = ["attend_one", "why_not"]
@@ -44,7 +44,7 @@ FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
     "-freciprocal-math", "-shared", "-fPIC",
 )  # fmt: skip
-_KIND = {"lloyd": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
+_KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -57,7 +57,7 @@ class _Side(ctypes.Structure):
         *((n, _pointer) for n in ("run", "tables", "codes", "scale")),
         *((n, _int) for n in ("couple", "code_bits", "book_h")),
         ("book", _pointer),
-    )  # type: ignore[assignment]
+    )
 
 
 class _Call(ctypes.Structure):
@@ -73,7 +73,7 @@ class _Call(ctypes.Structure):
         ("q", _pointer),
         ("exact", _int),
         *((n, _pointer) for n in ("exact_k", "exact_v", "exact_slot", "out", "mass", "work")),
-    )  # type: ignore[assignment]
+    )
 
 
 @cache
@@ -140,6 +140,8 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
             return "sparse outliers"
     if codec.ring > codec.window:
         return "rows that stay exact on one side alone"
+    if codec.tiles:
+        return "codes in the order of a GPU kernel"
     if s.reorder or s.heads_per_group > 1 or (codec.value.heads_per_group > 1 and not codec.value.folded):
         return "a rotation across heads"
     if s.domain == "block" and s.block < _SMALLEST_BLOCK:
@@ -154,7 +156,7 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, list[Ten
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
     held = []
     for *_, width in runs:
-        levels = torch.arange(2.0**width) if kind.startswith("uniform") else lloyd_max(width)
+        levels = _levels(kind, width)
         if 8 % width == 0:
             byte = torch.arange(256)
             levels = levels[torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)]
@@ -162,9 +164,15 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, list[Ten
     return len(runs), numbers, (_pointer * len(runs))(*[t.data_ptr() for t in held]), held
 
 
+def _levels(kind: str, width: int) -> Tensor:
+    if kind.startswith("uniform"):
+        return torch.arange(2.0**width)
+    return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
+
+
 def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None) -> _Side:
     runs, run, tables, _ = _tables(spec.kind, tuple(spec.widths))
-    vectors = (0, 0, 0, None)
+    vectors: tuple[int, int, int, int | None] = (0, 0, 0, None)
     if book is not None:
         vectors = (spec.couple, spec.code_bits, book.stride(0) * (book.shape[0] > 1), book.data_ptr())
     groups = dim // spec.group_size if _KIND[spec.kind] else 1
@@ -198,7 +206,7 @@ def _query(codec: Any, q: Tensor, p: Mapping[str, Tensor], reach: int) -> tuple[
         turned = turned @ p["k_basis"][None, :, None]
     elif s.transform == "hadamard" and not s.folded:
         turned = hadamard_ref(turned, s.order)
-    if s.kind == "lloyd":
+    if s.kind in SIGMA_KINDS:
         turned = turned * p["k_sigma"][None, :, None, None]
     return turned.contiguous(), block, mean.contiguous() if mean is not None else None
 
@@ -242,7 +250,7 @@ def attend_one(
     )  # fmt: skip
     library.kvsink_attend(ctypes.byref(call))
     decoded = out[0] / mass[0, ..., None].clamp_min(1e-30)
-    if c.value.kind == "lloyd":
+    if c.value.kind in SIGMA_KINDS:
         decoded = decoded * p["v_sigma"][:, None, :]
     decoded = c.restore_values(decoded, p) * mass[0, ..., None] + out[1]
     return (decoded / mass.sum(0)[..., None].clamp_min(1e-30)).reshape(b, h * r, 1, dv).to(q.dtype)

@@ -1,7 +1,7 @@
 """Packed codes become rows of channels again: the inverse of `quantize` up to its rounding.
 
 Formula    uniform: x^ = s·code + lo · uniform-int: x^ = s·(code - z) · gauss: x^ = d·level[code] + m ·
-           lloyd: x^_c = g·sigma_c·level_w[code], and 0 in channels of 0 bits
+           lloyd, lloyd-even: x^_c = g·sigma_c·level_w[code], and 0 in channels of 0 bits
 Source     see `quantize`
 Shapes     codes uint8 [..., H, S, sum(widths)], scale float16 [..., H, S, n], sigma float32 [H, D] →
            x^ float32 [..., H, S, D]
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .base import Cost, OpSpec, nbytes, register_op
-from .levels import lloyd_max
+from .levels import even_levels, lloyd_max
 from .packing import unpack_bits
 from .quantize import EXAMPLES as QUANTIZE_EXAMPLES
-from .quantize import quantize_ref, segments
+from .quantize import SIGMA_KINDS, quantize_ref, segments
 
 __all__ = ["dequantize", "dequantize_ref"]
 
@@ -31,12 +31,13 @@ def dequantize_ref(
 ) -> Tensor:
     """The definition; see the formulas at the top of this file."""
     dim = 8 * len(widths)
-    if kind == "lloyd":
+    if kind in SIGMA_KINDS:
+        levels = even_levels if kind == "lloyd-even" else lloyd_max
         assert sigma is not None
         out = torch.zeros((*codes.shape[:-1], dim), dtype=torch.float32, device=codes.device)
         for a, b, byte, w in segments(widths):
             packed = codes[..., byte : byte + (b - a) * w // 8]
-            out[..., a:b] = lloyd_max(w, codes.device)[unpack_bits(packed, w, b - a).int()]
+            out[..., a:b] = levels(w, codes.device)[unpack_bits(packed, w, b - a).int()]
         out = out * sigma[:, None, :]
         return out * scale.float() if gain else out
     width = widths[0]

@@ -46,6 +46,20 @@ def _paley(order: int) -> Tensor:
     return (s + torch.eye(order, dtype=torch.float64)) / math.sqrt(order)
 
 
+_CORES: dict[tuple[int, torch.dtype, str], Tensor] = {}
+
+
+def _core(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One tensor per device: a copy from the host at every call would break the capture of CUDA graphs."""
+    key = (order, dtype, str(device))
+    held = _CORES.get(key)
+    if held is None:
+        held = _paley(order).to(device=device, dtype=dtype)
+        if type(held) is Tensor:  # not the stand-in of a tracer
+            _CORES[key] = held
+    return held
+
+
 def hadamard_ref(x: Tensor, order: int, inverse: bool = False) -> Tensor:
     """The definition: butterflies of size two down to the core, then the core as a small matrix."""
     core = hadamard_core(order)
@@ -54,7 +68,7 @@ def hadamard_ref(x: Tensor, order: int, inverse: bool = False) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     y = wide.reshape(*x.shape[:-1], x.shape[-1] // order, order // core, core)
     if core > 1:
-        m = _paley(core).to(device=x.device, dtype=wide.dtype)
+        m = _core(core, wide.dtype, x.device)
         y = y @ (m.mT if inverse else m)
     h = 1
     while h < order // core:

@@ -10,6 +10,7 @@ Formula    kind "uniform"      per row and group: lo = clip·min x, s = (clip·m
                                x_c / (sigma_c · g); without gain g = 1; with gain g starts at rms(x / sigma) of the row and
                                is fitted to the levels by least squares, before and after a second encoding;
                                                                                 scale holds (g)
+           kind "lloyd-even"   the same with equally spaced levels, which a kernel reads without a table
            rounding is half to even; s, lo, z, d, m, g are rounded to float16 first and the codes use the rounded value
 Source     uniform: KIVI, arXiv 2402.02750 section 3; uniform-int and clip: RotateKV, arXiv 2501.16383 and its released
            code; gauss and lloyd: ours (`klt`)
@@ -32,12 +33,13 @@ import torch
 from torch import Tensor
 
 from .base import Cost, OpSpec, nbytes, register_op
-from .levels import lloyd_max, thresholds
+from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .packing import pack_bits
 
-__all__ = ["KINDS", "quantize", "quantize_ref", "scales_per_row", "segments"]
+__all__ = ["KINDS", "SIGMA_KINDS", "quantize", "quantize_ref", "scales_per_row", "segments"]
 
-KINDS = ("uniform", "uniform-int", "gauss", "lloyd")
+KINDS = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even")
+SIGMA_KINDS = ("lloyd", "lloyd-even")  # with a deviation per channel and a width per run of channels
 _HALF_MAX = 65504.0
 _HALF_TINY = 6.0e-8  # smallest positive float16
 
@@ -55,7 +57,7 @@ def segments(widths: Sequence[int]) -> list[tuple[int, int, int, int]]:
 
 def scales_per_row(kind: str, dim: int, group_size: int, gain: bool) -> int:
     """How many float16 numbers one row of `dim` channels stores beside its codes."""
-    if kind == "lloyd":
+    if kind in SIGMA_KINDS:
         return int(gain)
     return 2 * (dim // group_size)
 
@@ -64,9 +66,10 @@ def _half(x: Tensor) -> Tensor:
     return x.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
 
 
-def _bucketize(x: Tensor, width: int) -> Tensor:
+def _bucketize(x: Tensor, width: int, even: bool = False) -> Tensor:
     # A handful of comparisons beats a search for few levels, and both agree: code = number of thresholds below x.
-    return torch.bucketize(x.contiguous(), thresholds(width, x.device).to(x.dtype)).to(torch.uint8)
+    table = (even_thresholds if even else thresholds)(width, x.device)
+    return torch.bucketize(x.contiguous(), table.to(x.dtype)).to(torch.uint8)
 
 
 def _uniform(x: Tensor, width: int, group_size: int, clip: float, integer_zero: bool) -> tuple[Tensor, Tensor]:
@@ -97,19 +100,20 @@ def _gauss(x: Tensor, width: int, group_size: int) -> tuple[Tensor, Tensor]:
     return codes, torch.cat([d, m], dim=-1).flatten(-2)
 
 
-def _lloyd(x: Tensor, sigma: Tensor, widths: Sequence[int], gain: bool) -> tuple[Tensor, Tensor]:
+def _lloyd(x: Tensor, sigma: Tensor, widths: Sequence[int], gain: bool, even: bool) -> tuple[Tensor, Tensor]:
+    levels = even_levels if even else lloyd_max
     parts = segments(widths)
     deviation = sigma[:, None, :].clamp_min(_HALF_TINY)  # [H, 1, D]
     y = x / deviation
 
     def encode(g: Tensor) -> list[Tensor]:
-        return [_bucketize(y[..., a:b] / g, w) for a, b, _, w in parts]
+        return [_bucketize(y[..., a:b] / g, w, even) for a, b, _, w in parts]
 
     def fit(codes: list[Tensor]) -> Tensor:
         # Least squares in units of x: the g for which g·sigma·level comes closest to x over the coded channels.
         dot, square = torch.zeros_like(y[..., :1]), torch.zeros_like(y[..., :1])
         for (a, b, _, w), code in zip(parts, codes, strict=True):
-            level = lloyd_max(w, x.device)[code.int()] * deviation[..., a:b]
+            level = levels(w, x.device)[code.int()] * deviation[..., a:b]
             dot = dot + (x[..., a:b] * level).sum(-1, keepdim=True)
             square = square + level.square().sum(-1, keepdim=True)
         return _half(dot / square.clamp_min(1e-30))
@@ -135,9 +139,9 @@ def quantize_ref(
     if x.shape[-1] != 8 * len(widths):
         raise ValueError(f"{len(widths)} widths of 8 channels do not cover {x.shape[-1]} channels")
     x = x if x.dtype == torch.float64 else x.float()
-    if kind == "lloyd":
+    if kind in SIGMA_KINDS:
         assert sigma is not None
-        return _lloyd(x, sigma, widths, gain)
+        return _lloyd(x, sigma, widths, gain, kind == "lloyd-even")
     width = widths[0]
     if kind == "gauss":
         codes, scale = _gauss(x, width, group_size)
@@ -167,7 +171,7 @@ quantize.register_fake(_outputs)
 def _example(kind: str, widths: tuple[int, ...], group_size: int, gain: bool, shape: tuple[int, ...]):
     def make(g: torch.Generator) -> dict[str, object]:
         x = torch.randn(shape, generator=g)
-        sigma = torch.rand(shape[-3], shape[-1], generator=g) + 0.5 if kind == "lloyd" else None
+        sigma = torch.rand(shape[-3], shape[-1], generator=g) + 0.5 if kind in SIGMA_KINDS else None
         clip = 0.8 if kind.startswith("uniform") and widths[0] == 2 else 1.0
         return dict(x=x, sigma=sigma, kind=kind, widths=list(widths), group_size=group_size, clip=clip, gain=gain)
 
@@ -181,6 +185,7 @@ EXAMPLES = (
     _example("gauss", (4,) * 8, 64, False, (1, 3, 33, 64)),
     _example("lloyd", (4, 4, 3, 2, 2, 1, 1, 0), 64, True, (2, 3, 9, 64)),
     _example("lloyd", (1,) * 2, 16, False, (1, 2, 3, 16)),
+    _example("lloyd-even", (4, 3, 2, 1), 32, True, (2, 2, 5, 32)),
 )
 
 

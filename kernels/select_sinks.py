@@ -32,6 +32,8 @@ def select_sinks_ref(
         best, flat = score.topk(min(count, score.shape[1]), dim=1)
         return best, flat // hidden.shape[-1]
     score = (hidden[..., channels].float().abs() * weights).amax(-1).masked_fill(~valid, float("-inf"))  # [B, S]
+    if score.shape[1] == 1:
+        return score, torch.zeros_like(score, dtype=torch.int64)  # one new row: nothing to choose from
     best, index = score.topk(min(count, score.shape[1]), dim=1)
     return best, index
 

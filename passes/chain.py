@@ -92,7 +92,7 @@ class Chain:
     def roped_input(self) -> bool:
         """Whether encoding starts at the key after RoPE."""
         spec = self.codec.key
-        return not (spec.packed and (spec.domain == "block" or spec.center))
+        return self.codec.tiles or not (spec.packed and (spec.domain == "block" or spec.center))
 
     def put(self, anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """`insert_op`, remembered as this chain's own."""

@@ -1,7 +1,7 @@
 """The whole chain of a packed site becomes two ops: one that stores, one that attends over the packed rows.
 
 Formula    center, rotate, reorder, quantize, store, preserve  →  kvsink.append_(k_pre or k_rope, …)
-           dequantize, undo, lay over, repeat_kv, attention     →  kvsink.attend(q, …)
+           dequantize, undo, lay over, repeat_kv, attention     →  kvsink.attend(q, …); one op, append_attend_, for codes in tiles
 Source     ours
 Differs    no
 Shapes     q [B, Hq, S, D], k_rope, v_new [B, Hkv, S, D], state as in kvsink.codecs.STATE_NAMES → [B, Hq, S, D]
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.fx import Node
 
 from kvsink.errors import KvsinkError
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
@@ -47,6 +48,13 @@ class Fuse(RewritePass):
         assert chain is not None
         candidates, state, params = chain.markers
         k = site.k_rope if chain.roped_input else site.k_pre
+        if chain.codec.tiles:
+            new = insert_op(
+                old, torch.ops.kvsink.append_attend_.default, site.q, k, site.v_new, chain.positions, candidates, state, params,
+                site.mask, site.scale, site.is_causal, chain.codec_text,
+            )  # fmt: skip
+            self._finish(site, work, new)
+            return
         insert_op(
             old, torch.ops.kvsink.append_.default, k, site.v_new, chain.positions, chain.cos, chain.sin, candidates,
             state, params, chain.codec_text, chain.roped_input,
@@ -55,6 +63,12 @@ class Fuse(RewritePass):
             old, torch.ops.kvsink.attend.default, site.q, site.k_rope, site.v_new, state, params, site.mask, site.scale,
             site.is_causal, chain.codec_text,
         )  # fmt: skip
+        self._finish(site, work, new)
+
+    def _finish(self, site: AttentionSite, work: Work, new: Node) -> None:
+        """Put `new` in the place of the old attention and take the chain away."""
+        chain, old = work.chain(site), site.attn
+        assert chain is not None
         for advance in [u for u in chain.state["length"].users if kind(u) == "add_" and chain.keys.new < u < new]:
             new.append(advance)  # the cache moves its length on behind its read; attention has taken the place of that
         if tuple(value(new).shape) != tuple(value(old).shape):

@@ -9,6 +9,7 @@ Raises     KvsinkError when a row does not fit, a crop asks for more than is hel
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 
 from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.kernels import append_, observe, read, release_, settle_
+from kvsink.kernels import append_, attend, observe, read, release_, settle_
+from kvsink.kernels.append_attend import append_attend
+from kvsink.kernels.packed import serves, tell_once
+from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
 from kvsink.runtime import Frame, Runtime, position_candidates, runtime_of
 
@@ -34,13 +38,54 @@ _EXACT = ("exact_k", "exact_v", "exact_slot", "exact_score")
 _ANCHOR_STATE = (*_EXACT, "recent_k", "recent_v", "recent_slot", "recent_score")
 
 
+def why_not_tiles(runtime: Runtime, layer: int) -> str | None:
+    """Why the codes of a layer cannot stand in tiles, or None."""
+    a, codec = runtime.anatomy, runtime.plans[layer].codec
+    if codec is None:
+        return "the layer is left alone"
+    return refuse(codec, a.heads, a.kv_heads, a.head_dim, a.head_dim, runtime.rotary_channels(layer))
+
+
+def kernel_serves(runtime: Runtime, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether codes should stand in tiles: on a GPU whose kernel serves a layer. Says once why it does not serve others."""
+    if device.type != "cuda":
+        return False
+    a, served = runtime.anatomy, False
+    for i, plan in enumerate(runtime.plans):
+        if plan.codec is None:
+            continue
+        shape = a.heads, a.kv_heads, a.head_dim, a.head_dim, runtime.rotary_channels(i)
+        reason = serves(plan.codec, *shape, dtype, device)
+        served = served or reason is None
+        if reason is not None:
+            tell_once(f"attention over packed codes runs on the plain operators: {reason}")
+    return served
+
+
 class _Shared:
-    """What the layers of one cache have in common: the frame of the running forward pass and the positions."""
+    """What the layers of one cache have in common: the frame of the running forward pass, the positions, and for codes in
+    tiles the rotation of every row by its anchor (slot minus position of its first token)."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.frame: Frame | None = None
         self.positions: Tensor | None = None
+        self.anchor_cos: Tensor | None = None
+        self.anchor_sin: Tensor | None = None
+
+    def tables(self) -> dict[str, Tensor]:
+        """The anchors as tables of a codec."""
+        held = {"anchor_cos": self.anchor_cos, "anchor_sin": self.anchor_sin}
+        return {name: t for name, t in held.items() if t is not None}
+
+    def map(self, pick: Any, in_place: bool = False) -> None:
+        """Apply `pick` to every tensor with one row per sequence."""
+        for name in ("positions", "anchor_cos", "anchor_sin"):
+            old = getattr(self, name)
+            if old is not None and in_place:
+                old.copy_(pick(old))
+            elif old is not None:
+                setattr(self, name, pick(old))
 
 
 class KVSinkLayer(CacheLayerMixin):
@@ -64,6 +109,8 @@ class KVSinkLayer(CacheLayerMixin):
         self.params: list[Tensor] = []
         self._held = 0  # tokens held, for growing caches only
         self._unseen: tuple[Tensor, Tensor] | None = None  # new rows whose attention has not been observed yet
+        self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
+        self._asked = True  # False from an update that left the reading to attention until attention has asked
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
@@ -77,12 +124,19 @@ class KVSinkLayer(CacheLayerMixin):
             setattr(self, name, torch.full(shape, fill, dtype=dtype, device=dev))
         if self.shared.positions is None or self.shared.positions.shape != (b, slots):
             self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
-        self.params = self.shared.runtime.params(self.layer, c, slots, dev)
+        if c.tiles and c.key.center and (self.shared.anchor_cos is None or self.shared.anchor_cos.shape[0] != b):
+            channels = self.shared.runtime.rotary_channels(self.layer)
+            self.shared.anchor_cos = torch.ones(b, channels, device=dev)
+            self.shared.anchor_sin = torch.zeros(b, channels, device=dev)
+        self._set_params(slots)
         self._held = 0
         if self.is_compileable and not torch.compiler.is_compiling():
             for tensor in (*(getattr(self, n) for n in _HELD), self.shared.positions, *self.params):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
+
+    def _set_params(self, tokens: int) -> None:
+        self.params = self.shared.runtime.params(self.layer, self.codec, tokens, self.device, self.shared.tables())
 
     def state(self) -> list[Tensor]:
         """The tensors of this layer in the order of STATE_NAMES."""
@@ -109,7 +163,7 @@ class KVSinkLayer(CacheLayerMixin):
         if positions.shape[1] < wanted:
             self.shared.positions = positions.new_zeros((positions.shape[0], wanted))
             self.shared.positions[:, : positions.shape[1]] = positions
-        self.params = self.shared.runtime.params(self.layer, self.codec, wanted, self.device)
+        self._set_params(wanted)
 
     # -- the cache interface -------------------------------------------------------------------------------------------
 
@@ -127,12 +181,15 @@ class KVSinkLayer(CacheLayerMixin):
                 f"layer {self.layer}: {new} rows do not fit behind {int(self.length)} of max_length={self.max_length}; "
                 "make the cache longer"
             )
+        self.check_asked()
         frame = self.shared.frame or Frame()
         positions = frame.positions
         if positions is None:
             positions = torch.arange(new, device=self.device)[None] + self.length
         cos, sin = frame.cos, frame.sin
-        if cos is None or sin is None:
+        if self.codec.tiles:  # keys are coded after RoPE; angles would be computed for nothing
+            cos = sin = key_states.new_empty(1, new, 0)
+        elif cos is None or sin is None:
             cos, sin = self.shared.runtime.angles(self.layer, positions[:1])
         self._check_positions(positions, new)
         anchored = self.codec.anchors is not None
@@ -143,10 +200,20 @@ class KVSinkLayer(CacheLayerMixin):
                     "model (kvsink.KVSinkCache.for_model), with the attention implementation that kvsink gave it"
                 )
             release_(new, self.length + new, self.anchor_state(), self.codec_text)
+        if self.codec.tiles and new > 1 and not torch.compiler.is_compiling():
+            self._set_anchors(frame, positions)
+        defers = self._defers(frame)
+        if defers:  # attention asks the layer, see kvsink.attention
+            key_states._kvsink_layer, self._asked = self, False  # type: ignore[attr-defined]
+            if self.codec.tiles:
+                self._fresh = positions, self._candidates(frame, positions, key_states)
+                return key_states, value_states
         append_(
             key_states, value_states, positions, cos, sin, self._candidates(frame, positions, key_states), self.state(),
             self.params, self.codec_text, True,
         )  # fmt: skip
+        if defers:
+            return key_states, value_states
         full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
         # Outside the ops: Inductor may delay a read of a tensor past an op that writes it as one of a list.
         self.length.add_(new)
@@ -171,16 +238,77 @@ class KVSinkLayer(CacheLayerMixin):
         """The tensors that `release_` and `settle_` write, in their order."""
         return [getattr(self, n) for n in _ANCHOR_STATE]
 
+    def _defers(self, frame: Frame) -> bool:
+        """Whether attention will ask this layer itself, so that nothing need be read back: outside compiled graphs, in a model
+        whose attention goes through transformers' "sdpa" function."""
+        if torch.compiler.is_compiling() or frame.cos is None or not self.shared.runtime.asks:
+            return False
+        if self.device.type == "cuda":
+            return self.codec.tiles
+        return (self.codec.key.packed or self.codec.value.packed) and self.codec.anchors is None and not self.codec.tiles
+
+    def check_asked(self) -> None:
+        """Raise KvsinkError when attention did not come for what the last update left to it: its result would be wrong."""
+        if not self._asked:
+            self._asked = True
+            raise KvsinkError(
+                f"layer {self.layer}: the model's attention did not go through transformers' attention functions and saw new "
+                'rows alone; load the model with attn_implementation="eager"'
+            )
+
+    def begins(self, rows: int) -> bool:
+        """Whether the rows that `update` was given are all there is to attend to, as they came; then the length moves on."""
+        if self.codec.tiles or self.codec.strict or int(self.length):
+            return False
+        self._asked = True
+        self._advance(rows)
+        return True
+
+    def _advance(self, rows: int) -> None:
+        self.length.add_(rows)
+        if self.max_length is None:
+            self._held += rows
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+        """Attention of the rows that `update` was given, k after RoPE, over everything held; then the length moves on."""
+        self._asked = True
+        if self.codec.tiles:
+            positions, candidates = self._fresh
+            out = append_attend(
+                q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
+            )
+        else:
+            out = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
+        self._advance(k.shape[2])
+        return out
+
+    def _set_anchors(self, frame: Frame, positions: Tensor) -> None:
+        """Before the first rows of a sequence: where its first token stands (left padding), once per forward pass."""
+        cos, sin = self.shared.anchor_cos, self.shared.anchor_sin
+        if frame.anchored or cos is None or sin is None or cos.shape[1] == 0:
+            return
+        frame.anchored = True
+        rows = positions.expand(self.batch_size, -1)
+        first = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=self.device)
+        if frame.valid is not None:
+            first = frame.valid.to(torch.int64).argmax(1, keepdim=True)
+        anchor = (first - rows.gather(1, first))[:, 0]
+        new_cos, new_sin = self.shared.runtime.angles(self.layer, anchor[None])
+        norm = (new_cos * new_cos + new_sin * new_sin).sqrt().clamp_min(1e-12)
+        empty = self.length == 0
+        cos.copy_(torch.where(empty, (new_cos / norm)[0], cos))
+        sin.copy_(torch.where(empty, (new_sin / norm)[0], sin))
+
     def _check_positions(self, positions: Tensor, new: int) -> None:
         """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
-        if torch.compiler.is_compiling() or "start_cos" not in self.codec.param_names():
-            return
+        if torch.compiler.is_compiling() or self.codec.tiles or "start_cos" not in self.codec.param_names():
+            return  # codes in tiles count by slots, for which the tables are always long enough
         if self.device.type != "cpu" and new == 1:
             return
         table = self.params[self.codec.param_names().index("start_cos")]
         reach = int(positions.max()) + 1
         if reach > table.shape[0] * self.codec.table_tokens:
-            self.params = self.shared.runtime.params(self.layer, self.codec, 2 * reach, self.device)
+            self._set_params(2 * reach)
 
     def _candidates(self, frame: Frame, positions: Tensor, rows: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
@@ -219,6 +347,9 @@ class KVSinkLayer(CacheLayerMixin):
         self.exact_slot.fill_(-1)
         self.exact_score.fill_(float("-inf"))
         self.recent_slot.fill_(-1)
+        if self.shared.anchor_cos is not None and self.shared.anchor_sin is not None:
+            self.shared.anchor_cos.fill_(1.0)
+            self.shared.anchor_sin.zero_()
         self._held = 0
         self._unseen = None
 
@@ -306,9 +437,11 @@ class KVSinkCache(Cache):
 
     is_kvsink = True
 
-    def __init__(self, runtime: Runtime, max_length: int | None = None) -> None:
+    def __init__(self, runtime: Runtime, max_length: int | None = None, tiles: bool = False) -> None:
         self.shared = _Shared(runtime)
         self.visual: Tensor | None = None  # bool [B, S] of the forward pass that begins, where a layer asks for it
+        if tiles and max_length is not None:
+            max_length = -(-max_length // TILE_SLOTS) * TILE_SLOTS
         config = runtime.config.get_text_config(decoder=True)
         stock: Cache = (
             DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
@@ -318,28 +451,51 @@ class KVSinkCache(Cache):
             if plan.codec is None:
                 layers.append(stock.layers[i])
             else:
-                layers.append(KVSinkLayer(self.shared, i, plan.codec, plan.segments, max_length))
+                codec = replace(plan.codec, tiles=tiles and why_not_tiles(runtime, i) is None)
+                layers.append(KVSinkLayer(self.shared, i, codec, plan.segments, max_length))
         super().__init__(layers=layers)
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, batch_size: int = 1, max_length: int | None = None, strict: bool = False
-    ) -> KVSinkCache:
+        cls, model: nn.Module, batch_size: int = 1, max_length: int | None = None, strict: bool = False,
+        tiles: bool | None = None,
+    ) -> KVSinkCache:  # fmt: skip
         """A cache for a rewritten model. With `max_length` (tokens) every tensor is allocated now, for `batch_size` rows.
 
-        strict: read new rows back from their codes too, as an evaluation may want.
+        strict: read new rows back from their codes too, as an evaluation may want. tiles: store codes as the GPU kernel reads
+        them; None does so where the kernel serves the model. `max_length` is then rounded up to a multiple of 128.
         """
         if max_length is not None and max_length < 1:
             raise KvsinkError(f"max_length={max_length} is not positive")
         runtime = runtime_of(model)
-        cache = cls(runtime, max_length)
+        weight = next(model.parameters())
+        if tiles is None:
+            tiles = kernel_serves(runtime, weight.dtype, weight.device)
+        cache = cls(runtime, max_length, tiles)
         if strict:
             cache._make_strict()
         if max_length is not None:
-            weight = next(model.parameters())
             a = runtime.anatomy
+            cache._check_memory(batch_size, weight.dtype, weight.device)
             cache.early_initialization(batch_size, a.kv_heads, a.head_dim, weight.dtype, weight.device)
         return cache
+
+    def _check_memory(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Say before anything is allocated when a cache cannot fit on its GPU."""
+        if device.type != "cuda":
+            return
+        a, wanted = self.shared.runtime.anatomy, 0
+        for layer in self.packed_layers():
+            assert layer.max_length is not None
+            held = layer.codec.layout(batch, a.kv_heads, a.head_dim, a.head_dim, layer.max_length, dtype)
+            wanted += sum(math.prod(shape) * t.itemsize for shape, t, _ in held.values())
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if wanted > free:
+            raise KvsinkError(
+                f"a cache of {batch} x {self.packed_layers()[0].max_length} tokens takes {wanted / 2**30:.1f} GiB and "
+                f"{free / 2**30:.1f} GiB are free on {device}; make batch or length smaller, or choose fewer bits"
+            )
 
     def _make_strict(self) -> None:
         for layer in self.packed_layers():
@@ -354,6 +510,13 @@ class KVSinkCache(Cache):
     @frame.setter
     def frame(self, frame: Frame | None) -> None:
         self.shared.frame = frame
+
+    def attends_itself(self) -> bool:
+        """Whether every layer attends over its codes itself outside compiled graphs; masks may then stay unbuilt."""
+        layers = self.layers
+        return self.shared.runtime.asks and all(
+            isinstance(i, KVSinkLayer) and i.codec.tiles and i.is_initialized and i.device.type == "cuda" for i in layers
+        )
 
     def packed_layers(self) -> list[KVSinkLayer]:
         """The layers kvsink packs."""
@@ -370,6 +533,7 @@ class KVSinkCache(Cache):
                 out.update({f"layers.{i}.{n}": t for n, t in vars(layer).items() if isinstance(t, Tensor)})
         if self.shared.positions is not None:
             out["positions"] = self.shared.positions
+        out.update(self.shared.tables())
         return out
 
     def nbytes(self) -> int:
@@ -387,24 +551,23 @@ class KVSinkCache(Cache):
                 elements += layer.keys.numel() + layer.values.numel()
         return 8.0 * self.nbytes() / elements if elements else 0.0
 
-    def _map_positions(self, pick: Any) -> None:
-        if self.shared.positions is not None:
-            self.shared.positions = pick(self.shared.positions)
+    def _map_shared(self, pick: Any) -> None:
+        self.shared.map(pick)
+        for layer in self.packed_layers():
+            if layer.is_initialized:
+                layer._set_params(layer.k_codes.shape[2])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.shared.positions is not None:
-            self.shared.positions.copy_(
-                self.shared.positions.index_select(0, beam_idx.to(self.shared.positions.device))
-            )
+        self.shared.map(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_positions(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._map_shared(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_positions(lambda t: t[indices])
+        self._map_shared(lambda t: t[indices])
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -426,7 +589,6 @@ class KVSinkCache(Cache):
     def load(cls, path: str | Path, model: nn.Module, max_length: int | None = None) -> KVSinkCache:
         """Read a cache saved by `save`. Raises SidecarError when it was made by another plan or cannot be read."""
         runtime = runtime_of(model)
-        cache = cls(runtime, max_length)
         device = next(model.parameters()).device
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
@@ -435,6 +597,7 @@ class KVSinkCache(Cache):
         except (OSError, SafetensorError) as error:
             raise SidecarError(f"cache file {path} cannot be read ({error}); save it again") from error
         found = json.loads(meta.get("codecs", "[]"))
+        cache = cls(runtime, max_length, tiles=any(Codec.parse(text).tiles for text in found))
         if found and all(Codec.parse(text).strict for text in found):
             cache._make_strict()
         texts = [layer.codec_text for layer in cache.packed_layers()]
@@ -460,4 +623,8 @@ class KVSinkCache(Cache):
             layer._held = length
         assert cache.shared.positions is not None
         cache.shared.positions[:, :length] = tensors["positions"][:, :length]
+        for name, held in cache.shared.tables().items():
+            if name not in tensors:
+                raise SidecarError(f"cache file {path} lacks {name}; save it again")
+            held.copy_(tensors[name])
         return cache

@@ -216,6 +216,7 @@ class _RecordingCache(Cache):
         super().__init__(layers=[_Recording(self, i) for i in range(len(runtime.plans))])
         self.runtime, self.into, self.blocks, self.collector = runtime, into, blocks, collector
         self.frame: Frame | None = None
+        self.shared = self  # where the hooks put the frame, as in a KVSinkCache
 
     def record(self, layer: int, k: Tensor, v: Tensor) -> None:
         frame = self.frame or Frame()

@@ -24,6 +24,7 @@ from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels import stages
 from kvsink.kernels.levels import distortion
+from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.observers import SampleNeed
 
 __all__ = ["Design", "design_key", "design_value", "gather_needs", "key_blocks", "needs_calibration", "sample_need", "water_fill"]
@@ -43,7 +44,7 @@ class Design:
 def needs_calibration(spec: SideSpec) -> bool:
     """Whether a side cannot be built without statistics."""
     learns = spec.packed and QUANTIZERS[spec.kind].learns(spec) > 0
-    return learns or (spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind == "lloyd"))
+    return learns or (spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind in SIGMA_KINDS))
 
 
 def sample_need(*sides: SideSpec) -> SampleNeed | None:
@@ -164,7 +165,7 @@ def design_key(
             turned = stages.hadamard_heads(turned, spec.order, spec.heads_per_group)
         order = turned.flatten().argsort(stable=True)
         tables["k_perm"], tables["k_unperm"] = order, order.argsort()
-    if spec.kind == "lloyd":
+    if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["k_sigma"] = variance.sqrt().clamp_min(1e-6).float()
     if QUANTIZERS[spec.kind].learns(spec):
@@ -193,7 +194,7 @@ def design_value(
         tables["v_basis"], variance = vectors.float().contiguous(), values
     else:
         variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
-    if spec.kind == "lloyd":
+    if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["v_sigma"] = variance.sqrt().clamp_min(1e-6).float()
     if QUANTIZERS[spec.kind].learns(spec):

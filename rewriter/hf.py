@@ -19,6 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kvsink.attention import install_attention
 from kvsink.cache import KVSinkCache
 from kvsink.errors import SidecarError
 from kvsink.runtime import attach
@@ -79,11 +80,12 @@ def _sidecar_path(folder: str, name: str) -> str:
 
 def install_generate(model: nn.Module) -> None:
     """Make `generate()` use a packed cache, compiled on CUDA. Safe to call again."""
+    install_attention()
     if "_prepare_cache_for_generation" not in vars(model) and hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)  # type: ignore[assignment]
     config = getattr(model, "generation_config", None)
     if config is not None and next(model.parameters()).device.type == "cuda" and config.compile_config is None:
-        config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode=None)
+        config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode="reduce-overhead")
 
 
 def _prepare_cache(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import SideSpec
 from kvsink.errors import CalibrationError, KvsinkError
+from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import Method
 from kvsink.report import Report
 
@@ -160,7 +161,7 @@ def candidates(method: Method) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
     def of(side: SideSpec, below: tuple[float, SideSpec] | None) -> tuple[float, ...]:
         quarters = [w / 4 for w in range(4, 17) if below is None or w / 4 >= below[0]]
-        return tuple(sorted({*WHOLE, *quarters})) if side.kind == "lloyd" else WHOLE
+        return tuple(sorted({*WHOLE, *quarters})) if side.kind in SIGMA_KINDS else WHOLE
 
     return of(method.key, method.key_below), of(method.value, method.value_below)
 

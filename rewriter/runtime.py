@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvsink.attention import causal_mask
 from kvsink.codecs import Codec
 from kvsink.errors import UnsupportedError
 from kvsink.kernels import select_sinks
+from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
 
@@ -46,6 +48,7 @@ class Frame:
     valid: Tensor | None = None  # [B, S], False at padding
     visual: Tensor | None = None  # [B, S], True at image and video tokens
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    anchored: bool = False  # the anchors of codes in tiles have been seen to
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,18 @@ class Runtime:
     ) -> None:  # fmt: skip
         self.anatomy = anatomy(model)
         self.config: Any = model.config
+        self._through_functions = bool(getattr(model, "_supports_attention_backend", False))
         self.plans, self.stages, self.method = plans, stages, method
         self.tables = dict(tables)
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
+        self._tiles: dict[str, Tensor] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def asks(self) -> bool:
+        """Whether attention goes through transformers' "sdpa" function, where a layer can answer it."""
+        return self._through_functions and self.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [1, P, R] of positions [1, P], attention scaling included; R = 0 without RoPE."""
@@ -157,11 +167,20 @@ class Runtime:
         norm = (cos * cos + sin * sin).sqrt().clamp_min(1e-12)
         return (cos / norm)[0], (sin / norm)[0]
 
-    def params(self, layer: int, codec: Codec, tokens: int, device: torch.device) -> list[Tensor]:
-        """The constant tables of one layer in the order its codec names them, for positions below `tokens`."""
+    def params(
+        self, layer: int, codec: Codec, tokens: int, device: torch.device, given: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """The constant tables of one layer in the order its codec names them, for positions below `tokens`.
+
+        given: tables that belong to the cache and not to the model, such as the anchors of its rows.
+        """
         out = []
         for name in codec.param_names():
-            if name in ("start_cos", "start_sin"):
+            if given and name in given:
+                out.append(given[name])
+            elif name.startswith("tile_"):
+                out.append(self._tile_table(name, layer, codec, tokens, device))
+            elif name in ("start_cos", "start_sin"):
                 n = codec.table_tokens
                 start = self.start_angles(layer, n, -(-tokens // n), device)
                 out.append(start[name == "start_sin"])
@@ -171,6 +190,38 @@ class Runtime:
                     table = self.tables[f"layers.{layer}.{name}"] = table.to(device)
                 out.append(table)
         return out
+
+    def _tile_table(self, name: str, layer: int, codec: Codec, tokens: int, device: torch.device) -> Tensor:
+        """A table in the order in which the GPU kernel reads it, made once from the plain ones."""
+        if name == "tile_turn":
+            n = codec.table_tokens
+            cos, sin = self.start_angles(layer, n, -(-tokens // n), device)
+            kind = self.anatomy.layer_types[layer] if self.anatomy.layer_types else ""
+            key = f"turn.{kind}.{n}.{cos.shape[0]}@{device}"
+            if key not in self._tiles:
+                self._tiles[key] = TileTables.turn(cos, sin)
+            return self._tiles[key]
+        key = f"layers.{layer}.{name}@{device}"
+        if key not in self._tiles:
+            basis, sigma, mean = (
+                t.to(device) if (t := self.tables.get(f"layers.{layer}.{n}")) is not None else None
+                for n in ("k_basis", "k_sigma", "k_table")
+            )
+            if name == "tile_mean":
+                assert mean is not None
+                made = TileTables.mean(mean)
+            elif name == "tile_rows":
+                assert basis is not None
+                made = basis.mT.contiguous()
+            else:
+                assert basis is not None and sigma is not None
+                made = TileTables.basis(key_rows(basis, sigma, codec.key.widths))
+            self._tiles[key] = made
+        return self._tiles[key]
+
+    def rotary_channels(self, layer: int) -> int:
+        """Channels of a head that carry RoPE; 0 without it."""
+        return self.angles(layer, torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
 
     def table_nbytes(self) -> int:
         """Bytes of the calibrated tables: weights of the method, not part of the cache."""
@@ -195,7 +246,8 @@ class _Hook:
         return args[at] if at < len(args) else None
 
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The kvsink cache of a call, or None."""
+        """The kvsink cache of a call, or None. Its frame is written through `shared`: dynamo of torch 2.11 does not trace
+        the setter of a property."""
         found = self.given("past_key_values", args, kwargs)
         return found if getattr(found, "is_kvsink", False) else None
 
@@ -203,10 +255,10 @@ class _Hook:
 class _NewFrame(_Hook):
     """Pre-hook of the base model: a fresh frame, with what the attention mask says of padding."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = self.cache(args, kwargs)
         if cache is None:
-            return
+            return None
         rows = self.given("input_ids", args, kwargs)
         rows = self.given("inputs_embeds", args, kwargs) if rows is None else rows
         frame = Frame()
@@ -216,7 +268,14 @@ class _NewFrame(_Hook):
             visual = getattr(cache, "visual", None)
             if visual is not None and visual.shape == rows.shape[:2]:
                 frame.visual = visual
-        cache.frame = frame
+        cache.shared.frame = frame
+        asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
+        if asks and getattr(cache, "attends_itself", bool)():
+            mask = self.given("attention_mask", args, kwargs)
+            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())):
+                named = {n: args[i] for n, i in self.place.items() if i < len(args)}
+                return (), {**named, **kwargs, "attention_mask": causal_mask(rows.shape[1], cache.get_max_length(), rows.device)}
+        return None
 
 
 class _Modality(_Hook):
@@ -272,8 +331,11 @@ class _EndFrame(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = self.cache(args, kwargs)
         if cache is not None:
-            cache.frame = None
+            cache.shared.frame = None
             cache.visual = None
+            if not torch.compiler.is_compiling():
+                for layer in cache.layers:
+                    getattr(layer, "check_asked", bool)()
 
 
 class _Observe(_Hook):
@@ -294,14 +356,14 @@ class _Positions(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)
-        if cache is None or cache.frame is None:
+        if cache is None or cache.shared.frame is None:
             return
         angles = self.given("position_embeddings", args, kwargs)
         if angles is not None:
-            cache.frame.cos, cache.frame.sin = angles
+            cache.shared.frame.cos, cache.shared.frame.sin = angles
         positions = self.given("position_ids", args, kwargs)
         if positions is not None and positions.dim() == 2:
-            cache.frame.positions = positions
+            cache.shared.frame.positions = positions
 
 
 class _Stage(_Hook):
@@ -315,10 +377,10 @@ class _Stage(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = self.cache(args, kwargs)
-        if cache is None or cache.frame is None:
+        if cache is None or cache.shared.frame is None:
             return
         hidden = output[0] if isinstance(output, tuple) else output
-        cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, False)
+        cache.shared.frame.candidates[self.key] = _rank(hidden, cache.shared.frame, self.channels, self.weights, self.count, False)
 
 
 class _Massive(_Hook):
@@ -333,10 +395,10 @@ class _Massive(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)
-        if cache is None or cache.frame is None:
+        if cache is None or cache.shared.frame is None:
             return
         hidden = self.given("hidden_states", args, kwargs)
-        cache.frame.candidates[self.key] = _rank(hidden, cache.frame, self.channels, self.weights, self.count, True)
+        cache.shared.frame.candidates[self.key] = _rank(hidden, cache.shared.frame, self.channels, self.weights, self.count, True)
 
 
 class _Pivots(_Hook):
@@ -348,13 +410,13 @@ class _Pivots(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = self.cache(args, kwargs)
-        if cache is None or cache.frame is None:
+        if cache is None or cache.shared.frame is None:
             return
         hidden = output[0] if isinstance(output, tuple) else output
-        score = pivot_scores(hidden, cache.frame.valid, self.least, self.ratio)
+        score = pivot_scores(hidden, cache.shared.frame.valid, self.least, self.ratio)
         if hidden.shape[1] == 1:
             score = torch.full_like(score, float("-inf"))
-        cache.frame.candidates[self.key] = score.topk(min(self.count, hidden.shape[1]), dim=1)
+        cache.shared.frame.candidates[self.key] = score.topk(min(self.count, hidden.shape[1]), dim=1)
 
 
 def pivot_scores(hidden: Tensor, valid: Tensor | None, least: float, ratio: float) -> Tensor:
@@ -392,6 +454,8 @@ def position_candidates(frame: Frame, positions: Tensor, batch: int, segment: Se
     if frame.valid is not None:
         inside = inside & frame.valid
     score = torch.where(inside, score, float("-inf"))
+    if score.shape[1] == 1:
+        return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from
     best, index = score.topk(min(segment.count, score.shape[1]), dim=1)
     return best.float(), index
 

@@ -72,7 +72,7 @@ def declared(row: Row) -> Method:
         if other is not None:
             changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith(f"{side}.")}
             below[side] = (other[0], replace(other[1], **changes))
-    return replace(method, **sides, key_below=below["key"], value_below=below["value"])
+    return replace(method, key=sides["key"], value=sides["value"], key_below=below["key"], value_below=below["value"])
 
 
 def python_source(tokens: int) -> str:

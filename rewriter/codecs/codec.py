@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvsink.errors import SidecarError, UnsupportedError
-from kvsink.kernels import stages
+from kvsink.kernels import stages, tiles
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
@@ -56,7 +56,8 @@ class Codec:
 
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
     back from their codes like old ones (for evaluation); anchors: rows chosen by the attention they receive, whose
-    places follow those of the segments and grow with the slots.
+    places follow those of the segments and grow with the slots. tiles: codes stand in the order of `kvsink.kernels.tiles`;
+    a cache decides so when it is made, a rewritten model's plan never does.
     """
 
     key: SideSpec
@@ -65,6 +66,7 @@ class Codec:
     window: int = 0
     strict: bool = False
     anchors: Anchors | None = None
+    tiles: bool = False
 
     def __post_init__(self) -> None:
         if self.value.norm:
@@ -77,10 +79,10 @@ class Codec:
 
     @property
     def opaque(self) -> bool:
-        """True when coding is no chain of the same steps per row (blocks of tokens, records of outliers, visual rows, rows that
-        are exact on one side alone): compiled graphs then keep it inside the cache ops."""
+        """True when coding is no chain of the same steps per row (codes in tiles, blocks of tokens, records of outliers, visual
+        rows, rows that are exact on one side alone): compiled graphs then keep it inside the cache ops."""
         sides = (self.key, self.value)
-        return any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window or self.modal
+        return self.tiles or any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window or self.modal
 
     @property
     def exact_rows(self) -> int:
@@ -109,6 +111,8 @@ class Codec:
         }  # fmt: skip
         if self.anchors is not None:
             record["anchors"] = asdict(self.anchors)
+        if self.tiles:
+            record["tiles"] = True
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -124,6 +128,7 @@ class Codec:
                 window=int(record.get("window", 0)),
                 strict=bool(record.get("strict", False)),
                 anchors=Anchors(**record["anchors"]) if "anchors" in record else None,
+                tiles=bool(record.get("tiles", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SidecarError(
@@ -133,6 +138,8 @@ class Codec:
     def param_names(self) -> tuple[str, ...]:
         """Names of the constant tables this codec needs, in the order ops receive them."""
         k, v, names = self.key, self.value, []
+        if self.tiles:
+            return self._tile_param_names()
         if k.packed:
             if k.center:
                 names += ["k_mean", "k_table"]
@@ -152,6 +159,16 @@ class Codec:
                 names += ["v_basis"]
             names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
+
+    def _tile_param_names(self) -> tuple[str, ...]:
+        """The tables of a codec in tiles: those of its reference, and `tile_` ones in the order a kernel reads them."""
+        k, v, names = self.key, self.value, []
+        if k.center:
+            names += ["k_table", "start_cos", "start_sin", "anchor_cos", "anchor_sin", "tile_mean", "tile_turn"]
+        if k.transform == "klt":
+            names += ["k_basis", "tile_rows", "tile_basis"]
+        names += QUANTIZERS[k.kind].tables(k, "k")
+        return (*names, "v_mean") if v.center else tuple(names)
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +270,11 @@ class Codec:
 
     def _stored(self, st: Params, s: SideSpec, p: Params, prefix: str, start: int, end: int) -> Tensor:
         """The packed rows of slots start … end - 1, in the basis of the quantizer."""
-        codes, scale = st[f"{prefix}_codes"][:, :, start:end], st[f"{prefix}_scale"]
+        codes, scale = st[f"{prefix}_codes"], st[f"{prefix}_scale"]
+        if self.tiles:
+            codes = tiles.fetch(codes, s.widths, prefix, start, end - start)
+            return QUANTIZERS[s.kind].decode(codes, scale[:, :, start:end], s, p, prefix)
+        codes = codes[:, :, start:end]
         if not s.by_token_block:
             x = self.dequantize(prefix, codes, scale[:, :, start:end], p)
             if not st[f"{prefix}_sparse"].shape[2]:
@@ -268,6 +289,9 @@ class Codec:
         if not self.key.packed:
             return st["k_codes"][:, :, start:end].to(wide)
         x = self._stored(st, self.key, p, "k", start, end).to(wide)
+        if self.tiles:
+            slots = torch.arange(start, end, device=x.device)
+            return tiles.restore_keys(x, slots, self.key, p, self._rotate_keys)
         return self.restore_keys(x, st["positions"][:, start:end], p)
 
     def read_values(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
@@ -282,6 +306,17 @@ class Codec:
             return p["k_offset"].flatten()[None, None], p["k_range"].flatten()[None, None]
         half, middle = scale[:, 0].float().split(1, dim=-1)
         return middle, torch.where(half > 0, half, torch.ones_like(half))
+
+    def store_tiles(self, k: Tensor, v: Tensor, slots: Tensor, st: Params, p: Params) -> None:
+        """Code new rows, keys after RoPE, and write them to their slots int64 [S] of a state in tiles."""
+        x = tiles.transform_keys(k, slots, self.key, p, self._rotate_keys)
+        for prefix, side, rows in (("k", self.key, x), ("v", self.value, self.transform_values(v, p))):
+            codes, scale = QUANTIZERS[side.kind].encode(rows, side, p, prefix)
+            tiles.store(st[f"{prefix}_codes"], codes, slots, side.widths, prefix)
+            st[f"{prefix}_scale"].index_copy_(2, slots, scale)
+
+    def _rotate_keys(self, x: Tensor) -> Tensor:
+        return stages.hadamard_heads(x, self.key.order)
 
     def exact_recent(self, side: SideSpec, recent_slot: Tensor, total: Tensor | int) -> Tensor:
         """Slots of the ring that `side` reads as they came when `total` rows are held; -1 for the others."""

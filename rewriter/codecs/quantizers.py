@@ -16,7 +16,7 @@ from torch import Tensor
 from kvsink.kernels.dequantize import dequantize_ref
 from kvsink.kernels.nuq import nuq_decode_static, nuq_decode_token, nuq_encode_static, nuq_encode_token
 from kvsink.kernels.packing import packed_bytes
-from kvsink.kernels.quantize import KINDS, quantize_ref, scales_per_row
+from kvsink.kernels.quantize import KINDS, SIGMA_KINDS, quantize_ref, scales_per_row
 from kvsink.kernels.vector import vector_decode, vector_encode
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _decode(codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str) -
 
 
 def _tables(s: SideSpec, prefix: str) -> tuple[str, ...]:
-    return (f"{prefix}_sigma",) if s.kind == "lloyd" else ()
+    return (f"{prefix}_sigma",) if s.kind in SIGMA_KINDS else ()
 
 
 for _kind in KINDS:
@@ -82,7 +82,7 @@ for _kind in KINDS:
             tables=_tables,
             row_bytes=lambda s, dim: sum(s.widths),
             row_scales=lambda s, dim: scales_per_row(s.kind, dim, s.group_size, s.gain),
-            shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)} if s.kind == "lloyd" else {},
+            shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)} if s.kind in SIGMA_KINDS else {},
             scalar=True,
         ),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_core
+from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.kernels.sparse import INDEX_LIMIT
 
 from .quantizers import QUANTIZERS
@@ -54,7 +55,7 @@ class SideSpec:
     transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
-    widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd".
+    widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd" or "lloyd-even".
     folded     the transform already sits in the weights, nothing is to be done at run time.
     visual_bits, visual_clip   levels and clip ratio of visual rows; 0 codes them like text (kind "modal" only).
     axis       "token": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
@@ -125,7 +126,7 @@ class SideSpec:
             refuse(f"bits={self.bits:g} is impossible: choose 1 to 8, or 16 to keep rows exact")
         if self.block < 1:
             refuse(f"block={self.block} is not positive")
-        if self.kind not in ("none", "lloyd") and len(set(self.widths)) > 1:
+        if self.kind not in ("none", *SIGMA_KINDS) and len(set(self.widths)) > 1:
             refuse("mixed widths need the lloyd quantizer")
         if self.transform == "klt" and self.domain == "block" and not self.center:
             refuse("klt keys are centred: center=False")
@@ -203,7 +204,7 @@ class SideSpec:
                 )
             fits = 1 << ((INDEX_LIMIT // (heads * dim)).bit_length() - 1)
             spec = replace(spec, outlier_tokens=min(self.outlier_tokens, fits))
-        if not self.widths and self.kind != "lloyd":
+        if not self.widths and self.kind not in SIGMA_KINDS:
             if self.bits != int(self.bits):
                 raise UnsupportedError(
                     f"bits={self.bits:g} is not whole, which the {self.kind} quantizer needs; "

@@ -1,4 +1,4 @@
-"""The keys of `klt` with values coded one by one at every width: what the fast CUDA kernel serves at 2 bits.
+"""The keys of `klt` with values coded one by one at every width: no codebooks. The CUDA kernel serves its sibling `klt-even`.
 
 Source     ours; see `klt`
 Differs    no codebooks: values at 2 bits take a mean and a deviation per token instead

@@ -53,8 +53,9 @@ class Method:
     """A composition of codec and protection, declared once.
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
-    whole bits where it is not 1. protect: the default protection. key_below, value_below: (bits, side): keys or values
-    below so many bits are coded by that side instead. modality: set when layers are told apart by how they look at text and images.
+    whole bits where it is not 1 (value_clip_at: the same for values, where theirs differ). protect: the default protection.
+    key_below, value_below: (bits, side): keys or values below so many bits are coded by that side instead. modality: set
+    when layers are told apart by how they look at text and images.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Method:
     protect: str = "none"
     window: int = 0
     clip_at: Mapping[int, float] = field(default_factory=dict)
+    value_clip_at: Mapping[int, float] | None = None
     claims: tuple[Claim, ...] = ()
     key_below: tuple[float, SideSpec] | None = None
     value_below: tuple[float, SideSpec] | None = None
@@ -81,7 +83,8 @@ class Method:
             return SideSpec()
         if not 0.125 <= bits <= 8:
             raise KvsinkError(f"{which} bits={bits:g} is impossible: choose 1 to 8, or 16 to keep {which}s exact")
-        clip = self.clip_at.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
+        clips = self.value_clip_at if which == "value" and self.value_clip_at is not None else self.clip_at
+        clip = clips.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
         return replace(template, bits=float(bits), clip=clip)
 
     def modal_side(self, which: str, bits: float) -> SideSpec:

@@ -26,6 +26,8 @@ OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     *((("centred"), (("key_bits", bits), ("value_bits", bits), ("protect", "first:1"))) for bits in (1, 3, 5, 6, 7, 8)),
     ("rtn", (("key_bits", 2), ("value_bits", 4), ("window", 4))),
     ("klt", (("key_bits", 1), ("value_bits", 2))),
+    ("klt-even", (("key_bits", 2.25), ("value_bits", 2))),
+    ("centred-even", (("key_bits", 2), ("value_bits", 3))),
     ("klt", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
 )
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options)}" for name, options in OPTIONS]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kvsink.kernels.levels import distortion, lloyd_max, thresholds
+from kvsink.kernels.levels import distortion, even_levels, even_thresholds, lloyd_max, thresholds
 
 # Max 1960, table I: mean squared error on a unit Gaussian with 2, 4, 8 and 16 levels, as printed there.
 KNOWN = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
@@ -49,3 +49,19 @@ def test_levels_are_the_means_of_their_cells_and_have_the_stated_error(bits: int
     mass, total = (torch.zeros(2**bits, dtype=torch.float64).index_add_(0, cell, w) for w in (weight, weight * x))
     assert (total / mass - levels).abs().max() <= 1e-4  # the outermost cells hold a few thousand points of the grid
     assert abs(float(((x - levels[cell]) ** 2 * weight).sum()) / distortion(bits) - 1) <= 1e-5
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_equal_steps_are_symmetric_and_of_least_error(bits: int) -> None:
+    levels, edges = even_levels(bits).double(), even_thresholds(bits).double()
+    step = float(levels[-1] - levels[0]) / (2**bits - 1)
+    assert torch.equal(levels, -levels.flip(0)) and (levels.diff() - step).abs().max() <= 1e-6
+    assert (edges - (levels[1:] + levels[:-1]) / 2).abs().max() <= 1e-6
+    x = torch.linspace(-12, 12, 2_000_001, dtype=torch.float64)
+    weight = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi) * (24 / 2_000_000)
+    errors = []
+    for factor in (0.99, 1.0, 1.01):
+        error = (x - factor * levels[torch.bucketize(x, factor * edges)]) ** 2
+        errors.append(float((error * weight).sum()))
+    assert errors[1] < errors[0] and errors[1] < errors[2]
+    assert errors[1] >= distortion(bits) * (1 - 1e-5)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsink.kernels.dequantize import dequantize_ref
-from kvsink.kernels.levels import lloyd_max, thresholds
+from kvsink.kernels.levels import even_levels, lloyd_max, thresholds
 from kvsink.kernels.packing import unpack_bits
 from kvsink.kernels.quantize import KINDS, quantize_ref, scales_per_row, segments
 
@@ -100,25 +102,27 @@ def test_a_row_of_zeros_under_lloyd_is_finite() -> None:
     assert torch.equal(dequantize_ref(codes, scale, torch.ones(2, 16), "lloyd", (2, 2), 16, True), torch.zeros(1, 2, 3, 16))
 
 
-def test_lloyd_takes_the_nearest_level_of_each_channel() -> None:
+@pytest.mark.parametrize(("kind", "table"), [("lloyd", lloyd_max), ("lloyd-even", even_levels)])
+def test_lloyd_takes_the_nearest_level_of_each_channel(kind: str, table: Callable[[int], torch.Tensor]) -> None:
     widths, sigma, x = (4, 2, 1, 0), torch.rand(2, 32) + 0.5, rows(0, 1, 2, 40, 32)
-    codes, scale = quantize_ref(x, sigma, "lloyd", widths, 32, 1.0, False)
+    codes, scale = quantize_ref(x, sigma, kind, widths, 32, 1.0, False)
     assert scale.shape[-1] == 0
-    back = dequantize_ref(codes, scale, sigma, "lloyd", widths, 32, False)
+    back = dequantize_ref(codes, scale, sigma, kind, widths, 32, False)
     unit = x / sigma[:, None]
     for run, width in enumerate(widths):
         part = slice(8 * run, 8 * run + 8)
         got = (back / sigma[:, None])[..., part]
-        levels = lloyd_max(width) if width else torch.zeros(1)
+        levels = table(width) if width else torch.zeros(1)
         best = (unit[..., part, None] - levels).abs().amin(-1)
         assert ((unit[..., part] - got).abs() <= best + ROUNDING).all()
 
 
-def test_the_gain_of_a_row_is_the_least_squares_one() -> None:
+@pytest.mark.parametrize("kind", ["lloyd", "lloyd-even"])
+def test_the_gain_of_a_row_is_the_least_squares_one(kind: str) -> None:
     widths, sigma = (4, 2, 1, 0), torch.rand(2, 32) + 0.5
     x = rows(0, 1, 2, 40, 32) * torch.logspace(-2, 2, 40)[:, None]  # rows of very different size
-    codes, scale = quantize_ref(x, sigma, "lloyd", widths, 32, 1.0, True)
-    back = dequantize_ref(codes, scale, sigma, "lloyd", widths, 32, True)
+    codes, scale = quantize_ref(x, sigma, kind, widths, 32, 1.0, True)
+    back = dequantize_ref(codes, scale, sigma, kind, widths, 32, True)
 
     def error(factor: float) -> torch.Tensor:
         return (x - factor * back).square().sum(-1)
@@ -126,8 +130,8 @@ def test_the_gain_of_a_row_is_the_least_squares_one() -> None:
     slack = 1e-4 * x.square().sum(-1)  # the gain is rounded to float16
     assert (error(1.0) <= error(0.98) + slack).all() and (error(1.0) <= error(1.02) + slack).all()
     assert (error(1.0) < error(0.8)).all() and (error(1.0) < error(1.2)).all()
-    plain_codes, none = quantize_ref(x, sigma, "lloyd", widths, 32, 1.0, False)
-    plain = dequantize_ref(plain_codes, none, sigma, "lloyd", widths, 32, False)
+    plain_codes, none = quantize_ref(x, sigma, kind, widths, 32, 1.0, False)
+    plain = dequantize_ref(plain_codes, none, sigma, kind, widths, 32, False)
     assert error(1.0).mean() < (x - plain).square().sum(-1).mean()
 
 

@@ -7,7 +7,8 @@ import torch
 
 import kvsink
 from kvsink.errors import KvsinkError, UnknownName
-from kvsink.plan import Curves, Plan, allocate, layers_text, straight
+from kvsink.methods import get_method
+from kvsink.plan import Curves, Plan, allocate, candidates, layers_text, straight
 from kvsink.runtime import runtime_of
 from tests.models import build, tokens
 
@@ -44,6 +45,12 @@ def test_the_greedy_finds_the_best_of_all_plans():
 def test_damage_never_grows_with_bits():
     found = straight((1.0, 2.0, 3.0, 4.0), (1.0, 0.5), (3.0, 0.6))  # noise: two more bits measured worse
     assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+@pytest.mark.parametrize("method", ["klt", "klt-even"])
+def test_quarters_are_tried_where_widths_differ_by_channel(method):
+    keys, values = candidates(get_method(method))
+    assert 2.25 in keys and 2.25 not in values
 
 
 def test_the_text_leaves_out_exact_layers():

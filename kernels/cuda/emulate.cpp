@@ -1,0 +1,56 @@
+// Shared library around the emulated kernels: one fiber per thread, blocks one after another. For tests without a GPU.
+#define KVSINK_EMULATE
+#include "attend.cuh"
+#include "rows.cuh"
+#include "step.cuh"
+
+static const void *params, *fresh;
+static void (*kernel)();
+static void entry() {
+  kernel();
+  emu::done[emu::tid] = true;
+  emu::yield();
+}
+static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads, int bytes) {
+  const size_t stack = 256 << 10;
+  params = p;
+  kernel = f;
+  emu::threads = threads;
+  emu::grid_x = grid_x;
+  char* stacks = (char*)malloc(stack * threads);
+  emu::smem = (unsigned char*)aligned_alloc(128, (bytes + 127) / 128 * 128);
+  for (emu::cta_y = 0; emu::cta_y < grid_y; emu::cta_y++)
+    for (emu::cta_x = 0; emu::cta_x < grid_x; emu::cta_x++) {
+      memset(emu::smem, 0xff, bytes);
+      emu::cta_arrived = 0;
+      for (auto& w : emu::warps) w.arrived = 0;
+      for (int i = 0; i < threads; i++) {
+        getcontext(&emu::fiber[i]);
+        emu::fiber[i].uc_stack.ss_sp = stacks + i * stack;
+        emu::fiber[i].uc_stack.ss_size = stack;
+        emu::fiber[i].uc_link = nullptr;
+        emu::done[i] = false;
+        makecontext(&emu::fiber[i], entry, 0);
+      }
+      for (bool any = true; any;) {
+        any = false;
+        for (emu::tid = 0; emu::tid < threads; emu::tid++)
+          if (!emu::done[emu::tid]) { any = true; swapcontext(&emu::scheduler, &emu::fiber[emu::tid]); }
+      }
+    }
+  free(stacks);
+  free(emu::smem);
+}
+extern "C" void run_attend(const Params* p, const RowParams* n) {
+  fresh = n;
+  run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, SMEM_BYTES);
+}
+extern "C" void run_append(const RowParams* p, int blocks) {
+  run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);
+}
+extern "C" void run_decode(const RowParams* p, int grid_x) {
+  run([] { decode_rows(*(const RowParams*)params); }, p, grid_x, p->Hkv, ROW_THREADS, ROW_SMEM);
+}
+extern "C" int attend_bytes() { return (int)sizeof(Params); }
+extern "C" int row_bytes() { return (int)sizeof(RowParams); }
+extern "C" int smem_bytes() { return SMEM_BYTES; }

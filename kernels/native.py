@@ -1,0 +1,289 @@
+"""Kernels in CUDA C++: compiled for the GPU at hand when first needed, kept in the user's cache folder, launched by the driver.
+
+Source     `kernels/cuda/*.cuh`; they include nothing, so NVRTC compiles them, which PyTorch brings along; nvcc is the second choice
+Cache      $KVSINK_CACHE, else $XDG_CACHE_HOME/kvsink, else ~/.cache/kvsink, folder `cubin`; a file's name is a hash of source,
+           architecture and compiler
+Raises     NativeError with the reason; callers then take the plain operators
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import cache_folder
+from .levels import EVEN_STEP
+from .tiles import make_fields
+
+__all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_old"]
+
+SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
+_FOLDER = Path(__file__).parent / "cuda"
+SIDE_BY_SIDE = True  # code new rows on the multiprocessors that attention leaves over
+_SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
+_PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
+
+
+class NativeError(RuntimeError):
+    """Why a kernel cannot be had here."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled in: mode (0 plain, 1 with the mean's logit, 2 block KLT), widths, query heads per key-value head."""
+
+    mode: int
+    key_widths: tuple[int, ...]
+    value_widths: tuple[int, ...]
+    repeats: int
+
+    def shared_bytes(self, item_pairs: int) -> int:
+        """SMEM_BYTES of attend.cuh for this variant."""
+        k, v = (128 * 16 * make_fields(w).bins for w in (self.key_widths, self.value_widths))
+        stage = (k + v) * item_pairs // 4 + (256 if self.mode == 2 else 512) + 512 + (512 if self.mode else 0) + 128
+        tables = (16384 if self.mode else 0) + (32768 if self.mode == 2 else 0)
+        query = 2 * 16 * 20 * 4 + (0 if self.mode == 2 else 2 * 4 * 128 * 2) + 64
+        return 8 * 2 * stage + tables + 8 * 4 * _PART_WORDS * 4 + query + 8 * (8 * 2 + 8)
+
+    def defines(self) -> dict[str, str]:
+        """Macros of the source."""
+        items = next((n for n in (4, 2) if self.shared_bytes(n) <= SHARED_LIMIT), None)
+        if items is None:
+            raise NativeError(f"{self.shared_bytes(2)} bytes of shared memory, more than a block can have")
+        return {
+            "MODE": str(self.mode), "KW": ", ".join(map(str, self.key_widths)), "VW": ", ".join(map(str, self.value_widths)),
+            "HEADS_PER_KV": str(self.repeats), "ITEM_PAIRS": str(items),
+            "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
+        }  # fmt: skip
+
+    def source(self) -> str:
+        """One translation unit without includes."""
+        head = "".join(f"#define {name} {text}\n" for name, text in self.defines().items())
+        return head + "".join((_FOLDER / name).read_text() for name in ("attend.cuh", "rows.cuh", "step.cuh"))
+
+
+def too_old(device: torch.device) -> str | None:
+    """Why this GPU cannot run the kernels, or None."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the kernel is for 9.0"
+    return None
+
+
+# -- compiling ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL | None:
+    """NVRTC as PyTorch's own wheels bring it, or the system's."""
+    major = (torch.version.cuda or "").split(".")[0]
+    found: list[str] = []
+    spec = importlib.util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        found += sorted(str(p) for p in Path(root).glob(f"**/libnvrtc.so.{major}*") if "builtins" not in p.name)
+    for name in (*found, f"libnvrtc.so.{major}", "libnvrtc.so"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def _by_nvrtc(lib: ctypes.CDLL, source: str, arch: str) -> bytes:
+    program = ctypes.c_void_p()
+
+    def check(code: int, what: str) -> None:
+        if code:
+            raise NativeError(f"NVRTC error {code} while it {what}")
+
+    check(
+        lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kvsink.cu", 0, None, None), "took the source"
+    )
+    options = [b"--std=c++17", f"--gpu-architecture={arch}".encode()]
+    code = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    if code:
+        size = ctypes.c_size_t()
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetProgramLog(program, log)
+        raise NativeError(f"NVRTC error {code}: {log.value.decode(errors='replace')[:400]}")
+    size = ctypes.c_size_t()
+    check(lib.nvrtcGetCUBINSize(program, ctypes.byref(size)), "measured the code")
+    image = ctypes.create_string_buffer(size.value)
+    check(lib.nvrtcGetCUBIN(program, image), "handed the code over")
+    lib.nvrtcDestroyProgram(ctypes.byref(program))
+    return image.raw
+
+
+def _by_nvcc(nvcc: str, source: str, arch: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        unit, out = Path(folder) / "kvsink.cu", Path(folder) / "kvsink.cubin"
+        unit.write_text(source)
+        target = f"-gencode=arch=compute_{arch[3:]},code={arch}"
+        done = subprocess.run(
+            [nvcc, "-std=c++17", "-O3", target, "-cubin", str(unit), "-o", str(out)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise NativeError(f"nvcc: {done.stderr[:400]}")
+        return out.read_bytes()
+
+
+def compile_cubin(source: str, arch: str) -> bytes:
+    """Machine code of a source for an architecture such as sm_90a, from the cache folder when it has been compiled before."""
+    lib, nvcc = _nvrtc(), shutil.which("nvcc")
+    if lib is None and nvcc is None:
+        raise NativeError("neither NVRTC nor nvcc is found; pip install nvidia-cuda-nvrtc brings the first")
+    key = hashlib.sha256(f"{arch}\0{torch.version.cuda}\0{'nvrtc' if lib else 'nvcc'}\0{source}".encode()).hexdigest()[:32]
+    held = cache_folder() / "cubin" / f"{key}.cubin"
+    if held.is_file():
+        return held.read_bytes()
+    image = _by_nvrtc(lib, source, arch) if lib is not None else _by_nvcc(str(nvcc), source, arch)
+    try:
+        held.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=held.parent, delete=False) as file:
+            file.write(image)
+        os.replace(file.name, held)
+    except OSError:
+        pass  # a folder that cannot be written to costs a compilation next time
+    return image
+
+
+# -- loading and launching ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NativeError("libcuda.so.1 is not found") from error
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise NativeError(f"CUDA driver error {code} in {what}")
+
+
+class Cubin:
+    """The kernels of one variant on one GPU, with the scratch memory they share."""
+
+    def __init__(self, variant: Variant, device: torch.device) -> None:
+        self.variant, self.device = variant, device
+        with torch.cuda.device(device):
+            torch.zeros(1, device=device)  # makes the context current
+            major, minor = torch.cuda.get_device_capability(device)
+            image = compile_cubin(variant.source(), f"sm_{major}{minor}a")
+            self._module = ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(self._module), image), "loading the kernel")
+            self._attend, self._append, self._decode = (
+                self._function(name) for name in (b"attend_packed", b"append_rows", b"decode_rows")
+            )
+            where, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * 3)()
+            symbol = b"kvsink_launch"
+            code = _driver().cuModuleGetGlobal_v2(ctypes.byref(where), ctypes.byref(size), self._module, symbol)
+            _check(code, "finding launch sizes")
+            _check(_driver().cuMemcpyDtoH_v2(launch, where, ctypes.c_size_t(12)), "reading launch sizes")
+            self._threads, self._shared, self._row_threads = launch
+            _check(_driver().cuFuncSetAttribute(self._attend, 8, self._shared), "asking for shared memory")
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        # Words another block waits for: empty is -1, and every launch leaves them so.
+        self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
+        self._side = torch.cuda.Stream(device)
+        self.arrived = torch.zeros(65536, dtype=torch.int32, device=device)
+
+    def _function(self, name: bytes) -> ctypes.c_void_p:
+        function = ctypes.c_void_p()
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name), f"finding {name.decode()}")
+        return function
+
+    def _launch(
+        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
+    ) -> None:
+        args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, stream, args, None), "a launch")
+
+    def share(self, heads: int) -> int:
+        """Blocks per key-value head that attend. All run at once, as waiting for each other needs; a few are left over."""
+        return max(1, (self.blocks - _SPARE) // heads)
+
+    def attend(self, argument: Any, fresh: Any, heads: int) -> None:
+        """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
+        self._launch(self._attend, self.share(heads), heads, self._threads, self._shared, argument, fresh)
+
+    def append(self, argument: Any) -> None:
+        """Launch `append_rows`."""
+        pairs = argument.B * argument.S * argument.Hkv
+        self._launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
+
+    def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
+        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
+        if not (SIDE_BY_SIDE and torch.cuda.is_current_stream_capturing()):
+            self.append(rows)
+            self.attend(argument, fresh, heads)
+            return
+        here = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(here)
+        self.attend(argument, fresh, heads)
+        with torch.cuda.stream(self._side):
+            self.append(rows)
+        here.wait_stream(self._side)
+
+    def decode(self, argument: Any, rows: int, heads: int) -> None:
+        """Launch `decode_rows` over `rows` rows of every head."""
+        self._launch(self._decode, -(-rows // 8), heads, self._row_threads, 0, argument)
+
+
+_LOADED: dict[tuple[Variant, str], Cubin | NativeError] = {}
+
+
+def library(variant: Variant, device: torch.device) -> Cubin:
+    """The kernels of a variant on a device, compiled and loaded once. Raises NativeError, the same one every time."""
+    key = (variant, str(device))
+    held = _LOADED.get(key)
+    if held is None:
+        try:
+            reason = too_old(device)
+            if reason:
+                raise NativeError(reason)
+            held = Cubin(variant, device)
+        except NativeError as error:
+            held = error
+        _LOADED[key] = held
+    if isinstance(held, NativeError):
+        raise held
+    return held
+
+
+def loaded(variant: Variant, device: torch.device) -> Cubin | None:
+    """The kernels of a variant if they are loaded already."""
+    held = _LOADED.get((variant, str(device)))
+    return held if isinstance(held, Cubin) else None
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of a tensor's first element; None for no tensor or an empty one."""
+    return x.data_ptr() if x is not None and x.numel() else None
+
+
+def contiguous(tensors: Sequence[Tensor]) -> None:
+    """Check what kernels take for granted."""
+    for t in tensors:
+        if not t.is_contiguous():
+            raise ValueError(f"a kernel needs contiguous memory; this tensor has strides {t.stride()}")

@@ -1,0 +1,388 @@
+"""The GPU side of `append_` and `attend` for codecs in tiles: arguments of the CUDA kernels, and when they are taken.
+
+Formula    see `kvsink.kernels.append`, `kvsink.kernels.attend`; several new rows: softmax over [decoded past | new rows], the past
+           a few thousand slots at a time, merged by their log-sum-exp
+Source     ours; merging by log-sum-exp as in FlashAttention, arXiv 2205.14135 section 3
+Shapes     as the ops'
+Exact      codes equal the definition's up to ties that the order of sums decides; output: relative error of a 16-bit result
+Declines   a mask that is not bool [B or 1, 1, 1, >= L] for one new row: the definition runs then, and says so once
+Cost       one launch for `append_`, one for `attend` of one new row; no copy from the host, no synchronisation
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native, tiles
+from .read import put_rows
+
+__all__ = [
+    "AttendArguments",
+    "RowArguments",
+    "append_rows",
+    "attend_chunk",
+    "attend_one",
+    "serves",
+    "step",
+    "usable",
+    "variant_of",
+]
+
+_pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+_SEGMENTS = 4
+_DECODED_BYTES = 128 << 20  # keys and values of a piece of the past, decoded at a time
+
+State = Mapping[str, Tensor]
+Params = Mapping[str, Tensor]
+
+
+class AttendArguments(ctypes.Structure):
+    """`Params` of attend.cuh."""
+
+    _fields_ = [
+        *((n, _pointer) for n in (
+            "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "anchor_cos", "anchor_sin", "length",
+            "mask", "exact_k", "exact_v", "exact_slot", "new_k", "new_v", "value_mean", "out", "partial",
+        )),
+        ("mask_row", _long),
+        *((n, _int) for n in ("B", "Hkv", "share", "tiles", "E", "N", "extra", "q_bf16", "key_hadamard", "value_hadamard")),
+        ("scale", _float),
+    ]  # fmt: skip
+
+
+class RowArguments(ctypes.Structure):
+    """`RowParams` of rows.cuh."""
+
+    _fields_ = [
+        ("k", _pointer), ("v", _pointer), ("k_stride", _long * 3), ("v_stride", _long * 3),
+        *((n, _pointer) for n in (
+            "table", "start_cos", "start_sin", "anchor_cos", "anchor_sin", "basis", "sigma", "v_mean", "length", "positions",
+        )),
+        ("position_row", _long),
+        *((n, _pointer) for n in (
+            "stored_positions", "k_codes", "v_codes", "k_scale", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
+        )),
+        ("score", _pointer * _SEGMENTS), ("arrived", _pointer), ("capacity", _int * _SEGMENTS),
+        *((n, _int) for n in ("segments", "E", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first")),
+        ("key_clip", _float), ("value_clip", _float),
+    ]  # fmt: skip
+
+
+class Library(Protocol):
+    """Who runs the kernels: `native.Cubin`, or an emulation."""
+
+    partial: Tensor
+    arrived: Tensor
+
+    def share(self, heads: int) -> int: ...
+    def attend(self, argument: Any, fresh: Any, heads: int) -> None: ...
+    def append(self, argument: Any) -> None: ...
+    def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None: ...
+    def decode(self, argument: Any, rows: int, heads: int) -> None: ...
+
+
+_told: set[str] = set()
+
+
+def tell_once(text: str) -> None:
+    """Warn once per process."""
+    if text not in _told:
+        _told.add(text)
+        warnings.warn(f"kvsink: {text}", stacklevel=3)
+
+
+def variant_of(codec: Any, repeats: int) -> native.Variant:
+    """What the kernels must be compiled for."""
+    k = codec.key
+    mode = 2 if k.transform == "klt" else 1 if k.center else 0
+    return native.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats)
+
+
+def serves(
+    codec: Any,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    rotary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Why the kernels cannot serve a layer, or None. Compiles them when nothing else speaks against it."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the model computes in {str(dtype).removeprefix('torch.')}"
+    if reason := tiles.refuse(codec, heads, kv_heads, dim, value_dim, rotary):
+        return reason
+    try:
+        native.library(variant_of(codec, heads // kv_heads), device)
+    except native.NativeError as error:
+        return str(error)
+    return None
+
+
+def usable(codec: Any, q_heads: int, k: Tensor) -> native.Cubin | None:
+    """The kernels for rows of this layer, or None when the plain operators must run."""
+    if not codec.tiles or k.device.type != "cuda" or k.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    try:
+        return native.library(variant_of(codec, q_heads // k.shape[1]), k.device)
+    except native.NativeError as error:
+        tell_once(f"attention over packed codes runs on the plain operators: {error}")
+        return None
+
+
+def usable_rows(codec: Any, k: Tensor) -> native.Cubin | None:
+    """Any kernels loaded for this codec: coding rows does not depend on the number of query heads."""
+    for repeats in (4, 3, 2, 1):
+        held = native.loaded(variant_of(codec, repeats), k.device)
+        if held is not None and k.dtype in (torch.float16, torch.bfloat16):
+            return held
+    return usable(codec, k.shape[1], k)
+
+
+def _rotates(side: Any) -> int:
+    return int(side.transform == "hadamard" and not side.folded)
+
+
+# -- rows in and out ----------------------------------------------------------------------------------------------------
+
+
+def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis: Tensor | None) -> RowArguments:
+    at = native.pointer
+    return RowArguments(
+        k=at(k), v=at(v), k_stride=(_long * 3)(*k.stride()[:3]), v_stride=(_long * 3)(*v.stride()[:3]),
+        table=at(p.get("k_table")), start_cos=at(p.get("start_cos")), start_sin=at(p.get("start_sin")),
+        anchor_cos=at(p.get("anchor_cos")), anchor_sin=at(p.get("anchor_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
+        v_mean=at(p.get("v_mean")), k_codes=at(st["k_codes"]), v_codes=at(st["v_codes"]), k_scale=at(st["k_scale"]),
+        v_scale=at(st["v_scale"]), B=k.shape[0], Hkv=k.shape[1], S=k.shape[2], L=st["k_codes"].shape[2],
+        bf16=int(k.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key), value_hadamard=_rotates(codec.value),
+        key_clip=codec.key.clip, value_clip=codec.value.clip,
+    )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor whose rows of 128 channels lie together and 8-byte aligned."""
+    aligned = x.stride(-1) == 1 and all(n % 4 == 0 for n in x.stride()[:3]) and x.data_ptr() % 8 == 0
+    return x if aligned else x.contiguous()
+
+
+def _fresh_rows(
+    lib: Library,
+    codec: Any,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    candidates: Sequence[Tensor],
+    st: State,
+    p: Params,
+) -> tuple[RowArguments, bool, list[Tensor]]:
+    """Arguments for new rows, whether the kernel sees to the exact rows too, and what must live until the launch."""
+    k, v = _rows(k), _rows(v)
+    positions = (
+        positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
+    )
+    a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
+    at = native.pointer
+    a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
+    a.per = min(8, k.shape[0] * k.shape[2])  # a block's rows are of one head, or nearly all blocks' are
+    a.position_row = positions.stride(0) if positions.shape[0] > 1 else 0
+    # One new row has one candidate per segment: the kernel enters it itself.
+    whole = k.shape[2] == 1 and len(codec.segments) <= _SEGMENTS and all(s.shape[1] == 1 for s in candidates[::2])
+    whole = whole and k.shape[0] <= lib.arrived.numel()
+    scores = [s.float().expand(k.shape[0], 1).contiguous() for s in candidates[::2]] if whole else []
+    if whole:
+        a.segments, a.E, a.arrived = len(codec.segments), codec.exact_rows, at(lib.arrived)
+        a.exact_k, a.exact_v = at(st["exact_k"]), at(st["exact_v"])
+        a.exact_slot, a.exact_score = at(st["exact_slot"]), at(st["exact_score"])
+        for i, (score, capacity) in enumerate(zip(scores, codec.segments, strict=True)):
+            a.score[i], a.capacity[i] = score.data_ptr(), capacity
+    return a, whole, [k, v, positions, *scores]
+
+
+def append_rows(
+    lib: Library,
+    codec: Any,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    candidates: Sequence[Tensor],
+    st: State,
+    p: Params,
+) -> bool:
+    """Code and store new rows [B, H, S, 128], keys after RoPE. True when the exact rows have been seen to as well."""
+    a, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
+    lib.append(a)
+    return whole
+
+
+def decode_rows(
+    lib: Library, codec: Any, st: State, p: Params, start: int, end: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Slots start … end - 1 as keys after RoPE and values [B, H, end - start, 128], exact rows laid over them."""
+    b, h = st["k_codes"].shape[:2]
+    k, v = (torch.empty(b, h, end - start, tiles.DIM, dtype=dtype, device=st["k_codes"].device) for _ in range(2))
+    a = _row_arguments(codec, k, v, st, p, p.get("tile_rows"))
+    a.first = start
+    lib.decode(a, b * (end - start), h)
+    slot = st["exact_slot"]
+    inside = (slot >= start) & (slot < end)
+    for full, prefix in ((k, "k"), (v, "v")):
+        put_rows(full, st[f"exact_{prefix}"], torch.where(inside, slot - start, -1))
+    return k, v
+
+
+# -- one new row ----------------------------------------------------------------------------------------------------------
+
+
+def _mask_rows(mask: Tensor, slots: int) -> Tensor | None:
+    """A mask as bytes [B or 1, slots] with aligned rows, or None when it is of another kind."""
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+        return None
+    rows = mask[:, 0, 0, :slots]
+    if rows.shape[1] < slots:
+        return F.pad(rows, (0, slots - rows.shape[1]))
+    aligned = rows.stride(1) == 1 and rows.data_ptr() % 16 == 0 and (rows.shape[0] == 1 or rows.stride(0) % 16 == 0)
+    return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
+
+
+def step(
+    lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State,
+    p: Params, mask: Tensor | None, scale: float,
+) -> Tensor | None:  # fmt: skip
+    """`append_` and `attend` of one new row per sequence, side by side; None when one must wait for the other.
+
+    The new row enters the exact rows after attention has read them, so the row it drives out is exact for one step longer.
+    """
+    if codec.strict:
+        return None
+    fresh, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
+    return attend_one(lib, codec, q, k, v, st, p, mask, scale, fresh) if whole else None
+
+
+def attend_one(
+    lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, st: State, p: Params, mask: Tensor | None, scale: float,
+    fresh: RowArguments | None = None,
+) -> Tensor | None:  # fmt: skip
+    """`attend` of one new row per sequence, which `fresh` stores too; None when the mask is not one of visible slots."""
+    slots = st["k_codes"].shape[2]
+    visible = None if mask is None else _mask_rows(mask, slots)
+    if mask is not None and visible is None:
+        return None
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    at = native.pointer
+    native.contiguous([st[n] for n in ("k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot")])
+    new = 0 if codec.strict else 1
+    a = AttendArguments(
+        q=at(q), k_codes=at(st["k_codes"]), k_scale=at(st["k_scale"]), v_codes=at(st["v_codes"]), v_scale=at(st["v_scale"]),
+        mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
+        anchor_cos=at(p.get("anchor_cos")), anchor_sin=at(p.get("anchor_sin")), length=at(st["length"]), mask=at(visible),
+        exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
+        value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
+        mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
+        B=q.shape[0], Hkv=k.shape[1], share=lib.share(k.shape[1]), tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
+        N=new, extra=1 - new, q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key),
+        value_hadamard=_rotates(codec.value), scale=scale * math.log2(math.e),
+    )  # fmt: skip
+    if fresh is None:
+        lib.attend(a, RowArguments(), k.shape[1])
+    else:  # attention sees to the exact rows, the coding does not
+        coded = RowArguments.from_buffer_copy(fresh)
+        coded.segments = 0
+        lib.step(a, fresh, coded, k.shape[1])
+    return out
+
+
+# -- several new rows -------------------------------------------------------------------------------------------------------
+
+
+def attend_chunk(
+    lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, st: State, p: Params, mask: Tensor | None, scale: float,
+    is_causal: bool,
+) -> Tensor:  # fmt: skip
+    """`attend` of S > 1 new rows; reads the length, so it is not for CUDA graphs."""
+    s, first = q.shape[2], int(st["length"])
+    if first + s > st["k_codes"].shape[2]:
+        raise IndexError(f"{s} rows do not fit behind {first} of {st['k_codes'].shape[2]} slots; make the cache longer")
+    causal = mask is None or is_causal
+    if first == 0 and not codec.strict:
+        part = None if mask is None else mask[..., :s]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=part, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    b, h = k.shape[:2]
+    r = q.shape[1] // h
+    step = max(
+        1024, _DECODED_BYTES // (b * h * 2 * tiles.DIM * k.element_size()) // tiles.TILE_SLOTS * tiles.TILE_SLOTS
+    )
+    out = q.new_zeros((b, h * r, s, q.shape[3]), dtype=torch.float32)
+    top = q.new_full((b, h * r, s), float("-inf"), dtype=torch.float32)
+
+    def merge(part: Tensor, mass: Tensor) -> None:
+        """Add the attention over some slots, with the logarithm of its sum of weights."""
+        nonlocal top
+        peak = torch.logaddexp(top, mass)
+        out.mul_((top - peak).exp().nan_to_num_(0.0)[..., None]).add_(
+            part * (mass - peak).exp().nan_to_num_(0.0)[..., None]
+        )
+        top = peak
+
+    if not codec.strict:
+        merge(*_piece(q, k, v, None if mask is None else mask[..., first : first + s], scale, causal))
+    past = first + s if codec.strict else first
+    for start in range(0, past, step):
+        end = min(start + step, past)
+        tile_k, tile_v = decode_rows(lib, codec, st, p, start, end, k.dtype)
+        part = None if mask is None else mask[..., start:end]
+        if codec.strict and causal:
+            query, slot = torch.arange(s, device=q.device) + first, torch.arange(start, end, device=q.device)
+            seen = (slot[None] <= query[:, None])[None, None]
+            part = (
+                seen
+                if part is None
+                else part & seen
+                if part.dtype == torch.bool
+                else part.masked_fill(~seen, float("-inf"))
+            )
+        merge(*_piece(q, tile_k, tile_v, part, scale, False))
+    return out.to(q.dtype)
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention over some keys and the logarithm of its sum of weights [B, Hq, S] float32."""
+    b, hq, s, d = q.shape
+    h, n = k.shape[1], k.shape[2]
+    if q.device.type == "cuda" and mask is None:
+        if causal:
+            k, v = (x.repeat_interleave(hq // h, 1) if hq != h else x for x in (k, v))
+            found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+            return found[0], found[1]
+        grouped = q.reshape(b, h, hq // h * s, d)  # heads that share keys are rows of one head
+        found = torch.ops.aten._scaled_dot_product_flash_attention(grouped, k, v, 0.0, False, False, scale=scale)
+        return found[0].reshape(b, hq, s, d), found[1].reshape(b, hq, s)
+    bias = None
+    if mask is not None:
+        bias = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask.float()
+    if causal:
+        seen = torch.ones(s, n, dtype=torch.bool, device=q.device).tril()
+        bias = torch.where(seen, 0.0 if bias is None else bias, float("-inf"))
+    out, mass = [], []
+    count = max(1, (256 << 20) // (4 * b * hq * n))
+    k, v = k.float().repeat_interleave(hq // h, 1), v.float().repeat_interleave(hq // h, 1)
+    for i in range(0, s, count):  # logits of a bounded number of rows at a time
+        logits = q[:, :, i : i + count].float() @ k.mT * scale
+        if bias is not None:
+            logits = logits + (bias[..., i : i + count, :] if bias.shape[-2] > 1 else bias)
+        mass.append(logits.logsumexp(-1))
+        out.append((logits - mass[-1][..., None]).exp().nan_to_num_(0.0) @ v)
+    return torch.cat(out, dim=2), torch.cat(mass, dim=2)

@@ -1,0 +1,53 @@
+"""How transformers' attention asks a packed cache: outside compiled graphs, layers in tiles attend over their codes themselves.
+
+Formula    see `kvsink.kernels.attend`
+Source     ours
+Differs    transformers' "sdpa" attention goes through here; keys that do not come from a kvsink layer pass through unchanged
+Shapes     query [B, Hq, S, D], key and value the rows just appended [B, Hkv, S, D] → [B, S, Hq, D]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["causal_mask", "install_attention", "is_plain_causal"]
+
+
+def causal_mask(rows: int, slots: int, device: torch.device) -> Tensor:
+    """A mask that stands for plain causality: transformers passes a 4-D mask on as it is, and none of L x S is built."""
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, rows, max(slots, 1))
+    mask._kvsink_causal = True  # type: ignore[attr-defined]
+    return mask
+
+
+def is_plain_causal(mask: Tensor | None) -> bool:
+    """True for no mask, and for one made by `causal_mask`."""
+    return mask is None or getattr(mask, "_kvsink_causal", False)
+
+
+def install_attention() -> None:
+    """Put the question to kvsink layers before transformers' own "sdpa" attention. Safe to call again."""
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if getattr(plain, "_kvsink", False):
+        return
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+        scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        layer = None if torch.compiler.is_compiling() else getattr(key, "_kvsink_layer", None)
+        if layer is None:
+            return plain(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        if layer.begins(key.shape[2]):
+            seen = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
+            return plain(module, query, key, value, seen, dropout, scaling, is_causal, **kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mask = None if is_plain_causal(attention_mask) else attention_mask
+        return layer.attend(query, key, value, mask, scale, mask is None).transpose(1, 2).contiguous(), None
+
+    attention._kvsink = True  # type: ignore[attr-defined]
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)

@@ -1,0 +1,64 @@
+"""The CUDA kernels on a CPU: their own source, one fiber per thread (kernels/cuda/emulate.h). Slow, for small cases."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvsink.kernels.native as native
+
+FOLDER = Path(native.__file__).parent / "cuda"
+
+
+@cache
+def _library(variant: native.Variant) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    flags = [f"-D{name}={text.replace(' ', '')}" for name, text in variant.defines().items()]
+    text = "".join(p.read_text() for p in sorted(FOLDER.iterdir()) if p.is_file()) + "".join(flags)
+    out = Path(tempfile.gettempdir()) / f"kvsink-emulated-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if not out.exists():
+        made = out.with_suffix(f".{id(variant)}.so")
+        subprocess.run(
+            [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", *flags, str(FOLDER / "emulate.cpp"), "-o", str(made)],
+            check=True,
+        )
+        made.replace(out)
+    return ctypes.CDLL(str(out))
+
+
+class Emulated:
+    """Stands in for `native.Cubin`; `blocks` per key-value head take part in an attention."""
+
+    def __init__(self, variant: native.Variant, blocks: int = 3) -> None:
+        self.lib, self.blocks = _library(variant), blocks
+        self.partial = torch.full((64 * blocks * 4 * 132,), -1, dtype=torch.int32)
+        self.arrived = torch.zeros(1024, dtype=torch.int32)
+
+    def share(self, heads: int) -> int:
+        return self.blocks
+
+    def attend(self, argument: Any, fresh: Any, heads: int) -> None:
+        assert self.lib.attend_bytes() == ctypes.sizeof(argument)
+        self.lib.run_attend(ctypes.byref(argument), ctypes.byref(fresh))
+
+    def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
+        self.append(rows)
+        self.attend(argument, fresh, heads)
+
+    def append(self, argument: Any) -> None:
+        assert self.lib.row_bytes() == ctypes.sizeof(argument)
+        self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))
+
+    def decode(self, argument: Any, rows: int, heads: int) -> None:
+        self.lib.run_decode(ctypes.byref(argument), -(-rows // 8))

@@ -1,0 +1,180 @@
+"""kvsink-bench: speed and memory of a rewritten model against 16 bit and against the physical limit, on this machine's GPU.
+
+Rows are JSON, one per line, appended to --out; each carries device, versions, shapes and p20, p50, p80 where they apply.
+Ratios hold within one run. An op whose result is outside its bound of the definition is not timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvsink.tools.cli import command_line
+
+_METHODS = ("centred-even-2", "klt-even-2")
+
+
+def _gpu() -> None:
+    import torch
+
+    from kvsink.errors import KvsinkError
+    from kvsink.kernels.native import too_old
+
+    if not torch.cuda.is_available():
+        raise KvsinkError(
+            "no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine"
+        )
+    if reason := too_old(torch.device("cuda", 0)):
+        raise KvsinkError(f"{reason}; its rows would time the plain operators")
+
+
+def _write(rows: list[dict[str, Any]], out: Path | None) -> None:
+    from kvsink.tools.timing import device_facts
+
+    facts = device_facts()
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a") as file:
+            for row in rows:
+                file.write(json.dumps({**facts, **row}) + "\n")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _pairs(text: str) -> list[tuple[int, int]]:
+    try:
+        return [(int(b or 0), int(t)) for b, t in (part.split("x") for part in text.split(","))]
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of BATCHxLENGTH, such as 1x1024,16x8192") from error
+
+
+def split_side(side: str) -> tuple[str, int]:
+    """ "klt-even-2" → ("klt-even", 2); a method without bits has 2."""
+    method, dash, bits = side.rpartition("-")
+    return (method, int(bits)) if dash and bits.isdigit() else (side, 2)
+
+
+def _sides(text: str) -> list[str]:
+    from kvsink.methods import get_method
+
+    sides = [s for s in text.split(",") if s]
+    for side in sides:
+        if side not in ("stock", "static"):
+            get_method(split_side(side)[0])
+    return sides
+
+
+@click.group(name="kvsink-bench", help=__doc__)
+def bench() -> None:
+    pass
+
+
+_out = click.option("--out", type=click.Path(path_type=Path), default=None, help="Append rows to this JSON-lines file.")
+
+
+@bench.command(help="Decode attention and append_ of one layer against the fastest SDPA backend.")
+@click.option(
+    "--methods",
+    default=",".join((*_METHODS, "centred-even-4")),
+    show_default=True,
+    help="METHOD-BITS, comma-separated.",
+)
+@click.option(
+    "--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated."
+)
+@_out
+def kernels(methods: str, shapes: str, out: Path | None) -> int:
+    _gpu()
+    from kvsink.tools.bench_ops import ops_rows
+    from kvsink.tools.timing import copy_bandwidth, read_bandwidth
+
+    read, copy = read_bandwidth(), copy_bandwidth()
+    _say(f"read {read / 1e12:.3f} TB/s, copy {copy / 1e12:.3f} TB/s")
+    chosen = [split_side(s) for s in _sides(methods)]
+    rows = ops_rows(chosen, _pairs(shapes), max(read, copy), _say)
+    _write([{**r, "read_tb_s": round(read / 1e12, 3), "copy_tb_s": round(copy / 1e12, 3)} for r in rows], out)
+    return 0 if all(r["p50_ms"] is not None for r in rows) else 2
+
+
+@bench.command(help="Tokens per second of a whole LLaMA-3-8B shape with random weights, compiled, under CUDA graphs.")
+@click.option(
+    "--sides", default=f"stock,{','.join(_METHODS)}", show_default=True,
+    help="stock: 16 bit over grouped heads without a mask, the strongest; static: 16 bit as transformers compiles it; METHOD-BITS.",
+)  # fmt: skip
+@click.option(
+    "--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits."
+)
+@click.option("--layers", default=32, show_default=True)
+@_out
+def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
+    _gpu()
+    import torch
+
+    from kvsink.tools.bench_model import decode_rows, llama
+    from kvsink.tools.bench_ops import sdpa_best
+
+    pairs, chosen = _pairs(shapes), _sides(sides)
+    backends = {}
+    if "stock" in chosen:
+        for b, t in pairs:
+            backends[(b, t)], times = sdpa_best(b or 64, t, 32, 8, 128, torch.bfloat16)
+            _say(f"16-bit attention at B{b or 64} T{t}: {backends[(b, t)]} {times[1] * 1e3:.1f} us")
+    model = llama(layers)
+    rows = []
+    for pair in pairs:
+        for side in chosen:
+            rows += decode_rows(model, [side], [pair], backends, _say)
+            _write(rows[-1:], out)
+    return 0
+
+
+@bench.command(help="Seconds of one long prompt in one piece, against 16 bit.")
+@click.option("--sides", default=f"stock,{','.join(_METHODS)}", show_default=True)
+@click.option("--tokens", default=32768, show_default=True)
+@click.option("--layers", default=32, show_default=True)
+@_out
+def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
+    _gpu()
+    from kvsink.tools.bench_model import llama, prefill_rows
+
+    _write(prefill_rows(llama(layers), _sides(sides), tokens, _say), out)
+    return 0
+
+
+@bench.command(help="The longest sequence: prefilled in chunks, then decoded. The largest batch is a row of `decode`.")
+@click.option("--side", default="centred-even-2", show_default=True)
+@click.option("--tokens", default=1_000_000, show_default=True)
+@click.option("--chunk", default=8192, show_default=True)
+@click.option(
+    "--whole/--sampled", default=True, show_default=True, help="Run every chunk, or nine of them spread over the sequence."
+)
+@click.option("--layers", default=32, show_default=True)
+@_out
+def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: Path | None) -> int:
+    _gpu()
+    from kvsink.tools.bench_model import llama, sequence_rows
+
+    _write(sequence_rows(llama(layers), _sides(side)[0], tokens, chunk, _say, whole), out)
+    return 0
+
+
+@bench.command(help="Draw the rows of `kernels` from a JSON-lines file; needs no GPU.")
+@click.argument("rows", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("image", type=click.Path(path_type=Path, dir_okay=False))
+def plot(rows: Path, image: Path) -> int:
+    from kvsink.tools.bench_plot import plot_kernels, read_rows
+
+    plot_kernels(read_rows(rows), image)
+    return 0
+
+
+main = command_line(bench)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""Whole models with random weights for `kvsink-bench`: build, rewrite, fill caches, time decode and prefill.
+
+Shapes     LLaMA-3-8B: 32 layers, hidden 4096, 32 query and 8 key-value heads of 128 channels, vocabulary 128256
+Differs    codes are random bits under plausible scales where only the time counts; kernels are checked in `kernels`
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvsink.tools.bench import split_side
+
+__all__ = ["DECODE_SHAPES", "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows"]
+
+DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
+"""Batch and length; batch 0 is the largest that fits."""
+
+_STEPS = 24
+
+
+def llama(
+    layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int = 128256, positions: int = 1 << 21
+) -> Any:
+    """A LLaMA-3-8B with random weights on the GPU, or its first layers."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=positions, rope_theta=500000.0, pad_token_id=0,
+    )  # fmt: skip
+    held = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda"), torch.no_grad():
+            model = transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(held)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    return model.eval()
+
+
+_records: dict[int, Any] = {}
+
+
+def rewritten(model: Any, method: str, bits: int, protect: str = "kvsink:5+first:1") -> Callable[[], Any]:
+    """Rewrite the model and return a function that attaches this rewrite again and returns the model."""
+    import kvsink
+    from kvsink.calibration import calibrate
+    from kvsink.protect import SinkStage
+    from kvsink.runtime import attach, runtime_of
+
+    layers = model.config.num_hidden_layers
+    if id(model) not in _records:
+        ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(model.device)
+        record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
+        # Random weights have no sinks: a stage is named so that every step ranks its row as a trained model's does.
+        stage = SinkStage(0, (7,), 1.0, 1.0)
+        _records[id(model)] = replace(record, stages=(stage,))
+    kvsink.rewrite(
+        model, method, key_bits=bits, value_bits=bits, protect=protect, calibration=_records[id(model)], fold=False
+    )  # fmt: skip
+    runtime = runtime_of(model)
+
+    def again() -> Any:
+        attach(model, runtime)
+        return model
+
+    return again
+
+
+def fill(cache: Any, length: int) -> None:
+    """Random codes under plausible scales, as if `length` tokens were held, the first ones exact."""
+    for i, layer in enumerate(cache.packed_layers()):
+        g = torch.Generator(layer.device).manual_seed(i)
+        for name in ("k_codes", "v_codes"):
+            held = getattr(layer, name)
+            held.view(torch.int64).random_(generator=g)
+        for name in ("k_scale", "v_scale"):
+            held = getattr(layer, name)
+            held.copy_(torch.rand(held.shape[2:], device=layer.device, generator=g) * 0.4 + 0.1)
+        for name in ("exact_k", "exact_v"):
+            getattr(layer, name).normal_(generator=g)
+        rows = layer.exact_slot.shape[1]
+        layer.exact_slot.copy_(torch.arange(rows, device=layer.device, dtype=torch.int32)[None])
+        layer.exact_score.fill_(1e30)
+        layer.length.fill_(length)
+    cache.shared.positions.copy_(
+        torch.arange(cache.shared.positions.shape[1], device=cache.shared.positions.device)[None]
+    )
+
+
+# -- the 16-bit model -----------------------------------------------------------------------------------------------------
+
+
+def stock_cache(model: Any, batch: int, length: int) -> Any:
+    """A StaticCache that is allocated now and never moves, filled with random rows."""
+    from transformers.cache_utils import StaticCache
+
+    config = model.config
+    cache = StaticCache(config, max_cache_len=length)
+    cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, torch.bfloat16, model.device)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            torch._dynamo.mark_static_address(tensor)
+    return cache
+
+
+def set_stock_length(cache: Any, length: int) -> None:
+    """As if `length` tokens were held."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
+
+
+def use_attention(model: Any, backend: str) -> None:
+    """Let a 16-bit model decode by one SDPA backend over the whole cache, grouped heads not repeated and no mask built.
+
+    The strongest 16-bit side there is: it suits a cache that is full, which is when it is measured.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    kind = SDPBackend.CUDNN_ATTENTION if backend.startswith("cudnn") else SDPBackend.FLASH_ATTENTION
+    rows = backend.endswith("-rows")
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0, scaling: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        b, heads, s, d = query.shape
+        with sdpa_kernel(kind):
+            if rows:
+                packed = query.reshape(b, key.shape[1], heads // key.shape[1], d)
+                out = F.scaled_dot_product_attention(packed, key, value, scale=scaling).reshape(b, heads, s, d)
+            else:
+                out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    name = f"bench-{backend}"
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda *args, **kwargs: None)
+    model.config._attn_implementation = name
+
+
+# -- decode ---------------------------------------------------------------------------------------------------------------
+
+
+def _decode(
+    step: Callable[..., Any], cache: Any, reset: Callable[[], None], batch: int, length: int
+) -> tuple[float, float]:
+    """Median seconds of a step and the seconds of the first call; greedy, the token stays on the device."""
+    token = torch.randint(0, 1000, (batch, 1), device="cuda")
+    begun = time.monotonic()
+    first, times = 0.0, []
+    with torch.no_grad():
+        for turn in range(4):
+            reset()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(_STEPS + 1)]
+            events[0].record()
+            for i in range(_STEPS if turn else 4):
+                torch.compiler.cudagraph_mark_step_begin()
+                position = torch.full((1, 1), length - _STEPS + i, device="cuda")
+                logits = step(token, position_ids=position, past_key_values=cache, use_cache=True).logits
+                token = logits[:, -1:].argmax(-1)
+                events[i + 1].record()
+            torch.cuda.synchronize()
+            if not turn:
+                first = time.monotonic() - begun
+            else:
+                times += [a.elapsed_time(b) for a, b in pairwise(events[2:])]
+    times.sort()
+    return times[len(times) // 2] / 1e3, first
+
+
+def _largest(per_sequence: int, per_row: int, reserve: int) -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    return max(1, (free - reserve) // (per_sequence + per_row) // 8 * 8)
+
+
+def _attempts(batch: int, fixed: bool) -> list[int]:
+    return [batch] if fixed else [batch, int(batch * 0.94) // 8 * 8, int(batch * 0.88) // 8 * 8]
+
+
+def _run(
+    make: Callable[[int], tuple[Callable[..., Any], Any, Callable[[], None]]], batch: int, fixed: bool, length: int
+) -> dict[str, Any]:
+    """Decode at a batch, or at the largest of a few that does not run out of memory."""
+    for b in _attempts(batch, fixed):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+        cache: Any = None
+        try:
+            step, cache, reset = make(b)
+            seconds, first = _decode(step, cache, reset, b, length)
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            return {
+                "B": b, "step_ms": round(seconds * 1e3, 4), "tokens_per_s": round(b / seconds, 1), "first_call_s": round(first, 1),
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "graphs": graphs,
+                "cuda_graphs": not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
+            }  # fmt: skip
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "out of memory" not in str(error) and "GiB are free" not in str(error):
+                raise
+            del cache
+        finally:
+            torch._dynamo.utils.counters.clear()
+    return {"B": 0, "step_ms": None, "tokens_per_s": 0.0, "note": "out of memory"}
+
+
+def decode_rows(
+    model: Any, sides: Sequence[str], shapes: Sequence[tuple[int, int]], backends: dict[tuple[int, int], str],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Tokens per second of each side ("stock", "static", or a method with its bits, "centred-even-2") at each shape."""
+    rows = []
+    for batch, length in shapes:
+        for side in sides:
+            row = {"kind": "decode", "side": side, "T": length, **_side(model, side, batch, length, backends)}
+            rows.append(row)
+            say(
+                f"decode T{length} {side}: " + "  ".join(f"{k}={row[k]}" for k in row if k not in ("kind", "side", "T"))
+            )
+    return rows
+
+
+def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[int, int], str]) -> dict[str, Any]:
+    from kvsink.cache import KVSinkCache
+    from kvsink.runtime import detach
+
+    a = model.config
+    model.config._attn_implementation = "sdpa"
+    per_row = 2 * a.vocab_size * 4
+    if side in ("stock", "static"):
+        detach(model)
+        if side == "stock":
+            use_attention(model, backends[(batch, length)])
+        per = a.num_hidden_layers * a.num_key_value_heads * 2 * a.head_dim * 2 * length
+
+        def make(b: int) -> tuple[Callable[..., Any], Any, Callable[[], None]]:
+            cache = stock_cache(model, b, length)
+            step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+            return step, cache, lambda: set_stock_length(cache, length - _STEPS)
+
+    else:
+        method, bits = split_side(side)
+        attach = rewritten(model, method, bits)
+        attach()
+        per = int(a.num_hidden_layers * a.num_key_value_heads * 2 * a.head_dim * (bits + 0.26) / 8 * length)
+
+        def make(b: int) -> tuple[Callable[..., Any], Any, Callable[[], None]]:
+            cache = KVSinkCache.for_model(model, b, length)
+            fill(cache, length - _STEPS)
+            step = torch.compile(model, backend="kvsink", mode="reduce-overhead", fullgraph=True)
+
+            def reset() -> None:
+                for layer in cache.packed_layers():
+                    layer.length.fill_(length - _STEPS)
+
+            return step, cache, reset
+
+    fixed = batch > 0
+    return _run(make, batch if fixed else _largest(per, per_row, 3 << 30), fixed, length)
+
+
+# -- prefill --------------------------------------------------------------------------------------------------------------
+
+
+def prefill_rows(
+    model: Any, sides: Sequence[str], length: int, say: Callable[[str], None], repeats: int = 3
+) -> list[dict[str, Any]]:
+    """Seconds of one prompt of `length` tokens in one piece; the logits of its last token only."""
+    from kvsink.cache import KVSinkCache
+    from kvsink.runtime import detach
+
+    ids = torch.randint(0, 1000, (1, length), device="cuda")
+    rows = []
+    for side in sides:
+        model.config._attn_implementation = "sdpa"
+        if side == "stock":
+            detach(model)
+            cache: Any = stock_cache(model, 1, length + 128)
+
+            def reset(cache: Any = cache) -> None:
+                set_stock_length(cache, 0)
+        else:
+            method, bits = split_side(side)
+            cache = KVSinkCache.for_model(rewritten(model, method, bits)(), 1, length + 128)
+
+            def reset(cache: Any = cache) -> None:
+                cache.reset()
+
+        times = []
+        with torch.no_grad():
+            for _ in range(repeats + 1):
+                reset()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                begun = time.monotonic()
+                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                torch.cuda.synchronize()
+                times.append(time.monotonic() - begun)
+        times = sorted(times[1:])
+        row = {
+            "kind": "prefill", "side": side, "B": 1, "T": length, "seconds": round(times[len(times) // 2], 4),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        }  # fmt: skip
+        rows.append(row)
+        say("  ".join(f"{k}={v}" for k, v in row.items()))
+        del cache
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def sequence_rows(
+    model: Any, side: str, length: int, chunk: int, say: Callable[[str], None], whole: bool
+) -> list[dict[str, Any]]:
+    """One long sequence, prefilled in chunks and then decoded. Without `whole`, chunks at a few places only are run."""
+    from kvsink.cache import KVSinkCache
+
+    method, bits = split_side(side)
+    model.config._attn_implementation = "sdpa"
+    cache = KVSinkCache.for_model(rewritten(model, method, bits)(), 1, length + 256)
+    starts = list(range(0, length, chunk))
+    run = starts if whole else [starts[round(i * (len(starts) - 1) / 8)] for i in range(9)]
+    torch.cuda.reset_peak_memory_stats()
+    spent: dict[int, float] = {}
+    with torch.no_grad():
+        if not whole:
+            fill(cache, 0)
+        for start in run:
+            if not whole:
+                for layer in cache.packed_layers():
+                    layer.length.fill_(start)
+            ids = torch.randint(0, 1000, (1, min(chunk, length - start)), device="cuda")
+            torch.cuda.synchronize()
+            begun = time.monotonic()
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            torch.cuda.synchronize()
+            spent[start] = time.monotonic() - begun
+        total = sum(spent.values()) if whole else sum(spent.values()) / len(spent) * len(starts)
+        held = int(cache.get_seq_length())
+        step = torch.compile(model, backend="kvsink", mode="reduce-overhead", fullgraph=True)
+
+        def reset() -> None:
+            for layer in cache.packed_layers():
+                layer.length.fill_(held)
+
+        seconds, _ = _decode(step, cache, reset, 1, held)
+    row = {
+        "kind": "sequence", "side": side, "B": 1, "T": held, "chunk": chunk, "chunks_run": len(run), "chunks": len(starts),
+        "prefill_s": round(total, 1), "prefill_is": "measured" if whole else "mean of the chunks run times their number",
+        "chunk_s": {k: round(v, 3) for k, v in spent.items()}, "step_ms": round(seconds * 1e3, 3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "cache_gib": round(cache.nbytes() / 2**30, 2),
+    }  # fmt: skip
+    say("  ".join(f"{k}={v}" for k, v in row.items()))
+    return [row]

@@ -1,0 +1,178 @@
+"""`kvsink-bench kernels`: one layer of a LLaMA-3-8B shape, attention and append against the fastest 16-bit SDPA backend.
+
+Formula    limit = bytes of codes and scales of all tokens / measured read bandwidth; speed-up = time of SDPA / time of ours
+Shapes     32 query heads, 8 key-value heads, 128 channels; B sequences of T tokens, 6 exact rows, one new row
+Raises     an op whose result is outside the stated bound of the definition is not timed: its row says so
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvsink.kernels import native, packed
+from kvsink.kernels.append_attend import append_attend_
+from kvsink.kernels.attend import attend_packed, attend_ref
+from kvsink.tools.bench_model import fill, llama, rewritten
+from kvsink.tools.timing import Times, graph_times
+
+__all__ = ["BOUND", "SHAPES", "ops_rows", "sdpa_best"]
+
+SHAPES = ((1, 1024), (1, 131072), (16, 8192), (64, 4096))
+BOUND = 2e-3  # relative error of an fp16 result: its own rounding, 2**-11, and a few like it
+_SAID = (
+    "method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "in_turn_ms", "of_limit",
+)  # fmt: skip
+_DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
+
+
+def sdpa_calls(
+    b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> dict[str, Callable[[Sequence[Tensor]], Tensor]]:
+    """Ways to ask PyTorch for decode attention of grouped heads."""
+
+    def backend(kind: SDPBackend, rows: bool) -> Callable[[Sequence[Tensor]], Tensor]:
+        def call(data: Sequence[Tensor]) -> Tensor:
+            q, k, v = data
+            with sdpa_kernel(kind):
+                if rows:  # heads that share keys as rows of one head
+                    return F.scaled_dot_product_attention(q.view(b, kv_heads, heads // kv_heads, dim), k, v)
+                return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        return call
+
+    kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {f"{n}{'-rows' if rows else ''}": backend(kind, rows) for n, kind in kinds.items() for rows in (False, True)}
+
+
+def sdpa_best(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[str, Times]:
+    """Name and times of the fastest backend."""
+    sets = max(1, min(32, -(-_DISTINCT // (b * t * kv_heads * dim * 4))))
+    shapes = ((b, heads, 1, dim), (b, kv_heads, t, dim), (b, kv_heads, t, dim))
+    data = [[torch.randn(s, device="cuda", dtype=dtype) for s in shapes] for _ in range(sets)]
+    found: dict[str, Times] = {}
+    for name, call in sdpa_calls(b, t, heads, kv_heads, dim, dtype).items():
+        try:
+            found[name] = graph_times([partial(call, d) for d in data])
+        except RuntimeError:
+            continue  # a backend that does not serve the shape
+    best = min(found, key=lambda n: found[n][1])
+    return best, found[best]
+
+
+def packed_bytes(codec: Any, b: int, t: int, kv_heads: int) -> int:
+    """Bytes of codes and scales that decode attention must read."""
+    rows = codec.layout(b, kv_heads, 128, 128, t, torch.float16)
+    return sum(
+        int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale")
+    )
+
+
+def ops_rows(
+    methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """One row per method, bits and shape, with `append_`: beside attention, and in turn."""
+    dtype, rows = torch.float16, []
+    model = llama(layers=1, dtype=dtype, vocabulary=512)
+    a = model.config
+    heads, kv_heads = a.num_attention_heads, a.num_key_value_heads
+    runtimes = [(method, bits, rewritten(model, method, bits)) for method, bits in methods]
+    for b, t in shapes:
+        base_name, base = sdpa_best(b, t, heads, kv_heads, 128, dtype)
+        gc.collect()
+        torch.cuda.empty_cache()
+        say(f"B{b} T{t}: {base_name} {base[1] * 1e3:.1f} us")
+        for method, bits, attach in runtimes:
+            row = _one(attach(), method, bits, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
+            rows.append(row)
+            say("  " + "  ".join(f"{k}={row[k]}" for k in _SAID if k in row))
+            gc.collect()
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _one(
+    model: Any, method: str, bits: int, b: int, t: int, heads: int, kv_heads: int, dtype: torch.dtype, base_name: str, base: Times,
+    bandwidth: float,
+) -> dict[str, Any]:  # fmt: skip
+    from kvsink.cache import KVSinkCache
+
+    def made() -> Any:
+        cache = KVSinkCache.for_model(model, b, t)
+        fill(cache, t - 1)
+        return cache.packed_layers()[0]
+
+    layer = made()
+    codec, size = layer.codec, packed_bytes(layer.codec, b, t, kv_heads)
+    lib = packed.usable(codec, heads, layer.k_codes.new_empty(1, kv_heads, 1, 128, dtype=dtype))
+    assert lib is not None
+    g = torch.Generator("cuda").manual_seed(1)
+    q, k, v = (torch.randn(b, n, 1, 128, device="cuda", dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads))
+    positions = torch.full((1, 1), t - 1, device="cuda")
+    scores: list[Tensor] = []
+    for _ in codec.segments:
+        scores += [
+            torch.full((b, 1), float("-inf"), device="cuda"),
+            torch.zeros(b, 1, dtype=torch.int64, device="cuda"),
+        ]
+    scale = 128**-0.5
+
+    def attention(x: Any) -> Tensor:
+        return attend_packed(lib, codec, q, k, v, x.state(), x.params, None, scale, False)  # type: ignore[return-value]
+
+    def step(x: Any) -> Tensor:
+        return append_attend_(q, k, v, positions, scores, x.state(), x.params, None, scale, False, x.codec_text)
+
+    error = _error(layer, codec, attention, q, k, v, scale)
+    bits_held = 8 * size / (b * t * kv_heads * 256)
+    row: dict[str, Any] = {
+        "kind": "kernel", "method": method, "bits": bits, "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads,
+        "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base_name, "sdpa_ms": round(base[1], 5),
+    }  # fmt: skip
+    if not error <= BOUND:
+        return {
+            **row,
+            "p50_ms": None,
+            "speedup": None,
+            "with_append_ms": None,
+            "of_limit": None,
+            "note": "wrong, not timed",
+        }
+    layers = [layer] + [made() for _ in range(max(1, min(32, -(-_DISTINCT // size))) - 1)]
+    repeats = 1 if len(layers) > 8 else 4
+    alone = graph_times([partial(attention, x) for _ in range(repeats) for x in layers])
+    both = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
+    native.SIDE_BY_SIDE = False
+    in_turn = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
+    native.SIDE_BY_SIDE = True
+    limit = size / bandwidth * 1e3
+    return {
+        **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
+        "speedup": round(base[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
+        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size,
+        "limit_ms": round(limit, 5),
+        "of_limit": round(limit / alone[1], 3), "byte_limit_speedup": round(base[1] / limit, 2),
+    }  # fmt: skip
+
+
+def _error(
+    layer: Any, codec: Any, attention: Callable[[Any], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> float:
+    """Relative error of the first two sequences against the definition."""
+    out = attention(layer)
+    torch.cuda.synchronize()
+    whole = codec.named(layer.state())
+    few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
+    tables = [
+        x[:2] if name.startswith("anchor") else x for name, x in zip(codec.param_names(), layer.params, strict=True)
+    ]
+    wanted = attend_ref(q[:2].float(), k[:2].float(), v[:2].float(), few, tables, None, scale, False, layer.codec_text)
+    error = float((out[:2].float() - wanted).norm() / wanted.norm())
+    return error if bool(torch.isfinite(out).all()) else float("nan")

@@ -1,0 +1,68 @@
+"""Times and ceilings of a GPU: CUDA-graph replays over several input sets, so that nothing is found in the L2 cache again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+__all__ = ["copy_bandwidth", "device_facts", "event_times", "graph_times", "read_bandwidth"]
+
+Times = tuple[float, float, float]
+"""p20, p50, p80 in ms."""
+
+
+def _quantiles(values: Sequence[float]) -> Times:
+    t = sorted(values)
+    return t[len(t) // 5], t[len(t) // 2], t[len(t) * 4 // 5]
+
+
+def graph_times(calls: Sequence[Callable[[], object]], replays: int = 30) -> Times:
+    """Time of one call, from replays of one graph that holds all calls."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    return _quantiles([t / len(calls) for t in event_times(graph.replay, replays)])
+
+
+def event_times(call: Callable[[], object], repeats: int) -> list[float]:
+    """Times of repeated calls in ms, by device events."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for a, b in events:
+        a.record()
+        call()
+        b.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in events]
+
+
+def copy_bandwidth(gib: float = 2.0) -> float:
+    """Bytes read plus written per second of a device-to-device copy."""
+    x = torch.randint(0, 255, (int(gib * 2**30),), dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / graph_times([lambda: y.copy_(x)], 10)[1] * 1e3
+
+
+def read_bandwidth(gib: float = 4.0) -> float:
+    """Bytes read per second of a sum over a large tensor, the best of two element types."""
+    x = torch.randint(0, 1 << 20, (int(gib * 2**28),), dtype=torch.int32, device="cuda")
+    views = (x.view(torch.float32), x.view(torch.float16))
+    return max(x.numel() * 4 / graph_times([partial(torch.sum, y)], 10)[1] * 1e3 for y in views)
+
+
+def device_facts() -> dict[str, str]:
+    """What a row says about where it was measured."""
+    import transformers
+
+    p = torch.cuda.get_device_properties(0)
+    return {"device": p.name, "torch": torch.__version__, "transformers": transformers.__version__}
