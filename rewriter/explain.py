@@ -15,10 +15,10 @@ __all__ = ["explain"]
 _SLOTS, _PROMPT = 64, 4
 
 
-def explain(model: nn.Module) -> str:
+def explain(model: nn.Module, onnx: bool = False) -> str:
     """What the compiler does to one decoding step of `model`: rewritten models on their packed cache, others on a stock one.
 
-    Runs a few tokens. The graph shown last is the one that is compiled.
+    Runs a few tokens. The graph shown last is the one that is compiled. onnx: also whether the model leaves as ONNX, or why not.
     """
     device = next(model.parameters()).device
     runtime = getattr(model, "_kvsink_runtime", None)
@@ -36,4 +36,8 @@ def explain(model: nn.Module) -> str:
         for layer, plan in enumerate(runtime.plans):
             if plan.codec is None:
                 lines.append(f"left alone: {runtime.anatomy.attentions[layer]}: {plan.reason}")
+        if onnx:
+            from kvsink.export.flavours import explain_flavours
+
+            lines.append(explain_flavours(model, runtime))
     return "\n".join(line for line in lines if line)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kvsink.calibration import Calibration
-from kvsink.errors import KvsinkError, ModelError, UnsupportedError
+from kvsink.errors import KvsinkError, ModelError
 from kvsink.loading import load_model, load_tokenizer, pick_device
 from kvsink.report import Report
 from kvsink.rewrite import Progress, RewriteOptions, rewrite, versions
@@ -36,12 +36,16 @@ def rewrite_dir(
 ) -> Report:  # fmt: skip
     """Calibrate and rewrite the model in `model_dir` (a local folder) and leave it in `out_dir`.
 
-    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written.
+    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. With `onnx` the
+    folder also holds model.onnx, see `kvsink.export.onnx`.
     """
     options = options or RewriteOptions()
     source, target = Path(model_dir), Path(out_dir)
     if onnx:
-        raise UnsupportedError("--onnx is not available in this version; leave it out to write the PyTorch folder")
+        from kvsink.export.flavours import check_expressible
+        from kvsink.export.model import check_extras
+
+        check_extras()
     config = _read_config(source)
     if not dry_run:
         _sweep(target)
@@ -63,18 +67,34 @@ def rewrite_dir(
         bits=options.bits, plan=options.plan, profile=options.profile,
     )  # fmt: skip
     report.model = str(model_dir)
+    if onnx:
+        check_expressible(model, runtime_of(model), anywhere=True)
     if dry_run:
         return report
     target.parent.mkdir(parents=True, exist_ok=True)
     build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         _write(build, source, model, storage, report, options)
+        if onnx:
+            del model
+            _export(build, progress)
         os.chmod(build, 0o755)
         _exchange(build, target)
     except BaseException:
         shutil.rmtree(build, ignore_errors=True)
         raise
     return report
+
+
+def _export(build: Path, progress: Progress | None) -> None:
+    """model.onnx into the folder that has just been written, from what it holds."""
+    from kvsink.export import onnx
+
+    if progress is not None:
+        progress("export", 0, 1)
+    onnx(build, build / "model.onnx")
+    if progress is not None:
+        progress("export", 1, 1)
 
 
 def _read_config(source: Path) -> dict[str, Any]:

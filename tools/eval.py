@@ -76,7 +76,8 @@ def command(
 ) -> None:
     """Perplexity, KL and top-1 agreement with the 16-bit model, passkey retrieval and counted bits of MODEL.
 
-    MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2.
+    MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2. Of an exported OUT_DIR/model.onnx,
+    perplexity and counted bits, through its runner.
     """
     extra = {"--set": row_set, "--rows": rows_path, "--out": out_dir, "--calibration-tokens": calibration_tokens}
     if comparing:
@@ -85,6 +86,12 @@ def command(
         return
     if given := [name for name, value in extra.items() if value is not None]:
         raise click.UsageError(f"{given[0]} goes with --compare.")
+
+    if model.endswith(".onnx"):
+        if given := [name for name, value in {"--baseline": baseline, "--strict": strict}.items() if value]:
+            raise click.UsageError(f"{given[0]} is not for an ONNX model.")
+        _onnx(model, _text(text_path, detokenize), windows, window_tokens, chunk, batch, device, json_path)
+        return
 
     import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
     from kvsink import evaluation
@@ -127,6 +134,11 @@ def command(
         if sinks and packed:
             health, decay = _sinks(net, reference, ids[:1, :512], chunk, strict)
             result = replace(result, sink_decay=decay)
+    _show(result, json_path, health)
+
+
+def _show(result: Any, json_path: str | None, health: str = "") -> None:
+    """The row as a table with the health of its sinks, and as JSON where it was asked for."""
     console = wide_console(sys.stderr if json_path == "-" else sys.stdout)
     console.print(result.table())
     if health:
@@ -149,6 +161,26 @@ def _sinks(net: Any, reference: Any, ids: Any, chunk: int, strict: bool) -> tupl
     except UnsupportedError as error:
         return str(error), None
     return health.line(), health.d_sink
+
+
+def _onnx(
+    model: str, text: tuple[str, str], windows: int, window_tokens: int, chunk: int, batch: int, device: str, json_path: str | None
+) -> None:  # fmt: skip
+    """Perplexity of an exported model; its tokenizer is beside it."""
+    from kvsink import evaluation
+    from kvsink.errors import UnsupportedError
+    from kvsink.export import OnnxGenerator
+    from kvsink.export.evaluation import evaluate_onnx
+    from kvsink.loading import load_tokenizer
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UnsupportedError(f"device {device!r} is not one of auto, cpu, cuda for an ONNX model")
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider") if device == "cuda" else ("CPUExecutionProvider",)
+    runner = OnnxGenerator(model, providers=providers)
+    ids = evaluation.token_windows(text[0], load_tokenizer(Path(model).parent), windows, window_tokens)
+    with _bars() as bar:
+        result = evaluate_onnx(runner, ids, chunk, batch, text[1], bar("perplexity"))
+    _show(result, json_path)
 
 
 def _compare(model: str, options: dict[str, object]) -> None:

@@ -34,7 +34,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.option(
     "--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".'
 )
-@click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx.")
+@click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu, cuda ...")
 @click.option(
     "--eval-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the result table; 0: none."

@@ -19,6 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -333,26 +334,28 @@ class Codec:
             return full, k.new_empty((*k.shape[:-1], 0), dtype=torch.float16)
         return self.quantize("k", self.transform_keys(k, cos, sin, positions, p, roped), p)
 
-    def transform_keys(self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool) -> Tensor:
-        """Keys [B, H, S, D] through every stage before the quantizer."""
+    def transform_keys(
+        self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool, steps: Any = stages
+    ) -> Tensor:
+        """Keys [B, H, S, D] through every stage before the quantizer. `steps` carries out the stages, by their names."""
         s, x = self.key, _wide(k)
         if s.domain == "block":
-            x = stages.unrope_rows(x, cos, sin) if roped else x
+            x = steps.unrope_rows(x, cos, sin) if roped else x
             if s.center:
-                x = stages.center(x, p["k_mean"])
+                x = steps.center(x, p["k_mean"])
             if s.block > 1:
-                x = stages.rope_offset(x, p["offset_cos"], p["offset_sin"], positions, s.block)
+                x = steps.rope_offset(x, p["offset_cos"], p["offset_sin"], positions, s.block)
         else:
             if roped:
-                x = stages.center_roped(x, p["k_mean"], cos, sin) if s.center else x
+                x = steps.center_roped(x, p["k_mean"], cos, sin) if s.center else x
             else:
-                x = stages.rope_rows(stages.center(x, p["k_mean"]) if s.center else x, cos, sin)
+                x = steps.rope_rows(steps.center(x, p["k_mean"]) if s.center else x, cos, sin)
         if s.transform == "klt":
-            x = stages.project(stages.center(x, p["k_mean2"]), p["k_basis"])
+            x = steps.project(steps.center(x, p["k_mean2"]), p["k_basis"])
         elif s.transform == "hadamard" and not s.folded:
-            x = stages.hadamard_heads(x, s.order, s.heads_per_group)
+            x = steps.hadamard_heads(x, s.order, s.heads_per_group)
         if s.reorder:
-            x = stages.reorder_heads(x, p["k_perm"])
+            x = steps.reorder_heads(x, p["k_perm"])
         return x
 
     def decode_keys(
@@ -364,23 +367,23 @@ class Codec:
             return codes.to(wide)
         return self.restore_keys(self.dequantize("k", codes, scale, p).to(wide), positions, p)
 
-    def restore_keys(self, x: Tensor, positions: Tensor, p: Params) -> Tensor:
+    def restore_keys(self, x: Tensor, positions: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
         s = self.key
         if s.reorder:
-            x = stages.reorder_heads(x, p["k_unperm"])
+            x = steps.reorder_heads(x, p["k_unperm"])
         if s.transform == "klt":
-            x = stages.unproject(x, p["k_basis"])
+            x = steps.unproject(x, p["k_basis"])
         elif s.transform == "hadamard" and not s.folded:
-            x = stages.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
+            x = steps.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
         n = self.table_tokens
         if s.domain == "block":
             if s.center:
-                x = x + stages.table_rows(p["k_table"], positions)
-            return stages.rope_start(x, p["start_cos"], p["start_sin"], positions, n)
+                x = x + steps.table_rows(p["k_table"], positions)
+            return steps.rope_start(x, p["start_cos"], p["start_sin"], positions, n)
         if s.center:
-            mean = stages.table_rows(p["k_table"], positions)
-            x = x + stages.rope_start(mean, p["start_cos"], p["start_sin"], positions, n)
+            mean = steps.table_rows(p["k_table"], positions)
+            x = x + steps.rope_start(mean, p["start_cos"], p["start_sin"], positions, n)
         return x
 
     # -- values ------------------------------------------------------------------------------------------------------
@@ -392,15 +395,15 @@ class Codec:
             return v, v.new_empty((*v.shape[:-1], 0), dtype=torch.float16)
         return self.quantize("v", self.transform_values(v, p), p)
 
-    def transform_values(self, v: Tensor, p: Params) -> Tensor:
+    def transform_values(self, v: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
         s, x = self.value, _wide(v)
         if s.center:
-            x = stages.center(x, p["v_mean"])
+            x = steps.center(x, p["v_mean"])
         if s.transform == "klt":
-            x = stages.project(x, p["v_basis"])
+            x = steps.project(x, p["v_basis"])
         elif s.transform == "hadamard" and not s.folded:
-            x = stages.hadamard_heads(x, s.order, s.heads_per_group)
+            x = steps.hadamard_heads(x, s.order, s.heads_per_group)
         return x
 
     def decode_values(self, codes: Tensor, scale: Tensor, p: Params, wide: torch.dtype = torch.float32) -> Tensor:
@@ -410,13 +413,13 @@ class Codec:
             return codes.to(wide)
         return self.restore_values(self.dequantize("v", codes, scale, p).to(wide), p)
 
-    def restore_values(self, x: Tensor, p: Params) -> Tensor:
+    def restore_values(self, x: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """The stages of `transform_values` taken back, last first."""
         s = self.value
         if s.transform == "klt":
-            x = stages.unproject(x, p["v_basis"])
+            x = steps.unproject(x, p["v_basis"])
         elif s.transform == "hadamard" and not s.folded:
-            x = stages.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
+            x = steps.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
         return x + p["v_mean"][:, None, :] if s.center else x
 
 

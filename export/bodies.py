@@ -1,0 +1,465 @@
+"""What each node of domain com.kvsink does, written in standard ONNX operators (opset 18): the body of a model-local function.
+
+A body is specialised to its node: attributes and static sizes are numbers in it. A byte of 1, 2, 4 or 8 bit codes becomes values
+by one look-up in a table of 256 rows; other widths are shifted out of 32-bit words. Thresholds are searched by halving.
+
+Formula    as in `kvsink.kernels`, step for step, so that codes agree up to the order of sums
+Shapes     x [B, H, S, D]; every dimension but H and D is dynamic and may be 0
+Declines   kinds without a body: KeyError names them; `kvsink.export.flavours` says so before anything is exported
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from kvsink.kernels.hadamard import hadamard_matrix
+from kvsink.kernels.levels import lloyd_max, thresholds
+from kvsink.kernels.packing import packed_bytes
+from kvsink.kernels.quantize import segments
+
+__all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZERS_WITH_BODY", "function_proto"]
+
+DOMAIN, OPSET = "com.kvsink", 18
+QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "vector")
+_HALF_MAX, _HALF_TINY, _LOWEST = 65504.0, 6.0e-8, float(np.finfo(np.float32).min)
+
+
+class Body:
+    """Nodes of one function in the making: `b.Add(x, y)` appends a node and returns the name of its output."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self._constants: dict[tuple[Any, ...], str] = {}
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        from onnx import helper
+
+        def call(*inputs: str, outputs: int = 1, **attributes: Any) -> Any:
+            names = [f"t{len(self.nodes)}_{i}" for i in range(outputs)]
+            self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
+            return names[0] if outputs == 1 else names
+
+        return call
+
+    def const(self, value: Any, dtype: Any = np.float32) -> str:
+        """A constant; equal ones are one node."""
+        from onnx import numpy_helper
+
+        array = np.asarray(value, dtype=dtype)
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.Constant(value=numpy_helper.from_array(array))
+        return self._constants[key]
+
+    def ints(self, *values: int) -> str:
+        return self.const(values, np.int64)
+
+    def cast(self, x: str, to: str) -> str:
+        from onnx import TensorProto
+
+        return str(self.Cast(x, to=getattr(TensorProto, to)))
+
+    def half(self, x: str) -> str:
+        """Rounded to float16, saturating."""
+        return self.cast(self.Clip(x, self.const(-_HALF_MAX), self.const(_HALF_MAX)), "FLOAT16")
+
+    def reshape(self, x: str, *shape: int) -> str:
+        return str(self.Reshape(x, self.ints(*shape)))
+
+    def reduce(self, op: str, x: str, axis: int = -1, keep: bool = True) -> str:
+        return str(getattr(self, op)(x, self.ints(axis), keepdims=int(keep)))
+
+    def slice(self, x: str, start: int, stop: int, axis: int) -> str:
+        return str(self.Slice(x, self.ints(start), self.ints(stop), self.ints(axis)))
+
+    def size(self, x: str, axis: int) -> str:
+        """One dimension as int64 [1]."""
+        return str(self.Shape(x, start=axis, end=axis + 1))
+
+    def empty_scale(self, codes: str) -> str:
+        return self.cast(self.slice(codes, 0, 0, 3), "FLOAT16")
+
+
+def _codes(b: Body, x: str, width: int) -> str:
+    """Number of Lloyd-Max thresholds below x, int32."""
+    t = thresholds(width).numpy()
+    if width <= 2:
+        over = [b.cast(b.Greater(x, b.const(v)), "INT32") for v in t]
+        for other in over[1:]:
+            over[0] = b.Add(over[0], other)
+        return over[0]
+    table = b.const(t)
+    half = 1 << (width - 1)
+    code = b.Mul(b.cast(b.Greater(x, b.const(t[half - 1])), "INT32"), b.const(half, np.int32))
+    for bit in range(width - 2, -1, -1):
+        at = b.Gather(table, b.Add(code, b.const((1 << bit) - 1, np.int32)))
+        more = b.cast(b.Greater(x, at), "INT32")
+        code = b.Add(code, b.Mul(more, b.const(1 << bit, np.int32)) if bit else more)
+    return str(code)
+
+
+def _pack(b: Body, codes: str, width: int, count: int) -> str:
+    """Codes of `width` bits (any number type, [.., count]) → bytes, as `kvsink.kernels.packing.pack_bits`."""
+    if width == 8:
+        return b.cast(codes, "UINT8")
+    if 8 % width == 0:
+        per = 8 // width
+        fields = b.reshape(b.cast(codes, "FLOAT"), 0, 0, 0, count // per, per)
+        return b.cast(b.MatMul(fields, b.const([1 << (i * width) for i in range(per)])), "UINT8")
+    return _pack_any(b, b.cast(codes, "INT64"), width, count)
+
+
+def _pack_any(b: Body, codes: str, width: int, count: int) -> str:
+    """Codes int64 of 1 to 12 bits in any count, as `kvsink.kernels.packing.pack_codes`."""
+    if width == 8:
+        return b.cast(codes, "UINT8")
+    size = packed_bytes(count, width)
+    bits = b.Mod(b.Div(b.Unsqueeze(codes, b.ints(-1)), b.ints(*(1 << i for i in range(width)))), b.ints(2))
+    bits = b.reshape(bits, 0, 0, 0, count * width)
+    if rest := 8 * size - count * width:
+        bits = b.Pad(bits, b.ints(0, 0, 0, 0, 0, 0, 0, rest))
+    word = b.Mul(b.reshape(bits, 0, 0, 0, size, 8), b.ints(*(1 << i for i in range(8))))
+    return b.cast(b.reduce("ReduceSum", word, keep=False), "UINT8")
+
+
+def _unpack(b: Body, packed: str, width: int, count: int) -> str:
+    """Bytes → codes [.., count] as int32, any width from 1 to 12."""
+    if width == 8:
+        return b.cast(packed, "INT32")
+    last = packed_bytes(count, width) - 1
+    bit = np.arange(count) * width
+    words = b.cast(packed, "UINT32")
+    word = b.Gather(words, b.ints(*(bit // 8)), axis=3)
+    for byte in range(1, -(-(width + 7) // 8)):
+        more = b.Gather(words, b.ints(*np.minimum(bit // 8 + byte, last)), axis=3)
+        word = b.BitwiseOr(word, b.BitShift(more, b.const(8 * byte, np.uint32), direction="LEFT"))
+    word = b.BitShift(word, b.const(bit % 8, np.uint32), direction="RIGHT")
+    return b.cast(b.BitwiseAnd(word, b.const((1 << width) - 1, np.uint32)), "INT32")
+
+
+def _look_up(b: Body, packed: str, width: int, count: int, table: Any) -> str:
+    """Bytes → table[code] float32 [.., count]."""
+    if 8 % width:
+        return str(b.Gather(b.const(table), _unpack(b, packed, width, count)))
+    per = 8 // width
+    byte = np.arange(256)[:, None] >> (width * np.arange(per)) & ((1 << width) - 1)
+    rows = b.Gather(b.const(np.asarray(table)[byte]), b.cast(packed, "INT32"))  # [.., bytes, per]
+    return b.reshape(rows, 0, 0, 0, count)
+
+
+# -- quantizers: (body, attributes, inputs) -> outputs -------------------------------------------------------------------
+
+
+def _quantize_uniform(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
+    width, size, clip = a["widths"][0], a["group_size"], a["clip"]
+    dim, top = 8 * len(a["widths"]), float(2**width - 1)
+    groups = b.reshape(x, 0, 0, 0, dim // size, size)
+    hi, lo = b.reduce("ReduceMax", groups), b.reduce("ReduceMin", groups)
+    if clip != 1:
+        hi, lo = b.Mul(hi, b.const(clip)), b.Mul(lo, b.const(clip))
+    s = b.half(b.Div(b.Sub(hi, lo), b.const(top)))
+    step = b.cast(s, "FLOAT")
+    if a["kind"] == "uniform-int":
+        step = b.Where(b.Greater(step, b.const(0)), step, b.const(1))
+        base = b.half(b.Round(b.Div(b.Neg(lo), step)))
+        codes = b.Add(b.Round(b.Div(groups, step)), b.cast(base, "FLOAT"))
+        s = b.half(step)
+    else:
+        base = b.half(lo)
+        codes = b.Round(b.Div(b.Sub(groups, b.cast(base, "FLOAT")), b.Max(step, b.const(_HALF_TINY))))
+    codes = b.reshape(b.Clip(codes, b.const(0), b.const(top)), 0, 0, 0, dim)
+    scale = b.reshape(b.Concat(s, base, axis=-1), 0, 0, 0, 2 * dim // size)
+    return _pack(b, codes, width, dim), scale
+
+
+def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
+    width, size, dim = a["widths"][0], a["group_size"], 8 * len(a["widths"])
+    groups = b.reshape(x, 0, 0, 0, dim // size, size)
+    m = b.half(b.reduce("ReduceMean", groups))
+    centred = b.Sub(groups, b.cast(m, "FLOAT"))
+    d = b.half(b.Sqrt(b.reduce("ReduceMean", b.Mul(centred, centred))))
+    codes = _codes(b, b.Div(centred, b.Max(b.cast(d, "FLOAT"), b.const(_HALF_TINY))), width)
+    scale = b.reshape(b.Concat(d, m, axis=-1), 0, 0, 0, 2 * dim // size)
+    return _pack(b, b.reshape(codes, 0, 0, 0, dim), width, dim), scale
+
+
+def _quantize_lloyd(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, str]:
+    parts = segments(a["widths"])
+    deviation = b.Max(b.Unsqueeze(sigma, b.ints(1)), b.const(_HALF_TINY))
+    y = b.Div(x, deviation)
+    whole = len(parts) == 1 and parts[0][1] == 8 * len(a["widths"])
+
+    def cut(t: str, start: int, stop: int) -> str:
+        return t if whole else b.slice(t, start, stop, -1)
+
+    def encode(rows: str) -> list[str]:
+        return [_codes(b, cut(rows, s, e), w) for s, e, _, w in parts]
+
+    def fit(codes: list[str]) -> str:
+        dot, square = "", ""
+        for (s, e, _, w), code in zip(parts, codes, strict=True):
+            level = b.Mul(b.Gather(b.const(lloyd_max(w).numpy()), code), cut(deviation, s, e))
+            one = b.reduce("ReduceSum", b.Mul(cut(x, s, e), level))
+            two = b.reduce("ReduceSum", b.Mul(level, level))
+            dot, square = (b.Add(dot, one), b.Add(square, two)) if dot else (one, two)
+        return b.half(b.Div(dot, b.Max(square, b.const(1e-30))))
+
+    if a["gain"]:
+        rms = b.Max(b.Sqrt(b.reduce("ReduceMean", b.Mul(y, y))), b.const(_HALF_TINY))
+        first = b.Max(b.cast(fit(encode(b.Div(y, rms))), "FLOAT"), b.const(_HALF_TINY))
+        codes = encode(b.Div(y, first))
+        scale = fit(codes)
+    else:
+        codes, scale = encode(y), ""
+    packed = [_pack(b, c, w, e - s) for c, (s, e, _, w) in zip(codes, parts, strict=True)]
+    out = packed[0] if len(packed) == 1 else b.Concat(*packed, axis=-1)
+    return out, scale or b.empty_scale(out)
+
+
+def _vector_rows(b: Body, a: Mapping[str, Any], codes: str, book: str) -> str:
+    heads, groups, size, c = a["book"]
+    first = b.const((np.arange(heads * groups) * size).reshape(heads, 1, groups), np.int64)
+    rows = b.Gather(b.reshape(book, -1, c), b.Add(codes, first))
+    return b.reshape(rows, 0, 0, 0, groups * c)
+
+
+def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[str, str]:
+    _, groups, _, c = a["book"]
+    half = b.Mul(b.reduce("ReduceSum", b.Mul(book, book)), b.const(-0.5))
+    half = b.Transpose(half, perm=[0, 1, 3, 2])  # [H, G, 1, K]
+    turned = b.Transpose(book, perm=[0, 1, 3, 2])
+
+    def nearest(rows: str) -> str:
+        rows = b.Transpose(b.reshape(rows, 0, 0, 0, groups, c), perm=[0, 1, 3, 2, 4])  # [B, H, G, S, c]
+        best = b.ArgMax(b.Add(b.MatMul(rows, turned), half), axis=-1, keepdims=0)
+        return str(b.Transpose(best, perm=[0, 1, 3, 2]))
+
+    def fit(codes: str) -> str:
+        y = _vector_rows(b, a, codes, book)
+        dot, square = b.reduce("ReduceSum", b.Mul(x, y)), b.reduce("ReduceSum", b.Mul(y, y))
+        g = b.Clip(b.Div(dot, b.Max(square, b.const(1e-30))), b.const(0), b.const(_HALF_MAX))
+        return b.cast(g, "FLOAT16")
+
+    if not a["gain"]:
+        out = _pack_any(b, nearest(x), a["code_bits"], groups)
+        return out, b.empty_scale(out)
+    rms = b.Max(b.Sqrt(b.reduce("ReduceMean", b.Mul(x, x))), b.const(_HALF_TINY))
+    first = b.Max(b.cast(fit(nearest(b.Div(x, rms))), "FLOAT"), b.const(_HALF_TINY))
+    codes = nearest(b.Div(x, first))
+    return _pack_any(b, codes, a["code_bits"], groups), fit(codes)
+
+
+_QUANTIZE: dict[str, Callable[..., tuple[str, str]]] = {
+    "uniform": _quantize_uniform, "uniform-int": _quantize_uniform, "gauss": _quantize_gauss, "lloyd": _quantize_lloyd,
+    "vector": _quantize_vector,
+}  # fmt: skip
+
+
+def _quantize(b: Body, a: Mapping[str, Any], *inputs: str) -> tuple[str, ...]:
+    return _QUANTIZE[a["kind"]](b, a, *inputs)
+
+
+def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", table: str = "") -> tuple[str, ...]:
+    kind = a["kind"]
+    if kind == "vector":
+        _, groups, _, _ = a["book"]
+        index = b.cast(_unpack(b, codes, a["code_bits"], groups), "INT64")
+        out = _vector_rows(b, a, index, table)
+        return (b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out,)
+    widths, dim = a["widths"], 8 * len(a["widths"])
+    if kind == "lloyd":
+        parts, at, rows = segments(widths), 0, []
+        for start, end, byte, w in [*parts, (dim, dim, 0, 0)]:
+            if start > at:  # channels of 0 bits
+                shape = b.Concat(b.Shape(codes, start=0, end=3), b.ints(start - at), axis=0)
+                rows.append(b.Expand(b.const(0), shape))
+            if end > start:
+                packed = codes if len(parts) == 1 else b.slice(codes, byte, byte + (end - start) * w // 8, 3)
+                rows.append(_look_up(b, packed, w, end - start, lloyd_max(w).numpy()))
+            at = end
+        out = rows[0] if len(rows) == 1 else b.Concat(*rows, axis=-1)
+        out = b.Mul(out, b.Unsqueeze(table, b.ints(1)))
+        return (b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out,)
+    size, width = a["group_size"], widths[0]
+    levels = lloyd_max(width).numpy() if kind == "gauss" else np.arange(2**width)
+    values = b.reshape(_look_up(b, codes, width, dim, levels), 0, 0, 0, dim // size, size)
+    pairs = b.reshape(b.cast(scale, "FLOAT"), 0, 0, 0, dim // size, 2)
+    step, base = b.slice(pairs, 0, 1, -1), b.slice(pairs, 1, 2, -1)
+    out = b.Mul(b.Sub(values, base), step) if kind == "uniform-int" else b.Add(b.Mul(values, step), base)
+    return (b.reshape(out, 0, 0, 0, dim),)
+
+
+# -- rotations, sinks, attention -----------------------------------------------------------------------------------------
+
+
+def _hadamard(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, ...]:
+    order, runs = a["order"], a["channels"] // a["order"]
+    h = hadamard_matrix(order).numpy().astype(np.float32)
+    matrix = b.const(h.T if a["inverse"] else h)
+    if runs == 1:
+        return (b.MatMul(x, matrix),)
+    lead = (0,) * (a["rank"] - 1)
+    return (b.reshape(b.MatMul(b.reshape(x, *lead, runs, order), matrix), *lead, runs * order),)
+
+
+def _rope(b: Body, x: str, cos: str, sin: str, rotary: int, dim: int) -> str:
+    """`kvsink.kernels.rope`; cos and sin [.., S, R] stand beside x [.., S, D]."""
+    half = rotary // 2
+    one, two = b.slice(x, 0, half, -1), b.slice(x, half, rotary, -1)
+    c1, s1 = b.slice(cos, 0, half, -1), b.slice(sin, 0, half, -1)
+    c2, s2 = b.slice(cos, half, rotary, -1), b.slice(sin, half, rotary, -1)
+    parts = [b.Sub(b.Mul(one, c1), b.Mul(two, s1)), b.Add(b.Mul(two, c2), b.Mul(one, s2))]
+    if rotary < dim:
+        parts.append(b.slice(x, rotary, dim, -1))
+    return str(b.Concat(*parts, axis=-1))
+
+
+def _rotate_block(b: Body, a: Mapping[str, Any], x: str, cos: str, sin: str, positions: str) -> tuple[str, ...]:
+    positions, block = b.cast(positions, "INT64"), b.ints(a["block"])
+    if a["start"]:
+        at = b.Min(b.Div(b.Max(positions, b.ints(0)), block), b.ints(a["rows"] - 1))
+    else:
+        at = b.Mod(positions, block)
+    cos, sin = (b.Unsqueeze(b.Gather(t, at, axis=0), b.ints(1)) for t in (cos, sin))
+    return (_rope(b, x, cos, sin, a["rotary"], a["head_dim"]),)
+
+
+def _undo_rope(b: Body, a: Mapping[str, Any], x: str, cos: str, sin: str) -> tuple[str, ...]:
+    norm = b.Max(b.Add(b.Mul(cos, cos), b.Mul(sin, sin)), b.const(1e-12))
+    cos, sin = (b.Unsqueeze(t, b.ints(1)) for t in (b.Div(cos, norm), b.Neg(b.Div(sin, norm))))
+    return (_rope(b, x, cos, sin, a["rotary"], a["head_dim"]),)
+
+
+def _mean_rows(b: Body, a: Mapping[str, Any], table: str, positions: str) -> tuple[str, ...]:
+    at = b.Mod(b.cast(positions, "INT64"), b.ints(a["block"]))
+    return (b.Transpose(b.Gather(table, at, axis=1), perm=[1, 0, 2, 3]),)
+
+
+def _center_roped(b: Body, a: Mapping[str, Any], x: str, mean: str, cos: str, sin: str) -> tuple[str, ...]:
+    dim, rotary = a["head_dim"], a["rotary"]
+    cos, sin = (b.Unsqueeze(t, b.ints(1)) for t in (cos, sin))
+    mean = b.Unsqueeze(mean, b.ints(1))  # [H, 1, D]
+    turned = _rope(b, mean, cos, sin, rotary, rotary)
+    if rotary == dim:
+        return (b.Sub(x, turned),)
+    rest = b.Sub(b.slice(x, rotary, dim, -1), b.slice(mean, rotary, dim, -1))
+    return (b.Concat(b.Sub(b.slice(x, 0, rotary, -1), turned), rest, axis=-1),)
+
+
+def _reorder(b: Body, a: Mapping[str, Any], x: str, permutation: str) -> tuple[str, ...]:
+    heads, dim = a["heads"], a["head_dim"]
+    flat = b.reshape(b.Transpose(x, perm=[0, 2, 1, 3]), 0, 0, heads * dim)
+    moved = b.Gather(flat, permutation, axis=2)
+    return (b.Transpose(b.reshape(moved, 0, 0, heads, dim), perm=[0, 2, 1, 3]),)
+
+
+def _top(b: Body, score: str, count: int) -> tuple[str, str]:
+    k = b.Min(b.ints(count), b.size(score, 1))
+    best, index = b.TopK(score, k, axis=1, outputs=2)
+    return best, index
+
+
+def _select_sinks(b: Body, a: Mapping[str, Any], hidden: str, valid: str, channels: str, weights: str) -> tuple[str, ...]:
+    lowest = b.const(-np.inf)
+    if not a["entries"]:
+        size = b.Mul(b.Abs(b.cast(b.Gather(hidden, channels, axis=2), "FLOAT")), weights)
+        return _top(b, b.Where(valid, b.reduce("ReduceMax", size, keep=False), lowest), a["count"])
+    size = b.Where(b.Unsqueeze(valid, b.ints(-1)), b.Abs(b.cast(hidden, "FLOAT")), lowest)
+    best, flat = _top(b, b.reshape(size, 0, -1), a["count"])
+    return best, b.Div(flat, b.size(hidden, 2))
+
+
+def _select_first(b: Body, a: Mapping[str, Any], positions: str, valid: str) -> tuple[str, ...]:
+    below = b.And(b.GreaterOrEqual(positions, b.ints(0)), b.Less(positions, b.ints(a["count"])))
+    score = b.Sub(b.const(1), b.Mul(b.cast(positions, "FLOAT"), b.const(1e-6)))
+    score = b.Where(b.And(below, valid), b.Mul(score, b.const(1e30)), b.const(-np.inf))
+    return _top(b, score, a["count"])
+
+
+def _preserve_sinks(
+    b: Body, a: Mapping[str, Any], slot: str, score: str, exact_k: str, exact_v: str, k: str, v: str, past_positions: str,
+    *candidates: str,
+) -> tuple[str, ...]:  # fmt: skip
+    first = b.size(past_positions, 1)
+    slot = b.cast(slot, "INT64")
+    held = b.Where(b.Less(slot, b.ints(-1)), b.Sub(b.Neg(slot), b.ints(2)), slot)  # a place marked as a repeat
+    out: dict[str, list[str]] = {"slot": [], "score": [], "k": [], "v": []}
+    at = 0
+    for i, capacity in enumerate(a["segments"]):
+        new_score, new_index = candidates[2 * i], candidates[2 * i + 1]
+        every_score = b.Concat(b.slice(score, at, at + capacity, 1), new_score, axis=1)
+        every_slot = b.Concat(b.slice(held, at, at + capacity, 1), b.Add(new_index, first), axis=1)
+        best, order = b.TopK(every_score, b.ints(capacity), axis=1, outputs=2)
+        chosen = b.GatherElements(every_slot, order, axis=1)
+        out["slot"].append(b.Where(b.Equal(best, b.const(-np.inf)), b.ints(-1), chosen))
+        out["score"].append(best)
+        places = b.Expand(b.ints(*range(capacity)), b.Concat(b.size(score, 0), b.ints(capacity), axis=0))
+        row = b.GatherElements(b.Concat(places, b.Add(new_index, b.ints(capacity)), axis=1), order, axis=1)
+        row = b.Unsqueeze(row, b.ints(1, 3))  # [B, 1, capacity, 1]
+        for name, stored, new in (("k", exact_k, k), ("v", exact_v, v)):
+            pool = b.Concat(b.slice(stored, at, at + capacity, 2), new, axis=2)
+            shape = b.Concat(b.Shape(new, start=0, end=2), b.ints(capacity), b.size(new, 3), axis=0)
+            out[name].append(b.GatherElements(pool, b.Expand(row, shape), axis=2))
+        at += capacity
+    joined = {name: parts[0] if len(parts) == 1 else b.Concat(*parts, axis=2 if name in "kv" else 1) for name, parts in out.items()}
+    merged = joined["slot"]
+    same = b.Equal(b.Unsqueeze(merged, b.ints(2)), b.Unsqueeze(merged, b.ints(1)))
+    earlier = b.const(np.tril(np.ones((at, at), dtype=bool), -1), np.bool_)
+    twice = b.Greater(b.reduce("ReduceSum", b.cast(b.And(same, earlier), "INT32"), keep=False), b.const(0, np.int32))
+    repeat = b.And(twice, b.GreaterOrEqual(merged, b.ints(0)))
+    merged = b.Where(repeat, b.Sub(b.Neg(merged), b.ints(2)), merged)
+    return b.cast(merged, "INT32"), joined["score"], joined["k"], joined["v"]
+
+
+def _restore_sinks(b: Body, a: Mapping[str, Any], past: str, new: str, rows: str, slot: str) -> tuple[str, ...]:
+    length = b.size(past, 2)
+    slot = b.cast(slot, "INT64")
+    old = b.And(b.GreaterOrEqual(slot, b.ints(0)), b.Less(slot, length))
+    index = b.Expand(b.Unsqueeze(b.Where(old, slot, length), b.ints(1, 3)), b.Shape(rows))
+    rows = b.Where(b.Unsqueeze(old, b.ints(1, 3)), rows, b.slice(new, 0, 1, 2))
+    return (b.ScatterElements(b.Concat(past, new, axis=2), index, rows, axis=2),)
+
+
+def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) -> tuple[str, ...]:
+    heads, kv_heads, dim, value_dim = a["heads"], a["kv_heads"], a["head_dim"], a["value_dim"]
+    q = b.Mul(q, b.const(a["scale"]))
+    grouped = heads != kv_heads
+    rows = b.reshape(q, 0, kv_heads, -1, dim) if grouped else q
+    scores = b.MatMul(rows, b.Transpose(k, perm=[0, 1, 3, 2]))
+    if grouped:
+        scores = b.Reshape(scores, b.Concat(b.Shape(q, start=0, end=3), b.size(k, 2), axis=0))
+    if a["mask"] == "bool":
+        scores = b.Where(mask, scores, b.const(_LOWEST))
+    else:
+        scores = b.Add(scores, mask)
+    share = b.Softmax(scores, axis=-1)
+    if not grouped:
+        return (b.MatMul(share, v),)
+    group = b.Reshape(share, b.Concat(b.size(q, 0), b.ints(kv_heads), b.ints(-1), b.size(k, 2), axis=0))
+    out = b.MatMul(group, v)
+    return (b.Reshape(out, b.Concat(b.Shape(q, start=0, end=3), b.ints(value_dim), axis=0)),)
+
+
+BODIES: dict[str, Callable[..., tuple[str, ...]]] = {
+    "Attend": _attend, "CenterRoped": _center_roped, "ChannelReorder": _reorder, "DequantizeKV": _dequantize,
+    "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks, "QuantizeKV": _quantize,
+    "RestoreSinks": _restore_sinks, "RotateBlock": _rotate_block, "SelectFirst": _select_first, "SelectSinks": _select_sinks,
+    "UndoRope": _undo_rope,
+}  # fmt: skip
+
+
+def function_proto(op: str, overload: str, attributes: Mapping[str, Any], inputs: tuple[bool, ...], opset: int) -> Any:
+    """The FunctionProto of one kind of node; `inputs` says which of its inputs are given."""
+    from onnx import helper
+
+    b = Body()
+    names = [f"in_{i}" for i in range(len(inputs))]
+    results = BODIES[op](b, attributes, *(n if given else "" for n, given in zip(names, inputs, strict=True)))
+    proto = helper.make_function(
+        DOMAIN, op, names, list(results), b.nodes, [helper.make_opsetid("", opset)], attributes=sorted(attributes)
+    )
+    proto.overload = overload
+    return proto

@@ -1,0 +1,115 @@
+"""Proof that an exported model is the torch model: checked, shape-inferred, and run beside it in onnxruntime.
+
+Every step gives both the state of the torch cache, so that what is compared is one step: a prefill into an empty cache, a chunk,
+single tokens; two rows, one of them padded on the left.
+
+Formula    logits: |difference| <= 1e-4 · max(1, max |logits| / 10); bytes of new codes: equal, but for at most one in a thousand
+           where float rounding sits on a threshold; scales: within one step of float16; exact rows: the same sorted scores,
+           of which equal ones may belong to other rows (equal tokens have equal scores)
+Raises     ExportError naming the first tensor that differs, and by how much
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.export.errors import ExportError
+from kvsink.export.past import FIXED, STATE_OF, past_names
+from kvsink.export.runner import OnnxGenerator
+
+__all__ = ["TIES", "check_file", "check_run"]
+
+TIES = 1e-3
+_STEPS = (17, 9, 1, 1, 1)
+_PADDING = 3
+
+
+def check_file(path: Path) -> None:
+    """onnx.checker with full shape inference."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # checker and inference raise kinds of their own
+        first = str(error).strip().splitlines()[0][:200]
+        raise ExportError(f"the exported graph does not pass onnx.checker ({first}); please report the model") from error
+
+
+def check_run(path: Path, model: Any, ids: Tensor) -> dict[str, Any]:
+    """Run the graph at `path` beside `model` on ids [2, at least 29]; returns what was compared."""
+    runner = OnnxGenerator(path)
+    cache = KVSinkCache.for_model(model, batch_size=2)
+    mask = torch.ones_like(ids)
+    mask[1, :_PADDING] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    past = runner.empty(2)
+    at, worst, counted, ties = 0, 0.0, 0, 0
+    for step in _STEPS:
+        new, upto = slice(at, at + step), at + step
+        with torch.no_grad():
+            wanted = model(
+                input_ids=ids[:, new], attention_mask=mask[:, :upto], position_ids=positions[:, new], past_key_values=cache,
+                use_cache=True,
+            ).logits  # fmt: skip
+        new_ids, seen_mask, new_positions = (t.numpy() for t in (ids[:, new], mask[:, :upto], positions[:, new]))
+        logits, present = runner.step(new_ids, seen_mask, new_positions, past)
+        seen = mask[:, new].bool().numpy()
+        off = float(np.abs(logits - wanted.numpy())[seen].max())
+        limit = 1e-4 * max(1.0, float(wanted.abs().max()) / 10)
+        if not off <= limit:
+            raise ExportError(
+                f"logits of the exported graph differ by {off:.2g} at tokens {at} to {upto - 1}, more than {limit:.2g}; "
+                "nothing was written, please report the model"
+            )
+        worst = max(worst, off)
+        held = _state(cache, {name: value.numpy() for name, value in present.items()}, upto)
+        for name, there in held.items():
+            here = present[name].numpy()
+            different, size = _compare(name, here, there, seen, at)
+            counted, ties = counted + size, ties + different
+        past = {name: runner.value(array) for name, array in held.items()}
+        at = upto
+    if ties > TIES * max(counted, 1000):
+        raise ExportError(
+            f"{ties} of {counted} packed bytes of the exported graph differ from the torch cache; nothing was written, please "
+            "report the model"
+        )
+    return {"tokens": int(mask[:, :at].sum()), "largest_logit_difference": worst, "packed_bytes": counted, "different_bytes": ties}
+
+
+def _state(cache: KVSinkCache, present: dict[str, Any], length: int) -> dict[str, Any]:
+    """The torch cache by graph name; layers left alone have a window of their own there and keep what the graph says."""
+    assert cache.shared.positions is not None
+    out = dict(present)
+    out["positions"] = cache.shared.positions[:, :length].numpy().copy()  # the cache goes on writing in place
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, KVSinkLayer):
+            for name in past_names(layer.codec):
+                tensor = getattr(layer, STATE_OF[name])
+                out[f"{i}.{name}"] = (tensor if name in FIXED else tensor[:, :, :length]).numpy().copy()
+    return out
+
+
+def _compare(name: str, here: Any, there: Any, seen: Any, at: int) -> tuple[int, int]:
+    """(different bytes, bytes) of codes; raises for tensors that must be equal or near."""
+    if here.shape != there.shape or here.dtype != there.dtype:
+        raise ExportError(f"present.{name} is {here.dtype} {list(here.shape)}, not {there.dtype} {list(there.shape)}")
+    kind = name.rpartition(".")[2]
+    if kind == "exact_score":
+        if not np.allclose(here, there, rtol=1e-4, atol=1e-6):
+            raise ExportError(f"present.{name} is {here.tolist()}, the torch cache has {there.tolist()}")
+    elif kind not in FIXED and kind != "positions":
+        one, two = (np.moveaxis(t[:, :, at:], 1, 2)[seen] for t in (here, there))  # [tokens, H, width]
+        if one.dtype == np.uint8:
+            return int((one != two).sum()), one.size
+        step = 2.0**-10 if one.dtype == np.float16 else 1e-4
+        off = np.abs(one.astype(np.float64) - two)
+        if off.size and (off > step * np.maximum(np.abs(two), np.abs(two).max() / 64)).any():
+            raise ExportError(f"present.{name} differs by {off.max():.2g} from the torch cache")
+    return 0, 0

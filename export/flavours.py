@@ -1,0 +1,104 @@
+"""What can leave as ONNX, and the reason where it cannot: per codec, per model, and as a table over all methods.
+
+functions  nodes of com.kvsink, each with a body in standard operators: stock onnxruntime runs it
+custom     the same nodes without bodies, for a runtime that brings kernels for them
+Declines   codecs whose rows are coded together, or whose state the graph does not carry; see `codec_refusal`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvsink.codecs import Codec
+from kvsink.errors import KvsinkError
+from kvsink.export.bodies import QUANTIZERS_WITH_BODY
+from kvsink.export.errors import ExportError
+from kvsink.methods import get_method, methods
+from kvsink.protect import Segment, anchors_for_layer, parse_policies
+from kvsink.runtime import Runtime, visual_tokens
+
+__all__ = ["FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "method_refusal", "model_refusal"]
+
+FLAVOURS = ("functions", "custom")
+_HEADS, _DIM = 8, 64  # of the model that the table imagines
+
+
+def codec_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
+    """Why a layer's codec cannot be written as a graph, or an empty string."""
+    for name, side in (("keys", codec.key), ("values", codec.value)):
+        if not side.packed:
+            continue
+        if side.by_token_block:
+            return f"{name} are coded by blocks of {side.group_tokens} tokens, whose unfinished part the graph does not carry"
+        if side.outliers:
+            return f"{name} keep outliers in records that compete while the cache grows"
+        if side.kind == "modal":
+            return f"visual rows of {name} are coded otherwise than text, and the graph sees no images"
+        if side.kind not in QUANTIZERS_WITH_BODY:
+            return f"quantizer {side.kind} of {name} has no body in ONNX operators"
+    if codec.anchors is not None:
+        return "anchors are chosen by the attention they receive, which is observed outside the graph"
+    if codec.ring:
+        return f"a window of {codec.ring} exact recent rows is not part of the graph; use --window 0"
+    for segment in segments:
+        if segment.source.startswith(("random", "pivots")):
+            return f"protection {segment.source.partition(':')[0]} has no node; use first, kvsink or massive"
+    return ""
+
+
+def model_refusal(model: Any, anywhere: bool = False) -> str:
+    """Why a model cannot be written as a graph, whatever its codec, or an empty string; `anywhere`: not yet where it must be."""
+    config = model.config.get_text_config(decoder=True)
+    if visual_tokens(model.config):
+        return "it takes images, and the graph has no input for them; export its language model"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "it caps its attention logits, which the Attend node does not"
+    if any(hasattr(module, "sinks") for module in model.modules()):
+        return "its attention has learned sink logits, which the Attend node does not"
+    weight = next(model.parameters())
+    if not anywhere and (str(weight.dtype) != "torch.float32" or weight.device.type != "cpu"):
+        return f"its weights are {weight.dtype} on {weight.device}; load it in float32 on the CPU"
+    return ""
+
+
+def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False) -> None:
+    """Raise ExportError naming the first layer, or the property of the model, that cannot leave."""
+    if reason := model_refusal(model, anywhere):
+        raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {reason}")
+    for i, plan in enumerate(runtime.plans):
+        if plan.codec is not None and (reason := codec_refusal(plan.codec, plan.segments)):
+            raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX: {reason}")
+
+
+def explain_flavours(model: Any, runtime: Runtime) -> str:
+    """What of a rewritten model leaves as ONNX: one line, or one for every reason against it."""
+    reasons = {f"the model: {reason}": 1 for reason in [model_refusal(model)] if reason}
+    for plan in runtime.plans:
+        if plan.codec is not None and (reason := codec_refusal(plan.codec, plan.segments)):
+            reasons[reason] = reasons.get(reason, 0) + 1
+    if not reasons:
+        return f"onnx: leaves as {', '.join(FLAVOURS)}"
+    return "\n".join(f"onnx: no flavour, {count} times: {reason}" for reason, count in reasons.items())
+
+
+def method_refusal(name: str) -> str:
+    """Why a method with its own defaults cannot leave, or an empty string."""
+    m = get_method(name)
+    key, value = (m.side(which, bits).resolved(_HEADS, _DIM) for which, bits in (("key", m.key_bits), ("value", m.value_bits)))
+    policies = parse_policies(m.protect)
+    segments = tuple(Segment(p.kind, p.count) for p in policies if p.anchors is None)
+    return codec_refusal(Codec(key, value, window=m.window, anchors=anchors_for_layer(policies)), segments)
+
+
+def flavour_table() -> str:
+    """Markdown: every method with its defaults, and which flavours it leaves in."""
+    lines = ["| method | functions | custom | why not |", "|---|---|---|---|"]
+    for name in methods():
+        try:
+            reason = method_refusal(name)
+        except KvsinkError as error:  # a method that no head of 64 channels can carry
+            reason = str(error)
+        mark = "no" if reason else "yes"
+        lines.append(f"| `{name}` | {mark} | {mark} | {reason} |")
+    return "\n".join(lines)

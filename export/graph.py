@@ -1,0 +1,253 @@
+"""A rewritten model as an ONNX graph: traced with its packed past as inputs and outputs, its ops as nodes of com.kvsink.
+
+Route      `ExportedModel` → torch.export → torch.onnx.export with a translation table that records one opaque node per op →
+           function bodies appended (`append_functions`) or not
+Names      input_ids, attention_mask, position_ids, past_key_values.N.…, logits, present.N.…
+Raises     ExportError when torch cannot trace or translate the model, naming the first reason
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvsink.codecs import Codec
+from kvsink.export.bodies import DOMAIN, function_proto
+from kvsink.export.errors import ExportError
+from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
+
+__all__ = ["append_functions", "build_graph"]
+
+PAST, PRESENT = "past_key_values", "present"
+_BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them stay dynamic
+
+
+def build_graph(model: nn.Module, opset: int, tokens: int) -> Any:
+    """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies."""
+    table = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
+    log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
+    level = log.level
+    with _exporting(model), torch.no_grad(), warnings.catch_warnings():
+        log.setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        wrapper = ExportedModel(model, tokens).eval()
+        inputs = _example(wrapper)
+        try:
+            program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=_shapes(inputs), strict=False)
+            made = torch.onnx.export(
+                program, (), dynamo=True, opset_version=opset, custom_translation_table=table, verbose=False, optimize=True
+            )
+        except Exception as error:  # torch has many kinds, none of them ours
+            raise ExportError(
+                f"{type(model).__name__} cannot be exported: {_reason(error)}. Its PyTorch folder works; leave --onnx out"
+            ) from error
+        finally:
+            log.setLevel(level)
+    assert made is not None
+    _name(made.model, list(inputs["past"]))
+    _forget(made.model)
+    made.model.graph.opset_imports[DOMAIN] = 1
+    made.model.ir_version = max(10, made.model.ir_version)  # the first that tells functions apart by overload
+    return made.model
+
+
+@contextmanager
+def _exporting(model: nn.Module) -> Iterator[None]:
+    """The attention function of exported graphs, and experts by plain batched products, for the time of a `with` block."""
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    names = {"_attn_implementation": ATTENTION, "_experts_implementation": "batched_mm"}
+    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    try:
+        for name in before:
+            setattr(config, name, names[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _example(wrapper: ExportedModel) -> dict[str, Any]:
+    ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64),
+        "position_ids": torch.arange(_PAST, _PAST + _LENGTH).expand(_BATCH, -1).contiguous(),
+        "past": empty_past(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype),
+    }
+
+
+def _shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    axis = torch.export.Dim.DYNAMIC
+    shapes: dict[str, Any] = {name: {0: axis, 1: axis} for name in ("input_ids", "attention_mask", "position_ids")}
+    shapes["past"] = {name: dict.fromkeys(_dynamic(name), axis) for name in inputs["past"]}
+    return shapes
+
+
+def _dynamic(name: str) -> tuple[int, ...]:
+    """Dynamic axes of one tensor of the past."""
+    if name == "positions":
+        return (0, 1)
+    return (0,) if name.rpartition(".")[2] in FIXED else (0, 2)
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {first.strip()[:200]}"
+
+
+# -- nodes -----------------------------------------------------------------------------------------------------------------
+
+
+def _emit(op: str, describe: Callable[..., tuple[list[Any], dict[str, Any], int]]) -> Callable[..., Any]:
+    """A translator that records one node of com.kvsink; `describe` says its inputs, attributes and count of outputs."""
+
+    def translate(*args: Any) -> Any:
+        import onnx_ir as ir
+        import onnxscript
+
+        inputs, attributes, outputs = describe(*args)
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        recorder: Any = onnxscript.evaluator.default()
+        attrs = ir.convenience.convert_attributes(attributes)
+        node = ir.Node(DOMAIN, op, inputs, attrs, num_outputs=outputs, version=1)
+        recorder.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else node.outputs
+
+    return translate
+
+
+def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, Any], int]]]]:
+    ours, theirs = torch.ops.kvsink_export, torch.ops.kvsink
+
+    def quantize(x: Any, sigma: Any, kind: str, widths: Any, group_size: int, clip: float, gain: bool) -> Any:
+        return [x, sigma], _scalar(kind, widths, group_size, gain) | {"clip": float(clip)}, 2
+
+    def dequantize(codes: Any, scale: Any, sigma: Any, kind: str, widths: Any, group_size: int, gain: bool) -> Any:
+        scaled = scale if kind != "lloyd" or gain else None
+        return [codes, scaled, sigma], _scalar(kind, widths, group_size, gain), 1
+
+    def encode(x: Any, params: Any, codec: str, side: str) -> Any:
+        return [x, *params], _tabled(codec, side, params), 2
+
+    def decode(codes: Any, scale: Any, params: Any, codec: str, side: str) -> Any:
+        attributes = _tabled(codec, side, params)
+        return [codes, scale if attributes["gain"] else None, *params], attributes, 1
+
+    def rotate(x: Any, order: int, inverse: bool = False) -> Any:
+        return [x], {"order": order, "inverse": int(inverse), "channels": x.shape[-1], "rank": len(x.shape)}, 1
+
+    def reorder(x: Any, permutation: Any) -> Any:
+        return [x, permutation], {"heads": x.shape[1], "head_dim": x.shape[3]}, 1
+
+    def select(hidden: Any, valid: Any, channels: Any, weights: Any, count: int, entries: bool) -> Any:
+        return [hidden, valid, channels, weights], {"count": count, "entries": int(entries)}, 2
+
+    def preserve(slot: Any, score: Any, k: Any, v: Any, new_k: Any, new_v: Any, past: Any, candidates: Any, segments: Any) -> Any:
+        return [slot, score, k, v, new_k, new_v, past, *candidates], {"segments": list(segments)}, 4
+
+    def attend(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
+        if mask is None:
+            raise ExportError("an attention site without a mask; kvsink exports causal decoders only")
+        kind = "bool" if str(mask.dtype) == "BOOL" else "float"
+        sizes = {"heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]}
+        return [q, k, v, mask], {"scale": float(scale), "mask": kind, **sizes}, 1
+
+    def turn(x: Any, cos: Any, sin: Any, positions: Any, block: int, start: bool) -> Any:
+        sizes = {"block": block, "start": int(start), "rows": cos.shape[0]}
+        return [x, cos, sin, positions], sizes | {"rotary": cos.shape[-1], "head_dim": x.shape[3]}, 1
+
+    def undo_rope(x: Any, cos: Any, sin: Any) -> Any:
+        return [x, cos, sin], {"rotary": cos.shape[-1], "head_dim": x.shape[3]}, 1
+
+    def center_roped(x: Any, mean: Any, cos: Any, sin: Any) -> Any:
+        return [x, mean, cos, sin], {"rotary": cos.shape[-1], "head_dim": x.shape[3]}, 1
+
+    return {
+        ours.rotate_block.default: ("RotateBlock", turn),
+        ours.undo_rope.default: ("UndoRope", undo_rope),
+        ours.mean_rows.default: ("MeanRows", lambda t, p: ([t, p], {"block": t.shape[1]}, 1)),
+        ours.center_roped.default: ("CenterRoped", center_roped),
+        theirs.quantize.default: ("QuantizeKV", quantize),
+        theirs.dequantize.default: ("DequantizeKV", dequantize),
+        theirs.encode.default: ("QuantizeKV", encode),
+        theirs.decode.default: ("DequantizeKV", decode),
+        theirs.hadamard.default: ("HadamardRotate", rotate),
+        theirs.select_sinks.default: ("SelectSinks", select),
+        ours.channel_reorder.default: ("ChannelReorder", reorder),
+        ours.first_rows.default: ("SelectFirst", lambda p, valid, count: ([p, valid], {"count": count}, 2)),
+        ours.preserve_sinks.default: ("PreserveSinks", preserve),
+        ours.restore_sinks.default: ("RestoreSinks", lambda past, new, rows, slot: ([past, new, rows, slot], {}, 1)),
+        ours.attend.default: ("Attend", attend),
+    }
+
+
+def _scalar(kind: str, widths: Any, group_size: int, gain: bool) -> dict[str, Any]:
+    return {"kind": kind, "widths": list(widths), "group_size": group_size, "gain": int(gain)}
+
+
+def _tabled(codec: str, side: str, params: Any) -> dict[str, Any]:
+    c = Codec.parse(codec)
+    s = c.key if side == "k" else c.value
+    return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain), "book": [int(n) for n in params[0].shape]}
+
+
+def append_functions(model: Any, opset: int) -> None:
+    """One function per kind of node of com.kvsink; kinds of one op are told apart by their overload."""
+    import onnx_ir as ir
+
+    kinds: dict[str, list[Any]] = {}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        attributes = {name: attr.value for name, attr in node.attributes.items()}
+        attributes = {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in attributes.items()}
+        given = tuple(value is not None for value in node.inputs)
+        kind, known = (given, attributes), kinds.setdefault(node.op_type, [])
+        if kind not in known:
+            known.append(kind)
+            proto = function_proto(node.op_type, str(len(known)), attributes, given, opset)
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
+        node.overload = str(known.index(kind) + 1)
+
+
+def _forget(model: Any) -> None:
+    """Drop the exporter's notes on every node: stack traces with the paths of this machine, larger than the graph."""
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _name(model: Any, past: list[str]) -> None:
+    """Names and dimension names of inputs and outputs."""
+    import onnx_ir as ir
+
+    def shape(value: Any, **names: str) -> None:
+        value.shape = ir.Shape([names.get(f"_{i}", d if isinstance(d, int) else None) for i, d in enumerate(value.shape)])
+
+    heads = ("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")
+    for value, (name, second) in zip(model.graph.inputs, heads, strict=False):
+        value.name = name
+        shape(value, _0="batch", _1=second)
+    model.graph.outputs[0].name = "logits"
+    shape(model.graph.outputs[0], _0="batch", _1="sequence")
+    for values, prefix, length in ((model.graph.inputs[3:], PAST, "past"), (model.graph.outputs[1:], PRESENT, "total")):
+        if len(values) != len(past):
+            raise ExportError(f"the graph has {len(values)} {prefix} tensors, {len(past)} were expected")
+        for value, name in zip(values, past, strict=True):
+            value.name = f"{prefix}.{name}"
+            shape(value, **{f"_{axis}": "batch" if axis == 0 else length for axis in _dynamic(name)})

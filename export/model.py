@@ -1,0 +1,148 @@
+"""`kvsink.export.onnx`: a rewritten model becomes model.onnx, its manifest and its tokenizer; all of them or none.
+
+Raises     ExportError and its kin before anything is written; what an export that failed had written is removed
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsink.errors import KvsinkError, UnknownName
+from kvsink.evaluation import versions
+from kvsink.export.bodies import DOMAIN, OPSET
+from kvsink.export.check import check_file, check_run
+from kvsink.export.errors import ExportError
+from kvsink.export.flavours import FLAVOURS, check_expressible
+from kvsink.export.graph import append_functions, build_graph
+from kvsink.export.manifest import FORMAT, describe, manifest_path
+from kvsink.loading import load_model, load_tokenizer
+from kvsink.runtime import runtime_of
+from kvsink.texts import builtin_text
+
+__all__ = ["check_extras", "onnx"]
+
+LARGEST_OPSET = 20
+_LARGE = 1 << 30  # bytes of weights from which they go into a file of their own
+_CHECKED = 29  # tokens of one row
+_TOKENIZER = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template", "generation_config")
+
+
+def check_extras() -> None:
+    """Raise ExportError unless onnx, onnxscript and onnxruntime can be imported."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ExportError(f"{name} is not installed, which ONNX export needs; pip install 'kvsink[onnx]'")
+
+
+def onnx(
+    source: Any, path: str | Path, flavour: str = "functions", *, opset: int = OPSET, tokens: int | None = None,
+    external_data: bool | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Export a rewritten model, or the folder of one, to the file `path`; returns its manifest.
+
+    flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies. tokens: positions it serves, by
+    default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on.
+
+    The graph is checked and run beside the torch model first, on text where a tokenizer is at hand. Raises KvsinkError children.
+    """
+    target = Path(path)
+    if flavour not in FLAVOURS:
+        raise UnknownName("flavour", flavour, FLAVOURS)
+    if not OPSET <= opset <= LARGEST_OPSET:
+        raise ExportError(f"opset {opset} is outside {OPSET} to {LARGEST_OPSET}; {OPSET} is the first with all operators used here")
+    if target.suffix != ".onnx" or target.is_dir():
+        raise ExportError(f"{target} is not the name of an ONNX file; write for example {target.with_suffix('') / 'model.onnx'}")
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ExportError(f"{target.parent} is not a folder that can be written to; make it, or choose another path")
+    check_extras()
+    folder = Path(source) if isinstance(source, (str, Path)) else None
+    model = load_model(folder, "cpu", torch.float32) if folder is not None else source
+    runtime = runtime_of(model)
+    check_expressible(model, runtime)
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or 4096
+    reach = limit if tokens is None else tokens
+    if not _CHECKED <= reach <= limit:
+        raise ExportError(f"tokens={reach} is outside {_CHECKED} to the {limit} positions of the model")
+    build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        manifest = _write(build / target.name, model, flavour, opset, reach, _ids(folder, config.vocab_size), external_data)
+        if folder is not None and folder.resolve() != target.parent.resolve():
+            for file in folder.iterdir():
+                if file.is_file() and file.name.startswith(_TOKENIZER):
+                    shutil.copyfile(file, build / file.name)
+        (target.parent / (target.name + ".data")).unlink(missing_ok=True)
+        for file in sorted(build.iterdir(), key=lambda f: f.name == target.name):  # the model last
+            os.replace(file, target.parent / file.name)
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+    return manifest
+
+
+def _write(
+    path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None
+) -> dict[str, Any]:
+    import json
+
+    import onnx_ir
+
+    runtime, config = runtime_of(model), model.config.get_text_config(decoder=True)
+    graph = build_graph(model, opset, tokens)
+    plain = {"functions": False, "custom": True}[flavour]
+    append_functions(graph, opset)
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
+    data = f"{path.name}.data" if (size >= _LARGE if external is None else external) else None
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    a = runtime.anatomy
+    manifest: dict[str, Any] = {
+        "format": FORMAT, "flavour": "functions", "opset": opset, "domain": DOMAIN, "model": type(model).__name__,
+        "method": runtime.method, "max_positions": tokens, "vocab_size": config.vocab_size,
+        "eos_token_id": config.eos_token_id if ends is None else ends,
+        "pad_token_id": config.pad_token_id if isinstance(config.pad_token_id, int) else 0,
+        "elements_per_token": 2 * len(runtime.plans) * a.kv_heads * a.head_dim,
+        "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs),
+        "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans], "versions": versions(),
+    }  # fmt: skip
+
+    def save() -> None:
+        onnx_ir.save(graph, path, external_data=data)
+        manifest_path(path).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+    save()
+    check_file(path)
+    manifest["check"] = check_run(path, model, ids)
+    if plain:  # what was run is its twin with bodies
+        graph.functions.clear()
+        for node in graph.graph:
+            node.overload = ""
+        manifest["flavour"] = flavour
+    save()
+    check_file(path)
+    return manifest
+
+
+def _ids(folder: Path | None, vocabulary: int) -> Tensor:
+    """Two rows of tokens to check the graph on: of a text where the tokenizer is known, else spread over the vocabulary.
+
+    No token stands twice in a row: equal ones have equal hidden states before the first layer and would tie for exact places.
+    """
+    if folder is not None:
+        try:
+            found = load_tokenizer(folder)(builtin_text()[:4000], add_special_tokens=False)["input_ids"]
+        except KvsinkError:
+            found = []
+        half = len(found) // 2
+        rows = [list(dict.fromkeys(part))[:_CHECKED] for part in (found[:half], found[half:])]
+        if min(map(len, rows)) == _CHECKED:
+            return torch.tensor(rows)
+    step = max(1, vocabulary // (2 * _CHECKED + 1))
+    return (torch.arange(1, 2 * _CHECKED + 1) * step % vocabulary).reshape(2, _CHECKED)

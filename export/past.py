@@ -1,0 +1,262 @@
+"""The packed cache as plain tensors in and out: what an exported graph holds in place of `KVSinkCache`.
+
+Per packed layer N: `past_key_values.N.key` and `.value` (codes uint8 [B, H, P, bytes], or rows of a side kept in 16 bit),
+`.key_scale`, `.value_scale` (float16, where the quantizer has scales), and the side store `.exact_key`, `.exact_value`,
+`.exact_slot`, `.exact_score` where rows are kept exact. Layers left alone have `.key` and `.value` alone.
+`past_key_values.positions` int32 [B, P] is shared. Everything but the side store grows by the new rows;
+`present.…` has the same names.
+
+Exact      the codes are those of `KVSinkCache`; new rows are attended to as they came
+Declines   see `kvsink.export.flavours`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvsink.codecs import Codec
+from kvsink.codecs.quantizers import QUANTIZERS
+from kvsink.export.nodes import Steps, attend, first_rows, preserve_sinks, restore_sinks
+from kvsink.kernels import decode, dequantize, encode, quantize
+from kvsink.runtime import Frame, Runtime, runtime_of
+
+__all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "empty_past", "past_names"]
+
+ATTENTION = "kvsink_export"
+FIXED = ("exact_key", "exact_value", "exact_slot", "exact_score")  # state that does not grow with the tokens
+STATE_OF = {
+    "key": "k_codes", "key_scale": "k_scale", "value": "v_codes", "value_scale": "v_scale",
+    "exact_key": "exact_k", "exact_value": "exact_v", "exact_slot": "exact_slot", "exact_score": "exact_score",
+}  # fmt: skip
+"""Name in the graph → name in `kvsink.codecs.STATE_NAMES`."""
+
+
+def past_names(codec: Codec | None) -> tuple[str, ...]:
+    """Names of the tensors of one layer, without the prefix."""
+    if codec is None:
+        return ("key", "value")
+    names = []
+    for name, side in (("key", codec.key), ("value", codec.value)):
+        names.append(name)
+        if side.packed and codec.row_scales(side, 8 * side.group_size):
+            names.append(f"{name}_scale")
+    return (*names, *FIXED) if codec.segments else tuple(names)
+
+
+def empty_past(runtime: Runtime, batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A past of `length` slots by graph name, as a cache would begin it; every slot holds zeros."""
+    a = runtime.anatomy
+    out = {"positions": torch.zeros(batch, length, dtype=torch.int32)}
+    for i, plan in enumerate(runtime.plans):
+        if plan.codec is None:
+            for name in ("key", "value"):
+                out[f"{i}.{name}"] = torch.zeros(batch, a.kv_heads, length, a.head_dim, dtype=dtype)
+            continue
+        layout = plan.codec.layout(batch, a.kv_heads, a.head_dim, a.head_dim, length, dtype)
+        for name in past_names(plan.codec):
+            shape, kind, fill = layout[STATE_OF[name]]
+            out[f"{i}.{name}"] = torch.full(shape, fill, dtype=kind)
+    return out
+
+
+class _PlainLayer(CacheLayerMixin):
+    """A layer that kvsink leaves alone: rows as they came; the mask, not the cache, applies a window."""
+
+    is_sliding = False
+
+    def __init__(self, past: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.past, self.present = past, past
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys = torch.cat([self.past["key"], key_states], dim=2)
+        values = torch.cat([self.past["value"], value_states], dim=2)
+        self.present = {"key": keys, "value": values}
+        return keys, values
+
+    def get_seq_length(self) -> Any:
+        return self.past["key"].shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class _PackedLayer(_PlainLayer):
+    """A packed layer: new rows are coded and joined to the past codes; the past is decoded, exact rows laid over it."""
+
+    def __init__(self, past: dict[str, Tensor], cache: PackedPast, layer: int) -> None:
+        super().__init__(past)
+        self.cache, self.layer = cache, layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        k, v, past, runtime = key_states, value_states, self.past, self.cache.runtime
+        plan = runtime.plans[self.layer]
+        c = plan.codec
+        assert c is not None
+        p = self.cache.params[self.layer]
+        frame = self.cache.frame or Frame()
+        positions = self.cache.new_positions(frame, k)
+        cos, sin = frame.cos, frame.sin
+        if cos is None or sin is None:
+            cos, sin = runtime.angles(self.layer, positions[:1])
+        present = {}
+        x = c.transform_keys(k, cos, sin, positions, p, True, steps=Steps) if c.key.packed else k
+        y = c.transform_values(v, p, steps=Steps) if c.value.packed else v
+        for side, name, rows in (("k", "key", x), ("v", "value", y)):
+            codes, scale = _encode(c, side, rows, p)
+            present[name] = torch.cat([past[name], codes], dim=2)
+            if scale is not None:
+                present[f"{name}_scale"] = torch.cat([past[f"{name}_scale"], scale], dim=2)
+        old_k, old_v = (_decode(c, side, past[n], past.get(f"{n}_scale"), p) for side, n in (("k", "key"), ("v", "value")))
+        if c.key.packed:
+            old_k = c.restore_keys(old_k, self.cache.past_positions, p, steps=Steps).to(k.dtype)
+        if c.value.packed:
+            old_v = c.restore_values(old_v, p, steps=Steps).to(v.dtype)
+        if c.segments:
+            held = [past[n] for n in ("exact_slot", "exact_score", "exact_key", "exact_value")]
+            chosen = self._candidates(frame, positions)
+            slot, score, exact_k, exact_v = preserve_sinks(*held, k, v, self.cache.past_positions, chosen, list(c.segments))
+            present |= {"exact_key": exact_k, "exact_value": exact_v, "exact_slot": slot, "exact_score": score}
+            full_k, full_v = restore_sinks(old_k, k, exact_k, slot), restore_sinks(old_v, v, exact_v, slot)
+        else:
+            full_k, full_v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self.present = present
+        return full_k, full_v
+
+    def _candidates(self, frame: Frame, positions: Tensor) -> list[Tensor]:
+        out: list[Tensor] = []
+        for segment in self.cache.runtime.plans[self.layer].segments:
+            key = segment.key if segment.source != "massive" else f"{segment.key}@{self.layer}"
+            if key not in frame.candidates:
+                assert segment.source == "first" and frame.valid is not None, segment
+                frame.candidates[key] = first_rows(positions.expand(frame.valid.shape), frame.valid, segment.count)
+            out += frame.candidates[key]
+        return out
+
+
+def _tables(c: Codec, side: str, p: dict[str, Tensor]) -> list[Tensor]:
+    return [p[name] for name in c.table_names(side)]
+
+
+def _encode(c: Codec, side: str, x: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    s = c.key if side == "k" else c.value
+    if not s.packed:
+        return x, None
+    if QUANTIZERS[s.kind].scalar:
+        codes, scale = quantize(x, p.get(f"{side}_sigma"), s.kind, list(s.widths), s.group_size, s.clip, s.gain)
+    else:
+        codes, scale = encode(x, _tables(c, side, p), c.text(), side)
+    return codes, scale if scale.shape[-1] else None
+
+
+def _decode(c: Codec, side: str, codes: Tensor, scale: Tensor | None, p: dict[str, Tensor]) -> Tensor:
+    s = c.key if side == "k" else c.value
+    if not s.packed:
+        return codes
+    if scale is None:
+        scale = codes.new_empty((*codes.shape[:-1], 0), dtype=torch.float16)
+    if QUANTIZERS[s.kind].scalar:
+        return dequantize(codes, scale, p.get(f"{side}_sigma"), s.kind, list(s.widths), s.group_size, s.gain)
+    return decode(codes, scale, _tables(c, side, p), c.text(), side)
+
+
+class PackedPast(Cache):
+    """The cache of one traced call; the hooks of a rewritten model fill its frame as they fill a KVSinkCache's."""
+
+    is_kvsink = True
+
+    def __init__(self, runtime: Runtime, past: dict[str, Tensor], params: list[dict[str, Tensor]]) -> None:
+        self.runtime, self.params = runtime, params
+        self.past_positions = past["positions"]
+        self.frame: Frame | None = None
+        self.visual: Tensor | None = None
+        self._positions: Tensor | None = None
+        layers: list[Any] = []
+        for i, plan in enumerate(runtime.plans):
+            own = {name: past[f"{i}.{name}"] for name in past_names(plan.codec)}
+            layers.append(_PlainLayer(own) if plan.codec is None else _PackedLayer(own, self, i))
+        super().__init__(layers=layers)
+
+    def new_positions(self, frame: Frame, rows: Tensor) -> Tensor:
+        """Positions of the new rows [B or 1, S]; without any from the model, their slots."""
+        positions = frame.positions
+        if positions is None:
+            positions = torch.arange(rows.shape[2], device=rows.device)[None] + self.past_positions.shape[1]
+        if self._positions is None:
+            self._positions = positions.expand(rows.shape[0], rows.shape[2])
+        return positions
+
+    def present(self) -> dict[str, Tensor]:
+        """What the call leaves, by graph name without prefix."""
+        assert self._positions is not None
+        out = {"positions": torch.cat([self.past_positions, self._positions.to(torch.int32)], dim=1)}
+        for i, layer in enumerate(self.layers):
+            out.update({f"{i}.{name}": tensor for name, tensor in layer.present.items()})
+        return out
+
+
+class ExportedModel(nn.Module):
+    """(ids, mask, positions, past by name) -> (logits, present...): what is exported, and its definition in torch.
+
+    tokens: positions it serves; block-start angles are a table of that reach.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.runtime = runtime_of(model)
+        self.params: list[dict[str, Tensor]] = []
+        shared: dict[int, Tensor] = {}  # equal tables are one tensor, so that the graph holds one initializer
+        for i, plan in enumerate(self.runtime.plans):
+            c, own = plan.codec, {}
+            if c is not None:
+                tables = self.runtime.params(i, c, tokens, torch.device("cpu"))
+                for name, table in zip(c.param_names(), tables, strict=True):
+                    if id(table) not in shared:
+                        shared[id(table)] = table
+                        self.register_buffer(f"{name}_{i}", table, persistent=False)
+                    own[name] = shared[id(table)]
+            self.params.append(own)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        cache = PackedPast(self.runtime, past, self.params)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        present = cache.present()
+        return (out.logits, *(present[name] for name in past))
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention function of exported graphs: one `Attend` node, keys and values not repeated for query groups."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return attend(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def _register() -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+_register()

@@ -1,0 +1,198 @@
+"""`OnnxGenerator`: text out of an exported model with numpy and onnxruntime alone; the packed cache stays where it was computed.
+
+Every step binds the tensors that the last one left as inputs of the next, so that the cache is never copied to the host.
+Prompts of different length are padded on the left.
+
+Shapes     prompts: lists of token ids; logits float32 [B, S, V]
+Raises     ExportError for a missing or foreign file, a cache of the wrong dtype or layout, prompts that do not fit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvsink.export.errors import ExportError
+from kvsink.export.manifest import read_manifest
+
+__all__ = ["OnnxGenerator"]
+
+PAST, PRESENT = "past_key_values.", "present."
+_DTYPES = {"float": "float32"}
+
+
+class OnnxGenerator:
+    """Runs model.onnx with its manifest beside it.
+
+    providers: of onnxruntime, best first; threads: of one operator, 0 lets onnxruntime choose.
+    """
+
+    def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ExportError("onnxruntime is not installed; pip install 'kvsink[onnx]'") from error
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        if self.manifest["flavour"] == "custom":
+            raise ExportError(f"{path} has nodes without bodies; run it in a runtime that brings them, or export flavour functions")
+        self._ort = onnxruntime
+        if missing := set(providers) - set(onnxruntime.get_available_providers()):
+            raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # onnxruntime raises kinds of its own
+            first = str(error).strip().splitlines()[0][:200]
+            raise ExportError(f"onnxruntime cannot load {path} ({first}); export the model again") from error
+        self.past: dict[str, Any] = {}  # the cache of the last text, as long as it was
+        self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
+
+    # -- the cache -----------------------------------------------------------------------------------------------------
+
+    def value(self, array: Any) -> Any:
+        """A numpy array as an onnxruntime value on the runner's device."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+
+    def empty(self, batch: int) -> dict[str, Any]:
+        """The past of `batch` rows that hold nothing, by name without prefix."""
+        out = {}
+        for name, entry in self._past.items():
+            shape = [d if isinstance(d, int) else batch if d == "batch" else 0 for d in entry["shape"]]
+            fill = {"exact_slot": -1, "exact_score": -np.inf}.get(name.rpartition(".")[2], 0)
+            out[name] = self.value(np.full(shape, fill, dtype=_dtype(entry)))
+        return out
+
+    def nbytes(self, past: Mapping[str, Any]) -> int:
+        """Bytes of a cache."""
+        return sum(int(np.prod(v.shape())) * np.dtype(_dtype(self._past[n])).itemsize for n, v in past.items())
+
+    def bits_per_element(self, past: Mapping[str, Any]) -> float:
+        """Bits of a cache for every element of keys and values it stands for."""
+        batch, tokens = past["positions"].shape()
+        elements = batch * tokens * self.manifest["elements_per_token"]
+        return 8.0 * self.nbytes(past) / elements if elements else 0.0
+
+    def _check(self, past: Mapping[str, Any]) -> None:
+        if unknown := set(past) ^ set(self._past):
+            raise ExportError(f"the cache and {self.path.name} disagree about {PAST}{min(unknown)}; begin with empty()")
+        length: dict[str, int] = {}
+        for name, value in past.items():
+            entry, shape = self._past[name], value.shape()
+            kind = np.dtype(_dtype(entry))
+            found = value.data_type()[7:-1]  # tensor(uint8) → uint8
+            if _DTYPES.get(found, found) != kind.name:
+                raise ExportError(f"{PAST}{name} is {_DTYPES.get(found, found)}, the model takes {kind.name}; begin with empty()")
+            for size, wanted in zip(shape, entry["shape"], strict=False):
+                known = wanted if isinstance(wanted, int) else length.setdefault(wanted, size)
+                if size != known or len(shape) != len(entry["shape"]):
+                    raise ExportError(f"{PAST}{name} is {list(shape)}, the model takes {entry['shape']}; begin with empty()")
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too)."""
+        self._check(past)
+        binding = self.session.io_binding()
+        for name, array in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
+        for name, value in past.items():
+            binding.bind_ortvalue_input(PAST + name, value)
+        outputs = [entry["name"] for entry in self.manifest["outputs"]]
+        for name in outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0][:200]
+            raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
+        values = dict(zip(outputs, binding.get_outputs(), strict=True))
+        logits = values.pop("logits").numpy()
+        return logits, {name.removeprefix(PRESENT): value for name, value in values.items()}
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, *, temperature: float = 0.0, top_k: int = 0,
+        top_p: float = 1.0, seed: int = 0, eos_token_id: int | Sequence[int] | None = None, chunk: int = 256,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """Yield the next token of every row, step by step; None for rows that have ended.
+
+        temperature 0 is greedy; else tokens are drawn from the top_k (0: all) most likely within the mass top_p. The prompt is
+        fed `chunk` tokens at a time. eos_token_id: the model's own by default; -1: none.
+        """
+        ids, mask = self._pad(prompts, max_new_tokens)
+        stop = self.manifest["eos_token_id"] if eos_token_id is None else eos_token_id
+        ends = {stop} if isinstance(stop, int) else set(stop or ())
+        if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or chunk < 1:
+            raise ExportError(f"temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}, chunk={chunk}: out of range")
+        rng = np.random.default_rng(seed)
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        past = self.past = self.empty(len(ids))
+        for at in range(0, ids.shape[1], chunk):
+            part = slice(at, at + chunk)
+            logits, past = self.step(ids[:, part], mask[:, : at + chunk], positions[:, part], past)
+        self.past = past
+        last, done = positions[:, -1:], np.zeros(len(ids), dtype=bool)
+        for left in range(max_new_tokens - 1, -1, -1):
+            token = _choose(logits[:, -1], temperature, top_k, top_p, rng)
+            yield [None if over else int(t) for over, t in zip(done, token, strict=True)]
+            done |= np.isin(token, list(ends))
+            if done.all() or not left:
+                return
+            mask = np.concatenate([mask, np.ones_like(last)], axis=1)
+            last = last + 1
+            logits, past = self.step(token[:, None], mask, last, past)
+            self.past = past
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any) -> list[list[int]]:
+        """The new tokens of every prompt, to its end token; options as in `stream`."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        for tokens in self.stream(prompts, max_new_tokens, **options):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    def _pad(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[Any, Any]:
+        longest = max((len(p) for p in prompts), default=0)
+        if not longest or min(len(p) for p in prompts) < 1 or new < 1:
+            raise ExportError(f"{len(prompts)} prompts and {new} new tokens: every prompt needs a token, and one must be asked for")
+        limit = self.manifest["max_positions"]
+        if longest + new > limit:
+            raise ExportError(f"a prompt of {longest} and {new} new tokens exceed the {limit} positions {self.path.name} serves")
+        ids = np.full((len(prompts), longest), self.manifest["pad_token_id"], dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :], mask[i, longest - len(prompt) :] = prompt, 1
+        if ids.min() < 0 or ids.max() >= self.manifest["vocab_size"]:
+            size = self.manifest["vocab_size"]
+            raise ExportError(f"token {int(ids.max())} is outside the vocabulary of {size}; wrong tokenizer?")
+        return ids, mask
+
+
+def _dtype(entry: Mapping[str, Any]) -> str:
+    return str(_DTYPES.get(entry["dtype"], entry["dtype"]))
+
+
+def _choose(logits: Any, temperature: float, top_k: int, top_p: float, rng: Any) -> Any:
+    """One token id per row of logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    scores = logits.astype(np.float64) / temperature
+    order = np.argsort(-scores, axis=-1)
+    ranked = np.take_along_axis(scores, order, axis=-1)
+    share = np.exp(ranked - ranked[:, :1])
+    share /= share.sum(-1, keepdims=True)
+    before = share.cumsum(-1) - share
+    share = np.where((before < top_p) & (np.arange(share.shape[1]) < (top_k or share.shape[1])), share, 0.0)
+    share /= share.sum(-1, keepdims=True)
+    drawn = (share.cumsum(-1) < rng.random((len(share), 1))).sum(-1)
+    return np.take_along_axis(order, np.minimum(drawn, share.shape[1] - 1)[:, None], axis=-1)[:, 0]
