@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from kvsink.kernels.hadamard import hadamard_matrix
-from kvsink.kernels.levels import lloyd_max, thresholds
+from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
 from kvsink.kernels.packing import packed_bytes
-from kvsink.kernels.quantize import segments
+from kvsink.kernels.quantize import SIGMA_KINDS, segments
 
 __all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZERS_WITH_BODY", "function_proto"]
 
 DOMAIN, OPSET = "com.kvsink", 18
-QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "vector")
+QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector")
 _HALF_MAX, _HALF_TINY, _LOWEST = 65504.0, 6.0e-8, float(np.finfo(np.float32).min)
 
 
@@ -83,9 +83,9 @@ class Body:
         return self.cast(self.slice(codes, 0, 0, 3), "FLOAT16")
 
 
-def _codes(b: Body, x: str, width: int) -> str:
-    """Number of Lloyd-Max thresholds below x, int32."""
-    t = thresholds(width).numpy()
+def _codes(b: Body, x: str, width: int, even: bool = False) -> str:
+    """Number of thresholds below x, int32."""
+    t = (even_thresholds if even else thresholds)(width).numpy()
     if width <= 2:
         over = [b.cast(b.Greater(x, b.const(v)), "INT32") for v in t]
         for other in over[1:]:
@@ -187,7 +187,8 @@ def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
 
 
 def _quantize_lloyd(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, str]:
-    parts = segments(a["widths"])
+    parts, even = segments(a["widths"]), a["kind"] == "lloyd-even"
+    levels = even_levels if even else lloyd_max
     deviation = b.Max(b.Unsqueeze(sigma, b.ints(1)), b.const(_HALF_TINY))
     y = b.Div(x, deviation)
     whole = len(parts) == 1 and parts[0][1] == 8 * len(a["widths"])
@@ -196,12 +197,12 @@ def _quantize_lloyd(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[
         return t if whole else b.slice(t, start, stop, -1)
 
     def encode(rows: str) -> list[str]:
-        return [_codes(b, cut(rows, s, e), w) for s, e, _, w in parts]
+        return [_codes(b, cut(rows, s, e), w, even) for s, e, _, w in parts]
 
     def fit(codes: list[str]) -> str:
         dot, square = "", ""
         for (s, e, _, w), code in zip(parts, codes, strict=True):
-            level = b.Mul(b.Gather(b.const(lloyd_max(w).numpy()), code), cut(deviation, s, e))
+            level = b.Mul(b.Gather(b.const(levels(w).numpy()), code), cut(deviation, s, e))
             one = b.reduce("ReduceSum", b.Mul(cut(x, s, e), level))
             two = b.reduce("ReduceSum", b.Mul(level, level))
             dot, square = (b.Add(dot, one), b.Add(square, two)) if dot else (one, two)
@@ -254,7 +255,7 @@ def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[
 
 _QUANTIZE: dict[str, Callable[..., tuple[str, str]]] = {
     "uniform": _quantize_uniform, "uniform-int": _quantize_uniform, "gauss": _quantize_gauss, "lloyd": _quantize_lloyd,
-    "vector": _quantize_vector,
+    "lloyd-even": _quantize_lloyd, "vector": _quantize_vector,
 }  # fmt: skip
 
 
@@ -270,7 +271,8 @@ def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", tabl
         out = _vector_rows(b, a, index, table)
         return (b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out,)
     widths, dim = a["widths"], 8 * len(a["widths"])
-    if kind == "lloyd":
+    if kind in SIGMA_KINDS:
+        levels_of = even_levels if kind == "lloyd-even" else lloyd_max
         parts, at, rows = segments(widths), 0, []
         for start, end, byte, w in [*parts, (dim, dim, 0, 0)]:
             if start > at:  # channels of 0 bits
@@ -278,7 +280,7 @@ def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", tabl
                 rows.append(b.Expand(b.const(0), shape))
             if end > start:
                 packed = codes if len(parts) == 1 else b.slice(codes, byte, byte + (end - start) * w // 8, 3)
-                rows.append(_look_up(b, packed, w, end - start, lloyd_max(w).numpy()))
+                rows.append(_look_up(b, packed, w, end - start, levels_of(w).numpy()))
             at = end
         out = rows[0] if len(rows) == 1 else b.Concat(*rows, axis=-1)
         out = b.Mul(out, b.Unsqueeze(table, b.ints(1)))

@@ -4,8 +4,8 @@ Every step gives both the state of the torch cache, so that what is compared is 
 single tokens; two rows, one of them padded on the left.
 
 Formula    logits: |difference| <= 1e-4 · max(1, max |logits| / 10); bytes of new codes: equal, but for at most one in a thousand
-           where float rounding sits on a threshold; scales: within one step of float16; exact rows: the same sorted scores,
-           of which equal ones may belong to other rows (equal tokens have equal scores)
+           where float rounding sits on a threshold; scales of rows with equal codes: within one step of float16;
+           exact rows: the same sorted scores, of which equal ones may belong to other rows (equal tokens have equal scores)
 Raises     ExportError naming the first tensor that differs, and by how much
 """
 
@@ -72,6 +72,8 @@ def check_run(path: Path, model: Any, ids: Tensor) -> dict[str, Any]:
         for name, there in held.items():
             here = present[name].numpy()
             different, size = _compare(name, here, there, seen, at)
+            if here.dtype == np.float16:
+                _compare_scales(name, present, held, seen, at)
             counted, ties = counted + size, ties + different
         past = {name: runner.value(array) for name, array in held.items()}
         at = upto
@@ -104,12 +106,22 @@ def _compare(name: str, here: Any, there: Any, seen: Any, at: int) -> tuple[int,
     if kind == "exact_score":
         if not np.allclose(here, there, rtol=1e-4, atol=1e-6):
             raise ExportError(f"present.{name} is {here.tolist()}, the torch cache has {there.tolist()}")
-    elif kind not in FIXED and kind != "positions":
-        one, two = (np.moveaxis(t[:, :, at:], 1, 2)[seen] for t in (here, there))  # [tokens, H, width]
-        if one.dtype == np.uint8:
-            return int((one != two).sum()), one.size
-        step = 2.0**-10 if one.dtype == np.float16 else 1e-4
-        off = np.abs(one.astype(np.float64) - two)
-        if off.size and (off > step * np.maximum(np.abs(two), np.abs(two).max() / 64)).any():
-            raise ExportError(f"present.{name} differs by {off.max():.2g} from the torch cache")
+    elif kind not in FIXED and here.dtype == np.uint8:
+        one, two = _new_rows(here, seen, at), _new_rows(there, seen, at)
+        return int((one != two).sum()), one.size
     return 0, 0
+
+
+def _compare_scales(name: str, present: dict[str, Any], held: dict[str, Any], seen: Any, at: int) -> None:
+    """Scales of the rows whose codes are equal; where a code sits on a threshold, a scale fitted to the codes moves with it."""
+    codes = name.removesuffix("_scale")
+    same = (_new_rows(present[codes].numpy(), seen, at) == _new_rows(held[codes], seen, at)).all(-1)
+    here, there = (_new_rows(t, seen, at).astype(np.float64)[same] for t in (present[name].numpy(), held[name]))
+    off = np.abs(here - there)
+    if (off > 2.0**-10 * np.maximum(np.abs(there), np.abs(there).max(initial=0.0) / 64)).any():
+        raise ExportError(f"present.{name} differs by {off.max():.2g} from the torch cache, whose codes are the same")
+
+
+def _new_rows(tensor: Any, seen: Any, at: int) -> Any:
+    """[B, H, total, n] → the rows from slot `at` on that are no padding, [tokens, H, n]."""
+    return np.moveaxis(tensor[:, :, at:], 1, 2)[seen]

@@ -21,6 +21,7 @@ from kvsink.codecs import Codec
 from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.errors import ExportError
 from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
+from kvsink.kernels.quantize import SIGMA_KINDS
 
 __all__ = ["append_functions", "build_graph"]
 
@@ -132,7 +133,7 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
         return [x, sigma], _scalar(kind, widths, group_size, gain) | {"clip": float(clip)}, 2
 
     def dequantize(codes: Any, scale: Any, sigma: Any, kind: str, widths: Any, group_size: int, gain: bool) -> Any:
-        scaled = scale if kind != "lloyd" or gain else None
+        scaled = scale if kind not in SIGMA_KINDS or gain else None
         return [codes, scaled, sigma], _scalar(kind, widths, group_size, gain), 1
 
     def encode(x: Any, params: Any, codec: str, side: str) -> Any:

@@ -107,7 +107,7 @@ class _PackedLayer(_PlainLayer):
         c = plan.codec
         assert c is not None
         p = self.cache.params[self.layer]
-        frame = self.cache.frame or Frame()
+        frame = self.cache.shared.frame or Frame()
         positions = self.cache.new_positions(frame, k)
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
@@ -173,6 +173,12 @@ def _decode(c: Codec, side: str, codes: Tensor, scale: Tensor | None, p: dict[st
     return decode(codes, scale, _tables(c, side, p), c.text(), side)
 
 
+class _Shared:
+    """What the hooks of a rewritten model write to: the frame of the running forward pass."""
+
+    frame: Frame | None = None
+
+
 class PackedPast(Cache):
     """The cache of one traced call; the hooks of a rewritten model fill its frame as they fill a KVSinkCache's."""
 
@@ -181,7 +187,7 @@ class PackedPast(Cache):
     def __init__(self, runtime: Runtime, past: dict[str, Tensor], params: list[dict[str, Tensor]]) -> None:
         self.runtime, self.params = runtime, params
         self.past_positions = past["positions"]
-        self.frame: Frame | None = None
+        self.shared = _Shared()
         self.visual: Tensor | None = None
         self._positions: Tensor | None = None
         layers: list[Any] = []

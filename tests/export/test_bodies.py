@@ -14,6 +14,7 @@ ort = pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 from kvsink.export import nodes  # noqa: E402
 from kvsink.export.bodies import DOMAIN, function_proto  # noqa: E402
 from kvsink.kernels import dequantize, hadamard, quantize, select_sinks, stages  # noqa: E402
+from kvsink.kernels.quantize import SIGMA_KINDS  # noqa: E402
 from kvsink.kernels.vector import vector_decode, vector_encode  # noqa: E402
 from tests.close import SOFTMAX_IN_FLOAT32  # noqa: E402
 
@@ -50,7 +51,7 @@ SCALAR = [
     *(("uniform", (w,) * 4, 16, 1.0, False) for w in range(1, 9)), ("uniform", (2,) * 4, 32, 0.8, False),
     *(("uniform-int", (w,) * 4, 32, 1.0, False) for w in (2, 3, 4, 8)), *(("gauss", (w,) * 4, 32, 1.0, False) for w in range(1, 9)),
     ("lloyd", (2, 2, 2, 2), 32, 1.0, True), ("lloyd", (4, 3, 1, 0), 32, 1.0, True), ("lloyd", (8, 6, 5, 5), 32, 1.0, False),
-    ("lloyd", (0, 2, 0, 7), 32, 1.0, False),
+    ("lloyd", (0, 2, 0, 7), 32, 1.0, False), ("lloyd-even", (4, 3, 2, 1), 32, 1.0, True),
 ]  # fmt: skip
 
 
@@ -58,7 +59,7 @@ SCALAR = [
 def test_scalar_quantizers(case: Any) -> None:
     kind, widths, size, clip, gain = case
     x = rows(2, 3, 11, 32)
-    sigma = rows(3, 32, seed=1).abs() + 0.5 if kind == "lloyd" else None
+    sigma = rows(3, 32, seed=1).abs() + 0.5 if kind in SIGMA_KINDS else None
     attributes = {"kind": kind, "widths": list(widths), "group_size": size, "gain": int(gain)}
     codes, scale = quantize(x, sigma, kind, list(widths), size, clip, gain)
     got_codes, got_scale = run("QuantizeKV", {**attributes, "clip": clip}, [x, *([sigma] if sigma is not None else [])], 2)
@@ -66,7 +67,7 @@ def test_scalar_quantizers(case: Any) -> None:
     np.testing.assert_array_equal(got_codes, codes.numpy())
     np.testing.assert_array_equal(got_scale, scale.numpy())
     back = dequantize(codes, scale, sigma, kind, list(widths), size, gain)
-    held = scale if kind != "lloyd" or gain else None
+    held = scale if kind not in SIGMA_KINDS or gain else None
     inputs = [codes, held, *([sigma] if sigma is not None else [])]
     np.testing.assert_allclose(run("DequantizeKV", attributes, inputs, 1)[0], back.numpy(), rtol=1e-6, atol=1e-6)
     empty = [None if t is None else t[:, :, :0].contiguous() if t is codes or t is held else t for t in inputs]
