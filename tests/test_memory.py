@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache
 import kvsink
 from kvsink.loading import load_model
 
-TOKENS, ROWS = 2048, 8
+TOKENS, ROWS = 2048, 4
 
 
 class _Peak(threading.Thread):
@@ -37,9 +37,16 @@ def resident() -> int:
 
 
 def settle() -> int:
-    """Give freed memory back to the system and say what is left."""
+    """Give freed memory back to the system and say what is left.
+
+    From then on the allocator maps every block of 64 KiB and more by itself and returns it when it is freed, so that the
+    resident size is what is in use, not what was in use once.
+    """
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc = ctypes.CDLL("libc.so.6")
+    for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        libc.mallopt(parameter, 1 << 16)
+    libc.malloc_trim(0)
     return resident()
 
 
