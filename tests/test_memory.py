@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache
 import kvsink
 from kvsink.loading import load_model
 
-TOKENS, ROWS = 2048, 4
+TOKENS, ROWS = 2048, 8
 
 
 class _Peak(threading.Thread):
