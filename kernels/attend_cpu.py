@@ -35,7 +35,6 @@ from torch import Tensor
 from .base import cache_folder
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
-from .rope import rope
 
 __all__ = ["attend_one", "why_not"]
 
@@ -192,7 +191,7 @@ def _query(codec: Any, q: Tensor, p: Mapping[str, Tensor], reach: int) -> tuple[
     if s.domain == "block" or s.center:
         blocks = min(-(-reach // n), p["start_cos"].shape[0])
         cos, sin = p["start_cos"][:blocks], p["start_sin"][:blocks]
-        starts = rope(q[..., None, :].expand(*q.shape[:-1], blocks, q.shape[-1]), cos, -sin)  # [B, H, R, M, D]
+        starts = _turn_back(q, cos, sin)  # [B, H, R, M, D]
     mean = None
     if s.center:
         assert starts is not None
@@ -200,15 +199,26 @@ def _query(codec: Any, q: Tensor, p: Mapping[str, Tensor], reach: int) -> tuple[
     if s.domain == "block":
         turned, block = starts, n
     else:
-        turned, block = q[..., None, :], max(reach, 1)
+        turned, block = q[..., None, :].clone(), max(reach, 1)
     assert turned is not None
+    del starts
     if s.transform == "klt":
         turned = turned @ p["k_basis"][None, :, None]
     elif s.transform == "hadamard" and not s.folded:
         turned = hadamard_ref(turned, s.order)
     if s.kind in SIGMA_KINDS:
-        turned = turned * p["k_sigma"][None, :, None, None]
+        turned.mul_(p["k_sigma"][None, :, None, None])
     return turned.contiguous(), block, mean.contiguous() if mean is not None else None
+
+
+def _turn_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """R^-1 q for every row of angles [M, R] → [B, H, R, M, D]: `rope` with -sin, into one tensor. The query of all blocks is the
+    largest scratch of a step; the halves that `rope` puts together would double it."""
+    half, r = cos.shape[-1] // 2, cos.shape[-1]
+    out = q[..., None, :].repeat(*(1,) * (q.dim() - 1), len(cos), 1)
+    for at, other, sign in ((slice(0, half), slice(half, r), 1.0), (slice(half, r), slice(0, half), -1.0)):
+        out[..., at].mul_(cos[:, at]).addcmul_(q[..., None, other], sin[:, at], value=sign)
+    return out
 
 
 def _pieces(batch: int, heads: int, slots: int) -> int:
