@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"rewriter": "kvsink", "passes": "kvsink.passes", "kernels": "kvsink.kernels", "export": "kvsink.export",
             "tools": "kvsink.tools"}  # fmt: skip
-FILES = sorted(p for folder in PACKAGES for p in (ROOT / folder).rglob("*.py") if "gpu_lab" not in p.parts)
+FILES = sorted(p for folder in PACKAGES for p in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
