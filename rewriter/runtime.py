@@ -413,9 +413,10 @@ class _Pivots(_Hook):
         if cache is None or cache.shared.frame is None:
             return
         hidden = output[0] if isinstance(output, tuple) else output
-        score = pivot_scores(hidden, cache.shared.frame.valid, self.least, self.ratio)
         if hidden.shape[1] == 1:
-            score = torch.full_like(score, float("-inf"))
+            score = torch.full(hidden.shape[:2], float("-inf"), device=hidden.device)
+        else:
+            score = pivot_scores(hidden, cache.shared.frame.valid, self.least, self.ratio)
         cache.shared.frame.candidates[self.key] = score.topk(min(self.count, hidden.shape[1]), dim=1)
 
 

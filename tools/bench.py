@@ -134,6 +134,38 @@ def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
     return 0
 
 
+@bench.command(
+    help="LLaVA-1.5-7B's language model, random weights, decoding behind prompts with images: memory, batch, throughput "
+    "against 16 bit compiled the same way."
+)
+@click.option("--baseline", default="static", show_default=True, help="static: 16 bit as transformers compiles it; stock: see decode.")
+@click.option("--sides", default="akvq-vl-even-2,centred-even-2,klt-even-2", show_default=True, help="METHOD-BITS, comma-separated.")
+@click.option(
+    "--tokens", default="512,2944", show_default=True, help="Lengths, comma-separated; the last 24 tokens are the decoded ones."
+)
+@click.option("--layers", default=32, show_default=True)
+@_out
+def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -> int:
+    if baseline not in ("static", "stock"):
+        raise click.BadParameter(f"{baseline!r} is neither static nor stock", param_hint="--baseline")
+    lengths = [t for _, t in _pairs(",".join(f"x{t}" for t in tokens.split(",")))]
+    chosen = [s for s in _sides(sides) if s not in ("static", "stock")]
+    _gpu()
+    import torch
+
+    from kvsink.tools.bench_model import LLAVA_15_7B, llama, vision_rows
+    from kvsink.tools.bench_ops import sdpa_best
+
+    backends = {}
+    if baseline == "stock":
+        for t in lengths:
+            backends[(0, t)], _ = sdpa_best(64, t, 32, 32, 128, torch.bfloat16)
+    model = llama(layers, shape=LLAVA_15_7B)
+    for t in lengths:
+        _write(vision_rows(model, baseline, chosen, t, backends, _say), out)
+    return 0
+
+
 @bench.command(help="Seconds of one long prompt in one piece, against 16 bit.")
 @click.option("--sides", default=f"stock,{','.join(_METHODS)}", show_default=True)
 @click.option("--tokens", default=32768, show_default=True)

@@ -1,15 +1,17 @@
 """Whole models with random weights for `kvsink-bench`: build, rewrite, fill caches, time decode and prefill.
 
 Shapes     LLaMA-3-8B: 32 layers, hidden 4096, 32 query and 8 key-value heads of 128 channels, vocabulary 128256
+           LLaVA-1.5-7B, its language model: 32 layers, hidden 4096, 32 heads of 128 channels on both sides, vocabulary 32064
 Differs    codes are random bits under plausible scales where only the time counts; kernels are checked in `kernels`
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.tools.bench import split_side
 
-__all__ = ["DECODE_SHAPES", "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows"]
+__all__ = [
+    "DECODE_SHAPES", "LLAMA_3_8B", "LLAVA_15_7B", "Shape", "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows",
+    "vision_rows",
+]  # fmt: skip
 
 DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
 """Batch and length; batch 0 is the largest that fits."""
@@ -28,20 +33,39 @@ DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
 _STEPS = 24
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a LLaMA-type decoder."""
+
+    vocabulary: int
+    inner: int
+    kv_heads: int
+    theta: float
+    hidden: int = 4096
+    heads: int = 32
+    head_dim: int = 128
+
+
+LLAMA_3_8B = Shape(vocabulary=128256, inner=14336, kv_heads=8, theta=500000.0)
+LLAVA_15_7B = Shape(vocabulary=32064, inner=11008, kv_heads=32, theta=10000.0)
+
+
 def llama(
-    layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int = 128256, positions: int = 1 << 21
-) -> Any:
-    """A LLaMA-3-8B with random weights on the GPU, or its first layers."""
+    layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int | None = None, positions: int = 1 << 21,
+    shape: Shape = LLAMA_3_8B, device: str = "cuda",
+) -> Any:  # fmt: skip
+    """A decoder of a known shape with random weights on the GPU, or its first layers."""
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=positions, rope_theta=500000.0, pad_token_id=0,
+        vocab_size=vocabulary or shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
+        num_hidden_layers=layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        max_position_embeddings=positions, rope_theta=shape.theta, pad_token_id=0,
     )  # fmt: skip
     held = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("cuda"), torch.no_grad():
+        with torch.device(device), torch.no_grad():
             model = transformers.LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(held)
@@ -54,9 +78,13 @@ _records: dict[int, Any] = {}
 
 
 def rewritten(model: Any, method: str, bits: int, protect: str = "kvsink:5+first:1") -> Callable[[], Any]:
-    """Rewrite the model and return a function that attaches this rewrite again and returns the model."""
+    """Rewrite the model and return a function that attaches this rewrite again and returns the model.
+
+    A method with bits by modality keeps its own exact rows, and its first two layers look at text, as those of LLaVA-1.5 do.
+    """
     import kvsink
     from kvsink.calibration import calibrate
+    from kvsink.methods import get_method
     from kvsink.protect import SinkStage
     from kvsink.runtime import attach, runtime_of
 
@@ -65,10 +93,12 @@ def rewritten(model: Any, method: str, bits: int, protect: str = "kvsink:5+first
         ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(model.device)
         record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
         # Random weights have no sinks: a stage is named so that every step ranks its row as a trained model's does.
-        stage = SinkStage(0, (7,), 1.0, 1.0)
+        stage = SinkStage(0, (7,), 1e4, 1.0)
         _records[id(model)] = replace(record, stages=(stage,))
+    modal = get_method(method).modality is not None
     kvsink.rewrite(
-        model, method, key_bits=bits, value_bits=bits, protect=protect, calibration=_records[id(model)], fold=False
+        model, method, key_bits=bits, value_bits=bits, protect=None if modal else protect, calibration=_records[id(model)],
+        fold=False, layers=f"0-{min(1, layers - 2)}:pattern=tsa" if modal and layers > 1 else "",
     )  # fmt: skip
     runtime = runtime_of(model)
 
@@ -223,6 +253,18 @@ def _run(
     return {"B": 0, "step_ms": None, "tokens_per_s": 0.0, "note": "out of memory"}
 
 
+def _held_bytes(model: Any, length: int) -> int:
+    """Bytes that the cache of one sequence takes, of a model as it is rewritten now."""
+    from kvsink.cache import KVSinkCache, kernel_serves
+    from kvsink.runtime import runtime_of
+
+    runtime, weight = runtime_of(model), next(model.parameters())
+    a = runtime.anatomy
+    empty = KVSinkCache(runtime, length, kernel_serves(runtime, weight.dtype, weight.device))
+    layouts = (i.codec.layout(1, a.kv_heads, a.head_dim, a.head_dim, i.get_max_length(), weight.dtype) for i in empty.packed_layers())
+    return sum(math.prod(shape) * dtype.itemsize for held in layouts for shape, dtype, _ in held.values())
+
+
 def decode_rows(
     model: Any, sides: Sequence[str], shapes: Sequence[tuple[int, int]], backends: dict[tuple[int, int], str],
     say: Callable[[str], None],
@@ -261,7 +303,7 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
         method, bits = split_side(side)
         attach = rewritten(model, method, bits)
         attach()
-        per = int(a.num_hidden_layers * a.num_key_value_heads * 2 * a.head_dim * (bits + 0.26) / 8 * length)
+        per = _held_bytes(model, length)
 
         def make(b: int) -> tuple[Callable[..., Any], Any, Callable[[], None]]:
             cache = KVSinkCache.for_model(model, b, length)
@@ -371,3 +413,31 @@ def sequence_rows(
     }  # fmt: skip
     say("  ".join(f"{k}={v}" for k, v in row.items()))
     return [row]
+
+
+# -- vision-language models -----------------------------------------------------------------------------------------------
+
+
+def vision_rows(
+    model: Any, baseline: str, sides: Sequence[str], length: int, backends: dict[tuple[int, int], str],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Each side at the largest batch of the 16-bit side and at its own, and what it gains over it.
+
+    Peak memory counts weights, cache and everything else; it is compared at the same batch, throughput at the largest of each.
+    """
+    stock = decode_rows(model, [baseline], [(0, length)], backends, say)[0]
+    rows = [stock]
+    for side in sides:
+        same = decode_rows(model, [side], [(stock["B"], length)], backends, say)[0]
+        most = decode_rows(model, [side], [(0, length)], backends, say)[0]
+        gain = {"kind": "vlm", "side": side, "against": baseline, "T": length}
+        if stock["B"] and same["B"] and most["B"]:
+            gain |= {
+                "same_batch": stock["B"], "memory_smaller": round(stock["peak_gib"] / same["peak_gib"], 3),
+                "batch_larger": round(most["B"] / stock["B"], 3),
+                "throughput_higher": round(most["tokens_per_s"] / stock["tokens_per_s"], 3),
+            }  # fmt: skip
+        say("  ".join(f"{k}={v}" for k, v in gain.items()))
+        rows += [same, most, gain]
+    return rows

@@ -39,13 +39,15 @@ class Claim:
 class Modality:
     """How a method treats text-salient layers of a vision-language model; see `kvsink.patterns` for ratio and share.
 
-    text_bits: of text rows there, visual rows keep the method's own bits; protect: what such layers keep exact.
+    text_bits: of text rows there, visual rows keep the method's own bits; protect: what such layers keep exact. coarse:
+    whether a visual row there uses the levels of its own bits alone; its place is as wide as a text row's either way.
     """
 
     text_bits: float = 4.0
     ratio: float = 2.0
     share: float = 0.5
     protect: str = "none"
+    coarse: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Method:
         text, visual = self.side(which, self.modality.text_bits), self.side(which, bits)
         if not visual.packed or visual.bits >= text.bits:
             return visual
+        if not self.modality.coarse or visual.kind != "uniform-int":
+            return text
         return replace(text, kind="modal", visual_bits=int(bits), visual_clip=visual.clip)
 
 
