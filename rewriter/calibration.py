@@ -246,12 +246,31 @@ class _RecordingCache(Cache):
             self.collector.draw(layer, keys, v, positions.expand(b, s), keep, cos, sin)
 
 
+def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [{"input_ids": row[None]} for row in ids] if isinstance(ids, Tensor) else list(ids)
+
+
+def _run(model: nn.Module, prompt: Mapping[str, Any], device: torch.device, **options: Any) -> Any:
+    """One forward pass; a prompt whose pictures and placeholders do not agree is named."""
+    inputs = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in prompt.items()}
+    try:
+        return model(**inputs, **options)
+    except ValueError as error:
+        if len(prompt) == 1:
+            raise
+        raise CalibrationError(
+            f"a calibration prompt cannot be run ({' '.join(str(error).split())[:160]}); its image placeholders must be those "
+            "its processor made, none cut off"
+        ) from error
+
+
 def calibrate(
-    model: nn.Module, ids: Tensor, policies: Sequence[tuple[Policy, ...]], blocks: dict[int, tuple[int, ...]], batch: int = 1,
+    model: nn.Module, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]], blocks: dict[int, tuple[int, ...]], batch: int = 1,
     progress: Progress | None = None, samples: Mapping[int, SampleNeed] | None = None,
     known: tuple[SinkStage, ...] | None = None,
 ) -> Calibration:  # fmt: skip
-    """Run `ids` [N, T] through the model: two windows to find the stages, then all for the statistics.
+    """Run `ids` [N, T], or prompts (inputs of the model, images included), through the model: two windows to find the stages,
+    then all for the statistics.
 
     policies: of each layer, since what stays exact is left out. blocks: block lengths whose key statistics each layer
     needs (empty: only stages). samples: layers of `blocks` whose rows are kept too, and with which weights; weights take
@@ -259,26 +278,28 @@ def calibrate(
     samples ask for. known: stages found by a profile, taken as they are. Raises CalibrationError.
     """
     where = anatomy(model)
+    prompts = _prompts(ids)
+    given = sum(int(p["attention_mask"].sum()) if "attention_mask" in p else p["input_ids"].numel() for p in prompts)
     wanted = dict(samples or {})
     if absent := set(wanted) - set(blocks):
         raise CalibrationError(f"samples are asked of layers {sorted(absent)} that record no statistics; add them to blocks")
-    if wanted and ids.numel() < (least := max(n.rows for n in wanted.values())):
+    if wanted and given < (least := max(n.rows for n in wanted.values())):
         raise CalibrationError(
-            f"{ids.numel()} calibration tokens are too few for codebooks of {least} centroids; give at least {least}"
+            f"{given} calibration tokens are too few for codebooks of {least} centroids; give at least {least}"
         )
     need = 4 * where.head_dim
-    if blocks and any(blocks.values()) and ids.numel() < need:
+    if blocks and any(blocks.values()) and given < need:
         raise CalibrationError(
-            f"{ids.numel()} calibration tokens are too few for head_dim={where.head_dim}; give at least {need}"
+            f"{given} calibration tokens are too few for head_dim={where.head_dim}; give at least {need}"
         )
     tell = progress or (lambda what, done, total: None)
     device = next(model.parameters()).device
     recorder = _BlockRecorder(model, where)
-    few = ids[: min(2, len(ids))]
+    few = prompts[:2]
     try:
         with torch.no_grad():
             for i in range(len(few)):
-                model(input_ids=few[i : i + 1].to(device), use_cache=False)
+                _run(model, few[i], device, use_cache=False)
                 tell("finding sinks", i + 1, len(few))
     finally:
         recorder.close()
@@ -296,13 +317,17 @@ def calibrate(
         return out
     plans = tuple(LayerPlan(None, segments_for_layer(policies[i], i, stages) if i in blocks else ()) for i in range(n))
     runtime, earlier = Runtime(model, plans, {}, stages, "calibration"), model.__dict__.get("_kvsink_runtime")
-    collector = Collector(wanted, len(ids)) if wanted else None
+    collector = Collector(wanted, len(prompts)) if wanted else None
     step = 1 if collector is not None and collector.weighs else batch
+    if step > 1 and isinstance(ids, Tensor):
+        prompts = [{"input_ids": ids[i : i + step]} for i in range(0, len(ids), step)]
     attach(model, runtime)
     try:
         with frozen(model), watched(model, where, collector):
-            for start in range(0, len(ids), step):
-                rows = ids[start : start + step].to(device)
+            at = 0
+            for prompt in prompts:
+                rows, start = prompt["input_ids"].to(device), at
+                at += len(rows)
                 cache = _RecordingCache(runtime, out, {i: blocks.get(i, ()) for i in range(n)}, collector)
                 for layer in range(n):
                     if layer not in blocks:
@@ -310,11 +335,11 @@ def calibrate(
                 if collector is not None:
                     collector.begin(start)
                 with torch.set_grad_enabled(collector is not None and collector.fisher):
-                    logits = model(input_ids=rows, past_key_values=cache, use_cache=True).logits
+                    logits = _run(model, prompt, device, past_key_values=cache, use_cache=True).logits
                     if collector is not None and collector.fisher:
                         collector.backward(logits, rows)
-                out.tokens += rows.numel()
-                tell("calibrating", min(start + step, len(ids)), len(ids))
+                out.tokens += int(prompt["attention_mask"].sum()) if "attention_mask" in prompt else rows.numel()
+                tell("calibrating", at, sum(len(p["input_ids"]) for p in prompts))
     finally:
         detach(model)
         if earlier is not None:

@@ -32,7 +32,7 @@ from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
-from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, visual_tokens
+from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, towers, visual_tokens
 from kvsink.texts import builtin_text
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
@@ -266,7 +266,10 @@ def rewrite(
     choices = parse_layers(layers, n, base)
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
-    notes: list[str] = []
+    notes = [
+        f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
+        for name, count in towers(model).items()
+    ]
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
     samples: dict[int, SampleNeed] = {}
@@ -318,7 +321,8 @@ def rewrite(
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
             record = Calibration.load(calibration, model)
         else:
-            ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
+            seen = _are_prompts(calibration) and visual_tokens(model.config)
+            ids = calibration if seen else calibration_windows(model, calibration, calibration_tokens, tokenizer)
             record = calibrate(model, ids, policies, blocks, batch, progress, samples, known)
         if known is not None and record.stages != known:
             record = replace(record, stages=known)

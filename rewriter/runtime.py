@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kvsink.attention import causal_mask
 from kvsink.codecs import Codec
-from kvsink.errors import UnsupportedError
+from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels import select_sinks
 from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
@@ -49,6 +49,7 @@ class Frame:
     visual: Tensor | None = None  # [B, S], True at image and video tokens
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     anchored: bool = False  # the anchors of codes in tiles have been seen to
+    one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "ttention" in type(module).__name__ and "vision" not in name and "." in name:
+        if isinstance(index, int) and "ttention" in type(module).__name__ and not is_tower(name) and "." in name:
             nested = any(name.startswith(other + ".") for other in found.values())
             if not nested:
                 found.setdefault(index, name)
@@ -109,6 +110,22 @@ def anatomy(model: nn.Module) -> Anatomy:
     )
 
 
+def is_tower(name: str) -> bool:
+    """Whether a module belongs to an encoder of pictures, video or sound, by its name."""
+    return any(part.startswith(("vision", "visual", "audio", "image_encoder")) for part in name.split("."))
+
+
+def towers(model: nn.Module) -> dict[str, int]:
+    """Encoders beside the decoder and how many attention modules each has; they keep no cache between calls."""
+    out: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if is_tower(name) and type(module).__name__.endswith(("Attention", "AttentionBlock")):
+            parts = name.split(".")
+            root = ".".join(parts[: next(i for i in range(len(parts)) if is_tower(parts[i])) + 1])
+            out[root] = out.get(root, 0) + 1
+    return out
+
+
 class Runtime:
     """Plan, calibrated tables and rotary angles of one model; shared by all its caches.
 
@@ -134,6 +151,16 @@ class Runtime:
     def asks(self) -> bool:
         """Whether attention goes through transformers' "sdpa" function, where a layer can answer it."""
         return self._through_functions and self.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
+
+    @property
+    def turns(self) -> bool:
+        """Whether a layer takes the rotation of its keys back, or its statistics are being taken: positions then have one axis.
+
+        With positions in several axes (M-RoPE) a row's key is taken as turned by its first axis alone; what the others turn it
+        further stays in the key, so that storing and reading agree for every row.
+        """
+        specs = [None if p.codec is None else p.codec.key for p in self.plans]
+        return any(k is None or (k.packed and (k.domain == "block" or k.center)) for k in specs)
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [1, P, R] of positions [1, P], attention scaling included; R = 0 without RoPE."""
@@ -258,6 +285,10 @@ class _Hook:
 class _NewFrame(_Hook):
     """Pre-hook of the base model: a fresh frame, with what the attention mask says of padding."""
 
+    def __init__(self, module: nn.Module, turns: bool = False) -> None:
+        super().__init__(module)
+        self.turns = turns
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = self.cache(args, kwargs)
         if cache is None:
@@ -269,8 +300,15 @@ class _NewFrame(_Hook):
             mask = self.given("attention_mask", args, kwargs)
             frame.valid = _valid_rows(mask, rows.shape[0], rows.shape[1], cache)
             visual = getattr(cache, "visual", None)
-            if visual is not None and visual.shape == rows.shape[:2]:
+            if visual is not None:
+                check_mask(visual, rows.shape)
                 frame.visual = visual
+            axes = self.given("position_ids", args, kwargs)
+            if self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
+                first = axes[-3] if axes.shape[0] >= 3 else axes[0]
+                like = rows if rows.is_floating_point() else next(module.parameters())
+                frame.positions, frame.one_axis = first, True
+                frame.cos, frame.sin = module.rotary_emb(like, first)  # type: ignore[operator]
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():
@@ -284,7 +322,8 @@ class _NewFrame(_Hook):
 class _Modality(_Hook):
     """Pre-hook of every module around the decoder that is given token ids: which of them stand for images and video.
 
-    The language model of a vision-language model receives embeddings, so the ids are read where they still are.
+    The processor's own mask (mm_token_type_ids, or token_type_ids of Gemma) decides where it is given, else the model's image
+    and video tokens. The language model of a vision-language model receives embeddings, so ids are read where they still are.
     """
 
     def __init__(self, module: nn.Module, tokens: tuple[int, ...]) -> None:
@@ -293,8 +332,14 @@ class _Modality(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache, ids = self.cache(args, kwargs), self.given("input_ids", args, kwargs)
-        if cache is not None and ids is not None:
-            cache.visual = visual_rows(ids, self.tokens)
+        if cache is None or ids is None or cache.visual is not None:
+            return
+        for name in MODALITY_MASKS:
+            kinds = self.given(name, args, kwargs)
+            if isinstance(kinds, Tensor):
+                cache.visual = mask_of(kinds, ids, cache.get_seq_length())
+                return
+        cache.visual = visual_rows(ids, self.tokens)
 
 
 def visual_tokens(config: Any) -> tuple[int, ...]:
@@ -310,6 +355,28 @@ def visual_rows(ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
     for token in tokens:
         out = out | (ids == token)
     return out
+
+
+MODALITY_MASKS = ("mm_token_type_ids", "token_type_ids")
+"""What processors call their modality mask: 0 text, 1 image, 2 video."""
+
+
+def check_mask(visual: Tensor, rows: Any) -> None:
+    """Raise KvsinkError when a modality mask is not that of the rows it goes with."""
+    if tuple(visual.shape) != tuple(rows[:2]):
+        raise KvsinkError(
+            f"the modality mask is {tuple(visual.shape)} for {tuple(rows[:2])} tokens; pass the processor's mask with the ids it "
+            "came with"
+        )
+
+
+def mask_of(kinds: Tensor, ids: Tensor, held: Any) -> Tensor:
+    """bool [B, S]: where a processor's mask of the new ids, or of everything held and the new ids, says image or video."""
+    new = ids.shape[1]
+    if kinds.shape[1] > new and not torch.compiler.is_compiling() and kinds.shape[1] == int(held) + new:
+        kinds = kinds[:, -new:]
+    check_mask(kinds, ids.shape)
+    return kinds != 0
 
 
 def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
@@ -360,6 +427,8 @@ class _Positions(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)
         if cache is None or cache.shared.frame is None:
+            return
+        if cache.shared.frame.one_axis:
             return
         angles = self.given("position_embeddings", args, kwargs)
         if angles is not None:
@@ -478,7 +547,7 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
     a = runtime.anatomy
     handles = []
     base = model.get_submodule(a.base) if a.base else model
-    handles.append(base.register_forward_pre_hook(_NewFrame(base), with_kwargs=True))
+    handles.append(base.register_forward_pre_hook(_NewFrame(base, runtime.turns), with_kwargs=True))
     handles.append(base.register_forward_hook(_EndFrame(base), with_kwargs=True))
     for name in a.attentions:
         attention = model.get_submodule(name)
