@@ -46,6 +46,8 @@ class Attach(RewritePass):
                 return site.declined(f"{len(site.writes)} writes for one read of the packed cache; expected one")
             if argument(site.writes[0], 0, "k") is not site.k_rope or not argument(site.writes[0], 9, "roped"):
                 return site.declined("the packed cache stores other keys than it reads", site.writes[0])
+            if codec is not None and _needs_positions(codec) and not codec.tiles and _several_axes(site):
+                return site.declined("positions of several new rows in more than one axis; the cache op turns them by one", site.cos)
             return None
         plan = work.plan(site)
         if plan is None:
@@ -70,6 +72,11 @@ class Attach(RewritePass):
 
 def _needs_positions(codec: Codec) -> bool:
     return codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+
+
+def _several_axes(site: AttentionSite) -> bool:
+    """Whether several new rows are stored under other angles than the model turns them by; one row has one position."""
+    return site.cos is not None and argument(site.writes[0], 3, "cos") is not site.cos and value(site.q).shape[2] != 1
 
 
 def _from_markers(site: AttentionSite) -> Chain:

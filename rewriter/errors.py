@@ -47,6 +47,10 @@ class EvaluationError(KvsinkError):
     """A text, window or cache that cannot be evaluated."""
 
 
+class PictureError(KvsinkError):
+    """Pictures with text that cannot be read, or that do not fit the model's prompts."""
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The `count` known names most like `name`, best first; never empty while anything is known."""
     names = sorted(set(known))

@@ -43,13 +43,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
     """The model in eval mode, on its device; a folder made by kvsink-rewrite comes with its packed cache attached."""
-    from transformers import AutoModelForCausalLM
-
     place = pick_device(device) if isinstance(device, str) else device
     kind = pick_dtype(dtype, place) if isinstance(dtype, str) else dtype
     where = Path(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _model_class(where).from_pretrained(
             where, dtype=kind, output_loading_info=True, local_files_only=True
         )
     except (KvsinkError, torch.OutOfMemoryError, MemoryError):
@@ -58,6 +56,15 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
         raise ModelError(_reason(where, error)) from error
     _check_fit(where, model, info)
     return model.eval().to(place)
+
+
+def _model_class(folder: Path) -> Any:
+    """The class that loads a folder: with its pictures where the model sees, else the language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    sees = getattr(config, "vision_config", None) is not None and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -19,6 +19,7 @@ import torch
 
 from kvsink.calibration import Calibration
 from kvsink.errors import KvsinkError, ModelError
+from kvsink.imagetext import is_source, load_processor, prompts, read_examples
 from kvsink.loading import load_model, load_tokenizer, pick_device
 from kvsink.report import Report
 from kvsink.rewrite import Progress, RewriteOptions, rewrite, versions
@@ -60,6 +61,9 @@ def rewrite_dir(
     calibration: Any = options.calibration
     if calibration.endswith(".safetensors"):
         calibration = Calibration.load(calibration, model)
+    elif is_source(calibration):
+        seen = prompts(read_examples(calibration), load_processor(source), model)
+        calibration = [p.inputs for p in seen]
     report = rewrite(
         model, options.method, key_bits=options.key_bits, value_bits=options.value_bits, protect=options.protect,
         window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,

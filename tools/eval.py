@@ -47,6 +47,11 @@ Progress = Callable[[int, int], None]
 @click.option(
     "--dtype", default="auto", show_default=True, help="auto, float32, float16 or bfloat16. auto is float32 on a CPU."
 )
+@click.option(
+    "--images", "pictures", metavar="SOURCE",
+    help="Pictures with text instead of text: drawn[:N], drawn-captions[:N], a folder of images and texts, or JSON lines.",
+)  # fmt: skip
+@click.option("--attention", "attention_path", metavar="FILE", help="With --images: draw the share of attention by modality.")
 @click.option("--compare", "comparing", is_flag=True, help="Measure a set of methods side by side instead of MODEL alone.")
 @click.option("--set", "row_set", metavar="NAME", help="With --compare: published (the default), stock, shift or quick.")
 @click.option("--rows", "rows_path", metavar="FILE", help="With --compare: a JSON list of rows, instead of a set.")
@@ -67,6 +72,8 @@ def command(
     detokenize: bool | None,
     device: str,
     dtype: str,
+    pictures: str | None,
+    attention_path: str | None,
     comparing: bool,
     row_set: str | None,
     rows_path: str | None,
@@ -86,6 +93,12 @@ def command(
         return
     if given := [name for name, value in extra.items() if value is not None]:
         raise click.UsageError(f"{given[0]} goes with --compare.")
+
+    if pictures is not None:
+        _pictures(model, pictures, device, dtype, strict, json_path, attention_path, min(chunk, 16))
+        return
+    if attention_path is not None:
+        raise click.UsageError("--attention goes with --images.")
 
     if model.endswith(".onnx"):
         if given := [name for name, value in {"--baseline": baseline, "--strict": strict}.items() if value]:
@@ -135,6 +148,49 @@ def command(
             health, decay = _sinks(net, reference, ids[:1, :512], chunk, strict)
             result = replace(result, sink_decay=decay)
     _show(result, json_path, health)
+
+
+def _pictures(
+    model: str, source: str, device: str, dtype: str, strict: bool, json_path: str | None, plot: str | None, chunk: int
+) -> None:  # fmt: skip
+    """Answers and perplexity on pictures with text, beside the 16-bit model, bits by modality, and the plot of attention."""
+    import kvsink  # noqa: F401  registers the quantizer
+    from kvsink import evaluation
+    from kvsink.demo import resolve_model_dir
+    from kvsink.imagetext import load_processor, prompts, read_examples
+    from kvsink.loading import load_model
+    from kvsink.vision_eval import attention_shares, evaluate_pictures, remember
+
+    examples = read_examples(source, held_back=True)
+    folder = resolve_model_dir(model)
+    processor, net = load_processor(folder), load_model(folder, device, dtype)
+    seen = prompts(examples, processor, net)
+    console = wide_console(sys.stderr if json_path == "-" else sys.stdout)
+    options: dict[str, Any] = {"chunk": chunk, "model_name": model, "data": source}
+    with _bars() as bar:
+        stock = evaluate_pictures(
+            net, seen, cache_factory=evaluation.dynamic_cache, method="16 bit", progress=bar("16 bit"), **options
+        )
+        rows = [stock]
+        if evaluation.is_rewritten(net):
+            factory = partial(evaluation.packed_cache, strict=strict)
+            found = remember(net, seen, chunk)
+            rows.append(evaluate_pictures(net, seen, cache_factory=factory, reference=found, progress=bar("packed"), **options))
+        if plot is not None:
+            from kvsink.tools.vision_plot import plot_shares
+
+            total = sum(len(p.visual) for p in seen)
+            visual = sum(int(p.visual.sum()) for p in seen) / total
+            counted = {"visual": visual, "first": len(seen) / total, "text": 1 - visual - len(seen) / total}
+            plot_shares(attention_shares(net, seen[:16]), counted, Path(plot), f"Attention in {Path(model).name}, {source}")
+    for row in rows:
+        console.print(row.line(), highlight=False, markup=False)
+    if json_path is not None:
+        record = json.dumps([row.to_json() for row in rows], indent=2)
+        if json_path == "-":
+            print(record)
+        else:
+            Path(json_path).write_text(record + "\n")
 
 
 def _show(result: Any, json_path: str | None, health: str = "") -> None:

@@ -29,7 +29,10 @@ from kvsink.tools.cli import command_line, wide_console
 )
 @click.option("--profile", metavar="FILE", help="A profile.json of this model: its sink stages are used, not looked for again.")
 @click.option("--window", type=int, metavar="R", help="Recent tokens kept exact.")
-@click.option("--calibration", default="builtin", show_default=True, metavar="FILE|builtin", help="UTF-8 text.")
+@click.option(
+    "--calibration", default="builtin", show_default=True, metavar="FILE|builtin",
+    help="UTF-8 text; pictures with text: drawn[:N], a folder of images and texts, or JSON lines.",
+)  # fmt: skip
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
 @click.option(
     "--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".'
