@@ -68,7 +68,7 @@ def rewrite_dir(
         model, options.method, key_bits=options.key_bits, value_bits=options.value_bits, protect=options.protect,
         window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,
         layers=options.layers, tokenizer=tokenizer, fold=options.fold, storage_dtype=storage, progress=progress,
-        bits=options.bits, plan=options.plan, profile=options.profile,
+        bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality,
     )  # fmt: skip
     report.model = str(model_dir)
     if onnx:

@@ -24,7 +24,7 @@ from kvsink.design import Design, design_key, design_value, gather_needs, key_bl
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
 from kvsink.fold import fold_value_rotation, foldable
 from kvsink.kernels.hadamard import hadamard_ref
-from kvsink.methods import Method, get_method
+from kvsink.methods import Method, get_method, methods
 from kvsink.observed import check_observable
 from kvsink.observers import SampleNeed
 from kvsink.patterns import PATTERNS, attention_patterns, classify
@@ -38,6 +38,7 @@ from kvsink.texts import builtin_text
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
 CALIBRATION_WINDOW = 1024
+PATTERN_PROMPTS = 16  # that layer classes are measured on
 Progress = Callable[[str, int, int], None]
 
 
@@ -57,6 +58,7 @@ class RewriteOptions:
     bits: float | None = None
     plan: str = "uniform"
     profile: str | None = None
+    modality: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,22 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
     return ids
 
 
+def with_modality(m: Method, name: str | None) -> Method:
+    """The method with the layer classes of another: text-salient layers take that one's text bits, and keep this one's rows."""
+    if name is None:
+        return m
+    if name == "none":
+        return replace(m, modality=None)
+    other = get_method(name)
+    if other.modality is None:
+        known = [n for n, o in methods().items() if o.modality is not None]
+        raise UnknownName("plan by modality", name, ["none", *known])
+    if m.modality is not None:
+        return replace(m, modality=other.modality)
+    plan = replace(other.modality, protect=m.protect, coarse=False)
+    return replace(m, name=f"{m.name} by modality", modality=plan)
+
+
 def _are_prompts(source: Any) -> bool:
     return isinstance(source, list | tuple) and bool(source) and all(isinstance(p, Mapping) for p in source)
 
@@ -157,7 +175,7 @@ def _with_patterns(
     found = None
     if tokens and not all(c.pattern for c in choices):
         if _are_prompts(source):
-            found = attention_patterns(model, source, tokens)
+            found = attention_patterns(model, source[:PATTERN_PROMPTS], tokens)
         elif isinstance(source, Tensor):
             ids = source if source.dim() == 2 else source[None]
             found = attention_patterns(model, [{"input_ids": row[None]} for row in ids], tokens)
@@ -223,6 +241,7 @@ def rewrite(
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
     designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None,
+    modality: str | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -235,11 +254,12 @@ def rewrite(
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
     profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
+    modality: a method whose bits by layer class are laid over this one's codec, such as "akvq-vl"; "none" leaves its own out.
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
     begun = time.monotonic()
-    m = method if isinstance(method, Method) else get_method(method)
+    m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
     where = anatomy(model)
     earlier = model.__dict__.get("_kvsink_runtime")
     if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
