@@ -26,3 +26,27 @@ def tiny_dir(tmp_path_factory) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def seeing_dir(tmp_path_factory) -> Path:
+    """A LLaVA folder with its processor, which needs no torchvision; its weights are random, one picture is 4 tokens."""
+    import transformers as hf
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    from tests.vision import build as build_seeing
+
+    folder = tmp_path_factory.mktemp("seeing") / "model"
+    characters = ["<pad>", "<s>", "</s>", "<unk>", *(chr(c) for c in range(33, 33 + VOCAB - 5)), "<image>"]
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True)]})
+    pixels = hf.CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
+    build_seeing("llava").save_pretrained(folder)
+    hf.LlavaProcessor(
+        pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
