@@ -195,6 +195,10 @@ def check_weights(model: nn.Module) -> None:
 def _refusal(where: Anatomy, layer: int) -> str:
     """Why a layer cannot be packed, or an empty string."""
     kind = where.layer_types[layer] if layer < len(where.layer_types) else "full_attention"
+    if kind in ("linear_attention", "mamba", "conv"):
+        return f"{kind.replace('_', ' ')}: its state does not grow with the length, passed through"
+    if kind in ("attention", "hybrid"):
+        return ""
     if kind != "full_attention":
         return f"{kind.replace('_', ' ')}: its window already bounds its size, kept in 16 bit"
     return ""

@@ -82,6 +82,11 @@ def anatomy(model: nn.Module) -> Anatomy:
             nested = any(name.startswith(other + ".") for other in found.values())
             if not nested:
                 found.setdefault(index, name)
+    attending = frozenset(found)
+    for name, module in model.named_modules():  # hybrid models: the mixers of layers that have no attention
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "vision" not in name and "." in name and found:
+            found.setdefault(index, name)
     if not found or sorted(found) != list(range(len(found))):
         kinds = sorted({type(m).__name__ for m in model.modules()})[:8]
         raise UnsupportedError(
@@ -94,9 +99,13 @@ def anatomy(model: nn.Module) -> Anatomy:
     rotary = f"{base}.rotary_emb" if base else "rotary_emb"
     heads = config.num_attention_heads
     kinds_ = tuple(getattr(config, "layer_types", None) or ())
-    if not kinds_:
+    if len(kinds_) != len(blocks):
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         kinds_ = ("sliding_attention" if window else "full_attention",) * len(blocks)
+    kinds_ = tuple(
+        kind if i in attending or kind not in ("full_attention", "sliding_attention") else "linear_attention"
+        for i, kind in enumerate(kinds_)
+    )
     return Anatomy(
         base=base,
         blocks=blocks,
