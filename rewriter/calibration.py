@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvsink.collect import Collector, frozen, watched
 from kvsink.errors import CalibrationError
@@ -298,6 +298,7 @@ def calibrate(
     runtime, earlier = Runtime(model, plans, {}, stages, "calibration"), model.__dict__.get("_kvsink_runtime")
     collector = Collector(wanted, len(ids)) if wanted else None
     step = 1 if collector is not None and collector.weighs else batch
+    text_config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     attach(model, runtime)
     try:
         with frozen(model), watched(model, where, collector):
@@ -306,7 +307,9 @@ def calibrate(
                 cache = _RecordingCache(runtime, out, {i: blocks.get(i, ()) for i in range(n)}, collector)
                 for layer in range(n):
                     if layer not in blocks:
-                        cache.layers[layer] = DynamicLayer()
+                        kind = where.layer_types[layer]
+                        plain = kind in ("full_attention", "sliding_attention")
+                        cache.layers[layer] = DynamicLayer() if plain else DynamicCache(config=text_config).layers[layer]
                 if collector is not None:
                     collector.begin(start)
                 with torch.set_grad_enabled(collector is not None and collector.fisher):

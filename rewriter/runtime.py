@@ -329,7 +329,8 @@ def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
     last = mask[:, 0, -1]  # what the last new row may see: every valid row up to itself
     seen = last if last.dtype == torch.bool else last >= 0
     if seen.shape[1] > new:
-        slots = torch.arange(new, device=mask.device) + cache.get_seq_length()
+        first = getattr(cache, "first_slot", cache.get_seq_length)()
+        slots = torch.arange(new, device=mask.device) + first
         seen = seen.index_select(1, slots)
     return seen.expand(batch, -1)
 
