@@ -456,6 +456,11 @@ def position_candidates(frame: Frame, positions: Tensor, batch: int, segment: Se
     inside = inside.expand(batch, -1)
     if frame.valid is not None:
         inside = inside & frame.valid
+    if score.is_cuda and score.shape[1] == 1 and torch.compiler.is_dynamo_compiling():
+        # The op's result is one buffer that every layer reads; plain operators would be computed anew for each.
+        first = torch.zeros(1, dtype=torch.int64, device=score.device)
+        ones = torch.ones(1, device=score.device)
+        return select_sinks(score.float().expand(batch, -1)[..., None], inside, first, ones, 1, False)
     score = torch.where(inside, score, float("-inf"))
     if score.shape[1] == 1:
         return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from
