@@ -69,6 +69,12 @@ def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False) -> N
     for i, plan in enumerate(runtime.plans):
         if plan.codec is not None and (reason := codec_refusal(plan.codec, plan.segments)):
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX: {reason}")
+    for i, kind in enumerate(runtime.anatomy.layer_types):
+        packed = runtime.plans[i].codec is not None
+        if kind in ("linear_attention", "mamba", "conv"):
+            raise ExportError(f"layer {i} cannot be exported to ONNX: the graph does not carry the state of its {kind.replace('_', ' ')}")
+        if kind == "sliding_attention" and packed:
+            raise ExportError(f"layer {i} cannot be exported to ONNX: its packed sliding window moves; rewrite with sliding=False")
 
 
 def explain_flavours(model: Any, runtime: Runtime) -> str:

@@ -606,9 +606,10 @@ class KVSinkCache(Cache):
         )
 
     def first_slot(self) -> Any:
-        """Slot of the next row in the layers whose mask the decoder is given: after a moved window not the length."""
-        first = self.layers[0]
-        return first.length if isinstance(first, KVSinkSlidingLayer) and all(self.is_sliding) else self.get_seq_length()
+        """Slot of the next row in the layers whose mask the decoder is given, as a tensor where that does not move."""
+        packed = [layer for layer in self.packed_layers() if layer.is_initialized]
+        layer = next((i for i in packed if not i.is_sliding), packed[0] if packed and all(self.is_sliding) else None)
+        return self.get_seq_length() if layer is None else layer.length
 
     def packed_layers(self) -> list[KVSinkLayer]:
         """The layers kvsink packs."""

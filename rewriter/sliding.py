@@ -95,7 +95,7 @@ class SlidingWindow:
 
     def make_room(self, new: int) -> None:
         """Let every sliding layer have slots for `new` rows. Called before the mask of a forward pass is made."""
-        if not self.layers or not self.layers[0].is_initialized or self.dropped is None:
+        if self.dropped is None or not all(layer.is_initialized for layer in self.layers):
             return
         held = int(self.layers[0].length)
         if any(int(layer.length) != held for layer in self.layers[1:]):
