@@ -193,7 +193,8 @@ def _onnx(family: str) -> str:
 
 def page(record: dict[str, dict[str, str]]) -> str:
     """The file."""
-    count = {kind: sum(c.startswith(kind) for row in record.values() for c in row.values()) for kind in ("right", "declined", "wrong")}
+    every, kinds = [c for row in record.values() for c in row.values()], ("right", "declined", "wrong", "not run")
+    count = {kind: sum(c.startswith(kind) for c in every) for kind in kinds}
     lines = [
         "# Families of models", "",
         f"Made by `{COMMAND}`, which runs every cell on a tiny random model of the family; change that, not this file.", "",
@@ -204,7 +205,7 @@ def page(record: dict[str, dict[str, str]]) -> str:
         "- compile: klt and rtn at 4 bits, tokens of the decode graph after all passes equal those without compilation, and "
         "every packed layer is fused. The graph runs operator by operator here, without Inductor",
         "- ONNX: rtn at 4 bits leaves, and runs beside the torch model in onnxruntime within the export's own check", "",
-        f"{len(record)} families, {count['right']} cells right, {count['declined']} declined, {count['wrong']} wrong. "
+        f"{len(record)} families; cells: " + ", ".join(f"{n} {kind}" for kind, n in count.items()) + ". "
         f"torch {torch.__version__}, transformers {transformers.__version__}, CPU.", "",
         "| family | capture | rewrite | generate | compile | ONNX |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for family in chosen:
         begun = time.monotonic()
         found = check_family(family, cells)
-        record[family] = {c: {**record.get(family, {}), **found}.get(c, "wrong (not run)") for c in CELLS}
+        record[family] = {c: {**record.get(family, {}), **found}.get(c, "not run") for c in CELLS}
         print(f"{family} ({time.monotonic() - begun:.0f} s): " + "; ".join(f"{c} {t}" for c, t in found.items()), flush=True)
         o.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     o.out.write_text(page(record), encoding="utf-8")

@@ -88,11 +88,10 @@ def test_chunked_prefill(klt: Any) -> None:
     row = ids(1, 21, 3)
     cache = kvsink.KVSinkCache.for_model(klt)
     with torch.no_grad():
-        for part in row[:, :20].split(8, 1):
+        for part in row[:, :16].split(8, 1):
             klt(input_ids=part, past_key_values=cache, use_cache=True)
-    wanted = alone(klt, row[0, 20:], cache=cache)
-    out = klt.generate(row, prefill_chunk_size=8, **GREEDY)[0, 21:]
-    assert out.shape == wanted.shape
+    wanted = alone(klt, row[0, 16:], cache=cache)
+    assert torch.equal(klt.generate(row, prefill_chunk_size=8, **GREEDY)[0, 21:], wanted)
 
 
 def test_sampling_is_the_same_with_the_same_seed(klt: Any) -> None:
@@ -198,8 +197,11 @@ def test_crop_of_a_sliding_window_says_what_is_gone(monkeypatch: pytest.MonkeyPa
         cache.crop(-20)
 
 
-@pytest.mark.parametrize("family", ["mistral-sliding", "gemma3", "gpt-oss"])
-@pytest.mark.parametrize("method", ["klt", "rtn"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("mistral-sliding", "klt"), *(pytest.param(f, m, marks=pytest.mark.slow) for f, m in (
+        ("mistral-sliding", "rtn"), ("gemma3", "klt"), ("gemma3", "rtn"), ("gpt-oss", "klt"), ("gpt-oss", "rtn")))],
+)  # fmt: skip
 def test_a_packed_window_that_moves_changes_no_token(
     family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
