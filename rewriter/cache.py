@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
+from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append_attend import append_attend
@@ -190,7 +191,7 @@ class KVSinkLayer(CacheLayerMixin):
         if self.codec.tiles:  # keys are coded after RoPE; angles would be computed for nothing
             cos = sin = key_states.new_empty(1, new, 0)
         elif cos is None or sin is None:
-            cos, sin = self.shared.runtime.angles(self.layer, positions[:1])
+            cos, sin = self.shared.runtime.angles(self.layer, positions)
         self._check_positions(positions, new)
         anchored = self.codec.anchors is not None
         if anchored:
@@ -583,7 +584,16 @@ class KVSinkCache(Cache):
             "length": str(int(self.get_seq_length())),
             "dtype": str(self.packed_layers()[0].dtype).removeprefix("torch."),
         }
-        save_file({n: t.contiguous() for n, t in self.tensors().items()}, str(path), metadata=meta)
+        tensors = {n: t.contiguous() for n, t in self.tensors().items()}
+        meta[DIGEST] = digest(tensors, meta)
+        partial = Path(f"{path}.partial")  # a full disk or a killed process leaves no half of a cache under its name
+        try:
+            save_file(tensors, str(partial), metadata=meta)
+            partial.replace(path)
+        except SafetensorError as error:
+            raise KvsinkError(f"the cache cannot be written to {path} ({error}); choose another place") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, max_length: int | None = None) -> KVSinkCache:
@@ -594,9 +604,12 @@ class KVSinkCache(Cache):
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+            found = json.loads(meta.get("codecs", "[]"))
+            known = isinstance(found, list) and all(isinstance(text, str) for text in found)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise SidecarError(f"cache file {path} cannot be read ({error}); save it again") from error
-        found = json.loads(meta.get("codecs", "[]"))
+        if not known:
+            raise SidecarError(f"cache file {path} does not say what it holds; save it again")
         cache = cls(runtime, max_length, tiles=any(Codec.parse(text).tiles for text in found))
         if found and all(Codec.parse(text).strict for text in found):
             cache._make_strict()
@@ -606,6 +619,7 @@ class KVSinkCache(Cache):
         wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in _HELD} | {"positions"}
         if missing := wanted - set(tensors):
             raise SidecarError(f"cache file {path} lacks {min(missing)}; save it again")
+        check_digest(tensors, meta, f"cache file {path}", SidecarError, "save it again")
         length = int(meta["length"])
         if max_length is not None and length > max_length:
             raise KvsinkError(f"cache file {path} holds {length} tokens, more than max_length={max_length}")

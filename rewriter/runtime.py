@@ -136,7 +136,7 @@ class Runtime:
         return self._through_functions and self.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [1, P, R] of positions [1, P], attention scaling included; R = 0 without RoPE."""
+        """cos and sin float32 [N, P, R] of positions [N, P], attention scaling included; R = 0 without RoPE."""
         if self.rotary is None:
             empty = torch.empty(1, positions.shape[-1], 0, device=positions.device)
             return empty, empty
@@ -366,13 +366,19 @@ class _Positions(_Hook):
             cache.shared.frame.positions = positions
 
 
+def _device_of(module: nn.Module) -> torch.device:
+    """Where the rows of a module are; the CPU while its weights are still to come."""
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 class _Stage(_Hook):
     """Forward hook of an emergence block: its output ranks the new rows."""
 
     def __init__(self, module: nn.Module, key: str, channels: tuple[int, ...], count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = next(module.parameters()).device  # where the rows will be: a copy per step would break CUDA graphs
+        device = _device_of(module)  # where the rows will be: a copy per step would break CUDA graphs
         self.channels, self.weights = torch.tensor(channels[:1], device=device), torch.ones(1, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -389,7 +395,7 @@ class _Massive(_Hook):
     def __init__(self, module: nn.Module, key: str, count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = next(module.parameters()).device
+        device = _device_of(module)
         self.channels = torch.zeros(1, dtype=torch.int64, device=device)
         self.weights = torch.ones(1, device=device)
 
