@@ -248,8 +248,11 @@ class _Hook:
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The kvsink cache of a call, or None. Its frame is written through `shared`: dynamo of torch 2.11 does not trace
         the setter of a property."""
-        found = self.given("past_key_values", args, kwargs)
-        return found if getattr(found, "is_kvsink", False) else None
+        for name in ("cache", "past_key_values"):  # transformers 5.24 and later, and before
+            found = self.given(name, args, kwargs)
+            if getattr(found, "is_kvsink", False):
+                return found
+        return None
 
 
 class _NewFrame(_Hook):
@@ -459,6 +462,11 @@ def position_candidates(frame: Frame, positions: Tensor, batch: int, segment: Se
     inside = inside.expand(batch, -1)
     if frame.valid is not None:
         inside = inside & frame.valid
+    if score.is_cuda and score.shape[1] == 1 and torch.compiler.is_dynamo_compiling():
+        # The op's result is one buffer that every layer reads; plain operators would be computed anew for each.
+        first = torch.zeros(1, dtype=torch.int64, device=score.device)
+        ones = torch.ones(1, device=score.device)
+        return select_sinks(score.float().expand(batch, -1)[..., None], inside, first, ones, 1, False)
     score = torch.where(inside, score, float("-inf"))
     if score.shape[1] == 1:
         return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from

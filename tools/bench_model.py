@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.tools.bench import split_side
+from kvsink.tools.timing import event_times
 
 __all__ = ["DECODE_SHAPES", "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows"]
 
@@ -320,12 +321,34 @@ def prefill_rows(
             "kind": "prefill", "side": side, "B": 1, "T": length, "seconds": round(times[len(times) // 2], 4),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         }  # fmt: skip
+        if side != "stock":
+            row["sink_prediction_ms"] = round(sink_prediction_ms(cache, length, model.config.hidden_size), 4)
         rows.append(row)
         say("  ".join(f"{k}={v}" for k, v in row.items()))
         del cache
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def sink_prediction_ms(cache: Any, length: int, hidden_size: int, repeats: int = 20) -> float:
+    """Median time of ranking the rows of a prompt by the outlier channel of their emergence block, all stages of a plan."""
+    from kvsink.kernels import select_sinks
+
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(1, length, hidden_size, device="cuda", dtype=torch.bfloat16, generator=g)
+    valid = torch.ones(1, length, dtype=torch.bool, device="cuda")
+    channel, weight = torch.tensor([7], device="cuda"), torch.ones(1, device="cuda")
+    segments = {s.key: s.count for layer in cache.packed_layers() for s in layer.segments if s.source.startswith("stage:")}
+
+    def rank() -> None:
+        for count in segments.values():
+            select_sinks(hidden, valid, channel, weight, count, False)
+
+    for _ in range(3):
+        rank()
+    times = sorted(event_times(rank, repeats))
+    return times[len(times) // 2]
 
 
 def sequence_rows(
