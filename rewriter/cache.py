@@ -152,18 +152,21 @@ class KVSinkLayer(CacheLayerMixin):
     def _grow(self, slots: int) -> None:
         if slots > self.k_codes.shape[2]:
             wanted = -(-slots // _BLOCK) * _BLOCK
+            grown: dict[str, Tensor] = {}  # all of them before one is taken: memory may run out between two
             for name, (shape, dtype, fill) in self._layout(wanted).items():
                 old = getattr(self, name)
                 if shape != old.shape:
-                    new = torch.full(shape, fill, dtype=dtype, device=old.device)
-                    new[tuple(slice(n) for n in old.shape)] = old
-                    setattr(self, name, new)
+                    grown[name] = torch.full(shape, fill, dtype=dtype, device=old.device)
+                    grown[name][tuple(slice(n) for n in old.shape)] = old
+            for name, new in grown.items():
+                setattr(self, name, new)
         wanted = self.k_codes.shape[2]
         positions = self.shared.positions
         assert positions is not None
         if positions.shape[1] < wanted:
-            self.shared.positions = positions.new_zeros((positions.shape[0], wanted))
-            self.shared.positions[:, : positions.shape[1]] = positions
+            longer = positions.new_zeros((positions.shape[0], wanted))
+            longer[:, : positions.shape[1]] = positions
+            self.shared.positions = longer
         self._set_params(wanted)
 
     # -- the cache interface -------------------------------------------------------------------------------------------
@@ -352,7 +355,7 @@ class KVSinkLayer(CacheLayerMixin):
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
         self._held = 0
-        self._unseen = None
+        self._unseen, self._asked = None, True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last |n| tokens (a negative count; a positive one is the length to keep).
@@ -368,6 +371,7 @@ class KVSinkLayer(CacheLayerMixin):
             raise KvsinkError(f"layer {self.layer}: cannot crop {-tokens_to_remove} tokens from a cache of {held}")
         self._reopen(keep)
         self.length.fill_(keep)
+        self._unseen, self._asked = None, True
         self._held = keep
         named = torch.where(self.exact_slot < -1, -self.exact_slot - 2, self.exact_slot)
         gone = named >= keep
@@ -397,12 +401,12 @@ class KVSinkLayer(CacheLayerMixin):
             self.recent_score[:, place] = float("-inf")
 
     def _map_batch(self, pick: Any, in_place: bool) -> None:
+        picked = {} if in_place else {name: pick(getattr(self, name)) for name in _BATCHED}
         for name in _BATCHED:
-            old = getattr(self, name)
             if in_place:
-                old.copy_(pick(old))
+                getattr(self, name).copy_(pick(getattr(self, name)))
             else:
-                setattr(self, name, pick(old))
+                setattr(self, name, picked[name])
         self.batch_size = self.k_codes.shape[0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -511,6 +515,34 @@ class KVSinkCache(Cache):
     @frame.setter
     def frame(self, frame: Frame | None) -> None:
         self.shared.frame = frame
+
+    def begin(self, frame: Frame) -> None:
+        """A forward pass begins. Raises KvsinkError when the last one stopped half-way and left layers of different lengths."""
+        layers = [layer for layer in self.packed_layers() if layer.is_initialized]
+        last = self.shared.frame
+        if last is not None and last.start is not None:
+            start = int(last.start)
+            if any(int(layer.length) != start or not layer._asked for layer in layers):
+                raise KvsinkError(
+                    f"the last forward pass over this cache stopped half-way, as when memory runs out; cache.crop({start}) "
+                    "brings back the state before it, cache.reset() an empty cache"
+                    if start
+                    else "the last forward pass over this cache stopped half-way, as when memory runs out; call cache.reset()"
+                )
+        if layers:
+            frame.start = layers[0]._held if layers[0].max_length is None else layers[0].length.clone()
+        else:
+            frame.start = 0
+        self.shared.frame = frame
+
+    def reset(self) -> None:
+        super().reset()
+        self.shared.frame = self.visual = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |n| tokens of every layer (a negative count; a positive one is the length to keep)."""
+        super().crop(tokens_to_remove)
+        self.shared.frame = self.visual = None
 
     def attends_itself(self) -> bool:
         """Whether every layer attends over its codes itself outside compiled graphs; masks may then stay unbuilt."""

@@ -48,6 +48,7 @@ class Frame:
     valid: Tensor | None = None  # [B, S], False at padding
     visual: Tensor | None = None  # [B, S], True at image and video tokens
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    start: Any = None  # rows held before this pass, int or a tensor; None where nobody asks
     anchored: bool = False  # the anchors of codes in tiles have been seen to
 
 
@@ -271,6 +272,8 @@ class _NewFrame(_Hook):
             visual = getattr(cache, "visual", None)
             if visual is not None and visual.shape == rows.shape[:2]:
                 frame.visual = visual
+        if hasattr(cache, "begin") and not torch.compiler.is_compiling():
+            cache.begin(frame)
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():
