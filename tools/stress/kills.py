@@ -59,6 +59,7 @@ class Yard:
             null = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  a caller may have put files there
             if before is not None:
                 before()
             from kvsink.tools.rewrite import main
