@@ -14,6 +14,7 @@ Cost       memory: one layer in float32, the embedding in its own dtype (while w
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -215,7 +216,7 @@ class Stream:
             for i, block in enumerate(blocks):
                 for name in _HOOKS:
                     setattr(block, name, OrderedDict())
-                block.forward = self._noting(current, i)
+                block.forward = self._noting(current, i, _argument_names(block))
             with self.loaded(outer):
                 for job in jobs:
                     current[:] = [job]
@@ -231,11 +232,12 @@ class Stream:
             if job.frame is not None:
                 job.frame.candidates.clear()
 
-    def _noting(self, current: list[Job], layer: int) -> Callable[..., Any]:
+    def _noting(self, current: list[Job], layer: int, names: list[str]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             job = current[0]
-            hidden = args[0] if args else kwargs.pop("hidden_states")
-            if len(args) > 1 or len(job.calls) != layer or (layer and hidden is not job.hidden):
+            kwargs.update(zip(names, args, strict=False))
+            hidden = kwargs.pop(names[0])
+            if len(args) > len(names) or len(job.calls) != layer or (layer and hidden is not job.hidden):
                 raise UnsupportedError(
                     f"{type(self.model).__name__} does more between its layers than hand a tensor on; use --whole"
                 )
@@ -246,6 +248,12 @@ class Stream:
             return hidden
 
         return forward
+
+
+def _argument_names(block: nn.Module) -> list[str]:
+    """Names of the arguments of a block, the hidden states first."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [n for n, p in inspect.signature(type(block).forward).parameters.items() if p.kind in kinds and n != "self"]
 
 
 def needs(model: Any, checkpoint: Checkpoint, tokens: int, window: int) -> Needs:
