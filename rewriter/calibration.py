@@ -115,7 +115,7 @@ class Calibration:
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
             if meta.get("format") != FORMAT:
                 raise CalibrationError(
                     f"{path} is not a calibration record of this version (format {meta.get('format')!r}, "

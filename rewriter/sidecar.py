@@ -67,7 +67,8 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
         raise SidecarError(f"{json_path} has format {found!r}, this version reads {FORMAT}; {again}")
     try:
         with safe_open(str(tensors_path), framework="pt") as file:
-            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            # copies: a tensor read from a file is the file's memory and changes, or goes, with it
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
         held = tensors.pop("fingerprint")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise SidecarError(f"{tensors_path} cannot be read ({error}); {again}") from error

@@ -145,3 +145,26 @@ def test_a_digest_tells_values_names_shapes_and_text_apart() -> None:
         ({**one, "a": torch.arange(6.0).index_fill(0, torch.tensor([2]), 2.0000002)}, {"x": 1}),
     ]  # fmt: skip
     assert len({base, *(digest.digest(t, r) for t, r in others)}) == 7
+
+
+def test_a_loaded_model_does_not_change_with_its_files(tiny_dir: Path, tmp_path: Path) -> None:
+    """Its tables are its own: a file that is overwritten or cut short afterwards does not reach them."""
+    from kvsink import RewriteOptions
+    from kvsink.calibration import Calibration, calibrate
+    from kvsink.loading import load_model
+    from kvsink.outdir import rewrite_dir
+    from kvsink.runtime import runtime_of
+
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 8)
+    rewrite_dir(tiny_dir, out, RewriteOptions("klt", calibration=str(text), calibration_tokens=512))
+    tables = runtime_of(load_model(out)).tables
+    calibrate(load_model(tiny_dir), tokens(4, 64), [()] * 2, {0: (64,)}).save(tmp_path / "record.safetensors")
+    record = Calibration.load(tmp_path / "record.safetensors")
+    held = [*tables.values(), record.keys[0, 64].second]
+    before = [t.clone() for t in held]
+    for file in (out / "kvsink_calibration.safetensors", tmp_path / "record.safetensors"):
+        with open(file, "r+b") as handle:
+            handle.seek(0)
+            handle.write(b"\xff" * file.stat().st_size)
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
