@@ -72,7 +72,8 @@ def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False) -> N
     for i, kind in enumerate(runtime.anatomy.layer_types):
         packed = runtime.plans[i].codec is not None
         if kind in ("linear_attention", "mamba", "conv"):
-            raise ExportError(f"layer {i} cannot be exported to ONNX: the graph does not carry the state of its {kind.replace('_', ' ')}")
+            state = kind.replace("_", " ")
+            raise ExportError(f"layer {i} cannot be exported to ONNX: the graph does not carry the state of its {state}")
         if kind == "sliding_attention" and packed:
             raise ExportError(f"layer {i} cannot be exported to ONNX: its packed sliding window moves; rewrite with sliding=False")
 

@@ -165,6 +165,31 @@ def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: 
     return 0
 
 
+@bench.command(help="Decoding on this machine's processor behind a long prompt, beside float32 and bfloat16 on a DynamicCache.")
+@click.option("--model", "name", default="demo:smollm2", show_default=True, help="Folder, hub id or demo:smollm2.")
+@click.option("--method", default="klt", show_default=True)
+@click.option("--key-bits", type=float, default=None)
+@click.option("--value-bits", type=float, default=None)
+@click.option("--tokens", default=4096, show_default=True, help="Length of the prompt.")
+@click.option("--steps", default=34, show_default=True)
+@click.option("--compiled/--eager", default=False, show_default=True, help="Time the compiled step too; needs a C++ compiler.")
+@_out
+def cpu(
+    name: str, method: str, key_bits: float | None, value_bits: float | None, tokens: int, steps: int, compiled: bool,
+    out: Path | None,
+) -> int:  # fmt: skip
+    from kvsink.tools.bench_cpu import cpu_rows
+
+    if tokens < 1 or steps < 3:
+        raise click.BadParameter(f"{tokens} tokens and {steps} steps; at least 1 and 3 are needed")
+    rows = cpu_rows(name, method, key_bits, value_bits, tokens, steps, compiled, _say)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return 0
+
+
 @bench.command(help="Draw the rows of `kernels` from a JSON-lines file; needs no GPU.")
 @click.argument("rows", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("image", type=click.Path(path_type=Path, dir_okay=False))

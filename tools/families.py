@@ -176,9 +176,8 @@ def _compile(family: str) -> str:
         fused = len(made.done("fuse")) if made is not None else 0
         if fused != packed:
             reasons = [r.reason for r in made.declined()] if made is not None else []
-            raise NotServed(
-                f"{method}: tokens equal; {fused} of {packed} packed layers fused: {reasons[0] if reasons else 'generate did not compile'}"
-            )
+            why = reasons[0] if reasons else "generate did not compile"
+            raise NotServed(f"{method}: tokens equal; {fused} of {packed} packed layers fused: {why}")
     return ""
 
 
