@@ -106,7 +106,8 @@ def _tokens(model: Any, **options: Any) -> Tensor:
     out = model.generate(
         prompt, attention_mask=mask, max_new_tokens=_NEW, do_sample=False, return_dict_in_generate=True, **options
     )
-    cache = out["cache"] if "cache" in out else out["past_key_values"]  # the name that transformers before 5.24 has
+    cache = getattr(out, "cache", None)  # the name since transformers 5.24
+    cache = getattr(out, "past_key_values", None) if cache is None else cache
     if hasattr(model, "_kvsink_runtime") and not (isinstance(cache, kvsink.KVSinkCache) and cache.get_seq_length() > _NEW):
         raise Wrong(f"generate ran on a {type(cache).__name__}")
     tokens: Tensor = out.sequences[:, -_NEW:]
