@@ -10,6 +10,7 @@ Differs    `_prepare_cache_for_generation` is private to transformers; `tests/re
 from __future__ import annotations
 
 import os
+import inspect
 import types
 from typing import Any
 
@@ -93,8 +94,9 @@ def _prepare_cache(
     max_cache_length: int, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Put a KVSinkCache into model_kwargs where transformers would make its own dynamic cache, then go on as it does."""
+    name = "cache" if "cache" in inspect.signature(type(self).forward).parameters else "past_key_values"  # since 5.24, before
     free = (
-        model_kwargs.get("past_key_values") is None
+        model_kwargs.get(name) is None
         and generation_config.use_cache is not False
         and generation_config.cache_implementation in (None, "hybrid", "static")
         and getattr(self, "_kvsink_runtime", None) is not None
@@ -107,14 +109,14 @@ def _prepare_cache(
         if compiling or self.device.type == "cuda":
             # whole blocks, so that two prompts of nearly the same length share one compiled graph
             max_cache_length = -(-max_cache_length // 256) * 256
-            model_kwargs["past_key_values"] = KVSinkCache.for_model(self, rows, max_cache_length)
+            model_kwargs[name] = KVSinkCache.for_model(self, rows, max_cache_length)
         else:
-            model_kwargs["past_key_values"] = KVSinkCache.for_model(self)
+            model_kwargs[name] = KVSinkCache.for_model(self)
     original = type(self)._prepare_cache_for_generation
     result = original(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
     )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(name)
     if free and isinstance(cache, KVSinkCache):
         cache._is_user_defined = False
     return result

@@ -248,8 +248,11 @@ class _Hook:
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The kvsink cache of a call, or None. Its frame is written through `shared`: dynamo of torch 2.11 does not trace
         the setter of a property."""
-        found = self.given("past_key_values", args, kwargs)
-        return found if getattr(found, "is_kvsink", False) else None
+        for name in ("cache", "past_key_values"):  # transformers 5.24 and later, and before
+            found = self.given(name, args, kwargs)
+            if getattr(found, "is_kvsink", False):
+                return found
+        return None
 
 
 class _NewFrame(_Hook):
