@@ -9,8 +9,8 @@ Differs    `_prepare_cache_for_generation` is private to transformers; `tests/re
 
 from __future__ import annotations
 
-import os
 import inspect
+import os
 import types
 from typing import Any
 
