@@ -31,13 +31,13 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onn
 
 
 def rewrite_dir(
-    model_dir: str | Path, out_dir: str | Path, options: RewriteOptions | None = None, *, onnx: bool = False,
+    model_dir: str | Path, out_dir: str | Path, options: RewriteOptions | None = None, *, onnx: str = "",
     device: str = "auto", force: bool = False, dry_run: bool = False, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Calibrate and rewrite the model in `model_dir` (a local folder) and leave it in `out_dir`.
 
-    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. With `onnx` the
-    folder also holds model.onnx, see `kvsink.export.onnx`.
+    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. `onnx` names
+    the flavour of a model.onnx in the folder, see `kvsink.export.onnx`; empty: none.
     """
     options = options or RewriteOptions()
     source, target = Path(model_dir), Path(out_dir)
@@ -68,7 +68,7 @@ def rewrite_dir(
     )  # fmt: skip
     report.model = str(model_dir)
     if onnx:
-        check_expressible(model, runtime_of(model), anywhere=True)
+        check_expressible(model, runtime_of(model), anywhere=True, flavour=onnx)
     if dry_run:
         return report
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def rewrite_dir(
         _write(build, source, model, storage, report, options)
         if onnx:
             del model
-            _export(build, progress)
+            _export(build, onnx, progress)
         os.chmod(build, 0o755)
         _exchange(build, target)
     except BaseException:
@@ -86,13 +86,13 @@ def rewrite_dir(
     return report
 
 
-def _export(build: Path, progress: Progress | None) -> None:
+def _export(build: Path, flavour: str, progress: Progress | None) -> None:
     """model.onnx into the folder that has just been written, from what it holds."""
     from kvsink.export import onnx
 
     if progress is not None:
         progress("export", 0, 1)
-    onnx(build, build / "model.onnx")
+    onnx(build, build / "model.onnx", flavour)
     if progress is not None:
         progress("export", 1, 1)
 
