@@ -241,7 +241,9 @@ def _scalar(kind: str, widths: Any, group_size: int, gain: bool) -> dict[str, An
 def _tabled(codec: str, side: str, params: Any) -> dict[str, Any]:
     c = Codec.parse(codec)
     s = c.key if side == "k" else c.value
-    return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain), "book": [int(n) for n in params[0].shape]}
+    return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain), "book": [int(n) for n in params[0].shape]} | (
+        {"widths": list(s.widths)} if s.kind == "static" else {}
+    )
 
 
 def append_functions(model: Any, opset: int) -> None:
