@@ -32,7 +32,7 @@ __all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_ol
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
-SIDE_BY_SIDE = True  # code new rows on the multiprocessors that attention leaves over
+BESIDE = True  # code new rows on a second stream of a CUDA graph, on the multiprocessors that attention leaves over
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
@@ -234,7 +234,7 @@ class Cubin:
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
         """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
-        if not (SIDE_BY_SIDE and torch.cuda.is_current_stream_capturing()):
+        if not (BESIDE and torch.cuda.is_current_stream_capturing()):
             self.append(rows)
             self.attend(argument, fresh, heads)
             return

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
+from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append_attend import append_attend
@@ -151,18 +152,21 @@ class KVSinkLayer(CacheLayerMixin):
     def _grow(self, slots: int) -> None:
         if slots > self.k_codes.shape[2]:
             wanted = -(-slots // _BLOCK) * _BLOCK
+            grown: dict[str, Tensor] = {}  # all of them before one is taken: memory may run out between two
             for name, (shape, dtype, fill) in self._layout(wanted).items():
                 old = getattr(self, name)
                 if shape != old.shape:
-                    new = torch.full(shape, fill, dtype=dtype, device=old.device)
-                    new[tuple(slice(n) for n in old.shape)] = old
-                    setattr(self, name, new)
+                    grown[name] = torch.full(shape, fill, dtype=dtype, device=old.device)
+                    grown[name][tuple(slice(n) for n in old.shape)] = old
+            for name, new in grown.items():
+                setattr(self, name, new)
         wanted = self.k_codes.shape[2]
         positions = self.shared.positions
         assert positions is not None
         if positions.shape[1] < wanted:
-            self.shared.positions = positions.new_zeros((positions.shape[0], wanted))
-            self.shared.positions[:, : positions.shape[1]] = positions
+            longer = positions.new_zeros((positions.shape[0], wanted))
+            longer[:, : positions.shape[1]] = positions
+            self.shared.positions = longer
         self._set_params(wanted)
 
     # -- the cache interface -------------------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ class KVSinkLayer(CacheLayerMixin):
         if self.codec.tiles:  # keys are coded after RoPE; angles would be computed for nothing
             cos = sin = key_states.new_empty(1, new, 0)
         elif cos is None or sin is None:
-            cos, sin = self.shared.runtime.angles(self.layer, positions[:1])
+            cos, sin = self.shared.runtime.angles(self.layer, positions)
         self._check_positions(positions, new)
         anchored = self.codec.anchors is not None
         if anchored:
@@ -351,7 +355,7 @@ class KVSinkLayer(CacheLayerMixin):
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
         self._held = 0
-        self._unseen = None
+        self._unseen, self._asked = None, True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last |n| tokens (a negative count; a positive one is the length to keep).
@@ -367,6 +371,7 @@ class KVSinkLayer(CacheLayerMixin):
             raise KvsinkError(f"layer {self.layer}: cannot crop {-tokens_to_remove} tokens from a cache of {held}")
         self._reopen(keep)
         self.length.fill_(keep)
+        self._unseen, self._asked = None, True
         self._held = keep
         named = torch.where(self.exact_slot < -1, -self.exact_slot - 2, self.exact_slot)
         gone = named >= keep
@@ -396,12 +401,12 @@ class KVSinkLayer(CacheLayerMixin):
             self.recent_score[:, place] = float("-inf")
 
     def _map_batch(self, pick: Any, in_place: bool) -> None:
+        picked = {} if in_place else {name: pick(getattr(self, name)) for name in _BATCHED}
         for name in _BATCHED:
-            old = getattr(self, name)
             if in_place:
-                old.copy_(pick(old))
+                getattr(self, name).copy_(pick(getattr(self, name)))
             else:
-                setattr(self, name, pick(old))
+                setattr(self, name, picked[name])
         self.batch_size = self.k_codes.shape[0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -511,6 +516,34 @@ class KVSinkCache(Cache):
     def frame(self, frame: Frame | None) -> None:
         self.shared.frame = frame
 
+    def begin(self, frame: Frame) -> None:
+        """A forward pass begins. Raises KvsinkError when the last one stopped half-way and left layers of different lengths."""
+        layers = [layer for layer in self.packed_layers() if layer.is_initialized]
+        last = self.shared.frame
+        if last is not None and last.start is not None:
+            start = int(last.start)
+            if any(int(layer.length) != start or not layer._asked for layer in layers):
+                raise KvsinkError(
+                    f"the last forward pass over this cache stopped half-way, as when memory runs out; cache.crop({start}) "
+                    "brings back the state before it, cache.reset() an empty cache"
+                    if start
+                    else "the last forward pass over this cache stopped half-way, as when memory runs out; call cache.reset()"
+                )
+        if layers:
+            frame.start = layers[0]._held if layers[0].max_length is None else layers[0].length.clone()
+        else:
+            frame.start = 0
+        self.shared.frame = frame
+
+    def reset(self) -> None:
+        super().reset()
+        self.shared.frame = self.visual = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |n| tokens of every layer (a negative count; a positive one is the length to keep)."""
+        super().crop(tokens_to_remove)
+        self.shared.frame = self.visual = None
+
     def attends_itself(self) -> bool:
         """Whether every layer attends over its codes itself outside compiled graphs; masks may then stay unbuilt."""
         layers = self.layers
@@ -583,7 +616,16 @@ class KVSinkCache(Cache):
             "length": str(int(self.get_seq_length())),
             "dtype": str(self.packed_layers()[0].dtype).removeprefix("torch."),
         }
-        save_file({n: t.contiguous() for n, t in self.tensors().items()}, str(path), metadata=meta)
+        tensors = {n: t.contiguous() for n, t in self.tensors().items()}
+        meta[DIGEST] = digest(tensors, meta)
+        partial = Path(f"{path}.partial")  # a full disk or a killed process leaves no half of a cache under its name
+        try:
+            save_file(tensors, str(partial), metadata=meta)
+            partial.replace(path)
+        except SafetensorError as error:
+            raise KvsinkError(f"the cache cannot be written to {path} ({error}); choose another place") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, max_length: int | None = None) -> KVSinkCache:
@@ -594,9 +636,12 @@ class KVSinkCache(Cache):
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+            found = json.loads(meta.get("codecs", "[]"))
+            known = isinstance(found, list) and all(isinstance(text, str) for text in found)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise SidecarError(f"cache file {path} cannot be read ({error}); save it again") from error
-        found = json.loads(meta.get("codecs", "[]"))
+        if not known:
+            raise SidecarError(f"cache file {path} does not say what it holds; save it again")
         cache = cls(runtime, max_length, tiles=any(Codec.parse(text).tiles for text in found))
         if found and all(Codec.parse(text).strict for text in found):
             cache._make_strict()
@@ -606,6 +651,7 @@ class KVSinkCache(Cache):
         wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in _HELD} | {"positions"}
         if missing := wanted - set(tensors):
             raise SidecarError(f"cache file {path} lacks {min(missing)}; save it again")
+        check_digest(tensors, meta, f"cache file {path}", SidecarError, "save it again")
         length = int(meta["length"])
         if max_length is not None and length > max_length:
             raise KvsinkError(f"cache file {path} holds {length} tokens, more than max_length={max_length}")

@@ -33,6 +33,7 @@ from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, visual_tokens
+from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
@@ -223,7 +224,7 @@ def rewrite(
     protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
-    designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None,
+    designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None, stream: Stream | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -236,6 +237,7 @@ def rewrite(
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
     profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
+    stream: gives a model without weights its layers one at a time; what would be folded into them waits in `stream.folds`.
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
@@ -267,6 +269,8 @@ def rewrite(
     choices = parse_layers(layers, n, base)
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
+    if stream is not None and (plan == "auto" or m.modality is not None):
+        raise UnsupportedError(f"{'--plan auto' if plan == 'auto' else m.name} runs the whole model again and again; use --whole")
     notes: list[str] = []
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
@@ -308,7 +312,8 @@ def rewrite(
         blocks = {i: tuple(sorted({*blocks.get(i, ()), *served})) for i, w in enumerate(wanted) if w is not None}
         samples = {} if need is None else {i: samples.get(i, need) | need for i in blocks}
         designs = {} if designs is None else designs
-    check_weights(model)
+    if stream is None:
+        check_weights(model)
     record = Calibration((), {}, {}, torch.zeros(0), 0)
     known = None if profile is None else _profiled_stages(profile, model)
     if known is not None and not blocks:
@@ -317,10 +322,10 @@ def rewrite(
         if isinstance(calibration, Calibration):
             record = calibration
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
-            record = Calibration.load(calibration, model)
+            record = Calibration.load(calibration, model if stream is None else None)
         else:
             ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies, blocks, batch, progress, samples, known)
+            record = calibrate(model, ids, policies, blocks, batch, progress, samples, known, stream)
         if known is not None and record.stages != known:
             record = replace(record, stages=known)
     kinds = {p.kind for ps in policies for p in ps}
@@ -340,7 +345,7 @@ def rewrite(
             for w, c in zip(wanted, choices, strict=True)
         ]
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if stream is None else torch.device("cpu")
     plans: list[LayerPlan] = []
     tables: dict[str, Tensor] = {}
     folds: list[tuple[nn.Module, int]] = []
@@ -378,7 +383,11 @@ def rewrite(
         )  # fmt: skip
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
-    for attention, order in folds:
+    if stream is not None:
+        names = {model.get_submodule(name): name for name in where.attentions}
+        stream.folds = [(names[attention], order) for attention, order in folds]
+        stream.check_rest()
+    for attention, order in folds if stream is None else ():
         fold_value_rotation(attention, order, storage_dtype)
     runtime = Runtime(model, tuple(plans), {k: t.to(device) for k, t in tables.items()}, record.stages, m.name)
     attach(model, runtime)

@@ -48,6 +48,7 @@ class Frame:
     valid: Tensor | None = None  # [B, S], False at padding
     visual: Tensor | None = None  # [B, S], True at image and video tokens
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    start: Any = None  # rows held before this pass, int or a tensor; None where nobody asks
     anchored: bool = False  # the anchors of codes in tiles have been seen to
 
 
@@ -136,7 +137,7 @@ class Runtime:
         return self._through_functions and self.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [1, P, R] of positions [1, P], attention scaling included; R = 0 without RoPE."""
+        """cos and sin float32 [N, P, R] of positions [N, P], attention scaling included; R = 0 without RoPE."""
         if self.rotary is None:
             empty = torch.empty(1, positions.shape[-1], 0, device=positions.device)
             return empty, empty
@@ -271,6 +272,8 @@ class _NewFrame(_Hook):
             visual = getattr(cache, "visual", None)
             if visual is not None and visual.shape == rows.shape[:2]:
                 frame.visual = visual
+        if hasattr(cache, "begin") and not torch.compiler.is_compiling():
+            cache.begin(frame)
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():
@@ -369,13 +372,19 @@ class _Positions(_Hook):
             cache.shared.frame.positions = positions
 
 
+def _device_of(module: nn.Module) -> torch.device:
+    """Where the rows of a module are; the CPU while its weights are still to come."""
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 class _Stage(_Hook):
     """Forward hook of an emergence block: its output ranks the new rows."""
 
     def __init__(self, module: nn.Module, key: str, channels: tuple[int, ...], count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = next(module.parameters()).device  # where the rows will be: a copy per step would break CUDA graphs
+        device = _device_of(module)  # where the rows will be: a copy per step would break CUDA graphs
         self.channels, self.weights = torch.tensor(channels[:1], device=device), torch.ones(1, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -392,7 +401,7 @@ class _Massive(_Hook):
     def __init__(self, module: nn.Module, key: str, count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = next(module.parameters()).device
+        device = _device_of(module)
         self.channels = torch.zeros(1, dtype=torch.int64, device=device)
         self.weights = torch.ones(1, device=device)
 
@@ -456,6 +465,11 @@ def position_candidates(frame: Frame, positions: Tensor, batch: int, segment: Se
     inside = inside.expand(batch, -1)
     if frame.valid is not None:
         inside = inside & frame.valid
+    if score.is_cuda and score.shape[1] == 1 and torch.compiler.is_dynamo_compiling():
+        # The op's result is one buffer that every layer reads; plain operators would be computed anew for each.
+        first = torch.zeros(1, dtype=torch.int64, device=score.device)
+        ones = torch.ones(1, device=score.device)
+        return select_sinks(score.float().expand(batch, -1)[..., None], inside, first, ones, 1, False)
     score = torch.where(inside, score, float("-inf"))
     if score.shape[1] == 1:
         return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from

@@ -19,11 +19,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.tools.bench import split_side
+from kvsink.tools.timing import event_times
 
 __all__ = ["DECODE_SHAPES", "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows"]
 
 DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
 """Batch and length; batch 0 is the largest that fits."""
+
+SIXTEEN = ("stock", "stock-combo", "static")
+"""Sides in 16 bit: the strongest attention, the same with Inductor's combined kernels, and as transformers compiles it."""
 
 _STEPS = 24
 
@@ -246,15 +250,16 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
     a = model.config
     model.config._attn_implementation = "sdpa"
     per_row = 2 * a.vocab_size * 4
-    if side in ("stock", "static"):
+    if side in SIXTEEN:
         detach(model)
-        if side == "stock":
+        if side != "static":
             use_attention(model, backends[(batch, length)])
         per = a.num_hidden_layers * a.num_key_value_heads * 2 * a.head_dim * 2 * length
 
         def make(b: int) -> tuple[Callable[..., Any], Any, Callable[[], None]]:
             cache = stock_cache(model, b, length)
-            step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+            options = {"triton.cudagraphs": True, "combo_kernels": side == "stock-combo"}
+            step = torch.compile(model, options=options, fullgraph=True)
             return step, cache, lambda: set_stock_length(cache, length - _STEPS)
 
     else:
@@ -320,12 +325,34 @@ def prefill_rows(
             "kind": "prefill", "side": side, "B": 1, "T": length, "seconds": round(times[len(times) // 2], 4),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         }  # fmt: skip
+        if side != "stock":
+            row["sink_prediction_ms"] = round(sink_prediction_ms(cache, length, model.config.hidden_size), 4)
         rows.append(row)
         say("  ".join(f"{k}={v}" for k, v in row.items()))
         del cache
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def sink_prediction_ms(cache: Any, length: int, hidden_size: int, repeats: int = 20) -> float:
+    """Median time of ranking the rows of a prompt by the outlier channel of their emergence block, all stages of a plan."""
+    from kvsink.kernels import select_sinks
+
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(1, length, hidden_size, device="cuda", dtype=torch.bfloat16, generator=g)
+    valid = torch.ones(1, length, dtype=torch.bool, device="cuda")
+    channel, weight = torch.tensor([7], device="cuda"), torch.ones(1, device="cuda")
+    segments = {s.key: s.count for layer in cache.packed_layers() for s in layer.segments if s.source.startswith("stage:")}
+
+    def rank() -> None:
+        for count in segments.values():
+            select_sinks(hidden, valid, channel, weight, count, False)
+
+    for _ in range(3):
+        rank()
+    times = sorted(event_times(rank, repeats))
+    return times[len(times) // 2]
 
 
 def sequence_rows(

@@ -40,6 +40,10 @@ from kvsink.tools.cli import command_line, wide_console
 )
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu, cuda ...")
 @click.option(
+    "--by-layer/--whole", "by_layer", default=None,
+    help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
+)
+@click.option(
     "--eval-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the result table; 0: none."
 )
 @click.option(
@@ -58,6 +62,7 @@ def command(
     eval_window_tokens: int,
     force: bool,
     dry_run: bool,
+    by_layer: bool | None,
     **options: Any,
 ) -> None:
     """Rewrite MODEL_DIR (a folder, a hub id or demo:smollm2) so that its KV cache is packed, and store it in OUT_DIR.
@@ -99,10 +104,12 @@ def command(
             force=force,
             dry_run=dry_run,
             progress=progress,
+            by_layer=by_layer,
         )
+        layered = "read layer by layer" in report.notes
         quality = (
             measure(out_dir, model_dir, eval_windows, eval_window_tokens, device, progress)
-            if eval_windows and not dry_run
+            if eval_windows and not dry_run and not layered
             else None
         )
     print_report(report, out_dir, dry_run, quality)

@@ -190,7 +190,15 @@ template <int N> DEVICE void project_rows(float* xs, float* sums, const float* m
   float acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) acc[r] = 0;
-  if (first == last) {
+  if (per == 1) {                                  // latency is all: every load is asked for before the first is used
+    const float* matrix = matrices + (long long)first * D * D;
+    float u[LENGTH];
+#pragma unroll
+    for (int i = 0; i < LENGTH; i++) u[i] = from + i < to ? matrix[(from + i) * D + c] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < LENGTH; i++)
+      if (from + i < to) acc[0] += xs[from + i] * u[i];
+  } else if (first == last) {
     const float* matrix = matrices + (long long)first * D * D;
 #pragma unroll 8
     for (int d = from; d < to; d++) {
