@@ -40,6 +40,7 @@ from kvsink.texts import builtin_text
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
 CALIBRATION_WINDOW = 1024
+_FIRST = 16  # rows of a text that keep their place when keys are spread over the context
 Progress = Callable[[str, int, int], None]
 
 
@@ -375,7 +376,9 @@ def rewrite(
         made = {} if designs is None else designs
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
         if key_design is None:
-            key_design = made[i, "key", w[0]] = design_key(w[0], i, *head, record, angles, device)
+            key_design = made[i, "key", w[0]] = design_key(
+                w[0], i, *head, record, angles, device, partial(_turn, probe, config, i)
+            )
         if value_design is None:
             value_design = made[i, "value", w[1]] = design_value(w[1], i, *head, record, device)
         if progress is not None and samples:
@@ -412,6 +415,14 @@ def rewrite(
     report = make_report(model, runtime, base.protect, record.tokens, notes)
     report.seconds = time.monotonic() - begun
     return report
+
+
+def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Positions spread over the context the model serves, and their angles; the first rows, sinks among them, stay in place."""
+    limit = getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW
+    spread = torch.randint(_FIRST, max(_FIRST + 1, limit), positions.shape, generator=torch.Generator().manual_seed(0))
+    at = torch.where(positions < _FIRST, positions, spread)
+    return at, runtime.angles(layer, at[None])
 
 
 def _auto_plan(
