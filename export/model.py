@@ -50,8 +50,8 @@ def onnx(
     """Export a rewritten model, or the folder of one, to the file `path`; returns its manifest.
 
     flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies; "gqa" is for models of the method
-    static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it serves, by
-    default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on.
+    static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it
+    serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on.
 
     The graph is checked and run beside the torch model first, on text where a tokenizer is at hand. Raises KvsinkError children.
     """

@@ -100,7 +100,8 @@ def test_the_runner_counts_bits_and_says_what_the_operator_refuses(out, capsys) 
     past = runner.step(ids, np.ones((2, 3)), np.arange(3)[None].repeat(2, 0), runner.empty(2))[1]
     with pytest.raises(ExportError, match="for one row only, not for 2"):
         runner.step(ids, np.ones((2, 6)), np.arange(3, 6)[None].repeat(2, 0), past)
-    flags = ["--windows", "2", "--window-tokens", "48", "--chunk", "16", "--no-passkey", "--no-sinks", "--device", "cpu", "--json", "-"]
+    flags = ["--windows", "2", "--window-tokens", "48", "--chunk", "16", "--no-passkey", "--no-sinks", "--device", "cpu"]
+    flags += ["--json", "-"]
     rows = []
     for model, more in ((out, ["--strict"]), (out / "model.onnx", [])):
         assert eval_main([str(model), *flags, *more]) == 0
