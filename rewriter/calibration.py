@@ -351,7 +351,8 @@ def calibrate(
     try:
         with frozen(model), watched(model, where, collector):
             if stream is not None:
-                _by_layers(stream, ids, partial(_looking_on, runtime, out, blocks, collector), collector, partial(tell, "calibrating"))
+                make = partial(_looking_on, runtime, out, blocks, collector)
+                _by_layers(stream, ids, make, collector, partial(tell, "calibrating"))
                 out.tokens += ids.numel()
             for start in range(0, len(ids) if stream is None else 0, step):
                 rows = ids[start : start + step].to(device)

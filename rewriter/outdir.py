@@ -69,7 +69,9 @@ def rewrite_dir(
         free, room = available_memory(place), shutil.disk_usage(_existing(target)).free
         notes.append(f"needs {wanted}; {free / 2**30:.1f} and {room / 2**30:.1f} GiB are free")
         if wanted.disk > room and not dry_run:
-            raise KvsinkError(f"{target} takes {wanted.disk / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free; free some, or choose another disk")
+            raise KvsinkError(
+                f"{target} takes {wanted.disk / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free; free some, or choose another disk"
+            )
         if by_layer or (by_layer is None and wanted.whole > _SHARE_OF_MEMORY * free and not _needs_whole(options, bool(onnx))):
             stream = Stream(bare, checkpoint, place)
             notes.append("read layer by layer")

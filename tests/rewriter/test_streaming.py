@@ -60,7 +60,7 @@ def test_statistics_are_those_of_the_whole_model(tmp_path: Path, family: str) ->
     model, stream = build(family), stream_of(stored(tmp_path, family), CPU)
     ids = tokens(4, 48, seed=1)
     full = [i for i in range(2) if family != "gemma3" or i == 1]
-    blocks, policies = {i: (64, 1) for i in full}, [parse_policies("first:1+massive:2")] * 2
+    blocks, policies = dict.fromkeys(full, (64, 1)), [parse_policies("first:1+massive:2")] * 2
     need = {i: SampleNeed(rows=8, error=family not in ("gpt2", "gemma3")) for i in full}
     whole = calibrate(model, ids, policies, blocks, samples=need)
     layered = calibrate(stream.model, ids, policies, blocks, samples=need, stream=stream)

@@ -91,7 +91,8 @@ def test_a_full_cache_in_the_trial_is_refused() -> None:
 
 BUGS: dict[str, tuple[str, Any]] = {
     "a crop that keeps exact rows": (
-        "crop", lambda self, n: self.length.fill_(n if n > 0 else int(self.length) + n) and setattr(self, "_held", int(self.length)),
+        "crop",
+        lambda self, n: (self.length.fill_(n if n > 0 else int(self.length) + n), setattr(self, "_held", int(self.length))),
     ),
     "a reset that keeps recent rows": ("reset", lambda self: (self.length.zero_(), setattr(self, "_held", 0))),
     "a reorder of nothing": ("reorder_cache", lambda self, index: None),

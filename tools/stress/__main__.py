@@ -96,7 +96,8 @@ def reuse(rounds: int, method: str) -> None:
     with _bar("rounds", rounds) as told:
         took = loop(rounds, method, told=told)
     click.echo(
-        f"{took.rounds} rounds of {method} in {took.seconds:.0f} s: resident {took.rss[0] / 2**20:.1f} → {took.rss[1] / 2**20:.1f} MiB, "
+        f"{took.rounds} rounds of {method} in {took.seconds:.0f} s: "
+        f"resident {took.rss[0] / 2**20:.1f} → {took.rss[1] / 2**20:.1f} MiB, "
         f"Python {took.traced[0]} → {took.traced[1]} bytes, objects {took.objects[0]} → {took.objects[1]}, "
         f"cache {took.nbytes[0]} → {took.nbytes[1]} bytes"
     )
@@ -109,7 +110,14 @@ class _bar:
 
     def __init__(self, what: str, total: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bars = Progress(*columns, console=Console(file=sys.stderr))

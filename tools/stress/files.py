@@ -167,7 +167,7 @@ class Bench:
         from kvsink.profiling import load_profile, profile_stages
 
         found = profile_stages(load_profile(path), self.plain)
-        sound = all(0 <= s.block < 2 and s.channels and 0 <= min(s.channels) and max(s.channels) < 64 for s in found)
+        sound = all(0 <= s.block < 2 and s.channels and min(s.channels) >= 0 and max(s.channels) < 64 for s in found)
         return None if sound else f"impossible stages {found}"
 
     def close(self) -> None:

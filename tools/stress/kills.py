@@ -80,7 +80,9 @@ class Yard:
 
         model = load_model(self.out)
         with torch.no_grad():
-            return model.generate(self.ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[-1]
+            settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+            logits: torch.Tensor = model.generate(self.ids, **settings).logits[-1]
+            return logits
 
     def beside(self) -> list[str]:
         """Names beside OUT_DIR."""
@@ -94,7 +96,8 @@ class Yard:
             found = self.load()
         except Exception as error:  # whatever it is, it is what this looks for
             return f"OUT_DIR is there and does not load: {type(error).__name__}: {error}"
-        return None if any(torch.equal(found, self.logits[m]) for m in allowed) else "OUT_DIR holds neither the old nor the new model"
+        known = any(torch.equal(found, self.logits[m]) for m in allowed)
+        return None if known else "OUT_DIR holds neither the old nor the new model"
 
     # -- trials --------------------------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ class Twin:
         runtime = self.cache.shared.runtime
         frame = Frame(positions=positions, valid=None if bool(valid.all()) else valid)
         angles = [runtime.angles(i, positions) for i in range(len(self.layers))]
-        for i, layer in enumerate(self.cache.packed_layers()):
+        for layer in self.cache.packed_layers():
             for segment, key in layer.sources:
                 if segment.source in ("first", "random"):
                     frame.candidates[key] = position_candidates(frame, positions, self.batch, segment)
@@ -265,7 +265,8 @@ class Twin:
         rows = sorted(self.random.sample(range(self.batch), self.random.randint(1, self.batch)))
         if self._filled():
             index = torch.tensor(rows)
-            self.cache.batch_select_indices(torch.zeros(self.batch, dtype=torch.bool).index_fill(0, index, True) if masked else index)
+            mask = torch.zeros(self.batch, dtype=torch.bool).index_fill(0, index, True)
+            self.cache.batch_select_indices(mask if masked else index)
             self._pick(rows)
 
     def _filled(self) -> bool:
@@ -340,7 +341,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> T
     return logits.softmax(-1).nan_to_num(0.0) @ v
 
 
-OPERATIONS = ("append", "append", "step", "step", "step", "prompt", "crop", "crop", "crop_too_far", "reset", "reorder", "repeat", "select", "save")
+OPERATIONS = (
+    "append", "append", "step", "step", "step", "prompt", "crop", "crop", "crop_too_far", "reset", "reorder", "repeat", "select",
+    "save",
+)  # fmt: skip
 
 
 def apply(twin: Twin, name: str, pick: random.Random) -> None:
