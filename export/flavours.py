@@ -20,7 +20,10 @@ from kvsink.methods import get_method, methods
 from kvsink.protect import Segment, anchors_for_layer, parse_policies
 from kvsink.runtime import Runtime, visual_tokens
 
-__all__ = ["FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal", "model_refusal", "refusal"]
+__all__ = [
+    "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",
+    "model_refusal", "refusal",
+]  # fmt: skip
 
 FLAVOURS = ("functions", "custom", "gqa")
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
@@ -60,7 +63,9 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
         return ""
     for name, side in (("keys", k), ("values", v)):
         if side.packed and side.kind != "static":
-            return f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; use --method static"
+            return (
+                f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; use --method static"
+            )
     if k.packed != v.packed or k.widths != v.widths:
         return f"GroupQueryAttention has one width for keys and values, here {k.bits:g} and {v.bits:g} bits; give both the same"
     if k.widths[0] not in (4, 8):
