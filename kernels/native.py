@@ -32,10 +32,7 @@ __all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_ol
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
-STEP: str | None = None  # how attention and the coding of new rows go together; None: as measured to be best
-STEPS = ("together", "beside", "in turn")  # one launch; two streams of a CUDA graph; two launches
-TOGETHER_SLOTS = 16384  # slots of all sequences up to which attention and coding are one launch
-TOGETHER_ROWS = 32  # (head, row) pairs up to which they are
+BESIDE = True  # code new rows on a second stream of a CUDA graph, on the multiprocessors that attention leaves over
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
@@ -194,8 +191,8 @@ class Cubin:
             image = compile_cubin(variant.source(), f"sm_{major}{minor}a")
             self._module = ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), image), "loading the kernel")
-            self._attend, self._step, self._append, self._decode = (
-                self._function(name) for name in (b"attend_packed", b"step_packed", b"append_rows", b"decode_rows")
+            self._attend, self._append, self._decode = (
+                self._function(name) for name in (b"attend_packed", b"append_rows", b"decode_rows")
             )
             where, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * 3)()
             symbol = b"kvsink_launch"
@@ -203,8 +200,7 @@ class Cubin:
             _check(code, "finding launch sizes")
             _check(_driver().cuMemcpyDtoH_v2(launch, where, ctypes.c_size_t(12)), "reading launch sizes")
             self._threads, self._shared, self._row_threads = launch
-            for function in (self._attend, self._step):
-                _check(_driver().cuFuncSetAttribute(function, 8, self._shared), "asking for shared memory")
+            _check(_driver().cuFuncSetAttribute(self._attend, 8, self._shared), "asking for shared memory")
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Words another block waits for: empty is -1, and every launch leaves them so.
         self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
@@ -237,26 +233,17 @@ class Cubin:
         self._launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
-        """`attend` and `append` of the same new rows: one launch for a short context, else side by side in a CUDA graph."""
-        how, pairs = STEP, rows.B * rows.S * rows.Hkv
-        if how is None:
-            short = rows.B * rows.L <= TOGETHER_SLOTS and pairs <= TOGETHER_ROWS
-            how = "together" if short else "beside"
-        if how == "together":
-            rows.per = 1  # most multiprocessors are free: one (head, row) each
-            argument.share = min(argument.share, rows.B * argument.tiles)
-            grid = argument.share * heads + pairs
-            self._launch(self._step, grid, 1, self._threads, self._shared, argument, fresh, rows)
-        elif how == "in turn" or not torch.cuda.is_current_stream_capturing():
+        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
+        if not (BESIDE and torch.cuda.is_current_stream_capturing()):
             self.append(rows)
             self.attend(argument, fresh, heads)
-        else:
-            here = torch.cuda.current_stream(self.device)
-            self._side.wait_stream(here)
-            self.attend(argument, fresh, heads)
-            with torch.cuda.stream(self._side):
-                self.append(rows)
-            here.wait_stream(self._side)
+            return
+        here = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(here)
+        self.attend(argument, fresh, heads)
+        with torch.cuda.stream(self._side):
+            self.append(rows)
+        here.wait_stream(self._side)
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""

@@ -8,11 +8,13 @@ Differs    runs over chunks: a cache keeps the best of all chunks seen; invalid 
 Shapes     hidden [B, S, E], valid bool [B, S], channels int64 [C], weights float32 [C] →
            score float32 [B, n], index int64 [B, n] with n = min(count, S) or min(count, S·E); index counts inside the chunk
 Exact      yes
-Cost       reads C channels (or all E) of every row once
+Cost       reads C channels (or all E) of every row once; one launch on a GPU for one new row by channel
 """
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +44,55 @@ def select_sinks_ref(
 def select_sinks(
     hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor, count: int, entries: bool
 ) -> tuple[Tensor, Tensor]:
+    return select_sinks_ref(hidden, valid, channels, weights, count, entries)
+
+
+@cache
+def _row_kernel() -> Any:
+    """The Triton kernel for one new row per sequence: its score and a zero, one program per sequence."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _select_sinks_kernel(
+        hidden_ptr, valid_ptr, channels_ptr, weights_ptr, score_ptr, index_ptr, row, valid_row, C, BLOCK: tl.constexpr
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        b = tl.program_id(0).to(tl.int64)
+        c = tl.arange(0, BLOCK)
+        inside = c < C
+        channel = tl.load(channels_ptr + c, mask=inside, other=0)
+        weight = tl.load(weights_ptr + c, mask=inside, other=0.0)
+        h = tl.abs(tl.load(hidden_ptr + b * row + channel, mask=inside, other=0.0).to(tl.float32)) * weight  # [BLOCK]
+        score = tl.max(tl.where(inside, h, float("-inf")), 0)
+        score = tl.where(tl.sum((h != h).to(tl.int32), 0) > 0, float("nan"), score)
+        score = tl.where(tl.load(valid_ptr + b * valid_row) != 0, score, float("-inf"))
+        tl.store(score_ptr + b, score)
+        tl.store(index_ptr + b, 0)
+
+    return _select_sinks_kernel
+
+
+def launch_row(hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """`select_sinks` of one new row per sequence by marked channels, in one launch."""
+    b = hidden.shape[0]
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    score = torch.empty(b, 1, dtype=torch.float32, device=hidden.device)
+    index = torch.empty(b, 1, dtype=torch.int64, device=hidden.device)
+    count = channels.numel()
+    block = 1 << max(0, count - 1).bit_length()
+    _row_kernel()[(b,)](
+        hidden, valid.view(torch.uint8), channels, weights, score, index, hidden.stride(0), valid.stride(0), count, BLOCK=block
+    )
+    return score, index
+
+
+@select_sinks.register_kernel("cuda")
+def _on_gpu(
+    hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor, count: int, entries: bool
+) -> tuple[Tensor, Tensor]:
+    one_row = hidden.shape[1] == 1 and not entries and hidden.dtype != torch.float64
+    if one_row and importlib.util.find_spec("triton") is not None:
+        return launch_row(hidden, valid, channels, weights)
     return select_sinks_ref(hidden, valid, channels, weights, count, entries)
 
 

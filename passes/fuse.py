@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from kvsink.errors import KvsinkError
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
+from kvsink.passes.visibility import only_causal
 from kvsink.sites import AttentionSite
 from kvsink.targets import kind, value
 
@@ -49,9 +50,12 @@ class Fuse(RewritePass):
         candidates, state, params = chain.markers
         k = site.k_rope if chain.roped_input else site.k_pre
         if chain.codec.tiles:
+            lengths = [c.state["length"] for c in work.chains.values() if "length" in c.state]
+            slots = value(chain.state["k_codes"]).shape[2]
+            plain = value(site.q).shape[2] == 1 and only_causal(site.mask, slots, lengths)
             new = insert_op(
                 old, torch.ops.kvsink.append_attend_.default, site.q, k, site.v_new, chain.positions, candidates, state, params,
-                site.mask, site.scale, site.is_causal, chain.codec_text,
+                None if plain else site.mask, site.scale, site.is_causal, chain.codec_text,
             )  # fmt: skip
             self._finish(site, work, new)
             return

@@ -92,9 +92,17 @@ def kvsink_backend(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **rest}
+    # A decode step on a GPU is many small operators between products: those that are independent share a launch.
+    combined = {"combo_kernels": True} if _is_gpu_step(report) else {}
+    patches = {**combined, **(list_mode_options(mode) if mode else {}), **rest}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
+
+
+def _is_gpu_step(report: PipelineReport) -> bool:
+    """Whether a graph feeds one new row per sequence to a packed cache on a GPU."""
+    packed = [value(site.q) for site in report.sites if site.cache == "kvsink"]
+    return bool(packed) and all(q.device.type == "cuda" and q.shape[2] == 1 for q in packed)
 
 
 def _is_packed(report: PipelineReport, path: str) -> bool:

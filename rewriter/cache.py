@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
+from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append_attend import append_attend
@@ -28,6 +29,7 @@ from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
 from kvsink.runtime import Frame, Runtime, position_candidates, runtime_of
+from kvsink.sliding import SlidingWindow, check_crop
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
 
@@ -151,18 +153,21 @@ class KVSinkLayer(CacheLayerMixin):
     def _grow(self, slots: int) -> None:
         if slots > self.k_codes.shape[2]:
             wanted = -(-slots // _BLOCK) * _BLOCK
+            grown: dict[str, Tensor] = {}  # all of them before one is taken: memory may run out between two
             for name, (shape, dtype, fill) in self._layout(wanted).items():
                 old = getattr(self, name)
                 if shape != old.shape:
-                    new = torch.full(shape, fill, dtype=dtype, device=old.device)
-                    new[tuple(slice(n) for n in old.shape)] = old
-                    setattr(self, name, new)
+                    grown[name] = torch.full(shape, fill, dtype=dtype, device=old.device)
+                    grown[name][tuple(slice(n) for n in old.shape)] = old
+            for name, new in grown.items():
+                setattr(self, name, new)
         wanted = self.k_codes.shape[2]
         positions = self.shared.positions
         assert positions is not None
         if positions.shape[1] < wanted:
-            self.shared.positions = positions.new_zeros((positions.shape[0], wanted))
-            self.shared.positions[:, : positions.shape[1]] = positions
+            longer = positions.new_zeros((positions.shape[0], wanted))
+            longer[:, : positions.shape[1]] = positions
+            self.shared.positions = longer
         self._set_params(wanted)
 
     # -- the cache interface -------------------------------------------------------------------------------------------
@@ -185,12 +190,12 @@ class KVSinkLayer(CacheLayerMixin):
         frame = self.shared.frame or Frame()
         positions = frame.positions
         if positions is None:
-            positions = torch.arange(new, device=self.device)[None] + self.length
+            positions = torch.arange(new, device=self.device)[None] + self._first_position()
         cos, sin = frame.cos, frame.sin
         if self.codec.tiles:  # keys are coded after RoPE; angles would be computed for nothing
             cos = sin = key_states.new_empty(1, new, 0)
         elif cos is None or sin is None:
-            cos, sin = self.shared.runtime.angles(self.layer, positions[:1])
+            cos, sin = self.shared.runtime.angles(self.layer, positions)
         self._check_positions(positions, new)
         anchored = self.codec.anchors is not None
         if anchored:
@@ -299,6 +304,10 @@ class KVSinkLayer(CacheLayerMixin):
         cos.copy_(torch.where(empty, (new_cos / norm)[0], cos))
         sin.copy_(torch.where(empty, (new_sin / norm)[0], sin))
 
+    def _first_position(self) -> Tensor:
+        """Tokens before the new ones."""
+        return self.length
+
     def _check_positions(self, positions: Tensor, new: int) -> None:
         """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
         if torch.compiler.is_compiling() or self.codec.tiles or "start_cos" not in self.codec.param_names():
@@ -351,7 +360,7 @@ class KVSinkLayer(CacheLayerMixin):
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
         self._held = 0
-        self._unseen = None
+        self._unseen, self._asked = None, True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last |n| tokens (a negative count; a positive one is the length to keep).
@@ -367,6 +376,7 @@ class KVSinkLayer(CacheLayerMixin):
             raise KvsinkError(f"layer {self.layer}: cannot crop {-tokens_to_remove} tokens from a cache of {held}")
         self._reopen(keep)
         self.length.fill_(keep)
+        self._unseen, self._asked = None, True
         self._held = keep
         named = torch.where(self.exact_slot < -1, -self.exact_slot - 2, self.exact_slot)
         gone = named >= keep
@@ -396,12 +406,12 @@ class KVSinkLayer(CacheLayerMixin):
             self.recent_score[:, place] = float("-inf")
 
     def _map_batch(self, pick: Any, in_place: bool) -> None:
+        picked = {} if in_place else {name: pick(getattr(self, name)) for name in _BATCHED}
         for name in _BATCHED:
-            old = getattr(self, name)
             if in_place:
-                old.copy_(pick(old))
+                getattr(self, name).copy_(pick(getattr(self, name)))
             else:
-                setattr(self, name, pick(old))
+                setattr(self, name, picked[name])
         self.batch_size = self.k_codes.shape[0]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -429,6 +439,81 @@ class KVSinkLayer(CacheLayerMixin):
                 setattr(self, name, getattr(self, name).to(self.device, non_blocking=True))
 
 
+class KVSinkSlidingLayer(KVSinkLayer):
+    """The packed rows of one sliding-window layer: see `kvsink.sliding`."""
+
+    is_sliding = True
+
+    def __init__(
+        self, window: SlidingWindow, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
+    ) -> None:
+        super().__init__(window, layer, codec, segments, max_length)  # type: ignore[arg-type]
+        self.moving = window
+        self.fixed: Any = None  # the storage that never moves, while a long chunk is held elsewhere
+        window.layers.append(self)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        window = self.moving
+        if self.max_length is not None:
+            self.max_length = window.capacity
+        if window.dropped is None:
+            window.dropped = torch.zeros(1, dtype=torch.int64, device=key_states.device)
+            if self.is_compileable and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(window.dropped)
+        self.fixed = None
+        super().lazy_initialization(key_states, value_states)
+
+    def _set_params(self, tokens: int) -> None:
+        super()._set_params(max(tokens, self.moving.total or 0))  # positions go on where slots do not
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            self.moving.make_room(key_states.shape[2])
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _first_position(self) -> Tensor:
+        dropped = self.moving.dropped
+        assert dropped is not None
+        return self.length + dropped
+
+    def get_seq_length(self) -> Any:
+        if not self.is_initialized:
+            return 0
+        return self._first_position() if self.max_length is not None else self._held + self.moving.before()
+
+    def get_max_length(self) -> int:
+        return -1 if self.moving.total is None else self.moving.total
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            raise KvsinkError(
+                f"layer {self.layer}: a packed sliding window moves between two compiled steps, and this graph makes its mask "
+                "inside; compile through generate(compile_config=…), or rewrite with sliding=False"
+            )
+        self.moving.make_room(query_length)
+        if self.max_length is None:
+            return self._held + query_length, self.moving.before()
+        return (self.max_length if self.is_initialized else max(self.moving.capacity, query_length)), self.moving.before()
+
+    def reset(self) -> None:
+        super().reset()
+        self.moving.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As the other layers; rows that the window has left behind do not come back, see `kvsink.sliding`."""
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        held, before = int(self.length), self.moving.before()
+        keep = held + tokens_to_remove if tokens_to_remove < 0 else min(tokens_to_remove - before, held)
+        check_crop(self.moving, keep, self.layer)
+        if keep < held:
+            super().crop(keep - held)
+
+
 class KVSinkCache(Cache):
     """The cache of a rewritten model. Make it with `KVSinkCache.for_model`, or let `generate()` make it.
 
@@ -447,9 +532,16 @@ class KVSinkCache(Cache):
             DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
         )
         layers: list[Any] = []
+        kinds = runtime.anatomy.layer_types
+        self.sliding: SlidingWindow | None = None
         for i, plan in enumerate(runtime.plans):
             if plan.codec is None:
                 layers.append(stock.layers[i])
+            elif kinds[i] == "sliding_attention":
+                if self.sliding is None:
+                    window = int(config.sliding_window)
+                    self.sliding = SlidingWindow(self.shared, runtime, window, max_length)
+                layers.append(KVSinkSlidingLayer(self.sliding, i, plan.codec, plan.segments, max_length))
             else:
                 codec = replace(plan.codec, tiles=tiles and why_not_tiles(runtime, i) is None)
                 layers.append(KVSinkLayer(self.shared, i, codec, plan.segments, max_length))
@@ -511,12 +603,46 @@ class KVSinkCache(Cache):
     def frame(self, frame: Frame | None) -> None:
         self.shared.frame = frame
 
+    def begin(self, frame: Frame) -> None:
+        """A forward pass begins. Raises KvsinkError when the last one stopped half-way and left layers of different lengths."""
+        layers = [layer for layer in self.packed_layers() if layer.is_initialized]
+        last = self.shared.frame
+        if last is not None and last.start is not None:
+            start = int(last.start)
+            if any(int(layer.length) != start or not layer._asked for layer in layers):
+                raise KvsinkError(
+                    f"the last forward pass over this cache stopped half-way, as when memory runs out; cache.crop({start}) "
+                    "brings back the state before it, cache.reset() an empty cache"
+                    if start
+                    else "the last forward pass over this cache stopped half-way, as when memory runs out; call cache.reset()"
+                )
+        if layers:
+            frame.start = layers[0]._held if layers[0].max_length is None else layers[0].length.clone()
+        else:
+            frame.start = 0
+        self.shared.frame = frame
+
+    def reset(self) -> None:
+        super().reset()
+        self.shared.frame = self.visual = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |n| tokens of every layer (a negative count; a positive one is the length to keep)."""
+        super().crop(tokens_to_remove)
+        self.shared.frame = self.visual = None
+
     def attends_itself(self) -> bool:
         """Whether every layer attends over its codes itself outside compiled graphs; masks may then stay unbuilt."""
         layers = self.layers
         return self.shared.runtime.asks and all(
             isinstance(i, KVSinkLayer) and i.codec.tiles and i.is_initialized and i.device.type == "cuda" for i in layers
         )
+
+    def first_slot(self) -> Any:
+        """Slot of the next row in the layers whose mask the decoder is given, as a tensor where that does not move."""
+        packed = [layer for layer in self.packed_layers() if layer.is_initialized]
+        layer = next((i for i in packed if not i.is_sliding), packed[0] if packed and all(self.is_sliding) else None)
+        return self.get_seq_length() if layer is None else layer.length
 
     def packed_layers(self) -> list[KVSinkLayer]:
         """The layers kvsink packs."""
@@ -534,6 +660,8 @@ class KVSinkCache(Cache):
         if self.shared.positions is not None:
             out["positions"] = self.shared.positions
         out.update(self.shared.tables())
+        if self.sliding is not None and self.sliding.positions is not None and self.sliding.dropped is not None:
+            out |= {"sliding.positions": self.sliding.positions, "sliding.dropped": self.sliding.dropped}
         return out
 
     def nbytes(self) -> int:
@@ -553,13 +681,16 @@ class KVSinkCache(Cache):
 
     def _map_shared(self, pick: Any) -> None:
         self.shared.map(pick)
+        if self.sliding is not None:
+            self.sliding.map(pick)
         for layer in self.packed_layers():
             if layer.is_initialized:
                 layer._set_params(layer.k_codes.shape[2])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.shared.map(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
+        for shared in filter(None, (self.shared, self.sliding)):
+            shared.map(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -575,6 +706,8 @@ class KVSinkCache(Cache):
         """Write the packed state to one safetensors file, to be loaded by `KVSinkCache.load` with the same model."""
         if any(not isinstance(layer, KVSinkLayer) for layer in self.layers):
             raise KvsinkError("a cache with layers that kvsink leaves alone cannot be saved; save the prompt instead")
+        if self.sliding is not None:
+            raise KvsinkError("a cache with packed sliding-window layers cannot be saved; save the prompt instead")
         if not all(layer.is_initialized for layer in self.packed_layers()):
             raise KvsinkError("an empty cache cannot be saved; prefill a prompt first")
         meta = {
@@ -583,7 +716,16 @@ class KVSinkCache(Cache):
             "length": str(int(self.get_seq_length())),
             "dtype": str(self.packed_layers()[0].dtype).removeprefix("torch."),
         }
-        save_file({n: t.contiguous() for n, t in self.tensors().items()}, str(path), metadata=meta)
+        tensors = {n: t.contiguous() for n, t in self.tensors().items()}
+        meta[DIGEST] = digest(tensors, meta)
+        partial = Path(f"{path}.partial")  # a full disk or a killed process leaves no half of a cache under its name
+        try:
+            save_file(tensors, str(partial), metadata=meta)
+            partial.replace(path)
+        except SafetensorError as error:
+            raise KvsinkError(f"the cache cannot be written to {path} ({error}); choose another place") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, max_length: int | None = None) -> KVSinkCache:
@@ -594,9 +736,12 @@ class KVSinkCache(Cache):
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+            found = json.loads(meta.get("codecs", "[]"))
+            known = isinstance(found, list) and all(isinstance(text, str) for text in found)
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise SidecarError(f"cache file {path} cannot be read ({error}); save it again") from error
-        found = json.loads(meta.get("codecs", "[]"))
+        if not known:
+            raise SidecarError(f"cache file {path} does not say what it holds; save it again")
         cache = cls(runtime, max_length, tiles=any(Codec.parse(text).tiles for text in found))
         if found and all(Codec.parse(text).strict for text in found):
             cache._make_strict()
@@ -606,6 +751,7 @@ class KVSinkCache(Cache):
         wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in _HELD} | {"positions"}
         if missing := wanted - set(tensors):
             raise SidecarError(f"cache file {path} lacks {min(missing)}; save it again")
+        check_digest(tensors, meta, f"cache file {path}", SidecarError, "save it again")
         length = int(meta["length"])
         if max_length is not None and length > max_length:
             raise KvsinkError(f"cache file {path} holds {length} tokens, more than max_length={max_length}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvsink.collect import Collector, frozen, watched
+from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
 from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, position_candidates
+from kvsink.streaming import Job, Stream
 
 __all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
 
@@ -35,12 +38,16 @@ FORMAT = "kvsink-calibration-1"
 Progress = Callable[[str, int, int], None]
 
 
-def fingerprint(model: nn.Module) -> Tensor:
-    """float32 samples of the weights, the same for every storage precision up to rounding: up to 64 tensors, 16 values each."""
+def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None) -> Tensor:
+    """float32 samples of the weights, the same for every storage precision up to rounding: up to 64 tensors, 16 values each.
+
+    weight: gives a parameter by name, where the model holds none.
+    """
     named = sorted((n, p) for n, p in model.named_parameters() if p.numel() >= 16 and p.is_floating_point())
     step = max(1, len(named) // 64)
     out = []
-    for _, p in named[::step][:64]:
+    for name, p in named[::step][:64]:
+        p = p if weight is None else weight(name)  # type: ignore[assignment]
         index = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
         out.append(p.detach().flatten()[index].float().cpu())
     return torch.cat(out) if out else torch.zeros(0)
@@ -80,6 +87,7 @@ class Calibration:
             "format": FORMAT, "tokens": str(self.tokens), "stages": json.dumps([asdict(s) for s in self.stages]),
             "largest": json.dumps(self.largest), "medians": json.dumps(self.medians),
         }  # fmt: skip
+        meta[DIGEST] = digest(tensors, meta)
         save_file(tensors, str(path), metadata=meta)
 
     def merge(self, other: Calibration) -> None:
@@ -107,7 +115,7 @@ class Calibration:
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = file.metadata() or {}
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
             if meta.get("format") != FORMAT:
                 raise CalibrationError(
                     f"{path} is not a calibration record of this version (format {meta.get('format')!r}, "
@@ -137,10 +145,13 @@ class Calibration:
                 medians=json.loads(meta["medians"]),
                 samples={at: Samples(**rows) for at, rows in samples.items()},
             )
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (
+            OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError
+        ) as error:
             raise CalibrationError(f"calibration record {path} cannot be read ({error}); calibrate again") from error
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise CalibrationError(f"calibration record {path} holds NaN or infinite numbers; calibrate again")
+        check_digest(tensors, meta, f"calibration record {path}", CalibrationError, "calibrate again")
         if model is not None and not same_model(record.fingerprint, fingerprint(model)):
             raise CalibrationError(f"calibration record {path} was made from other weights; calibrate this model again")
         return record
@@ -226,7 +237,7 @@ class _RecordingCache(Cache):
             positions = torch.arange(s, device=k.device)[None]
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
-            cos, sin = self.runtime.angles(layer, positions[:1])
+            cos, sin = self.runtime.angles(layer, positions)
         keep = torch.ones(b, s, dtype=torch.bool, device=k.device)
         for segment in self.runtime.plans[layer].segments:
             key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
@@ -246,6 +257,7 @@ class _RecordingCache(Cache):
             self.collector.draw(layer, keys, v, positions.expand(b, s), keep, cos, sin)
 
 
+<<<<<<< HEAD
 def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{"input_ids": row[None]} for row in ids] if isinstance(ids, Tensor) else list(ids)
 
@@ -262,12 +274,42 @@ def _run(model: nn.Module, prompt: Mapping[str, Any], device: torch.device, **op
             f"a calibration prompt cannot be run ({' '.join(str(error).split())[:160]}); its image placeholders must be those "
             "its processor made, none cut off"
         ) from error
+=======
+def _plain_layer(runtime: Runtime, layer: int) -> Any:
+    """transformers' own layer of a kind that keeps everything, or the state of a layer without attention."""
+    if runtime.anatomy.layer_types[layer] in ("full_attention", "sliding_attention"):
+        return DynamicLayer()
+    return DynamicCache(config=runtime.config.get_text_config(decoder=True)).layers[layer]
+
+
+def _looking_on(
+    runtime: Runtime, into: Calibration, blocks: Mapping[int, tuple[int, ...]], collector: Collector | None
+) -> _RecordingCache:
+    """A cache for one forward pass that hands what it sees to the statistics of the layers in `blocks`."""
+    count = len(runtime.plans)
+    cache = _RecordingCache(runtime, into, {i: blocks.get(i, ()) for i in range(count)}, collector)
+    for layer in range(count):
+        if layer not in blocks:
+            cache.layers[layer] = _plain_layer(runtime, layer)
+    return cache
+
+
+def _by_layers(
+    stream: Stream, ids: Tensor, make: Callable[[], _RecordingCache], collector: Collector | None, tell: Callable[[int, int], None]
+) -> None:
+    """All windows through all layers, the layers outermost."""
+
+    def begin(window: int) -> Callable[[], None]:
+        return lambda: collector.begin(window) if collector is not None else None
+
+    stream.run([Job(row[None], make(), begin(i)) for i, row in enumerate(ids)], tell)
+>>>>>>> main
 
 
 def calibrate(
     model: nn.Module, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]], blocks: dict[int, tuple[int, ...]], batch: int = 1,
     progress: Progress | None = None, samples: Mapping[int, SampleNeed] | None = None,
-    known: tuple[SinkStage, ...] | None = None,
+    known: tuple[SinkStage, ...] | None = None, stream: Stream | None = None,
 ) -> Calibration:  # fmt: skip
     """Run `ids` [N, T], or prompts (inputs of the model, images included), through the model: two windows to find the stages,
     then all for the statistics.
@@ -275,7 +317,8 @@ def calibrate(
     policies: of each layer, since what stays exact is left out. blocks: block lengths whose key statistics each layer
     needs (empty: only stages). samples: layers of `blocks` whose rows are kept too, and with which weights; weights take
     windows one at a time, whatever `batch` says. Needs as many tokens as four times the head dimension, and as many as the
-    samples ask for. known: stages found by a profile, taken as they are. Raises CalibrationError.
+    samples ask for. known: stages found by a profile, taken as they are. stream: runs a model without weights by layers.
+    Raises CalibrationError.
     """
     where = anatomy(model)
     prompts = _prompts(ids)
@@ -293,13 +336,24 @@ def calibrate(
             f"{given} calibration tokens are too few for head_dim={where.head_dim}; give at least {need}"
         )
     tell = progress or (lambda what, done, total: None)
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if stream is None else stream.device
+    if stream is not None and any(n.fisher for n in wanted.values()):
+        raise CalibrationError(
+            "weights by the gradient of the loss need the whole model at once; use a method without them, or a larger machine"
+        )
     recorder = _BlockRecorder(model, where)
     few = prompts[:2]
     try:
         with torch.no_grad():
+<<<<<<< HEAD
             for i in range(len(few)):
                 _run(model, few[i], device, use_cache=False)
+=======
+            if stream is not None:
+                stream.run([Job(row[None]) for row in few], partial(tell, "finding sinks"))
+            for i in range(len(few) if stream is None else 0):
+                model(input_ids=few[i : i + 1].to(device), use_cache=False)
+>>>>>>> main
                 tell("finding sinks", i + 1, len(few))
     finally:
         recorder.close()
@@ -308,7 +362,8 @@ def calibrate(
     medians = [sum(recorder.median[i]) / len(recorder.median[i]) for i in range(n)]
     top = [tuple(int(c) for c in recorder.peak[i].topk(min(4, recorder.peak[i].numel())).indices) for i in range(n)]
     stages = find_stages(largest, medians, top) if known is None else known
-    out = Calibration(stages, {}, {}, fingerprint(model), 0, largest, medians)
+    weights = fingerprint(model) if stream is None else stream.fingerprint()
+    out = Calibration(stages, {}, {}, weights, 0, largest, medians)
     for layer, lengths in blocks.items():
         out.values[layer] = ValueStats.empty(where.kv_heads, where.head_dim)
         for block in lengths:
@@ -324,6 +379,7 @@ def calibrate(
     attach(model, runtime)
     try:
         with frozen(model), watched(model, where, collector):
+<<<<<<< HEAD
             at = 0
             for prompt in prompts:
                 rows, start = prompt["input_ids"].to(device), at
@@ -332,6 +388,15 @@ def calibrate(
                 for layer in range(n):
                     if layer not in blocks:
                         cache.layers[layer] = DynamicLayer()
+=======
+            if stream is not None:
+                make = partial(_looking_on, runtime, out, blocks, collector)
+                _by_layers(stream, ids, make, collector, partial(tell, "calibrating"))
+                out.tokens += ids.numel()
+            for start in range(0, len(ids) if stream is None else 0, step):
+                rows = ids[start : start + step].to(device)
+                cache = _looking_on(runtime, out, blocks, collector)
+>>>>>>> main
                 if collector is not None:
                     collector.begin(start)
                 with torch.set_grad_enabled(collector is not None and collector.fisher):

@@ -9,12 +9,16 @@ Declines   fused or weight-quantized projections, and value norms between projec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvsink.kernels.hadamard import hadamard_ref
 
-__all__ = ["fold_value_rotation", "foldable"]
+__all__ = ["fold_value_rotation", "foldable", "folded"]
+
+FOLDED = ("v_proj.weight", "v_proj.bias", "o_proj.weight")
 
 
 def foldable(attention: nn.Module) -> str | None:
@@ -32,13 +36,14 @@ def foldable(attention: nn.Module) -> str | None:
 @torch.no_grad()
 def fold_value_rotation(attention: nn.Module, order: int, storage: torch.dtype | None = None) -> None:
     """Rotate v_proj and o_proj in place. storage: dtype of the checkpoint, when the weights in memory are wider."""
-    v, o = attention.v_proj, attention.o_proj
-    assert isinstance(v, nn.Linear) and isinstance(o, nn.Linear)
+    held = {n: p for n, p in attention.named_parameters() if n in FOLDED}
+    for name, new in folded(held, order).items():
+        held[name].copy_(new.to(storage) if storage is not None else new)
 
-    def put(target: torch.Tensor, new: torch.Tensor) -> None:
-        target.copy_(new.to(storage) if storage is not None else new)
 
-    put(v.weight, hadamard_ref(v.weight.double().T, order).T)  # rows of W_V are channels
-    if v.bias is not None:
-        put(v.bias, hadamard_ref(v.bias.double(), order))
-    put(o.weight, hadamard_ref(o.weight.double(), order))
+def folded(weights: Mapping[str, Tensor], order: int) -> dict[str, Tensor]:
+    """The weights of `FOLDED` that are given, turned, in float64."""
+    out = {"v_proj.weight": hadamard_ref(weights["v_proj.weight"].double().T, order).T}  # rows of W_V are channels
+    if "v_proj.bias" in weights:
+        out["v_proj.bias"] = hadamard_ref(weights["v_proj.bias"].double(), order)
+    return {**out, "o_proj.weight": hadamard_ref(weights["o_proj.weight"].double(), order)}

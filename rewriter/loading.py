@@ -53,7 +53,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     except (KvsinkError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers, safetensors and pickle each raise their own kinds
-        raise ModelError(_reason(where, error)) from error
+        raise ModelError(refusal(where, error)) from error
     _check_fit(where, model, info)
     return model.eval().to(place)
 
@@ -101,7 +101,8 @@ def _check_fit(folder: Path, model: Any, info: Any) -> None:
         )
 
 
-def _reason(folder: Path, error: Exception) -> str:
+def refusal(folder: Path, error: Exception) -> str:
+    """Why a folder cannot be loaded, in one line, from what transformers raised."""
     text = str(error)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         kind = re.search(r"model type `?([\w.-]+)`?", text)

@@ -1,7 +1,7 @@
 """`kvsink-rewrite`: from a model folder to a rewritten one that appears complete or not at all.
 
-The folder is built beside its final place under a hidden name and renamed at the end; whatever goes wrong before leaves
-nothing but, at worst, that hidden folder, which the next run into the same place removes.
+The folder is built beside its final place under a hidden name and renamed at the end (see `kvsink.place`). Weights are copied a
+shard at a time, and what was folded is written over its bytes; a model that does not fit is calibrated layer by layer.
 
 Raises     KvsinkError children; OSError from the disk passes through after the hidden folder is gone
 """
@@ -11,34 +11,45 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvsink.calibration import Calibration
+<<<<<<< HEAD
 from kvsink.errors import KvsinkError, ModelError
 from kvsink.imagetext import is_source, load_processor, prompts, read_examples
+=======
+from kvsink.checkpoint import Checkpoint
+from kvsink.errors import KvsinkError, ModelError, UnsupportedError
+from kvsink.fold import FOLDED, folded
+>>>>>>> main
 from kvsink.loading import load_model, load_tokenizer, pick_device
+from kvsink.place import building, sweep
 from kvsink.report import Report
-from kvsink.rewrite import Progress, RewriteOptions, rewrite, versions
+from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
 from kvsink.runtime import runtime_of
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
+from kvsink.streaming import Stream, available_memory, needs, skeleton
 
 __all__ = ["rewrite_dir"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".msgpack", ".h5")
+_SHARE_OF_MEMORY = 0.8  # a model that needs more of the free memory is read layer by layer
 
 
 def rewrite_dir(
-    model_dir: str | Path, out_dir: str | Path, options: RewriteOptions | None = None, *, onnx: bool = False,
+    model_dir: str | Path, out_dir: str | Path, options: RewriteOptions | None = None, *, onnx: str = "",
     device: str = "auto", force: bool = False, dry_run: bool = False, progress: Progress | None = None,
+    by_layer: bool | None = None,
 ) -> Report:  # fmt: skip
     """Calibrate and rewrite the model in `model_dir` (a local folder) and leave it in `out_dir`.
 
-    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. With `onnx` the
-    folder also holds model.onnx, see `kvsink.export.onnx`.
+    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. `onnx` names
+    the flavour of a model.onnx in the folder, see `kvsink.export.onnx`; empty: none. by_layer: read the weights one layer at a
+    time; None does so when they would fill the memory.
     """
     options = options or RewriteOptions()
     source, target = Path(model_dir), Path(out_dir)
@@ -49,54 +60,129 @@ def rewrite_dir(
         check_extras()
     config = _read_config(source)
     if not dry_run:
-        _sweep(target)
+        sweep(target)
     if target.exists() and not target.is_dir():
         raise KvsinkError(f"{target} is not a folder; choose another OUT_DIR")
     if target.is_dir() and any(target.iterdir()) and not (force or dry_run):
         raise KvsinkError(f"{target} exists; pass --force to replace it, or choose another OUT_DIR")
     place = pick_device(device)
-    model = load_model(source, place)
+    checkpoint = Checkpoint.find(source)
+    stream, notes = None, []
+    if checkpoint is not None:
+        bare = skeleton(source)
+        wanted = needs(bare, checkpoint, options.calibration_tokens, CALIBRATION_WINDOW)
+        free, room = available_memory(place), shutil.disk_usage(_existing(target)).free
+        notes.append(f"needs {wanted}; {free / 2**30:.1f} and {room / 2**30:.1f} GiB are free")
+        if wanted.disk > room and not dry_run:
+            raise KvsinkError(
+                f"{target} takes {wanted.disk / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free; free some, or choose another disk"
+            )
+        if by_layer or (by_layer is None and wanted.whole > _SHARE_OF_MEMORY * free and not _needs_whole(options, bool(onnx))):
+            stream = Stream(bare, checkpoint, place)
+            notes.append("read layer by layer")
+    elif by_layer:
+        raise UnsupportedError(f"{source} has no safetensors files, which reading by layers needs; use --whole")
+    if stream is not None and onnx:
+        raise UnsupportedError("--onnx needs the whole model in memory; leave it out, or use --whole")
+    model = load_model(source, place) if stream is None else stream.model
     tokenizer = load_tokenizer(source) if _needs_text(options.calibration) else None
     storage = _storage_dtype(config)
     calibration: Any = options.calibration
     if calibration.endswith(".safetensors"):
+<<<<<<< HEAD
         calibration = Calibration.load(calibration, model)
     elif is_source(calibration):
         seen = prompts(read_examples(calibration), load_processor(source), model)
         calibration = [p.inputs for p in seen]
+=======
+        calibration = Calibration.load(calibration, model if stream is None else None)
+>>>>>>> main
     report = rewrite(
         model, options.method, key_bits=options.key_bits, value_bits=options.value_bits, protect=options.protect,
         window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,
         layers=options.layers, tokenizer=tokenizer, fold=options.fold, storage_dtype=storage, progress=progress,
+<<<<<<< HEAD
         bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality,
+=======
+        bits=options.bits, plan=options.plan, profile=options.profile, stream=stream,
+>>>>>>> main
     )  # fmt: skip
     report.model = str(model_dir)
+    report.notes += notes
     if onnx:
-        check_expressible(model, runtime_of(model), anywhere=True)
+        check_expressible(model, runtime_of(model), anywhere=True, flavour=onnx)
     if dry_run:
         return report
-    target.parent.mkdir(parents=True, exist_ok=True)
-    build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        _write(build, source, model, storage, report, options)
+    with building(target, force) as build:
+        weights = _write_weights(build, model, checkpoint, storage, stream)
+        _write(build, source, model, report, options, weights)
         if onnx:
             del model
-            _export(build, progress)
-        os.chmod(build, 0o755)
-        _exchange(build, target)
-    except BaseException:
-        shutil.rmtree(build, ignore_errors=True)
-        raise
+            _export(build, onnx, progress)
     return report
 
 
-def _export(build: Path, progress: Progress | None) -> None:
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path that exists already."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+
+
+def _needs_whole(options: RewriteOptions, onnx: bool) -> bool:
+    """Whether the options ask for what cannot be done layer by layer."""
+    return onnx or options.plan == "auto"
+
+
+def _write_weights(
+    build: Path, model: Any, checkpoint: Checkpoint | None, storage: torch.dtype, stream: Stream | None
+) -> Tensor | None:
+    """The weights into the folder, a shard at a time where they can stay as they are but for what was folded into them.
+
+    Returns their fingerprint when the model does not hold them itself.
+    """
+    runtime = runtime_of(model)
+    where = runtime.anatomy
+    if stream is not None:
+        turned = dict(stream.folds)
+        stream.checkpoint.copy(build)
+        for name, order in turned.items():
+            mine = [f"{name}.{part}" for part in FOLDED if f"{name}.{part}" in stream.checkpoint.entries]
+            held = {n.removeprefix(f"{name}."): t for n, t in stream.checkpoint.tensors(mine).items()}
+            for part, new in folded(held, order).items():
+                stream.checkpoint.put(build, f"{name}.{part}", new)
+        return Stream(model, _found(build), stream.device).fingerprint()
+    plans = enumerate(runtime.plans)
+    turned_in = {where.attentions[i] for i, p in plans if p.codec is not None and p.codec.value.folded}
+    changed = {n: p for n, p in model.named_parameters() if any(n == f"{name}.{part}" for name in turned_in for part in FOLDED)}
+    if checkpoint is not None and _holds(checkpoint, model, storage):
+        checkpoint.copy(build, changed)
+        model.to(storage)
+        return None
+    model.to(storage)
+    model.save_pretrained(build)
+    return None
+
+
+def _holds(checkpoint: Checkpoint, model: Any, storage: torch.dtype) -> bool:
+    """Whether the checkpoint's tensors are the model's parameters, by name, shape and the dtype they are to be saved in."""
+    return all(
+        (e := checkpoint.entries.get(n)) is not None and e.shape == tuple(p.shape) and e.dtype == storage
+        for n, p in model.named_parameters()
+    )
+
+
+def _found(build: Path) -> Checkpoint:
+    checkpoint = Checkpoint.find(build)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def _export(build: Path, flavour: str, progress: Progress | None) -> None:
     """model.onnx into the folder that has just been written, from what it holds."""
     from kvsink.export import onnx
 
     if progress is not None:
         progress("export", 0, 1)
-    onnx(build, build / "model.onnx")
+    onnx(build, build / "model.onnx", flavour)
     if progress is not None:
         progress("export", 1, 1)
 
@@ -125,11 +211,12 @@ def _storage_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def _write(
-    build: Path, source: Path, model: Any, storage: torch.dtype, report: Report, options: RewriteOptions
+    build: Path, source: Path, model: Any, report: Report, options: RewriteOptions, weights: Tensor | None
 ) -> None:
+    """Everything beside the weights."""
     runtime = runtime_of(model)
-    model.to(storage)
-    model.save_pretrained(build)
+    if not (build / "config.json").is_file():
+        shutil.copyfile(source / "config.json", build / "config.json")
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name not in ("config.json", "kvsink_demo.json") and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, build / file.name)
@@ -143,6 +230,7 @@ def _write(
         build, model, runtime,
         {"options": {k: getattr(options, k) for k in options.__dataclass_fields__}, "source": str(source.name),
          "versions": versions()},
+        weights,
     )  # fmt: skip
     (build / "kvsink_report.json").write_text(report.to_json() + "\n", encoding="utf-8")
     (build / "kvsink_report.md").write_text(report.to_markdown(), encoding="utf-8")
@@ -150,33 +238,3 @@ def _write(
         if name.endswith(".json") or (build / name).exists():
             with open(build / name, "rb") as handle:
                 os.fsync(handle.fileno())
-
-
-def _exchange(build: Path, target: Path) -> None:
-    """Put `build` where `target` is; an existing target is kept aside until the new one stands."""
-    if not target.exists():
-        os.rename(build, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, aside / "old")
-    try:
-        os.rename(build, target)
-    except BaseException:
-        os.rename(aside / "old", target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sweep(target: Path) -> None:
-    """Remove what an interrupted run left beside `target`, and bring back a target it had set aside."""
-    if not target.parent.is_dir():
-        return
-    for left in target.parent.glob(f".{target.name}.*.old"):
-        if not target.exists() and (left / "old").is_dir():
-            os.rename(left / "old", target)
-        shutil.rmtree(left, ignore_errors=True)
-    for left in target.parent.glob(f".{target.name}.*.partial"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)

@@ -32,13 +32,23 @@ from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
+<<<<<<< HEAD
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, towers, visual_tokens
+=======
+from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, visual_tokens
+from kvsink.sliding import sliding_refusal
+from kvsink.streaming import Stream
+>>>>>>> main
 from kvsink.texts import builtin_text
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
 CALIBRATION_WINDOW = 1024
+<<<<<<< HEAD
 PATTERN_PROMPTS = 16  # that layer classes are measured on
+=======
+_FIRST = 16  # rows of a text that keep their place when keys are spread over the context
+>>>>>>> main
 Progress = Callable[[str, int, int], None]
 
 
@@ -210,9 +220,15 @@ def check_weights(model: nn.Module) -> None:
             raise ModelError(f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again")
 
 
-def _refusal(where: Anatomy, layer: int) -> str:
-    """Why a layer cannot be packed, or an empty string."""
+def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
+    """Why a layer is not packed, or an empty string. sliding: whether sliding-window layers are to be packed."""
     kind = where.layer_types[layer] if layer < len(where.layer_types) else "full_attention"
+    if kind in ("linear_attention", "mamba", "conv"):
+        return f"{kind.replace('_', ' ')}: its state does not grow with the length, passed through"
+    if kind in ("attention", "hybrid"):
+        return ""
+    if kind == "sliding_attention" and sliding:
+        return ""
     if kind != "full_attention":
         return f"{kind.replace('_', ' ')}: its window already bounds its size, kept in 16 bit"
     return ""
@@ -240,8 +256,13 @@ def rewrite(
     protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
+<<<<<<< HEAD
     designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None,
     modality: str | None = None,
+=======
+    designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None, stream: Stream | None = None,
+    sliding: bool | None = None,
+>>>>>>> main
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -253,8 +274,13 @@ def rewrite(
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
+    sliding: pack sliding-window layers too; None does so where a model has no others.
     profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
+<<<<<<< HEAD
     modality: a method whose bits by layer class are laid over this one's codec, such as "akvq-vl"; "none" leaves its own out.
+=======
+    stream: gives a model without weights its layers one at a time; what would be folded into them waits in `stream.folds`.
+>>>>>>> main
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
@@ -286,15 +312,23 @@ def rewrite(
     choices = parse_layers(layers, n, base)
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
+<<<<<<< HEAD
     notes = [
         f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
         for name, count in towers(model).items()
     ]
+=======
+    if stream is not None and (plan == "auto" or m.modality is not None):
+        raise UnsupportedError(f"{'--plan auto' if plan == 'auto' else m.name} runs the whole model again and again; use --whole")
+    notes: list[str] = []
+>>>>>>> main
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
+    if sliding is None:
+        sliding = all(_refusal(where, i) for i in range(n)) and any(not _refusal(where, i, True) for i in range(n))
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
     samples: dict[int, SampleNeed] = {}
     for i, choice in enumerate(choices):
-        if _refusal(where, i):
+        if _refusal(where, i, sliding):
             wanted.append(None)
             continue
         if choice.pattern == "tsa" and visual_tokens(model.config):
@@ -309,6 +343,13 @@ def rewrite(
                 f"layer {i} ({where.attentions[i]}): {rope_reason}, which {m.name} keys need to undo; use --method rtn"
             )
         resolved = key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)
+        if where.layer_types[i] == "sliding_attention":
+            trial = Codec(*resolved, anchors=anchors_for_layer(parse_policies(choice.protect)))
+            if reason := sliding_refusal(trial):
+                raise UnsupportedError(
+                    f"layer {i} ({where.attentions[i]}): sliding window of {config.sliding_window}: {reason}; use --method klt "
+                    "or rtn, or leave sliding layers alone"
+                )
         if (need := sample_need(*resolved)) is not None:
             samples[i] = need
         wanted.append((key, value))
@@ -330,7 +371,8 @@ def rewrite(
         blocks = {i: tuple(sorted({*blocks.get(i, ()), *served})) for i, w in enumerate(wanted) if w is not None}
         samples = {} if need is None else {i: samples.get(i, need) | need for i in blocks}
         designs = {} if designs is None else designs
-    check_weights(model)
+    if stream is None:
+        check_weights(model)
     record = Calibration((), {}, {}, torch.zeros(0), 0)
     known = None if profile is None else _profiled_stages(profile, model)
     if known is not None and not blocks:
@@ -339,11 +381,16 @@ def rewrite(
         if isinstance(calibration, Calibration):
             record = calibration
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
-            record = Calibration.load(calibration, model)
+            record = Calibration.load(calibration, model if stream is None else None)
         else:
+<<<<<<< HEAD
             seen = _are_prompts(calibration) and visual_tokens(model.config)
             ids = calibration if seen else calibration_windows(model, calibration, calibration_tokens, tokenizer)
             record = calibrate(model, ids, policies, blocks, batch, progress, samples, known)
+=======
+            ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
+            record = calibrate(model, ids, policies, blocks, batch, progress, samples, known, stream)
+>>>>>>> main
         if known is not None and record.stages != known:
             record = replace(record, stages=known)
     kinds = {p.kind for ps in policies for p in ps}
@@ -363,7 +410,7 @@ def rewrite(
             for w, c in zip(wanted, choices, strict=True)
         ]
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if stream is None else torch.device("cpu")
     plans: list[LayerPlan] = []
     tables: dict[str, Tensor] = {}
     folds: list[tuple[nn.Module, int]] = []
@@ -376,7 +423,9 @@ def rewrite(
         made = {} if designs is None else designs
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
         if key_design is None:
-            key_design = made[i, "key", w[0]] = design_key(w[0], i, *head, record, angles, device)
+            key_design = made[i, "key", w[0]] = design_key(
+                w[0], i, *head, record, angles, device, partial(_turn, probe, config, i)
+            )
         if value_design is None:
             value_design = made[i, "value", w[1]] = design_value(w[1], i, *head, record, device)
         if progress is not None and samples:
@@ -399,7 +448,11 @@ def rewrite(
         )  # fmt: skip
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
-    for attention, order in folds:
+    if stream is not None:
+        names = {model.get_submodule(name): name for name in where.attentions}
+        stream.folds = [(names[attention], order) for attention, order in folds]
+        stream.check_rest()
+    for attention, order in folds if stream is None else ():
         fold_value_rotation(attention, order, storage_dtype)
     runtime = Runtime(model, tuple(plans), {k: t.to(device) for k, t in tables.items()}, record.stages, m.name)
     attach(model, runtime)
@@ -409,6 +462,14 @@ def rewrite(
     report = make_report(model, runtime, base.protect, record.tokens, notes)
     report.seconds = time.monotonic() - begun
     return report
+
+
+def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Positions spread over the context the model serves, and their angles; the first rows, sinks among them, stay in place."""
+    limit = getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW
+    spread = torch.randint(_FIRST, max(_FIRST + 1, limit), positions.shape, generator=torch.Generator().manual_seed(0))
+    at = torch.where(positions < _FIRST, positions, spread)
+    return at, runtime.angles(layer, at[None])
 
 
 def _auto_plan(

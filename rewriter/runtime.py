@@ -48,6 +48,7 @@ class Frame:
     valid: Tensor | None = None  # [B, S], False at padding
     visual: Tensor | None = None  # [B, S], True at image and video tokens
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    start: Any = None  # rows held before this pass, int or a tensor; None where nobody asks
     anchored: bool = False  # the anchors of codes in tiles have been seen to
     one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
 
@@ -76,6 +77,11 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise UnsupportedError(
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only models have a cache kvsink can rewrite"
         )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedError(
+            f"{type(model).__name__} has multi-head latent attention: its cache holds a latent of {config.kv_lora_rank} channels, "
+            "not the keys and values that the codecs are made for; use its own cache"
+        )
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
@@ -83,6 +89,11 @@ def anatomy(model: nn.Module) -> Anatomy:
             nested = any(name.startswith(other + ".") for other in found.values())
             if not nested:
                 found.setdefault(index, name)
+    attending = frozenset(found)
+    for name, module in model.named_modules():  # hybrid models: the mixers of layers that have no attention
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "vision" not in name and "." in name and found:
+            found.setdefault(index, name)
     if not found or sorted(found) != list(range(len(found))):
         kinds = sorted({type(m).__name__ for m in model.modules()})[:8]
         raise UnsupportedError(
@@ -94,17 +105,23 @@ def anatomy(model: nn.Module) -> Anatomy:
     base = blocks[0].rsplit(".", 2)[0] if blocks[0].count(".") >= 2 else ""
     rotary = f"{base}.rotary_emb" if base else "rotary_emb"
     heads = config.num_attention_heads
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    shared = 1 if one else getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     kinds_ = tuple(getattr(config, "layer_types", None) or ())
-    if not kinds_:
+    if len(kinds_) != len(blocks):
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         kinds_ = ("sliding_attention" if window else "full_attention",) * len(blocks)
+    kinds_ = tuple(
+        kind if i in attending or kind not in ("full_attention", "sliding_attention") else "linear_attention"
+        for i, kind in enumerate(kinds_)
+    )
     return Anatomy(
         base=base,
         blocks=blocks,
         attentions=attentions,
         rotary=rotary if rotary in dict(model.named_modules()) else None,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=shared,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         layer_types=kinds_,
     )
@@ -163,7 +180,7 @@ class Runtime:
         return any(k is None or (k.packed and (k.domain == "block" or k.center)) for k in specs)
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [1, P, R] of positions [1, P], attention scaling included; R = 0 without RoPE."""
+        """cos and sin float32 [N, P, R] of positions [N, P], attention scaling included; R = 0 without RoPE."""
         if self.rotary is None:
             empty = torch.empty(1, positions.shape[-1], 0, device=positions.device)
             return empty, empty
@@ -275,7 +292,7 @@ class _Hook:
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The kvsink cache of a call, or None. Its frame is written through `shared`: dynamo of torch 2.11 does not trace
         the setter of a property."""
-        for name in ("cache", "past_key_values"):  # transformers 5.24 and later, and before
+        for name in ("cache", "past_key_values", "layer_past"):  # transformers 5.24 and later, before, and older families
             found = self.given(name, args, kwargs)
             if getattr(found, "is_kvsink", False):
                 return found
@@ -303,12 +320,17 @@ class _NewFrame(_Hook):
             if visual is not None:
                 check_mask(visual, rows.shape)
                 frame.visual = visual
+<<<<<<< HEAD
             axes = self.given("position_ids", args, kwargs)
             if self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
                 like = rows if rows.is_floating_point() else next(module.parameters())
                 frame.positions, frame.one_axis = first, True
                 frame.cos, frame.sin = module.rotary_emb(like, first)  # type: ignore[operator]
+=======
+        if hasattr(cache, "begin") and not torch.compiler.is_compiling():
+            cache.begin(frame)
+>>>>>>> main
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():
@@ -390,7 +412,8 @@ def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
     last = mask[:, 0, -1]  # what the last new row may see: every valid row up to itself
     seen = last if last.dtype == torch.bool else last >= 0
     if seen.shape[1] > new:
-        slots = torch.arange(new, device=mask.device) + cache.get_seq_length()
+        first = getattr(cache, "first_slot", cache.get_seq_length)()
+        slots = torch.arange(new, device=mask.device) + first
         seen = seen.index_select(1, slots)
     return seen.expand(batch, -1)
 
@@ -438,13 +461,19 @@ class _Positions(_Hook):
             cache.shared.frame.positions = positions
 
 
+def _device_of(module: nn.Module) -> torch.device:
+    """Where the rows of a module are; the CPU while its weights are still to come."""
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 class _Stage(_Hook):
     """Forward hook of an emergence block: its output ranks the new rows."""
 
     def __init__(self, module: nn.Module, key: str, channels: tuple[int, ...], count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = next(module.parameters()).device  # where the rows will be: a copy per step would break CUDA graphs
+        device = _device_of(module)  # where the rows will be: a copy per step would break CUDA graphs
         self.channels, self.weights = torch.tensor(channels[:1], device=device), torch.ones(1, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -461,7 +490,7 @@ class _Massive(_Hook):
     def __init__(self, module: nn.Module, key: str, count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = next(module.parameters()).device
+        device = _device_of(module)
         self.channels = torch.zeros(1, dtype=torch.int64, device=device)
         self.weights = torch.ones(1, device=device)
 
@@ -526,6 +555,11 @@ def position_candidates(frame: Frame, positions: Tensor, batch: int, segment: Se
     inside = inside.expand(batch, -1)
     if frame.valid is not None:
         inside = inside & frame.valid
+    if score.is_cuda and score.shape[1] == 1 and torch.compiler.is_dynamo_compiling():
+        # The op's result is one buffer that every layer reads; plain operators would be computed anew for each.
+        first = torch.zeros(1, dtype=torch.int64, device=score.device)
+        ones = torch.ones(1, device=score.device)
+        return select_sinks(score.float().expand(batch, -1)[..., None], inside, first, ones, 1, False)
     score = torch.where(inside, score, float("-inf"))
     if score.shape[1] == 1:
         return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from

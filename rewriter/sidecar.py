@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kvsink.calibration import fingerprint, same_model
 from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
+from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.protect import Segment, SinkStage
 from kvsink.runtime import LayerPlan, Runtime
@@ -29,8 +30,10 @@ SIDECAR_TENSORS = "kvsink_calibration.safetensors"
 FORMAT = 1
 
 
-def write_sidecar(folder: Path, model: nn.Module, runtime: Runtime, extra: dict[str, Any]) -> None:
-    """Write both files for a model whose weights are the ones in `folder`."""
+def write_sidecar(
+    folder: Path, model: nn.Module, runtime: Runtime, extra: dict[str, Any], weights: Tensor | None = None
+) -> None:
+    """Write both files for a model whose weights are the ones in `folder`. weights: their fingerprint, where it is known."""
     plan = {
         "format": FORMAT,
         "method": runtime.method,
@@ -45,9 +48,10 @@ def write_sidecar(folder: Path, model: nn.Module, runtime: Runtime, extra: dict[
         ],
         **extra,
     }
-    (folder / SIDECAR_JSON).write_text(json.dumps(plan, indent=1), encoding="utf-8")
     tensors = {name: t.detach().cpu().contiguous() for name, t in runtime.tables.items()}
-    tensors["fingerprint"] = fingerprint(model)
+    tensors["fingerprint"] = fingerprint(model) if weights is None else weights
+    plan[DIGEST] = digest(tensors, plan)
+    (folder / SIDECAR_JSON).write_text(json.dumps(plan, indent=1), encoding="utf-8")
     save_file(tensors, str(folder / SIDECAR_TENSORS), metadata={"format": str(FORMAT)})
 
 
@@ -57,15 +61,16 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
     try:
         plan = json.loads(Path(json_path).read_text(encoding="utf-8"))
         found = plan["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SidecarError(f"{json_path} cannot be read ({error}); {again}") from error
     if found != FORMAT:
         raise SidecarError(f"{json_path} has format {found!r}, this version reads {FORMAT}; {again}")
     try:
         with safe_open(str(tensors_path), framework="pt") as file:
-            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            # copies: a tensor read from a file is the file's memory and changes, or goes, with it
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
         held = tensors.pop("fingerprint")
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise SidecarError(f"{tensors_path} cannot be read ({error}); {again}") from error
     if next(model.parameters()).device.type != "meta" and not same_model(held, fingerprint(model)):
         raise SidecarError(f"{json_path} was made for other weights than the ones beside it; {again}")
@@ -82,9 +87,10 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
         runtime = Runtime(model, plans, tensors, stages, str(plan["method"]))
     except KvsinkError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise SidecarError(f"{json_path} is damaged ({error!r}); {again}") from error
     check_runtime(runtime, json_path)
+    check_digest({**tensors, "fingerprint": held}, plan, f"{json_path} with {Path(tensors_path).name}", SidecarError, again)
     return runtime
 
 

@@ -65,7 +65,7 @@ def _sides(text: str) -> list[str]:
 
     sides = [s for s in text.split(",") if s]
     for side in sides:
-        if side not in ("stock", "static"):
+        if side not in ("stock", "stock-combo", "static"):
             get_method(split_side(side)[0])
     return sides
 
@@ -105,7 +105,8 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 @bench.command(help="Tokens per second of a whole LLaMA-3-8B shape with random weights, compiled, under CUDA graphs.")
 @click.option(
     "--sides", default=f"stock,{','.join(_METHODS)}", show_default=True,
-    help="stock: 16 bit over grouped heads without a mask, the strongest; static: 16 bit as transformers compiles it; METHOD-BITS.",
+    help="stock: 16 bit over grouped heads without a mask, the strongest; stock-combo: with Inductor's combined kernels too, "
+    "as kvsink's own steps have; static: 16 bit as transformers compiles it; METHOD-BITS.",
 )  # fmt: skip
 @click.option(
     "--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits."
@@ -121,7 +122,7 @@ def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
 
     pairs, chosen = _pairs(shapes), _sides(sides)
     backends = {}
-    if "stock" in chosen:
+    if any(side.startswith("stock") for side in chosen):
         for b, t in pairs:
             backends[(b, t)], times = sdpa_best(b or 64, t, 32, 8, 128, torch.bfloat16)
             _say(f"16-bit attention at B{b or 64} T{t}: {backends[(b, t)]} {times[1] * 1e3:.1f} us")
@@ -193,6 +194,31 @@ def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: 
     from kvsink.tools.bench_model import llama, sequence_rows
 
     _write(sequence_rows(llama(layers), _sides(side)[0], tokens, chunk, _say, whole), out)
+    return 0
+
+
+@bench.command(help="Decoding on this machine's processor behind a long prompt, beside float32 and bfloat16 on a DynamicCache.")
+@click.option("--model", "name", default="demo:smollm2", show_default=True, help="Folder, hub id or demo:smollm2.")
+@click.option("--method", default="klt", show_default=True)
+@click.option("--key-bits", type=float, default=None)
+@click.option("--value-bits", type=float, default=None)
+@click.option("--tokens", default=4096, show_default=True, help="Length of the prompt.")
+@click.option("--steps", default=34, show_default=True)
+@click.option("--compiled/--eager", default=False, show_default=True, help="Time the compiled step too; needs a C++ compiler.")
+@_out
+def cpu(
+    name: str, method: str, key_bits: float | None, value_bits: float | None, tokens: int, steps: int, compiled: bool,
+    out: Path | None,
+) -> int:  # fmt: skip
+    from kvsink.tools.bench_cpu import cpu_rows
+
+    if tokens < 1 or steps < 3:
+        raise click.BadParameter(f"{tokens} tokens and {steps} steps; at least 1 and 3 are needed")
+    rows = cpu_rows(name, method, key_bits, value_bits, tokens, steps, compiled, _say)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     return 0
 
 

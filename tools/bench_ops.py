@@ -28,8 +28,7 @@ __all__ = ["BOUND", "SHAPES", "ops_rows", "sdpa_best"]
 SHAPES = ((1, 1024), (1, 131072), (16, 8192), (64, 4096))
 BOUND = 2e-3  # relative error of an fp16 result: its own rounding, 2**-11, and a few like it
 _SAID = (
-    "method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "together_ms", "beside_ms",
-    "in_turn_ms", "of_limit",
+    "method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "in_turn_ms", "of_limit",
 )  # fmt: skip
 _DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
 
@@ -150,18 +149,14 @@ def _one(
     repeats = 1 if len(layers) > 8 else 4
     alone = graph_times([partial(attention, x) for _ in range(repeats) for x in layers])
     both = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
-    ways = {}
-    for way in native.STEPS:
-        if way != "together" or b <= 4:  # with many rows one launch is known to be slow
-            native.STEP = way
-            ways[way] = graph_times([partial(step, x) for _ in range(repeats) for x in layers])[1]
-    native.STEP = None
+    native.BESIDE = False
+    in_turn = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
+    native.BESIDE = True
     limit = size / bandwidth * 1e3
     return {
         **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
         "speedup": round(base[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
-        "speedup_with_append": round(base[1] / both[1], 3), "bytes": size,
-        **{f"{way.replace(' ', '_')}_ms": round(t, 5) for way, t in ways.items()},
+        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size,
         "limit_ms": round(limit, 5),
         "of_limit": round(limit / alone[1], 3), "byte_limit_speedup": round(base[1] / limit, 2),
     }  # fmt: skip

@@ -69,7 +69,7 @@ def _explain(name: str, error: BaseException) -> tuple[int, str]:
         return 2, f"{error.format_message()} See {name} --help"
     if isinstance(error, OSError):
         at = f" ({error.filename})" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return 2, f"no space left on the disk{at}. Free some and run it again"
         if error.errno is not None and error.filename:
             return 2, f"{error.strerror}{at}. Check the path and its permissions"
@@ -78,8 +78,8 @@ def _explain(name: str, error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return 2, "out of memory. Use a smaller --batch, shorter windows or another --device"
     # the Rust side of safetensors and tokenizers reports a full disk in words only
-    if "No space left on device" in str(error) or "os error 28" in str(error):
-        return 2, "no space left on the disk. Free some and run it again"
+    if any(words in str(error) for words in ("No space left on device", "os error 28", "File too large", "os error 27")):
+        return 2, "no space left on the disk, or the file is too large for it. Free some and run it again"
     first = (str(error).strip().splitlines() or ["no message"])[0]
     return 1, f"unexpected {type(error).__name__}: {first}. Set KVSINK_DEBUG=1 for the traceback"
 

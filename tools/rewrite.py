@@ -15,7 +15,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.command("kvsink-rewrite", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--method", default="klt", show_default=True, help="A name of kvsink.methods().")
+@click.option("--method", help="A name of kvsink.methods(). [default: klt; static with --onnx-flavour gqa]")
 @click.option(
     "--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]"
 )
@@ -41,7 +41,14 @@ from kvsink.tools.cli import command_line, wide_console
     "--modality", metavar="METHOD", help="Lay the bits by layer class of METHOD (akvq-vl) over this method's codec; none: leave them out."
 )
 @click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
+@click.option(
+    "--onnx-flavour", "flavour", metavar="NAME", help="functions, custom or gqa; implies --onnx. [default: functions]"
+)
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu, cuda ...")
+@click.option(
+    "--by-layer/--whole", "by_layer", default=None,
+    help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
+)
 @click.option(
     "--eval-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the result table; 0: none."
 )
@@ -53,12 +60,15 @@ from kvsink.tools.cli import command_line, wide_console
 def command(
     model_dir: str,
     out_dir: Path,
+    method: str | None,
     onnx: bool,
+    flavour: str | None,
     device: str,
     eval_windows: int,
     eval_window_tokens: int,
     force: bool,
     dry_run: bool,
+    by_layer: bool | None,
     **options: Any,
 ) -> None:
     """Rewrite MODEL_DIR (a folder, a hub id or demo:smollm2) so that its KV cache is packed, and store it in OUT_DIR.
@@ -73,6 +83,13 @@ def command(
     from kvsink.demo import resolve_model_dir
 
     check_out_dir(out_dir, force or dry_run)
+    if flavour is not None:
+        from kvsink.errors import UnknownName
+        from kvsink.export.flavours import FLAVOURS
+
+        if flavour not in FLAVOURS:
+            raise UnknownName("flavour", flavour, FLAVOURS)
+    options["method"] = method or ("static" if flavour == "gqa" else "klt")
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -88,15 +105,17 @@ def command(
             source,
             out_dir,
             kvsink.RewriteOptions(**options),
-            onnx=onnx,
+            onnx=flavour or ("functions" if onnx else ""),
             device=device,
             force=force,
             dry_run=dry_run,
             progress=progress,
+            by_layer=by_layer,
         )
+        layered = "read layer by layer" in report.notes
         quality = (
             measure(out_dir, model_dir, eval_windows, eval_window_tokens, device, progress)
-            if eval_windows and not dry_run
+            if eval_windows and not dry_run and not layered
             else None
         )
     print_report(report, out_dir, dry_run, quality)

@@ -4,7 +4,7 @@
 #include "rows.cuh"
 #include "step.cuh"
 
-static const void *params, *fresh, *coded;
+static const void *params, *fresh;
 static void (*kernel)();
 static void entry() {
   kernel();
@@ -44,12 +44,6 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
 extern "C" void run_attend(const Params* p, const RowParams* n) {
   fresh = n;
   run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, SMEM_BYTES);
-}
-extern "C" void run_step(const Params* p, const RowParams* n, const RowParams* rows, int coding) {
-  fresh = n;
-  coded = rows;
-  run([] { step_packed(*(const Params*)params, *(const RowParams*)fresh, *(const RowParams*)coded); }, p, p->share * p->Hkv + coding, 1,
-      THREADS, SMEM_BYTES);
 }
 extern "C" void run_append(const RowParams* p, int blocks) {
   run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);

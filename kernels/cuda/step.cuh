@@ -3,9 +3,18 @@
 #ifndef KVSINK_STEP
 #define KVSINK_STEP
 
-// One of the `share` blocks of a key-value head.
-DEVICE void attend_block(const Params& p, const RowParams& fresh, int head, int block, unsigned char* smem) {
-  const int lane = TID & 31, warp = TID >> 5;
+#ifndef KVSINK_EMULATE
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_packed(const __grid_constant__ Params p, const __grid_constant__ RowParams fresh)
+#else
+static void attend_packed(const Params& p, const RowParams& fresh)
+#endif
+{
+#ifndef KVSINK_EMULATE
+  extern __shared__ __align__(128) unsigned char smem[];
+#else
+  unsigned char* smem = EMULATED_SMEM;
+#endif
+  const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
   u64* bars = (u64*)(smem + OFF_BAR);
   u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows
 
@@ -23,7 +32,7 @@ DEVICE void attend_block(const Params& p, const RowParams& fresh, int head, int 
     }
   }
   const int held = (int)*p.length + p.extra, end = held < p.tiles * 128 ? held : p.tiles * 128, each = end < 1 ? 1 : (end + 127) / 128;
-  const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = block;
+  const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = CTA_X;
   sync_cta();
   if (c >= nc) return;
   Rows rows = {each, {(int)(total * c / nc), (int)(total * (c + 1) / nc)}};
@@ -197,32 +206,5 @@ DEVICE void attend_block(const Params& p, const RowParams& fresh, int head, int 
     sync_warp();
     if (lane == 0) barrier_arrive(done);
   }
-}
-
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_packed(const __grid_constant__ Params p, const __grid_constant__ RowParams fresh) {
-  extern __shared__ __align__(128) unsigned char smem[];
-#else
-static void attend_packed(const Params& p, const RowParams& fresh) {
-  unsigned char* smem = EMULATED_SMEM;
-#endif
-  attend_block(p, fresh, CTA_Y, CTA_X, smem);
-}
-
-// The same with the coding of the new rows in further blocks: for short contexts, where a second launch is what costs and most
-// multiprocessors have nothing else to do. A kernel of its own, since the larger one is slower at long contexts.
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(THREADS, 1) step_packed(const __grid_constant__ Params p, const __grid_constant__ RowParams fresh,
-                                                                     const __grid_constant__ RowParams coded) {
-  extern __shared__ __align__(128) unsigned char smem[];
-#else
-static void step_packed(const Params& p, const RowParams& fresh, const RowParams& coded) {
-  unsigned char* smem = EMULATED_SMEM;
-#endif
-  const int attending = p.share * p.Hkv;
-  if (CTA_X >= attending)
-    append_unit<THREADS>(coded, CTA_X - attending, smem);
-  else
-    attend_block(p, fresh, CTA_X / p.share, CTA_X % p.share, smem);
 }
 #endif

@@ -38,10 +38,10 @@ def _library(variant: native.Variant) -> ctypes.CDLL:
 
 
 class Emulated:
-    """Stands in for `native.Cubin`; `blocks` per key-value head take part in an attention; `together`: a step is one launch."""
+    """Stands in for `native.Cubin`; `blocks` per key-value head take part in an attention."""
 
-    def __init__(self, variant: native.Variant, blocks: int = 3, together: bool = False) -> None:
-        self.lib, self.blocks, self.together = _library(variant), blocks, together
+    def __init__(self, variant: native.Variant, blocks: int = 3) -> None:
+        self.lib, self.blocks = _library(variant), blocks
         self.partial = torch.full((64 * blocks * 4 * 132,), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
 
@@ -53,11 +53,6 @@ class Emulated:
         self.lib.run_attend(ctypes.byref(argument), ctypes.byref(fresh))
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
-        if self.together:
-            rows.per = 1
-            assert self.lib.row_bytes() == ctypes.sizeof(rows)
-            self.lib.run_step(*(ctypes.byref(x) for x in (argument, fresh, rows)), rows.B * rows.S * rows.Hkv)
-            return
         self.append(rows)
         self.attend(argument, fresh, heads)
 

@@ -136,6 +136,7 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
     assert kvsink.KVSinkCache.for_model(model, 2, 128).packed_layers()[0].codec.tiles
     logits = []
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain = torch.compile(model, backend="kvsink", fullgraph=True, options={"kvsink.inner": "eager"})
     fused = torch.compile(model, backend="kvsink", fullgraph=True)
     graphs = torch.compile(model, backend="kvsink", mode="reduce-overhead", fullgraph=True)

@@ -83,8 +83,8 @@ def append(
         append_tiles(lib, layer.codec, k, v, positions, scores, layer.state(), layer.params)
 
 
-def library(layer: KVSinkLayer, blocks: int = 3, together: bool = False) -> Emulated:
-    return Emulated(packed.variant_of(layer.codec, HEADS // KV_HEADS), blocks, together)
+def library(layer: KVSinkLayer, blocks: int = 3) -> Emulated:
+    return Emulated(packed.variant_of(layer.codec, HEADS // KV_HEADS), blocks)
 
 
 @pytest.mark.parametrize("widths", [(1,) * 16, (2,) * 16, (4,) * 16, MIXED])
@@ -400,9 +400,8 @@ def test_beams_move_codes_and_anchors_alike() -> None:
 @pytest.mark.parametrize(("index", "batch", "length", "blocks", "best"), [
     (0, 1, 300, 3, 9.0), (0, 3, 255, 2, -9.0), (1, 7, 130, 2, 9.0), (2, 2, 300, 4, 9.0), (3, 9, 128, 1, 0.0), (4, 2, 0, 2, 9.0),
 ])  # fmt: skip
-@pytest.mark.parametrize("together", [False, True])
-def test_a_step_stores_the_new_row_and_attends(
-    index: int, batch: int, length: int, blocks: int, best: float, together: bool
+def test_a_step_stores_the_new_row_and_attends_in_one_launch(
+    index: int, batch: int, length: int, blocks: int, best: float
 ) -> None:
     mine, wanted = layer_of(index, batch), layer_of(index, batch)
     for layer in (mine, wanted):
@@ -423,7 +422,7 @@ def test_a_step_stores_the_new_row_and_attends(
     none = torch.empty(1, 1, 0)
     append_ref(k, v, positions, none, none, scores, wanted.state(), wanted.params, wanted.codec_text, True)
     st, p = mine.codec.named(mine.state()), dict(zip(mine.codec.param_names(), mine.params, strict=True))
-    lib = library(mine, blocks, together)
+    lib = library(mine, blocks)
     got = packed.step(lib, mine.codec, q, k, v, positions, scores, st, p, mask, 0.09)
     assert got is not None and (got.float() - expected).norm() <= 2e-3 * expected.norm()
     assert (lib.partial == -1).all() and not lib.arrived.any()

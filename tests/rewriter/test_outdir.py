@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvsink
-from kvsink import outdir
+from kvsink import outdir, place
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, SidecarError
 from kvsink.outdir import rewrite_dir
 from kvsink.rewrite import RewriteOptions
@@ -168,14 +168,12 @@ FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("step", ["write_sidecar", "_exchange", "save_pretrained", "rename"])
+@pytest.mark.parametrize("step", ["write_sidecar", "exchange", "copyfile", "rename"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_run_that_fails_leaves_nothing(
     tiny_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, step: str,
     existing: bool,
 ) -> None:  # fmt: skip
-    from transformers import PreTrainedModel
-
     out, called = tmp_path / "out", []
     if existing:
         out.mkdir()
@@ -185,8 +183,10 @@ def test_a_run_that_fails_leaves_nothing(
         called.append(args)
         raise failure
 
-    if step == "save_pretrained":
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    if step == "copyfile":
+        monkeypatch.setattr(outdir.shutil, "copyfile", fail)
+    elif step == "exchange":
+        monkeypatch.setattr(place, "exchange", fail)
     elif step == "rename":
         rename = outdir.os.rename
         monkeypatch.setattr(outdir.os, "rename", lambda a, b: fail() if str(a).endswith(".partial") else rename(a, b))

@@ -21,6 +21,20 @@ def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.Captu
     assert said.count("\n") == 1 and "no GPU" in said
 
 
+def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    from kvsink.cache import KVSinkCache
+    from kvsink.tools.bench_cpu import step_times
+    from tests.kernels.test_tiles import model_of
+
+    model = model_of(0)
+    cache = KVSinkCache.for_model(model, 1, 64)
+    ids = torch.randint(3, 97, (1, 45), generator=torch.Generator().manual_seed(0))
+    times = step_times(model, model, cache, ids, 40, 5)
+    assert len(times) == 3 and times == sorted(times) and min(times) > 0
+    assert cache.get_seq_length() == 45
+    assert main(["cpu", "--steps", "2"]) == 2 and "at least 1 and 3" in capsys.readouterr().err
+
+
 def row(method: str, speedup: float | None) -> str:
     return json.dumps({
         "kind": "kernel", "method": method, "bits": 2, "B": 1, "T": 1024, "speedup": speedup, "byte_limit_speedup": 7.0,

@@ -1,0 +1,178 @@
+"""A plain model of the packed cache: every row kept dense, and what a reader must see of it worked out the slow way.
+
+Formula    seen(j) = the row as it came   if it was just appended (unless strict), is recent, or is kept exact
+                   = decode(encode(row))  otherwise; of blocks of tokens, as the block was last coded
+           per protection segment the best `capacity` of (held ∪ candidates) stay exact; a crop takes those behind it away
+Source     ours; KVSink, arXiv 2508.04257 section 4 (the running selection)
+Shapes     k, v [B, H, T, D]; positions [B, T]; pad [B]: slots of left padding per row
+Exact      codes are those of the codec's own pure functions: what is modelled is storage, choice and bookkeeping
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DenseLayer"]
+
+
+@dataclass
+class _Side:
+    """One side of a layer: the rows as they came and as their codes say; with outliers, both things a stored entry may be."""
+
+    rows: Tensor  # [B, H, T, D]
+    coded: Tensor
+    half: Tensor | None = None  # transformed rows in float16, where outliers are kept
+    dense: Tensor | None = None  # transformed rows as their dense codes say
+
+
+@dataclass
+class DenseLayer:
+    """The plain model of one `KVSinkLayer`."""
+
+    codec: Any
+    params: Callable[[int], dict[str, Tensor]]  # tables for so many positions
+    k: _Side
+    v: _Side
+    held: list[list[dict[int, float]]] = field(default_factory=list)  # segment → row → slot → score
+    ring: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)  # place → slot, k [B, H, D], v
+    anchors: list[set[int]] = field(default_factory=list)  # row → slots that the cache chose by attention
+
+    @classmethod
+    def empty(cls, codec: Any, params: Callable[[int], dict[str, Tensor]], batch: int, heads: int, dim: int) -> DenseLayer:
+        def side() -> _Side:
+            none = torch.zeros(batch, heads, 0, dim)
+            return _Side(none, none, none, none)
+
+        return cls(codec, params, side(), side(), [[{} for _ in range(batch)] for _ in codec.segments])
+
+    @property
+    def length(self) -> int:
+        """Rows held."""
+        return self.k.rows.shape[2]
+
+    # -- what happens --------------------------------------------------------------------------------------------------
+
+    def append(
+        self, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: list[Tensor], pad: Tensor
+    ) -> None:
+        """New rows [B, H, S, D]; candidates: score, index of every segment."""
+        c, first, s = self.codec, self.length, k.shape[2]
+        p = self.params(int(positions.max()) + 1)
+        self._choose(candidates, first)
+        old = dict(self.ring)
+        for name, side, spec, rows in (("k", self.k, c.key, k), ("v", self.v, c.value, v)):
+            side.rows = torch.cat([side.rows, rows], 2)
+            if name == "k":
+                turn = lambda x: c.transform_keys(x, cos, sin, positions, p, True)  # noqa: E731
+            else:
+                turn = lambda x: c.transform_values(x, p)  # noqa: E731
+            if not spec.packed:
+                new = rows
+            elif spec.by_token_block:
+                side.coded = self._block(name, spec, side, rows, old, turn, pad)
+                continue
+            else:
+                x = turn(rows)
+                dense = c.dequantize(name, *c.quantize(name, x, p), p)
+                if spec.outliers:
+                    side.half = torch.cat([side.half, x.clamp(-65504, 65504).half().float()], 2)  # type: ignore[list-item]
+                    side.dense = torch.cat([side.dense, dense], 2)  # type: ignore[list-item]
+                new = c.restore_keys(dense, positions, p) if name == "k" else c.restore_values(dense, p)
+            side.coded = torch.cat([side.coded, new], 2)
+        if c.ring:
+            for slot in range(max(first, first + s - c.ring), first + s):
+                self.ring[slot % c.ring] = (slot, k[:, :, slot - first], v[:, :, slot - first])
+
+    def _choose(self, candidates: list[Tensor], first: int) -> None:
+        for i, capacity in enumerate(self.codec.segments):
+            score, index = candidates[2 * i], candidates[2 * i + 1]
+            for row, kept in enumerate(self.held[i]):
+                for value, at in zip(score[row].tolist(), index[row].tolist(), strict=True):
+                    if value > float("-inf"):
+                        kept[first + at] = value
+                best = sorted(kept, key=lambda slot: -kept[slot])[:capacity]
+                self.held[i][row] = {slot: kept[slot] for slot in best}
+
+    def _block(
+        self, name: str, spec: Any, side: _Side, new: Tensor, ring: dict[int, Any], turn: Callable[[Tensor], Tensor], pad: Tensor
+    ) -> Tensor:
+        """The coded rows after every block that the new rows touch has been coded anew."""
+        c, total = self.codec, side.rows.shape[2]
+        first = total - new.shape[2]
+        start, end = first // spec.flush * spec.flush, -(-total // spec.flush) * spec.flush
+        rows = []
+        for slot in range(start, end):
+            if slot < first:
+                held = ring[slot % c.ring]
+                assert held[0] == slot, f"slot {slot} of an open block has left the ring"
+                rows.append(held[1 if name == "k" else 2])
+            else:
+                rows.append(new[:, :, min(slot, total - 1) - first])
+        slots = torch.arange(start, end)
+        valid = (slots < total) & (slots >= pad[:, None])
+        for row in range(valid.shape[0]):
+            for slot in self.exact(row):
+                if start <= slot < end:
+                    valid[row, slot - start] = False
+        codes, scale, norm = c.encode_block(turn(torch.stack(rows, 2)), spec, valid)
+        x = c.dequantize(name, codes, scale, {}, 0)
+        x = x if norm is None else x * norm.float()
+        x = c.restore_keys(x, slots.expand(valid.shape[0], -1), {}) if name == "k" else c.restore_values(x, {})
+        return torch.cat([side.coded[:, :, :start], x[:, :, : total - start]], 2)
+
+    def crop(self, keep: int) -> None:
+        """Forget the rows from `keep` on; rows of the block that is open again come back as far as the ring holds them."""
+        c = self.codec
+        flush = [s.flush for s in (c.key, c.value) if s.by_token_block]
+        start = min((keep // n * n for n in flush), default=keep)
+        ringed = {slot for slot, _, _ in self.ring.values()}
+        for slot in range(start, keep):
+            if slot not in ringed:
+                self.ring[slot % c.ring] = (slot, self.k.coded[:, :, slot], self.v.coded[:, :, slot])
+        for side in (self.k, self.v):
+            for name in ("rows", "coded", "half", "dense"):
+                setattr(side, name, getattr(side, name)[:, :, :keep])
+        self.held = [[{s: x for s, x in row.items() if s < keep} for row in segment] for segment in self.held]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.crop(0)
+        self.ring.clear()
+
+    def pick(self, rows: list[int]) -> None:
+        """Row i becomes what row rows[i] was."""
+        at = torch.tensor(rows)
+        for side in (self.k, self.v):
+            for name in ("rows", "coded", "half", "dense"):
+                setattr(side, name, getattr(side, name)[at])
+        self.held = [[dict(segment[i]) for i in rows] for segment in self.held]
+        self.ring = {place: (slot, k[at], v[at]) for place, (slot, k, v) in self.ring.items()}
+
+    # -- what is seen --------------------------------------------------------------------------------------------------
+
+    def exact(self, row: int) -> set[int]:
+        """Slots of one row that protection keeps as they came."""
+        return {slot for segment in self.held for slot in segment[row]} | (self.anchors[row] if self.anchors else set())
+
+    def seen(self, fresh: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention sees them when the last `fresh` rows were just appended."""
+        out = []
+        c, total = self.codec, self.length
+        for name, side, spec in (("k", self.k, c.key), ("v", self.v, c.value)):
+            x = side.coded.clone()
+            newest = max(c.window, spec.newest)
+            for slot, k, v in self.ring.values():
+                if slot < total and (slot >= total - newest or (spec.flush and slot >= total // spec.flush * spec.flush)):
+                    x[:, :, slot] = k if name == "k" else v
+            for row in range(x.shape[0]):
+                for slot in self.exact(row):
+                    x[row, :, slot] = side.rows[row, :, slot]
+            if fresh and not c.strict:
+                x[:, :, total - fresh :] = side.rows[:, :, total - fresh :]
+            out.append(x)
+        return out[0], out[1]

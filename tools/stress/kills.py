@@ -1,0 +1,186 @@
+"""`kvsink-rewrite` killed at random moments, on a full disk, and against itself: OUT_DIR is absent or complete, always.
+
+Every run is a forked child that has everything imported, so that its life is the rewrite and not the start of Python. After a
+child dies, OUT_DIR must not exist, or hold what was there before, or load and give the numbers of an undisturbed run; one
+more run into the same place must succeed and leave nothing beside it.
+
+Source     ours
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvsink.tools.stress.models import tiny_folder, tokens
+
+__all__ = ["Yard"]
+
+
+class Yard:
+    """A model folder, a text, and what an undisturbed rewrite of it gives."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source, self.text = tiny_folder(folder / "model"), folder / "text.txt"
+        self.text.write_text("the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 8)
+        self.out = folder / "place" / "out"
+        self.ids = tokens(1, 24, seed=3)
+        began = time.monotonic()
+        assert self.wait(self.start("rotatekv")) == 0, "the undisturbed rewrite failed"
+        self.seconds = time.monotonic() - began
+        self.logits = {"rotatekv": self.load()}
+        self.clear()
+        assert self.wait(self.start("rtn")) == 0, "the undisturbed rewrite failed"
+        self.logits["rtn"] = self.load()
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove OUT_DIR and everything beside it."""
+        shutil.rmtree(self.out.parent, ignore_errors=True)
+
+    def start(self, method: str, before: Callable[[], None] | None = None) -> int:
+        """Fork a run of the command line; its process id."""
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(null, stream)
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  a caller may have put files there
+            if before is not None:
+                before()
+            from kvsink.tools.rewrite import main
+
+            options = ["--method", method, "--calibration", str(self.text), "--calibration-tokens", "512", "--device", "cpu"]
+            code = main([str(self.source), str(self.out), *options, "--eval-windows", "0", "--force"])
+        finally:
+            os._exit(code)
+
+    @staticmethod
+    def wait(pid: int) -> int:
+        """The exit code of a run; negative for the signal that ended it."""
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def load(self) -> torch.Tensor:
+        """What the model in OUT_DIR gives."""
+        from kvsink.loading import load_model
+
+        model = load_model(self.out)
+        with torch.no_grad():
+            settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+            logits: torch.Tensor = model.generate(self.ids, **settings).logits[-1]
+            return logits
+
+    def beside(self) -> list[str]:
+        """Names beside OUT_DIR."""
+        return sorted(p.name for p in self.out.parent.iterdir() if p != self.out) if self.out.parent.is_dir() else []
+
+    def sound(self, allowed: tuple[str, ...], absent: bool) -> str | None:
+        """What is wrong with OUT_DIR, or None: it is absent where it may be, or one of the allowed results and complete."""
+        if not self.out.exists():
+            return None if absent else "OUT_DIR is gone"
+        try:
+            found = self.load()
+        except Exception as error:  # whatever it is, it is what this looks for
+            return f"OUT_DIR is there and does not load: {type(error).__name__}: {error}"
+        known = any(torch.equal(found, self.logits[m]) for m in allowed)
+        return None if known else "OUT_DIR holds neither the old nor the new model"
+
+    # -- trials --------------------------------------------------------------------------------------------------------
+
+    def kill(self, seed: int) -> str | None:
+        """One kill; in half of the trials an older OUT_DIR stands there."""
+        pick = random.Random(seed)
+        existing = pick.random() < 0.5
+        self.clear()
+        if existing:
+            self.wait(self.start("rtn"))
+        pid = self.start("rotatekv")
+        time.sleep(self.seconds * pick.random() * 1.05)
+        os.kill(pid, signal.SIGKILL)
+        self.wait(pid)
+        wrong = self.sound(("rtn", "rotatekv") if existing else ("rotatekv",), absent=not existing)
+        if wrong is None and self.wait(self.start("rotatekv")) != 0:
+            wrong = "the run after the kill failed"
+        wrong = wrong or self.sound(("rotatekv",), absent=False)
+        if wrong is None and (left := self.beside()):
+            wrong = f"the run after the kill left {', '.join(left)}"
+        return None if wrong is None else f"kill {seed}: {wrong}"
+
+    def full_disk(self, seed: int) -> str | None:
+        """No file may grow beyond a random size: the run must exit with 2, and OUT_DIR and its neighbours stay as they were."""
+        pick = random.Random(seed)
+        most = pick.choice((0, 100, 1000, 10_000, 50_000, 200_000))
+        existing = pick.random() < 0.5
+        self.clear()
+        if existing:
+            self.wait(self.start("rtn"))
+
+        def limit() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+        code = self.wait(self.start("rotatekv", limit))
+        wrong = None if code == 2 else f"exit code {code}"
+        wrong = wrong or self.sound(("rtn",) if existing else (), absent=not existing)
+        wrong = wrong or (f"it left {', '.join(left)}" if (left := self.beside()) else None)
+        return None if wrong is None else f"files of at most {most} bytes, {seed}: {wrong}"
+
+    def rivals(self, seed: int) -> str | None:
+        """Two runs into one OUT_DIR at the same time: one result stands there, complete, and nothing beside it."""
+        pick = random.Random(seed)
+        self.clear()
+        one = self.start("rotatekv")
+        time.sleep(self.seconds * pick.random())
+        codes = [self.wait(pid) for pid in (self.start("rtn"), one)]
+        wrong = None if all(code in (0, 2) for code in codes) and 0 in codes else f"exit codes {codes}"
+        wrong = wrong or self.sound(("rtn", "rotatekv"), absent=False)
+        wrong = wrong or (f"they left {', '.join(left)}" if (left := self.beside()) else None)
+        return None if wrong is None else f"rivals {seed}: {wrong}"
+
+    def readers(self, seed: int) -> str | None:
+        """Processes that load OUT_DIR while it is replaced again and again see one of the two models, whole."""
+        self.clear()
+        self.wait(self.start("rtn"))
+        pids = [self._reader() for _ in range(2)]
+        codes = [self.wait(self.start(method)) for method in ("rotatekv", "rtn")]
+        read = [self.wait(pid) for pid in pids]
+        return None if codes == [0, 0] and read == [0, 0] else f"readers {seed}: writers {codes}, readers {read}"
+
+    def _reader(self) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            end, code = time.monotonic() + 2 * self.seconds, 0
+            while time.monotonic() < end and code == 0:
+                from kvsink.errors import KvsinkError
+
+                try:
+                    found: Any = self.load()
+                    code = 0 if any(torch.equal(found, x) for x in self.logits.values()) else 3
+                except KvsinkError:
+                    continue  # weights of one and plan of the other: refused, which is right
+        except BaseException as error:
+            print(f"reader: {type(error).__name__}: {error}", file=sys.stderr)
+            code = 4
+        finally:
+            os._exit(code)
+
+    def close(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
