@@ -257,7 +257,6 @@ class _RecordingCache(Cache):
             self.collector.draw(layer, keys, v, positions.expand(b, s), keep, cos, sin)
 
 
-<<<<<<< HEAD
 def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{"input_ids": row[None]} for row in ids] if isinstance(ids, Tensor) else list(ids)
 
@@ -274,7 +273,8 @@ def _run(model: nn.Module, prompt: Mapping[str, Any], device: torch.device, **op
             f"a calibration prompt cannot be run ({' '.join(str(error).split())[:160]}); its image placeholders must be those "
             "its processor made, none cut off"
         ) from error
-=======
+
+
 def _plain_layer(runtime: Runtime, layer: int) -> Any:
     """transformers' own layer of a kind that keeps everything, or the state of a layer without attention."""
     if runtime.anatomy.layer_types[layer] in ("full_attention", "sliding_attention"):
@@ -303,7 +303,6 @@ def _by_layers(
         return lambda: collector.begin(window) if collector is not None else None
 
     stream.run([Job(row[None], make(), begin(i)) for i, row in enumerate(ids)], tell)
->>>>>>> main
 
 
 def calibrate(
@@ -345,15 +344,10 @@ def calibrate(
     few = prompts[:2]
     try:
         with torch.no_grad():
-<<<<<<< HEAD
-            for i in range(len(few)):
-                _run(model, few[i], device, use_cache=False)
-=======
             if stream is not None:
-                stream.run([Job(row[None]) for row in few], partial(tell, "finding sinks"))
+                stream.run([Job(p["input_ids"]) for p in few], partial(tell, "finding sinks"))
             for i in range(len(few) if stream is None else 0):
-                model(input_ids=few[i : i + 1].to(device), use_cache=False)
->>>>>>> main
+                _run(model, few[i], device, use_cache=False)
                 tell("finding sinks", i + 1, len(few))
     finally:
         recorder.close()
@@ -379,24 +373,16 @@ def calibrate(
     attach(model, runtime)
     try:
         with frozen(model), watched(model, where, collector):
-<<<<<<< HEAD
-            at = 0
-            for prompt in prompts:
-                rows, start = prompt["input_ids"].to(device), at
-                at += len(rows)
-                cache = _RecordingCache(runtime, out, {i: blocks.get(i, ()) for i in range(n)}, collector)
-                for layer in range(n):
-                    if layer not in blocks:
-                        cache.layers[layer] = DynamicLayer()
-=======
             if stream is not None:
+                assert isinstance(ids, Tensor)
                 make = partial(_looking_on, runtime, out, blocks, collector)
                 _by_layers(stream, ids, make, collector, partial(tell, "calibrating"))
                 out.tokens += ids.numel()
-            for start in range(0, len(ids) if stream is None else 0, step):
-                rows = ids[start : start + step].to(device)
+            at = 0
+            for prompt in prompts if stream is None else ():
+                rows, start = prompt["input_ids"].to(device), at
+                at += len(rows)
                 cache = _looking_on(runtime, out, blocks, collector)
->>>>>>> main
                 if collector is not None:
                     collector.begin(start)
                 with torch.set_grad_enabled(collector is not None and collector.fisher):

@@ -47,7 +47,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     kind = pick_dtype(dtype, place) if isinstance(dtype, str) else dtype
     where = Path(folder)
     try:
-        model, info = _model_class(where).from_pretrained(
+        model, info = model_class(where).from_pretrained(
             where, dtype=kind, output_loading_info=True, local_files_only=True
         )
     except (KvsinkError, torch.OutOfMemoryError, MemoryError):
@@ -58,7 +58,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     return model.eval().to(place)
 
 
-def _model_class(folder: Path) -> Any:
+def model_class(folder: Path) -> Any:
     """The class that loads a folder: with its pictures where the model sees, else the language model."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 
 from kvsink.calibration import Calibration
-<<<<<<< HEAD
-from kvsink.errors import KvsinkError, ModelError
-from kvsink.imagetext import is_source, load_processor, prompts, read_examples
-=======
 from kvsink.checkpoint import Checkpoint
 from kvsink.errors import KvsinkError, ModelError, UnsupportedError
 from kvsink.fold import FOLDED, folded
->>>>>>> main
+from kvsink.imagetext import is_source, load_processor, prompts, read_examples
 from kvsink.loading import load_model, load_tokenizer, pick_device
 from kvsink.place import building, sweep
+from kvsink.methods import get_method
 from kvsink.report import Report
 from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
 from kvsink.runtime import runtime_of
@@ -89,23 +86,17 @@ def rewrite_dir(
     storage = _storage_dtype(config)
     calibration: Any = options.calibration
     if calibration.endswith(".safetensors"):
-<<<<<<< HEAD
-        calibration = Calibration.load(calibration, model)
+        calibration = Calibration.load(calibration, model if stream is None else None)
     elif is_source(calibration):
+        if stream is not None:
+            raise UnsupportedError("pictures run through the whole model, tower included; use --whole")
         seen = prompts(read_examples(calibration), load_processor(source), model)
         calibration = [p.inputs for p in seen]
-=======
-        calibration = Calibration.load(calibration, model if stream is None else None)
->>>>>>> main
     report = rewrite(
         model, options.method, key_bits=options.key_bits, value_bits=options.value_bits, protect=options.protect,
         window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,
         layers=options.layers, tokenizer=tokenizer, fold=options.fold, storage_dtype=storage, progress=progress,
-<<<<<<< HEAD
-        bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality,
-=======
-        bits=options.bits, plan=options.plan, profile=options.profile, stream=stream,
->>>>>>> main
+        bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality, stream=stream,
     )  # fmt: skip
     report.model = str(model_dir)
     report.notes += notes
@@ -129,7 +120,8 @@ def _existing(path: Path) -> Path:
 
 def _needs_whole(options: RewriteOptions, onnx: bool) -> bool:
     """Whether the options ask for what cannot be done layer by layer."""
-    return onnx or options.plan == "auto"
+    modal = options.modality is not None or get_method(options.method).modality is not None
+    return onnx or modal or options.plan == "auto" or is_source(options.calibration)
 
 
 def _write_weights(

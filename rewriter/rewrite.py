@@ -32,23 +32,16 @@ from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
-<<<<<<< HEAD
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, towers, visual_tokens
-=======
-from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, visual_tokens
 from kvsink.sliding import sliding_refusal
 from kvsink.streaming import Stream
->>>>>>> main
 from kvsink.texts import builtin_text
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
 CALIBRATION_WINDOW = 1024
-<<<<<<< HEAD
 PATTERN_PROMPTS = 16  # that layer classes are measured on
-=======
 _FIRST = 16  # rows of a text that keep their place when keys are spread over the context
->>>>>>> main
 Progress = Callable[[str, int, int], None]
 
 
@@ -256,13 +249,8 @@ def rewrite(
     protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
-<<<<<<< HEAD
-    designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None,
-    modality: str | None = None,
-=======
     designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None, stream: Stream | None = None,
-    sliding: bool | None = None,
->>>>>>> main
+    sliding: bool | None = None, modality: str | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -276,11 +264,8 @@ def rewrite(
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
     sliding: pack sliding-window layers too; None does so where a model has no others.
     profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
-<<<<<<< HEAD
     modality: a method whose bits by layer class are laid over this one's codec, such as "akvq-vl"; "none" leaves its own out.
-=======
     stream: gives a model without weights its layers one at a time; what would be folded into them waits in `stream.folds`.
->>>>>>> main
 
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
@@ -312,16 +297,12 @@ def rewrite(
     choices = parse_layers(layers, n, base)
     if (least := min(c.window for c in choices)) < 0:
         raise KvsinkError(f"window={least} is negative; give the number of recent tokens to keep exact")
-<<<<<<< HEAD
+    if stream is not None and (plan == "auto" or m.modality is not None):
+        raise UnsupportedError(f"{'--plan auto' if plan == 'auto' else m.name} runs the whole model again and again; use --whole")
     notes = [
         f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
         for name, count in towers(model).items()
     ]
-=======
-    if stream is not None and (plan == "auto" or m.modality is not None):
-        raise UnsupportedError(f"{'--plan auto' if plan == 'auto' else m.name} runs the whole model again and again; use --whole")
-    notes: list[str] = []
->>>>>>> main
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
     if sliding is None:
         sliding = all(_refusal(where, i) for i in range(n)) and any(not _refusal(where, i, True) for i in range(n))
@@ -383,14 +364,9 @@ def rewrite(
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
             record = Calibration.load(calibration, model if stream is None else None)
         else:
-<<<<<<< HEAD
             seen = _are_prompts(calibration) and visual_tokens(model.config)
             ids = calibration if seen else calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies, blocks, batch, progress, samples, known)
-=======
-            ids = calibration_windows(model, calibration, calibration_tokens, tokenizer)
             record = calibrate(model, ids, policies, blocks, batch, progress, samples, known, stream)
->>>>>>> main
         if known is not None and record.stages != known:
             record = replace(record, stages=known)
     kinds = {p.kind for ps in policies for p in ps}

@@ -320,17 +320,14 @@ class _NewFrame(_Hook):
             if visual is not None:
                 check_mask(visual, rows.shape)
                 frame.visual = visual
-<<<<<<< HEAD
             axes = self.given("position_ids", args, kwargs)
             if self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
                 like = rows if rows.is_floating_point() else next(module.parameters())
                 frame.positions, frame.one_axis = first, True
                 frame.cos, frame.sin = module.rotary_emb(like, first)  # type: ignore[operator]
-=======
         if hasattr(cache, "begin") and not torch.compiler.is_compiling():
             cache.begin(frame)
->>>>>>> main
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():

@@ -70,14 +70,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def skeleton(folder: str | Path) -> Any:
     """The model of a folder in float32 without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from kvsink.loading import refusal
+    from kvsink.loading import model_class, refusal
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = model_class(Path(folder)).from_config(config, dtype=torch.float32)
     except Exception as error:  # transformers raises its own kinds
         raise ModelError(refusal(Path(folder), error)) from error
     model.tie_weights()

@@ -33,9 +33,12 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("akvq-vl, R 32, sinks", "akvq-vl", {"window": 32, "protect": UNION}),
     ("akvq-vl-even", "akvq-vl-even", {}),
     ("akvq-vl-even, sinks", "akvq-vl-even", {"protect": UNION}),
-    ("klt", "klt", {}),
-    ("klt by modality", "klt", {"modality": "akvq-vl"}),
-    ("klt by modality, R 32, sinks", "klt", {"modality": "akvq-vl", "window": 32, "protect": UNION}),
+    ("klt", "klt", {"value_bits": 2}),
+    ("klt by modality", "klt", {"value_bits": 2, "modality": "akvq-vl"}),
+    ("klt 2/4", "klt", {}),
+    ("klt 2/4 by modality", "klt", {"modality": "akvq-vl"}),
+    ("klt 2/4 by modality, R 32, sinks", "klt", {"modality": "akvq-vl", "window": 32, "protect": UNION}),
+    ("centred", "centred", {}),
     ("centred by modality", "centred", {"modality": "akvq-vl"}),
 )
 """Name, method ("kivi@32": with 32 recent rows instead of 128) and options of `kvsink.rewrite`."""
