@@ -110,8 +110,13 @@ def document(pictures: list[Picture], tokenizer: Any, caption: bool) -> tuple[li
     return ids, asked
 
 
-def train_tower(model: Any, tokenizer: Any, seconds: float, say: Any = print, batch: int = 64) -> float:
-    """Tower and projector alone: each patch takes the embedding of its word. Returns the share of right patches at the end."""
+def train_tower(
+    model: Any, tokenizer: Any, seconds: float, say: Any = print, batch: int = 64, most: int | None = None
+) -> float:
+    """Tower and projector alone: each patch takes the embedding of its word. Returns the share of right patches at the end.
+
+    most: a number of steps to train for, whatever time they take, instead of `seconds`.
+    """
     table = model.model.language_model.embed_tokens.weight.detach()
     index: dict[str, int] = {}
     vocabulary: list[int] = []
@@ -119,9 +124,9 @@ def train_tower(model: Any, tokenizer: Any, seconds: float, say: Any = print, ba
     learnt = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     steps = torch.optim.AdamW(learnt, lr=1e-3, weight_decay=0.01)
     begun, step, right = time.monotonic(), 0, 0.0
-    while (gone := time.monotonic() - begun) < seconds:
+    while (done := (time.monotonic() - begun) / seconds if most is None else step / most) < 1.0:
         for group in steps.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * max(0.02, 1.0 - gone / seconds)
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * max(0.02, 1.0 - done)
         seen = [picture(step, i) for i in range(batch)]
         words = [words_of(p) for p in seen]
         for word in (w for row in words for w in row if w not in index):
@@ -138,7 +143,7 @@ def train_tower(model: Any, tokenizer: Any, seconds: float, say: Any = print, ba
         steps.step()
         right = float((near.argmax(-1) == wanted).float().mean())
         if step % 100 == 0:
-            say(f"tower {step}: {gone:.0f} s, loss {float(loss):.3f}, patches right {right:.3f}")
+            say(f"tower {step}: {time.monotonic() - begun:.0f} s, loss {float(loss):.3f}, patches right {right:.3f}")
         step += 1
     return right
 

@@ -38,8 +38,8 @@ ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("klt 2/4", "klt", {}),
     ("klt 2/4 by modality", "klt", {"modality": "akvq-vl"}),
     ("klt 2/4 by modality, R 32, sinks", "klt", {"modality": "akvq-vl", "window": 32, "protect": UNION}),
-    ("centred", "centred", {}),
-    ("centred by modality", "centred", {"modality": "akvq-vl"}),
+    ("centred", "centred", {"value_bits": 2}),
+    ("centred by modality", "centred", {"value_bits": 2, "modality": "akvq-vl"}),
 )
 """Name, method ("kivi@32": with 32 recent rows instead of 128) and options of `kvsink.rewrite`."""
 
