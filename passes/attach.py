@@ -47,7 +47,9 @@ class Attach(RewritePass):
             if argument(site.writes[0], 0, "k") is not site.k_rope or not argument(site.writes[0], 9, "roped"):
                 return site.declined("the packed cache stores other keys than it reads", site.writes[0])
             if codec is not None and _needs_positions(codec) and not codec.tiles and _several_axes(site):
-                return site.declined("positions of several new rows in more than one axis; the cache op turns them by one", site.cos)
+                return site.declined(
+                    "positions of several new rows in more than one axis; the cache op turns them by one", site.cos
+                )
             return None
         plan = work.plan(site)
         if plan is None:

@@ -306,7 +306,8 @@ def _by_layers(
 
 
 def calibrate(
-    model: nn.Module, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]], blocks: dict[int, tuple[int, ...]], batch: int = 1,
+    model: nn.Module, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]],
+    blocks: dict[int, tuple[int, ...]], batch: int = 1,
     progress: Progress | None = None, samples: Mapping[int, SampleNeed] | None = None,
     known: tuple[SinkStage, ...] | None = None, stream: Stream | None = None,
 ) -> Calibration:  # fmt: skip

@@ -237,4 +237,4 @@ def _open(image: Any, where: str) -> Any:
         with Image.open(image) as file:
             return file.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise PictureError(f"{where}: image {image} cannot be read ({type(error).__name__}); replace it or take the line out") from error
+        raise PictureError(f"{where}: image {image} cannot be read ({type(error).__name__}); replace it or take it out") from error

@@ -23,8 +23,8 @@ from kvsink.errors import KvsinkError, ModelError, UnsupportedError
 from kvsink.fold import FOLDED, folded
 from kvsink.imagetext import is_source, load_processor, prompts, read_examples
 from kvsink.loading import load_model, load_tokenizer, pick_device
-from kvsink.place import building, sweep
 from kvsink.methods import get_method
+from kvsink.place import building, sweep
 from kvsink.report import Report
 from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
 from kvsink.runtime import runtime_of

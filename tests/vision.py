@@ -159,7 +159,7 @@ def plain(given: dict[str, Tensor], row: int, images: Sequence[int]) -> dict[str
     for name, t in given.items():
         if name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             out[name] = t[row : row + 1, keep]
-        elif name == "pixel_attention_mask" or t.dim() == 5 and t.shape[0] == len(images) and t.shape[1] == max(images):
+        elif name == "pixel_attention_mask" or (t.dim() == 5 and t.shape[0] == len(images) and t.shape[1] == max(images)):
             out[name] = t[row : row + 1, :count]
         elif "image_grid_thw" in given and name == "pixel_values":
             out[name] = t[16 * before : 16 * (before + count)]

@@ -139,8 +139,8 @@ def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
     help="LLaVA-1.5-7B's language model, random weights, decoding behind prompts with images: memory, batch, throughput "
     "against 16 bit compiled the same way."
 )
-@click.option("--baseline", default="static", show_default=True, help="static: 16 bit as transformers compiles it; stock: see decode.")
-@click.option("--sides", default="akvq-vl-even-2,centred-even-2,klt-even-2", show_default=True, help="METHOD-BITS, comma-separated.")
+@click.option("--baseline", default="static", show_default=True, help="static or stock, see decode.")
+@click.option("--sides", default="akvq-vl-even-2,centred-even-2,klt-even-2", show_default=True, help="METHOD-BITS,…")
 @click.option(
     "--tokens", default="512,2944", show_default=True, help="Lengths, comma-separated; the last 24 tokens are the decoded ones."
 )

@@ -24,7 +24,8 @@ from kvsink.tools.bench import split_side
 from kvsink.tools.timing import event_times
 
 __all__ = [
-    "DECODE_SHAPES", "LLAMA_3_8B", "LLAVA_15_7B", "Shape", "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows",
+    "DECODE_SHAPES", "LLAMA_3_8B", "LLAVA_15_7B", "Shape",
+    "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows",
     "vision_rows",
 ]  # fmt: skip
 
@@ -265,8 +266,9 @@ def _held_bytes(model: Any, length: int) -> int:
     runtime, weight = runtime_of(model), next(model.parameters())
     a = runtime.anatomy
     empty = KVSinkCache(runtime, length, kernel_serves(runtime, weight.dtype, weight.device))
-    layouts = (i.codec.layout(1, a.kv_heads, a.head_dim, a.head_dim, i.get_max_length(), weight.dtype) for i in empty.packed_layers())
-    return sum(math.prod(shape) * dtype.itemsize for held in layouts for shape, dtype, _ in held.values())
+    shape = a.kv_heads, a.head_dim, a.head_dim
+    layouts = (i.codec.layout(1, *shape, i.get_max_length(), weight.dtype) for i in empty.packed_layers())
+    return sum(math.prod(size) * dtype.itemsize for held in layouts for size, dtype, _ in held.values())
 
 
 def decode_rows(

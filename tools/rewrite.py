@@ -38,7 +38,7 @@ from kvsink.tools.cli import command_line, wide_console
     "--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".'
 )
 @click.option(
-    "--modality", metavar="METHOD", help="Lay the bits by layer class of METHOD (akvq-vl) over this method's codec; none: leave them out."
+    "--modality", metavar="METHOD", help="Lay the bits by layer class of METHOD (akvq-vl) over this codec; none: leave them out."
 )
 @click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
 @click.option(

@@ -25,7 +25,7 @@ from torch import Tensor
 from kvsink.pictures import COLUMNS, ROWS, Picture, picture
 from kvsink.tools.cli import command_line
 
-__all__ = ["ANSWER", "IMAGE_TOKEN", "answers", "build", "document", "train_joint", "train_tower"]
+__all__ = ["ANSWER", "IMAGE_TOKEN", "build", "document", "train_joint", "train_tower"]
 
 IMAGE_TOKEN = "<filename>"  # a special token of SmolLM2 that its texts do not use
 PATCHES = 16
@@ -151,7 +151,7 @@ def train_tower(
 def train_joint(model: Any, tokenizer: Any, seconds: float, say: Any = print, batch: int = 4, pictures: int = 2) -> None:
     """Projector and the attention of the language model, on answers and captions."""
     for name, weight in model.named_parameters():
-        weight.requires_grad_("self_attn" in name and "language_model" in name or "projector" in name)
+        weight.requires_grad_(("self_attn" in name and "language_model" in name) or "projector" in name)
     learnt = [w for w in model.parameters() if w.requires_grad]
     steps = torch.optim.AdamW(learnt, lr=2e-4, weight_decay=0.0, betas=(0.9, 0.99))
     begun, step = time.monotonic(), 0

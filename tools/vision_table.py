@@ -63,7 +63,9 @@ def chance(documents: int, pictures: int) -> float:
     return sum(1 / len(options) for _, _, options in asked) / len(asked)
 
 
-def measure_row(model: Any, name: str, method: str, options: dict[str, Any], calibration: Any, sets: dict[str, Any]) -> dict[str, Any]:
+def measure_row(
+    model: Any, name: str, method: str, options: dict[str, Any], calibration: Any, sets: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
     """Rewrite, measure every set of prompts, and give one flat record. sets: name → (prompts, reference)."""
     import kvsink
     from kvsink import evaluation

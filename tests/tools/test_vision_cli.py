@@ -129,7 +129,8 @@ def test_models_that_do_not_see_or_hold_no_cache_are_named(
     clip = hf.CLIPModel(hf.CLIPConfig(
         vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                        "image_size": 16, "patch_size": 8},
-        text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20},
+        text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                     "vocab_size": 20},
     ))  # fmt: skip
     clip.save_pretrained(tmp_path / "clip")
     assert rewrite([str(tmp_path / "clip"), str(tmp_path / "b"), *FEW]) == 2
