@@ -23,7 +23,7 @@ from kvsink.kernels.quantize import SIGMA_KINDS, segments
 __all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZERS_WITH_BODY", "function_proto"]
 
 DOMAIN, OPSET = "com.kvsink", 18
-QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector")
+QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector", "static")
 _HALF_MAX, _HALF_TINY, _LOWEST = 65504.0, 6.0e-8, float(np.finfo(np.float32).min)
 
 
@@ -253,9 +253,16 @@ def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[
     return _pack_any(b, codes, a["code_bits"], groups), fit(codes)
 
 
+def _quantize_static(b: Body, a: Mapping[str, Any], x: str, step: str) -> tuple[str, str]:
+    width, half = a["widths"][0], float(1 << (a["widths"][0] - 1))
+    codes = b.Clip(b.Round(b.Div(x, b.Unsqueeze(step, b.ints(1)))), b.const(-half), b.const(half - 1))
+    out = _pack(b, b.Add(codes, b.const(half)), width, 8 * len(a["widths"]))
+    return out, b.empty_scale(out)
+
+
 _QUANTIZE: dict[str, Callable[..., tuple[str, str]]] = {
     "uniform": _quantize_uniform, "uniform-int": _quantize_uniform, "gauss": _quantize_gauss, "lloyd": _quantize_lloyd,
-    "lloyd-even": _quantize_lloyd, "vector": _quantize_vector,
+    "lloyd-even": _quantize_lloyd, "vector": _quantize_vector, "static": _quantize_static,
 }  # fmt: skip
 
 
@@ -271,6 +278,9 @@ def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", tabl
         out = _vector_rows(b, a, index, table)
         return (b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out,)
     widths, dim = a["widths"], 8 * len(a["widths"])
+    if kind == "static":
+        levels = np.arange(2 ** widths[0], dtype=np.float32) - 2 ** (widths[0] - 1)
+        return (b.Mul(_look_up(b, codes, widths[0], dim, levels), b.Unsqueeze(table, b.ints(1))),)
     if kind in SIGMA_KINDS:
         levels_of = even_levels if kind == "lloyd-even" else lloyd_max
         parts, at, rows = segments(widths), 0, []

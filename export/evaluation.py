@@ -33,6 +33,7 @@ def evaluate_onnx(
             f"windows of {length} tokens exceed the {runner.manifest['max_positions']} positions the model serves. Pass "
             "--window-tokens with fewer"
         )
+    batch = 1 if runner.one_row else batch  # what its operator takes in chunks
     nll = np.zeros(count)
     held = (math.nan, 0)
     for first in range(0, count, batch):
@@ -55,7 +56,8 @@ def evaluate_onnx(
             progress(min(first + batch, count), count)
     predicted = count * (length - 1)
     return EvalResult(
-        model=str(runner.path), method=f"kvsink {runner.manifest['method']}, onnx", text=text_name, windows=count,
+        model=str(runner.path), method=f"kvsink {runner.manifest['method']}, onnx" + (" gqa" if runner.one_row else ""),
+        text=text_name, windows=count,
         window_tokens=length, chunk=chunk, batch=min(batch, count), tokens=predicted,
         perplexity=math.exp(nll.sum() / predicted), bits_per_element=held[0], cache_nbytes=held[1],
         window_nll=tuple((nll / (length - 1)).tolist()), device=runner.session.get_providers()[0], dtype="float32",

@@ -2,7 +2,9 @@
 
 functions  nodes of com.kvsink, each with a body in standard operators: stock onnxruntime runs it
 custom     the same nodes without bodies, for a runtime that brings kernels for them
-Declines   codecs whose rows are coded together, or whose state the graph does not carry; see `codec_refusal`
+gqa        standard operators and com.microsoft::GroupQueryAttention over an int8 or packed int4 cache, standard names
+Declines   codecs whose rows are coded together, or whose state the graph does not carry; see `codec_refusal`; of gqa, all but
+           fixed steps per channel; see `gqa_refusal`
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from kvsink.methods import get_method, methods
 from kvsink.protect import Segment, anchors_for_layer, parse_policies
 from kvsink.runtime import Runtime, visual_tokens
 
-__all__ = ["FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "method_refusal", "model_refusal"]
+__all__ = [
+    "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",
+    "model_refusal", "refusal",
+]  # fmt: skip
 
-FLAVOURS = ("functions", "custom")
+FLAVOURS = ("functions", "custom", "gqa")
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 
@@ -47,6 +52,35 @@ def codec_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
     return ""
 
 
+def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
+    """Why a layer's codec is not what GroupQueryAttention stores, or an empty string."""
+    k, v = codec.key, codec.value
+    if segments or codec.exact_rows or codec.anchors is not None:
+        return "GroupQueryAttention has no store for rows kept exact; use --protect none"
+    if codec.ring:
+        return f"GroupQueryAttention has no window of {codec.ring} exact recent rows; use --window 0"
+    if not k.packed and not v.packed:
+        return ""
+    for name, side in (("keys", k), ("values", v)):
+        if side.packed and side.kind != "static":
+            return (
+                f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; "
+                "use --method static"
+            )
+    if k.packed != v.packed or k.widths != v.widths:
+        return f"GroupQueryAttention has one width for keys and values, here {k.bits:g} and {v.bits:g} bits; give both the same"
+    if k.widths[0] not in (4, 8):
+        return f"GroupQueryAttention stores 4 or 8 bits, not {k.widths[0]}; use --key-bits 4 --value-bits 4"
+    if k.domain != "post" or k.reorder or "klt" in (k.transform, v.transform) or max(k.heads_per_group, v.heads_per_group) > 1:
+        return "only centring and a Hadamard rotation inside each head, after RoPE, stand around GroupQueryAttention"
+    return ""
+
+
+def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str:
+    """Why a layer's codec cannot leave in a flavour, or an empty string."""
+    return gqa_refusal(codec, segments) if flavour == "gqa" else codec_refusal(codec, segments)
+
+
 def model_refusal(model: Any, anywhere: bool = False) -> str:
     """Why a model cannot be written as a graph, whatever its codec, or an empty string; `anywhere`: not yet where it must be."""
     config = model.config.get_text_config(decoder=True)
@@ -62,43 +96,57 @@ def model_refusal(model: Any, anywhere: bool = False) -> str:
     return ""
 
 
-def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False) -> None:
+def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions") -> None:
     """Raise ExportError naming the first layer, or the property of the model, that cannot leave."""
     if reason := model_refusal(model, anywhere):
         raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {reason}")
     for i, plan in enumerate(runtime.plans):
-        if plan.codec is not None and (reason := codec_refusal(plan.codec, plan.segments)):
-            raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX: {reason}")
+        if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
+            what = "ONNX" if flavour != "gqa" else "ONNX flavour gqa"
+            raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to {what}: {reason}")
+    for i, kind in enumerate(runtime.anatomy.layer_types):
+        packed = runtime.plans[i].codec is not None
+        if kind in ("linear_attention", "mamba", "conv"):
+            state = kind.replace("_", " ")
+            raise ExportError(f"layer {i} cannot be exported to ONNX: the graph does not carry the state of its {state}")
+        if kind == "sliding_attention" and packed:
+            raise ExportError(f"layer {i} cannot be exported to ONNX: its packed sliding window moves; rewrite with sliding=False")
 
 
 def explain_flavours(model: Any, runtime: Runtime) -> str:
-    """What of a rewritten model leaves as ONNX: one line, or one for every reason against it."""
-    reasons = {f"the model: {reason}": 1 for reason in [model_refusal(model)] if reason}
-    for plan in runtime.plans:
-        if plan.codec is not None and (reason := codec_refusal(plan.codec, plan.segments)):
-            reasons[reason] = reasons.get(reason, 0) + 1
-    if not reasons:
-        return f"onnx: leaves as {', '.join(FLAVOURS)}"
-    return "\n".join(f"onnx: no flavour, {count} times: {reason}" for reason, count in reasons.items())
+    """What of a rewritten model leaves as ONNX: the flavours it leaves in, and one line for every reason against the others."""
+    if reason := model_refusal(model):
+        return f"onnx: no flavour, 1 times: the model: {reason}"
+    leaves, lines = [], []
+    for flavours in (("functions", "custom"), ("gqa",)):
+        reasons: dict[str, int] = {}
+        for plan in runtime.plans:
+            if plan.codec is not None and (reason := refusal(flavours[0], plan.codec, plan.segments)):
+                reasons[reason] = reasons.get(reason, 0) + 1
+        leaves += [] if reasons else flavours
+        lines += [f"onnx: not as {', '.join(flavours)}, {count} times: {reason}" for reason, count in reasons.items()]
+    return "\n".join([f"onnx: leaves as {', '.join(leaves)}" if leaves else "onnx: no flavour", *lines])
 
 
-def method_refusal(name: str) -> str:
+def method_refusal(name: str, flavour: str = "functions") -> str:
     """Why a method with its own defaults cannot leave, or an empty string."""
     m = get_method(name)
     key, value = (m.side(which, bits).resolved(_HEADS, _DIM) for which, bits in (("key", m.key_bits), ("value", m.value_bits)))
     policies = parse_policies(m.protect)
     segments = tuple(Segment(p.kind, p.count) for p in policies if p.anchors is None)
-    return codec_refusal(Codec(key, value, window=m.window, anchors=anchors_for_layer(policies)), segments)
+    return refusal(flavour, Codec(key, value, window=m.window, anchors=anchors_for_layer(policies)), segments)
 
 
 def flavour_table() -> str:
     """Markdown: every method with its defaults, and which flavours it leaves in."""
-    lines = ["| method | functions | custom | why not |", "|---|---|---|---|"]
+    lines = ["| method | functions, custom | why not | gqa | why not |", "|---|---|---|---|---|"]
     for name in methods():
-        try:
-            reason = method_refusal(name)
-        except KvsinkError as error:  # a method that no head of 64 channels can carry
-            reason = str(error)
-        mark = "no" if reason else "yes"
-        lines.append(f"| `{name}` | {mark} | {mark} | {reason} |")
+        cells = []
+        for flavour in ("functions", "gqa"):
+            try:
+                reason = method_refusal(name, flavour)
+            except KvsinkError as error:  # a method that no head of 64 channels can carry
+                reason = str(error)
+            cells += ["no" if reason else "yes", reason]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from torch import nn
 from kvsink.codecs import Codec
 from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.errors import ExportError
+from kvsink.export.group_query import GQA_ATTENTION, GroupQueryModel, empty_cache
 from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
 from kvsink.kernels.quantize import SIGMA_KINDS
 
@@ -29,15 +30,17 @@ PAST, PRESENT = "past_key_values", "present"
 _BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them stay dynamic
 
 
-def build_graph(model: nn.Module, opset: int, tokens: int) -> Any:
+def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "functions") -> Any:
     """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies."""
-    table = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
+    grouped = flavour == "gqa"
+    table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
+    table[torch.ops.kvsink_export.group_query.default] = _group_query
     log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
     level = log.level
-    with _exporting(model), torch.no_grad(), warnings.catch_warnings():
+    with _exporting(model, GQA_ATTENTION if grouped else ATTENTION), torch.no_grad(), warnings.catch_warnings():
         log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        wrapper = ExportedModel(model, tokens).eval()
+        wrapper = (GroupQueryModel if grouped else ExportedModel)(model, tokens).eval()
         inputs = _example(wrapper)
         try:
             program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=_shapes(inputs), strict=False)
@@ -53,16 +56,16 @@ def build_graph(model: nn.Module, opset: int, tokens: int) -> Any:
     assert made is not None
     _name(made.model, list(inputs["past"]))
     _forget(made.model)
-    made.model.graph.opset_imports[DOMAIN] = 1
+    made.model.graph.opset_imports["com.microsoft" if grouped else DOMAIN] = 1
     made.model.ir_version = max(10, made.model.ir_version)  # the first that tells functions apart by overload
     return made.model
 
 
 @contextmanager
-def _exporting(model: nn.Module) -> Iterator[None]:
+def _exporting(model: nn.Module, attention: str) -> Iterator[None]:
     """The attention function of exported graphs, and experts by plain batched products, for the time of a `with` block."""
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    names = {"_attn_implementation": ATTENTION, "_experts_implementation": "batched_mm"}
+    names = {"_attn_implementation": attention, "_experts_implementation": "batched_mm"}
     before = {name: getattr(config, name) for name in names if hasattr(config, name)}
     try:
         for name in before:
@@ -73,13 +76,17 @@ def _exporting(model: nn.Module) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _example(wrapper: ExportedModel) -> dict[str, Any]:
+def _example(wrapper: ExportedModel | GroupQueryModel) -> dict[str, Any]:
+    if isinstance(wrapper, GroupQueryModel):
+        past = empty_cache(wrapper.runtime, _BATCH, _PAST)
+    else:
+        past = empty_past(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
     ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH)
     return {
         "input_ids": ids,
         "attention_mask": torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64),
         "position_ids": torch.arange(_PAST, _PAST + _LENGTH).expand(_BATCH, -1).contiguous(),
-        "past": empty_past(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype),
+        "past": past,
     }
 
 
@@ -124,6 +131,42 @@ def _emit(op: str, describe: Callable[..., tuple[list[Any], dict[str, Any], int]
         return node.outputs[0] if outputs == 1 else node.outputs
 
     return translate
+
+
+def _group_query(
+    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int
+) -> Any:
+    """Record com.microsoft::GroupQueryAttention, with the transposes and lengths it asks for, in standard operators."""
+    import numpy as np
+    import onnx_ir as ir
+    import onnxscript
+
+    recorder: Any = onnxscript.evaluator.default()
+    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
+
+    def node(op: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        attrs = ir.convenience.convert_attributes(attributes)
+        made = ir.Node(domain, op, list(inputs), attrs, num_outputs=outputs, version=1 if domain else None)
+        recorder.nodes.append(made)
+        return made.outputs[0] if outputs == 1 else made.outputs
+
+    def constant(value: Any, dtype: Any) -> Any:
+        return node("Constant", value=ir.tensor(np.array(value, dtype=dtype)))
+
+    def flat(x: Any, width: int) -> Any:
+        return node("Reshape", node("Transpose", x, perm=[0, 2, 1, 3]), constant([0, 0, width], np.int64))
+
+    total = node("Cast", node("Shape", bias, start=3, end=4), to=ir.DataType.INT32.value)  # [1]
+    last = node("Sub", total, constant([1], np.int32))
+    lengths = node("Expand", last, node("Shape", q, start=0, end=1))  # [B]
+    inputs = [flat(q, heads * dim), flat(k, kv_heads * dim), flat(v, kv_heads * dim), past_k, past_v, lengths, total]
+    inputs += [None, None, None, bias]  # cos, sin and positions of a rotation that has been done
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale), "do_rotary": 0}
+    if bits < 32:
+        shape = constant([kv_heads, 1, dim], np.int64)
+        inputs += [None, *(node("Reshape", step, shape) for step in (k_step, v_step))]
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+    return node("GroupQueryAttention", *inputs, domain="com.microsoft", outputs=3, **attributes)
 
 
 def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, Any], int]]]]:
@@ -198,7 +241,9 @@ def _scalar(kind: str, widths: Any, group_size: int, gain: bool) -> dict[str, An
 def _tabled(codec: str, side: str, params: Any) -> dict[str, Any]:
     c = Codec.parse(codec)
     s = c.key if side == "k" else c.value
-    return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain), "book": [int(n) for n in params[0].shape]}
+    return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain), "book": [int(n) for n in params[0].shape]} | (
+        {"widths": list(s.widths)} if s.kind == "static" else {}
+    )
 
 
 def append_functions(model: Any, opset: int) -> None:

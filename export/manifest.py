@@ -22,8 +22,9 @@ _MEANING = {
     "position_ids": "position of every new token in its row; padding may have any",
     "logits": "float32 scores of the next token",
     "positions": "position of every stored token, shared by all layers",
-    "key": "codes of keys, or keys after RoPE of a layer or side that is not packed",
-    "value": "codes of values, or values of a layer or side that is not packed",
+    "key": "codes of keys (int8, or two of 4 bits in a byte, in flavour gqa), or keys after RoPE of a layer or side that is "
+    "not packed",
+    "value": "codes of values, in the same way, or values of a layer or side that is not packed",
     "key_scale": "float16 numbers of every row of key codes",
     "value_scale": "float16 numbers of every row of value codes",
     "exact_key": "keys of the rows kept exact, after RoPE",

@@ -21,6 +21,7 @@ from kvsink.export.bodies import DOMAIN, OPSET
 from kvsink.export.check import check_file, check_run
 from kvsink.export.errors import ExportError
 from kvsink.export.flavours import FLAVOURS, check_expressible
+from kvsink.export.genai import write_genai
 from kvsink.export.graph import append_functions, build_graph
 from kvsink.export.manifest import FORMAT, describe, manifest_path
 from kvsink.loading import load_model, load_tokenizer
@@ -48,8 +49,9 @@ def onnx(
 ) -> dict[str, Any]:  # fmt: skip
     """Export a rewritten model, or the folder of one, to the file `path`; returns its manifest.
 
-    flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies. tokens: positions it serves, by
-    default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on.
+    flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies; "gqa" is for models of the method
+    static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it
+    serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on.
 
     The graph is checked and run beside the torch model first, on text where a tokenizer is at hand. Raises KvsinkError children.
     """
@@ -66,7 +68,7 @@ def onnx(
     folder = Path(source) if isinstance(source, (str, Path)) else None
     model = load_model(folder, "cpu", torch.float32) if folder is not None else source
     runtime = runtime_of(model)
-    check_expressible(model, runtime)
+    check_expressible(model, runtime, flavour=flavour)
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 4096
     reach = limit if tokens is None else tokens
@@ -95,8 +97,8 @@ def _write(
     import onnx_ir
 
     runtime, config = runtime_of(model), model.config.get_text_config(decoder=True)
-    graph = build_graph(model, opset, tokens)
-    plain = {"functions": False, "custom": True}[flavour]
+    graph = build_graph(model, opset, tokens, flavour)
+    plain, grouped = flavour == "custom", flavour == "gqa"
     append_functions(graph, opset)
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
     data = f"{path.name}.data" if (size >= _LARGE if external is None else external) else None
@@ -104,7 +106,8 @@ def _write(
     ends = getattr(generation, "eos_token_id", None)
     a = runtime.anatomy
     manifest: dict[str, Any] = {
-        "format": FORMAT, "flavour": "functions", "opset": opset, "domain": DOMAIN, "model": type(model).__name__,
+        "format": FORMAT, "flavour": "gqa" if grouped else "functions", "opset": opset,
+        "domain": "com.microsoft" if grouped else DOMAIN, "model": type(model).__name__,
         "method": runtime.method, "max_positions": tokens, "vocab_size": config.vocab_size,
         "eos_token_id": config.eos_token_id if ends is None else ends,
         "pad_token_id": config.pad_token_id if isinstance(config.pad_token_id, int) else 0,
@@ -120,6 +123,8 @@ def _write(
     save()
     check_file(path)
     manifest["check"] = check_run(path, model, ids)
+    if grouped:
+        write_genai(path, model, manifest)
     if plain:  # what was run is its twin with bodies
         graph.functions.clear()
         for node in graph.graph:

@@ -24,7 +24,7 @@ from kvsink.export.nodes import Steps, attend, first_rows, preserve_sinks, resto
 from kvsink.kernels import decode, dequantize, encode, quantize
 from kvsink.runtime import Frame, Runtime, runtime_of
 
-__all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "empty_past", "past_names"]
+__all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "PlainLayer", "empty_past", "past_names"]
 
 ATTENTION = "kvsink_export"
 FIXED = ("exact_key", "exact_value", "exact_slot", "exact_score")  # state that does not grow with the tokens
@@ -63,7 +63,7 @@ def empty_past(runtime: Runtime, batch: int, length: int, dtype: torch.dtype) ->
     return out
 
 
-class _PlainLayer(CacheLayerMixin):
+class PlainLayer(CacheLayerMixin):
     """A layer that kvsink leaves alone: rows as they came; the mask, not the cache, applies a window."""
 
     is_sliding = False
@@ -94,7 +94,7 @@ class _PlainLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-class _PackedLayer(_PlainLayer):
+class _PackedLayer(PlainLayer):
     """A packed layer: new rows are coded and joined to the past codes; the past is decoded, exact rows laid over it."""
 
     def __init__(self, past: dict[str, Tensor], cache: PackedPast, layer: int) -> None:
@@ -193,7 +193,7 @@ class PackedPast(Cache):
         layers: list[Any] = []
         for i, plan in enumerate(runtime.plans):
             own = {name: past[f"{i}.{name}"] for name in past_names(plan.codec)}
-            layers.append(_PlainLayer(own) if plan.codec is None else _PackedLayer(own, self, i))
+            layers.append(PlainLayer(own) if plan.codec is None else _PackedLayer(own, self, i))
         super().__init__(layers=layers)
 
     def new_positions(self, frame: Frame, rows: Tensor) -> Tensor:

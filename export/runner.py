@@ -52,6 +52,7 @@ class OnnxGenerator:
         except Exception as error:  # onnxruntime raises kinds of its own
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime cannot load {path} ({first}); export the model again") from error
+        self.one_row = self.manifest["flavour"] == "gqa"
         self.past: dict[str, Any] = {}  # the cache of the last text, as long as it was
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
 
@@ -76,7 +77,8 @@ class OnnxGenerator:
 
     def bits_per_element(self, past: Mapping[str, Any]) -> float:
         """Bits of a cache for every element of keys and values it stands for."""
-        batch, tokens = past["positions"].shape()
+        shape = past["0.key"].shape()
+        batch, tokens = shape[0], shape[2]
         elements = batch * tokens * self.manifest["elements_per_token"]
         return 8.0 * self.nbytes(past) / elements if elements else 0.0
 
@@ -100,6 +102,11 @@ class OnnxGenerator:
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too)."""
         self._check(past)
+        if self.one_row and past["0.key"].shape()[2] and min(np.shape(ids)) > 1:
+            raise ExportError(
+                f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
+                "one, one token at a time, or whole prompts"
+            )
         binding = self.session.io_binding()
         for name, array in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
@@ -126,7 +133,7 @@ class OnnxGenerator:
         """Yield the next token of every row, step by step; None for rows that have ended.
 
         temperature 0 is greedy; else tokens are drawn from the top_k (0: all) most likely within the mass top_p. The prompt is
-        fed `chunk` tokens at a time. eos_token_id: the model's own by default; -1: none.
+        fed `chunk` tokens at a time (of several rows in flavour gqa, whole). eos_token_id: the model's own by default; -1: none.
         """
         ids, mask = self._pad(prompts, max_new_tokens)
         stop = self.manifest["eos_token_id"] if eos_token_id is None else eos_token_id
@@ -136,6 +143,7 @@ class OnnxGenerator:
         rng = np.random.default_rng(seed)
         positions = np.maximum(mask.cumsum(1) - 1, 0)
         past = self.past = self.empty(len(ids))
+        chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)
             logits, past = self.step(ids[:, part], mask[:, : at + chunk], positions[:, part], past)

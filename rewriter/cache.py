@@ -29,6 +29,7 @@ from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
 from kvsink.runtime import Frame, Runtime, position_candidates, runtime_of
+from kvsink.sliding import SlidingWindow, check_crop
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
 
@@ -189,7 +190,7 @@ class KVSinkLayer(CacheLayerMixin):
         frame = self.shared.frame or Frame()
         positions = frame.positions
         if positions is None:
-            positions = torch.arange(new, device=self.device)[None] + self.length
+            positions = torch.arange(new, device=self.device)[None] + self._first_position()
         cos, sin = frame.cos, frame.sin
         if self.codec.tiles:  # keys are coded after RoPE; angles would be computed for nothing
             cos = sin = key_states.new_empty(1, new, 0)
@@ -302,6 +303,10 @@ class KVSinkLayer(CacheLayerMixin):
         empty = self.length == 0
         cos.copy_(torch.where(empty, (new_cos / norm)[0], cos))
         sin.copy_(torch.where(empty, (new_sin / norm)[0], sin))
+
+    def _first_position(self) -> Tensor:
+        """Tokens before the new ones."""
+        return self.length
 
     def _check_positions(self, positions: Tensor, new: int) -> None:
         """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
@@ -434,6 +439,81 @@ class KVSinkLayer(CacheLayerMixin):
                 setattr(self, name, getattr(self, name).to(self.device, non_blocking=True))
 
 
+class KVSinkSlidingLayer(KVSinkLayer):
+    """The packed rows of one sliding-window layer: see `kvsink.sliding`."""
+
+    is_sliding = True
+
+    def __init__(
+        self, window: SlidingWindow, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
+    ) -> None:
+        super().__init__(window, layer, codec, segments, max_length)  # type: ignore[arg-type]
+        self.moving = window
+        self.fixed: Any = None  # the storage that never moves, while a long chunk is held elsewhere
+        window.layers.append(self)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        window = self.moving
+        if self.max_length is not None:
+            self.max_length = window.capacity
+        if window.dropped is None:
+            window.dropped = torch.zeros(1, dtype=torch.int64, device=key_states.device)
+            if self.is_compileable and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(window.dropped)
+        self.fixed = None
+        super().lazy_initialization(key_states, value_states)
+
+    def _set_params(self, tokens: int) -> None:
+        super()._set_params(max(tokens, self.moving.total or 0))  # positions go on where slots do not
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            self.moving.make_room(key_states.shape[2])
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _first_position(self) -> Tensor:
+        dropped = self.moving.dropped
+        assert dropped is not None
+        return self.length + dropped
+
+    def get_seq_length(self) -> Any:
+        if not self.is_initialized:
+            return 0
+        return self._first_position() if self.max_length is not None else self._held + self.moving.before()
+
+    def get_max_length(self) -> int:
+        return -1 if self.moving.total is None else self.moving.total
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            raise KvsinkError(
+                f"layer {self.layer}: a packed sliding window moves between two compiled steps, and this graph makes its mask "
+                "inside; compile through generate(compile_config=…), or rewrite with sliding=False"
+            )
+        self.moving.make_room(query_length)
+        if self.max_length is None:
+            return self._held + query_length, self.moving.before()
+        return (self.max_length if self.is_initialized else max(self.moving.capacity, query_length)), self.moving.before()
+
+    def reset(self) -> None:
+        super().reset()
+        self.moving.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As the other layers; rows that the window has left behind do not come back, see `kvsink.sliding`."""
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        held, before = int(self.length), self.moving.before()
+        keep = held + tokens_to_remove if tokens_to_remove < 0 else min(tokens_to_remove - before, held)
+        check_crop(self.moving, keep, self.layer)
+        if keep < held:
+            super().crop(keep - held)
+
+
 class KVSinkCache(Cache):
     """The cache of a rewritten model. Make it with `KVSinkCache.for_model`, or let `generate()` make it.
 
@@ -452,9 +532,16 @@ class KVSinkCache(Cache):
             DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
         )
         layers: list[Any] = []
+        kinds = runtime.anatomy.layer_types
+        self.sliding: SlidingWindow | None = None
         for i, plan in enumerate(runtime.plans):
             if plan.codec is None:
                 layers.append(stock.layers[i])
+            elif kinds[i] == "sliding_attention":
+                if self.sliding is None:
+                    window = int(config.sliding_window)
+                    self.sliding = SlidingWindow(self.shared, runtime, window, max_length)
+                layers.append(KVSinkSlidingLayer(self.sliding, i, plan.codec, plan.segments, max_length))
             else:
                 codec = replace(plan.codec, tiles=tiles and why_not_tiles(runtime, i) is None)
                 layers.append(KVSinkLayer(self.shared, i, codec, plan.segments, max_length))
@@ -551,6 +638,12 @@ class KVSinkCache(Cache):
             isinstance(i, KVSinkLayer) and i.codec.tiles and i.is_initialized and i.device.type == "cuda" for i in layers
         )
 
+    def first_slot(self) -> Any:
+        """Slot of the next row in the layers whose mask the decoder is given, as a tensor where that does not move."""
+        packed = [layer for layer in self.packed_layers() if layer.is_initialized]
+        layer = next((i for i in packed if not i.is_sliding), packed[0] if packed and all(self.is_sliding) else None)
+        return self.get_seq_length() if layer is None else layer.length
+
     def packed_layers(self) -> list[KVSinkLayer]:
         """The layers kvsink packs."""
         return [layer for layer in self.layers if isinstance(layer, KVSinkLayer)]
@@ -567,6 +660,8 @@ class KVSinkCache(Cache):
         if self.shared.positions is not None:
             out["positions"] = self.shared.positions
         out.update(self.shared.tables())
+        if self.sliding is not None and self.sliding.positions is not None and self.sliding.dropped is not None:
+            out |= {"sliding.positions": self.sliding.positions, "sliding.dropped": self.sliding.dropped}
         return out
 
     def nbytes(self) -> int:
@@ -586,13 +681,16 @@ class KVSinkCache(Cache):
 
     def _map_shared(self, pick: Any) -> None:
         self.shared.map(pick)
+        if self.sliding is not None:
+            self.sliding.map(pick)
         for layer in self.packed_layers():
             if layer.is_initialized:
                 layer._set_params(layer.k_codes.shape[2])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.shared.map(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
+        for shared in filter(None, (self.shared, self.sliding)):
+            shared.map(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -608,6 +706,8 @@ class KVSinkCache(Cache):
         """Write the packed state to one safetensors file, to be loaded by `KVSinkCache.load` with the same model."""
         if any(not isinstance(layer, KVSinkLayer) for layer in self.layers):
             raise KvsinkError("a cache with layers that kvsink leaves alone cannot be saved; save the prompt instead")
+        if self.sliding is not None:
+            raise KvsinkError("a cache with packed sliding-window layers cannot be saved; save the prompt instead")
         if not all(layer.is_initialized for layer in self.packed_layers()):
             raise KvsinkError("an empty cache cannot be saved; prefill a prompt first")
         meta = {

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvsink.collect import Collector, frozen, watched
 from kvsink.digest import DIGEST, check_digest, digest
@@ -257,6 +257,13 @@ class _RecordingCache(Cache):
             self.collector.draw(layer, keys, v, positions.expand(b, s), keep, cos, sin)
 
 
+def _plain_layer(runtime: Runtime, layer: int) -> Any:
+    """transformers' own layer of a kind that keeps everything, or the state of a layer without attention."""
+    if runtime.anatomy.layer_types[layer] in ("full_attention", "sliding_attention"):
+        return DynamicLayer()
+    return DynamicCache(config=runtime.config.get_text_config(decoder=True)).layers[layer]
+
+
 def _looking_on(
     runtime: Runtime, into: Calibration, blocks: Mapping[int, tuple[int, ...]], collector: Collector | None
 ) -> _RecordingCache:
@@ -265,7 +272,7 @@ def _looking_on(
     cache = _RecordingCache(runtime, into, {i: blocks.get(i, ()) for i in range(count)}, collector)
     for layer in range(count):
         if layer not in blocks:
-            cache.layers[layer] = DynamicLayer()
+            cache.layers[layer] = _plain_layer(runtime, layer)
     return cache
 
 

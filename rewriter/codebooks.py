@@ -5,6 +5,8 @@ Formula    vector   C = weighted k-means of the runs of c transformed channels, 
            nuq      Q = weighted one-dimensional k-means of y = (x - o) / r over all entries inside the range, by 4096 bins of
                     equal width, the best of 16 starts; at 2 bits and below Q' = Q·s + t is read, so that what is read has
                     the mean and deviation of y
+           static   per channel, the step of least squared error among 48 fractions of its range; rows after RoPE are taken at
+                    positions drawn over the whole context, the first 16 at their own
            weights  fisher: the sum of the squared gradients of a run (after a rotation: the mean over the head); of nuq, times
                     r^2 unless "fisher-raw".  error: f of the row, mean 1 per window, at most its 99.9 % quantile
 Source     CQ, arXiv 2405.03917; AnTKV, arXiv 2506.19505; KVQuant, arXiv 2401.18079 with appendix E
@@ -15,6 +17,8 @@ Raises     CalibrationError when the record lacks rows or weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,19 +27,24 @@ from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError
 from kvsink.kernels.nuq import span
+from kvsink.kernels.static import best_steps
 from kvsink.kmeans import assign, weighted_kmeans
 from kvsink.observers import Samples
 
-__all__ = ["learn", "learn_book", "learn_levels", "row_weights"]
+__all__ = ["learn", "learn_book", "learn_levels", "learn_steps", "row_weights"]
+
+Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]  # positions [N] → positions [N], cos and sin [1, N, R]
 
 _BINS, _STARTS = 4096, 16
 _EFFORT = {"cpu": (8192, 8), "cuda": (1 << 30, 100)}  # rows at most (never below 4 per centroid) and steps of k-means
 
 
 def learn(
-    side: str, spec: SideSpec, layer: int, record: Calibration, tables: dict[str, Tensor], device: torch.device
-) -> dict[str, Tensor]:
-    """The learnt tables of one side. tables: those of the stages before the quantizer."""
+    side: str, spec: SideSpec, layer: int, record: Calibration, tables: dict[str, Tensor], device: torch.device,
+    turn: Turn | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The learnt tables of one side. tables: those of the stages before the quantizer. turn: keys that are coded after RoPE ask
+    it where their rows may stand, and for the angles there."""
     rows = record.samples.get(layer)
     name = "keys" if side == "k" else "values"
     if rows is None:
@@ -49,13 +58,18 @@ def learn(
     where = {n: t.to(device) for n, t in tables.items()}
     x = getattr(rows, name).to(device).transpose(0, 1)[None]  # [1, H, N, D]
     if side == "k":
-        empty = x.new_empty(1, len(rows), 0)
+        cos = sin = x.new_empty(1, len(rows), 0)
+        positions = rows.positions
+        if spec.domain == "post" and turn is not None:
+            positions, (cos, sin) = turn(positions)
         codec = Codec(spec, SideSpec())
-        x = codec.transform_keys(x, empty, empty, rows.positions.to(device)[None], where, roped=False)[0]
+        x = codec.transform_keys(x, cos.to(device), sin.to(device), positions.to(device)[None], where, roped=False)[0]
     else:
         x = Codec(SideSpec(), spec).transform_values(x, where)[0]
     weights = row_weights(side, spec, layer, rows)
     weights = None if weights is None else weights.to(device)
+    if spec.kind == "static":
+        return {f"{side}_step": learn_steps(x, weights, spec).cpu()}
     if spec.kind == "vector":
         return {f"{side}_book": learn_book(x, weights, spec).cpu()}
     return {n: t.cpu() for n, t in learn_levels(side, x, weights, spec).items()}
@@ -114,6 +128,15 @@ def learn_book(x: Tensor, w: Tensor | None, spec: SideSpec) -> Tensor:
     found = weighted_kmeans(groups.flatten(0, 1), None if weights is None else weights.flatten(0, 1), k, steps)
     book = found.centroids.unflatten(0, groups.shape[:2])
     return book.clamp(-65504.0, 65504.0).half().float()
+
+
+def learn_steps(x: Tensor, w: Tensor | None, spec: SideSpec) -> Tensor:
+    """Steps [H, D] of rows [H, N, D]."""
+    most = _EFFORT["cuda" if x.is_cuda else "cpu"][0] // 2
+    if (held := x.shape[1]) > most:
+        drawn = torch.randperm(held, generator=torch.Generator().manual_seed(0))[:most].sort().values.to(x.device)
+        x, w = x[:, drawn], None if w is None else w[:, drawn]
+    return best_steps(x, w, spec.widths[0])
 
 
 def learn_levels(side: str, x: Tensor, w: Tensor | None, spec: SideSpec) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvsink.calibration import Calibration
-from kvsink.codebooks import learn
+from kvsink.codebooks import Turn, learn
 from kvsink.codecs import SideSpec
 from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.codecs.quantizers import QUANTIZERS
@@ -129,9 +129,11 @@ def _need(found: object, layer: int, what: str) -> None:
 
 
 def design_key(
-    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles, device: torch.device = CPU
-) -> Design:
-    """The key codec of one layer. `angles` gives the offset angles of a block length; codebooks are learnt on `device`."""
+    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles, device: torch.device = CPU,
+    turn: Turn | None = None,
+) -> Design:  # fmt: skip
+    """The key codec of one layer. `angles` gives the offset angles of a block length; codebooks are learnt on `device`; `turn`
+    says where rows that are coded after RoPE may stand, and the angles there."""
     spec = spec.resolved(heads, dim)
     tables: dict[str, Tensor] = {}
     if not spec.packed:
@@ -169,9 +171,9 @@ def design_key(
         spec = replace(spec, widths=water_fill(variance, spec.bits))
         tables["k_sigma"] = variance.sqrt().clamp_min(1e-6).float()
     if QUANTIZERS[spec.kind].learns(spec):
-        if spec.domain != "block":
+        if spec.domain != "block" and spec.kind != "static":
             raise UnsupportedError(f"{spec.kind} keys are in the block domain; set domain='block' with a block length")
-        tables.update(learn("k", spec, layer, record, tables, device))
+        tables.update(learn("k", spec, layer, record, tables, device, turn))
     return Design(spec, tables)
 
 

@@ -101,8 +101,7 @@ def _prepare_cache(
         and generation_config.cache_implementation in (None, "hybrid", "static")
         and getattr(self, "_kvsink_runtime", None) is not None
     )
-    mode = str(getattr(generation_mode, "value", generation_mode))
-    if free and mode != "assisted_generation":
+    if free:
         generation_config.cache_implementation = None
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         compiling = getattr(generation_config, "compile_config", None) is not None

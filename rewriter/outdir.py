@@ -36,15 +36,15 @@ _SHARE_OF_MEMORY = 0.8  # a model that needs more of the free memory is read lay
 
 
 def rewrite_dir(
-    model_dir: str | Path, out_dir: str | Path, options: RewriteOptions | None = None, *, onnx: bool = False,
+    model_dir: str | Path, out_dir: str | Path, options: RewriteOptions | None = None, *, onnx: str = "",
     device: str = "auto", force: bool = False, dry_run: bool = False, progress: Progress | None = None,
     by_layer: bool | None = None,
 ) -> Report:  # fmt: skip
     """Calibrate and rewrite the model in `model_dir` (a local folder) and leave it in `out_dir`.
 
-    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. With `onnx` the
-    folder also holds model.onnx, see `kvsink.export.onnx`. by_layer: read the weights one layer at a time; None does so when
-    they would fill the memory.
+    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. `onnx` names
+    the flavour of a model.onnx in the folder, see `kvsink.export.onnx`; empty: none. by_layer: read the weights one layer at a
+    time; None does so when they would fill the memory.
     """
     options = options or RewriteOptions()
     source, target = Path(model_dir), Path(out_dir)
@@ -72,7 +72,7 @@ def rewrite_dir(
             raise KvsinkError(
                 f"{target} takes {wanted.disk / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free; free some, or choose another disk"
             )
-        if by_layer or (by_layer is None and wanted.whole > _SHARE_OF_MEMORY * free and not _needs_whole(options, onnx)):
+        if by_layer or (by_layer is None and wanted.whole > _SHARE_OF_MEMORY * free and not _needs_whole(options, bool(onnx))):
             stream = Stream(bare, checkpoint, place)
             notes.append("read layer by layer")
     elif by_layer:
@@ -94,7 +94,7 @@ def rewrite_dir(
     report.model = str(model_dir)
     report.notes += notes
     if onnx:
-        check_expressible(model, runtime_of(model), anywhere=True)
+        check_expressible(model, runtime_of(model), anywhere=True, flavour=onnx)
     if dry_run:
         return report
     with building(target, force) as build:
@@ -102,7 +102,7 @@ def rewrite_dir(
         _write(build, source, model, report, options, weights)
         if onnx:
             del model
-            _export(build, progress)
+            _export(build, onnx, progress)
     return report
 
 
@@ -160,13 +160,13 @@ def _found(build: Path) -> Checkpoint:
     return checkpoint
 
 
-def _export(build: Path, progress: Progress | None) -> None:
+def _export(build: Path, flavour: str, progress: Progress | None) -> None:
     """model.onnx into the folder that has just been written, from what it holds."""
     from kvsink.export import onnx
 
     if progress is not None:
         progress("export", 0, 1)
-    onnx(build, build / "model.onnx")
+    onnx(build, build / "model.onnx", flavour)
     if progress is not None:
         progress("export", 1, 1)
 

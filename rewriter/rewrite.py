@@ -33,12 +33,14 @@ from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
 from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, visual_tokens
+from kvsink.sliding import sliding_refusal
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
 CALIBRATION_WINDOW = 1024
+_FIRST = 16  # rows of a text that keep their place when keys are spread over the context
 Progress = Callable[[str, int, int], None]
 
 
@@ -193,9 +195,15 @@ def check_weights(model: nn.Module) -> None:
             raise ModelError(f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again")
 
 
-def _refusal(where: Anatomy, layer: int) -> str:
-    """Why a layer cannot be packed, or an empty string."""
+def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
+    """Why a layer is not packed, or an empty string. sliding: whether sliding-window layers are to be packed."""
     kind = where.layer_types[layer] if layer < len(where.layer_types) else "full_attention"
+    if kind in ("linear_attention", "mamba", "conv"):
+        return f"{kind.replace('_', ' ')}: its state does not grow with the length, passed through"
+    if kind in ("attention", "hybrid"):
+        return ""
+    if kind == "sliding_attention" and sliding:
+        return ""
     if kind != "full_attention":
         return f"{kind.replace('_', ' ')}: its window already bounds its size, kept in 16 bit"
     return ""
@@ -224,6 +232,7 @@ def rewrite(
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
     designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None, stream: Stream | None = None,
+    sliding: bool | None = None,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -235,6 +244,7 @@ def rewrite(
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
+    sliding: pack sliding-window layers too; None does so where a model has no others.
     profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
     stream: gives a model without weights its layers one at a time; what would be folded into them waits in `stream.folds`.
 
@@ -272,10 +282,12 @@ def rewrite(
         raise UnsupportedError(f"{'--plan auto' if plan == 'auto' else m.name} runs the whole model again and again; use --whole")
     notes: list[str] = []
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
+    if sliding is None:
+        sliding = all(_refusal(where, i) for i in range(n)) and any(not _refusal(where, i, True) for i in range(n))
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
     samples: dict[int, SampleNeed] = {}
     for i, choice in enumerate(choices):
-        if _refusal(where, i):
+        if _refusal(where, i, sliding):
             wanted.append(None)
             continue
         if choice.pattern == "tsa" and visual_tokens(model.config):
@@ -290,6 +302,13 @@ def rewrite(
                 f"layer {i} ({where.attentions[i]}): {rope_reason}, which {m.name} keys need to undo; use --method rtn"
             )
         resolved = key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)
+        if where.layer_types[i] == "sliding_attention":
+            trial = Codec(*resolved, anchors=anchors_for_layer(parse_policies(choice.protect)))
+            if reason := sliding_refusal(trial):
+                raise UnsupportedError(
+                    f"layer {i} ({where.attentions[i]}): sliding window of {config.sliding_window}: {reason}; use --method klt "
+                    "or rtn, or leave sliding layers alone"
+                )
         if (need := sample_need(*resolved)) is not None:
             samples[i] = need
         wanted.append((key, value))
@@ -357,7 +376,9 @@ def rewrite(
         made = {} if designs is None else designs
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
         if key_design is None:
-            key_design = made[i, "key", w[0]] = design_key(w[0], i, *head, record, angles, device)
+            key_design = made[i, "key", w[0]] = design_key(
+                w[0], i, *head, record, angles, device, partial(_turn, probe, config, i)
+            )
         if value_design is None:
             value_design = made[i, "value", w[1]] = design_value(w[1], i, *head, record, device)
         if progress is not None and samples:
@@ -394,6 +415,14 @@ def rewrite(
     report = make_report(model, runtime, base.protect, record.tokens, notes)
     report.seconds = time.monotonic() - begun
     return report
+
+
+def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Positions spread over the context the model serves, and their angles; the first rows, sinks among them, stay in place."""
+    limit = getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW
+    spread = torch.randint(_FIRST, max(_FIRST + 1, limit), positions.shape, generator=torch.Generator().manual_seed(0))
+    at = torch.where(positions < _FIRST, positions, spread)
+    return at, runtime.angles(layer, at[None])
 
 
 def _auto_plan(

@@ -76,6 +76,11 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise UnsupportedError(
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only models have a cache kvsink can rewrite"
         )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedError(
+            f"{type(model).__name__} has multi-head latent attention: its cache holds a latent of {config.kv_lora_rank} channels, "
+            "not the keys and values that the codecs are made for; use its own cache"
+        )
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
@@ -83,6 +88,11 @@ def anatomy(model: nn.Module) -> Anatomy:
             nested = any(name.startswith(other + ".") for other in found.values())
             if not nested:
                 found.setdefault(index, name)
+    attending = frozenset(found)
+    for name, module in model.named_modules():  # hybrid models: the mixers of layers that have no attention
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "vision" not in name and "." in name and found:
+            found.setdefault(index, name)
     if not found or sorted(found) != list(range(len(found))):
         kinds = sorted({type(m).__name__ for m in model.modules()})[:8]
         raise UnsupportedError(
@@ -94,17 +104,23 @@ def anatomy(model: nn.Module) -> Anatomy:
     base = blocks[0].rsplit(".", 2)[0] if blocks[0].count(".") >= 2 else ""
     rotary = f"{base}.rotary_emb" if base else "rotary_emb"
     heads = config.num_attention_heads
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    shared = 1 if one else getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     kinds_ = tuple(getattr(config, "layer_types", None) or ())
-    if not kinds_:
+    if len(kinds_) != len(blocks):
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         kinds_ = ("sliding_attention" if window else "full_attention",) * len(blocks)
+    kinds_ = tuple(
+        kind if i in attending or kind not in ("full_attention", "sliding_attention") else "linear_attention"
+        for i, kind in enumerate(kinds_)
+    )
     return Anatomy(
         base=base,
         blocks=blocks,
         attentions=attentions,
         rotary=rotary if rotary in dict(model.named_modules()) else None,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=shared,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         layer_types=kinds_,
     )
@@ -249,7 +265,7 @@ class _Hook:
     def cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The kvsink cache of a call, or None. Its frame is written through `shared`: dynamo of torch 2.11 does not trace
         the setter of a property."""
-        for name in ("cache", "past_key_values"):  # transformers 5.24 and later, and before
+        for name in ("cache", "past_key_values", "layer_past"):  # transformers 5.24 and later, before, and older families
             found = self.given(name, args, kwargs)
             if getattr(found, "is_kvsink", False):
                 return found
@@ -326,7 +342,8 @@ def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
     last = mask[:, 0, -1]  # what the last new row may see: every valid row up to itself
     seen = last if last.dtype == torch.bool else last >= 0
     if seen.shape[1] > new:
-        slots = torch.arange(new, device=mask.device) + cache.get_seq_length()
+        first = getattr(cache, "first_slot", cache.get_seq_length)()
+        slots = torch.arange(new, device=mask.device) + first
         seen = seen.index_select(1, slots)
     return seen.expand(batch, -1)
 

@@ -15,7 +15,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.command("kvsink-rewrite", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--method", default="klt", show_default=True, help="A name of kvsink.methods().")
+@click.option("--method", help="A name of kvsink.methods(). [default: klt; static with --onnx-flavour gqa]")
 @click.option(
     "--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]"
 )
@@ -35,6 +35,9 @@ from kvsink.tools.cli import command_line, wide_console
     "--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".'
 )
 @click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
+@click.option(
+    "--onnx-flavour", "flavour", metavar="NAME", help="functions, custom or gqa; implies --onnx. [default: functions]"
+)
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu, cuda ...")
 @click.option(
     "--by-layer/--whole", "by_layer", default=None,
@@ -51,7 +54,9 @@ from kvsink.tools.cli import command_line, wide_console
 def command(
     model_dir: str,
     out_dir: Path,
+    method: str | None,
     onnx: bool,
+    flavour: str | None,
     device: str,
     eval_windows: int,
     eval_window_tokens: int,
@@ -72,6 +77,13 @@ def command(
     from kvsink.demo import resolve_model_dir
 
     check_out_dir(out_dir, force or dry_run)
+    if flavour is not None:
+        from kvsink.errors import UnknownName
+        from kvsink.export.flavours import FLAVOURS
+
+        if flavour not in FLAVOURS:
+            raise UnknownName("flavour", flavour, FLAVOURS)
+    options["method"] = method or ("static" if flavour == "gqa" else "klt")
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
@@ -87,7 +99,7 @@ def command(
             source,
             out_dir,
             kvsink.RewriteOptions(**options),
-            onnx=onnx,
+            onnx=flavour or ("functions" if onnx else ""),
             device=device,
             force=force,
             dry_run=dry_run,

@@ -17,6 +17,7 @@ from kvsink.kernels.dequantize import dequantize_ref
 from kvsink.kernels.nuq import nuq_decode_static, nuq_decode_token, nuq_encode_static, nuq_encode_token
 from kvsink.kernels.packing import packed_bytes
 from kvsink.kernels.quantize import KINDS, SIGMA_KINDS, quantize_ref, scales_per_row
+from kvsink.kernels.static import static_decode, static_encode
 from kvsink.kernels.vector import vector_decode, vector_encode
 
 if TYPE_CHECKING:
@@ -99,6 +100,19 @@ register_quantizer(
         shapes=lambda s, prefix, heads, dim: {
             f"{prefix}_book": (1 if s.shared else heads, dim // s.couple, 2**s.code_bits, s.couple)
         },
+    ),
+)
+
+register_quantizer(
+    "static",
+    Quantizer(
+        encode=lambda x, s, p, prefix: static_encode(x, p[f"{prefix}_step"], s.widths[0]),
+        decode=lambda codes, scale, s, p, prefix: static_decode(codes, p[f"{prefix}_step"], s.widths[0]),
+        tables=lambda s, prefix: (f"{prefix}_step",),
+        row_bytes=lambda s, dim: sum(s.widths),
+        row_scales=lambda s, dim: 0,
+        learns=lambda s: 16,
+        shapes=lambda s, prefix, heads, dim: {f"{prefix}_step": (heads, dim)},
     ),
 )
 

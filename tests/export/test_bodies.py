@@ -15,6 +15,7 @@ from kvsink.export import nodes  # noqa: E402
 from kvsink.export.bodies import DOMAIN, function_proto  # noqa: E402
 from kvsink.kernels import dequantize, hadamard, quantize, select_sinks, stages  # noqa: E402
 from kvsink.kernels.quantize import SIGMA_KINDS  # noqa: E402
+from kvsink.kernels.static import static_decode, static_encode  # noqa: E402
 from kvsink.kernels.vector import vector_decode, vector_encode  # noqa: E402
 from tests.close import SOFTMAX_IN_FLOAT32  # noqa: E402
 
@@ -89,6 +90,18 @@ def test_codebooks(setting: Any) -> None:
     back = vector_decode(codes, scale, book, bits)
     got = run("DequantizeKV", attributes, [codes, scale if gain else None, book], 1)[0]
     np.testing.assert_allclose(got, back.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fixed_steps(bits: int) -> None:
+    x, step = rows(2, 3, 7, 32), rows(3, 32, seed=1).abs() * 0.3 + 0.05
+    codes, scale = static_encode(x, step, bits)
+    attributes = {"kind": "static", "code_bits": 0, "gain": 0, "book": [3, 32], "widths": [bits] * 4}
+    got_codes, got_scale = run("QuantizeKV", attributes, [x, step], 2)
+    np.testing.assert_array_equal(got_codes, codes.numpy())
+    assert got_scale.shape == tuple(scale.shape)
+    got = run("DequantizeKV", attributes, [codes, None, step], 1)[0]
+    np.testing.assert_array_equal(got, static_decode(codes, step, bits).numpy())
 
 
 def test_a_shared_codebook() -> None:

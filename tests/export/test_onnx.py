@@ -269,9 +269,10 @@ def test_a_missing_extra_is_named(tiny_dir, tmp_path, monkeypatch, capsys) -> No
 
 
 def test_explain_says_what_leaves() -> None:
-    assert kvsink.explain(rewritten("llama", method="rtn"), onnx=True).endswith("onnx: leaves as functions, custom")
+    said = kvsink.explain(rewritten("llama", method="rtn"), onnx=True)
+    assert "onnx: leaves as functions, custom\nonnx: not as gqa, 2 times: keys have scales of their own" in said
     refused = explain_flavours(model := rewritten("llama", method="kivi"), runtime_of(model))
-    assert refused.startswith("onnx: no flavour, 2 times: keys are coded by blocks")
+    assert refused.startswith("onnx: no flavour\nonnx: not as functions, custom, 2 times: keys are coded by blocks")
 
 
 def test_the_table_knows_every_method() -> None:
@@ -280,4 +281,5 @@ def test_the_table_knows_every_method() -> None:
         assert f"| `{name}` |" in table
     assert not any(method_refusal(name) for name in ("klt", "klt-scalar", "centred", "rotatekv", "rtn", "cq"))
     assert all(method_refusal(name) for name in ("kivi", "antkv", "kvquant"))
+    assert not any(method_refusal(name, "gqa") for name in ("static", "static-rotated", "static-plain"))
     assert table in (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), "paste kvsink.export.flavour_table() into docs/onnx.md"

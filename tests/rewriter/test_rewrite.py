@@ -148,12 +148,22 @@ def test_damaged_weights(number: float) -> None:
     [
         ("bart", "BartForConditionalGeneration is an encoder-decoder model"),
         ("clip-vision", "no decoder attention layers found in CLIPVisionModel; modules seen: "),
-        ("mistral-sliding", "MistralForCausalLM: every layer is left alone .sliding attention"),
     ],
 )
 def test_other_architectures(family: str, words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         kvsink.rewrite(build(family), "rtn")
+
+
+def test_sliding_layers_are_packed_where_there_are_no_others_or_when_asked() -> None:
+    alone, mixed = build("mistral-sliding"), build("gemma3")
+    assert all(row.packed for row in kvsink.rewrite(alone, "rtn").layers)
+    assert [row.packed for row in kvsink.rewrite(mixed, "rtn").layers] == [False, True]
+    assert [row.packed for row in kvsink.rewrite(mixed, "rtn", sliding=True).layers] == [True, True]
+    with pytest.raises(UnsupportedError, match="every layer is left alone .sliding attention"):
+        kvsink.rewrite(build("mistral-sliding"), "rtn", sliding=False)
+    with pytest.raises(UnsupportedError, match="layer 0 .*sliding window of 8: keys are coded by blocks of tokens"):
+        kvsink.rewrite(build("gemma3"), "kivi", sliding=True)
 
 
 def head_of(dim: int) -> Any:

@@ -105,7 +105,7 @@ def test_what_needs_the_whole_model_is_declined(tmp_path: Path, text: Path, tiny
     with pytest.raises(UnsupportedError, match="--plan auto runs the whole model again and again; use --whole"):
         rewrite_dir(tiny_dir, tmp_path / "out", options, by_layer=True)
     with pytest.raises(UnsupportedError, match="--onnx needs the whole model"):
-        rewrite_dir(tiny_dir, tmp_path / "out", RewriteOptions("rtn"), by_layer=True, onnx=True)
+        rewrite_dir(tiny_dir, tmp_path / "out", RewriteOptions("rtn"), by_layer=True, onnx="functions")
     assert not (tmp_path / "out").exists()
 
 

@@ -40,7 +40,7 @@ def test_options_reach_the_engine(engine, tiny_dir, tmp_path, capsys):
         "calibration": "builtin", "calibration_tokens": 99, "layers": "0:key_bits=4",
     }  # fmt: skip
     assert {name: options[name] for name in expected} == expected
-    assert rest == {"onnx": False, "device": "cpu", "force": False, "dry_run": True}
+    assert rest == {"onnx": "", "device": "cpu", "force": False, "dry_run": True, "by_layer": None}
     assert f"dry run: {out} was not written" in capsys.readouterr().out
 
 

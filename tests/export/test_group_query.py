@@ -1,0 +1,131 @@
+"""Flavour gqa: graphs of GroupQueryAttention beside a strict torch cache, their files, and what they decline."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
+pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
+
+from kvsink.export import ExportError, OnnxGenerator, onnx
+from kvsink.kernels.static import best_steps, static_decode, static_encode
+from kvsink.tools.eval import main as eval_main
+from kvsink.tools.rewrite import main as rewrite_main
+from tests.graphs import rewritten
+from tests.tools.conftest import tiny_dir  # noqa: F401
+
+SLOW = ("qwen2", "phi3", "gemma3", "gpt2", "qwen3-moe")
+PROMPTS = ([5, 6, 7, 8, 9], [9, 10], [40])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_steps_round_half_to_even_and_saturate(bits: int) -> None:
+    step, half = torch.full((2, 8), 0.5), 2 ** (bits - 1)
+    x = torch.tensor([0.0, 0.25, 0.75, -0.25, 1e4, -1e4, 0.5, -0.5]).expand(1, 2, 3, 8)
+    codes, scale = static_encode(x, step, bits)
+    wanted = torch.tensor([0, 0, 2, 0, half - 1, -half, 1, -1]).clamp(-half, half - 1) * 0.5
+    assert codes.shape == (1, 2, 3, bits) and scale.shape == (1, 2, 3, 0)
+    assert torch.equal(static_decode(codes, step, bits), wanted.expand_as(x))
+
+
+def test_the_step_of_least_error_is_near_the_best_of_a_fine_search() -> None:
+    x = torch.randn(1, 2000, 1, generator=torch.Generator().manual_seed(0))
+
+    def error(step: torch.Tensor) -> float:
+        return float((static_decode(static_encode(x.expand(1, -1, 8)[None], step, 4)[0], step, 4) - x).square().mean())
+
+    found = error(best_steps(x, None, 4).expand(1, 8))
+    best = min(error(torch.full((1, 8), s)) for s in torch.linspace(0.1, 0.7, 200).tolist())
+    assert found <= 1.02 * best
+
+
+@pytest.mark.parametrize("method", ["static", "static-plain"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "mistral", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
+)
+def test_families(family: str, method: str, tmp_path) -> None:
+    """The export itself compares prefill, chunks and single tokens, one row padded; four bits leave no tie at this size."""
+    manifest = onnx(rewritten(family, method=method), tmp_path / "model.onnx", "gqa")
+    found = manifest["check"]
+    assert found["different_bytes"] == 0 and found["packed_bytes"] > 1000 and found["largest_logit_difference"] < 1e-5
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", "model.onnx.json", "genai_config.json"}
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_eight_bits_and_none(bits: int, tmp_path) -> None:
+    manifest = onnx(rewritten("llama", method="static", key_bits=bits, value_bits=bits), tmp_path / "model.onnx", "gqa")
+    by_name = {e["name"]: e for e in manifest["inputs"]}
+    assert by_name["past_key_values.0.key"]["dtype"] == {8: "int8", 16: "float"}[bits]
+    assert by_name["past_key_values.0.key"]["shape"] == ["batch", 2, "past", 16]
+    assert manifest["check"]["packed_bytes"] == (10752 if bits == 8 else 0)
+
+
+@pytest.fixture(scope="module")
+def out(tiny_dir, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("gqa") / "out"
+    flags = "--calibration-tokens 512 --eval-windows 0 --device cpu --onnx-flavour gqa"
+    assert rewrite_main([str(tiny_dir), str(folder), *flags.split()]) == 0
+    return folder
+
+
+def test_the_graph_has_standard_names_and_operators(out) -> None:
+    import onnx as onnx_package
+
+    proto = onnx_package.load(out / "model.onnx", load_external_data=False)
+    assert {node.domain for node in proto.graph.node} == {"", "com.microsoft"} and not proto.functions
+    assert [n.op_type for n in proto.graph.node if n.domain] == ["GroupQueryAttention"] * 2
+    past = [f"past_key_values.{i}.{what}" for i in range(2) for what in ("key", "value")]
+    assert [i.name for i in proto.graph.input] == ["input_ids", "attention_mask", "position_ids", *past]
+    decoder = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
+    assert decoder["inputs"]["past_key_names"] == "past_key_values.%d.key" and decoder["head_size"] == 8
+
+
+def test_rows_of_a_padded_batch_say_what_they_say_alone(out) -> None:
+    runner = OnnxGenerator(out / "model.onnx")
+    together = runner.generate(PROMPTS, 8, eos_token_id=-1)
+    assert runner.past["0.key"].data_type() == "tensor(uint8)" and runner.past["0.key"].shape() == [3, 2, 12, 8]
+    assert together == [runner.generate([p], 8, eos_token_id=-1)[0] for p in PROMPTS]
+    assert runner.generate(PROMPTS[:1], 8, eos_token_id=-1, chunk=2) == together[:1]  # new rows are read from codes too
+
+
+def test_the_runner_counts_bits_and_says_what_the_operator_refuses(out, capsys) -> None:
+    runner = OnnxGenerator(out / "model.onnx")
+    runner.generate(PROMPTS, 3, eos_token_id=-1)
+    assert runner.bits_per_element(runner.past) == 4.0
+    ids = np.full((2, 3), 5)
+    past = runner.step(ids, np.ones((2, 3)), np.arange(3)[None].repeat(2, 0), runner.empty(2))[1]
+    with pytest.raises(ExportError, match="for one row only, not for 2"):
+        runner.step(ids, np.ones((2, 6)), np.arange(3, 6)[None].repeat(2, 0), past)
+    flags = ["--windows", "2", "--window-tokens", "48", "--chunk", "16", "--no-passkey", "--no-sinks", "--device", "cpu"]
+    flags += ["--json", "-"]
+    rows = []
+    for model, more in ((out, ["--strict"]), (out / "model.onnx", [])):
+        assert eval_main([str(model), *flags, *more]) == 0
+        rows.append(json.loads(capsys.readouterr().out))
+    assert abs(rows[1]["perplexity"] / rows[0]["perplexity"] - 1) < 1e-3 and rows[1]["bits_per_element"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(method="klt"), "scales of their own in every row"),
+        (dict(method="static", key_bits=4, value_bits=8), "one width for keys and values"),
+        (dict(method="static", key_bits=2, value_bits=2), "4 or 8 bits, not 2"),
+        (dict(method="static", protect="first:2"), "use --protect none"),
+        (dict(method="static", window=4), "use --window 0"),
+    ],
+)
+def test_what_it_cannot_express(options, words, tmp_path) -> None:
+    options = {"protect": "none", **options}
+    with pytest.raises(ExportError, match=words):
+        onnx(rewritten("llama", **options), tmp_path / "m.onnx", "gqa")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_flavour(tiny_dir, tmp_path, capsys) -> None:  # noqa: F811
+    assert rewrite_main([str(tiny_dir), str(tmp_path / "out"), "--onnx-flavour", "gka"]) == 2
+    assert "nearest known: gqa" in capsys.readouterr().err and not (tmp_path / "out").exists()
