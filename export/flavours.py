@@ -117,7 +117,8 @@ def explain_flavours(model: Any, runtime: Runtime) -> str:
     """What of a rewritten model leaves as ONNX: the flavours it leaves in, and one line for every reason against the others."""
     if reason := model_refusal(model):
         return f"onnx: no flavour, 1 times: the model: {reason}"
-    leaves, lines = [], []
+    leaves: list[str] = []
+    lines: list[str] = []
     for flavours in (("functions", "custom"), ("gqa",)):
         reasons: dict[str, int] = {}
         for plan in runtime.plans:
