@@ -64,7 +64,8 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
     for name, side in (("keys", k), ("values", v)):
         if side.packed and side.kind != "static":
             return (
-                f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; use --method static"
+                f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; "
+                "use --method static"
             )
     if k.packed != v.packed or k.widths != v.widths:
         return f"GroupQueryAttention has one width for keys and values, here {k.bits:g} and {v.bits:g} bits; give both the same"
@@ -116,7 +117,8 @@ def explain_flavours(model: Any, runtime: Runtime) -> str:
     """What of a rewritten model leaves as ONNX: the flavours it leaves in, and one line for every reason against the others."""
     if reason := model_refusal(model):
         return f"onnx: no flavour, 1 times: the model: {reason}"
-    leaves, lines = [], []
+    leaves: list[str] = []
+    lines: list[str] = []
     for flavours in (("functions", "custom"), ("gqa",)):
         reasons: dict[str, int] = {}
         for plan in runtime.plans:

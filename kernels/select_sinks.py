@@ -56,7 +56,7 @@ def _row_kernel() -> Any:
     @triton.jit
     def _select_sinks_kernel(
         hidden_ptr, valid_ptr, channels_ptr, weights_ptr, score_ptr, index_ptr, row, valid_row, C, BLOCK: tl.constexpr
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         b = tl.program_id(0).to(tl.int64)
         c = tl.arange(0, BLOCK)
         inside = c < C

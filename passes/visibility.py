@@ -37,7 +37,7 @@ def _counts(node: Any, size: int) -> bool:
         return False
     shape = tuple(value(node).shape) if value(node) is not None else ()
     starts_at_zero = len(node.args) == 1 or (len(node.args) == 2 and node.args[0] == 0)
-    return starts_at_zero and shape == (size,) and argument(node, 2, "step", 1) == 1
+    return bool(starts_at_zero and shape == (size,) and argument(node, 2, "step", 1) == 1)
 
 
 def only_causal(mask: Any, slots: int, lengths: Collection[Node]) -> bool:

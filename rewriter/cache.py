@@ -689,8 +689,9 @@ class KVSinkCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        for shared in filter(None, (self.shared, self.sliding)):
-            shared.map(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
+        for shared in (self.shared, self.sliding):
+            if shared is not None:
+                shared.map(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -116,7 +116,7 @@ class Checkpoint:
         data = tensor.detach().to("cpu", entry.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
         with open(target / entry.file, "r+b") as handle:
             handle.seek(entry.start)
-            handle.write(memoryview(data))
+            handle.write(data.data)
 
 
 def _header(path: Path, file: str) -> dict[str, Entry]:

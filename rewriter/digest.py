@@ -29,7 +29,7 @@ def digest(tensors: Mapping[str, Tensor], record: Any = None) -> str:
         t = tensors[name].detach().cpu().contiguous()
         out.update(f"{name} {t.dtype} {list(t.shape)}\n".encode())
         if t.numel():
-            out.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+            out.update(t.reshape(-1).view(torch.uint8).numpy().data)
     if isinstance(record, Mapping):
         record = {key: value for key, value in record.items() if key != DIGEST}
     out.update(json.dumps(record, sort_keys=True).encode())

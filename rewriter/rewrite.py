@@ -409,14 +409,14 @@ def rewrite(
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
         attention = model.get_submodule(where.attentions[i])
         if value_spec.transform == "hadamard":
-            reason = foldable(attention) if fold else "folding is off"
-            if reason is None and value_spec.heads_per_group == 1:
+            online = foldable(attention) if fold else "folding is off"
+            if online is None and value_spec.heads_per_group == 1:
                 folds.append((attention, value_spec.order))
                 value_spec = replace(value_spec, folded=True)
                 if "v_mean" in value_tables:
                     value_tables["v_mean"] = hadamard_ref(value_tables["v_mean"], value_spec.order)
-            elif reason and reason != "folding is off" and i == 0:
-                notes.append(f"value rotation runs online: {reason}")
+            elif online and online != "folding is off" and i == 0:
+                notes.append(f"value rotation runs online: {online}")
         segments = segments_for_layer(policies[i], i, record.stages)
         codec = Codec(
             key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window,

@@ -302,7 +302,7 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
 
         def make(b: int) -> tuple[Callable[..., Any], Any, Callable[[], None]]:
             cache = stock_cache(model, b, length)
-            options = {"triton.cudagraphs": True, "combo_kernels": side == "stock-combo"}
+            options: dict[str, Any] = {"triton.cudagraphs": True, "combo_kernels": side == "stock-combo"}
             step = torch.compile(model, options=options, fullgraph=True)
             return step, cache, lambda: set_stock_length(cache, length - _STEPS)
 

@@ -116,7 +116,7 @@ def _tokens(model: Any, **options: Any) -> Tensor:
 
 def _capture(family: str) -> str:
     model = build_family(family)
-    cache = transformers.DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = transformers.DynamicCache(config=model.config)
     model(input_ids=ids(1, 5, 2), past_key_values=cache, **_decoder(model, 5))
     graphs = capture_all(model, ids(1, 1, 4), cache) if not _decoder(model, 1) else []
     if not graphs:

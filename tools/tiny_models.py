@@ -134,5 +134,5 @@ def build_family(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
                 weight.data.normal_(std=0.15)
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "batched_mm"  # one that takes float64 and can be traced
-    model.generation_config.eos_token_id = None  # every row runs to its full length
+    model.generation_config.eos_token_id = None  # type: ignore[union-attr]  # every row runs to its full length
     return model.to(dtype).eval().requires_grad_(False)
