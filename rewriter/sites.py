@@ -125,7 +125,7 @@ def module_path(node: Node) -> str:
 
 @cache
 def _without_root(path: str) -> str:
-    return re.sub(r"^(L\['\w+'\]|L__self__+)\.?", "", re.sub(r"\._modules\['([^']+)'\]", r".\1", path))
+    return re.sub(r"^(L\['\w+'\](\[\d+\])?|L__self__+)\.?", "", re.sub(r"\._modules\['([^']+)'\]", r".\1", path))
 
 
 # ---------------------------------------------------------------- the core
