@@ -32,7 +32,7 @@ from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
-from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, towers, visual_tokens
+from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, check_cache, detach, towers, visual_tokens
 from kvsink.sliding import sliding_refusal
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
@@ -272,6 +272,7 @@ def rewrite(
     begun = time.monotonic()
     m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
     where = anatomy(model)
+    check_cache(model)
     earlier = model.__dict__.get("_kvsink_runtime")
     if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
         raise UnsupportedError(

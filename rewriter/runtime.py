@@ -24,7 +24,7 @@ from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
 
-__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "detach", "runtime_of"]
+__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "check_cache", "detach", "runtime_of"]
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
 
@@ -76,11 +76,6 @@ def anatomy(model: nn.Module) -> Anatomy:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"{type(model).__name__} is an encoder-decoder model; only decoder-only models have a cache kvsink can rewrite"
-        )
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedError(
-            f"{type(model).__name__} has multi-head latent attention: its cache holds a latent of {config.kv_lora_rank} channels, "
-            "not the keys and values that the codecs are made for; use its own cache"
         )
     found: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -141,6 +136,16 @@ def towers(model: nn.Module) -> dict[str, int]:
             root = ".".join(parts[: next(i for i in range(len(parts)) if is_tower(parts[i])) + 1])
             out[root] = out.get(root, 0) + 1
     return out
+
+
+def check_cache(model: nn.Module) -> None:
+    """Raise UnsupportedError for a model whose cache holds something else than keys and values."""
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedError(
+            f"{type(model).__name__} has multi-head latent attention: its cache holds a latent of {config.kv_lora_rank} channels, "
+            "not the keys and values that the codecs are made for; use its own cache"
+        )
 
 
 class Runtime:

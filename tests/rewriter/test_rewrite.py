@@ -155,6 +155,13 @@ def test_other_architectures(family: str, words: str) -> None:
         kvsink.rewrite(build(family), "rtn")
 
 
+def test_a_cache_of_latents_is_declined() -> None:
+    from kvsink.tools.tiny_models import build_family
+
+    with pytest.raises(UnsupportedError, match="DeepseekV2ForCausalLM has multi-head latent attention"):
+        kvsink.rewrite(build_family("deepseek-v2"), "rtn")
+
+
 def test_sliding_layers_are_packed_where_there_are_no_others_or_when_asked() -> None:
     alone, mixed = build("mistral-sliding"), build("gemma3")
     assert all(row.packed for row in kvsink.rewrite(alone, "rtn").layers)
