@@ -94,7 +94,8 @@ FAMILIES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "bloom": ("BLOOM (ALiBi)", lambda: hf.BloomForCausalLM(
         hf.BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, **_SPECIAL))),
     "mpt": ("MPT (ALiBi)", lambda: hf.MptForCausalLM(
-        hf.MptConfig(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4, max_seq_len=256, expansion_ratio=2, **_SPECIAL))),
+        hf.MptConfig(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4, max_seq_len=256, expansion_ratio=2,
+                     use_cache=True, **_SPECIAL))),
     "opt": ("OPT (learned positions)", lambda: hf.OPTForCausalLM(
         hf.OPTConfig(vocab_size=VOCAB, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
                      word_embed_proj_dim=64, max_position_embeddings=256, **_SPECIAL))),
