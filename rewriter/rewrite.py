@@ -229,6 +229,9 @@ def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
 
 def _rope_refusal(config: Any) -> str:
     """Why this model's angles cannot be undone by position alone, or an empty string."""
+    turned = getattr(config, "no_rope_layers", None) or ()  # 1 where a layer has RoPE, as transformers names it
+    if len(set(map(bool, turned))) > 1:
+        return "some layers have RoPE and others none, though all are given its angles"
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
     for r in kinds:
