@@ -1,14 +1,15 @@
 """`kvsink-rewrite` killed at random moments, on a full disk, and against itself: OUT_DIR is absent or complete, always.
 
-Every run is a forked child that has everything imported, so that its life is the rewrite and not the start of Python. After a
-child dies, OUT_DIR must not exist, or hold what was there before, or load and give the numbers of an undisturbed run; one
-more run into the same place must succeed and leave nothing beside it.
+Every run is a process of its own, forked from a server that has everything imported and no threads, so that its life is the
+rewrite and not the start of Python. After a run dies, OUT_DIR must not exist, or hold what was there before, or load and give the
+numbers of an undisturbed run; one more run into the same place must succeed and leave nothing beside it.
 
 Source     ours
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import resource
@@ -16,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ import torch
 from kvsink.tools.stress.models import tiny_folder, tokens
 
 __all__ = ["Yard"]
+
+# Forking the caller would copy locks that its other threads hold (progress bars, thread pools), which nobody then opens.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["kvsink.tools.rewrite", "kvsink.loading"])
+_PATIENCE = 300.0  # seconds, for what takes one
 
 
 class Yard:
@@ -49,40 +55,22 @@ class Yard:
         """Remove OUT_DIR and everything beside it."""
         shutil.rmtree(self.out.parent, ignore_errors=True)
 
-    def start(self, method: str, before: Callable[[], None] | None = None) -> int:
-        """Fork a run of the command line; its process id."""
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 1
-        try:
-            null = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(null, stream)
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  a caller may have put files there
-            if before is not None:
-                before()
-            from kvsink.tools.rewrite import main
-
-            options = ["--method", method, "--calibration", str(self.text), "--calibration-tokens", "512", "--device", "cpu"]
-            code = main([str(self.source), str(self.out), *options, "--eval-windows", "0", "--force"])
-        finally:
-            os._exit(code)
+    def start(self, method: str, most: int | None = None) -> BaseProcess:
+        """Begin a run of the command line; with `most`, one that may not let a file grow beyond so many bytes."""
+        return _begin(_rewrite, self.source, self.out, self.text, method, most)
 
     @staticmethod
-    def wait(pid: int) -> int:
-        """The exit code of a run; negative for the signal that ended it."""
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def wait(process: BaseProcess) -> int:
+        """The exit code of a run; negative for the signal that ended it. TimeoutError if it does not end."""
+        process.join(_PATIENCE)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"a run did not end within {_PATIENCE:.0f} s")
+        return process.exitcode
 
     def load(self) -> torch.Tensor:
         """What the model in OUT_DIR gives."""
-        from kvsink.loading import load_model
-
-        model = load_model(self.out)
-        with torch.no_grad():
-            settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-            logits: torch.Tensor = model.generate(self.ids, **settings).logits[-1]
-            return logits
+        return _logits(self.out, self.ids)
 
     def beside(self) -> list[str]:
         """Names beside OUT_DIR."""
@@ -108,10 +96,10 @@ class Yard:
         self.clear()
         if existing:
             self.wait(self.start("rtn"))
-        pid = self.start("rotatekv")
+        run = self.start("rotatekv")
         time.sleep(self.seconds * pick.random() * 1.05)
-        os.kill(pid, signal.SIGKILL)
-        self.wait(pid)
+        run.kill()
+        self.wait(run)
         wrong = self.sound(("rtn", "rotatekv") if existing else ("rotatekv",), absent=not existing)
         if wrong is None and self.wait(self.start("rotatekv")) != 0:
             wrong = "the run after the kill failed"
@@ -129,11 +117,7 @@ class Yard:
         if existing:
             self.wait(self.start("rtn"))
 
-        def limit() -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-        code = self.wait(self.start("rotatekv", limit))
+        code = self.wait(self.start("rotatekv", most))
         wrong = None if code == 2 else f"exit code {code}"
         wrong = wrong or self.sound(("rtn",) if existing else (), absent=not existing)
         wrong = wrong or (f"it left {', '.join(left)}" if (left := self.beside()) else None)
@@ -145,7 +129,7 @@ class Yard:
         self.clear()
         one = self.start("rotatekv")
         time.sleep(self.seconds * pick.random())
-        codes = [self.wait(pid) for pid in (self.start("rtn"), one)]
+        codes = [self.wait(run) for run in (self.start("rtn"), one)]
         wrong = None if all(code in (0, 2) for code in codes) and 0 in codes else f"exit codes {codes}"
         wrong = wrong or self.sound(("rtn", "rotatekv"), absent=False)
         wrong = wrong or (f"they left {', '.join(left)}" if (left := self.beside()) else None)
@@ -155,32 +139,66 @@ class Yard:
         """Processes that load OUT_DIR while it is replaced again and again see one of the two models, whole."""
         self.clear()
         self.wait(self.start("rtn"))
-        pids = [self._reader() for _ in range(2)]
+        readers = [_begin(_read, self.out, self.ids, list(self.logits.values()), 2 * self.seconds) for _ in range(2)]
         codes = [self.wait(self.start(method)) for method in ("rotatekv", "rtn")]
-        read = [self.wait(pid) for pid in pids]
+        read = [self.wait(reader) for reader in readers]
         return None if codes == [0, 0] and read == [0, 0] else f"readers {seed}: writers {codes}, readers {read}"
-
-    def _reader(self) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 1
-        try:
-            end, code = time.monotonic() + 2 * self.seconds, 0
-            while time.monotonic() < end and code == 0:
-                from kvsink.errors import KvsinkError
-
-                try:
-                    found: Any = self.load()
-                    code = 0 if any(torch.equal(found, x) for x in self.logits.values()) else 3
-                except KvsinkError:
-                    continue  # weights of one and plan of the other: refused, which is right
-        except BaseException as error:
-            print(f"reader: {type(error).__name__}: {error}", file=sys.stderr)
-            code = 4
-        finally:
-            os._exit(code)
 
     def close(self) -> None:
         """Remove everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _begin(what: Any, *args: Any) -> BaseProcess:
+    """Run a function of this module in a process of its own."""
+    process = _PROCESSES.Process(target=what, args=args)
+    process.start()
+    return process
+
+
+def _rewrite(source: Path, out: Path, text: Path, method: str, most: int | None) -> None:
+    """In a process of its own: the command line, silent."""
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    if most is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    from kvsink.tools.rewrite import main
+
+    options = ["--method", method, "--calibration", str(text), "--calibration-tokens", "512", "--device", "cpu"]
+    os._exit(main([str(source), str(out), *options, "--eval-windows", "0", "--force"]))
+
+
+def _read(out: Path, ids: torch.Tensor, known: list[torch.Tensor], seconds: float) -> None:
+    """In a process of its own: load OUT_DIR again and again; exit code 3 for numbers of neither model, 4 for another error."""
+    from kvsink.errors import KvsinkError
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            found = _logits(out, ids)
+        except KvsinkError:
+            continue  # weights of one and plan of the other: refused, which is right
+        except Exception as error:
+            print(f"reader: {type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(4)
+        if not any(torch.equal(found, x) for x in known):
+            os._exit(3)
+
+
+def _logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [1, V] of the eighth token that the model in a folder generates; one thread, so that every process sums alike."""
+    from kvsink.loading import load_model
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = load_model(folder)
+        with torch.no_grad():
+            settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+            logits: torch.Tensor = model.generate(ids, **settings).logits[-1]
+            return logits
+    finally:
+        torch.set_num_threads(threads)
