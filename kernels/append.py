@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from . import packed
+from .append_cpu import select_one, serves, store_rows
 from .base import resolve_codec
 from .sparse import merge_sparse
 from .stages import rope_rows
 from .tokens import touched, window_rows
 
-__all__ = ["append_", "append_ref", "merge_exact"]
+__all__ = ["append_", "append_cpu", "append_ref", "merge_exact"]
 
 EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
@@ -70,7 +71,8 @@ def merge_exact(
         out_slot.append(chosen)
         out_score.append(best)
     merged = torch.cat(out_slot, dim=1)
-    earlier = torch.ones(merged.shape[1], merged.shape[1], dtype=torch.bool, device=merged.device).tril(-1)
+    place = torch.arange(merged.shape[1], device=merged.device)
+    earlier = place[:, None] > place
     repeat = ((merged[:, :, None] == merged[:, None, :]) & earlier).any(-1) & (merged >= 0)
     merged = torch.where(repeat, -merged - 2, merged)
     return merged.to(slot.dtype), torch.cat(out_score, dim=1), torch.cat(out_k, dim=2), torch.cat(out_v, dim=2)
@@ -90,11 +92,7 @@ def append_ref(
     slots = st["length"] + torch.arange(s, device=k.device)
     st["positions"].index_copy_(1, slots, positions.expand(b, s).to(st["positions"].dtype))
     full_k = k if roped else rope_rows(k, cos, sin)
-    if c.exact_rows:
-        held = [st[name].narrow(dim, 0, c.exact_rows) for name, dim in EXACT]  # anchors stand behind
-        merged = merge_exact(held[0], held[1], (held[2], held[3]), (full_k, v), candidates, c.segments, st["length"])
-        for old, new in zip(held, merged, strict=True):
-            old.copy_(new)
+    _keep_exact(c, st, full_k, v, candidates)
     if c.tiles:
         c.store_tiles(full_k, v, slots, st, p)
         return
@@ -114,12 +112,50 @@ def append_ref(
         _store_outliers(c, "v", x, st, p, positions)
     else:
         _store_rows("v", st, slots, *c.encode_values(v, p))
+    _keep_recent(c, st, slots, full_k, v)
+
+
+def append_cpu(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor], c: Any, roped: bool,
+) -> bool:  # fmt: skip
+    """The same with rows coded in C; whether it was done, that is, whether the C kernel serves these tensors."""
+    if k.device.type != "cpu" or k.dtype == torch.float64 or c.modal or not serves(c):
+        return False
+    p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
+    s, first = k.shape[2], int(st["length"])
+    if first + s > st["positions"].shape[1]:
+        return False  # the definition says what is wrong
+    st["positions"][:, first : first + s] = positions
+    full_k = k if roped else rope_rows(k, cos, sin)
+    if s == 1 and c.exact_rows and c.anchors is None:
+        select_one(c, full_k, v, candidates, st, first)
+    else:
+        _keep_exact(c, st, full_k, v, candidates)
+    store_rows(c, c.transform_keys(k, cos, sin, positions, p, roped), c.transform_values(v, p), first, st, p)
     if c.ring:
-        last = min(s, c.ring)
-        ring = slots[-last:] % c.ring
-        st["recent_k"].index_copy_(2, ring, full_k[:, :, s - last :].to(st["recent_k"].dtype))
-        st["recent_v"].index_copy_(2, ring, v[:, :, s - last :].to(st["recent_v"].dtype))
-        st["recent_slot"].index_copy_(0, ring, slots[-last:].to(st["recent_slot"].dtype))
+        _keep_recent(c, st, torch.arange(first, first + s), full_k, v)
+    return True
+
+
+def _keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
+    if not c.exact_rows:
+        return
+    held = [st[name].narrow(dim, 0, c.exact_rows) for name, dim in EXACT]  # anchors stand behind
+    merged = merge_exact(held[0], held[1], (held[2], held[3]), (full_k, v), candidates, c.segments, st["length"])
+    for old, new in zip(held, merged, strict=True):
+        old.copy_(new)
+
+
+def _keep_recent(c: Any, st: dict[str, Tensor], slots: Tensor, full_k: Tensor, v: Tensor) -> None:
+    if not c.ring:
+        return
+    s = full_k.shape[2]
+    last = min(s, c.ring)
+    ring = slots[-last:] % c.ring
+    st["recent_k"].index_copy_(2, ring, full_k[:, :, s - last :].to(st["recent_k"].dtype))
+    st["recent_v"].index_copy_(2, ring, v[:, :, s - last :].to(st["recent_v"].dtype))
+    st["recent_slot"].index_copy_(0, ring, slots[-last:].to(st["recent_slot"].dtype))
 
 
 def _store_rows(prefix: str, st: dict[str, Tensor], slots: Tensor, codes: Tensor, scale: Tensor) -> None:
@@ -180,7 +216,8 @@ def append_(
     if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k)) is not None:
         append_tiles(lib, c, k if roped else rope_rows(k, cos, sin), v, positions, candidates, state, params)
         return
-    append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
+    if not append_cpu(k, v, positions, cos, sin, candidates, state, params, c, roped):
+        append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
 
 
 def append_tiles(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import packed
-from .append import append_ref, append_tiles
+from .append import append_cpu, append_ref, append_tiles
 from .attend import attend_any, attend_packed
 from .base import resolve_codec
 
@@ -43,7 +43,8 @@ def append_attend(
             return found
     else:
         none = k.new_empty(1, k.shape[2], 0)
-        append_ref(k, v, positions, none, none, candidates, state, params, codec, True)
+        if not append_cpu(k, v, positions, none, none, candidates, state, params, c, True):
+            append_ref(k, v, positions, none, none, candidates, state, params, codec, True)
     return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
 
 

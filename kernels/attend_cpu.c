@@ -9,6 +9,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "half.h"
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define PERMUTE
+#endif
+
 #define TILE 64
 #define LOWEST -1e30f
 
@@ -20,6 +26,7 @@ typedef struct {
     int64_t runs;                                        /* runs of equal width */
     const int64_t *run;                                  /* [runs, 4]: first channel, end channel, first byte, width */
     const float *const *tables;                          /* per run: levels of every byte (1, 2, 4, 8 bit) or of every code */
+    const float *const *levels;                          /* per run: levels of every code, at least sixteen numbers */
     const uint8_t *codes;
     const uint16_t *scale; /* float16 */
     int64_t couple, code_bits, book_h; /* channels of one code when codes name vectors, else 0; numbers between books of heads */
@@ -44,19 +51,6 @@ typedef struct {
     float *work;              /* [B * H * pieces, R, 2 + value dim] */
 } Call;
 
-static inline float half(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, bits;
-    float f;
-    if (e == 31) bits = sign | 0x7f800000u | (m << 13);
-    else if (e) bits = sign | ((e + 112) << 23) | (m << 13);
-    else { /* zero or subnormal */
-        f = (float)m * 5.9604644775390625e-8f;
-        return sign ? -f : f;
-    }
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
 /* exp for x <= 0: 2^i times a polynomial on [-1/2, 1/2], relative error below 3e-7; the compiler makes vectors of it. */
 static inline float fast_exp(float x) {
     float t = x * 1.44269504f;
@@ -80,6 +74,21 @@ static void decode_vectors(const Side *s, const uint8_t *row, const float *book,
     }
 }
 
+#ifdef PERMUTE
+/* Runs of at most four bits: eight codes are one word of `width` bytes, their levels one permutation of sixteen numbers. */
+static inline __attribute__((always_inline)) void decode_narrow(int64_t n, int64_t width, const uint8_t *in, const float *levels, float *to) {
+    const __m256i shift = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32((int)width));
+    const __m256i mask = _mm256_set1_epi32((1 << width) - 1);
+    const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
+    for (int64_t i = 0; i < n / 8; i++, in += width) {
+        uint32_t word = in[0];
+        for (int64_t b = 1; b < width; b++) word |= (uint32_t)in[b] << (8 * b);
+        const __m256i code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int)word), shift), mask);
+        _mm256_storeu_ps(to + 8 * i, _mm256_permutex2var_ps(low, code, high));
+    }
+}
+#endif
+
 static void decode_row(const Side *s, const uint8_t *row, int64_t head, float *out) {
     if (s->couple) {
         decode_vectors(s, row, s->book + head * s->book_h, out);
@@ -91,6 +100,17 @@ static void decode_row(const Side *s, const uint8_t *row, int64_t head, float *o
         const float *table = s->tables[k];
         float *to = out + run[0];
         const int64_t n = run[1] - run[0];
+#ifdef PERMUTE
+        if (width <= 4) {
+            switch (width) { /* so that the compiler knows the width */
+            case 1: decode_narrow(n, 1, in, s->levels[k], to); break;
+            case 2: decode_narrow(n, 2, in, s->levels[k], to); break;
+            case 3: decode_narrow(n, 3, in, s->levels[k], to); break;
+            default: decode_narrow(n, 4, in, s->levels[k], to);
+            }
+            continue;
+        }
+#endif
         switch (width) {
         case 1: for (int64_t i = 0; i < n / 8; i++) memcpy(to + 8 * i, table + 8 * in[i], 32); break;
         case 2: for (int64_t i = 0; i < n / 4; i++) memcpy(to + 4 * i, table + 4 * in[i], 16); break;

@@ -10,39 +10,25 @@ Exact      equals the definition up to float32 rounding and an exponential of re
 Raises     nothing: `why_not` says in words what it does not serve, and the caller takes another path
 Cost       reads the codes once; 2·Hq·L·D flops for the keys and as many for the values
 
-The C file beside this one is built by the system's C compiler at first use and kept in the cache folder.
+The C file beside this one is built at first use, see `c_library`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import sysconfig
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import cache_folder
+from .c_library import LOOSE, c_library
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
 
 __all__ = ["attend_one", "why_not"]
 
-SOURCE = Path(__file__).with_name("attend_cpu.c")
-FLAGS = (
-    "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
-    "-freciprocal-math", "-shared", "-fPIC",
-)  # fmt: skip
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
@@ -53,7 +39,7 @@ class _Side(ctypes.Structure):
     _fields_ = (
         *((n, _int) for n in ("dim", "row_bytes", "groups", "group_size", "scales")),
         *((n, _int) for n in ("stride_b", "stride_h", "scale_b", "scale_h", "kind", "runs")),
-        *((n, _pointer) for n in ("run", "tables", "codes", "scale")),
+        *((n, _pointer) for n in ("run", "tables", "levels", "codes", "scale")),
         *((n, _int) for n in ("couple", "code_bits", "book_h")),
         ("book", _pointer),
     )
@@ -75,52 +61,9 @@ class _Call(ctypes.Structure):
     )
 
 
-@cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled C file; None, with one warning, where it cannot be built."""
-    if os.environ.get("KVSINK_CPU_KERNEL", "1") == "0":
-        return None
-    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
-    found = shutil.which(compiler) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    try:
-        if found is None:
-            raise OSError("no C compiler found")
-        version = subprocess.run([found, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode() + _machine()).hexdigest()[:24]
-        folder = cache_folder() / "kernels"
-        built = folder / f"attend-{key}.so"
-        if not built.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                fresh = Path(scratch) / built.name
-                subprocess.run([found, *FLAGS, "-o", str(fresh), str(SOURCE), "-lm"], check=True, capture_output=True)
-                os.replace(fresh, built)
-        library = ctypes.CDLL(str(built))
-        library.kvsink_attend_call_bytes.restype = _int
-        library.kvsink_attend.argtypes, library.kvsink_attend.restype = (_pointer,), None
-        if library.kvsink_attend_call_bytes() != ctypes.sizeof(_Call):
-            raise OSError(f"{built} was built from another layout; remove it")
-        return library
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
-        reason = (said.decode(errors="replace").strip().splitlines() or [str(error)])[0]
-        warnings.warn(
-            f"packed attention on the CPU runs in PyTorch, several times slower: its C kernel was not built ({reason}). "
-            "Install a C compiler with OpenMP, or set CC",
-            stacklevel=2,
-        )
-        return None
-
-
-def _machine() -> bytes:
-    """What -march=native depends on: a cache folder may be shared between machines."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").encode()
-    except OSError:
-        import platform
-
-        return f"{platform.machine()} {platform.processor()}".encode()
+    sizes = (("kvsink_attend_call_bytes", ctypes.sizeof(_Call)),)
+    return c_library("attend_cpu", LOOSE, sizes, "packed attention on the CPU runs in PyTorch, several times slower")
 
 
 def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
@@ -149,18 +92,21 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
 
 
 @cache
-def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, list[Tensor]]:
-    """Runs of equal width and, for each, the levels of every byte (widths that divide 8) or of every code."""
+def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, list[Tensor]]:
+    """Runs of equal width and, for each, the levels of every byte (widths that divide 8) or of every code, and of every code
+    in at least sixteen numbers; the list keeps them alive."""
     runs = segments(widths)
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
-    held = []
+    held, plain = [], []
     for *_, width in runs:
         levels = _levels(kind, width)
+        plain.append(torch.nn.functional.pad(levels.float(), (0, max(0, 16 - len(levels)))))
         if 8 % width == 0:
             byte = torch.arange(256)
             levels = levels[torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)]
         held.append(levels.float().contiguous())
-    return len(runs), numbers, (_pointer * len(runs))(*[t.data_ptr() for t in held]), held
+    pointers = [(_pointer * len(runs))(*[t.data_ptr() for t in tables]) for tables in (held, plain)]
+    return len(runs), numbers, *pointers, [*held, *plain]
 
 
 def _levels(kind: str, width: int) -> Tensor:
@@ -170,7 +116,7 @@ def _levels(kind: str, width: int) -> Tensor:
 
 
 def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None) -> _Side:
-    runs, run, tables, _ = _tables(spec.kind, tuple(spec.widths))
+    runs, run, tables, levels, _ = _tables(spec.kind, tuple(spec.widths))
     vectors: tuple[int, int, int, int | None] = (0, 0, 0, None)
     if book is not None:
         vectors = (spec.couple, spec.code_bits, book.stride(0) * (book.shape[0] > 1), book.data_ptr())
@@ -178,7 +124,7 @@ def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None
     return _Side(
         dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
         scale.stride(1), _KIND[spec.kind] or int(spec.gain), runs, ctypes.addressof(run), ctypes.addressof(tables),
-        codes.data_ptr(), scale.data_ptr(), *vectors,
+        ctypes.addressof(levels), codes.data_ptr(), scale.data_ptr(), *vectors,
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ Formula    kind "uniform"      per row and group: lo = clip·min x, s = (clip·m
                                is fitted to the levels by least squares, before and after a second encoding;
                                                                                 scale holds (g)
            kind "lloyd-even"   the same with equally spaced levels, which a kernel reads without a table
-           rounding is half to even; s, lo, z, d, m, g are rounded to float16 first and the codes use the rounded value
+           rounding is half to even; s, lo, z, d, m, g are rounded to float16 first and the codes use the rounded value;
+           sums over a row or group are taken in float64, so that their order does not show in what is rounded
 Source     uniform: KIVI, arXiv 2402.02750 section 3; uniform-int and clip: RotateKV, arXiv 2501.16383 and its released
            code; gauss and lloyd: ours (`klt`)
 Differs    the step divides by 2^w - 1 at every width; a constant group gets step 1 (uniform-int) or 0 (uniform)
@@ -36,7 +37,7 @@ from .base import Cost, OpSpec, nbytes, register_op
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .packing import pack_bits
 
-__all__ = ["KINDS", "SIGMA_KINDS", "quantize", "quantize_ref", "scales_per_row", "segments"]
+__all__ = ["KINDS", "SIGMA_KINDS", "quantize", "quantize_ref", "rms", "scales_per_row", "segments"]
 
 KINDS = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even")
 SIGMA_KINDS = ("lloyd", "lloyd-even")  # with a deviation per channel and a width per run of channels
@@ -66,6 +67,19 @@ def _half(x: Tensor) -> Tensor:
     return x.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
 
 
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root of the mean square of the last dimension, kept; taken in float64, in the dtype of x."""
+    return x.square().mean(-1, keepdim=True, dtype=torch.float64).sqrt().to(x.dtype)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True, dtype=torch.float64)
+
+
 def _bucketize(x: Tensor, width: int, even: bool = False) -> Tensor:
     # A handful of comparisons beats a search for few levels, and both agree: code = number of thresholds below x.
     table = (even_thresholds if even else thresholds)(width, x.device)
@@ -93,9 +107,9 @@ def _uniform(x: Tensor, width: int, group_size: int, clip: float, integer_zero: 
 
 def _gauss(x: Tensor, width: int, group_size: int) -> tuple[Tensor, Tensor]:
     groups = x.unflatten(-1, (-1, group_size))
-    m = _half(groups.mean(-1, keepdim=True))
+    m = _half(_mean(groups))
     centred = groups - m.float()
-    d = _half(centred.square().mean(-1, keepdim=True).sqrt())
+    d = _half(rms(centred))
     codes = _bucketize(centred / d.float().clamp_min(_HALF_TINY), width).flatten(-2)
     return codes, torch.cat([d, m], dim=-1).flatten(-2)
 
@@ -111,18 +125,18 @@ def _lloyd(x: Tensor, sigma: Tensor, widths: Sequence[int], gain: bool, even: bo
 
     def fit(codes: list[Tensor]) -> Tensor:
         # Least squares in units of x: the g for which g·sigma·level comes closest to x over the coded channels.
-        dot, square = torch.zeros_like(y[..., :1]), torch.zeros_like(y[..., :1])
+        dot = torch.zeros_like(y[..., :1], dtype=torch.float64)
+        square = torch.zeros_like(dot)
         for (a, b, _, w), code in zip(parts, codes, strict=True):
             level = levels(w, x.device)[code.int()] * deviation[..., a:b]
-            dot = dot + (x[..., a:b] * level).sum(-1, keepdim=True)
-            square = square + level.square().sum(-1, keepdim=True)
-        return _half(dot / square.clamp_min(1e-30))
+            dot = dot + _sum(x[..., a:b] * level)
+            square = square + _sum(level.square())
+        return _half(dot.to(x.dtype) / square.to(x.dtype).clamp_min(1e-30))
 
     if not parts:
         return x.new_empty((*x.shape[:-1], 0), dtype=torch.uint8), x.new_zeros((*x.shape[:-1], int(gain)), dtype=torch.float16)
     if gain:
-        rms = y.square().mean(-1, keepdim=True).sqrt().clamp_min(_HALF_TINY)
-        codes = encode(fit(encode(rms)).float().clamp_min(_HALF_TINY))
+        codes = encode(fit(encode(rms(y).clamp_min(_HALF_TINY))).float().clamp_min(_HALF_TINY))
         scale = fit(codes)
     else:
         codes = encode(torch.ones_like(y[..., :1]))

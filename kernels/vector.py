@@ -2,7 +2,7 @@
 
 Formula    code_g = argmin_k || x_g - C_gk ||^2 for every run g of c channels, the lower index at ties;  x^_g = C_g,code
            with a gain, C codes x / g: g starts at rms(x) of the row and is fitted to the code vectors by least squares before
-           and after a second encoding, rounded to float16;  x^_g = g · C_g,code
+           and after a second encoding, rounded to float16;  x^_g = g · C_g,code; sums of the gain are taken in float64
 Source     CQ, arXiv 2405.03917; AnTKV, arXiv 2506.19505; the gain is ours
 Shapes     x [B, H, S, D], book float32 [H or 1, D/c, 2^b, c] → codes uint8 [B, H, S, ceil(D/c·b/8)], scale float16
            [B, H, S, 1 or 0], and back to x^ float32 [B, H, S, D]
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .packing import pack_codes, unpack_codes
+from .quantize import rms
 
 __all__ = ["nearest", "vector_decode", "vector_encode"]
 
@@ -55,11 +56,11 @@ def vector_encode(x: Tensor, book: Tensor, code_bits: int, gain: bool) -> tuple[
 
     def fit(codes: Tensor) -> Tensor:
         y = _vectors(codes, book)
-        g = (x * y).sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True).clamp_min(1e-30)
+        dot, square = (z.sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype) for z in (x * y, y.square()))
+        g = dot / square.clamp_min(1e-30)
         return g.clamp(0.0, _HALF_MAX).to(torch.float16)
 
-    rms = x.square().mean(-1, keepdim=True).sqrt().clamp_min(_HALF_TINY)
-    codes = _codes(x / fit(_codes(x / rms, book)).float().clamp_min(_HALF_TINY), book)
+    codes = _codes(x / fit(_codes(x / rms(x).clamp_min(_HALF_TINY), book)).float().clamp_min(_HALF_TINY), book)
     return pack_codes(codes, code_bits), fit(codes)
 
 

@@ -532,11 +532,12 @@ def _block_output(graph: fx.Graph, block: str) -> Node | None:
 
 
 def _is_causal_mask(mask: Node | None) -> bool:
-    """A mask whose rows were compared in the graph: key index <= query index."""
-    return (
-        any(kind(node) in ("le", "ge", "lt", "gt", "tril", "triu") for node in _ancestors(mask, ("embedding",)))
-        if mask is not None
-        else False
+    """A mask whose rows were compared in the graph: key index <= query index. A comparison with a number says nothing: masks
+    that let every row see every row are made by one."""
+    return mask is not None and any(
+        kind(node) in ("tril", "triu")
+        or (kind(node) in ("le", "ge", "lt", "gt") and isinstance(arg(node, 0), Node) and isinstance(arg(node, 1), Node))
+        for node in _ancestors(mask, ("embedding",))
     )
 
 

@@ -16,6 +16,7 @@ from kvsink.codecs import Codec
 from kvsink.kernels import attend_cpu
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.attend_cpu import attend_one, why_not
+from kvsink.kernels.c_library import FOLDER, c_library
 from tests.close import FUSED_FLOAT32
 from tests.kernels.test_attend import MASKS, SCALE, make_mask
 from tests.states import SLOTS, filled
@@ -90,7 +91,7 @@ def test_without_a_compiler_one_warning_and_the_same_numbers(monkeypatch: pytest
     wanted = kvsink.kernels.attend(*call)
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))
-    attend_cpu._library.cache_clear()
+    c_library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no C compiler found"):
             got = kvsink.kernels.attend(*call)
@@ -98,23 +99,25 @@ def test_without_a_compiler_one_warning_and_the_same_numbers(monkeypatch: pytest
             warnings.simplefilter("error")
             kvsink.kernels.attend(*call)
     finally:
-        attend_cpu._library.cache_clear()
+        c_library.cache_clear()
     assert (got - wanted).abs().max() <= FUSED_FLOAT32 * v.abs().max()
 
 
 def test_a_built_library_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
-    attend_cpu._library.cache_clear()
+    c_library.cache_clear()
     try:
         assert attend_cpu._library() is not None
         (built,) = (tmp_path / "kernels").iterdir()
         stamp = built.stat().st_mtime_ns
-        attend_cpu._library.cache_clear()
+        c_library.cache_clear()
         assert attend_cpu._library() is not None and built.stat().st_mtime_ns == stamp
     finally:
-        attend_cpu._library.cache_clear()
+        c_library.cache_clear()
 
 
-def test_the_source_ships_with_the_package() -> None:
-    code = "from kvsink.kernels import attend_cpu; print(attend_cpu.SOURCE.is_file())"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+def test_the_sources_ship_with_the_package() -> None:
+    names = [f"{p.name!r}" for p in sorted(FOLDER.glob("*.[ch]"))]
+    code = "from kvsink.kernels import c_library; print(sorted(p.name for p in c_library.FOLDER.glob('*.[ch]')))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == f"[{', '.join(names)}]\n" and "'half.h'" in names

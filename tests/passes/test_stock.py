@@ -89,7 +89,8 @@ def test_sinks_of_a_prefill_stay_exact() -> None:
     hidden = values_of(gm)[site.hidden_in]
     rows = hidden.abs().flatten(1).topk(3).indices // hidden.shape[-1]
     core = next(node for node in gm.graph.nodes if kind(node) == "scaled_dot_product_attention")
-    stored = values_of(gm)[core.args[1]][:, :2, :6]
+    stored = values_of(gm)[core.args[1]][:, :, :6]
+    stored = stored[:, :: stored.shape[1] // k.shape[1]]  # some versions repeat the heads before attention
     exact = (stored == k).all(-1).all(1)[0]
     assert exact.nonzero().flatten().tolist() == sorted(set(rows[0].tolist()))
 

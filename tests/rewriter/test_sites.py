@@ -8,7 +8,7 @@ import torch
 from kvsink.capture import capture, capture_all, capture_export
 from kvsink.kernels.rope import rope
 from kvsink.sites import AttentionSite, Declined, find_sites
-from kvsink.targets import shape
+from kvsink.targets import arg, kind, shape
 
 from ..close import SOFTMAX_IN_FLOAT32
 from ..graphs import inputs_of, stock_graph, values_of
@@ -123,7 +123,10 @@ def test_exported_graphs_hold_the_same_sites(family: str, attention: str) -> Non
     for site in (first, second):
         assert site.cache == "dynamic" and len(site.writes) == 2 and site.causal
         assert site.rope == {"gpt2": "none", "phi3": "partial_half"}.get(family, "half")
-        assert site.positions is None or site.positions.op == "placeholder"
+        positions = site.positions
+        while positions is not None and kind(positions) == "slice":  # all of them: some versions leave it in
+            positions = arg(positions, 0)
+        assert positions is None or positions.op == "placeholder"
     assert first.hidden is second.hidden_in or family == "gemma3"
 
 

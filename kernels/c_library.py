@@ -1,0 +1,82 @@
+"""The C files beside this one, built by the system's C compiler at first use and kept in the cache folder.
+
+Source     ours
+Raises     nothing: a file that cannot be built gives None and one warning; KVSINK_CPU_KERNEL=0 gives None without one
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+from .base import cache_folder
+
+__all__ = ["EXACT", "LOOSE", "c_library"]
+
+FOLDER = Path(__file__).parent
+EXACT = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
+"""Sums and quotients as they are written: what decides a code."""
+LOOSE = (
+    "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+    "-freciprocal-math", "-shared", "-fPIC",
+)  # fmt: skip
+"""Sums in any order: what is compared within a bound."""
+
+
+@cache
+def c_library(name: str, flags: tuple[str, ...], sizes: tuple[tuple[str, int], ...], what: str) -> ctypes.CDLL | None:
+    """The library of `name`.c. sizes: functions that tell the bytes of its structures, and what the caller takes them for; what:
+    the words of the warning that say what runs in PyTorch instead."""
+    if os.environ.get("KVSINK_CPU_KERNEL", "1") == "0":
+        return None
+    source = FOLDER / f"{name}.c"
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    found = shutil.which(compiler) or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    try:
+        if found is None:
+            raise OSError("no C compiler found")
+        version = subprocess.run([found, "--version"], capture_output=True, check=True).stdout
+        text = source.read_bytes() + b"".join(p.read_bytes() for p in sorted(FOLDER.glob("*.h")))
+        key = hashlib.sha256(text + version + " ".join(flags).encode() + _machine()).hexdigest()[:24]
+        folder = cache_folder() / "kernels"
+        built = folder / f"{name}-{key}.so"
+        if not built.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                fresh = Path(scratch) / built.name
+                subprocess.run([found, *flags, "-o", str(fresh), str(source), "-lm"], check=True, capture_output=True)
+                os.replace(fresh, built)
+        library = ctypes.CDLL(str(built))
+        for function, size in sizes:
+            getattr(library, function).restype = ctypes.c_int64
+            if getattr(library, function)() != size:
+                raise OSError(f"{built} was built from another layout; remove it")
+        return library
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"") or str(error).encode()
+        reason = (said.decode(errors="replace").strip().splitlines() or [str(error)])[0]
+        warnings.warn(
+            f"{what}: its C kernel was not built ({reason}). Install a C compiler with OpenMP, or set CC",
+            stacklevel=2,
+        )
+        return None
+
+
+def _machine() -> bytes:
+    """What -march=native depends on: a cache folder may be shared between machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").encode()
+    except OSError:
+        import platform
+
+        return f"{platform.machine()} {platform.processor()}".encode()
