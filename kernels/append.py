@@ -35,7 +35,7 @@ from .sparse import merge_sparse
 from .stages import rope_rows
 from .tokens import touched, window_rows
 
-__all__ = ["append_", "append_cpu", "append_ref", "merge_exact"]
+__all__ = ["append", "append_", "append_cpu", "append_ref", "merge_exact"]
 
 EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
@@ -207,17 +207,24 @@ def _store_outliers(
     merge_sparse(value, index, rows, length, valid, offset, extent, n)
 
 
+def append(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
+) -> None:  # fmt: skip
+    """The op outside graphs, without what a dispatcher costs for every tensor of the state."""
+    c = resolve_codec(codec)
+    if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k)) is not None:
+        append_tiles(lib, c, k if roped else rope_rows(k, cos, sin), v, positions, candidates, state, params)
+    elif not append_cpu(k, v, positions, cos, sin, candidates, state, params, c, roped):
+        append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
+
+
 @torch.library.custom_op("kvsink::append_", mutates_args=("state",))
 def append_(
     k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
     state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
 ) -> None:  # fmt: skip
-    c = resolve_codec(codec)
-    if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k)) is not None:
-        append_tiles(lib, c, k if roped else rope_rows(k, cos, sin), v, positions, candidates, state, params)
-        return
-    if not append_cpu(k, v, positions, cos, sin, candidates, state, params, c, roped):
-        append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
+    append(k, v, positions, cos, sin, candidates, state, params, codec, roped)
 
 
 def append_tiles(

@@ -39,7 +39,8 @@ typedef struct {
 typedef struct {
     int64_t batch, heads, places, segments, first; /* exact rows of a sequence, their runs, the slot of the new row */
     const int64_t *capacity;                       /* [segments] */
-    const float *const *candidate;                 /* per segment: score [B, 1] of the new row */
+    const int64_t *scores;                         /* per segment: how often the new row may be chosen */
+    const float *const *candidate;                 /* per segment: its scores [B, n] */
     int32_t *slot;                                 /* [B, E] */
     float *score;                                  /* [B, E] */
     uint8_t *store[2];                             /* keys and values [B, H, E, bytes] */
@@ -222,6 +223,26 @@ void kvsink_append(const Append *a) {
     }
 }
 
+/* The new row of a sequence among places from … end - 1, where its score beats one that stands there. */
+static void insert(const Select *s, int64_t b, int64_t from, int64_t end, float fresh) {
+    int32_t *slot = s->slot + b * s->places;
+    float *score = s->score + b * s->places;
+    int64_t at = end;
+    while (at > from && !(score[at - 1] >= fresh)) at--;
+    if (at == end) return;
+    memmove(score + at + 1, score + at, sizeof(float) * (end - at - 1));
+    memmove(slot + at + 1, slot + at, sizeof(int32_t) * (end - at - 1));
+    score[at] = fresh;
+    slot[at] = (int32_t)s->first;
+    for (int64_t kv = 0; kv < 2; kv++)
+        for (int64_t h = 0; h < s->heads; h++) {
+            const int64_t size = s->bytes[kv];
+            uint8_t *rows = s->store[kv] + (b * s->heads + h) * s->places * size;
+            memmove(rows + (at + 1) * size, rows + at * size, size * (end - at - 1));
+            memcpy(rows + at * size, s->fresh[kv] + b * s->fresh_b[kv] + h * s->fresh_h[kv], size);
+        }
+}
+
 /* One new row against the places of every segment, best first; an equal score stays behind the stored one. */
 void kvsink_select(const Select *s) {
     const int64_t e = s->places;
@@ -230,24 +251,8 @@ void kvsink_select(const Select *s) {
         float *score = s->score + b * e;
         for (int64_t i = 0; i < e; i++)
             if (slot[i] < -1) slot[i] = -slot[i] - 2; /* a place marked as a repeat still names its row */
-        for (int64_t k = 0, from = 0; k < s->segments; from += s->capacity[k++]) {
-            const float fresh = s->candidate[k][b];
-            const int64_t end = from + s->capacity[k];
-            int64_t at = end;
-            while (at > from && !(score[at - 1] >= fresh)) at--;
-            if (at == end) continue;
-            memmove(score + at + 1, score + at, sizeof(float) * (end - at - 1));
-            memmove(slot + at + 1, slot + at, sizeof(int32_t) * (end - at - 1));
-            score[at] = fresh;
-            slot[at] = fresh == -INFINITY ? -1 : (int32_t)s->first;
-            for (int64_t kv = 0; kv < 2; kv++)
-                for (int64_t h = 0; h < s->heads; h++) {
-                    const int64_t size = s->bytes[kv];
-                    uint8_t *rows = s->store[kv] + (b * s->heads + h) * e * size;
-                    memmove(rows + (at + 1) * size, rows + at * size, size * (end - at - 1));
-                    memcpy(rows + at * size, s->fresh[kv] + b * s->fresh_b[kv] + h * s->fresh_h[kv], size);
-                }
-        }
+        for (int64_t k = 0, from = 0; k < s->segments; from += s->capacity[k++])
+            for (int64_t i = 0; i < s->scores[k]; i++) insert(s, b, from, from + s->capacity[k], s->candidate[k][b * s->scores[k] + i]);
         for (int64_t i = 0; i < e; i++) {
             if (score[i] == -INFINITY) slot[i] = -1;
             for (int64_t j = 0; j < i && slot[i] >= 0; j++)

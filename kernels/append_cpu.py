@@ -45,7 +45,7 @@ class _Append(ctypes.Structure):
 class _Select(ctypes.Structure):
     _fields_ = (
         *((n, _int) for n in ("batch", "heads", "places", "segments", "first")),
-        *((n, _pointer) for n in ("capacity", "candidate", "slot", "score")),
+        *((n, _pointer) for n in ("capacity", "scores", "candidate", "slot", "score")),
         ("store", _pointer * 2),
         ("fresh", _pointer * 2),
         *((n, _int * 2) for n in ("bytes", "fresh_b", "fresh_h")),
@@ -130,6 +130,7 @@ def select_one(
             _Select(
                 k.shape[0], k.shape[1], c.exact_rows, len(c.segments), first,
                 ctypes.addressof(capacity := (_int * len(c.segments))(*c.segments)),
+                ctypes.addressof(count := (_int * len(scores))(*[x.shape[1] for x in scores])),
                 ctypes.addressof(score := (_pointer * len(scores))(*[x.data_ptr() for x in scores])),
                 st["exact_slot"].data_ptr(), st["exact_score"].data_ptr(),
                 pointers(*[x.data_ptr() for x in held]), pointers(*[r.data_ptr() for r in rows]),
@@ -139,4 +140,4 @@ def select_one(
             )
         )
     )  # fmt: skip
-    del capacity, score
+    del capacity, count, score

@@ -136,100 +136,157 @@ static inline void affine(const Side *s, const uint16_t *scale, int64_t group, f
     }
 }
 
+/* Sixteen numbers at any address; the compiler cuts them into what the machine has. */
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+#define LANES 16
+#define AT(p) (*(const vec *)(p))
+
 static inline float dot(const float *a, const float *b, int64_t n) {
+    vec lanes = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) lanes += AT(a + i) * AT(b + i);
     float sum = 0.0f;
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+#ifdef PERMUTE
+    sum = _mm512_reduce_add_ps((__m512)lanes);
+#else
+    for (int64_t j = 0; j < LANES; j++) sum += lanes[j];
+#endif
+    for (; i < n; i++) sum += a[i] * b[i];
     return sum;
+}
+
+/* out[i] += sum over t of weight[i][t] * rows[t], for `queries` of them and `vecs` times sixteen channels, held in registers. */
+static inline __attribute__((always_inline)) void gather(
+    int queries, int vecs, int64_t n, const float *rows, int64_t row, const float *weight, float *out, int64_t step
+) {
+    vec sum[4][4];
+    for (int i = 0; i < queries; i++)
+        for (int x = 0; x < vecs; x++) sum[i][x] = AT(out + i * step + x * LANES);
+    for (int64_t t = 0; t < n; t++, rows += row)
+        for (int i = 0; i < queries; i++) {
+            const float w = weight[i * TILE + t];
+            for (int x = 0; x < vecs; x++) sum[i][x] += AT(rows + x * LANES) * w;
+        }
+    for (int i = 0; i < queries; i++)
+        for (int x = 0; x < vecs; x++) *(vec *)(out + i * step + x * LANES) = sum[i][x];
+}
+
+#define GATHER(q, v) case 4 * (q) + (v): gather(q, v, n, rows, row, weight, out, step); break
+#define GATHERS(q) GATHER(q, 1); GATHER(q, 2); GATHER(q, 3); GATHER(q, 4)
+
+/* The same for any number of queries and channels. */
+static void gather_all(
+    int64_t queries, int64_t channels, int64_t n, const float *rows, int64_t row, const float *weight, float *out, int64_t step
+) {
+    for (; channels >= LANES;) {
+        const int64_t vecs = channels / LANES < 4 ? channels / LANES : 4;
+        const float *all_weight = weight;
+        float *all_out = out;
+        for (int64_t left = queries; left > 0; left -= 4, weight += 4 * TILE, out += 4 * step)
+            switch (4 * (left < 4 ? left : 4) + vecs) { GATHERS(1); GATHERS(2); GATHERS(3); GATHERS(4); }
+        weight = all_weight, out = all_out + vecs * LANES;
+        rows += vecs * LANES, channels -= vecs * LANES;
+    }
+    for (int64_t i = 0; i < queries; i++)
+        for (int64_t t = 0; t < n; t++)
+            for (int64_t x = 0; x < channels; x++) out[i * step + x] += weight[i * TILE + t] * rows[t * row + x];
 }
 
 static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t end, float *work) {
     const Side *k = &c->key, *v = &c->value;
-    const int64_t r = c->repeats, d = k->dim, dv = v->dim;
+    const int64_t r = c->repeats, d = k->dim, dv = v->dim, state = 2 + dv, kg = k->groups, vg = v->groups;
+    const int64_t most = kg > vg ? kg : vg;
     float *rows = malloc(sizeof(float) * TILE * (d > dv ? d : dv)), *p = malloc(sizeof(float) * r * TILE);
-    float *base = malloc(sizeof(float) * r * v->groups), *sums = malloc(sizeof(float) * (k->groups + 1));
+    float *weight = malloc(sizeof(float) * r * TILE), *a = malloc(sizeof(float) * TILE * most), *z = malloc(sizeof(float) * TILE * most);
+    float *base = calloc((size_t)(r * vg), sizeof(float)), *sums = malloc(sizeof(float) * kg * (r + 1));
+    int64_t *last = malloc(sizeof(int64_t) * r);
     uint8_t *skip = calloc((size_t)(end - begin), 1);
     for (int64_t e = 0; e < c->exact; e++) {
         const int64_t slot = c->exact_slot[b * c->exact + e];
         if (slot >= begin && slot < end) skip[slot - begin] = 1;
     }
     for (int64_t i = 0; i < r; i++) {
-        work[i * (2 + dv)] = LOWEST;
-        memset(work + i * (2 + dv) + 1, 0, sizeof(float) * (1 + dv));
+        work[i * state] = LOWEST, last[i] = -1;
+        memset(work + i * state + 1, 0, sizeof(float) * (1 + dv));
     }
-    memset(base, 0, sizeof(float) * r * v->groups);
     for (int64_t start = begin; start < end; start += TILE) {
         const int64_t n = end - start < TILE ? end - start : TILE;
         const uint8_t *codes = k->codes + b * k->stride_b + h * k->stride_h + start * k->row_bytes;
         const uint16_t *scale = k->scale + b * k->scale_b + h * k->scale_h + start * k->scales;
-        for (int64_t t = 0; t < n; t++) decode_row(k, codes + t * k->row_bytes, h, rows + t * d);
+        int32_t at[TILE], block[TILE];
+        for (int64_t t = 0; t < n; t++) {
+            decode_row(k, codes + t * k->row_bytes, h, rows + t * d);
+            for (int64_t g = 0; g < kg; g++) affine(k, scale + t * k->scales, g, a + t * kg + g, z + t * kg + g);
+            at[t] = c->positions[b * c->position_stride + start + t];
+            at[t] = at[t] < 0 ? 0 : at[t];
+            block[t] = (int32_t)((uint32_t)at[t] / (uint32_t)c->block);
+            block[t] = block[t] < c->blocks ? block[t] : (int32_t)c->blocks - 1;
+        }
         for (int64_t i = 0; i < r; i++) {
             const int64_t q = (b * c->heads + h) * r + i;
-            float top = LOWEST;
-            int64_t last = -1;
+            const float *of_query = c->w + q * c->blocks * d, *mean = c->mean ? c->mean + q * c->mean_span : NULL;
+            const float *mask = c->mask ? c->mask + b * c->mask_b + (h * r + i) * c->mask_h + start : NULL;
+            float *logits = p + i * TILE, *sum = sums + i * kg;
             for (int64_t t = 0; t < n; t++) {
-                if (skip[start - begin + t]) { p[i * TILE + t] = LOWEST; continue; }
-                int64_t at = c->positions[b * c->position_stride + start + t];
-                at = at < 0 ? 0 : at;
-                int64_t m = at / c->block;
-                m = m < c->blocks ? m : c->blocks - 1;
-                const float *w = c->w + (q * c->blocks + m) * d;
-                if (k->kind >= 2 && m != last)
-                    for (int64_t g = 0; g < k->groups; g++) {
-                        sums[g] = 0.0f;
-                        for (int64_t x = 0; x < k->group_size; x++) sums[g] += w[g * k->group_size + x];
-                    }
-                last = m;
-                float logit = 0.0f;
+                const float *w = of_query + block[t] * d, *row = rows + t * d;
                 if (k->kind < 2) {
-                    float a, z;
-                    affine(k, scale + t * k->scales, 0, &a, &z);
-                    logit = a * dot(w, rows + t * d, d);
-                } else
-                    for (int64_t g = 0; g < k->groups; g++) {
-                        float a, z;
-                        affine(k, scale + t * k->scales, g, &a, &z);
-                        logit += a * dot(w + g * k->group_size, rows + t * d + g * k->group_size, k->group_size) + z * sums[g];
+                    logits[t] = a[t] * dot(w, row, d);
+                    continue;
+                }
+                if (block[t] != last[i])
+                    for (int64_t g = 0; g < kg; g++) {
+                        sum[g] = 0.0f;
+                        for (int64_t x = 0; x < k->group_size; x++) sum[g] += w[g * k->group_size + x];
                     }
-                if (c->mean) logit += c->mean[q * c->mean_span + (at < c->mean_span ? at : c->mean_span - 1)];
-                if (c->mask) logit += c->mask[b * c->mask_b + (h * r + i) * c->mask_h + start + t];
-                p[i * TILE + t] = logit = logit < LOWEST ? LOWEST : logit;
-                top = logit > top ? logit : top;
+                last[i] = block[t];
+                float logit = 0.0f;
+                for (int64_t g = 0; g < kg; g++)
+                    logit += a[t * kg + g] * dot(w + g * k->group_size, row + g * k->group_size, k->group_size) + z[t * kg + g] * sum[g];
+                logits[t] = logit;
             }
-            float *state = work + i * (2 + dv);
-            const float peak = top > state[0] ? top : state[0], fade = fast_exp(state[0] - peak);
-            float mass = 0.0f;
+            if (mean)
+                for (int64_t t = 0; t < n; t++) logits[t] += mean[at[t] < c->mean_span ? at[t] : c->mean_span - 1];
+            if (mask)
+                for (int64_t t = 0; t < n; t++) logits[t] += mask[t];
+            float *held = work + i * state, peak = held[0], mass = 0.0f;
             for (int64_t t = 0; t < n; t++) {
-                const float e = p[i * TILE + t] <= LOWEST ? 0.0f : fast_exp(p[i * TILE + t] - peak);
-                p[i * TILE + t] = e;
-                mass += e;
+                logits[t] = skip[start - begin + t] || logits[t] < LOWEST ? LOWEST : logits[t];
+                peak = logits[t] > peak ? logits[t] : peak;
             }
-            state[0] = peak;
-            state[1] = state[1] * fade + mass;
-            for (int64_t x = 0; x < dv; x++) state[2 + x] *= fade;
-            for (int64_t g = 0; g < v->groups; g++) base[i * v->groups + g] *= fade;
+            const float fade = fast_exp(held[0] - peak);
+            for (int64_t t = 0; t < n; t++) {
+                const float e = fast_exp(logits[t] - peak);
+                logits[t] = logits[t] <= LOWEST ? 0.0f : e;
+                mass += logits[t];
+            }
+            held[0] = peak;
+            held[1] = held[1] * fade + mass;
+            for (int64_t x = 0; x < dv; x++) held[2 + x] *= fade;
+            for (int64_t g = 0; g < vg; g++) base[i * vg + g] *= fade;
         }
         codes = v->codes + b * v->stride_b + h * v->stride_h + start * v->row_bytes;
         scale = v->scale + b * v->scale_b + h * v->scale_h + start * v->scales;
         for (int64_t t = 0; t < n; t++) {
-            if (skip[start - begin + t]) continue;
-            decode_row(v, codes + t * v->row_bytes, h, rows);
-            for (int64_t g = 0; g < v->groups; g++) {
-                float a, z;
-                affine(v, scale + t * v->scales, g, &a, &z);
-                for (int64_t i = 0; i < r; i++) {
-                    const float e = p[i * TILE + t], ea = e * a;
-                    float *sum = work + i * (2 + dv) + 2 + g * v->group_size;
-                    const float *row = rows + g * v->group_size;
-                    for (int64_t x = 0; x < v->group_size; x++) sum[x] += ea * row[x];
-                    base[i * v->groups + g] += e * z;
+            decode_row(v, codes + t * v->row_bytes, h, rows + t * dv);
+            for (int64_t g = 0; g < vg; g++) affine(v, scale + t * v->scales, g, a + t * vg + g, z + t * vg + g);
+        }
+        for (int64_t g = 0; g < vg; g++) {
+            for (int64_t i = 0; i < r; i++) {
+                float shift = 0.0f;
+                for (int64_t t = 0; t < n; t++) { /* a row that is skipped may hold codes and scales of nothing */
+                    const float e = p[i * TILE + t];
+                    weight[i * TILE + t] = e > 0.0f ? e * a[t * vg + g] : 0.0f;
+                    shift += e > 0.0f ? e * z[t * vg + g] : 0.0f;
                 }
+                base[i * vg + g] += shift;
             }
+            gather_all(r, v->group_size, n, rows + g * v->group_size, dv, weight, work + 2 + g * v->group_size, state);
         }
     }
     for (int64_t i = 0; i < r; i++)
-        for (int64_t g = 0; g < v->groups; g++)
-            for (int64_t x = 0; x < v->group_size; x++) work[i * (2 + dv) + 2 + g * v->group_size + x] += base[i * v->groups + g];
-    free(rows), free(p), free(base), free(sums), free(skip);
+        for (int64_t g = 0; g < vg; g++)
+            for (int64_t x = 0; x < v->group_size; x++) work[i * state + 2 + g * v->group_size + x] += base[i * vg + g];
+    free(rows), free(p), free(weight), free(a), free(z), free(base), free(sums), free(last), free(skip);
 }
 
 /* Rows held as they are: the first output holds decoded rows, the second these, on one common maximum. */

@@ -24,7 +24,9 @@ from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
+from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
+from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
@@ -62,6 +64,11 @@ def kernel_serves(runtime: Runtime, dtype: torch.dtype, device: torch.device) ->
         if reason is not None:
             tell_once(f"attention over packed codes runs on the plain operators: {reason}")
     return served
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd follows any of them: then the registered ops run, which say that they have no gradient."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 class _Shared:
@@ -213,7 +220,8 @@ class KVSinkLayer(CacheLayerMixin):
             if self.codec.tiles:
                 self._fresh = positions, self._candidates(frame, positions, key_states)
                 return key_states, value_states
-        append_(
+        store = append if defers and not _differentiated(key_states, value_states) else append_
+        store(
             key_states, value_states, positions, cos, sin, self._candidates(frame, positions, key_states), self.state(),
             self.params, self.codec_text, True,
         )  # fmt: skip
@@ -283,7 +291,8 @@ class KVSinkLayer(CacheLayerMixin):
                 q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
             )
         else:
-            out = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
+            run = attend if _differentiated(q, k, v) else attend_any
+            out = run(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         self._advance(k.shape[2])
         return out
 

@@ -79,10 +79,12 @@ def test_constant_and_extreme_rows(side: SideSpec, value: float) -> None:
 
 @given(
     scores=st.lists(st.sampled_from([-float("inf"), -1.0, 0.0, 0.5, 1.0, 2.5, 4.0]), min_size=6, max_size=14),
-    capacities=st.lists(st.integers(1, 3), min_size=1, max_size=3), wide=st.booleans(),
+    capacities=st.lists(st.integers(1, 3), min_size=1, max_size=3), times=st.integers(1, 4), wide=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_the_running_selection_is_that_of_the_definition(scores: list[float], capacities: list[int], wide: bool) -> None:
+def test_the_running_selection_is_that_of_the_definition(
+    scores: list[float], capacities: list[int], times: int, wide: bool
+) -> None:
     """Rows come one by one; every segment has the same scores, so that rows are chosen twice and marked as repeats."""
     places, dtype = sum(capacities), torch.float32 if wide else torch.bfloat16
     codec: Any = SimpleNamespace(segments=tuple(capacities), exact_rows=places)
@@ -94,8 +96,9 @@ def test_the_running_selection_is_that_of_the_definition(scores: list[float], ca
     g = torch.Generator().manual_seed(len(scores))
     for first, score in enumerate(scores):
         k, v = torch.randn(2, 1, 2, 8, generator=g).transpose(1, 2), torch.randn(2, 2, 1, 4, generator=g)
-        new = torch.tensor([[score], [-score if score != -float("inf") else 3.0]]) + 0.001 * first  # no ties: any may win
-        candidates = [t for _ in capacities for t in (new, torch.zeros(2, 1, dtype=torch.int64))]
+        # A row may stand several times among the candidates, as one with several large channels does. No ties: any may win.
+        new = torch.tensor([[score], [-score if score != -float("inf") else 3.0]]) + 0.001 * first - 0.3 * torch.arange(times)
+        candidates = [t for _ in capacities for t in (new, torch.zeros(2, times, dtype=torch.int64))]
         select_one(codec, k, v, candidates, one, first)
         names = ("exact_slot", "exact_score", "exact_k", "exact_v")
         merged = merge_exact(
