@@ -33,8 +33,9 @@ from kvsink.conversion import Weights
 from kvsink.errors import ModelError, UnsupportedError
 from kvsink.runtime import anatomy
 
-__all__ = ["Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
+__all__ = ["SHARE_OF_MEMORY", "Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
 
+SHARE_OF_MEMORY = 0.8  # a model that needs more of the free memory is read layer by layer
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -102,15 +103,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes a rewrite needs: memory with the whole model and by layers, disk for what is written."""
+    """Bytes a run needs: memory with the whole model and by layers (`base` of it for Python, torch and transformers), and disk."""
 
     whole: int
     by_layer: int
     disk: int
+    base: int = 0
+
+    @property
+    def memory(self) -> str:
+        """Both ways in words."""
+        return f"about {self.whole / 2**30:.1f} GiB of memory with the whole model, {self.by_layer / 2**30:.1f} GiB layer by layer"
 
     def __str__(self) -> str:
-        one, two, three = (n / 2**30 for n in (self.whole, self.by_layer, self.disk))
-        return f"about {one:.1f} GiB of memory with the whole model, {two:.1f} GiB layer by layer, and {three:.1f} GiB of disk"
+        return f"{self.memory}, and {self.disk / 2**30:.1f} GiB of disk"
 
 
 class Stream:
@@ -374,6 +380,7 @@ def needs(model: Any, checkpoint: Checkpoint, tokens: int, window: int) -> Needs
     where = anatomy(model)
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     layer = max(sum(s for n, s in sizes.items() if n.startswith(b + ".")) for b in where.blocks)
+    largest = max((e.nbytes for n, e in checkpoint.entries.items() if n.startswith(where.blocks)), default=0)
     embedding = max((e.nbytes for e in checkpoint.entries.values()), default=0)
     hidden, width = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     busy = 4 * window * (4 * hidden + 4 * width)  # of the window that is in a layer
@@ -381,8 +388,9 @@ def needs(model: Any, checkpoint: Checkpoint, tokens: int, window: int) -> Needs
     base = 600 << 20  # Python, torch and transformers
     return Needs(
         whole=base + 4 * sum(sizes.values()) + busy + 4 * window * config.vocab_size + stats,
-        by_layer=base + max(embedding, 4 * layer) + 4 * tokens * hidden + busy + stats,
+        by_layer=base + max(embedding, 4 * layer + largest) + 4 * tokens * hidden + busy + stats,
         disk=checkpoint.nbytes + stats,
+        base=base,
     )
 
 
