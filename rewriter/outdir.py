@@ -75,6 +75,7 @@ def rewrite_dir(
             )
         if by_layer or (by_layer is None and wanted.whole > SHARE_OF_MEMORY * free and not _needs_whole(options, bool(onnx))):
             stream = Stream(bare, checkpoint, place)
+            _check_writable(stream)
             notes.append("read layer by layer")
     elif by_layer:
         raise UnsupportedError(f"{source} has no safetensors files, which reading by layers needs; use --whole")
@@ -110,6 +111,18 @@ def rewrite_dir(
             del model
             _export(build, onnx, progress)
     return report
+
+
+def _check_writable(stream: Stream) -> None:
+    """What may be folded into weights is written over their bytes, so the files have to hold these as the model does."""
+    for attention in stream.where.attentions:
+        for part in FOLDED:
+            name = f"{attention}.{part}"
+            if name in stream.names and not stream.weights.plain(name):
+                raise UnsupportedError(
+                    f"{stream.checkpoint.folder} stores {name} under another name, so it cannot be written layer by layer; use a "
+                    "machine where it fits whole (--whole)"
+                )
 
 
 def _existing(path: Path) -> Path:

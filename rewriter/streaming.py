@@ -16,6 +16,7 @@ Cost       memory: one layer in float32 and its largest tensor in the dtype of t
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 from collections import OrderedDict
@@ -36,6 +37,7 @@ from kvsink.runtime import anatomy
 __all__ = ["SHARE_OF_MEMORY", "Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
 
 SHARE_OF_MEMORY = 0.8  # a model that needs more of the free memory is read layer by layer
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc alone has it
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -53,6 +55,12 @@ def available_memory(device: torch.device) -> int:
     except (OSError, ValueError):
         pass
     return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _give_back() -> None:
+    """Ask glibc to return what it holds of freed tensors; without it, a process grows by the activations of many windows."""
+    if _trim is not None:
+        _trim(0)
 
 
 @contextmanager
@@ -177,6 +185,7 @@ class Stream:
                     held.append((module, last, module._parameters[last]))  # type: ignore[arg-type]
                     module._parameters[last] = real
                 del real
+            _give_back()
             yield
         finally:
             for module, last, meta in held:
@@ -184,7 +193,7 @@ class Stream:
 
     def _check(self, name: str, tensor: Tensor) -> None:
         if name not in self.checked:
-            for part in tensor.reshape(-1).split(1 << 24):
+            for part in tensor.reshape(-1).split(1 << 20):
                 if not torch.isfinite(part).all():
                     raise ModelError(
                         f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again"
@@ -232,6 +241,8 @@ class Stream:
                         shared.frame = None
                     if after is not None:
                         after(w, i)
+                    del out
+                    _give_back()
             tell(i + 1, steps)
         if logits is not None:
             self._head(jobs, logits)
