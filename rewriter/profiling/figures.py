@@ -163,11 +163,16 @@ def _maps(record: dict[str, Any], data: dict[str, Any]) -> list[tuple[str, str, 
             right /= np.maximum(right.sum(1, keepdims=True), 1e-6)
 
         def draw(axes: Any, ink: str, left: Any = left, right: Any = right) -> None:
-            both = np.concatenate([left, np.full((len(left), 3), np.nan), right], 1)
-            seen = np.log10(np.where(both > 0, both, np.nan) + 1e-4)  # what nobody can see stays blank
-            image = axes.imshow(seen, aspect="auto", cmap="magma", interpolation="nearest", vmin=-4, vmax=0)
+            from matplotlib import colormaps
+
+            gap = np.full((len(left), 3), np.nan)
+            both = np.concatenate([gap, left, gap, right], 1)
+            seen = np.log10(np.where(both > 0, both, np.nan) + 1e-4)  # grey: what a query cannot see
+            colors = colormaps["magma"].with_extremes(bad="#8b949e")
+            image = axes.imshow(seen, aspect="auto", cmap=colors, interpolation="nearest", vmin=-4, vmax=0)
             ticks = range(0, left.shape[1], 20)
-            axes.set_xticks([*ticks, *(t + left.shape[1] + 3 for t in ticks)], [str(t) for t in (*ticks, *ticks)])
+            places = [*(t + 3 for t in ticks), *(t + left.shape[1] + 6 for t in ticks)]
+            axes.set_xticks(places, [str(t) for t in (*ticks, *ticks)])
             axes.set(xlabel=f"key (left: as it is; right: {'experts skipped' if causal else 'without sinks'})", ylabel="query")
             axes.figure.colorbar(image, ax=axes).set_label("log10 of attention")
 
