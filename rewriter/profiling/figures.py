@@ -96,7 +96,7 @@ def _curve(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
             if s["end"] is not None:
                 axes.axvline(s["end"], color=_COLORS[3], lw=1, ls=":", label="end" if i == 0 else None)
         axes.set(xlabel="block", ylabel="size of the hidden state")
-        axes.legend(loc="center right")
+        _legend_above(axes)
 
     return "Life of the massive activations", "Largest and median entry of the hidden state behind each block.", 3.2, draw
 
@@ -255,7 +255,7 @@ def _bars(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
         axes.axhline(e["threshold_share"], color=_COLORS[2], ls=":", lw=1, label="a tenth of the largest")
         axes.set(ylabel="a", yscale="log" if min(values) > 0 else "linear")
         axes.tick_params(axis="x", rotation=60)
-        axes.legend(loc="center right")
+        _legend_above(axes)
 
     return "The largest experts", "Orange: Super Expert; violet: candidate; grey: neither.", 3.2, draw
 
