@@ -117,7 +117,7 @@ class ByLayer(Passes):
             held = jobs[w].cache.layers[l] if cache else None
             if layer is not None:
                 layer(w, l, held)
-            if getattr(held, "keys", None) is not None:
+            if held is not None and getattr(held, "keys", None) is not None:
                 held.keys = held.values = None  # no later layer reads them
 
         self.stream.run(jobs, tell, after, logits)
