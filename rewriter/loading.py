@@ -8,6 +8,7 @@ Raises     ModelError, UnsupportedError; SidecarError from a rewritten folder pa
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,21 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
         raise ModelError(refusal(where, error)) from error
     _check_fit(where, model, info)
     return model.eval().to(place)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelError for a folder without one, or one that kvsink has rewritten."""
+    path = folder / "config.json"
+    if not folder.is_dir() or not path.is_file():
+        raise ModelError(f"{folder} is not a model folder (no config.json); pass a folder, a hub id or demo:smollm2")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not a model configuration ({error!r}); fetch the model again") from error
+    if (config.get("quantization_config") or {}).get("quant_method") == "kvsink":
+        raise ModelError(f"{folder} has been rewritten by kvsink already; pass the model it was made from")
+    return dict(config)
 
 
 def model_class(folder: Path) -> Any:

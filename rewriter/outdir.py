@@ -19,22 +19,21 @@ from torch import Tensor
 
 from kvsink.calibration import Calibration
 from kvsink.checkpoint import Checkpoint
-from kvsink.errors import KvsinkError, ModelError, UnsupportedError
+from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.fold import FOLDED, folded
 from kvsink.imagetext import is_source, load_processor, prompts, read_examples
-from kvsink.loading import load_model, load_tokenizer, pick_device
+from kvsink.loading import load_model, load_tokenizer, pick_device, read_config
 from kvsink.methods import get_method
 from kvsink.place import building, sweep
 from kvsink.report import Report
 from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
 from kvsink.runtime import runtime_of
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
-from kvsink.streaming import Stream, available_memory, needs, skeleton
+from kvsink.streaming import SHARE_OF_MEMORY, Stream, available_memory, needs, skeleton
 
 __all__ = ["rewrite_dir"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onnx", ".msgpack", ".h5")
-_SHARE_OF_MEMORY = 0.8  # a model that needs more of the free memory is read layer by layer
 
 
 def rewrite_dir(
@@ -55,7 +54,7 @@ def rewrite_dir(
         from kvsink.export.model import check_extras
 
         check_extras()
-    config = _read_config(source)
+    config = read_config(source)
     if not dry_run:
         sweep(target)
     if target.exists() and not target.is_dir():
@@ -74,8 +73,9 @@ def rewrite_dir(
             raise KvsinkError(
                 f"{target} takes {wanted.disk / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are free; free some, or choose another disk"
             )
-        if by_layer or (by_layer is None and wanted.whole > _SHARE_OF_MEMORY * free and not _needs_whole(options, bool(onnx))):
+        if by_layer or (by_layer is None and wanted.whole > SHARE_OF_MEMORY * free and not _needs_whole(options, bool(onnx))):
             stream = Stream(bare, checkpoint, place)
+            _check_writable(stream)
             notes.append("read layer by layer")
     elif by_layer:
         raise UnsupportedError(f"{source} has no safetensors files, which reading by layers needs; use --whole")
@@ -111,6 +111,18 @@ def rewrite_dir(
             del model
             _export(build, onnx, progress)
     return report
+
+
+def _check_writable(stream: Stream) -> None:
+    """What may be folded into weights is written over their bytes, so the files have to hold these as the model does."""
+    for attention in stream.where.attentions:
+        for part in FOLDED:
+            name = f"{attention}.{part}"
+            if name in stream.names and not stream.weights.plain(name):
+                raise UnsupportedError(
+                    f"{stream.checkpoint.folder} stores {name} under another name, so it cannot be written layer by layer; use a "
+                    "machine where it fits whole (--whole)"
+                )
 
 
 def _existing(path: Path) -> Path:
@@ -177,20 +189,6 @@ def _export(build: Path, flavour: str, progress: Progress | None) -> None:
     onnx(build, build / "model.onnx", flavour)
     if progress is not None:
         progress("export", 1, 1)
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    path = source / "config.json"
-    if not source.is_dir() or not path.is_file():
-        raise ModelError(f"{source} is not a model folder (no config.json); pass a folder, a hub id or demo:smollm2")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is not a model configuration ({error!r}); fetch the model again") from error
-    if (config.get("quantization_config") or {}).get("quant_method") == "kvsink":
-        raise ModelError(f"{source} has been rewritten by kvsink already; pass the model it was made from")
-    return dict(config)
 
 
 def _needs_text(calibration: str) -> bool:

@@ -25,25 +25,36 @@ PROFILE, PARTIAL, IGNORE, PAGE = "profile.json", "profile.partial.json", "ignore
 @click.option("--attention/--no-attention", default=True, show_default=True, help="Also look at the attention.")
 @click.option("--prune", metavar="SPEC", help='Also store the model with these experts zeroed, as in "1:68,2:shared"; or `found`.')
 @click.option("--prune-to", type=click.Path(path_type=Path), metavar="DIR", help="Where --prune stores the model folder.")
+@click.option(
+    "--stream/--whole", "by_layer", default=None,
+    help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
+)  # fmt: skip
 @click.option("--page/--no-page", default=True, show_default=True, help="Write OUT_DIR/index.html (needs the `plot` extra).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16 or bfloat16. auto is float32 on a CPU.")
 @click.option("--force", is_flag=True, help="Write into OUT_DIR although it holds files.")
 def command(
     model_dir: str, out_dir: Path, text_path: str | None, windows: int, window_tokens: int, experts: bool | None,
-    causal_windows: int, attention: bool, prune: str | None, prune_to: Path | None, page: bool, device: str, dtype: str,
-    force: bool,
+    causal_windows: int, attention: bool, prune: str | None, prune_to: Path | None, by_layer: bool | None, page: bool,
+    device: str, dtype: str, force: bool,
 ) -> None:  # fmt: skip
     """Show where the attention sinks of MODEL_DIR (a folder, a hub id or demo:smollm2) come from.
 
     OUT_DIR gets profile.json, index.html and, for a mixture of experts, ignore.json: what weight quantizers must not touch.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from kvsink.demo import resolve_model_dir
     from kvsink.errors import KvsinkError
-    from kvsink.loading import load_model, load_tokenizer
+    from kvsink.loading import load_model, load_tokenizer, pick_device, read_config
     from kvsink.profiling import ProfileOptions, profile
     from kvsink.profiling.layout import find_layout
     from kvsink.profiling.record import windows_of
@@ -60,9 +71,11 @@ def command(
     for place in (out_dir, prune_to):
         if place is not None:
             check_apart(Path(source), place)
+    read_config(Path(source))
     text = builtin_text() if text_path is None else read_text(text_path)
     tokenizer = load_tokenizer(source)
-    net = load_model(source, device, dtype)
+    stream = _stream(Path(source), by_layer, pick_device(device), dtype, prune, windows, window_tokens)
+    net = load_model(source, device, dtype) if stream is None else stream.model
     limit = getattr(net.config.get_text_config(), "max_position_embeddings", None) or window_tokens
     ids = windows_of(text, tokenizer, windows, min(window_tokens, limit))
     if prune is not None and prune != "found":
@@ -73,7 +86,10 @@ def command(
     record: dict[str, Any] = {
         "model": model_dir, "text": "built-in text (WikiText-2 validation)" if text_path is None else Path(text_path).name,
     }  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=Console(file=sys.stderr)) as bars:
         tasks: dict[str, Any] = {}
 
@@ -83,10 +99,12 @@ def command(
             bars.update(tasks[step], completed=done, total=total)
 
         try:
-            record, arrays = profile(net, ids, options, tokenizer=tokenizer, record=record, progress=progress)
+            record, arrays = profile(
+                net if stream is None else stream, ids, options, tokenizer=tokenizer, record=record, progress=progress
+            )
         except KvsinkError as error:
-            if "hidden" not in record:
-                raise
+            if not record.get("hidden", {}).get("largest"):
+                raise  # nothing was measured
             out_dir.mkdir(parents=True, exist_ok=True)
             replace_text(out_dir / PARTIAL, json.dumps({**record, "stopped": str(error)}, indent=1) + "\n")
             raise type(error)(f"{error}. What was measured before is in {out_dir / PARTIAL}") from error
@@ -104,6 +122,35 @@ def command(
     print(f"wrote {out_dir}: {PROFILE}" + (f", {PAGE}" if page else "") + (f", {IGNORE}" if record["experts"] else ""))
     if prune is not None and prune_to is not None:
         _prune(net, record, prune, Path(source), prune_to)
+
+
+def _stream(
+    source: Path, by_layer: bool | None, place: Any, dtype: str, prune: str | None, windows: int, window_tokens: int
+) -> Any:
+    """The checkpoint to read layer by layer, or None to load it whole; says first what memory either takes."""
+    from kvsink.checkpoint import Checkpoint
+    from kvsink.errors import UnsupportedError
+    from kvsink.loading import pick_dtype
+    from kvsink.profiling.passes import BY_LAYER, WHOLE, profile_needs
+    from kvsink.streaming import SHARE_OF_MEMORY, Stream, available_memory, skeleton
+
+    kind = pick_dtype(dtype, place)
+    if by_layer and prune is not None:
+        raise UnsupportedError("--prune stores the whole model and so needs it in memory; leave it out, or use --whole")
+    if by_layer and dtype not in ("auto", "float32"):
+        raise UnsupportedError(f"layer by layer is computed in float32; leave --dtype {dtype} out, or use --whole")
+    checkpoint = Checkpoint.find(source)
+    if checkpoint is None:
+        if by_layer:
+            raise UnsupportedError(f"{source} has no safetensors files, which reading by layers needs; use --whole")
+        return None
+    bare = skeleton(source)
+    wide = str(kind) == "torch.float32"  # otherwise the model is held in 16 bit
+    wanted, free = profile_needs(bare, checkpoint, windows, window_tokens, 4 if wide else 2), available_memory(place)
+    if by_layer is None:
+        by_layer = wanted.whole > SHARE_OF_MEMORY * free and prune is None and dtype in ("auto", "float32")
+    click.echo(f"needs {wanted.memory}; {free / 2**30:.1f} GiB are free: read {BY_LAYER if by_layer else WHOLE}", err=True)
+    return Stream(bare, checkpoint, place) if by_layer else None
 
 
 def _labels(spec: str) -> list[str]:

@@ -1,15 +1,18 @@
-"""Write a large Llama checkpoint of random weights in shards, a layer at a time: something big to measure memory with.
+"""Write a large Llama or Mixtral checkpoint of random weights in shards, a layer at a time: to measure memory with.
 
     python -m kvsink.tools.synthetic FOLDER --gib 16
+    python -m kvsink.tools.synthetic FOLDER --gib 16 --experts 8 --intermediate 1792
 
-One layer's weights are drawn and written for every layer; the norms differ. So writing takes the time of the disk and the
-memory of one layer, and the model is a valid one, though it has learnt nothing.
+With experts, each of them has three tensors of its own in the files, as published Mixtral checkpoints have. One layer's
+weights are drawn and written for every layer; the norms differ. So writing takes the time of the disk and the memory of one
+layer, and the model is a valid one, though it has learnt nothing.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,18 @@ from kvsink.tools.cli import command_line
 @click.option("--hidden", default=4096, show_default=True)
 @click.option("--intermediate", default=14336, show_default=True)
 @click.option("--layers-per-shard", default=8, show_default=True, type=click.IntRange(1))
-def command(folder: Path, gib: float, hidden: int, intermediate: int, layers_per_shard: int) -> None:
-    """Write a random bfloat16 Llama of at least so many GiB, with a tokenizer of single characters, to FOLDER."""
-    click.echo(f"{write(folder, gib, hidden, intermediate, layers_per_shard) / 2**30:.2f} GiB in {folder}")
+@click.option("--experts", default=0, show_default=True, type=click.IntRange(0), help="Experts of a layer; 0: a dense Llama.")
+def command(folder: Path, gib: float, hidden: int, intermediate: int, layers_per_shard: int, experts: int) -> None:
+    """Write a random bfloat16 model of at least so many GiB, with a tokenizer of single characters, to FOLDER."""
+    click.echo(f"{write(folder, gib, hidden, intermediate, layers_per_shard, experts) / 2**30:.2f} GiB in {folder}")
 
 
-def write(folder: Path, gib: float, hidden: int = 4096, intermediate: int = 14336, layers_per_shard: int = 8) -> int:
-    """The same for programs; returns the bytes of the weights."""
+def write(
+    folder: Path, gib: float, hidden: int = 4096, intermediate: int = 14336, layers_per_shard: int = 8, experts: int = 0
+) -> int:
+    """The same for programs; returns the bytes of the weights. `intermediate` neurons per expert, two of which see a token."""
     import torch
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, MixtralConfig
 
     from kvsink.tools.stress.models import tiny_folder
 
@@ -48,15 +54,21 @@ def write(folder: Path, gib: float, hidden: int = 4096, intermediate: int = 1433
     layer = {
         "self_attn.q_proj": weight(hidden, hidden), "self_attn.k_proj": weight(kv_heads * head, hidden),
         "self_attn.v_proj": weight(kv_heads * head, hidden), "self_attn.o_proj": weight(hidden, hidden),
-        "mlp.gate_proj": weight(intermediate, hidden), "mlp.up_proj": weight(intermediate, hidden),
-        "mlp.down_proj": weight(hidden, intermediate),
     }  # fmt: skip
+    parts = {f"block_sparse_moe.experts.{e}": ("w1", "w3", "w2") for e in range(experts)}
+    for at, (gate, up, down) in (parts or {"mlp": ("gate_proj", "up_proj", "down_proj")}).items():
+        layer |= {f"{at}.{gate}": weight(intermediate, hidden), f"{at}.{up}": weight(intermediate, hidden)}
+        layer[f"{at}.{down}"] = weight(hidden, intermediate)
+    if experts:
+        layer["block_sparse_moe.gate"] = weight(experts, hidden)
     size = 2 * (sum(w.numel() for w in layer.values()) + 2 * hidden)
     count = max(2, -(-int(gib * 2**30 - 4 * vocabulary * hidden) // size))
-    config = LlamaConfig(
+    more = {"num_local_experts": experts, "num_experts_per_tok": min(2, experts), "sliding_window": None}
+    make = partial(MixtralConfig, **more) if experts else LlamaConfig
+    config = make(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=count,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head, max_position_embeddings=4096,
-        dtype="bfloat16", architectures=["LlamaForCausalLM"], tie_word_embeddings=False,
+        dtype="bfloat16", architectures=[f"{'Mixtral' if experts else 'Llama'}ForCausalLM"], tie_word_embeddings=False,
     )  # fmt: skip
     config.save_pretrained(folder)
     shards = -(-count // layers_per_shard) + 1

@@ -51,10 +51,16 @@ class AttentionSums:
 
     def take(self, layers: int) -> tuple[Tensor, Tensor]:
         """mass [L, Hq, T] and first [L, Hq, S]; starts over."""
-        mass = torch.stack([self.mass[i] for i in range(layers)])
-        first = torch.stack([torch.cat(self.first[i], 1) for i in range(layers)])
-        self.mass, self.first = {}, {}
-        return mass, first
+        mass, first = zip(*(self.take_layer(i) for i in range(layers)), strict=True)
+        return torch.stack(mass), torch.stack(first)
+
+    def take_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """mass [Hq, T] and first [Hq, S] of one layer, which starts over. Raises UnsupportedError when it was not seen."""
+        if layer not in self.mass:
+            raise UnsupportedError(
+                f"layer {layer} shows no attention probabilities to find sinks in; profile with --no-attention"
+            )
+        return self.mass.pop(layer), torch.cat(self.first.pop(layer), 1)
 
 
 def attention_rows(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Iterator[Tensor]:
@@ -100,6 +106,8 @@ def watching_attention(model: Any, where: Anatomy, sums: AttentionSums) -> Itera
 
 
 def _plain(model: nn.Module, where: Anatomy) -> bool:
+    if not getattr(model, "_supports_attention_backend", False):
+        return False  # its attention does not go through transformers' functions
     try:
         check_observable(model)
     except UnsupportedError:

@@ -22,8 +22,8 @@ from kvsink.errors import CalibrationError
 from kvsink.profiling.attention import AttentionSums, sink_decay, watching_attention
 from kvsink.profiling.hidden import Hidden, watching_hidden
 from kvsink.profiling.layout import Entry, Layout
+from kvsink.profiling.passes import Passes, Tell
 from kvsink.profiling.watch import watching_experts
-from kvsink.runtime import Anatomy
 
 __all__ = ["BROKEN", "KEPT", "Run", "causal_check", "random_control", "run_model"]
 
@@ -42,25 +42,29 @@ class Run:
 
 
 def run_model(
-    model: Any, where: Anatomy, layout: Layout, ids: Tensor, skip: frozenset[str] = frozenset(), corner: int = 0
+    passes: Passes, layout: Layout, ids: Tensor, skip: frozenset[str] = frozenset(), corner: int = 0, tell: Tell = lambda *a: None
 ) -> Run:
     """Perplexity, massive activations and sinks with the entries of `skip` left out."""
-    hidden, sums, firsts, nll = Hidden(), AttentionSums(corner), [], 0.0
-    device = next(model.parameters()).device
+    hidden, sums = Hidden(), AttentionSums(corner)
+    firsts: dict[tuple[int, int], Tensor] = {}
+    nll: list[float] = []
+
+    def layer(w: int, l: int, held: Any) -> None:
+        firsts[w, l] = sums.take_layer(l)[1]
+
+    model, where = passes.model, passes.where
     with (
         torch.no_grad(), watching_experts(model, layout, skip=skip), watching_hidden(model, where, hidden),
         watching_attention(model, where, sums),
     ):  # fmt: skip
-        for row in ids:
-            rows = row[None].to(device)
-            nll += negative_log_likelihood(model(input_ids=rows, use_cache=False).logits, rows)
-            firsts.append(sums.take(len(where.blocks))[1])
-    return Run(math.exp(nll / (ids.shape[0] * (ids.shape[1] - 1))), tuple(hidden.largest()), torch.stack(firsts), sums.maps)
+        passes.run(ids, layer=layer, logits=lambda w, out: nll.append(negative_log_likelihood(out, ids[w : w + 1])), tell=tell)
+    first = torch.stack([torch.stack([firsts[w, l] for l in range(layout.layers)]) for w in range(len(ids))])
+    return Run(math.exp(sum(nll) / (ids.shape[0] * (ids.shape[1] - 1))), tuple(hidden.largest()), first, sums.maps)
 
 
 def negative_log_likelihood(logits: Tensor, ids: Tensor) -> float:
     """Sum of -log q(x_t | x_<t) over one window [1, T], in nats."""
-    total = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+    total = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:].to(logits.device), reduction="sum")
     if not bool(torch.isfinite(total)):
         raise CalibrationError("the model gives logits that are not finite; check its weights or profile in float32")
     return float(total)
@@ -79,8 +83,8 @@ def random_control(layout: Layout, suspects: Sequence[str], spared: Sequence[str
 
 
 def causal_check(
-    model: Any, where: Anatomy, layout: Layout, ids: Tensor, suspects: Sequence[str], spared: Sequence[str],
-    layers: range, progress: Progress | None = None,
+    passes: Passes, layout: Layout, ids: Tensor, suspects: Sequence[str], spared: Sequence[str], layers: range,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Skip `suspects` (at most six, the largest first), each of them alone, and a random control; compare behind `layers`."""
     suspects = list(suspects)[:MOST]
@@ -91,8 +95,8 @@ def causal_check(
     sets = list(dict.fromkeys(sets))
     runs: dict[frozenset[str], Run] = {}
     for i, skip in enumerate(sets):
-        runs[skip] = run_model(model, where, layout, ids, skip, 64 if skip in (frozenset(), everything) else 0)
-        tell("skipping experts", i + 1, len(sets))
+        corner = 64 if skip in (frozenset(), everything) else 0
+        runs[skip] = run_model(passes, layout, ids, skip, corner, _within(tell, i, len(sets)))
     base = runs[frozenset()]
 
     def row(skip: frozenset[str]) -> dict[str, Any]:
@@ -122,6 +126,11 @@ def causal_check(
         "base": rows[frozenset()], "all": rows[everything], "random": rows[frozenset(control)], "members": members,
         "maps": {"with": base.maps, "without": runs[everything].maps},
     }  # fmt: skip
+
+
+def _within(tell: Progress, i: int, count: int) -> Tell:
+    """Progress of the i-th of `count` runs as progress of them all."""
+    return lambda done, total: tell("skipping experts", i * total + done, count * total)
 
 
 def named(layout: Layout, labels: Sequence[str]) -> list[Entry]:

@@ -18,6 +18,7 @@ __all__ = ["Figure", "draw_figures"]
 
 Figure = tuple[str, str, str, str]  # title, caption, light, dark
 _COLORS = ("#2563c9", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285")
+_ON_DARK = dict(zip(_COLORS, ("#6ea8fe", "#ff922b", "#51cf66", "#da77f2", "#f06595", "#3bc9db"), strict=True))
 _SCHEMES = {"light": ("#1b1f24", "#d0d7de"), "dark": ("#e6edf3", "#30363d")}
 Draw = Callable[[Any, str], None]
 
@@ -48,6 +49,8 @@ def draw_figures(record: dict[str, Any], arrays: dict[str, Any]) -> list[Figure]
     with matplotlib.rc_context({"svg.hashsalt": "kvsink", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}):
         for title, caption, height, draw in found:
             light, dark = (_svg(draw, height, *_SCHEMES[s]) for s in ("light", "dark"))
+            for color, brighter in _ON_DARK.items():
+                dark = dark.replace(color, brighter)
             out.append((title, caption, light, dark))
     return out
 
@@ -77,6 +80,11 @@ def _svg(draw: Draw, height: float, ink: str, line: str) -> str:
     return svg[svg.index("<svg") :]
 
 
+def _legend_above(axes: Any) -> None:
+    """A legend in two columns over the axes, where it covers no line."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+
 def _curve(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
     h = record["hidden"]
 
@@ -88,7 +96,7 @@ def _curve(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
             if s["end"] is not None:
                 axes.axvline(s["end"], color=_COLORS[3], lw=1, ls=":", label="end" if i == 0 else None)
         axes.set(xlabel="block", ylabel="size of the hidden state")
-        axes.legend(loc="center right")
+        _legend_above(axes)
 
     return "Life of the massive activations", "Largest and median entry of the hidden state behind each block.", 3.2, draw
 
@@ -155,8 +163,16 @@ def _maps(record: dict[str, Any], data: dict[str, Any]) -> list[tuple[str, str, 
             right /= np.maximum(right.sum(1, keepdims=True), 1e-6)
 
         def draw(axes: Any, ink: str, left: Any = left, right: Any = right) -> None:
-            both = np.concatenate([left, np.full((len(left), 3), np.nan), right], 1)
-            image = axes.imshow(np.log10(both + 1e-4), aspect="auto", cmap="magma", interpolation="nearest")
+            from matplotlib import colormaps
+
+            gap = np.full((len(left), 3), np.nan)
+            both = np.concatenate([gap, left, gap, right], 1)
+            seen = np.log10(np.where(both > 0, both, np.nan) + 1e-4)  # grey: what a query cannot see
+            colors = colormaps["magma"].with_extremes(bad="#8b949e")
+            image = axes.imshow(seen, aspect="auto", cmap=colors, interpolation="nearest", vmin=-4, vmax=0)
+            ticks = range(0, left.shape[1], 20)
+            places = [*(t + 3 for t in ticks), *(t + left.shape[1] + 6 for t in ticks)]
+            axes.set_xticks(places, [str(t) for t in (*ticks, *ticks)])
             axes.set(xlabel=f"key (left: as it is; right: {'experts skipped' if causal else 'without sinks'})", ylabel="query")
             axes.figure.colorbar(image, ax=axes).set_label("log10 of attention")
 
@@ -173,7 +189,8 @@ def _recall(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
                 label = f"{'KVSink' if name == 'kvsink' else 'first N'}, layers {p['layers'][0]}-{p['layers'][1]}"
                 axes.plot(ks, [r[name]["recall"] for r in p["rows"]], style, color=_COLORS[i], marker="o", ms=4, label=label)
         axes.set(xlabel="rows kept", ylabel="recall of the five largest sinks", ylim=(0, 1.05))
-        axes.legend()
+        axes.set_xticks(sorted({r["k"] for p in record["predictor"] for r in p["rows"]}))
+        _legend_above(axes)
 
     return "Predictor against attention", "Share of the five tokens with the most attention that are kept.", 3.0, draw
 
@@ -186,7 +203,7 @@ def _norms(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
             axes.plot(layers, [r["norms"][f"{name} rest"] for r in record["kv"]], color=_COLORS[i], label=f"{name}s, other tokens")
             axes.plot(layers, [r["norms"][f"{name} sinks"] for r in record["kv"]], ":", color=_COLORS[i], label=f"{name}s, sinks")
         axes.set(xlabel="layer", ylabel="mean norm", ylim=(0, None))
-        axes.legend()
+        _legend_above(axes)
 
     return "Norms of sinks", "Keys and values of the five largest sinks of a layer against all other tokens.", 3.0, draw
 
@@ -200,7 +217,7 @@ def _crests(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
             plain = names.index(name.removesuffix(", Hadamard"))
             axes.plot(*zip(*rows, strict=True), ":" if "Hadamard" in name else "-", color=_COLORS[plain], label=name)
         axes.set(xlabel="layer", ylabel="largest / rms", ylim=(0, None))
-        axes.legend(ncols=2)
+        _legend_above(axes)
 
     return "Ranges before and after rotation", "Largest magnitude over rms; lower is easier to quantize.", 3.2, draw
 
@@ -238,7 +255,7 @@ def _bars(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
         axes.axhline(e["threshold_share"], color=_COLORS[2], ls=":", lw=1, label="a tenth of the largest")
         axes.set(ylabel="a", yscale="log" if min(values) > 0 else "linear")
         axes.tick_params(axis="x", rotation=60)
-        axes.legend(loc="center right")
+        _legend_above(axes)
 
     return "The largest experts", "Orange: Super Expert; violet: candidate; grey: neither.", 3.2, draw
 
@@ -252,6 +269,6 @@ def _decay(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
             axes.plot(values, color=_COLORS[1 - i], marker="o", ms=3, label=label)
         axes.axhline(0.8, color=_COLORS[2], ls=":", lw=1)
         axes.set(xlabel="layer", ylabel="D_sink")
-        axes.legend()
+        _legend_above(axes)
 
     return "Sink decay", "0: the sinks are as before; 1: they are gone.", 3.0, draw

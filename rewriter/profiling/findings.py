@@ -25,7 +25,7 @@ def findings(record: dict[str, Any]) -> list[str]:
             f"is cancelled in block {s['end']}" if s["ended_at_once"] else f"has faded to less than half by block {s['end']}"
         )  # fmt: skip
         out.append(
-            f"Stage {i + 1}: block {s['block']} raises channel {s['channels'][0]} to {s['size']:.4g} on {tokens}; it {how}."
+            f"Stage {i + 1}: block {s['block']} raises channel {s['channels'][0]} to {_size(s['size'])} on {tokens}; it {how}."
         )
         for n in s["neurons"][:2]:
             out.append(
@@ -43,6 +43,10 @@ def findings(record: dict[str, Any]) -> list[str]:
     if experts:
         out += _experts(experts)
     return out
+
+
+def _size(x: float) -> str:
+    return format(x, ",.0f" if x >= 1000 else ".4g")
 
 
 def _count(n: int, what: str) -> str:
@@ -69,9 +73,13 @@ def _experts(e: dict[str, Any]) -> list[str]:
     c = e["causal"]
     if c:
         behind = c["all"]["d_sink_behind"]
+        span = range(c["layers"][0], c["layers"][1] + 1)
+        known = [(d, l) for l in span if (d := c["all"]["d_sink"][l]) is not None]
+        mean = "unknown" if behind is None else format(behind, ".2f")
+        spread = f" ({min(known)[0]:.2f} in layer {min(known)[1]} to {max(known)[0]:.2f} in layer {max(known)[1]})" if known else ""
         out.append(
             f"Skipping {', '.join(c['all']['skipped'])}: perplexity {c['base']['perplexity']:.4g} to {c['all']['perplexity']:.4g}, "
-            f"D_sink of layers {c['layers'][0]}-{c['layers'][1]} {'unknown' if behind is None else format(behind, '.2f')}; "
+            f"mean D_sink of layers {c['layers'][0]}-{c['layers'][1]} {mean}{spread}; "
             f"skipping {', '.join(c['random']['skipped']) or 'no other expert'} instead: {c['random']['perplexity']:.4g}, "
             f"{format(c['random']['d_sink_behind'] or 0.0, '.2f')}."
         )

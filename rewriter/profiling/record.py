@@ -11,7 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from kvsink.profiling.findings import findings
 from kvsink.profiling.hidden import Hidden, StageLife, life_of, watching_hidden
 from kvsink.profiling.ignore import ignore_lists
 from kvsink.profiling.layout import Entry, Layout, find_layout
+from kvsink.profiling.passes import Passes, passes_of
 from kvsink.profiling.sinks import KVRanges, predictor_rows, truth
 from kvsink.profiling.superexperts import PERCENTILE, SHARE, forming_layers, judge, robustness
-from kvsink.profiling.watch import Stats, down_weight, watching_experts
+from kvsink.profiling.watch import Stats, watching_experts
 from kvsink.protect import SinkStage
-from kvsink.runtime import Anatomy, Runtime, anatomy
+from kvsink.runtime import Runtime, anatomy
 
 __all__ = ["FORMAT", "ProfileOptions", "load_profile", "profile", "profile_stages", "windows_of"]
 
@@ -74,6 +77,7 @@ def profile(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Measure `model` over `ids` [N, T]: the record and the arrays for figures.
 
+    model: one in memory, or a `kvsink.streaming.Stream`, whose layers are read one at a time; the record is the same.
     Give `record` to keep what was measured when an error ends the run.
     """
     options = options or ProfileOptions()
@@ -82,13 +86,13 @@ def profile(
     started = time.perf_counter()
     if is_rewritten(model):
         raise UnsupportedError("this model has been rewritten by kvsink; profile the 16-bit model it was made from")
-    where = anatomy(model)
-    device = next(model.parameters()).device
+    passes = passes_of(model)
+    model, where = passes.model, passes.where
     record |= {
         "format": FORMAT, "status": "partial", "architecture": type(model).__name__, "layers": len(where.blocks),
         "heads": where.heads, "kv_heads": where.kv_heads, "head_dim": where.head_dim, "windows": ids.shape[0],
-        "window_tokens": ids.shape[1], "device": device_name(device), "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": versions(), "fingerprint": fingerprint(model).tolist(),
+        "window_tokens": ids.shape[1], "device": device_name(passes.device), "dtype": str(model.dtype).removeprefix("torch."),
+        "read": passes.how, "versions": versions(), "fingerprint": passes.fingerprint().tolist(),
     }  # fmt: skip
     layout = find_layout(model, where)
     if options.experts and not layout.is_moe:
@@ -98,22 +102,23 @@ def profile(
     with torch.no_grad():
         hidden = Hidden()
         try:
-            _first_look(model, where, layout, ids[:2], hidden, tell)
-        except KvsinkError:
+            _first_look(passes, layout, ids[:2], hidden, tell)
+        finally:
             record["hidden"] = _hidden_row(hidden)
-            raise
         stages = find_stages(hidden.largest(), hidden.median(), hidden.top())
-        record["hidden"] = _hidden_row(hidden)
         record["stages"] = [asdict(s) for s in stages]
         channels = {c for s in stages for c in s.channels[:4]} or {hidden.top(1)[-1][0]}
         hidden = Hidden(tuple(sorted(channels)), snap={s.block: None for s in stages})
         stats = Stats()
-        seen = _second_look(model, where, layout, ids, hidden, stats, options, tell)
+        try:
+            seen = _second_look(passes, layout, ids, hidden, stats, options, tell)
+        finally:
+            record["entries"] = _entry_rows(layout, stats, tokenizer, ids)
     record["hidden"] = _hidden_row(hidden)
     record["perplexity"] = seen.perplexity
     lives = [life_of(s, hidden) for s in stages]
     record["stages"] = [
-        _stage_row(model, layout, life, stats, ids, tokenizer, i, lives) for i, life in enumerate(lives)
+        _stage_row(passes, layout, life, stats, ids, tokenizer, i, lives) for i, life in enumerate(lives)
     ]
     arrays["curves"] = torch.tensor([life.curve for life in lives])
     arrays["largest"], arrays["medians"] = torch.tensor(hidden.largest()), torch.tensor(hidden.median())
@@ -135,10 +140,9 @@ def profile(
         arrays["tokens"] = seen.token_map
         arrays |= {f"snap.{i}": x for i, x in hidden.snap.items() if x is not None}
         arrays["token_channels"] = torch.tensor(seen.token_channels)
-    record["entries"] = {label: _entry_row(e, tokenizer, ids) for label, e in stats.entries.items()}
     record["experts"] = None
     if layout.is_moe and options.experts is not False:
-        record["experts"] = _experts(model, where, layout, stats, hidden, lives, ids, options, tell, arrays)
+        record["experts"] = _experts(passes, layout, stats, hidden, lives, ids, options, tell, arrays)
     record["seconds"] = time.perf_counter() - started
     record["findings"] = findings(record)
     record["status"] = "complete"
@@ -160,54 +164,62 @@ class _Seen:
     token_channels: list[int]
 
 
-def _first_look(model: Any, where: Anatomy, layout: Layout, ids: Tensor, hidden: Hidden, tell: Progress) -> None:
-    with watching_experts(model, layout), watching_hidden(model, where, hidden):
-        for i, row in enumerate(ids):
-            model(input_ids=row[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-            tell("finding stages", i + 1, len(ids))
+def _first_look(passes: Passes, layout: Layout, ids: Tensor, hidden: Hidden, tell: Progress) -> None:
+    with watching_experts(passes.model, layout), watching_hidden(passes.model, passes.where, hidden):
+        passes.run(ids, tell=partial(tell, "finding stages"))
 
 
 def _second_look(
-    model: Any, where: Anatomy, layout: Layout, ids: Tensor, hidden: Hidden, stats: Stats, options: ProfileOptions, tell: Progress
+    passes: Passes, layout: Layout, ids: Tensor, hidden: Hidden, stats: Stats, options: ProfileOptions, tell: Progress
 ) -> _Seen:
-    from contextlib import nullcontext
-
-    sums, masses, firsts, nll = AttentionSums(64), [], [], 0.0
+    model, where, sums = passes.model, passes.where, AttentionSums(64)
+    nll: list[float] = []
+    masses: dict[tuple[int, int], Tensor] = {}
+    firsts: dict[tuple[int, int], Tensor] = {}
     ranges: dict[int, KVRanges] = {}
     runtime = Runtime(model, (), {}, (), "profile")
-    device = next(model.parameters()).device
     watched: Any = watching_attention(model, where, sums) if options.attention else nullcontext("not looked at")
+
+    def window(w: int) -> None:
+        stats.window = w
+
+    def layer(w: int, l: int, held: Any) -> None:
+        if options.attention:
+            masses[w, l], firsts[w, l] = sums.take_layer(l)
+        _ranges(runtime, l, held, ids.shape[1], masses.get((w, l)), ranges)
+
+    def logits(w: int, out: Tensor) -> None:
+        nll.append(negative_log_likelihood(out, ids[w : w + 1]))
+
     with watching_experts(model, layout, stats), watching_hidden(model, where, hidden), watched as how:
-        for i, row in enumerate(ids):
-            stats.window = i
-            rows = row[None].to(device)
-            out = model(input_ids=rows, use_cache=True)
-            nll += negative_log_likelihood(out.logits, rows)
-            if options.attention:
-                mass, first = sums.take(len(where.blocks))
-                masses.append(mass)
-                firsts.append(first)
-            _ranges(runtime, out.past_key_values, rows, masses[-1] if masses else None, ranges)
-            tell("profiling", i + 1, len(ids))
-    perplexity = float(torch.tensor(nll / (ids.shape[0] * (ids.shape[1] - 1))).exp())
+        passes.run(ids, window=window, layer=layer, logits=logits, cache=True, tell=partial(tell, "profiling"))
+    perplexity = float(torch.tensor(sum(nll) / (ids.shape[0] * (ids.shape[1] - 1))).exp())
+    size = (len(ids), len(where.blocks))
     return _Seen(
-        perplexity, torch.stack(masses) if masses else None, torch.stack(firsts) if firsts else None, how, sums.maps, ranges,
+        perplexity, _stacked(masses, *size), _stacked(firsts, *size), how, sums.maps, ranges,
         torch.stack([hidden.kept[i][0] for i in range(len(where.blocks))]), list(hidden.channels),
     )  # fmt: skip
 
 
-def _ranges(runtime: Runtime, cache: Any, rows: Tensor, mass: Tensor | None, into: dict[int, KVRanges]) -> None:
-    """Keys and values of one window, from the layers of a stock cache that kept all of them."""
-    t = rows.shape[1]
-    positions = torch.arange(t, device=rows.device)[None]
-    for i, layer in enumerate(getattr(cache, "layers", ())):
-        k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if k is None or v is None or k.dim() != 4 or k.shape[2] != t:
-            continue  # a sliding window has let rows go
-        sinks = torch.tensor([0]) if mass is None else mass[i].sum(0).topk(min(5, t // 2)).indices
-        whole = not hasattr(runtime.config.get_text_config(decoder=True), "qk_rope_head_dim")  # else RoPE turns a part at the end
-        cos, sin = runtime.angles(i, positions) if whole else (torch.empty(1, t, 0), torch.empty(1, t, 0))
-        into.setdefault(i, KVRanges()).add(k[0], v[0], cos.to(k.device), sin.to(k.device), sinks)
+def _stacked(parts: dict[tuple[int, int], Tensor], windows: int, layers: int) -> Tensor | None:
+    """[N, L, …] from its parts by window and layer; None when there are none."""
+    if not parts:
+        return None
+    return torch.stack([torch.stack([parts.pop((w, l)) for l in range(layers)]) for w in range(windows)])
+
+
+def _ranges(
+    runtime: Runtime, i: int, held: Any, tokens: int, mass: Tensor | None, into: dict[int, KVRanges]
+) -> None:
+    """Keys and values of one window and layer, where the cache has kept all of them."""
+    k, v = getattr(held, "keys", None), getattr(held, "values", None)
+    if k is None or v is None or k.dim() != 4 or k.shape[2] != tokens:
+        return  # a sliding window has let rows go
+    sinks = torch.tensor([0]) if mass is None else mass.sum(0).topk(min(5, tokens // 2)).indices
+    whole = not hasattr(runtime.config.get_text_config(decoder=True), "qk_rope_head_dim")  # else RoPE turns a part at the end
+    positions = torch.arange(tokens, device=k.device)[None]
+    cos, sin = runtime.angles(i, positions) if whole else (torch.empty(1, tokens, 0), torch.empty(1, tokens, 0))
+    into.setdefault(i, KVRanges()).add(k[0], v[0], cos.to(k.device), sin.to(k.device), sinks)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -236,12 +248,12 @@ def _said(tokenizer: Any, ids: Tensor, window: int, position: int) -> str | None
 
 
 def _stage_row(
-    model: Any, layout: Layout, life: StageLife, stats: Stats, ids: Tensor, tokenizer: Any, i: int, lives: Sequence[StageLife]
+    passes: Passes, layout: Layout, life: StageLife, stats: Stats, ids: Tensor, tokenizer: Any, i: int, lives: Sequence[StageLife]
 ) -> dict[str, Any]:
     stage, span = life.stage, _layers_of(i, lives, layout.layers)
     main = stage.channels[0]
     carriers = [{"window": w, "position": p, "value": v, "text": _said(tokenizer, ids, w, p)} for w, p, v in life.carriers]
-    ends = [] if life.end is None else _writers(model, layout, stats, life.end, main)
+    ends = [] if life.end is None else _writers(passes, layout, stats, life.end, main)
     return {
         **asdict(stage), "channels": list(stage.channels), "stable_channels": list(life.stable), "end": life.end,
         "ended_at_once": life.at_once, "layers": [span.start, span.stop - 1], "curve": list(life.curve),
@@ -249,18 +261,18 @@ def _stage_row(
         "carriers_first": sum(c["position"] == 0 for c in carriers),
         "first_token_only": bool(carriers) and all(c["position"] == 0 for c in carriers),
         "windows_with_carriers": len({c["window"] for c in carriers}),
-        "neurons": _writers(model, layout, stats, stage.block, main), "ended_by": ends,
+        "neurons": _writers(passes, layout, stats, stage.block, main), "ended_by": ends,
     }  # fmt: skip
 
 
-def _writers(model: Any, layout: Layout, stats: Stats, layer: int, channel: int) -> list[dict[str, Any]]:
+def _writers(passes: Passes, layout: Layout, stats: Stats, layer: int, channel: int) -> list[dict[str, Any]]:
     """The parts of a layer whose largest output is in `channel`, with the neuron behind it and the weight view beside it."""
     rows: list[dict[str, Any]] = []
     for entry in layout.of_layer(layer):
         held = stats.entries.get(entry.label)
         if held is None or held.channel != channel:
             continue
-        weight = down_weight(model, entry)[channel].float().abs()
+        weight = passes.down_row(entry, channel).abs()
         top = weight.topk(min(3, len(weight)))
         rows.append(
             {"entry": entry.label, "channel": channel, "neuron": held.neuron, "value": held.value, "weight": held.weight,
@@ -291,6 +303,11 @@ def _attention_row(seen: _Seen, ids: Tensor, tokenizer: Any) -> dict[str, Any]:
     return {"how": seen.how, "layers": rows}
 
 
+def _entry_rows(layout: Layout, stats: Stats, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
+    held = stats.entries
+    return {e.label: _entry_row(held[e.label], tokenizer, ids) for e in layout.entries if e.label in held}
+
+
 def _entry_row(e: Any, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
     row = dict(asdict(e))
     total = row.pop("routing_total")
@@ -300,7 +317,7 @@ def _entry_row(e: Any, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
 
 
 def _experts(
-    model: Any, where: Anatomy, layout: Layout, stats: Stats, hidden: Hidden, lives: Sequence[StageLife], ids: Tensor,
+    passes: Passes, layout: Layout, stats: Stats, hidden: Hidden, lives: Sequence[StageLife], ids: Tensor,
     options: ProfileOptions, tell: Progress, arrays: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     a = {e.label: stats.entries[e.label].largest if e.label in stats.entries else 0.0 for e in layout.entries}
@@ -324,13 +341,13 @@ def _experts(
         top = max(int(x.partition(":")[0]) for x in suspects)
         ends = [s.end for s in lives if s.stage.block >= min(layers) and s.end is not None and s.end > top + 1]
         behind = range(top + 1, min([layout.layers, *ends]))
-        check = causal_check(model, where, layout, ids[: options.causal_windows], suspects, suspects, behind, tell)
+        check = causal_check(passes, layout, ids[: options.causal_windows], suspects, suspects, behind, tell)
         maps = check.pop("maps")
         arrays |= {f"map.{kind}.{i}": m for kind, found in maps.items() for i, m in found.items()}
         out["causal"] = check
         confirmed += [m["expert"] for m in check["members"] if m["confirmed"] and m["expert"] not in confirmed]
     out["protected"] = confirmed
-    out["ignore"] = ignore_lists(model, [layout.find(x) for x in confirmed])
+    out["ignore"] = ignore_lists(passes.model, [layout.find(x) for x in confirmed])
     return out
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.profiling import ProfileOptions, profile
 from kvsink.profiling.causal import random_control, run_model
+from kvsink.profiling.passes import passes_of
 from kvsink.profiling.record import prune
 from kvsink.profiling.superexperts import forming_layers, judge, robustness
 from kvsink.profiling.watch import EntryStats, Stats, merge_stats, watching_experts
-from kvsink.runtime import anatomy
 from kvsink.tools.to_mixtral import as_mixtral
 from tests import models
 from tests.planted import EXPERTS, LAYERS, MIXTURES, OUT, TRIGGER, add_sinks, build, layout_of, plant, windows
@@ -150,10 +150,9 @@ def test_experts_as_modules_give_what_stacked_experts_give() -> None:
         for name in ("window", "position", "channel", "rows"):
             assert e[name] == other[name], (label, name)
         assert other["largest"] == pytest.approx(e["largest"], rel=1e-4)
-    where = anatomy(apart)
     skip = frozenset({"1:3"})
-    mine = run_model(apart, where, layout_of(apart), ids, skip).perplexity
-    assert mine == pytest.approx(run_model(stacked, where, layout_of(stacked), ids, skip).perplexity, rel=1e-5)
+    mine = run_model(passes_of(apart), layout_of(apart), ids, skip).perplexity
+    assert mine == pytest.approx(run_model(passes_of(stacked), layout_of(stacked), ids, skip).perplexity, rel=1e-5)
     assert b["experts"]["ignore"]["torchao"]["modules_to_not_convert"][1].endswith("mlp.experts.3.w2")
 
 

@@ -161,6 +161,31 @@ def test_both_ways_write_the_same_folder(
     assert folded == turned
 
 
+def test_a_mixture_with_a_tensor_per_expert_is_rewritten_by_layers(tiny_dir: Path, tmp_path: Path, text: Path) -> None:
+    """As with the whole model, and its experts stay the tensors that they are in the files."""
+    import shutil
+
+    source = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    build("qwen3-moe").save_pretrained(source)
+    options = RewriteOptions("klt", calibration=str(text), calibration_tokens=512)
+    for by_layer in (False, True):
+        rewrite_dir(source, tmp_path / str(by_layer), options, by_layer=by_layer, device="cpu")
+    one, two = (load_file(tmp_path / how / "model.safetensors") for how in ("False", "True"))
+    assert one.keys() == two.keys() == load_file(source / "model.safetensors").keys()
+    assert any(".experts.3." in n for n in two) and all(torch.allclose(t, two[n], atol=1e-5) for n, t in one.items())
+    assert runtime_of(load_model(tmp_path / "True", "cpu")).method == "klt"
+
+
+def test_values_under_another_name_are_not_written_by_layers(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvsink.conversion import Weights
+
+    monkeypatch.setattr(Weights, "plain", lambda self, name: "v_proj" not in name)
+    with pytest.raises(UnsupportedError, match=r"stores model.layers.0.self_attn.v_proj.weight under another name"):
+        rewrite_dir(tiny_dir, tmp_path / "out", RewriteOptions("rtn"), by_layer=True)
+
+
 def test_untouched_weights_are_copied_byte_for_byte(tiny_dir: Path, tmp_path: Path, text: Path) -> None:
     rewrite_dir(tiny_dir, tmp_path / "out", RewriteOptions("rtn", calibration=str(text), calibration_tokens=512), by_layer=True)
     copy, source = tmp_path / "out" / "model.safetensors", tiny_dir / "model.safetensors"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from kvsink import streaming
+from kvsink.checkpoint import Checkpoint
 from kvsink.loading import load_model
+from kvsink.profiling import load_profile
+from kvsink.profiling.passes import profile_needs
+from kvsink.streaming import skeleton
 from kvsink.tools import profile as tool
 from kvsink.tools import rewrite as rewrite_tool
 from kvsink.tools import to_mixtral
@@ -142,3 +149,148 @@ def test_the_converter_writes_a_folder_with_the_same_logits(tiny_dir, tmp_path, 
 def test_a_model_that_is_no_llama_is_not_converted(moe_dir, tmp_path, capsys) -> None:
     assert to_mixtral.main([str(moe_dir), str(tmp_path / "z")]) == 2
     assert "not a Llama" in capsys.readouterr().err
+
+
+# -- layer by layer ----------------------------------------------------------------------------------------------------
+
+
+def _copy(source: Path, folder: Path, **changed: object) -> Path:
+    """A copy of a model folder in which functions have changed some tensors."""
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    for name, change in changed.items():
+        state[name] = change(state[name])  # type: ignore[operator]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _sharded(moe_dir: Path, folder: Path) -> list[Path]:
+    """A quiet mixture in several shards, with the tokenizer beside it: its shards."""
+    build("mixtral").save_pretrained(folder, max_shard_size="300KB")
+    for file in moe_dir.iterdir():
+        if "token" in file.name:
+            shutil.copy(file, folder / file.name)
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def test_both_ways_write_the_same_record(moe_dir, text, tmp_path, capsys) -> None:
+    for how in ("--whole", "--stream"):
+        assert tool.main([str(moe_dir), str(tmp_path / how), "--text", text, *SMALL, "--no-page", how]) == 0
+        said = capsys.readouterr()
+        assert "GiB of memory with the whole model" in said.err and "are free: read" in said.err
+        assert "Super Experts by the published criterion: 1:3" in said.out
+    one, two = (json.loads((tmp_path / how / "profile.json").read_text()) for how in ("--whole", "--stream"))
+    assert (one["read"], two["read"]) == ("whole", "layer by layer")
+    assert one["fingerprint"] == two["fingerprint"] and one["hidden"]["channels"] == two["hidden"]["channels"]
+    for key in ("super_experts", "ranking", "protected", "ignore", "forming_layers"):
+        assert one["experts"][key] == two["experts"][key]
+    assert one["perplexity"] == pytest.approx(two["perplexity"], rel=1e-5)
+    load_profile(tmp_path / "--stream" / "profile.json")
+
+
+def test_a_model_that_would_fill_the_memory_is_read_by_layers(tiny_dir, text, tmp_path, capsys, monkeypatch) -> None:
+    wanted = profile_needs(skeleton(tiny_dir), Checkpoint.find(tiny_dir), 2, 96).whole
+    args = [str(tiny_dir), "--text", text, *SMALL, "--no-page", "--no-attention"]
+    for share, how in ((0.79, "whole"), (0.81, "layer by layer")):
+        monkeypatch.setattr(streaming, "available_memory", lambda device, share=share: int(wanted / share))
+        assert tool.main([*args[:1], str(tmp_path / how), *args[1:]]) == 0
+        assert f"read {how}" in capsys.readouterr().err
+        assert json.loads((tmp_path / how / "profile.json").read_text())["read"] == how
+    monkeypatch.setattr(streaming, "available_memory", lambda device: wanted)
+    pruned = ["--prune", "1:dense", "--prune-to", str(tmp_path / "pruned")]  # needs the whole model
+    assert tool.main([*args[:1], str(tmp_path / "out"), *args[1:], *pruned]) == 0
+    assert "read whole" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_with_layers(tiny_dir, text, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    base = [str(tiny_dir), str(out), *SMALL, "--text", text, "--stream"]
+    _fails(capsys, [*base, "--prune", "1:dense", "--prune-to", str(tmp_path / "p")], "--prune", "--whole")
+    _fails(capsys, [*base, "--dtype", "bfloat16"], "float32", "--whole")
+    _fails(capsys, [*base, "--experts"], "dense", "no experts")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    _fails(capsys, [*base[:-2], str(short), "--stream"], "9 tokens", "longer text")
+    bins = shutil.copytree(tiny_dir, tmp_path / "bins")
+    torch.save(load_file(bins / "model.safetensors"), bins / "pytorch_model.bin")
+    (bins / "model.safetensors").unlink()
+    _fails(capsys, [str(bins), *base[1:]], "no safetensors files", "--whole")
+    assert not out.exists()
+
+
+def test_a_rewritten_folder_is_not_profiled(tiny_dir, text, tmp_path, capsys) -> None:
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    assert rewrite_tool.main([str(tiny_dir), str(packed), "--method", "rtn", "--protect", "none", "--eval-windows", "0",
+                              "--device", "cpu"]) == 0  # fmt: skip
+    for how in ("--whole", "--stream"):
+        _fails(capsys, [str(packed), str(out), *SMALL, "--text", text, how], "rewritten by kvsink already", "made from")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("how", ["--whole", "--stream"])
+def test_an_unknown_layout_names_what_it_saw(moe_dir, text, tmp_path, capsys, how) -> None:
+    folder = tmp_path / "jet"
+    config = hf.JetMoeConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, kv_channels=16, intermediate_size=48,
+        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+    )  # fmt: skip
+    hf.JetMoeForCausalLM(config).save_pretrained(folder)
+    for file in moe_dir.iterdir():
+        if "token" in file.name:
+            shutil.copy(file, folder / file.name)
+    _fails(capsys, [str(folder), str(tmp_path / "out"), *SMALL, "--text", text, how], "declares 4 experts", "mlp (JetMoeMoE)")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_shard_that_is_damaged_from_the_start(moe_dir, text, tmp_path, capsys, damage) -> None:
+    """It is seen in the headers, before anything is read: there is no partial result."""
+    shard = _sharded(moe_dir, tmp_path / "sharded")[2]
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    out = tmp_path / "out"
+    _fails(capsys, [str(shard.parent), str(out), *SMALL, "--text", text, "--stream"], str(shard), "fetch the model again")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_shard_that_turns_out_damaged_keeps_what_was_measured(moe_dir, text, tmp_path, capsys, monkeypatch, damage) -> None:
+    """Something happens to the file of layer 2 while layer 1 runs, in the second look at the windows."""
+    folder, out = tmp_path / "sharded", tmp_path / "out"
+    _sharded(moe_dir, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = {index[n] for n in index if "layers.2." in n} - {index[n] for n in index if "layers.1." in n}
+    shard = folder / sorted(shards)[-1]
+    plain, runs = streaming.Stream.run, []
+
+    def run(self, jobs, tell, *args) -> None:
+        def watched(done: int, total: int) -> None:
+            tell(done, total)
+            if len(runs) == 2 and done == 2:  # blocks 0 and 1 are through
+                shard.unlink() if damage == "missing" else shard.write_bytes(shard.read_bytes()[:-1000])
+
+        runs.append(1)
+        plain(self, jobs, watched, *args)
+
+    monkeypatch.setattr(streaming.Stream, "run", run)
+    _fails(capsys, [str(folder), str(out), *SMALL, "--text", text, "--stream"], str(shard), str(out / "profile.partial.json"))
+    assert [p.name for p in out.iterdir()] == ["profile.partial.json"]
+    partial = json.loads((out / "profile.partial.json").read_text())
+    assert partial["status"] == "partial" and shard.name in partial["stopped"] and len(partial["hidden"]["largest"]) == 4
+    assert {label.partition(":")[0] for label in partial["entries"]} == {"0", "1"}
+
+
+@pytest.mark.parametrize("place", ["weights", "activations"])
+def test_nan_by_layers_keeps_what_was_measured(tiny_dir, text, tmp_path, capsys, place) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    change = (lambda w: w.index_fill(0, torch.tensor([3]), float("nan"))) if place == "weights" else (lambda w: w.fill_(3e38))
+    folder, out = _copy(tiny_dir, tmp_path / "nan", **{name: change}), tmp_path / "out"
+    says = (name, "NaN") if place == "weights" else ("block 1", "infinite activations")
+    _fails(capsys, [str(folder), str(out), *SMALL, "--text", text, "--stream"], *says, str(out / "profile.partial.json"))
+    partial = json.loads((out / "profile.partial.json").read_text())
+    assert partial["status"] == "partial" and len(partial["hidden"]["largest"]) == 1
+    first = _copy(tiny_dir, tmp_path / "first", **{"model.layers.0.mlp.up_proj.weight": lambda w: w * float("inf")})
+    _fails(capsys, [str(first), str(tmp_path / "none"), *SMALL, "--text", text, "--stream"], "model.layers.0.mlp.up_proj.weight")
+    assert not (tmp_path / "none").exists()  # nothing had been measured
