@@ -95,7 +95,7 @@ def rewritten(family: str, method: str, dtype: torch.dtype = torch.float64, **op
     """A tiny model rewritten by a method at 4 bits, and the report."""
     model = build_family(family, dtype)
     widths = {"key_bits": 4, "value_bits": 4, "protect": "first:1", **options}
-    report = kvsink.rewrite(model, method, calibration=ids(8, 64, 1), **widths)
+    report = kvsink.rewrite(model, method, **{"calibration": ids(8, 64, 1), **widths})
     return model, report
 
 
