@@ -41,7 +41,7 @@ def pads_of(a: Any, b: Any) -> tuple[int, int]:
     for cache in (a, b):
         if cache.sliding is not None or len(cache.packed_layers()) != len(cache.layers):
             raise UnsupportedError(
-                "a cache with sliding-window layers, or layers that kvsink leaves alone, cannot be joined; prefill its rows together"
+                "a cache with sliding-window layers, or layers that kvsink leaves alone, cannot be joined; prefill rows together"
             )
         if not all(layer.is_initialized and int(layer.length) for layer in cache.packed_layers()):
             raise KvsinkError("an empty cache cannot be joined; prefill a prompt first")
@@ -68,8 +68,8 @@ def pads_of(a: Any, b: Any) -> tuple[int, int]:
             )
         if max(pads) % (unit := pad_unit(layer.codec)):
             raise UnsupportedError(
-                f"layer {i}: lengths {lengths[0][0]} and {lengths[1][0]} differ by {max(pads)}, and {unit} tokens are coded or stored "
-                f"together; left-pad the shorter prompt until the difference is a multiple of {unit}"
+                f"layer {i}: lengths {lengths[0][0]} and {lengths[1][0]} differ by {max(pads)}, and {unit} tokens are coded or "
+                f"stored together; left-pad the shorter prompt until the difference is a multiple of {unit}"
             )
     return pads
 
@@ -80,7 +80,7 @@ def joined_state(a: Any, b: Any, pads: tuple[int, int], slots: int) -> dict[str,
     moved = [_moved(layer, pad, slots, names) for layer, pad in zip((a, b), pads, strict=True)]
     longer, shorter = (moved[0], moved[1]) if pads[0] == 0 else (moved[1], moved[0])
     here, there = longer["recent_slot"], shorter["recent_slot"]
-    if bool(((here != there) & (here >= max(pads))).any()):
+    if bool(((here != there) & ((here >= max(pads)) | (there >= 0))).any()):
         raise UnsupportedError(
             f"layer {a.layer}: a crop has left one cache fewer recent rows as they came than the other; go on with either for "
             f"{a.codec.ring} tokens, or prefill again"
@@ -127,7 +127,7 @@ def _moved(layer: Any, pad: int, slots: int, names: list[str]) -> dict[str, Tens
         new.narrow(along, start if count else 0, count).copy_(old.narrow(along, 0, count))
         out[name] = new
     slot = out["exact_slot"]
-    out["exact_slot"] = torch.where(slot >= 0, slot + pad, slot)  # below -1 only with anchors, which are not moved
+    out["exact_slot"] = torch.where(slot < -1, slot - pad, torch.where(slot >= 0, slot + pad, slot))  # a repeat s is -s - 2
     out["length"] += pad
     recent = out["recent_slot"]
     recent = torch.where((recent >= 0) & (recent < held), recent + pad, -1)  # those of a cropped tail are gone
