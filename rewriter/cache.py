@@ -30,7 +30,7 @@ from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
-from kvsink.runtime import Frame, Runtime, position_candidates, runtime_of
+from kvsink.runtime import Frame, Runtime, number_of, position_candidates, runtime_of
 from kvsink.sliding import SlidingWindow, check_crop
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
@@ -575,7 +575,7 @@ class KVSinkCache(Cache):
         if max_length is not None and max_length < 1:
             raise KvsinkError(f"max_length={max_length} is not positive")
         runtime = runtime_of(model)
-        weight = next(model.parameters())
+        weight = number_of(model)
         if tiles is None:
             tiles = kernel_serves(runtime, weight.dtype, weight.device)
         cache = cls(runtime, max_length, tiles)

@@ -188,8 +188,14 @@ def _read_config(source: Path) -> dict[str, Any]:
         config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is not a model configuration ({error!r}); fetch the model again") from error
-    if (config.get("quantization_config") or {}).get("quant_method") == "kvsink":
+    quantized = (config.get("quantization_config") or {}).get("quant_method")
+    if quantized == "kvsink":
         raise ModelError(f"{source} has been rewritten by kvsink already; pass the model it was made from")
+    if quantized:
+        raise UnsupportedError(
+            f"the weights in {source} are quantized by {quantized}, and a folder can name one quantizer only; load it with "
+            "transformers and call kvsink.rewrite(model)"
+        )
     return dict(config)
 
 

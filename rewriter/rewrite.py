@@ -22,7 +22,7 @@ from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
 from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
-from kvsink.fold import fold_value_rotation, foldable
+from kvsink.fold import FOLDED, fold_value_rotation, foldable, is_plain, shared_weights
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method, methods
 from kvsink.observed import check_observable
@@ -207,10 +207,22 @@ def _tokenizer_of(model: nn.Module) -> Any:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise ModelError when a weight is NaN or infinite."""
+    """Raise ModelError when a weight is NaN or infinite; weights in a format of their own are not looked into."""
     for name, p in model.named_parameters():
-        if p.is_floating_point() and not torch.isfinite(p).all():
+        if is_plain(p) and not p.is_meta and not torch.isfinite(p).all():
             raise ModelError(f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again")
+
+
+def _unfoldable(attention: nn.Module, shared: frozenset[int], streamed: bool) -> str | None:
+    """Why a value rotation cannot go into the weights of an attention module, or None."""
+    if reason := foldable(attention):
+        return reason
+    for name, p in attention.named_parameters():
+        if name in FOLDED and id(p) in shared:
+            return f"{name} is shared with another module"
+        if name in FOLDED and p.is_meta and not streamed:
+            return f"{name} is offloaded and cannot be written here"
+    return None
 
 
 def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
@@ -394,6 +406,7 @@ def rewrite(
     plans: list[LayerPlan] = []
     tables: dict[str, Tensor] = {}
     folds: list[tuple[nn.Module, int]] = []
+    shared = shared_weights(model)
     for i, w in enumerate(wanted):
         if w is None:
             plans.append(LayerPlan(None, (), _refusal(where, i)))
@@ -413,7 +426,7 @@ def rewrite(
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
         attention = model.get_submodule(where.attentions[i])
         if value_spec.transform == "hadamard":
-            online = foldable(attention) if fold else "folding is off"
+            online = _unfoldable(attention, shared, stream is not None) if fold else "folding is off"
             if online is None and value_spec.heads_per_group == 1:
                 folds.append((attention, value_spec.order))
                 value_spec = replace(value_spec, folded=True)

@@ -24,7 +24,7 @@ from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
 
-__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "check_cache", "detach", "runtime_of"]
+__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "check_cache", "detach", "number_of", "runtime_of"]
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
 
@@ -328,7 +328,7 @@ class _NewFrame(_Hook):
             axes = self.given("position_ids", args, kwargs)
             if self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
-                like = rows if rows.is_floating_point() else next(module.parameters())
+                like = rows if rows.is_floating_point() else number_of(module)
                 frame.positions, frame.one_axis = first, True
                 frame.cos, frame.sin = module.rotary_emb(like, first)  # type: ignore[operator]
         if hasattr(cache, "begin") and not torch.compiler.is_compiling():
@@ -461,6 +461,12 @@ class _Positions(_Hook):
         positions = self.given("position_ids", args, kwargs)
         if positions is not None and positions.dim() == 2:
             cache.shared.frame.positions = positions
+
+
+def number_of(module: nn.Module) -> Tensor:
+    """A weight of the dtype a module computes in: the first of at least 16-bit floating point, whatever quantized ones stand by."""
+    plain = (p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1)
+    return next(plain, next(module.parameters()))
 
 
 def _device_of(module: nn.Module) -> torch.device:
