@@ -17,7 +17,7 @@ import types
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CompileConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import cached_file
@@ -92,6 +92,9 @@ def install_generate(model: nn.Module) -> None:
     for name, ours in (("_prepare_cache_for_generation", _prepare_cache), ("init_continuous_batching", _continuous)):
         if name not in vars(model) and hasattr(model, name):
             setattr(model, name, types.MethodType(ours, model))
+    settings: Any = getattr(model, "config", None)
+    if getattr(settings, "model_type", "") == "falcon" and getattr(settings, "alibi", False):
+        model.create_masks_for_generate = _flat_mask  # type: ignore[assignment]
     config = getattr(model, "generation_config", None)
     if config is not None and next(model.parameters()).device.type == "cuda" and config.compile_config is None:
         config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode="reduce-overhead")
@@ -152,6 +155,21 @@ def _check_owner(model: Any, cache: KVSinkCache) -> None:
         f"this cache was made for another model than {type(model).__name__}, or before it was rewritten; make one with "
         "kvsink.KVSinkCache.for_model(model)"
     )
+
+
+def _flat_mask(
+    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Any = None, **kwargs: Any
+) -> Tensor | None:
+    """In place of transformers' 4-D mask over a cache of a fixed length, for a forward that computes its ALiBi from a 2-D one:
+    int64 [B, slots], 0 at padding and at slots that hold nothing yet."""
+    cache = kwargs.get("past_key_values") if cache is None else cache
+    if attention_mask is not None and attention_mask.dim() != 2:
+        return attention_mask
+    slots, (batch, new) = cache.get_max_length(), inputs_embeds.shape[:2]
+    if attention_mask is not None:
+        return nn.functional.pad(attention_mask, (0, max(0, slots - attention_mask.shape[1])))
+    held = torch.arange(slots, device=inputs_embeds.device) < cache.get_seq_length() + new
+    return held.to(torch.int64).expand(batch, -1)
 
 
 def _continuous(self: Any, *args: Any, **kwargs: Any) -> Any:

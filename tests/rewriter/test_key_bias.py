@@ -57,7 +57,7 @@ def test_the_bias_stands_where_it_should() -> None:
 @pytest.mark.parametrize("method", sorted(name for name, m in methods().items() if m.key.center))
 def test_centred_keys_survive_a_large_bias(method: str, bits: int) -> None:
     plain, with_bias = (divergence(method, bits, b) for b in (False, True))
-    assert 0 < plain and with_bias <= SURVIVES * plain, f"{plain:.5f} without, {with_bias:.5f} with the bias"
+    assert plain > 0 and with_bias <= SURVIVES * plain, f"{plain:.5f} without, {with_bias:.5f} with the bias"
 
 
 @pytest.mark.parametrize("bits", [4, 2])
