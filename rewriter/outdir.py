@@ -97,6 +97,7 @@ def rewrite_dir(
         window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,
         layers=options.layers, tokenizer=tokenizer, fold=options.fold, storage_dtype=storage, progress=progress,
         bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality, stream=stream,
+        sliding=options.sliding,
     )  # fmt: skip
     report.model = str(model_dir)
     report.notes += notes

@@ -62,6 +62,7 @@ class RewriteOptions:
     plan: str = "uniform"
     profile: str | None = None
     modality: str | None = None
+    sliding: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -394,7 +395,7 @@ def rewrite(
         if plan_ids is None:
             source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
             plan_ids = calibration_windows(model, source, calibration_tokens, tokenizer)
-        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs)
+        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs, sliding)
         notes.append(found.note)
         choices = parse_layers(found.layers, n, base)
         wanted = [
@@ -467,7 +468,7 @@ def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple
 
 def _auto_plan(
     model: nn.Module, m: Method, base: LayerChoice, record: Calibration, ids: Tensor, bits: float | None,
-    progress: Progress | None, designs: dict[Any, Design] | None,
+    progress: Progress | None, designs: dict[Any, Design] | None, sliding: bool,
 ) -> Plan:  # fmt: skip
     """Widths per layer within a budget; the model is as it was before."""
     earlier = model.__dict__.get("_kvsink_runtime")
@@ -475,7 +476,7 @@ def _auto_plan(
         raise UnsupportedError(f"method {m.name} gives its layers widths by their attention pattern; use --plan uniform")
     run = partial(
         rewrite, model, m, key_bits=base.key_bits, value_bits=base.value_bits, protect=base.protect, window=base.window,
-        calibration=record, fold=False, designs=designs,
+        calibration=record, fold=False, designs=designs, sliding=sliding,
     )  # fmt: skip
     training = model.training
     model.eval()
