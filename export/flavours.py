@@ -18,7 +18,7 @@ from kvsink.export.bodies import QUANTIZERS_WITH_BODY
 from kvsink.export.errors import ExportError
 from kvsink.methods import get_method, methods
 from kvsink.protect import Segment, anchors_for_layer, parse_policies
-from kvsink.runtime import Runtime, visual_tokens
+from kvsink.runtime import Runtime, rope_types, visual_tokens
 
 __all__ = [
     "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",
@@ -90,6 +90,8 @@ def model_refusal(model: Any, anywhere: bool = False) -> str:
         return "it caps its attention logits, which the Attend node does not"
     if any(hasattr(module, "sinks") for module in model.modules()):
         return "its attention has learned sink logits, which the Attend node does not"
+    if "dynamic" in rope_types(config):
+        return "rope type dynamic computes its angles anew whenever the length grows, which no graph can"
     if config.model_type == "falcon" and config.alibi:
         return "its position bias (ALiBi) is computed in bfloat16, which onnxruntime does not multiply on the CPU"
     weight = next(model.parameters())

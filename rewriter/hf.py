@@ -11,9 +11,11 @@ Differs    `_prepare_cache_for_generation` is private to transformers; `tests/re
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kvsink.attention import install_attention
 from kvsink.cache import KVSinkCache
 from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
-from kvsink.runtime import attach
+from kvsink.runtime import attach, rope_types
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
 
 __all__ = ["KvsinkConfig", "KvsinkQuantizer", "install_generate"]
@@ -95,8 +97,14 @@ def install_generate(model: nn.Module) -> None:
     settings: Any = getattr(model, "config", None)
     if getattr(settings, "model_type", "") == "falcon" and getattr(settings, "alibi", False):
         model.create_masks_for_generate = _flat_mask  # type: ignore[assignment]
+    if hasattr(settings, "original_max_position_embeddings") and "prepare_inputs_for_generation" not in vars(model):
+        model.prepare_inputs_for_generation = types.MethodType(  # type: ignore[assignment]
+            _kept(type(model).prepare_inputs_for_generation), model  # type: ignore[arg-type]
+        )
     config = getattr(model, "generation_config", None)
-    if config is not None and next(model.parameters()).device.type == "cuda" and config.compile_config is None:
+    if _uncompilable(model) or config is None or config.compile_config is not None:
+        return
+    if next(model.parameters()).device.type == "cuda":
         config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode="reduce-overhead")
 
 
@@ -133,6 +141,10 @@ def _new_cache(model: Any, config: Any, batch_size: int, max_length: int) -> KVS
             f"{model._kvsink_runtime.method} codes; leave it out, or say 'static' or 'dynamic'"
         )
     compiling = getattr(config, "compile_config", None) is not None or model.device.type == "cuda"
+    if reason := _uncompilable(model):
+        if getattr(config, "compile_config", None) is not None:
+            raise UnsupportedError(f"{type(model).__name__} cannot be compiled: {reason}; leave compile_config out")
+        compiling, config.disable_compile = False, True
     if not compiling and asked in _GROWING:
         return KVSinkCache.for_model(model)
     rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
@@ -140,6 +152,13 @@ def _new_cache(model: Any, config: Any, batch_size: int, max_length: int) -> KVS
     if compiling:  # whole blocks, so that two prompts of nearly the same length share one compiled graph
         length = -(-length // 256) * 256
     return KVSinkCache.for_model(model, rows, length)
+
+
+def _uncompilable(model: Any) -> str:
+    """Why a decode step of a model cannot be one graph, or an empty string."""
+    if "dynamic" in rope_types(model.config.get_text_config(decoder=True)):
+        return "rope type dynamic computes its angles anew, outside the graph, whenever the length grows"
+    return ""
 
 
 def _check_owner(model: Any, cache: KVSinkCache) -> None:
@@ -170,6 +189,23 @@ def _flat_mask(
         return nn.functional.pad(attention_mask, (0, max(0, slots - attention_mask.shape[1])))
     held = torch.arange(slots, device=inputs_embeds.device) < cache.get_seq_length() + new
     return held.to(torch.int64).expand(batch, -1)
+
+
+def _kept(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """`prepare_inputs_for_generation` of a model that throws its cache away where its angles change (longrope): the packed one
+    is given back, empty, and takes the rows anew; transformers would go on with a stock one."""
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(self, *args, **kwargs)
+        for name in ("cache", "past_key_values"):
+            held = kwargs.get(name)
+            if isinstance(held, KVSinkCache) and inputs.get(name) is None:
+                held.reset()
+                inputs[name] = held
+        return inputs
+
+    return prepared
 
 
 def _continuous(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -32,7 +32,18 @@ from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
-from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, check_cache, detach, towers, visual_tokens
+from kvsink.runtime import (
+    Anatomy,
+    LayerPlan,
+    Runtime,
+    anatomy,
+    attach,
+    check_cache,
+    detach,
+    rope_types,
+    towers,
+    visual_tokens,
+)
 from kvsink.sliding import sliding_refusal
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
@@ -245,12 +256,8 @@ def _rope_refusal(config: Any) -> str:
     turned = getattr(config, "no_rope_layers", None) or ()  # 1 where a layer has RoPE, as transformers names it
     if len(set(map(bool, turned))) > 1:
         return "some layers have RoPE and others none, though all are given its angles"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
-    for r in kinds:
-        kind = r.get("rope_type", r.get("type"))
-        if kind in ("dynamic", "longrope"):
-            return f"rope type {kind} changes its angles with the length"
+    for kind in sorted(rope_types(config) & {"dynamic", "longrope"}):
+        return f"rope type {kind} changes its angles with the length"
     return ""
 
 

@@ -139,6 +139,13 @@ def towers(model: nn.Module) -> dict[str, int]:
     return out
 
 
+def rope_types(config: Any) -> frozenset[str]:
+    """Kinds of RoPE scaling in a text config, as transformers names them; a model may have one per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    return frozenset(str(r.get("rope_type", r.get("type"))) for r in kinds)
+
+
 def check_cache(model: nn.Module) -> None:
     """Raise UnsupportedError for a model whose cache holds something else than keys and values."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]

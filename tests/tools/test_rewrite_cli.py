@@ -58,7 +58,8 @@ def test_unset_options_are_the_methods_own(engine, tiny_dir, tmp_path):
 def test_sliding_layers_are_packed_where_asked(mixed_dir, tmp_path, flags, layers, capsys):
     """The folder generates what the same rewrite in memory does; its table is measured through the packed windows."""
     out = tmp_path / "out"
-    argv = "--key-bits 2 --value-bits 2 --calibration-tokens 512 --eval-windows 1 --eval-window-tokens 48 --device cpu".split()
+    argv = ["--key-bits", "2", "--value-bits", "2", "--calibration-tokens", "512", "--device", "cpu"]
+    argv += ["--eval-windows", "1", "--eval-window-tokens", "48"]
     assert main([str(mixed_dir), str(out), *argv, *flags]) == 0
     said = capsys.readouterr().out
     assert f"{len(layers)} of 2 layers packed" in said
@@ -79,7 +80,8 @@ def test_a_codec_that_cannot_slide_says_so(mixed_dir, tmp_path, capsys):
     argv = [mixed_dir, tmp_path / "out", "--method", "kivi", "--sliding", "--calibration-tokens", "512", "--device", "cpu"]
     assert main([str(part) for part in argv]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "layer 0 (model.layers.0.self_attn): sliding window of 8" in line and "which the end of a moving window would cut" in line
+    assert "layer 0 (model.layers.0.self_attn): sliding window of 8" in line
+    assert "which the end of a moving window would cut" in line
     assert not (tmp_path / "out").exists()
 
 
