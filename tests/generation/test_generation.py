@@ -443,6 +443,29 @@ def test_rows_of_one_length_join_whatever_their_codec(method: str, options: dict
     assert torch.equal(out[:, -NEW:], torch.stack(wanted))
 
 
+@pytest.mark.parametrize(("family", "method"), [("falcon-alibi", "klt"), ("falcon-alibi", "rtn"), ("bloom", "rtn")])
+@torch.no_grad()
+def test_position_biases_over_a_fixed_cache(family: str, method: str) -> None:
+    """These forwards read a 2-D mask: over all slots of a fixed cache it must still say which new rows are padding. Falcon makes
+    angles that its attention does not use with ALiBi, so its keys are not to be turned."""
+    model = rewritten(family, method, protect="first:2")[0]
+    assert model._kvsink_runtime.rotary is None
+    rows = ids(2, 13, 3)
+    mask = torch.ones_like(rows)
+    rows[1, :3], mask[1, :3] = 0, 0
+    wanted = [alone(model, rows[0]), alone(model, rows[1, 3:])]
+    padded = () if family == "bloom" else (mask,)  # BLOOM itself answers NaN to left padding in float64
+    for options in ({}, {"cache_implementation": "static"}, {"compile_config": compiled()}):
+        torch._dynamo.reset()
+        for given in (*padded, None):
+            held = rows if given is not None else rows[:1]
+            out = model.generate(held, attention_mask=given, return_dict_in_generate=True, **options, **GREEDY)
+            cache = out["cache"] if "cache" in out else out["past_key_values"]
+            for i, row in enumerate(out.sequences[:, 13:]):
+                assert torch.equal(row, wanted[i]), (options, i)
+                assert sorted(cache.layers[0].exact_slot[i].tolist()) == ([0, 1] if i == 0 else [3, 4]), (options, i)
+
+
 def test_crop_of_a_sliding_window_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvsink.sliding.SLACK", 8)
     monkeypatch.setattr("kvsink.sliding.BACK", 4)

@@ -51,7 +51,7 @@ def rewritten(kind: str, bits: int) -> Any:
 
 
 def by_hand(model: Any, kind: str, row: Tensor) -> Tensor:
-    """One sequence, token by token, uncompiled; where longrope changes its angles all rows are stored anew, as transformers does."""
+    """One sequence, token by token, uncompiled; where longrope changes its angles all rows are stored anew, as in transformers."""
     cache, given, out = kvsink.KVSinkCache.for_model(model), row, row
     for _ in range(NEW):
         if kind == "longrope" and out.shape[1] == EDGE + 1:
