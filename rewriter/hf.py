@@ -97,10 +97,10 @@ def install_generate(model: nn.Module) -> None:
     settings: Any = getattr(model, "config", None)
     if getattr(settings, "model_type", "") == "falcon" and getattr(settings, "alibi", False):
         model.create_masks_for_generate = _flat_mask  # type: ignore[assignment]
-    if hasattr(settings, "original_max_position_embeddings") and "prepare_inputs_for_generation" not in vars(model):
-        model.prepare_inputs_for_generation = types.MethodType(  # type: ignore[assignment]
-            _kept(type(model).prepare_inputs_for_generation), model  # type: ignore[arg-type]
-        )
+    prepare = "prepare_inputs_for_generation"
+    if hasattr(settings, "original_max_position_embeddings") and hasattr(model, prepare) and prepare not in vars(model):
+        kept: Any = _kept(type(model).prepare_inputs_for_generation)  # type: ignore[attr-defined]
+        model.prepare_inputs_for_generation = types.MethodType(kept, model)  # type: ignore[assignment]
     config = getattr(model, "generation_config", None)
     if _uncompilable(model) or config is None or config.compile_config is not None:
         return

@@ -175,11 +175,10 @@ class DenseLayer:
         batches = [layer.k.rows.shape[0] for layer in (self, other)]
         batches[0] -= batches[1]
         none = [torch.zeros(n, *self.k.rows.shape[1::2]) for n in batches]
-        self.ring = {
-            slot % self.codec.ring: (slot, *(torch.cat([r[slot][i] if slot in r else no for r, no in zip(rings, none, strict=True)])
-                                             for i in (0, 1)))
-            for slot in {**rings[0], **rings[1]}
-        }  # fmt: skip
+        self.ring = {}
+        for slot in {**rings[0], **rings[1]}:
+            k, v = (torch.cat([r[slot][i] if slot in r else no for r, no in zip(rings, none, strict=True)]) for i in (0, 1))
+            self.ring[slot % self.codec.ring] = (slot, k, v)
 
     # -- what is seen --------------------------------------------------------------------------------------------------
 

@@ -346,8 +346,8 @@ class Twin:
         self._learn_outliers(i, layer, dense)
         for name, one, two in zip(("keys", "values"), found, dense.seen(fresh), strict=True):
             assert one.shape == two.shape, f"layer {i}: {name} {tuple(one.shape)}, not {tuple(two.shape)}"
-            held = torch.arange(self.length) >= self.void[:, None]
-            error = ((one - two) * held[:, None, :, None]).abs().amax((0, 1, 3))
+            there = torch.arange(self.length) >= self.void[:, None]
+            error = ((one - two) * there[:, None, :, None]).abs().amax((0, 1, 3))
             if float(error.max()) > BOUND * float(two.abs().max()):
                 slot = int(error.argmax())
                 raise AssertionError(f"layer {i}: {name} of slot {slot} of {self.length} differ by {float(error[slot]):.3g}")
