@@ -18,11 +18,11 @@ from kvsink.export.bodies import QUANTIZERS_WITH_BODY
 from kvsink.export.errors import ExportError
 from kvsink.methods import get_method, methods
 from kvsink.protect import Segment, anchors_for_layer, parse_policies
-from kvsink.runtime import Runtime, visual_tokens
+from kvsink.runtime import Runtime, rope_types, visual_tokens
 
 __all__ = [
     "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",
-    "model_refusal", "refusal",
+    "model_refusal", "refusal", "takes_functions",
 ]  # fmt: skip
 
 FLAVOURS = ("functions", "custom", "gqa")
@@ -90,16 +90,30 @@ def model_refusal(model: Any, anywhere: bool = False) -> str:
         return "it caps its attention logits, which the Attend node does not"
     if any(hasattr(module, "sinks") for module in model.modules()):
         return "its attention has learned sink logits, which the Attend node does not"
+    if "dynamic" in rope_types(config):
+        return "rope type dynamic computes its angles anew whenever the length grows, which no graph can"
+    if config.model_type == "falcon" and config.alibi:
+        return "its position bias (ALiBi) is computed in bfloat16, which onnxruntime does not multiply on the CPU"
     weight = next(model.parameters())
     if not anywhere and (str(weight.dtype) != "torch.float32" or weight.device.type != "cpu"):
         return f"its weights are {weight.dtype} on {weight.device}; load it in float32 on the CPU"
     return ""
 
 
+def takes_functions(model: Any) -> bool:
+    """Whether attention goes through transformers' attention functions, where a graph can put a node of its own."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
 def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions") -> None:
     """Raise ExportError naming the first layer, or the property of the model, that cannot leave."""
     if reason := model_refusal(model, anywhere):
         raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {reason}")
+    if flavour == "gqa" and not takes_functions(model):
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported to ONNX flavour gqa: its attention does not go through transformers' "
+            "attention functions, where GroupQueryAttention takes its place; use --onnx-flavour functions"
+        )
     for i, plan in enumerate(runtime.plans):
         if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
             what = "ONNX" if flavour != "gqa" else "ONNX flavour gqa"

@@ -20,6 +20,7 @@ from torch import nn
 from kvsink.codecs import Codec
 from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.errors import ExportError
+from kvsink.export.flavours import takes_functions
 from kvsink.export.group_query import GQA_ATTENTION, GroupQueryModel, empty_cache
 from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
 from kvsink.kernels.quantize import SIGMA_KINDS
@@ -63,8 +64,13 @@ def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "funct
 
 @contextmanager
 def _exporting(model: nn.Module, attention: str) -> Iterator[None]:
-    """The attention function of exported graphs, and experts by plain batched products, for the time of a `with` block."""
+    """The attention function of exported graphs, and experts by plain batched products, for the time of a `with` block.
+
+    Attention that is not spelled as a function of transformers stays what it is, in its eager form: standard operators, and an
+    additive mask, as it expects.
+    """
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    attention = attention if takes_functions(model) else "eager"
     names = {"_attn_implementation": attention, "_experts_implementation": "batched_mm"}
     before = {name: getattr(config, name) for name in names if hasattr(config, name)}
     try:

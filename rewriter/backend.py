@@ -29,7 +29,7 @@ from kvsink.protect import parse_policies, segments_for_layer
 from kvsink.sites import AttentionSite
 from kvsink.targets import value
 
-__all__ = ["kvsink_backend", "last_report", "split_options"]
+__all__ = ["forget_reports", "kvsink_backend", "last_report", "split_options"]
 
 _OPTIONS = ("kvsink.method", "kvsink.key_bits", "kvsink.value_bits", "kvsink.protect", "kvsink.fuse", "kvsink.inner")
 _reports: list[PipelineReport] = []
@@ -59,6 +59,11 @@ def split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[
 def last_report() -> PipelineReport | None:
     """The report of the graph compiled last: what each pass did at each site, and why not."""
     return _reports[-1] if _reports else None
+
+
+def forget_reports() -> None:
+    """No graph has been compiled yet, as far as `last_report` says."""
+    _reports.clear()
 
 
 def kvsink_backend(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
+from kvsink.joining import joined_shared, joined_state, pads_of
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
@@ -30,7 +32,7 @@ from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
-from kvsink.runtime import Frame, Runtime, position_candidates, runtime_of
+from kvsink.runtime import Frame, Runtime, number_of, position_candidates, runtime_of
 from kvsink.sliding import SlidingWindow, check_crop
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
@@ -139,10 +141,14 @@ class KVSinkLayer(CacheLayerMixin):
             self.shared.anchor_sin = torch.zeros(b, channels, device=dev)
         self._set_params(slots)
         self._held = 0
+        self._mark_static()
+        self.is_initialized = True
+
+    def _mark_static(self) -> None:
+        """Tell dynamo which tensors of a cache of a fixed length never move."""
         if self.is_compileable and not torch.compiler.is_compiling():
             for tensor in (*(getattr(self, n) for n in _HELD), self.shared.positions, *self.params):
                 torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
 
     def _set_params(self, tokens: int) -> None:
         self.params = self.shared.runtime.params(self.layer, self.codec, tokens, self.device, self.shared.tables())
@@ -423,6 +429,15 @@ class KVSinkLayer(CacheLayerMixin):
                 setattr(self, name, picked[name])
         self.batch_size = self.k_codes.shape[0]
 
+    def _take(self, state: Mapping[str, Tensor], slots: int) -> None:
+        """Go on with other tensors, those of a joined batch."""
+        for name, tensor in state.items():
+            setattr(self, name, tensor)
+        self.batch_size = self.k_codes.shape[0]
+        self._held = int(self.length)
+        self._set_params(slots)
+        self._mark_static()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
             self._map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)), in_place=True)
@@ -569,7 +584,7 @@ class KVSinkCache(Cache):
         if max_length is not None and max_length < 1:
             raise KvsinkError(f"max_length={max_length} is not positive")
         runtime = runtime_of(model)
-        weight = next(model.parameters())
+        weight = number_of(model)
         if tiles is None:
             tiles = kernel_serves(runtime, weight.dtype, weight.device)
         cache = cls(runtime, max_length, tiles)
@@ -695,6 +710,7 @@ class KVSinkCache(Cache):
         for layer in self.packed_layers():
             if layer.is_initialized:
                 layer._set_params(layer.k_codes.shape[2])
+                layer._mark_static()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -709,6 +725,24 @@ class KVSinkCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._map_shared(lambda t: t[indices])
+
+    def batch_join(self, other: KVSinkCache) -> tuple[int, int]:
+        """Put the sequences of `other` behind those of this cache, which then end together. `other` is not changed.
+
+        Returns the slots of padding that now stand before the rows of this cache and before those of `other`: the attention mask
+        of the next pass has so many zeros more in front. Raises KvsinkError, and changes nothing, where caches do not fit.
+        """
+        pads = pads_of(self, other)
+        pairs = list(zip(self.packed_layers(), other.packed_layers(), strict=True))
+        slots = max(layer.k_codes.shape[2] for pair in pairs for layer in pair)
+        states = [joined_state(a, b, pads, slots) for a, b in pairs]
+        shared = joined_shared(self.shared, other.shared, pads, slots, pairs[0][0])
+        for name, joined in shared.items():
+            setattr(self.shared, name, joined)
+        for (layer, _), state in zip(pairs, states, strict=True):
+            layer._take(state, slots)
+        self.shared.frame = self.visual = None
+        return pads
 
     # -- files -------------------------------------------------------------------------------------------------------
 

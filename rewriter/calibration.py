@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from kvsink.collect import Collector, frozen, watched
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import CalibrationError
+from kvsink.fold import is_plain
 from kvsink.kernels.rope import unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
@@ -40,10 +41,11 @@ Progress = Callable[[str, int, int], None]
 
 def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None) -> Tensor:
     """float32 samples of the weights, the same for every storage precision up to rounding: up to 64 tensors, 16 values each.
+    Weights in a format of their own are left out.
 
     weight: gives a parameter by name, where the model holds none.
     """
-    named = sorted((n, p) for n, p in model.named_parameters() if p.numel() >= 16 and p.is_floating_point())
+    named = sorted((n, p) for n, p in model.named_parameters() if p.numel() >= 16 and is_plain(p))
     step = max(1, len(named) // 64)
     out = []
     for name, p in named[::step][:64]:

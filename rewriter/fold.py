@@ -4,19 +4,21 @@ Formula    W_V' = (I ⊗ H)^T W_V,  b_V' = b_V (I ⊗ H),  W_O' = W_O (I ⊗ H),
 Source     QuaRot, arXiv 2404.00456; RotateKV, arXiv 2501.16383
 Shapes     v_proj.weight [Hkv·D, E], o_proj.weight [E, Hq·D] (the layout of nn.Linear)
 Exact      yes in real arithmetic; the products are float64 and rounded once to the dtype of the weight
-Declines   fused or weight-quantized projections, and value norms between projection and cache: the rotation then runs online
+Declines   fused, weight-quantized or shared projections, and value norms between projection and cache: the rotation then runs
+           online
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvsink.kernels.hadamard import hadamard_ref
 
-__all__ = ["fold_value_rotation", "foldable", "folded"]
+__all__ = ["FOLDED", "fold_value_rotation", "foldable", "folded", "is_plain", "shared_weights"]
 
 FOLDED = ("v_proj.weight", "v_proj.bias", "o_proj.weight")
 
@@ -28,9 +30,25 @@ def foldable(attention: nn.Module) -> str | None:
         if type(projection) is not nn.Linear:
             kind = type(projection).__name__ if projection is not None else "nothing"
             return f"{name} is {kind}, not a plain Linear"
+        if not is_plain(projection.weight):
+            kind = type(projection.weight).__name__
+            return f"the weight of {name} is {kind if kind != 'Parameter' else projection.weight.dtype}, not plain floating point"
     if any(hasattr(attention, name) for name in ("v_norm", "value_norm")):
         return "values are normalised after v_proj"
     return None
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is a tensor of floating-point numbers that can be written, and not quantized in some format of its own."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def shared_weights(model: nn.Module) -> frozenset[int]:
+    """ids of the weights that stand under more than one name: what turns one would turn the others."""
+    seen: dict[int, int] = {}
+    for _, p in model.named_parameters(remove_duplicate=False):
+        seen[id(p)] = seen.get(id(p), 0) + 1
+    return frozenset(key for key, count in seen.items() if count > 1)
 
 
 @torch.no_grad()

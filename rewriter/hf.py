@@ -3,18 +3,23 @@
 `import kvsink` registers both. `AutoModelForCausalLM.from_pretrained(out_dir)` then reads the sidecar, checks that it belongs to
 the weights just loaded, and attaches the runtime. `generate()` makes its own KVSinkCache unless the caller brings a cache.
 
+Declines   `cache_implementation` "quantized", "offloaded…" and "paged", and continuous batching: those caches are transformers'
+           own, so a rewritten model would silently run on them
 Differs    `_prepare_cache_for_generation` is private to transformers; `tests/rewriter/test_hf.py` names it and its
            replacement, which is to pass past_key_values=kvsink.KVSinkCache.for_model(...) to generate()
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import types
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import CompileConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import cached_file
@@ -22,8 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kvsink.attention import install_attention
 from kvsink.cache import KVSinkCache
-from kvsink.errors import SidecarError
-from kvsink.runtime import attach
+from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
+from kvsink.runtime import attach, rope_types
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
 
 __all__ = ["KvsinkConfig", "KvsinkQuantizer", "install_generate"]
@@ -79,13 +84,27 @@ def _sidecar_path(folder: str, name: str) -> str:
     return str(found)
 
 
+_FIXED = ("static", "hybrid", "sliding_window", "hybrid_chunked")  # what transformers calls caches of a fixed length
+_GROWING = ("dynamic", None)
+
+
 def install_generate(model: nn.Module) -> None:
-    """Make `generate()` use a packed cache, compiled on CUDA. Safe to call again."""
+    """Make `generate()` use a packed cache, compiled on CUDA, and refuse continuous batching. Safe to call again."""
     install_attention()
-    if "_prepare_cache_for_generation" not in vars(model) and hasattr(model, "_prepare_cache_for_generation"):
-        model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)  # type: ignore[assignment]
+    for name, ours in (("_prepare_cache_for_generation", _prepare_cache), ("init_continuous_batching", _continuous)):
+        if name not in vars(model) and hasattr(model, name):
+            setattr(model, name, types.MethodType(ours, model))
+    settings: Any = getattr(model, "config", None)
+    if getattr(settings, "model_type", "") == "falcon" and getattr(settings, "alibi", False):
+        model.create_masks_for_generate = _flat_mask  # type: ignore[assignment]
+    prepare = "prepare_inputs_for_generation"
+    if hasattr(settings, "original_max_position_embeddings") and hasattr(model, prepare) and prepare not in vars(model):
+        kept: Any = _kept(type(model).prepare_inputs_for_generation)  # type: ignore[attr-defined]
+        model.prepare_inputs_for_generation = types.MethodType(kept, model)  # type: ignore[assignment]
     config = getattr(model, "generation_config", None)
-    if config is not None and next(model.parameters()).device.type == "cuda" and config.compile_config is None:
+    if _uncompilable(model) or config is None or config.compile_config is not None:
+        return
+    if next(model.parameters()).device.type == "cuda":
         config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode="reduce-overhead")
 
 
@@ -93,29 +112,108 @@ def _prepare_cache(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
     max_cache_length: int, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """Put a KVSinkCache into model_kwargs where transformers would make its own dynamic cache, then go on as it does."""
+    """Put a KVSinkCache into model_kwargs where transformers would make a cache of its own, then go on as it does."""
     name = "cache" if "cache" in inspect.signature(type(self).forward).parameters else "past_key_values"  # since 5.24, before
-    free = (
-        model_kwargs.get(name) is None
-        and generation_config.use_cache is not False
-        and generation_config.cache_implementation in (None, "hybrid", "static")
-        and getattr(self, "_kvsink_runtime", None) is not None
-    )
-    if free:
+    runtime, given = getattr(self, "_kvsink_runtime", None), model_kwargs.get(name)
+    made: KVSinkCache | None = None
+    if runtime is not None and isinstance(given, KVSinkCache):
+        _check_owner(self, given)
+    elif runtime is not None and given is None and generation_config.use_cache is not False:
+        made = model_kwargs[name] = _new_cache(self, generation_config, batch_size, max_cache_length)
         generation_config.cache_implementation = None
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        compiling = getattr(generation_config, "compile_config", None) is not None
-        if compiling or self.device.type == "cuda":
-            # whole blocks, so that two prompts of nearly the same length share one compiled graph
-            max_cache_length = -(-max_cache_length // 256) * 256
-            model_kwargs[name] = KVSinkCache.for_model(self, rows, max_cache_length)
-        else:
-            model_kwargs[name] = KVSinkCache.for_model(self)
     original = type(self)._prepare_cache_for_generation
     result = original(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
     )
-    cache = model_kwargs.get(name)
-    if free and isinstance(cache, KVSinkCache):
-        cache._is_user_defined = False
+    if made is not None:
+        made._is_user_defined = False
+        if getattr(generation_config, "is_assistant", False):
+            made.activate_past_recording()  # its drafts are taken back, layers that are left alone included
     return result
+
+
+def _new_cache(model: Any, config: Any, batch_size: int, max_length: int) -> KVSinkCache:
+    """The packed cache that a call of `generate()` asks for. Raises UnsupportedError for a kind that is not packed."""
+    asked = config.cache_implementation
+    if asked not in _FIXED + _GROWING:
+        raise UnsupportedError(
+            f"cache_implementation={asked!r} is a cache of transformers' own, and {type(model).__name__} is rewritten to keep "
+            f"{model._kvsink_runtime.method} codes; leave it out, or say 'static' or 'dynamic'"
+        )
+    compiling = getattr(config, "compile_config", None) is not None or model.device.type == "cuda"
+    if reason := _uncompilable(model):
+        if getattr(config, "compile_config", None) is not None:
+            raise UnsupportedError(f"{type(model).__name__} cannot be compiled: {reason}; leave compile_config out")
+        compiling, config.disable_compile = False, True
+    if not compiling and asked in _GROWING:
+        return KVSinkCache.for_model(model)
+    rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
+    length = max(max_length, getattr(config, "max_cache_len", None) or 0)
+    if compiling:  # whole blocks, so that two prompts of nearly the same length share one compiled graph
+        length = -(-length // 256) * 256
+    return KVSinkCache.for_model(model, rows, length)
+
+
+def _uncompilable(model: Any) -> str:
+    """Why a decode step of a model cannot be one graph, or an empty string."""
+    if "dynamic" in rope_types(model.config.get_text_config(decoder=True)):
+        return "rope type dynamic computes its angles anew, outside the graph, whenever the length grows"
+    return ""
+
+
+def _check_owner(model: Any, cache: KVSinkCache) -> None:
+    """Raise KvsinkError when a cache was made for another model, or for this one before it was rewritten again."""
+    ours, theirs = model._kvsink_runtime, cache.shared.runtime
+    if theirs is ours or (
+        theirs.plans == ours.plans
+        and theirs.tables.keys() == ours.tables.keys()
+        and all(torch.equal(t, theirs.tables[n].to(t.device)) for n, t in ours.tables.items())
+    ):
+        return
+    raise KvsinkError(
+        f"this cache was made for another model than {type(model).__name__}, or before it was rewritten; make one with "
+        "kvsink.KVSinkCache.for_model(model)"
+    )
+
+
+def _flat_mask(
+    config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Any = None, **kwargs: Any
+) -> Tensor | None:
+    """In place of transformers' 4-D mask over a cache of a fixed length, for a forward that computes its ALiBi from a 2-D one:
+    int64 [B, slots], 0 at padding and at slots that hold nothing yet."""
+    cache = kwargs.get("past_key_values") if cache is None else cache
+    if attention_mask is not None and attention_mask.dim() != 2:
+        return attention_mask
+    slots, (batch, new) = cache.get_max_length(), inputs_embeds.shape[:2]
+    if attention_mask is not None:
+        return nn.functional.pad(attention_mask, (0, max(0, slots - attention_mask.shape[1])))
+    held = torch.arange(slots, device=inputs_embeds.device) < cache.get_seq_length() + new
+    return held.to(torch.int64).expand(batch, -1)
+
+
+def _kept(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """`prepare_inputs_for_generation` of a model that throws its cache away where its angles change (longrope): the packed one
+    is given back, empty, and takes the rows anew; transformers would go on with a stock one."""
+
+    @functools.wraps(prepare)
+    def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(self, *args, **kwargs)
+        for name in ("cache", "past_key_values"):
+            held = kwargs.get(name)
+            if isinstance(held, KVSinkCache) and inputs.get(name) is None:
+                held.reset()
+                inputs[name] = held
+        return inputs
+
+    return prepared
+
+
+def _continuous(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of `init_continuous_batching`, which every way to transformers' continuous batching goes through."""
+    if getattr(self, "_kvsink_runtime", None) is None:
+        return type(self).init_continuous_batching(self, *args, **kwargs)
+    raise UnsupportedError(
+        "continuous batching (generate_batch, cache_implementation='paged') keeps keys and values in transformers' own 16-bit "
+        "pages, which hold no packed rows; let rows join and leave one cache with KVSinkCache.batch_join and "
+        "batch_select_indices, or load the model without its rewrite"
+    )

@@ -55,6 +55,7 @@ def rewrite_dir(
 
         check_extras()
     config = read_config(source)
+    _refuse_quantized(source, config)
     if not dry_run:
         sweep(target)
     if target.exists() and not target.is_dir():
@@ -97,6 +98,7 @@ def rewrite_dir(
         window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,
         layers=options.layers, tokenizer=tokenizer, fold=options.fold, storage_dtype=storage, progress=progress,
         bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality, stream=stream,
+        sliding=options.sliding,
     )  # fmt: skip
     report.model = str(model_dir)
     report.notes += notes
@@ -189,6 +191,14 @@ def _export(build: Path, flavour: str, progress: Progress | None) -> None:
     onnx(build, build / "model.onnx", flavour)
     if progress is not None:
         progress("export", 1, 1)
+
+
+def _refuse_quantized(source: Path, config: dict[str, Any]) -> None:
+    if quantized := (config.get("quantization_config") or {}).get("quant_method"):
+        raise UnsupportedError(
+            f"the weights in {source} are quantized by {quantized}, and a folder can name one quantizer only; load it with "
+            "transformers and call kvsink.rewrite(model)"
+        )
 
 
 def _needs_text(calibration: str) -> bool:

@@ -22,7 +22,7 @@ from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
 from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
-from kvsink.fold import fold_value_rotation, foldable
+from kvsink.fold import FOLDED, fold_value_rotation, foldable, is_plain, shared_weights
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method, methods
 from kvsink.observed import check_observable
@@ -32,7 +32,18 @@ from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.report import LayerReport, Report, counted_bits
-from kvsink.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, check_cache, detach, towers, visual_tokens
+from kvsink.runtime import (
+    Anatomy,
+    LayerPlan,
+    Runtime,
+    anatomy,
+    attach,
+    check_cache,
+    detach,
+    rope_types,
+    towers,
+    visual_tokens,
+)
 from kvsink.sliding import sliding_refusal
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
@@ -62,6 +73,7 @@ class RewriteOptions:
     plan: str = "uniform"
     profile: str | None = None
     modality: str | None = None
+    sliding: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -207,10 +219,22 @@ def _tokenizer_of(model: nn.Module) -> Any:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise ModelError when a weight is NaN or infinite."""
+    """Raise ModelError when a weight is NaN or infinite; weights in a format of their own are not looked into."""
     for name, p in model.named_parameters():
-        if p.is_floating_point() and not torch.isfinite(p).all():
+        if is_plain(p) and not p.is_meta and not torch.isfinite(p).all():
             raise ModelError(f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again")
+
+
+def _unfoldable(attention: nn.Module, shared: frozenset[int], streamed: bool) -> str | None:
+    """Why a value rotation cannot go into the weights of an attention module, or None."""
+    if reason := foldable(attention):
+        return reason
+    for name, p in attention.named_parameters():
+        if name in FOLDED and id(p) in shared:
+            return f"{name} is shared with another module"
+        if name in FOLDED and p.is_meta and not streamed:
+            return f"{name} is offloaded and cannot be written here"
+    return None
 
 
 def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
@@ -232,12 +256,8 @@ def _rope_refusal(config: Any) -> str:
     turned = getattr(config, "no_rope_layers", None) or ()  # 1 where a layer has RoPE, as transformers names it
     if len(set(map(bool, turned))) > 1:
         return "some layers have RoPE and others none, though all are given its angles"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
-    for r in kinds:
-        kind = r.get("rope_type", r.get("type"))
-        if kind in ("dynamic", "longrope"):
-            return f"rope type {kind} changes its angles with the length"
+    for kind in sorted(rope_types(config) & {"dynamic", "longrope"}):
+        return f"rope type {kind} changes its angles with the length"
     return ""
 
 
@@ -382,7 +402,7 @@ def rewrite(
         if plan_ids is None:
             source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
             plan_ids = calibration_windows(model, source, calibration_tokens, tokenizer)
-        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs)
+        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs, sliding)
         notes.append(found.note)
         choices = parse_layers(found.layers, n, base)
         wanted = [
@@ -394,6 +414,7 @@ def rewrite(
     plans: list[LayerPlan] = []
     tables: dict[str, Tensor] = {}
     folds: list[tuple[nn.Module, int]] = []
+    shared = shared_weights(model)
     for i, w in enumerate(wanted):
         if w is None:
             plans.append(LayerPlan(None, (), _refusal(where, i)))
@@ -413,7 +434,7 @@ def rewrite(
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
         attention = model.get_submodule(where.attentions[i])
         if value_spec.transform == "hadamard":
-            online = foldable(attention) if fold else "folding is off"
+            online = _unfoldable(attention, shared, stream is not None) if fold else "folding is off"
             if online is None and value_spec.heads_per_group == 1:
                 folds.append((attention, value_spec.order))
                 value_spec = replace(value_spec, folded=True)
@@ -454,7 +475,7 @@ def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple
 
 def _auto_plan(
     model: nn.Module, m: Method, base: LayerChoice, record: Calibration, ids: Tensor, bits: float | None,
-    progress: Progress | None, designs: dict[Any, Design] | None,
+    progress: Progress | None, designs: dict[Any, Design] | None, sliding: bool,
 ) -> Plan:  # fmt: skip
     """Widths per layer within a budget; the model is as it was before."""
     earlier = model.__dict__.get("_kvsink_runtime")
@@ -462,7 +483,7 @@ def _auto_plan(
         raise UnsupportedError(f"method {m.name} gives its layers widths by their attention pattern; use --plan uniform")
     run = partial(
         rewrite, model, m, key_bits=base.key_bits, value_bits=base.value_bits, protect=base.protect, window=base.window,
-        calibration=record, fold=False, designs=designs,
+        calibration=record, fold=False, designs=designs, sliding=sliding,
     )  # fmt: skip
     training = model.training
     model.eval()

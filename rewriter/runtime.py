@@ -24,7 +24,7 @@ from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
 
-__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "check_cache", "detach", "runtime_of"]
+__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "check_cache", "detach", "number_of", "runtime_of"]
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
 
@@ -99,6 +99,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     blocks = tuple(name.rsplit(".", 1)[0] for name in attentions)
     base = blocks[0].rsplit(".", 2)[0] if blocks[0].count(".") >= 2 else ""
     rotary = f"{base}.rotary_emb" if base else "rotary_emb"
+    turned = not getattr(config, "alibi", False)  # Falcon makes angles that its attention does not use with ALiBi
     heads = config.num_attention_heads
     one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     shared = 1 if one else getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
@@ -114,7 +115,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         base=base,
         blocks=blocks,
         attentions=attentions,
-        rotary=rotary if rotary in dict(model.named_modules()) else None,
+        rotary=rotary if turned and rotary in dict(model.named_modules()) else None,
         heads=heads,
         kv_heads=shared,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -136,6 +137,13 @@ def towers(model: nn.Module) -> dict[str, int]:
             root = ".".join(parts[: next(i for i in range(len(parts)) if is_tower(parts[i])) + 1])
             out[root] = out.get(root, 0) + 1
     return out
+
+
+def rope_types(config: Any) -> frozenset[str]:
+    """Kinds of RoPE scaling in a text config, as transformers names them; a model may have one per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope] if "rope_type" in rope or "type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    return frozenset(str(r.get("rope_type", r.get("type"))) for r in kinds)
 
 
 def check_cache(model: nn.Module) -> None:
@@ -328,7 +336,7 @@ class _NewFrame(_Hook):
             axes = self.given("position_ids", args, kwargs)
             if self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
-                like = rows if rows.is_floating_point() else next(module.parameters())
+                like = rows if rows.is_floating_point() else number_of(module)
                 frame.positions, frame.one_axis = first, True
                 frame.cos, frame.sin = module.rotary_emb(like, first)  # type: ignore[operator]
         if hasattr(cache, "begin") and not torch.compiler.is_compiling():
@@ -410,7 +418,10 @@ def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
     if not isinstance(mask, Tensor):
         return None
     if mask.dim() == 2:
-        return mask[:, -new:].to(torch.bool)
+        if mask.shape[1] != getattr(cache, "get_max_length", int)():
+            return mask[:, -new:].to(torch.bool)
+        tokens = torch.arange(new, device=mask.device) + cache.get_seq_length()  # a column for every slot of a fixed length
+        return mask.index_select(1, tokens).to(torch.bool)
     last = mask[:, 0, -1]  # what the last new row may see: every valid row up to itself
     seen = last if last.dtype == torch.bool else last >= 0
     if seen.shape[1] > new:
@@ -447,7 +458,11 @@ class _Observe(_Hook):
 
 
 class _Positions(_Hook):
-    """Pre-hook of an attention module: the positions and angles it is about to use."""
+    """Pre-hook of an attention module: the positions it is about to use, and the angles where it turns by them."""
+
+    def __init__(self, module: nn.Module, turned: bool) -> None:
+        super().__init__(module)
+        self.turned = turned
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = self.cache(args, kwargs)
@@ -456,11 +471,17 @@ class _Positions(_Hook):
         if cache.shared.frame.one_axis:
             return
         angles = self.given("position_embeddings", args, kwargs)
-        if angles is not None:
+        if angles is not None and self.turned:
             cache.shared.frame.cos, cache.shared.frame.sin = angles
         positions = self.given("position_ids", args, kwargs)
         if positions is not None and positions.dim() == 2:
             cache.shared.frame.positions = positions
+
+
+def number_of(module: nn.Module) -> Tensor:
+    """A weight of the dtype a module computes in: the first of at least 16-bit floating point, whatever quantized ones stand by."""
+    plain = (p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1)
+    return next(plain, next(module.parameters()))
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -587,7 +608,7 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
     handles.append(base.register_forward_hook(_EndFrame(base), with_kwargs=True))
     for name in a.attentions:
         attention = model.get_submodule(name)
-        handles.append(attention.register_forward_pre_hook(_Positions(attention), with_kwargs=True))
+        handles.append(attention.register_forward_pre_hook(_Positions(attention, runtime.rotary is not None), with_kwargs=True))
     stages = {f"stage:{s.block}": s for s in runtime.stages}
     done = set()
     for layer, plan in enumerate(runtime.plans):

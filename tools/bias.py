@@ -51,13 +51,13 @@ class BiasRow:
         return None if self.plain is None or self.biased is None else self.biased / self.plain
 
 
-def random_qwen2(head_dim: int = 128, kv_heads: int = 2, seed: int = 0) -> Any:
-    """A Qwen2 of one layer with random weights; its biases are zero and its queries and keys have deviations near 1."""
+def random_qwen2(head_dim: int = 128, kv_heads: int = 2, seed: int = 0, layers: int = 1) -> Any:
+    """A Qwen2 with random weights; its biases are zero and its queries and keys have deviations near 1."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     hidden = 2 * kv_heads * head_dim
     config = Qwen2Config(
-        vocab_size=512, hidden_size=hidden, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2 * kv_heads,
+        vocab_size=512, hidden_size=hidden, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2 * kv_heads,
         num_key_value_heads=kv_heads, max_position_embeddings=4096,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -71,22 +71,25 @@ def random_qwen2(head_dim: int = 128, kv_heads: int = 2, seed: int = 0) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def biased(model: Any, ids: Tensor, channels: int = CHANNELS, deviations: float = DEVIATIONS, seed: int = 1) -> Any:
-    """A copy whose first k_proj has a bias of so many deviations of its outputs on a few channels of every head."""
+def biased(
+    model: Any, ids: Tensor, channels: int = CHANNELS, deviations: float = DEVIATIONS, seed: int = 1, layers: Sequence[int] = (0,)
+) -> Any:
+    """A copy where the k_proj of some layers has a bias of so many deviations of its outputs on a few channels of every head."""
     model = copy.deepcopy(model)
-    attention = model.model.layers[0].self_attn
-    seen: list[Tensor] = []
-    handle = attention.k_proj.register_forward_hook(lambda module, args, out: seen.append(out.flatten(0, 1)))
-    with torch.no_grad():
-        model(ids)
-    handle.remove()
-    spread = torch.cat(seen).std(0)  # [H·D]
-    dim = attention.head_dim
     generator = torch.Generator().manual_seed(seed)
-    for head in range(len(spread) // dim):
-        chosen = head * dim + torch.randperm(dim, generator=generator)[:channels]
-        sign = torch.where(torch.rand(channels, generator=generator) < 0.5, -1.0, 1.0)
-        attention.k_proj.bias.data[chosen] = (deviations * sign * spread[chosen].cpu()).to(spread)
+    for layer in sorted(range(len(model.model.layers))[i] for i in layers):
+        attention = model.model.layers[layer].self_attn
+        seen: list[Tensor] = []
+        handle = attention.k_proj.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.flatten(0, 1)))
+        with torch.no_grad():
+            model(ids)
+        handle.remove()
+        spread = torch.cat(seen).std(0)  # [H·D]
+        dim = attention.head_dim
+        for head in range(len(spread) // dim):
+            chosen = head * dim + torch.randperm(dim, generator=generator)[:channels]
+            sign = torch.where(torch.rand(channels, generator=generator) < 0.5, -1.0, 1.0)
+            attention.k_proj.bias.data[chosen] = (deviations * sign * spread[chosen].cpu()).to(spread)
     return model
 
 

@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.backend import last_report
+from kvsink.backend import forget_reports, last_report
 from kvsink.capture import capture_all
 from kvsink.errors import KvsinkError
 from kvsink.pipeline import run_passes
@@ -95,7 +95,7 @@ def rewritten(family: str, method: str, dtype: torch.dtype = torch.float64, **op
     """A tiny model rewritten by a method at 4 bits, and the report."""
     model = build_family(family, dtype)
     widths = {"key_bits": 4, "value_bits": 4, "protect": "first:1", **options}
-    report = kvsink.rewrite(model, method, calibration=ids(8, 64, 1), **widths)
+    report = kvsink.rewrite(model, method, **{"calibration": ids(8, 64, 1), **widths})
     return model, report
 
 
@@ -170,14 +170,15 @@ def _compile(family: str) -> str:
         )
         config._compile_all_devices = True
         model._compiled_call = None
+        forget_reports()
         found = _tokens(model, compile_config=config)
         if not torch.equal(wanted, found):
             raise Wrong(f"{method}: {int((wanted != found).sum())} of {wanted.numel()} tokens differ from uncompiled ones")
         packed, made = sum(row.packed for row in report.layers), last_report()
         fused = len(made.done("fuse")) if made is not None else 0
         if fused != packed:
-            reasons = [r.reason for r in made.declined()] if made is not None else []
-            why = reasons[0] if reasons else "generate did not compile"
+            reasons = [r.reason for r in made.declined()] if made is not None else ["generate did not compile"]
+            why = reasons[0] if reasons else "no attention that the graph shows whole"
             raise NotServed(f"{method}: tokens equal; {fused} of {packed} packed layers fused: {why}")
     return ""
 

@@ -40,6 +40,10 @@ from kvsink.tools.cli import command_line, wide_console
 @click.option(
     "--modality", metavar="METHOD", help="Lay the bits by layer class of METHOD (akvq-vl) over this codec; none: leave them out."
 )
+@click.option(
+    "--sliding/--no-sliding", "sliding", default=None,
+    help="Pack sliding-window layers too, or leave them in 16 bit. [default: pack where a model has no others]",
+)  # fmt: skip
 @click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
 @click.option(
     "--onnx-flavour", "flavour", metavar="NAME", help="functions, custom or gqa; implies --onnx. [default: functions]"

@@ -21,6 +21,7 @@ from kvsink.export.flavours import explain_flavours, method_refusal
 from kvsink.loading import load_model
 from kvsink.runtime import runtime_of
 from kvsink.tools.eval import main as eval_main
+from kvsink.tools.families import rewritten as of_family
 from kvsink.tools.rewrite import main as rewrite_main
 from tests.graphs import rewritten
 from tests.tools.conftest import tiny_dir  # noqa: F401
@@ -188,6 +189,27 @@ def test_families(family: str, tmp_path) -> None:
     assert manifest["check"]["different_bytes"] == 0
     model.generation_config.eos_token_id = None
     assert suppressed(OnnxGenerator(tmp_path / "model.onnx"), 8) == greedy(model, 8)
+
+
+@pytest.mark.parametrize("family", ["bloom", *(pytest.param(f, marks=pytest.mark.slow) for f in ("falcon-mqa", "mpt"))])
+def test_attention_that_is_spelled_out(family: str, tmp_path) -> None:
+    """Attention that is no function of transformers, with ALiBi or without, leaves as the operators it is written in."""
+    model = of_family(family, "rtn", torch.float32, protect="massive:1")[0]
+    manifest = onnx(model, tmp_path / "model.onnx")
+    assert manifest["check"]["different_bytes"] == 0 and manifest["check"]["packed_bytes"] > 0
+    static = of_family(family, "static", torch.float32, protect="none")[0]
+    with pytest.raises(ExportError, match="flavour gqa: its attention does not go through transformers' attention functions"):
+        onnx(static, tmp_path / "gqa.onnx", "gqa")
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [("falcon-alibi", "is computed in bfloat16"), ("llama-dynamic", "rope type dynamic computes its angles anew")],
+)
+def test_what_onnxruntime_or_torch_would_refuse_is_named_before(family: str, words: str, tmp_path) -> None:
+    with pytest.raises(ExportError, match=words) as raised:
+        onnx(of_family(family, "rtn", torch.float32)[0], tmp_path / "m.onnx")
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
 def test_a_failed_check_leaves_nothing(out, tmp_path, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import subprocess
 import sys
 import threading
@@ -10,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CompileConfig
 
 import kvsink
-from kvsink.errors import KvsinkError
+from kvsink.errors import KvsinkError, UnsupportedError
+from kvsink.runtime import detach
 from kvsink.tools.families import ids, rewritten
 
 NEW = 14
@@ -94,13 +98,20 @@ def test_chunked_prefill(klt: Any) -> None:
     assert torch.equal(klt.generate(row, prefill_chunk_size=8, **GREEDY)[0, 21:], wanted)
 
 
-def test_sampling_is_the_same_with_the_same_seed(klt: Any) -> None:
+def test_sampling_draws_what_one_sequence_by_hand_draws(klt: Any) -> None:
     row = ids(1, 13, 3)
-    outs = []
+    torch.manual_seed(5)
+    cache, given, wanted = kvsink.KVSinkCache.for_model(klt), row, []
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = klt(input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1].float() / 1.3
+            given = torch.multinomial(logits.softmax(-1), 1)
+            wanted.append(given)
     for compile_config in (None, compiled()):
         torch.manual_seed(5)
-        outs.append(klt.generate(row, do_sample=True, temperature=1.3, max_new_tokens=NEW, compile_config=compile_config))
-    assert torch.equal(*outs)
+        settings = {"do_sample": True, "temperature": 1.3, "top_k": 0, "max_new_tokens": NEW}
+        out = klt.generate(row, compile_config=compile_config, **settings)
+        assert torch.equal(out[:, 13:], torch.cat(wanted, 1))
 
 
 def compiled() -> CompileConfig:
@@ -109,10 +120,89 @@ def compiled() -> CompileConfig:
     return config
 
 
-def test_beams_compiled_equal_beams_uncompiled(klt: Any) -> None:
-    row = ids(2, 9, 3)
-    outs = [klt.generate(row, num_beams=3, compile_config=c, **GREEDY) for c in (None, compiled())]
-    assert torch.equal(*outs)
+def test_beams_have_the_scores_of_their_sequences_alone(klt: Any) -> None:
+    """Compiled and uncompiled find the same sequences; each scores what one sequence, token by token, says of it."""
+    rows = ids(2, 9, 3)
+    settings = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0, "eos_token_id": None, **GREEDY}
+    outs = [
+        klt.generate(rows, compile_config=c, return_dict_in_generate=True, output_scores=True, **settings)
+        for c in (None, compiled())
+    ]
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    for i, said in enumerate(outs[0].sequences_scores.tolist()):
+        cache, total = kvsink.KVSinkCache.for_model(klt), 0.0
+        given = rows[i // 3][None]
+        with torch.no_grad():
+            for token in outs[0].sequences[i, 9:]:
+                logits = klt(input_ids=given, past_key_values=cache, use_cache=True).logits[0, -1]
+                total += float(logits.log_softmax(-1)[token])
+                given = token[None, None]
+        assert abs(total - said) <= 1e-5 * abs(said)
+
+
+def contrastive(model: Any, rows: Tensor, width: int, new: int) -> Tensor:
+    """Search that tries the `width` best tokens of every row at once and keeps the one whose next step is surest."""
+    cache, given, out = kvsink.KVSinkCache.for_model(model), rows, []
+    for _ in range(new):
+        if given is rows:
+            logits = model(input_ids=given, past_key_values=cache, use_cache=True).logits[:, -1]
+        tried = logits.topk(width, dim=-1).indices  # [B, width]
+        cache.batch_repeat_interleave(width)
+        ahead = model(input_ids=tried.reshape(-1, 1), past_key_values=cache, use_cache=True).logits[:, -1]
+        best = ahead.amax(-1).reshape(-1, width).argmax(-1)  # [B]
+        kept = torch.arange(len(rows)) * width + best
+        cache.batch_select_indices(kept)
+        logits, given = ahead[kept], tried.gather(1, best[:, None])
+        out.append(given)
+    return torch.cat(out, 1)
+
+
+def contrastive_alone(model: Any, row: Tensor, width: int, new: int) -> Tensor:
+    """The same for one sequence: every candidate of every step is fed anew, token by token, to a cache of its own."""
+
+    def after(tokens: list[int]) -> Tensor:
+        cache = kvsink.KVSinkCache.for_model(model)
+        logits = model(input_ids=row[None], past_key_values=cache, use_cache=True).logits[0, -1]
+        for token in tokens:
+            logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        return logits
+
+    said: list[int] = []
+    for _ in range(new):
+        tried = after(said).topk(width).indices.tolist()
+        said.append(max(tried, key=lambda token: float(after([*said, token]).max())))
+    return torch.tensor(said)
+
+
+@torch.no_grad()
+def test_repeats_as_in_contrastive_search(model: Any) -> None:
+    rows = ids(2, 11, 3)
+    out = contrastive(model, rows, 3, 8)
+    for row, tokens in zip(rows, out, strict=True):
+        assert torch.equal(tokens, contrastive_alone(model, row, 3, 8))
+
+
+@torch.no_grad()
+def test_right_padding(model: Any) -> None:
+    """Rows of 13 and 9 tokens, padded on the right, go on together; the mask hides the gap, positions do not count it."""
+    if model._kvsink_runtime.method == "kivi":
+        pytest.skip("kivi codes 128 slots together: a gap among them makes other blocks than the row alone has")
+    long, short = ids(1, 13, 3), ids(1, 9, 4)
+    both = torch.cat([long, torch.cat([short, torch.zeros(1, 4, dtype=torch.int64)], 1)])
+    mask = torch.ones_like(both)
+    mask[1, 9:] = 0
+    cache, lengths = kvsink.KVSinkCache.for_model(model), torch.tensor([13, 9])
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = model(input_ids=both, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True).logits
+    given, out = logits[torch.arange(2), lengths - 1].argmax(-1)[:, None], []
+    for i in range(NEW):
+        out.append(given)
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+        places = (lengths + i)[:, None]
+        step = model(input_ids=given, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+        given = step.logits[:, -1].argmax(-1, keepdim=True)
+    found = torch.cat(out, 1)
+    assert torch.equal(found[0], alone(model, long[0])) and torch.equal(found[1], alone(model, short[0]))
 
 
 def test_a_saved_prefix_goes_on_in_another_process(klt: Any, tmp_path: Path) -> None:
@@ -161,6 +251,68 @@ def test_rows_leave_a_batch(klt: Any) -> None:
         assert torch.equal(out[at], alone(klt, rows[row, 12:], cache=one))
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "options", "fixed"),
+    [
+        ("llama", "klt", {}, None), ("llama", "klt", {}, 96), ("llama", "rtn", {"window": 4}, None),
+        ("llama", "rtn", {"window": 4}, 96), ("gpt2", "rtn", {}, None), ("gpt2", "rtn", {}, 96),
+        ("bloom", "centred", {}, None),  # BLOOM's forward takes the mask for the length of the cache: no fixed one by hand
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_rows_join_and_leave_a_batch(family: str, method: str, options: dict[str, Any], fixed: int | None) -> None:
+    """Three requests of different lengths: the second joins a running first, the third takes the place of the first."""
+    model = rewritten(family, method, **options)[0]
+    prompts = [ids(1, 21, 3), ids(1, 13, 4), ids(1, 40, 5)]
+    wanted = [alone(model, p[0], 12) for p in prompts]
+    said: list[list[int]] = [[], [], []]
+    running: list[int] = []
+    cache: Any = None
+    mask = torch.zeros(0, 0, dtype=torch.int64)
+    given = torch.zeros(0, 1, dtype=torch.int64)
+
+    def join(request: int) -> None:
+        nonlocal cache, mask, given
+        fresh, prompt = kvsink.KVSinkCache.for_model(model, 1, fixed), prompts[request]
+        first = model(input_ids=prompt, past_key_values=fresh, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        pads = cache.batch_join(fresh) if running else (0, 0)
+        cache = cache if running else fresh
+        new = torch.ones_like(prompt)
+        mask = torch.cat([F.pad(m, (pad, 0)) for m, pad in zip((mask, new), pads, strict=True) if len(m)])
+        given, running[len(running) :] = torch.cat([given, first]), [request]
+        said[request].append(int(first))
+
+    def steps(count: int) -> None:
+        nonlocal mask, given
+        for _ in range(count):
+            mask = F.pad(mask, (0, 1), value=1)
+            places = mask.sum(1, keepdim=True) - 1
+            extra = {"position_ids": places} if "position_ids" in inspect.signature(model.forward).parameters else {}
+            out = model(input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            given = out.logits[:, -1].argmax(-1, keepdim=True)
+            for request, token in zip(running, given[:, 0].tolist(), strict=True):
+                said[request].append(token)
+
+    def leave(request: int) -> None:
+        nonlocal mask, given
+        kept = torch.tensor([i for i, r in enumerate(running) if r != request])
+        cache.batch_select_indices(kept)
+        mask, given = mask[kept], given[kept]
+        running.remove(request)
+
+    join(0)
+    steps(4)
+    join(1)
+    steps(7)
+    leave(0)
+    join(2)
+    steps(4)
+    leave(1)
+    steps(7)
+    assert [len(s) for s in said] == [12, 12, 12]
+    assert said == [w.tolist() for w in wanted]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_inference_mode_and_narrow_dtypes(dtype: torch.dtype) -> None:
     model = rewritten("llama", "klt", dtype)[0]
@@ -184,6 +336,134 @@ def test_threads_with_several_models_and_caches(klt: Any) -> None:
     for thread in threads:
         thread.join()
     assert all(f is not None and torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "length"),
+    [(None, -1), ("dynamic", -1), ("static", 26), ("sliding_window", 26), ("hybrid_chunked", 26)],
+)
+def test_every_kind_of_cache_that_generate_knows_is_packed(klt: Any, asked: str | None, length: int) -> None:
+    row = ids(1, 13, 3)
+    out = klt.generate(row, cache_implementation=asked, return_dict_in_generate=True, **GREEDY)
+    cache = out["cache"] if "cache" in out else out["past_key_values"]
+    assert isinstance(cache, kvsink.KVSinkCache) and cache.get_max_length() == length
+    assert torch.equal(out.sequences[0, 13:], alone(klt, row[0]))
+
+
+def test_a_fixed_cache_can_be_made_longer(klt: Any) -> None:
+    row = ids(1, 13, 3)
+    out = klt.generate(row, cache_implementation="static", max_cache_len=80, return_dict_in_generate=True, **GREEDY)
+    cache = out["cache"] if "cache" in out else out["past_key_values"]
+    assert cache.get_max_length() == 80 and torch.equal(out.sequences[0, 13:], alone(klt, row[0]))
+
+
+@pytest.mark.parametrize("asked", ["quantized", "offloaded", "offloaded_static", "offloaded_hybrid"])
+def test_a_cache_that_is_not_packed_is_refused(klt: Any, asked: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"cache_implementation='{asked}'") as raised:
+        klt.generate(ids(1, 13, 3), cache_implementation=asked, **GREEDY)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_kind_of_cache_in_transformers_is_served_or_refused(klt: Any) -> None:
+    """A new name in transformers must not lead to its stock cache unseen."""
+    from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
+
+    for asked in ALL_CACHE_IMPLEMENTATIONS:
+        try:
+            out = klt.generate(ids(1, 5, 3), cache_implementation=asked, return_dict_in_generate=True, max_new_tokens=2)
+        except UnsupportedError:
+            continue
+        assert isinstance(out["cache"] if "cache" in out else out["past_key_values"], kvsink.KVSinkCache), asked
+
+
+def test_continuous_batching_is_refused(klt: Any) -> None:
+    """Its pages are transformers' own and hold 16 bit; a model without a runtime goes on as ever."""
+    for ask in (
+        lambda: klt.generate_batch([[5, 6, 7]], max_new_tokens=2),
+        lambda: klt.generate(ids(1, 5, 3), cache_implementation="paged", **GREEDY),
+        lambda: klt.init_continuous_batching(),
+    ):
+        with pytest.raises(UnsupportedError, match="16-bit pages, which hold no packed rows") as raised:
+            ask()
+        assert "\n" not in str(raised.value)
+    other = rewritten("llama", "rtn")[0]
+    detach(other)
+    assert type(other.init_continuous_batching()).__name__ == "ContinuousBatchingManager"
+
+
+def test_a_cache_of_another_model_is_refused(klt: Any) -> None:
+    row, again = ids(1, 13, 3), rewritten("llama", "klt")[0]
+    cache = kvsink.KVSinkCache.for_model(again)  # the same model, loaded twice
+    assert torch.equal(klt.generate(row, past_key_values=cache, **GREEDY)[0, 13:], alone(klt, row[0]))
+    for other in (rewritten("llama", "rtn")[0], rewritten("llama", "klt", calibration=ids(8, 64, 2))[0]):
+        with pytest.raises(KvsinkError, match="made for another model"):
+            klt.generate(row, past_key_values=kvsink.KVSinkCache.for_model(other), **GREEDY)
+
+
+@torch.no_grad()
+def test_what_cannot_join_says_why_and_changes_nothing(klt: Any) -> None:
+    def held(model: Any, length: int, **options: Any) -> Any:
+        cache = kvsink.KVSinkCache.for_model(model, **options)
+        model(input_ids=ids(1, length, length), past_key_values=cache, use_cache=True)
+        return cache
+
+    kivi = rewritten("llama", "kivi", key_bits=2, value_bits=2, protect="none")[0]
+    anchored = rewritten("llama", "rtn", protect="anchors:10%")[0]
+    sliding, windowed = rewritten("gemma3", "klt")[0], rewritten("llama", "rtn", window=6)[0]
+    cropped = held(windowed, 30)
+    cropped.crop(20)
+    pairs = [
+        (held(klt, 9), kvsink.KVSinkCache.for_model(klt), "an empty cache"),
+        (held(klt, 9), held(klt, 9, max_length=32), "differ in codec, max_length"),
+        (held(kivi, 40), held(kivi, 13), "128 tokens are coded or stored together"),
+        (held(anchored, 40), held(anchored, 30), "anchors are a share of the length"),
+        (held(sliding, 9), held(sliding, 9), "sliding-window layers"),
+        (held(windowed, 20), cropped, "a crop has left one cache fewer recent rows"),
+    ]
+    for a, b, reason in pairs:
+        before = {n: t.clone() for c in (a, b) for n, t in {f"{id(c)}.{n}": t for n, t in c.tensors().items()}.items()}
+        with pytest.raises(KvsinkError, match=reason) as raised:
+            a.batch_join(b)
+        assert "\n" not in str(raised.value)
+        after = {f"{id(c)}.{n}": t for c in (a, b) for n, t in c.tensors().items()}
+        assert after.keys() == before.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+
+
+@pytest.mark.parametrize(("method", "options"), [("kivi", {"key_bits": 2, "value_bits": 2}), ("rtn", {"protect": "anchors:10%"})])
+@torch.no_grad()
+def test_rows_of_one_length_join_whatever_their_codec(method: str, options: dict[str, Any]) -> None:
+    model = rewritten("llama", method, **{"protect": "none", **options})[0]
+    rows, caches = ids(2, 140, 3), []
+    for row in rows:
+        caches.append(kvsink.KVSinkCache.for_model(model))
+        model(input_ids=row[None, :-1], past_key_values=caches[-1], use_cache=True)
+    wanted = [alone(model, row[-1:], cache=copy.deepcopy(cache)) for row, cache in zip(rows, caches, strict=True)]
+    assert caches[0].batch_join(caches[1]) == (0, 0)
+    out = model.generate(rows, past_key_values=caches[0], **GREEDY)
+    assert torch.equal(out[:, -NEW:], torch.stack(wanted))
+
+
+@pytest.mark.parametrize(("family", "method"), [("falcon-alibi", "klt"), ("falcon-alibi", "rtn"), ("bloom", "rtn")])
+@torch.no_grad()
+def test_position_biases_over_a_fixed_cache(family: str, method: str) -> None:
+    """These forwards read a 2-D mask: over all slots of a fixed cache it must still say which new rows are padding. Falcon makes
+    angles that its attention does not use with ALiBi, so its keys are not to be turned."""
+    model = rewritten(family, method, protect="first:2")[0]
+    assert model._kvsink_runtime.rotary is None
+    rows = ids(2, 13, 3)
+    mask = torch.ones_like(rows)
+    rows[1, :3], mask[1, :3] = 0, 0
+    wanted = [alone(model, rows[0]), alone(model, rows[1, 3:])]
+    padded = () if family == "bloom" else (mask,)  # BLOOM itself answers NaN to left padding in float64
+    for options in ({}, {"cache_implementation": "static"}, {"compile_config": compiled()}):
+        torch._dynamo.reset()
+        for given in (*padded, None):
+            held = rows if given is not None else rows[:1]
+            out = model.generate(held, attention_mask=given, return_dict_in_generate=True, **options, **GREEDY)
+            cache = out["cache"] if "cache" in out else out["past_key_values"]
+            for i, row in enumerate(out.sequences[:, 13:]):
+                assert torch.equal(row, wanted[i]), (options, i)
+                assert sorted(cache.layers[0].exact_slot[i].tolist()) == ([0, 1] if i == 0 else [3, 4]), (options, i)
 
 
 def test_crop_of_a_sliding_window_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

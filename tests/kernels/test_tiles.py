@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
 import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.codecs import Anchors, Codec
+from kvsink.errors import UnsupportedError
 from kvsink.kernels import native, packed, tiles
 from kvsink.kernels.append import append_ref, append_tiles
 from kvsink.kernels.attend import attend_ref
@@ -395,6 +397,37 @@ def test_beams_move_codes_and_anchors_alike() -> None:
         cache.reorder_cache(torch.tensor([1, 0]))
         straight = model(ids[:, :1], attention_mask=one, past_key_values=cache).logits
     assert (swapped[[1, 0]] - straight).abs().max() <= 1e-4 * straight.abs().max()
+
+
+@torch.no_grad()
+def test_joined_rows_move_by_whole_tiles() -> None:
+    """Codes move with their tiles and the anchors with their rows: every row says what it says alone."""
+    model = model_of(0)
+    ids = torch.randint(3, 97, (2, 170), generator=torch.Generator().manual_seed(8))
+    caches = [KVSinkCache.for_model(model, 1, max_length=300, tiles=True) for _ in range(3)]
+    padded = torch.ones(1, 40, dtype=torch.int64)
+    padded[0, :7] = 0
+    model(ids[:1, :168], past_key_values=caches[0])
+    model(ids[1:, :40], attention_mask=padded, position_ids=(padded.cumsum(1) - 1).clamp_min(0), past_key_values=caches[1])
+    model(ids[1:, :45], past_key_values=caches[2])
+    with pytest.raises(UnsupportedError, match="differ by 123, and 128 tokens are coded or stored together"):
+        caches[0].batch_join(caches[2])
+    alone = []
+    for i, (start, mask) in enumerate(((168, torch.ones(1, 169)), (33, F.pad(padded, (0, 1), value=1)))):
+        said = []
+        for _ in range(2):  # the second time after a crop: the caches are as they were
+            place = torch.tensor([[start]])
+            out = model(ids[i : i + 1, 168:169], attention_mask=mask, position_ids=place, past_key_values=caches[i])
+            said.append(out.logits)
+            caches[i].crop(-1)
+        assert torch.equal(*said)
+        alone.append(said[0])
+    assert caches[0].batch_join(caches[1]) == (0, 128)
+    mask = torch.ones(2, 169)
+    mask[1, :135] = 0
+    out = model(ids[:, 168:169], attention_mask=mask, position_ids=torch.tensor([[168], [33]]), past_key_values=caches[0])
+    for row, wanted in zip(out.logits, alone, strict=True):
+        assert (row - wanted[0]).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 @pytest.mark.parametrize(("index", "batch", "length", "blocks", "best"), [

@@ -9,14 +9,12 @@ import pytest
 from tests.models import VOCAB, build
 
 
-@pytest.fixture(scope="session")
-def tiny_dir(tmp_path_factory) -> Path:
+def folder_of(family: str, folder: Path) -> Path:
     """A model folder whose tokenizer knows single characters; its weights are random."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    model = build("llama")
+    model = build(family)
     characters = ["<pad>", "<s>", "</s>", "<unk>", *(chr(c) for c in range(33, 33 + VOCAB - 5)), " "]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -26,6 +24,18 @@ def tiny_dir(tmp_path_factory) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """A tiny Llama."""
+    return folder_of("llama", tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def mixed_dir(tmp_path_factory) -> Path:
+    """A tiny Gemma 3: one layer slides over 8 tokens, the other attends to all."""
+    return folder_of("gemma3", tmp_path_factory.mktemp("mixed") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 import kvsink
+from kvsink.cache import KVSinkLayer
 from kvsink.errors import KvsinkError
+from kvsink.loading import load_model, load_tokenizer
 from kvsink.tools import rewrite
 from kvsink.tools.rewrite import main
 
@@ -48,7 +51,38 @@ def test_unset_options_are_the_methods_own(engine, tiny_dir, tmp_path):
     assert main([str(tiny_dir), str(tmp_path / "out"), "--eval-windows", "0"]) == 0
     options = engine[0][2]
     assert options["method"] == "klt"
-    assert [options[name] for name in ("key_bits", "value_bits", "protect", "window")] == [None] * 4
+    assert [options[name] for name in ("key_bits", "value_bits", "protect", "window", "sliding")] == [None] * 5
+
+
+@pytest.mark.parametrize(("flags", "layers"), [([], [1]), (["--no-sliding"], [1]), (["--sliding"], [0, 1])])
+def test_sliding_layers_are_packed_where_asked(mixed_dir, tmp_path, flags, layers, capsys):
+    """The folder generates what the same rewrite in memory does; its table is measured through the packed windows."""
+    out = tmp_path / "out"
+    argv = ["--key-bits", "2", "--value-bits", "2", "--calibration-tokens", "512", "--device", "cpu"]
+    argv += ["--eval-windows", "1", "--eval-window-tokens", "48"]
+    assert main([str(mixed_dir), str(out), *argv, *flags]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(layers)} of 2 layers packed" in said
+    assert ("layer 0 (model.layers.0.self_attn) left alone: sliding attention" in said) == (0 not in layers)
+    model, again = load_model(out, "cpu"), load_model(mixed_dir, "cpu")
+    options = {"key_bits": 2, "value_bits": 2, "calibration_tokens": 512, "tokenizer": load_tokenizer(mixed_dir)}
+    kvsink.rewrite(again, sliding=flags == ["--sliding"], **options)
+    ids, outs = torch.randint(5, 90, (1, 30), generator=torch.Generator().manual_seed(0)), []
+    for m in (model, again):
+        done = m.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+        cache = done["cache"] if "cache" in done else done["past_key_values"]
+        assert [i for i, layer in enumerate(cache.layers) if isinstance(layer, KVSinkLayer)] == layers
+        outs.append(done.sequences)
+    assert torch.equal(*outs)
+
+
+def test_a_codec_that_cannot_slide_says_so(mixed_dir, tmp_path, capsys):
+    argv = [mixed_dir, tmp_path / "out", "--method", "kivi", "--sliding", "--calibration-tokens", "512", "--device", "cpu"]
+    assert main([str(part) for part in argv]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "layer 0 (model.layers.0.self_attn): sliding window of 8" in line
+    assert "which the end of a moving window would cut" in line
+    assert not (tmp_path / "out").exists()
 
 
 def refused(argv, words, capsys):

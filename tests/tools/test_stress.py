@@ -61,6 +61,10 @@ class Operations(RuleBasedStateMachine):
     def select(self, masked: bool) -> None:
         self.twin.select(masked)
 
+    @rule(n=st.integers(1, 140), padded=st.booleans())
+    def join(self, n: int, padded: bool) -> None:
+        self.twin.join(n, padded)
+
     @rule()
     def save_and_load(self) -> None:
         self.twin.save_and_load()
@@ -97,6 +101,12 @@ BUGS: dict[str, tuple[str, Any]] = {
     "a reset that keeps recent rows": ("reset", lambda self: (self.length.zero_(), setattr(self, "_held", 0))),
     "a reorder of nothing": ("reorder_cache", lambda self, index: None),
     "attention that forgets the length": ("_advance", lambda self, rows: None),
+    "a join that forgets exact rows": (
+        "_take",
+        lambda self, state, slots, take=KVSinkLayer._take: take(
+            self, {**state, "exact_slot": state["exact_slot"].clamp_max(-1)}, slots
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["DenseLayer"]
@@ -152,6 +153,32 @@ class DenseLayer:
                 setattr(side, name, getattr(side, name)[at])
         self.held = [[dict(segment[i]) for i in rows] for segment in self.held]
         self.ring = {place: (slot, k[at], v[at]) for place, (slot, k, v) in self.ring.items()}
+
+    def join(self, other: DenseLayer, pads: tuple[int, int]) -> None:
+        """The rows of `other` behind these, all moved so that they end together."""
+        for name in ("k", "v"):
+            one, two = getattr(self, name), getattr(other, name)
+            for what in ("rows", "coded", "half", "dense"):
+                both = [F.pad(getattr(s, what), (0, 0, pad, 0)) for s, pad in zip((one, two), pads, strict=True)]
+                if both[0].shape[2] == both[1].shape[2]:  # without outliers the last two stay empty
+                    setattr(one, what, torch.cat(both))
+        moved = [
+            [[{slot + pad: score for slot, score in row.items()} for row in segment] for segment in layer.held]
+            for layer, pad in zip((self, other), pads, strict=True)
+        ]
+        self.held = [a + b for a, b in zip(*moved, strict=True)]
+        self.anchors = self.anchors + other.anchors
+        rings = [
+            {slot + pad: (k, v) for slot, k, v in layer.ring.values() if slot + pad < self.length}
+            for layer, pad in zip((self, other), pads, strict=True)
+        ]
+        batches = [layer.k.rows.shape[0] for layer in (self, other)]
+        batches[0] -= batches[1]
+        none = [torch.zeros(n, *self.k.rows.shape[1::2]) for n in batches]
+        self.ring = {}
+        for slot in {**rings[0], **rings[1]}:
+            k, v = (torch.cat([r[slot][i] if slot in r else no for r, no in zip(rings, none, strict=True)]) for i in (0, 1))
+            self.ring[slot % self.codec.ring] = (slot, k, v)
 
     # -- what is seen --------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ class Twin:
 
     def _forget(self) -> None:
         self.pad = torch.zeros(self.batch, dtype=torch.int64)
+        self.void = self.pad.clone()  # slots that joining has put before a row: whatever stands there
         self.layers = [
             DenseLayer.empty(layer.codec, self._tables(i, layer.codec), self.batch, KV_HEADS, HEAD_DIM)
             for i, layer in enumerate(self.cache.packed_layers())
@@ -231,7 +232,7 @@ class Twin:
             dense.crop(keep)
             self._take_anchors(layer, dense)
         if keep == 0:
-            self.pad = torch.zeros(self.batch, dtype=torch.int64)
+            self.pad = self.void = torch.zeros(self.batch, dtype=torch.int64)
 
     def crop_too_far(self) -> None:
         """More than is held: refused."""
@@ -276,7 +277,46 @@ class Twin:
         for dense in self.layers:
             dense.pick(rows)
             dense.anchors = [set(dense.anchors[i]) for i in rows] if dense.anchors else []
-        self.batch, self.pad = len(rows), self.pad[torch.tensor(rows)]
+        self.batch, self.pad, self.void = len(rows), self.pad[torch.tensor(rows)], self.void[torch.tensor(rows)]
+
+    def join(self, n: int, padded: bool) -> None:
+        """Another cache of n rows joins; where it may not, nothing changes."""
+        if self.batch >= MOST_ROWS or not self._filled() or not self.length:
+            return
+        other = Twin(self.case, 1, self.seed + len(self.done))
+        other.append(min(n, self.case.max_length or n), True, padded)
+        before = {name: t.clone() for name, t in self.cache.tensors().items()}
+        longest = max(self.length, other.length)
+        pads = longest - self.length, longest - other.length
+        fits = self._may_join(other, pads)
+        try:
+            given = self.cache.batch_join(other.cache)
+        except KvsinkError as error:
+            assert not fits, f"refused: {error}"
+            assert all(torch.equal(t, before[name]) for name, t in self.cache.tensors().items()), "a refusal changed the cache"
+            return
+        assert fits and given == pads, f"joined with pads {given}, not {pads}"
+        for dense, joining in zip(self.layers, other.layers, strict=True):
+            dense.join(joining, pads)
+        self.batch += 1
+        self.pad = torch.cat([self.pad + pads[0], other.pad + pads[1]])
+        self.void = torch.cat([self.void + pads[0], other.void + pads[1]])
+
+    def _may_join(self, other: Twin, pads: tuple[int, int]) -> bool:
+        """Blocks of tokens stay whole, anchors are a share of one length, and both hold the same recent rows, as far as they go."""
+        for one, two in zip(self.layers, other.layers, strict=True):
+            c, pad = one.codec, max(pads)
+            spans = [s.flush for s in (c.key, c.value)] + [s.group_tokens for s in (c.key, c.value) if s.by_token_block]
+            spans += [s.outlier_tokens for s in (c.key, c.value) if s.outliers]
+            if (pad and c.anchors is not None) or any(pad % span for span in spans if span):
+                return False
+            rings = [
+                {slot + p for slot, _, _ in layer.ring.values() if slot < layer.length}
+                for layer, p in zip((one, two), pads, strict=True)
+            ]
+            if {slot for slot in rings[0] if slot >= pad} != {slot for slot in rings[1] if slot >= pad}:
+                return False
+        return True
 
     def save_and_load(self) -> None:
         """Through a file, into the same kind of cache."""
@@ -306,7 +346,8 @@ class Twin:
         self._learn_outliers(i, layer, dense)
         for name, one, two in zip(("keys", "values"), found, dense.seen(fresh), strict=True):
             assert one.shape == two.shape, f"layer {i}: {name} {tuple(one.shape)}, not {tuple(two.shape)}"
-            error = (one - two).abs().amax((0, 1, 3))
+            there = torch.arange(self.length) >= self.void[:, None]
+            error = ((one - two) * there[:, None, :, None]).abs().amax((0, 1, 3))
             if float(error.max()) > BOUND * float(two.abs().max()):
                 slot = int(error.argmax())
                 raise AssertionError(f"layer {i}: {name} of slot {slot} of {self.length} differ by {float(error[slot]):.3g}")
@@ -325,6 +366,7 @@ class Twin:
             bound = BOUND * float(side.half.abs().max())
             sparse, plain = (x - side.half).abs() <= bound, (x - side.dense).abs() <= bound
             for row in range(self.batch):  # what is read from elsewhere may have codes of any kind
+                plain[row, :, : self.void[row]] = True
                 for slot in dense.exact(row):
                     plain[row, :, slot] = True
             assert bool((sparse | plain).all()), f"layer {i}: an entry of {name} is neither its outlier nor its code"
@@ -343,7 +385,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> T
 
 OPERATIONS = (
     "append", "append", "step", "step", "step", "prompt", "crop", "crop", "crop_too_far", "reset", "reorder", "repeat", "select",
-    "save",
+    "save", "join", "join",
 )  # fmt: skip
 
 
@@ -368,6 +410,10 @@ def apply(twin: Twin, name: str, pick: random.Random) -> None:
         masked = pick.random() < 0.5
         twin.done.append(f"select({masked})")
         twin.select(masked)
+    elif name == "join":
+        n, padded = pick.choice((5, n, twin.length, twin.length + 128)) or 9, pick.random() < 0.4
+        twin.done.append(f"join({n}, padded={padded})")
+        twin.join(n, padded)
     elif name == "save":
         twin.done.append("save_and_load()")
         twin.save_and_load()
