@@ -86,7 +86,7 @@ def _library() -> ctypes.CDLL | None:
         if found is None:
             raise OSError("no C compiler found")
         version = subprocess.run([found, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode() + _machine()).hexdigest()[:24]
+        key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join(FLAGS).encode() + machine()).hexdigest()[:24]
         folder = cache_folder() / "kernels"
         built = folder / f"attend-{key}.so"
         if not built.is_file():
@@ -112,7 +112,7 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def _machine() -> bytes:
+def machine() -> bytes:
     """What -march=native depends on: a cache folder may be shared between machines."""
     try:
         text = Path("/proc/cpuinfo").read_text()
