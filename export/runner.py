@@ -101,10 +101,10 @@ class OnnxGenerator:
             found = value.data_type()[7:-1]  # tensor(uint8) → uint8
             if _DTYPES.get(found, found) != kind.name:
                 raise ExportError(f"{PAST}{name} is {_DTYPES.get(found, found)}, the model takes {kind.name}; begin with empty()")
-            for size, wanted in zip(shape, entry["shape"], strict=False):
-                known = wanted if isinstance(wanted, int) else length.setdefault(wanted, size)
-                if size != known or len(shape) != len(entry["shape"]):
-                    raise ExportError(f"{PAST}{name} is {list(shape)}, the model takes {entry['shape']}; begin with empty()")
+            sizes = zip(shape, entry["shape"], strict=False)
+            known = [wanted if isinstance(wanted, int) else length.setdefault(wanted, size) for size, wanted in sizes]
+            if list(shape) != known or len(shape) != len(entry["shape"]):
+                raise ExportError(f"{PAST}{name} is {list(shape)}, the model takes {entry['shape']}; begin with empty()")
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -268,6 +268,36 @@ def test_a_missing_extra_is_named(tiny_dir, tmp_path, monkeypatch, capsys) -> No
     assert "onnxscript is not installed" in (error := capsys.readouterr().err) and "kvsink[onnx]" in error
 
 
+def test_a_missing_runtime_is_named(out, monkeypatch, capsys) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert eval_main([str(out / "model.onnx")]) == 2
+    said = capsys.readouterr().err
+    assert "onnxruntime is not installed; pip install 'kvsink[onnx]'" in said and said.count("\n") == 1
+
+
+def test_a_path_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, words in ((tmp_path / "file" / "m.onnx", "not a folder that can be written to"), (tmp_path, "not the name of an")):
+        with pytest.raises(ExportError, match=words):
+            onnx(rewritten("llama", method="rtn"), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch) -> None:
+    import onnx_ir
+
+    def full(model: Any, path: Path, **rest: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    with pytest.raises((OSError, kvsink.KvsinkError), match="No space left"):
+        onnx(rewritten("llama", method="rtn"), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_explain_says_what_leaves() -> None:
     said = kvsink.explain(rewritten("llama", method="rtn"), onnx=True)
     assert "onnx: leaves as functions, custom\nonnx: not as gqa, 2 times: keys have scales of their own" in said
