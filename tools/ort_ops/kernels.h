@@ -41,28 +41,33 @@ inline uint32_t field(const uint8_t* bytes, int width, int64_t i, int64_t size) 
   return (word >> (bit & 7)) & ((1u << width) - 1);
 }
 
-// values[i] = table[code i]; widths 8, 4, 2 and 1 have loops of their own
-inline void look_up(const uint8_t* bytes, int width, int64_t count, const float* table, float* values) {
-  switch (width) {
-    case 8:
-      for (int64_t i = 0; i < count; i++) values[i] = table[bytes[i]];
-      return;
-    case 4:
-      for (int64_t i = 0; i < count / 2; i++) {
-        values[2 * i] = table[bytes[i] & 15];
-        values[2 * i + 1] = table[bytes[i] >> 4];
-      }
-      return;
-    case 2:
-      for (int64_t i = 0; i < count / 4; i++)
-        for (int j = 0; j < 4; j++) values[4 * i + j] = table[(bytes[i] >> (2 * j)) & 3];
-      return;
-    case 1:
-      for (int64_t i = 0; i < count / 8; i++)
-        for (int j = 0; j < 8; j++) values[8 * i + j] = table[(bytes[i] >> j) & 1];
-      return;
+// What every byte of codes stands for, or every code where codes do not fill bytes.
+struct Table {
+  int width = 0;
+  std::vector<float> values;
+
+  Table() = default;
+  Table(int width_, const float* levels) : width(width_) {
+    const int per = 8 % width ? 1 : 8 / width, entries = 8 % width ? 1 << width : 256;
+    for (int entry = 0; entry < entries; entry++)
+      for (int i = 0; i < per; i++) values.push_back(levels[entry >> (i * width) & ((1 << width) - 1)]);
+  }
+};
+
+template <int per>
+inline void copy_entries(const uint8_t* bytes, int64_t count, const float* table, float* values) {
+  for (int64_t i = 0; i < count / per; i++) std::memcpy(values + per * i, table + per * bytes[i], per * sizeof(float));
+}
+
+inline void look_up(const uint8_t* bytes, int64_t count, const Table& table, float* values) {
+  const float* entries = table.values.data();
+  switch (table.width) {
+    case 8: return copy_entries<1>(bytes, count, entries, values);
+    case 4: return copy_entries<2>(bytes, count, entries, values);
+    case 2: return copy_entries<4>(bytes, count, entries, values);
+    case 1: return copy_entries<8>(bytes, count, entries, values);
     default:
-      for (int64_t i = 0; i < count; i++) values[i] = table[field(bytes, width, i, (count * width + 7) / 8)];
+      for (int64_t i = 0; i < count; i++) values[i] = entries[field(bytes, table.width, i, (count * table.width + 7) / 8)];
   }
 }
 

@@ -206,7 +206,19 @@ struct QuantizeKV : Kernel {
 
 struct DequantizeKV : Kernel {
   Coding c;
-  explicit DequantizeKV(const Attributes& a) : c(a) {}
+  std::vector<Table> tables_of;  // of every run of channels
+  int64_t covered = 0;           // channels that have bits
+
+  explicit DequantizeKV(const Attributes& a) : c(a) {
+    std::vector<float> whole(256);
+    const float less = c.kind == "static" ? static_cast<float>(1 << (c.width() - 1)) : 0.0f;
+    for (int i = 0; i < 256; i++) whole[i] = static_cast<float>(i) - less;
+    for (const Run& r : c.runs) {
+      const bool gauss = c.kind == "lloyd" || c.kind == "gauss";
+      tables_of.emplace_back(r.width, c.kind == "lloyd-even" ? kEvenLevels[r.width] : gauss ? kLevels[r.width] : whole.data());
+      covered += r.end - r.start;
+    }
+  }
 
   void run(const Call& call) const override {
     const Input codes = call.input(0), scale = call.input(1), table = call.input(2);
@@ -218,7 +230,6 @@ struct DequantizeKV : Kernel {
     const auto* from = codes.as<uint8_t>();
     const auto* numbers = scale ? scale.as<half>() : nullptr;
     float* out = call.output<float>(0, {codes.dims[0], heads, rows, dim});
-    const Grid grid(c);
 #pragma omp parallel for num_threads(threads()) if (all > 64)
     for (int64_t i = 0; i < all; i++) {
       const uint8_t* row = from + i * bytes;
@@ -232,12 +243,13 @@ struct DequantizeKV : Kernel {
           for (int64_t j = 0; j < width; j++) y[at * width + j] = value[j] * gain;
         }
       } else if (c.sigma()) {
-        std::fill(y, y + dim, 0.0f);
-        for (const Run& r : c.runs) look_up(row + r.byte, r.width, r.end - r.start, grid.levels(r.width), y + r.start);
+        if (covered < dim) std::fill(y, y + dim, 0.0f);
+        for (size_t r = 0; r < c.runs.size(); r++)
+          look_up(row + c.runs[r].byte, c.runs[r].end - c.runs[r].start, tables_of[r], y + c.runs[r].start);
 #pragma omp simd
         for (int64_t j = 0; j < dim; j++) y[j] = y[j] * own[j] * gain;
       } else {
-        look_up(row, c.width(), dim, grid.levels(c.width()), y);
+        look_up(row, dim, tables_of[0], y);
         if (c.kind == "static") {
 #pragma omp simd
           for (int64_t j = 0; j < dim; j++) y[j] *= own[j];
@@ -257,20 +269,6 @@ struct DequantizeKV : Kernel {
       }
     }
   }
-
- private:
-  struct Grid {  // what a code stands for before scales
-    const Coding& c;
-    float whole[256];
-    explicit Grid(const Coding& coding) : c(coding) {
-      const float less = c.kind == "static" ? static_cast<float>(1 << (c.width() - 1)) : 0.0f;
-      for (int i = 0; i < 256; i++) whole[i] = static_cast<float>(i) - less;
-    }
-    const float* levels(int width) const {
-      if (c.kind == "lloyd-even") return kEvenLevels[width];
-      return c.kind == "lloyd" || c.kind == "gauss" ? kLevels[width] : whole;
-    }
-  };
 };
 
 // -- rotations -------------------------------------------------------------------------------------------------------------
