@@ -4,10 +4,9 @@ Every step gives both the state of the torch cache, so that what is compared is 
 single tokens; two rows, one of them padded on the left. A graph of flavour gqa, whose operator reads new rows from their codes,
 is compared with a strict cache: one row in chunks, two rows whole.
 
-Formula    logits: |difference| <= 1e-4 · max(1, max |logits| / 10); bytes of new codes: equal, but for at most one in a thousand
-           where float rounding sits on a threshold; scales of rows with equal codes: within one step of float16;
-           gqa: what a step attends to are codes of its own rows, so that one tie moves what later layers code: one byte in a
-           hundred, and logits by what so many flips explain (`_moved`);
+Formula    logits: |difference| <= 1e-4 · max(1, max |logits| / 10); bytes of new codes and scales: equal, but for rows that stand
+           on a threshold to float32 rounding (`kvsink.export.ties`), at most one byte in a thousand. There the torch model goes on
+           with the graph's codes: a strict cache reads the new rows from them, so that one tie moves all that later layers code;
            exact rows: the same sorted scores, of which equal ones may belong to other rows (equal tokens have equal scores)
 Raises     ExportError naming the first tensor that differs, and by how much
 """
@@ -26,10 +25,12 @@ from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.export.errors import ExportError
 from kvsink.export.past import FIXED, STATE_OF, past_names
 from kvsink.export.runner import OnnxGenerator
+from kvsink.export.ties import Ties
+from kvsink.runtime import runtime_of
 
 __all__ = ["TIES", "check_file", "check_run"]
 
-TIES, GQA_TIES = 1e-3, 1e-2
+TIES = 1e-3
 _STEPS = (17, 9, 1, 1, 1)
 _WHOLE = (26, 1, 1, 1)  # of two rows, where the operator takes a chunk behind a past for one row only
 _PADDING = 3
@@ -65,56 +66,34 @@ def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence
     at, worst, counted, ties = 0, 0.0, 0, 0
     for step in steps:
         new, upto = slice(at, at + step), at + step
-        with torch.no_grad():
+        new_ids, seen_mask, new_positions = (t.numpy() for t in (ids[:, new], mask[:, :upto], positions[:, new]))
+        logits, values = runner.step(new_ids, seen_mask, new_positions, past)
+        present = {name: value.numpy() for name, value in values.items()}
+        seen = mask[:, new].bool().numpy()
+        with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
                 input_ids=ids[:, new], attention_mask=mask[:, :upto], position_ids=positions[:, new], past_key_values=cache,
                 use_cache=True,
             ).logits  # fmt: skip
-        new_ids, seen_mask, new_positions = (t.numpy() for t in (ids[:, new], mask[:, :upto], positions[:, new]))
-        logits, present = runner.step(new_ids, seen_mask, new_positions, past)
-        seen = mask[:, new].bool().numpy()
-        held = _state(cache, {name: value.numpy() for name, value in present.items()}, upto, runner.one_row)
-        flipped, size = 0, 0
+        held = _state(cache, present, upto, runner.one_row)
         for name, there in held.items():
-            here = present[name].numpy()
-            different, count = _compare(name, here, there, seen, at)
-            flipped, size = flipped + different, size + count
-            if here.dtype == np.float16:
-                _compare_scales(name, present, held, seen, at)
+            _compare(name, present[name], there)
         off = float(np.abs(logits - wanted.numpy())[seen].max())
         limit = 1e-4 * max(1.0, float(wanted.abs().max()) / 10)
-        if runner.one_row and flipped:
-            limit = max(limit, _moved(model, ids, mask, positions, new, wanted, seen, flipped / size))
         if not off <= limit:
             raise ExportError(
                 f"logits of the exported graph differ by {off:.2g} at tokens {at} to {upto - 1}, more than {limit:.2g}; "
                 "nothing was written, please report the model"
             )
-        worst, counted, ties = max(worst, off), counted + size, ties + flipped
+        worst, counted, ties = max(worst, off), counted + found.bytes, ties + found.different
         past = {name: runner.value(array) for name, array in held.items()}
         at = upto
-    if ties > (GQA_TIES if runner.one_row else TIES) * max(counted, 1000):
+    if ties > TIES * max(counted, 1000):
         raise ExportError(
             f"{ties} of {counted} packed bytes of the exported graph differ from the torch cache; nothing was written, please "
             "report the model"
         )
     return {"tokens": int(mask[:, :at].sum()), "largest_logit_difference": worst, "packed_bytes": counted, "different_bytes": ties}
-
-
-def _moved(
-    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, new: slice, wanted: Tensor, seen: Any, share: float
-) -> float:
-    """How far `share` of codes that round the other way may move logits that are read from codes.
-
-    A code that flips is wrong by one step, where rounding is wrong by a step / sqrt(12) in every code: flips carry 12 · share of
-    the energy of the coding error, whose effect on the logits is the distance to the model without codes.
-    """
-    upto = new.stop
-    with torch.no_grad():
-        exact = model(
-            input_ids=ids[:, :upto], attention_mask=mask[:, :upto], position_ids=positions[:, :upto], use_cache=False
-        ).logits[:, new]  # fmt: skip
-    return 2 * (12 * share) ** 0.5 * float((exact - wanted).abs().numpy()[seen].max())
 
 
 def _state(cache: KVSinkCache, present: dict[str, Any], length: int, signed: bool) -> dict[str, Any]:
@@ -136,30 +115,9 @@ def _state(cache: KVSinkCache, present: dict[str, Any], length: int, signed: boo
     return out
 
 
-def _compare(name: str, here: Any, there: Any, seen: Any, at: int) -> tuple[int, int]:
-    """(different bytes, bytes) of codes; raises for tensors that must be equal or near."""
+def _compare(name: str, here: Any, there: Any) -> None:
+    """Raise for tensors of another kind, and for scores that are not near."""
     if here.shape != there.shape or here.dtype != there.dtype:
         raise ExportError(f"present.{name} is {here.dtype} {list(here.shape)}, not {there.dtype} {list(there.shape)}")
-    kind = name.rpartition(".")[2]
-    if kind == "exact_score":
-        if not np.allclose(here, there, rtol=1e-4, atol=1e-6):
-            raise ExportError(f"present.{name} is {here.tolist()}, the torch cache has {there.tolist()}")
-    elif kind not in FIXED and here.dtype in (np.uint8, np.int8):
-        one, two = _new_rows(here, seen, at), _new_rows(there, seen, at)
-        return int((one != two).sum()), one.size
-    return 0, 0
-
-
-def _compare_scales(name: str, present: dict[str, Any], held: dict[str, Any], seen: Any, at: int) -> None:
-    """Scales of the rows whose codes are equal; where a code sits on a threshold, a scale fitted to the codes moves with it."""
-    codes = name.removesuffix("_scale")
-    same = (_new_rows(present[codes].numpy(), seen, at) == _new_rows(held[codes], seen, at)).all(-1)
-    here, there = (_new_rows(t, seen, at).astype(np.float64)[same] for t in (present[name].numpy(), held[name]))
-    off = np.abs(here - there)
-    if (off > 2.0**-10 * np.maximum(np.abs(there), np.abs(there).max(initial=0.0) / 64)).any():
-        raise ExportError(f"present.{name} differs by {off.max():.2g} from the torch cache, whose codes are the same")
-
-
-def _new_rows(tensor: Any, seen: Any, at: int) -> Any:
-    """[B, H, total, n] → the rows from slot `at` on that are no padding, [tokens, H, n]."""
-    return np.moveaxis(tensor[:, :, at:], 1, 2)[seen]
+    if name.rpartition(".")[2] == "exact_score" and not np.allclose(here, there, rtol=1e-4, atol=1e-6):
+        raise ExportError(f"present.{name} is {here.tolist()}, the torch cache has {there.tolist()}")

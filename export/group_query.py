@@ -146,7 +146,9 @@ class _GroupQueryLayer(PlainLayer):
         half = turns.shape[2] // 2
         a, b = q[..., :half], q[..., half : 2 * half]
         mu_a, mu_b = mean[:, None, :half], mean[:, None, half : 2 * half]
-        return torch.cat([a * mu_a + b * mu_b, b * mu_a - a * mu_b], dim=-1) @ turns
+        u = torch.cat([a * mu_a + b * mu_b, b * mu_a - a * mu_b], dim=-1)  # [B, Hq, S, R]
+        # Heads are rows of one product: a product per head would read the angles of all slots for each of them.
+        return (u.flatten(1, 2)[:, None] @ turns).reshape(*u.shape[:3], turns.shape[3])
 
 
 class _Shared:

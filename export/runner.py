@@ -27,18 +27,25 @@ _DTYPES = {"float": "float32"}
 class OnnxGenerator:
     """Runs model.onnx with its manifest beside it.
 
-    providers: of onnxruntime, best first; threads: of one operator, 0 lets onnxruntime choose.
+    providers: of onnxruntime, best first; threads: of one operator, 0 lets onnxruntime choose; library: the custom-op library
+    that brings the nodes of flavour custom, as `python -m kvsink.tools.build_ort_ops` builds it.
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0,
+        library: str | Path | None = None,
+    ) -> None:  # fmt: skip
         try:
             import onnxruntime
         except ImportError as error:
             raise ExportError("onnxruntime is not installed; pip install 'kvsink[onnx]'") from error
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        if self.manifest["flavour"] == "custom":
-            raise ExportError(f"{path} has nodes without bodies; run it in a runtime that brings them, or export flavour functions")
+        if self.manifest["flavour"] == "custom" and library is None:
+            raise ExportError(
+                f"{path} has nodes without bodies; pass library= with what `python -m kvsink.tools.build_ort_ops` builds, or "
+                "export flavour functions"
+            )
         self._ort = onnxruntime
         if missing := set(providers) - set(onnxruntime.get_available_providers()):
             raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
@@ -46,6 +53,8 @@ class OnnxGenerator:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if library is not None:
+            _register(options, Path(library), threads)
         self.device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
@@ -92,10 +101,10 @@ class OnnxGenerator:
             found = value.data_type()[7:-1]  # tensor(uint8) → uint8
             if _DTYPES.get(found, found) != kind.name:
                 raise ExportError(f"{PAST}{name} is {_DTYPES.get(found, found)}, the model takes {kind.name}; begin with empty()")
-            for size, wanted in zip(shape, entry["shape"], strict=False):
-                known = wanted if isinstance(wanted, int) else length.setdefault(wanted, size)
-                if size != known or len(shape) != len(entry["shape"]):
-                    raise ExportError(f"{PAST}{name} is {list(shape)}, the model takes {entry['shape']}; begin with empty()")
+            sizes = zip(shape, entry["shape"], strict=False)
+            known = [wanted if isinstance(wanted, int) else length.setdefault(wanted, size) for size, wanted in sizes]
+            if list(shape) != known or len(shape) != len(entry["shape"]):
+                raise ExportError(f"{PAST}{name} is {list(shape)}, the model takes {entry['shape']}; begin with empty()")
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -184,6 +193,18 @@ class OnnxGenerator:
             size = self.manifest["vocab_size"]
             raise ExportError(f"token {int(ids.max())} is outside the vocabulary of {size}; wrong tokenizer?")
         return ids, mask
+
+
+def _register(options: Any, library: Path, threads: int) -> None:
+    """Load the operators of a library; `threads` is of the process, as its OpenMP threads are."""
+    import ctypes
+
+    try:
+        options.register_custom_ops_library(str(library))
+        ctypes.CDLL(str(library)).kvsink_set_threads(threads)
+    except Exception as error:  # onnxruntime raises kinds of its own
+        first = str(error).strip().splitlines()[0][:200]
+        raise ExportError(f"{library} cannot be loaded ({first}); build it with python -m kvsink.tools.build_ort_ops") from error
 
 
 def _dtype(entry: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .base import cache_folder
 
-__all__ = ["EXACT", "LOOSE", "c_library"]
+__all__ = ["EXACT", "LOOSE", "c_library", "machine"]
 
 FOLDER = Path(__file__).parent
 EXACT = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
@@ -46,7 +46,7 @@ def c_library(name: str, flags: tuple[str, ...], sizes: tuple[tuple[str, int], .
             raise OSError("no C compiler found")
         version = subprocess.run([found, "--version"], capture_output=True, check=True).stdout
         text = source.read_bytes() + b"".join(p.read_bytes() for p in sorted(FOLDER.glob("*.h")))
-        key = hashlib.sha256(text + version + " ".join(flags).encode() + _machine()).hexdigest()[:24]
+        key = hashlib.sha256(text + version + " ".join(flags).encode() + machine()).hexdigest()[:24]
         folder = cache_folder() / "kernels"
         built = folder / f"{name}-{key}.so"
         if not built.is_file():
@@ -71,7 +71,7 @@ def c_library(name: str, flags: tuple[str, ...], sizes: tuple[tuple[str, int], .
         return None
 
 
-def _machine() -> bytes:
+def machine() -> bytes:
     """What -march=native depends on: a cache folder may be shared between machines."""
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from kvsink.tools.rewrite import main as rewrite_main
 from tests.graphs import rewritten
 from tests.tools.conftest import tiny_dir  # noqa: F401
 
+ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("qwen2", "phi3", "gemma3", "gpt2", "qwen3-moe")
 PROMPTS = ([5, 6, 7, 8, 9], [9, 10], [40])
 
@@ -107,6 +110,34 @@ def test_the_runner_counts_bits_and_says_what_the_operator_refuses(out, capsys) 
         assert eval_main([str(model), *flags, *more]) == 0
         rows.append(json.loads(capsys.readouterr().out))
     assert abs(rows[1]["perplexity"] / rows[0]["perplexity"] - 1) < 1e-3 and rows[1]["bits_per_element"] == 4.0
+
+
+def test_the_example_needs_no_kvsink(out, capsys) -> None:
+    import onnxruntime
+
+    text = (ROOT / "examples" / "onnx_gqa.py").read_text(encoding="utf-8")
+    assert "import kvsink" not in text and "from kvsink" not in text
+    example = runpy.run_path(str(ROOT / "examples" / "onnx_gqa.py"))
+    tokens, past = example["generate"](onnxruntime.InferenceSession(str(out / "model.onnx")), PROMPTS[0], 8)
+    runner = OnnxGenerator(out / "model.onnx")
+    assert tokens == runner.generate(PROMPTS[:1], 8, eos_token_id=-1)[0]
+    assert [f"past_key_values.{n}" for n in runner.past] == list(past)
+    assert all(np.array_equal(mine.numpy(), theirs) for mine, theirs in zip(runner.past.values(), past.values(), strict=True))
+    example["main"](str(out / "model.onnx"), "abc", new_tokens=3)
+    assert "bytes of uint8" in capsys.readouterr().out
+
+
+def test_a_cache_of_another_model_is_refused(out) -> None:
+    runner, one = OnnxGenerator(out / "model.onnx"), np.ones((1, 1), dtype=np.int64)
+    for array, words in (
+        (np.zeros((1, 2, 0, 16), dtype=np.int8), "0.key is int8, the model takes uint8; begin with empty"),
+        (np.zeros((1, 2, 0, 16), dtype=np.float32), "0.key is float32, the model takes uint8"),
+        (np.zeros((1, 2, 0, 16), dtype=np.uint8), r"0.key is \[1, 2, 0, 16\], the model takes \['batch', 2, 'past', 8\]"),
+        (np.zeros((0, 2, 1, 8), dtype=np.uint8).transpose(0, 2, 1, 3), r"0.key is \[0, 1, 2, 8\]"),
+        (np.zeros(1, dtype=np.uint8), r"0.key is \[1\], the model takes"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            runner.step(one, one, one * 0, {**runner.empty(1), "0.key": runner.value(np.ascontiguousarray(array))})
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_custom_nodes_and_external_data(tmp_path) -> None:
     assert not proto.functions and manifest["max_positions"] == 64
     ops = {node.op_type for node in proto.graph.node if node.domain == "com.kvsink"}
     assert {"HadamardRotate", "ChannelReorder", "QuantizeKV", "DequantizeKV", "SelectSinks", "PreserveSinks", "Attend"} <= ops
-    with pytest.raises(ExportError, match="nodes without bodies"):
+    with pytest.raises(ExportError, match="nodes without bodies; pass library="):
         OnnxGenerator(tmp_path / "m.onnx")
 
 
@@ -288,6 +288,36 @@ def test_a_missing_extra_is_named(tiny_dir, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else found(name, *rest))
     assert rewrite_main([str(tiny_dir), str(tmp_path / "out"), "--onnx"]) == 2
     assert "onnxscript is not installed" in (error := capsys.readouterr().err) and "kvsink[onnx]" in error
+
+
+def test_a_missing_runtime_is_named(out, monkeypatch, capsys) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert eval_main([str(out / "model.onnx")]) == 2
+    said = capsys.readouterr().err
+    assert "onnxruntime is not installed; pip install 'kvsink[onnx]'" in said and said.count("\n") == 1
+
+
+def test_a_path_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, words in ((tmp_path / "file" / "m.onnx", "not a folder that can be written to"), (tmp_path, "not the name of an")):
+        with pytest.raises(ExportError, match=words):
+            onnx(rewritten("llama", method="rtn"), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch) -> None:
+    import onnx_ir
+
+    def full(model: Any, path: Path, **rest: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    with pytest.raises((OSError, kvsink.KvsinkError), match="No space left"):
+        onnx(rewritten("llama", method="rtn"), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_explain_says_what_leaves() -> None:
