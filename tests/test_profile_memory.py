@@ -46,4 +46,5 @@ def test_memory_is_that_of_a_layer(tmp_path: Path, experts: int) -> None:
         taken = peak(big, tmp_path / "one") - peak(tiny, tmp_path / "two")
     finally:
         shutil.rmtree(big, ignore_errors=True)
-    assert layer < taken < 1.3 * layer + activations
+    # the lower bound: a layer was held at all; the bare program has its own peak before the first layer is read
+    assert 0.9 * layer < taken < 1.3 * layer + activations
