@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kvsink.codecs import Codec
 from kvsink.export.errors import ExportError
+from kvsink.kernels.append_cpu import by_definition
 from kvsink.runtime import Runtime
 
 __all__ = ["NEAR", "Ties"]
@@ -90,26 +91,28 @@ class Ties:
                 mine, own = torch.where(pick, codes, mine), torch.where(pick, scale, own)
             return mine, own
 
-        Codec.quantize = follow  # type: ignore[method-assign]
+        watched: Any = Codec
+        watched.quantize = follow
         try:
-            yield self
+            with by_definition():
+                yield self
         finally:
-            Codec.quantize = quantize  # type: ignore[method-assign]
+            watched.quantize = quantize
 
 
 def _unexplained(
     c: Codec, quantize: Any, side: str, x: Tensor, codes: Tensor, scale: Tensor, largest: float, p: Any
 ) -> tuple[int, int] | None:
     """Row and channel of the first number of rows [1, H, n, D] that torch gives to no row near x."""
-    found = c.dequantize(side, codes, scale, p)
+    found: Tensor = c.dequantize(side, codes, scale, p)
     known, d = torch.zeros_like(found, dtype=torch.bool), NEAR * largest
     generator = torch.Generator().manual_seed(0)
     signs = [torch.randint(0, 2, x.shape, generator=generator, dtype=x.dtype) * 2 - 1 for _ in range(_SIGNS)]
     for u in (torch.zeros_like(x), torch.ones_like(x), x / max(largest, 1e-30), *signs):
         for size in _SIZES:
             for sign in (1, -1):
-                near = quantize(c, side, x + sign * size * d * u, p)
-                known |= (c.dequantize(side, *near, p) - found).abs() <= d
+                near, own = quantize(c, side, x + sign * size * d * u, p)
+                known |= (c.dequantize(side, near, own, p) - found).abs() <= d
         if known.all():
             return None
     _, _, row, channel = (~known).nonzero()[0].tolist()

@@ -10,7 +10,8 @@ Raises     nothing: `serves` says whether it does a codec
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -20,10 +21,23 @@ from .c_library import EXACT, c_library
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .quantize import segments
 
-__all__ = ["select_one", "serves", "store_rows"]
+__all__ = ["by_definition", "select_one", "serves", "store_rows"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "uniform": 1, "uniform-int": 2, "gauss": 3, "vector": 4}
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
+
+
+_defined: list[None] = []  # one entry for every `by_definition` that is open
+
+
+@contextmanager
+def by_definition() -> Iterator[None]:
+    """Within it rows are coded by the operators of the definition, for who watches or replaces them."""
+    _defined.append(None)
+    try:
+        yield
+    finally:
+        _defined.pop()
 
 
 class _Side(ctypes.Structure):
@@ -57,9 +71,13 @@ def _library() -> ctypes.CDLL | None:
     return c_library("append_cpu", EXACT, sizes, "coding new rows on the CPU runs in PyTorch, several times slower")
 
 
-@cache
 def serves(c: Any) -> bool:
-    """Whether both sides of a codec are coded row by row by a quantizer that the C file knows."""
+    """Whether both sides of a codec are coded row by row by a quantizer that the C file knows, and it is asked to."""
+    return not _defined and _knows(c)
+
+
+@cache
+def _knows(c: Any) -> bool:
     if c.tiles:
         return False
     for side in (c.key, c.value):
@@ -81,7 +99,7 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, lis
     levels = [(even_levels if even else lloyd_max)(width).contiguous() for *_, width in runs]
     edges = [(even_thresholds if even else thresholds)(width).contiguous() for *_, width in runs]
     pointers = [(_pointer * len(runs))(*[t.data_ptr() for t in held]) for held in (levels, edges)]
-    return len(runs), numbers, *pointers, [*levels, *edges]
+    return len(runs), numbers, pointers[0], pointers[1], [*levels, *edges]
 
 
 def _side(s: Any, x: Tensor, codes: Tensor, scale: Tensor, sigma: Tensor | None, book: Tensor | None) -> _Side:

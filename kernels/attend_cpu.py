@@ -106,7 +106,7 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, lis
             levels = levels[torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)]
         held.append(levels.float().contiguous())
     pointers = [(_pointer * len(runs))(*[t.data_ptr() for t in tables]) for tables in (held, plain)]
-    return len(runs), numbers, *pointers, [*held, *plain]
+    return len(runs), numbers, pointers[0], pointers[1], [*held, *plain]
 
 
 def _levels(kind: str, width: int) -> Tensor:

@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 from kvsink.errors import KvsinkError
-from kvsink.kernels.c_library import machine
 from kvsink.kernels.base import cache_folder
+from kvsink.kernels.c_library import machine
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
 

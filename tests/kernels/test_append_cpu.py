@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.kernels.append import append_cpu, merge_exact
-from kvsink.kernels.append_cpu import select_one, serves, store_rows
+from kvsink.kernels.append_cpu import _knows, by_definition, select_one, serves, store_rows
 from kvsink.kernels.c_library import c_library
 from tests.states import append_arguments, layer_of, rows
 
@@ -116,12 +116,15 @@ def test_what_it_does_not_serve_takes_the_definition(monkeypatch: pytest.MonkeyP
     layer = layer_of("klt")
     codec = Codec.parse(layer.codec_text)
     assert serves(codec) and not any(serves(Codec.parse(layer_of(m).codec_text)) for m in ("kivi", "kvquant", "oscar"))
+    with by_definition():
+        assert not serves(codec)
+    assert serves(codec)
     k, v = rows(1, 2)
     given_rows = append_arguments(layer, k, v)
     assert not append_cpu(*(given_rows | {"k": k.double(), "v": v.double(), "codec": codec}).values())
     monkeypatch.setenv("KVSINK_CPU_KERNEL", "0")
-    serves.cache_clear(), c_library.cache_clear()
+    _knows.cache_clear(), c_library.cache_clear()
     try:
         assert not append_cpu(*(given_rows | {"codec": codec}).values())
     finally:
-        serves.cache_clear(), c_library.cache_clear()
+        _knows.cache_clear(), c_library.cache_clear()
