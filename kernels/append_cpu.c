@@ -223,42 +223,65 @@ void kvsink_append(const Append *a) {
     }
 }
 
-/* The new row of a sequence among places from … end - 1, where its score beats one that stands there. */
-static void insert(const Select *s, int64_t b, int64_t from, int64_t end, float fresh) {
-    int32_t *slot = s->slot + b * s->places;
+/* Place `at` of a sequence becomes place `to` before it; those between move up by one. */
+static void move(const Select *s, int64_t b, int64_t at, int64_t to, uint8_t *room) {
+    int32_t *slot = s->slot + b * s->places + to, moved_slot = slot[at - to];
+    float *score = s->score + b * s->places + to, moved_score = score[at - to];
+    memmove(score + 1, score, sizeof(float) * (at - to));
+    memmove(slot + 1, slot, sizeof(int32_t) * (at - to));
+    *score = moved_score, *slot = moved_slot;
+    for (int64_t kv = 0; kv < 2; kv++)
+        for (int64_t h = 0; h < s->heads; h++) {
+            const int64_t size = s->bytes[kv];
+            uint8_t *rows = s->store[kv] + ((b * s->heads + h) * s->places + to) * size;
+            memcpy(room, rows + (at - to) * size, size);
+            memmove(rows + size, rows, size * (at - to));
+            memcpy(rows, room, size);
+        }
+}
+
+/* The new row of a sequence among places from … end - 1, best first, where its score beats one that stands there. */
+static void insert(const Select *s, int64_t b, int64_t from, int64_t end, float fresh, uint8_t *room) {
     float *score = s->score + b * s->places;
     int64_t at = end;
     while (at > from && !(score[at - 1] >= fresh)) at--;
     if (at == end) return;
-    memmove(score + at + 1, score + at, sizeof(float) * (end - at - 1));
-    memmove(slot + at + 1, slot + at, sizeof(int32_t) * (end - at - 1));
+    move(s, b, end - 1, at, room);
     score[at] = fresh;
-    slot[at] = (int32_t)s->first;
+    s->slot[b * s->places + at] = (int32_t)s->first;
     for (int64_t kv = 0; kv < 2; kv++)
         for (int64_t h = 0; h < s->heads; h++) {
             const int64_t size = s->bytes[kv];
-            uint8_t *rows = s->store[kv] + (b * s->heads + h) * s->places * size;
-            memmove(rows + (at + 1) * size, rows + at * size, size * (end - at - 1));
-            memcpy(rows + at * size, s->fresh[kv] + b * s->fresh_b[kv] + h * s->fresh_h[kv], size);
+            uint8_t *rows = s->store[kv] + ((b * s->heads + h) * s->places + at) * size;
+            memcpy(rows, s->fresh[kv] + b * s->fresh_b[kv] + h * s->fresh_h[kv], size);
         }
 }
 
 /* One new row against the places of every segment, best first; an equal score stays behind the stored one. */
 void kvsink_select(const Select *s) {
     const int64_t e = s->places;
+    uint8_t *room = malloc(s->bytes[0] > s->bytes[1] ? s->bytes[0] : s->bytes[1]);
     for (int64_t b = 0; b < s->batch; b++) {
         int32_t *slot = s->slot + b * e;
         float *score = s->score + b * e;
         for (int64_t i = 0; i < e; i++)
             if (slot[i] < -1) slot[i] = -slot[i] - 2; /* a place marked as a repeat still names its row */
-        for (int64_t k = 0, from = 0; k < s->segments; from += s->capacity[k++])
-            for (int64_t i = 0; i < s->scores[k]; i++) insert(s, b, from, from + s->capacity[k], s->candidate[k][b * s->scores[k] + i]);
+        for (int64_t k = 0, from = 0; k < s->segments; from += s->capacity[k++]) {
+            const int64_t end = from + s->capacity[k];
+            for (int64_t at = from + 1; at < end; at++) { /* a crop leaves places empty between others */
+                int64_t to = at;
+                while (to > from && score[to - 1] < score[at]) to--;
+                if (to < at) move(s, b, at, to, room);
+            }
+            for (int64_t i = 0; i < s->scores[k]; i++) insert(s, b, from, end, s->candidate[k][b * s->scores[k] + i], room);
+        }
         for (int64_t i = 0; i < e; i++) {
             if (score[i] == -INFINITY) slot[i] = -1;
             for (int64_t j = 0; j < i && slot[i] >= 0; j++)
                 if (slot[j] == slot[i] || (slot[j] < -1 && -slot[j] - 2 == slot[i])) slot[i] = -slot[i] - 2;
         }
     }
+    free(room);
 }
 
 /* Versions the caller checks, so that a stale library is never called with another layout. */

@@ -80,12 +80,14 @@ def test_constant_and_extreme_rows(side: SideSpec, value: float) -> None:
 @given(
     scores=st.lists(st.sampled_from([-float("inf"), -1.0, 0.0, 0.5, 1.0, 2.5, 4.0]), min_size=6, max_size=14),
     capacities=st.lists(st.integers(1, 3), min_size=1, max_size=3), times=st.integers(1, 4), wide=st.booleans(),
+    cropped=st.sets(st.integers(0, 12), max_size=4),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_the_running_selection_is_that_of_the_definition(
-    scores: list[float], capacities: list[int], times: int, wide: bool
+    scores: list[float], capacities: list[int], times: int, wide: bool, cropped: set[int]
 ) -> None:
-    """Rows come one by one; every segment has the same scores, so that rows are chosen twice and marked as repeats."""
+    """Rows come one by one; every segment has the same scores, so that rows are chosen twice and marked as repeats. Now and then the
+    newest row is taken back."""
     places, dtype = sum(capacities), torch.float32 if wide else torch.bfloat16
     codec: Any = SimpleNamespace(segments=tuple(capacities), exact_rows=places)
     shapes = {"exact_k": (2, 2, places, 8), "exact_v": (2, 2, places, 4)}
@@ -110,6 +112,11 @@ def test_the_running_selection_is_that_of_the_definition(
         used = two["exact_slot"] != -1
         for name in ("exact_k", "exact_v"):
             assert torch.equal(one[name].transpose(1, 2)[used], two[name].transpose(1, 2)[used])
+        if first in cropped:  # as a crop does: rows behind it are gone, their places stay empty where they are
+            for held in (one, two):
+                gone = torch.where(held["exact_slot"] < -1, -held["exact_slot"] - 2, held["exact_slot"]) >= first
+                held["exact_slot"].masked_fill_(gone, -1)
+                held["exact_score"].masked_fill_(gone, -float("inf"))
 
 
 def test_what_it_does_not_serve_takes_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
