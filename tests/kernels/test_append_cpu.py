@@ -86,8 +86,8 @@ def test_constant_and_extreme_rows(side: SideSpec, value: float) -> None:
 def test_the_running_selection_is_that_of_the_definition(
     scores: list[float], capacities: list[int], times: int, wide: bool, cropped: set[int]
 ) -> None:
-    """Rows come one by one; every segment has the same scores, so that rows are chosen twice and marked as repeats. Now and then the
-    newest row is taken back."""
+    """Rows come one by one; every segment has the same scores, so that rows are chosen twice and marked as repeats. Now
+    and then the newest row is taken back."""
     places, dtype = sum(capacities), torch.float32 if wide else torch.bfloat16
     codec: Any = SimpleNamespace(segments=tuple(capacities), exact_rows=places)
     shapes = {"exact_k": (2, 2, places, 8), "exact_v": (2, 2, places, 4)}
