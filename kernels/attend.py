@@ -13,13 +13,13 @@ Cost       4·B·Hq·S·L·D flops beside decoding L rows once; holds one tile o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import packed
+from . import attend_triton, packed
 from .attend_cpu import attend_one, why_not
 from .base import resolve_codec
 from .read import TILE, put_rows, read_ref
@@ -80,28 +80,20 @@ def _attend_tiles(
     c = resolve_codec(codec)
     p = dict(zip(c.param_names(), params, strict=True))
     st = c.named(state)
-    length, exact_slot = st["length"], st["exact_slot"]
     b, h, s, d = k.shape
-    r, first = q.shape[1] // h, int(length)
+    r, length = q.shape[1] // h, st["length"]
+    first = int(length)
     total = first + s
     wide = _wide(q)
     query = q.to(wide).reshape(b, h, r * s, d) * scale
     top = query.new_full((b, h, r * s, 1), torch.finfo(torch.float32).min)
     mass, out = torch.zeros_like(top), torch.zeros_like(query)
-    live = [c.exact_recent(side, st["recent_slot"], total)[None].expand(b, -1) for side in (c.key, c.value)]
     for start in range(0, total, TILE):
         end = min(start + TILE, total)
-        tile_k, tile_v = c.read_keys(st, p, start, end, wide), c.read_values(st, p, start, end, wide)
-        if not c.key.packed or not c.value.packed:
-            tile_k, tile_v = tile_k.clone(), tile_v.clone()
-        for prefix, full, fresh, recent in (("k", tile_k, k, live[0]), ("v", tile_v, v, live[1])):
-            if c.ring:
-                inside = (recent >= start) & (recent < end)
-                put_rows(full, st[f"recent_{prefix}"], torch.where(inside, recent - start, -1))
-            inside = (exact_slot >= start) & (exact_slot < end)
-            put_rows(full, st[f"exact_{prefix}"], torch.where(inside, exact_slot - start, -1))
-            if not c.strict and end > first:
-                lo = max(first, start)
+        tile_k, tile_v = _past_rows(c, st, p, total, start, end, wide)
+        if not c.strict and end > first:
+            lo = max(first, start)
+            for full, fresh in ((tile_k, k), (tile_v, v)):
                 full[:, :, lo - start : end - start] = fresh[:, :, lo - first : end - first]
         bias = _additive(mask, is_causal, length, s, torch.arange(start, end, device=q.device))
         logits = (query @ tile_k.mT).reshape(b, h, r, s, end - start) + _grouped(bias, h, r)
@@ -114,11 +106,52 @@ def _attend_tiles(
     return (out / mass.clamp_min(1e-30)).reshape(b, h * r, s, d).to(q.dtype)
 
 
+def _past_rows(
+    c: Any, st: Mapping[str, Tensor], p: Mapping[str, Tensor], total: int, start: int, end: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Slots start … end - 1 of `total` as keys after RoPE and values in `dtype`, recent and exact rows laid over the decoded ones."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = []
+    for prefix, side, rows in (("k", c.key, c.read_keys), ("v", c.value, c.read_values)):
+        full = rows(st, p, start, end, wide).to(dtype)
+        full = full if side.packed or full.dtype != st[f"{prefix}_codes"].dtype else full.clone()
+        places = [(f"exact_{prefix}", st["exact_slot"])]
+        if c.ring:
+            live = c.exact_recent(side, st["recent_slot"], total)[None].expand(full.shape[0], -1)
+            places.insert(0, (f"recent_{prefix}", live))
+        for name, slot in places:
+            inside = (slot >= start) & (slot < end)
+            put_rows(full, st[name], torch.where(inside, slot - start, -1))
+        out.append(full)
+    return out[0], out[1]
+
+
+def _attend_cuda(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
+    scale: float, is_causal: bool, codec: str,
+) -> Tensor:  # fmt: skip
+    """The same on a GPU for codecs not in tiles: one new row by the Triton kernel, more over pieces of the decoded past."""
+    c = resolve_codec(codec)
+    st = c.named(state)
+    if not attend_triton.why_not(c, q, k, mask, st["exact_k"].shape[2]):
+        return attend_triton.attend_one(q, k, v, state, params, mask, scale, c)
+    if q.shape[2] == 1 or q.dtype == torch.float64 or torch.cuda.is_current_stream_capturing():
+        return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
+    p, first = dict(zip(c.param_names(), params, strict=True)), int(st["length"])
+
+    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
+        return _past_rows(c, st, p, first + q.shape[2], start, end, k.dtype)
+
+    return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
+
+
 def attend_any(
     q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
-    """The same without GPU kernels: in C or tile by tile on the CPU, else the definition."""
+    """The same for codecs not in tiles: in C or tile by tile on the CPU, by Triton or by pieces on a GPU."""
+    if q.device.type == "cuda":
+        return _attend_cuda(q, k, v, state, params, mask, scale, is_causal, codec)
     if q.device.type != "cpu":
         return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
     if not why_not(resolve_codec(codec), q, k):
@@ -141,7 +174,16 @@ def attend_packed(
         return out
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None  # the length decides what runs, and a graph under capture cannot read it
-    return packed.attend_chunk(lib, c, q, k, v, st, p, mask, scale, is_causal)
+    first = int(st["length"])
+    if first + q.shape[2] > st["k_codes"].shape[2]:
+        raise IndexError(
+            f"{q.shape[2]} rows do not fit behind {first} of {st['k_codes'].shape[2]} slots; make the cache longer"
+        )
+
+    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
+        return packed.decode_rows(lib, c, st, p, start, end, k.dtype)
+
+    return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
 
 
 @torch.library.custom_op("kvsink::attend", mutates_args=())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -307,15 +307,16 @@ def attend_one(
 
 
 def attend_chunk(
-    lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, st: State, p: Params, mask: Tensor | None, scale: float,
-    is_causal: bool,
+    past: Callable[[int, int], tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, first: int, mask: Tensor | None,
+    scale: float, is_causal: bool, strict: bool,
 ) -> Tensor:  # fmt: skip
-    """`attend` of S > 1 new rows; reads the length, so it is not for CUDA graphs."""
-    s, first = q.shape[2], int(st["length"])
-    if first + s > st["k_codes"].shape[2]:
-        raise IndexError(f"{s} rows do not fit behind {first} of {st['k_codes'].shape[2]} slots; make the cache longer")
+    """`attend` of S > 1 new rows behind `first` others; `past` gives slots start … end - 1 as keys and values [B, H, n, D].
+
+    strict: new rows are read back from the past too.
+    """
+    s = q.shape[2]
     causal = mask is None or is_causal
-    if first == 0 and not codec.strict:
+    if first == 0 and not strict:
         part = None if mask is None else mask[..., :s]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=part, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -323,7 +324,7 @@ def attend_chunk(
     b, h = k.shape[:2]
     r = q.shape[1] // h
     step = max(
-        1024, _DECODED_BYTES // (b * h * 2 * tiles.DIM * k.element_size()) // tiles.TILE_SLOTS * tiles.TILE_SLOTS
+        1024, _DECODED_BYTES // (b * h * (k.shape[3] + v.shape[3]) * k.element_size()) // tiles.TILE_SLOTS * tiles.TILE_SLOTS
     )
     out = q.new_zeros((b, h * r, s, q.shape[3]), dtype=torch.float32)
     top = q.new_full((b, h * r, s), float("-inf"), dtype=torch.float32)
@@ -337,14 +338,14 @@ def attend_chunk(
         )
         top = peak
 
-    if not codec.strict:
+    if not strict:
         merge(*_piece(q, k, v, None if mask is None else mask[..., first : first + s], scale, causal))
-    past = first + s if codec.strict else first
-    for start in range(0, past, step):
-        end = min(start + step, past)
-        tile_k, tile_v = decode_rows(lib, codec, st, p, start, end, k.dtype)
+    held = first + s if strict else first
+    for start in range(0, held, step):
+        end = min(start + step, held)
+        tile_k, tile_v = past(start, end)
         part = None if mask is None else mask[..., start:end]
-        if codec.strict and causal:
+        if strict and causal:
             query, slot = torch.arange(s, device=q.device) + first, torch.arange(start, end, device=q.device)
             seen = (slot[None] <= query[:, None])[None, None]
             part = (
@@ -362,7 +363,8 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     """Attention over some keys and the logarithm of its sum of weights [B, Hq, S] float32."""
     b, hq, s, d = q.shape
     h, n = k.shape[1], k.shape[2]
-    if q.device.type == "cuda" and mask is None:
+    flash = q.device.type == "cuda" and q.dtype != torch.float32 and d % 8 == 0 and d <= 256
+    if flash and mask is None:
         if causal:
             k, v = (x.repeat_interleave(hq // h, 1) if hq != h else x for x in (k, v))
             found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)

@@ -25,7 +25,7 @@ from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.joining import joined_shared, joined_state, pads_of
-from kvsink.kernels import append_, attend, observe, read, release_, settle_
+from kvsink.kernels import append_, attend, attend_triton, observe, read, release_, settle_
 from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.attend import attend_any
@@ -63,8 +63,11 @@ def kernel_serves(runtime: Runtime, dtype: torch.dtype, device: torch.device) ->
         shape = a.heads, a.kv_heads, a.head_dim, a.head_dim, runtime.rotary_channels(i)
         reason = serves(plan.codec, *shape, dtype, device)
         served = served or reason is None
-        if reason is not None:
-            tell_once(f"attention over packed codes runs on the plain operators: {reason}")
+        if reason is None:
+            continue
+        exact = plan.codec.exact_rows if plan.codec.anchors is None else 1 << 30
+        if portable := attend_triton.refuse(plan.codec, dtype, a.head_dim, exact):
+            tell_once(f"attention over packed codes runs on the plain operators: {reason}; {portable}")
     return served
 
 

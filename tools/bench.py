@@ -54,19 +54,13 @@ def _pairs(text: str) -> list[tuple[int, int]]:
         raise click.BadParameter(f"{text!r} is not a list of BATCHxLENGTH, such as 1x1024,16x8192") from error
 
 
-def split_side(side: str) -> tuple[str, int]:
-    """ "klt-even-2" → ("klt-even", 2); a method without bits has 2."""
-    method, dash, bits = side.rpartition("-")
-    return (method, int(bits)) if dash and bits.isdigit() else (side, 2)
-
-
 def _sides(text: str) -> list[str]:
-    from kvsink.methods import get_method
+    from kvsink.tools.bench_model import SIXTEEN, declared
 
     sides = [s for s in text.split(",") if s]
     for side in sides:
-        if side not in ("stock", "stock-combo", "static"):
-            get_method(split_side(side)[0])
+        if side not in SIXTEEN:
+            declared(side)
     return sides
 
 
@@ -83,7 +77,7 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
     "--methods",
     default=",".join((*_METHODS, "centred-even-4")),
     show_default=True,
-    help="METHOD-BITS, comma-separated.",
+    help="METHOD-BITS or METHOD-BITS/BITS of keys and values, comma-separated; klt-dense codes keys before RoPE.",
 )
 @click.option(
     "--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated."
@@ -96,8 +90,7 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 
     read, copy = read_bandwidth(), copy_bandwidth()
     _say(f"read {read / 1e12:.3f} TB/s, copy {copy / 1e12:.3f} TB/s")
-    chosen = [split_side(s) for s in _sides(methods)]
-    rows = ops_rows(chosen, _pairs(shapes), max(read, copy), _say)
+    rows = ops_rows(_sides(methods), _pairs(shapes), max(read, copy), _say)
     _write([{**r, "read_tb_s": round(read / 1e12, 3), "copy_tb_s": round(copy / 1e12, 3)} for r in rows], out)
     return 0 if all(r["p50_ms"] is not None for r in rows) else 2
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvsink.tools.bench import split_side
 from kvsink.tools.timing import event_times
 
 __all__ = [
@@ -79,30 +78,55 @@ def llama(
     return model.eval()
 
 
-_records: dict[int, Any] = {}
+_records: dict[Any, Any] = {}
 
 
-def rewritten(model: Any, method: str, bits: int, protect: str = "kvsink:5+first:1") -> Callable[[], Any]:
-    """Rewrite the model and return a function that attaches this rewrite again and returns the model.
+def declared(side: str) -> tuple[Any, float, float]:
+    """Method, bits of keys and bits of values of "METHOD", "METHOD-BITS" or "METHOD-BITS/BITS"; without bits 2.
+
+    "klt-dense" is `klt` with keys coded before RoPE (block=1), whose basis must be undone key by key.
+    """
+    from kvsink.methods import get_method
+
+    name, dash, bits = side.rpartition("-")
+    if not dash or not bits.replace("/", "").replace(".", "").isdigit():
+        name, bits = side, "2"
+    key, _, value = bits.partition("/")
+    method = get_method(name.removesuffix("-dense"))
+    if name.endswith("-dense"):
+        method = replace(method, name=name, key=replace(method.key, block=1))
+    return method, float(key), float(value or key)
+
+
+def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1") -> Callable[[], Any]:
+    """Rewrite the model as `declared` says and return a function that attaches this rewrite again and returns the model.
 
     A method with bits by modality keeps its own exact rows, and its first two layers look at text, as those of LLaVA-1.5 do.
     """
     import kvsink
     from kvsink.calibration import calibrate
-    from kvsink.methods import get_method
+    from kvsink.design import gather_needs
     from kvsink.protect import SinkStage
     from kvsink.runtime import attach, runtime_of
 
     layers = model.config.num_hidden_layers
-    if id(model) not in _records:
-        ids = torch.randint(0, model.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0)).to(model.device)
-        record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
+    method, key_bits, value_bits = declared(side)
+    pair = method.side("key", key_bits), method.side("value", value_bits)
+    blocks, need = gather_needs([pair], model.config.num_key_value_heads, model.config.head_dim)
+    blocks = (64,) if need is None else blocks  # one record serves all that need no samples
+    known = id(model), blocks, need
+    if known not in _records:
+        count = 512 if need is None else max(512, need.rows)
+        ids = torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0)).to(model.device)
+        every = range(layers)
+        samples = {} if need is None else dict.fromkeys(every, need)
+        record = calibrate(model, ids, [()] * layers, dict.fromkeys(every, blocks), 1, None, samples)
         # Random weights have no sinks: a stage is named so that every step ranks its row as a trained model's does.
         stage = SinkStage(0, (7,), 1e4, 1.0)
-        _records[id(model)] = replace(record, stages=(stage,))
-    modal = get_method(method).modality is not None
+        _records[known] = replace(record, stages=(stage,))
+    modal = method.modality is not None
     kvsink.rewrite(
-        model, method, key_bits=bits, value_bits=bits, protect=None if modal else protect, calibration=_records[id(model)],
+        model, method, key_bits=key_bits, value_bits=value_bits, protect=None if modal else protect, calibration=_records[known],
         fold=False, layers=f"0-{min(1, layers - 2)}:pattern=tsa" if modal and layers > 1 else "",
     )  # fmt: skip
     runtime = runtime_of(model)
@@ -120,7 +144,7 @@ def fill(cache: Any, length: int) -> None:
         g = torch.Generator(layer.device).manual_seed(i)
         for name in ("k_codes", "v_codes"):
             held = getattr(layer, name)
-            held.view(torch.int64).random_(generator=g)
+            held.view(torch.int64 if held.shape[-1] % 8 == 0 else torch.uint8).random_(generator=g)
         for name in ("k_scale", "v_scale"):
             held = getattr(layer, name)
             held.copy_(torch.rand(held.shape[2:], device=layer.device, generator=g) * 0.4 + 0.1)
@@ -307,8 +331,7 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
             return step, cache, lambda: set_stock_length(cache, length - _STEPS)
 
     else:
-        method, bits = split_side(side)
-        attach = rewritten(model, method, bits)
+        attach = rewritten(model, side)
         attach()
         per = _held_bytes(model, length)
 
@@ -348,8 +371,7 @@ def prefill_rows(
             def reset(cache: Any = cache) -> None:
                 set_stock_length(cache, 0)
         else:
-            method, bits = split_side(side)
-            cache = KVSinkCache.for_model(rewritten(model, method, bits)(), 1, length + 128)
+            cache = KVSinkCache.for_model(rewritten(model, side)(), 1, length + 128)
 
             def reset(cache: Any = cache) -> None:
                 cache.reset()
@@ -405,9 +427,8 @@ def sequence_rows(
     """One long sequence, prefilled in chunks and then decoded. Without `whole`, chunks at a few places only are run."""
     from kvsink.cache import KVSinkCache
 
-    method, bits = split_side(side)
     model.config._attn_implementation = "sdpa"
-    cache = KVSinkCache.for_model(rewritten(model, method, bits)(), 1, length + 256)
+    cache = KVSinkCache.for_model(rewritten(model, side)(), 1, length + 256)
     starts = list(range(0, length, chunk))
     run = starts if whole else [starts[round(i * (len(starts) - 1) / 8)] for i in range(9)]
     torch.cuda.reset_peak_memory_stats()

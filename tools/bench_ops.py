@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.kernels import native, packed
 from kvsink.kernels.append_attend import append_attend_
-from kvsink.kernels.attend import attend_packed, attend_ref
-from kvsink.tools.bench_model import fill, llama, rewritten
+from kvsink.kernels.append import append_
+from kvsink.kernels.attend import attend_any, attend_packed, attend_ref
+from kvsink.tools.bench_model import declared, fill, llama, rewritten
 from kvsink.tools.timing import Times, graph_times
 
 __all__ = ["BOUND", "SHAPES", "ops_rows", "sdpa_best"]
@@ -76,21 +77,21 @@ def packed_bytes(codec: Any, b: int, t: int, kv_heads: int) -> int:
 
 
 def ops_rows(
-    methods: Sequence[tuple[str, int]], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]
+    sides: Sequence[str], shapes: Sequence[tuple[int, int]], bandwidth: float, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """One row per method, bits and shape, with `append_`: beside attention, and in turn."""
     dtype, rows = torch.float16, []
     model = llama(layers=1, dtype=dtype, vocabulary=512)
     a = model.config
     heads, kv_heads = a.num_attention_heads, a.num_key_value_heads
-    runtimes = [(method, bits, rewritten(model, method, bits)) for method, bits in methods]
+    runtimes = [(side, rewritten(model, side)) for side in sides]
     for b, t in shapes:
         base_name, base = sdpa_best(b, t, heads, kv_heads, 128, dtype)
         gc.collect()
         torch.cuda.empty_cache()
         say(f"B{b} T{t}: {base_name} {base[1] * 1e3:.1f} us")
-        for method, bits, attach in runtimes:
-            row = _one(attach(), method, bits, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
+        for side, attach in runtimes:
+            row = _one(attach(), side, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
             rows.append(row)
             say("  " + "  ".join(f"{k}={row[k]}" for k in _SAID if k in row))
             gc.collect()
@@ -99,7 +100,7 @@ def ops_rows(
 
 
 def _one(
-    model: Any, method: str, bits: int, b: int, t: int, heads: int, kv_heads: int, dtype: torch.dtype, base_name: str, base: Times,
+    model: Any, side: str, b: int, t: int, heads: int, kv_heads: int, dtype: torch.dtype, base_name: str, base: Times,
     bandwidth: float,
 ) -> dict[str, Any]:  # fmt: skip
     from kvsink.cache import KVSinkCache
@@ -112,7 +113,7 @@ def _one(
     layer = made()
     codec, size = layer.codec, packed_bytes(layer.codec, b, t, kv_heads)
     lib = packed.usable(codec, heads, layer.k_codes.new_empty(1, kv_heads, 1, 128, dtype=dtype))
-    assert lib is not None
+    method, key_bits, value_bits = declared(side)
     g = torch.Generator("cuda").manual_seed(1)
     q, k, v = (torch.randn(b, n, 1, 128, device="cuda", dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads))
     positions = torch.full((1, 1), t - 1, device="cuda")
@@ -124,16 +125,24 @@ def _one(
         ]
     scale = 128**-0.5
 
+    cos, sin = layer.shared.runtime.angles(0, positions)
+
     def attention(x: Any) -> Tensor:
+        if lib is None:
+            return attend_any(q, k, v, x.state(), x.params, None, scale, False, x.codec_text)
         return attend_packed(lib, codec, q, k, v, x.state(), x.params, None, scale, False)  # type: ignore[return-value]
 
     def step(x: Any) -> Tensor:
-        return append_attend_(q, k, v, positions, scores, x.state(), x.params, None, scale, False, x.codec_text)
+        if lib is not None:
+            return append_attend_(q, k, v, positions, scores, x.state(), x.params, None, scale, False, x.codec_text)
+        append_(k, v, positions, cos, sin, scores, x.state(), x.params, x.codec_text, True)
+        return attention(x)
 
     error = _error(layer, codec, attention, q, k, v, scale)
     bits_held = 8 * size / (b * t * kv_heads * 256)
     row: dict[str, Any] = {
-        "kind": "kernel", "method": method, "bits": bits, "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads,
+        "kind": "kernel", "method": method.name, "bits": int(key_bits) if key_bits == value_bits else f"{key_bits:g}/{value_bits:g}",
+        "kernel": "triton" if lib is None else "cuda", "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads,
         "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base_name, "sdpa_ms": round(base[1], 5),
     }  # fmt: skip
     if not error <= BOUND:
@@ -171,7 +180,7 @@ def _error(
     whole = codec.named(layer.state())
     few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
     tables = [
-        x[:2] if name.startswith("anchor") else x for name, x in zip(codec.param_names(), layer.params, strict=True)
+        x[:2] if name.startswith("anchor_") else x for name, x in zip(codec.param_names(), layer.params, strict=True)
     ]
     wanted = attend_ref(q[:2].float(), k[:2].float(), v[:2].float(), few, tables, None, scale, False, layer.codec_text)
     error = float((out[:2].float() - wanted).norm() / wanted.norm())

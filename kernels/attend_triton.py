@@ -1,0 +1,342 @@
+"""Decode attention over packed rows on any GPU that Triton serves: one new query row per sequence, codes only looked up.
+
+Formula    keys coded after RoPE or by blocks of tokens: logit = a_t (w · level_t) + b_t sum(w) + t · mean_d, with t the query turned
+           back to the start of the block and w that in the basis of the codec; keys coded before RoPE: the row is restored,
+           and the query turned to its token;  out = restore(sum p_t (a_t level_t + b_t)) + rows held as they came
+Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
+Shapes     as `kvsink::attend` with S = 1
+Exact      products in float16 for 16-bit models (relative error of the output below 2e-3), in float32 for float32 models
+Declines   `why_not` says in words what it does not serve, and the caller takes another path
+Cost       reads codes and scales once per key-value head; three launches, two for codes after RoPE without a mean
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hadamard import hadamard_ref
+from .levels import even_levels, lloyd_max
+from .quantize import SIGMA_KINDS, segments
+
+__all__ = ["attend_one", "refuse", "splits_of", "why_not"]
+
+_KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
+_STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
+_MOST_EXACT = 64  # exact rows that every tile is compared with
+_SMALLEST_BLOCK = 16  # tokens; below it a query per block costs more than restoring keys
+_TILE = 64  # slots of one step
+_MOST_SPLITS = 128
+_TURNED = 64  # rows that one program of the first launch turns
+
+
+@cache
+def _here() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """How a kernel reads one side's codes. form 0: a byte is a row of a table; 1: runs of 8 channels by pairs; 2: single codes."""
+
+    form: int
+    meta: Tensor  # int32; see the readers in `triton_attend`
+    levels: Tensor
+    wide: bool
+    multiple: int  # form 0: channels of a byte; 1: the widest run in bits; 2: channels coupled
+    kind: int  # numbers beside a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero
+    row_bytes: int
+    scales: int
+
+
+def why_not(codec: Any, q: Tensor, k: Tensor, mask: Tensor | None, exact: int) -> str:
+    """What keeps a call from the Triton kernel, in words; empty when it serves it. exact: places of the exact rows."""
+    if not _here():
+        return "Triton is not installed"
+    if q.device.type != "cuda" and not _interpreted():
+        return f"the device is {q.device.type}"
+    if q.shape[2] != 1:
+        return "more than one new row"
+    if mask is not None and not _plain(mask):
+        return "a mask that is not one of visible slots"
+    return refuse(codec, q.dtype, k.shape[3], exact)
+
+
+@cache
+def refuse(codec: Any, dtype: torch.dtype, dim: int, exact: int) -> str:
+    """What keeps a layer's codec from the kernel, whatever the call; empty when nothing does."""
+    s = codec.key
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{dtype} is not float32 or a 16-bit type"
+    for side in (codec.key, codec.value):
+        if not side.packed or side.kind not in _KINDS:
+            return f"rows of kind {side.kind}"
+        if side.by_token_block:
+            return "ranges along tokens"
+        if side.kind == "vector" and any(_bit(g, side.code_bits) + side.code_bits > 16 for g in range(8)):
+            return f"codes of {side.code_bits} bits"
+    if codec.ring > codec.window:
+        return "rows that stay exact on one side alone"
+    if codec.tiles:
+        return "codes in the order of the CUDA kernel"
+    if s.reorder or s.heads_per_group > 1 or (codec.value.heads_per_group > 1 and not codec.value.folded):
+        return "a rotation across heads"
+    if s.domain == "block" and 1 < s.block < _SMALLEST_BLOCK:
+        return f"blocks of {s.block} tokens"
+    if exact > _MOST_EXACT:
+        return f"{exact} exact rows, more than {_MOST_EXACT}"
+    if not 16 <= dim <= 256:
+        return f"{dim} channels, not 16 to 256"
+    return ""
+
+
+def _plain(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+
+
+def _bit(group: int, bits: int) -> int:
+    return group * bits % 8
+
+
+@cache
+def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[int, Tensor, Tensor, bool, int]:
+    """form, meta, levels, wide and multiple of a scalar quantizer."""
+    dim, padded = 8 * len(widths), _power(8 * len(widths))
+    width = widths[0]
+    if len(set(widths)) == 1 and width and 8 % width == 0:
+        byte = torch.arange(256)
+        codes = torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)
+        return 0, torch.zeros(padded, dtype=torch.int32, device=device), _levels(kind, width)[codes].to(device, dtype), False, 8 // width
+    tables, at = [torch.zeros(2)], 2  # the first pair stands for channels without bits
+    if max(widths) <= 4:
+        meta, first = torch.zeros(3, padded, dtype=torch.int32), {0: 0}
+        meta[0, : len(widths)] = torch.tensor([0, *widths]).cumsum(0)[:-1]
+        meta[1, : len(widths)] = torch.tensor(widths)
+        for w in sorted(set(widths) - {0}):
+            pair = torch.arange(4**w)
+            tables.append(_levels(kind, w)[torch.stack([pair & (2**w - 1), pair >> w], dim=-1)].flatten())
+            first[w], at = at, at + tables[-1].numel()
+        meta[2, : len(widths)] = torch.tensor([first[w] for w in widths])
+        return 1, meta.to(device), torch.cat(tables).to(device, dtype), False, max(widths)
+    meta, first, wide = torch.zeros(5, padded, dtype=torch.int32), {}, False
+    for a, b, start, w in segments(widths):
+        if w not in first:
+            first[w] = at
+            tables.append(_levels(kind, w))
+            at += 2**w
+        bit = torch.arange(b - a) * w
+        meta[0, a:b], meta[2, a:b], meta[3, a:b], meta[4, a:b] = start + bit // 8, bit % 8, 2**w - 1, first[w]
+        wide = wide or bool((bit % 8 + w > 8).any())
+    meta[1] = (meta[0] + 1).clamp_max(sum(widths) - 1)
+    assert dim <= padded
+    return 2, meta.to(device), torch.cat(tables).to(device, dtype), wide, 1
+
+
+def _levels(kind: str, width: int) -> Tensor:
+    if kind == "static":
+        return torch.arange(2.0**width) - 2.0 ** (width - 1)
+    if kind.startswith("uniform"):
+        return torch.arange(2.0**width)
+    return (even_levels(width) if kind == "lloyd-even" else lloyd_max(width)).float()
+
+
+@cache
+def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tuple[int, Tensor, bool]:
+    """form, meta and wide of coupled codes."""
+    if bits == 8 and couple & (couple - 1) == 0:
+        meta = torch.zeros(_power(dim), dtype=torch.int32)
+        meta[: dim // couple] = torch.arange(dim // couple) * 256 * couple
+        return 0, meta.to(device), False
+    c = torch.arange(dim)
+    group, meta = c // couple, torch.zeros(5, _power(dim), dtype=torch.int32)
+    bit = group * bits
+    meta[0, :dim] = bit // 8
+    meta[1] = (meta[0] + 1).clamp_max(row_bytes - 1)
+    meta[2, :dim] = bit % 8
+    meta[3, :dim] = 2**bits - 1
+    meta[4, :dim] = group * 2**bits * couple + c % couple
+    return 2, meta.to(device), bool((bit % 8 + bits > 8).any())
+
+
+def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None, dtype: torch.dtype) -> _Side:
+    row_bytes, scales, device = codes.shape[-1], scale.shape[-1], str(codes.device)
+    if book is not None:
+        form, meta, wide = _vector(dim, spec.couple, spec.code_bits, row_bytes, device)
+        return _Side(form, meta, _derived(book, dtype, _same), wide, spec.couple, int(spec.gain), row_bytes, scales)
+    form, meta, levels, wide, multiple = _scalar(spec.kind, tuple(spec.widths), device, dtype)
+    kind = _STEP.get(spec.kind, int(spec.gain and spec.kind in SIGMA_KINDS))
+    return _Side(form, meta, levels, wide, multiple, kind, row_bytes, scales)
+
+
+_made: dict[tuple[int, torch.dtype, str], tuple[weakref.ref[Tensor], Tensor]] = {}
+
+
+def _derived(table: Tensor, dtype: torch.dtype, how: Callable[[Tensor], Tensor]) -> Tensor:
+    """how(table) in another dtype, kept as long as the table lives. Under the capture of a graph it is made anew."""
+    key = id(table), dtype, how.__name__
+    held = _made.get(key)
+    if held is not None and held[0]() is table:
+        return held[1]
+    new = how(table).to(dtype).contiguous()
+    if not (new.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _made[key] = weakref.ref(table, partial(_forget, _made, key)), new
+    return new
+
+
+def _forget(made: dict[Any, Any], key: Any, _: Any) -> None:
+    made.pop(key, None)
+
+
+def _same(table: Tensor) -> Tensor:
+    return table
+
+
+def _offsets(angles: tuple[Tensor, Tensor], dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [_TILE, DP] of the first positions, without attention scaling; channels without rotation stay."""
+    cos, sin = angles
+
+    def cosines(table: Tensor) -> Tensor:
+        return _first_rows(table, table[:1], dim, 1.0)
+
+    def sines(table: Tensor) -> Tensor:
+        return _first_rows(table, cos[:1], dim, 0.0)
+
+    return _derived(cos, dtype, cosines), _derived(sin, dtype, sines)
+
+
+def _first_rows(table: Tensor, unit: Tensor, dim: int, rest: float) -> Tensor:
+    out = torch.full((_TILE, _power(dim)), rest, dtype=torch.float32, device=table.device)
+    rows = table[:_TILE] / unit
+    out[: len(rows), : rows.shape[1]] = rows
+    return out
+
+
+@cache
+def _hadamard(order: int, dim: int, device: str) -> Tensor:
+    """U float32 [D, D] with z = x U."""
+    return hadamard_ref(torch.eye(dim), order).contiguous().to(device)
+
+
+def _power(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _transform(side: Any, dim: int, basis: Tensor | None, device: torch.device) -> tuple[Tensor | None, int]:
+    """The matrix U [H or 1, D, D] of a side's transform with z = x U, and the numbers from one head's to the next's."""
+    if side.transform == "klt":
+        assert basis is not None
+        return basis, basis.stride(0)
+    if side.transform == "hadamard" and not side.folded:
+        return _hadamard(side.order, dim, str(device)), 0
+    return None, 0
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def splits_of(heads: int, slots: int, device: torch.device) -> int:
+    """Programs that share the slots of one head: enough to fill the GPU some times over, of at least two tiles each."""
+    wanted = -(-4 * _multiprocessors(device) // heads)
+    return max(1, min(wanted, -(-slots // (2 * _TILE)), _MOST_SPLITS))
+
+
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None, scale: float,
+    codec: Any,
+) -> Tensor:  # fmt: skip
+    """`kvsink::attend` for S = 1 where `why_not` is empty."""
+    from . import triton_attend as kernels
+
+    c, tl = codec, kernels.tl
+    p = dict(zip(c.param_names(), params, strict=True))
+    st = c.named(state)
+    b, h, _, d = k.shape
+    r, slots, device = q.shape[1] // h, st["k_codes"].shape[2], q.device
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    half = torch.float32 if q.dtype == torch.float32 else torch.float16
+    key = _side(c.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
+    value = _side(c.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
+    basis, basis_h = _transform(c.key, d, p.get("k_basis"), device)
+    back, back_h = _transform(c.value, d, p.get("v_basis"), device)
+    per_key = c.key.domain == "block" and c.key.block == 1
+    block = _TILE if per_key else c.table_tokens
+    cos, sin = p.get("start_cos"), p.get("start_sin")
+    rotary = 0 if cos is None else cos.shape[-1]
+    mean = p.get("k_table") if c.key.center else None
+    starts = cos is not None and (not per_key or rotary > 0)
+    sigma, value_sigma = (p.get(f"{x}_sigma", p.get(f"{x}_step")) for x in "kv")
+    dt = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    by_block = c.key.domain == "block" and not per_key
+
+    def held(x: Tensor | None) -> Tensor:
+        return q if x is None else x  # a pointer that is not followed
+
+    scale *= math.log2(math.e)
+    last, blocks = 0, -(-slots // block) + 1
+    turned = logits = unit_cos = unit_sin = None
+    shape = dict(H=h, R=r, RP=_power(r), D=d, DP=_power(d), ROTARY=rotary, DT=dt[half], PER_KEY=per_key, BLOCK=block,
+                 BY_BLOCK=by_block, BASIS=basis is not None, SIGMA=sigma is not None, MEAN=mean is not None)  # fmt: skip
+    if starts:
+        assert cos is not None and sin is not None
+        last = cos.shape[0] - 1
+        if per_key:
+            unit_cos, unit_sin = _offsets((cos, sin), d, half)
+        if per_key or by_block:
+            turned = torch.empty(b * h, blocks, r * (2 if per_key else 1), d, dtype=half, device=device)
+        if mean is not None and not per_key:
+            logits = torch.empty(b * h, r, blocks * block, dtype=torch.float32, device=device)
+        m = max(1, _TURNED // _power(r))
+        kernels.turn_kernel[(-(-blocks // m), b * h)](
+            q, held(basis), held(sigma), held(mean), cos, sin, held(turned), held(logits), scale, basis_h, last, blocks, M=m,
+            **shape,
+        )  # fmt: skip
+    splits = splits_of(b * h, slots, device)
+    acc = torch.empty(b * h, splits + 1, r, d, dtype=torch.float32, device=device)
+    top, mass = (torch.empty(b * h, splits + 1, r, dtype=torch.float32, device=device) for _ in range(2))
+    visible = None if mask is None else mask[:, 0, 0]
+    if visible is not None:
+        visible = (visible if visible.stride(1) == 1 else visible.contiguous()).view(torch.uint8)
+    exact, recent = st["exact_k"], st["recent_k"]
+    kernels.attend_kernel[(splits + 1, b * h)](
+        q, st["k_codes"], st["k_scale"], st["v_codes"], st["v_scale"], st["positions"], st["length"], held(visible),
+        exact, st["exact_v"], st["exact_slot"], recent, st["recent_v"], st["recent_slot"], k, v,
+        key.meta, key.levels, value.meta, value.levels, held(sigma), held(basis), held(mean), held(cos), held(sin),
+        held(unit_cos), held(unit_sin), held(turned), held(logits), acc, top, mass,
+        *st["k_codes"].stride()[:2], *st["k_scale"].stride()[:2], *st["v_codes"].stride()[:2], *st["v_scale"].stride()[:2],
+        st["positions"].stride(0), 0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
+        _per_head(p.get("k_book")), _per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
+        scale, splits, last, blocks, N=_TILE, HELD_DT=dt[q.dtype], STARTS=starts,
+        K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_KIND=key.kind,
+        K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
+        V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_KIND=value.kind,
+        V_COUNT=value.scales, V_GROUP=c.value.group_size if value.kind >= 2 else d,
+        E=exact.shape[2], EP=_power(exact.shape[2] or 1), WINDOW=c.window, RING=recent.shape[2], STRICT=c.strict,
+        MASKED=visible is not None, num_warps=4, **shape,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+    mean_v = p.get("v_mean") if c.value.center else None
+    kernels.merge_kernel[(b * h, r)](
+        acc, top, mass, held(back), held(value_sigma), held(mean_v), out, splits, back_h,
+        H=h, R=r, D=d, DP=_power(d), SP=_power(splits), BACK=back is not None, SIGMA=value_sigma is not None,
+        MEAN=mean_v is not None, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _per_head(book: Tensor | None) -> int:
+    return 0 if book is None or book.shape[0] == 1 else book.stride(0)
