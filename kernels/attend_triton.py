@@ -122,14 +122,15 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
         return 0, torch.zeros(padded, dtype=torch.int32, device=device), _levels(kind, width)[codes].to(device, dtype), False, 8 // width
     tables, at = [torch.zeros(2)], 2  # the first pair stands for channels without bits
     if max(widths) <= 4:
-        meta, first = torch.zeros(3, padded, dtype=torch.int32), {0: 0}
-        meta[0, : len(widths)] = torch.tensor([0, *widths]).cumsum(0)[:-1]
-        meta[1, : len(widths)] = torch.tensor(widths)
+        meta, first, runs = torch.zeros(6, padded, dtype=torch.int32), {0: 0}, len(widths)
+        meta[0, :runs] = torch.tensor(widths)
+        for n in range(4):
+            meta[2 + n, :runs] = (torch.tensor([0, *widths]).cumsum(0)[:-1] + n).clamp_max(sum(widths) - 1)
         for w in sorted(set(widths) - {0}):
             pair = torch.arange(4**w)
             tables.append(_levels(kind, w)[torch.stack([pair & (2**w - 1), pair >> w], dim=-1)].flatten())
             first[w], at = at, at + tables[-1].numel()
-        meta[2, : len(widths)] = torch.tensor([first[w] for w in widths])
+        meta[1, :runs] = torch.tensor([first[w] // 2 for w in widths])
         return 1, meta.to(device), torch.cat(tables).to(device, dtype), False, max(widths)
     meta, first, wide = torch.zeros(5, padded, dtype=torch.int32), {}, False
     for a, b, start, w in segments(widths):
@@ -158,7 +159,7 @@ def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tu
     """form, meta and wide of coupled codes."""
     if bits == 8 and couple & (couple - 1) == 0:
         meta = torch.zeros(_power(dim), dtype=torch.int32)
-        meta[: dim // couple] = torch.arange(dim // couple) * 256 * couple
+        meta[: dim // couple] = torch.arange(dim // couple) * 256
         return 0, meta.to(device), False
     c = torch.arange(dim)
     group, meta = c // couple, torch.zeros(5, _power(dim), dtype=torch.int32)
@@ -244,6 +245,15 @@ def _transform(side: Any, dim: int, basis: Tensor | None, device: torch.device) 
     return None, 0
 
 
+def _matrix(basis: Tensor, sigma: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """diag(sigma) U^T [H or 1, D, D]: what takes rows of levels back."""
+
+    def inverse(u: Tensor) -> Tensor:
+        return u.mT if sigma is None else u.mT * sigma[:, :, None]
+
+    return _derived(basis, dtype, inverse)
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -282,18 +292,20 @@ def attend_one(
     sigma, value_sigma = (p.get(f"{x}_sigma", p.get(f"{x}_step")) for x in "kv")
     dt = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     by_block = c.key.domain == "block" and not per_key
+    if basis is not None:
+        basis = _matrix(basis, sigma, half) if per_key else _derived(basis, half, _same)
+        basis_h = basis.stride(0) if basis.dim() == 3 and basis.shape[0] > 1 else 0
 
     def held(x: Tensor | None) -> Tensor:
         return q if x is None else x  # a pointer that is not followed
 
     scale *= math.log2(math.e)
-    last, blocks = 0, -(-slots // block) + 1
+    blocks = -(-slots // block) + 1
     turned = logits = unit_cos = unit_sin = None
     shape = dict(H=h, R=r, RP=_power(r), D=d, DP=_power(d), ROTARY=rotary, DT=dt[half], PER_KEY=per_key, BLOCK=block,
                  BY_BLOCK=by_block, BASIS=basis is not None, SIGMA=sigma is not None, MEAN=mean is not None)  # fmt: skip
     if starts:
         assert cos is not None and sin is not None
-        last = cos.shape[0] - 1
         if per_key:
             unit_cos, unit_sin = _offsets((cos, sin), d, half)
         if per_key or by_block:
@@ -302,8 +314,8 @@ def attend_one(
             logits = torch.empty(b * h, r, blocks * block, dtype=torch.float32, device=device)
         m = max(1, _TURNED // _power(r))
         kernels.turn_kernel[(-(-blocks // m), b * h)](
-            q, held(basis), held(sigma), held(mean), cos, sin, held(turned), held(logits), scale, basis_h, last, blocks, M=m,
-            **shape,
+            q, held(basis), held(sigma), held(mean), cos, sin, st["positions"], st["length"], held(turned), held(logits), scale,
+            basis_h, cos.shape[0] - 1, blocks, st["positions"].stride(0), M=m, **shape,
         )  # fmt: skip
     splits = splits_of(b * h, slots, device)
     acc = torch.empty(b * h, splits + 1, r, d, dtype=torch.float32, device=device)
@@ -315,12 +327,12 @@ def attend_one(
     kernels.attend_kernel[(splits + 1, b * h)](
         q, st["k_codes"], st["k_scale"], st["v_codes"], st["v_scale"], st["positions"], st["length"], held(visible),
         exact, st["exact_v"], st["exact_slot"], recent, st["recent_v"], st["recent_slot"], k, v,
-        key.meta, key.levels, value.meta, value.levels, held(sigma), held(basis), held(mean), held(cos), held(sin),
+        key.meta, key.levels, value.meta, value.levels, held(sigma), held(basis), held(mean),
         held(unit_cos), held(unit_sin), held(turned), held(logits), acc, top, mass,
         *st["k_codes"].stride()[:2], *st["k_scale"].stride()[:2], *st["v_codes"].stride()[:2], *st["v_scale"].stride()[:2],
         st["positions"].stride(0), 0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
         _per_head(p.get("k_book")), _per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
-        scale, splits, last, blocks, N=_TILE, HELD_DT=dt[q.dtype], STARTS=starts,
+        scale, splits, blocks, N=_TILE, HELD_DT=dt[q.dtype], STARTS=starts,
         K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_KIND=key.kind,
         K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
         V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_KIND=value.kind,

@@ -15,85 +15,85 @@ import triton.language as tl
 
 
 @triton.jit
-def _bytes(codes, row, meta, table, live, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COUPLE: tl.constexpr):
+def _bytes(codes, row, meta, table, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COUPLE: tl.constexpr):
     """Rows whose bytes each stand for COUPLE channels, from a table [groups or 1, 256, COUPLE] → [N, DP]."""
     g, j = tl.arange(0, DP // COUPLE), tl.arange(0, COUPLE)
-    seen = live[:, None] & (g < D // COUPLE)[None, :]
-    code = tl.load(codes + row[:, None] + g[None, :], mask=seen, other=0).to(tl.int32)
-    place = tl.load(meta + g)[None, :] + code * COUPLE
-    x = tl.load(table + place[:, :, None] + j[None, None, :], mask=seen[:, :, None], other=0.0)
+    if D < DP:
+        seen = (g < D // COUPLE)[None, :]
+        code = tl.load(codes + row[:, None] + g[None, :], mask=seen, other=0).to(tl.int32)
+        place = (tl.load(meta + g)[None, :] + code) * COUPLE
+        x = tl.load(table + place[:, :, None] + j[None, None, :], mask=seen[:, :, None], other=0.0)
+    else:
+        code = tl.load(codes + row[:, None] + g[None, :]).to(tl.int32)
+        place = (tl.load(meta + g)[None, :] + code) * COUPLE
+        x = tl.load(table + place[:, :, None] + j[None, None, :])
     return tl.reshape(x, [N, DP])
 
 
 @triton.jit
-def _runs(codes, row, meta, table, live, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr):
+def _runs(codes, row, meta, table, N: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr):
     """Rows whose runs of 8 channels have widths of 0 to 4 bits, from tables of pairs [4^width, 2] → [N, DP]."""
     g, i, j = tl.arange(0, DP // 8), tl.arange(0, 4), tl.arange(0, 2)
-    byte, width, base = tl.load(meta + g), tl.load(meta + DP + g), tl.load(meta + 2 * DP + g)
+    width, base = tl.load(meta + g), tl.load(meta + DP + g)
     word = tl.zeros([N, DP // 8], tl.int32)
     for n in tl.static_range(WIDEST):
-        seen = live[:, None] & (width > n)[None, :]
-        word = word | (tl.load(codes + row[:, None] + (byte + n)[None, :], mask=seen, other=0).to(tl.int32) << (8 * n))
+        byte = tl.load(meta + (2 + n) * DP + g)  # of byte n of a run, or any byte of the row behind its end
+        word = word | (tl.load(codes + row[:, None] + byte[None, :]).to(tl.int32) << (8 * n))
     step = 2 * width[:, None] * i[None, :]
     mask = ((1 << (2 * width)) - 1)[None, :, None]
     pair = (word[:, :, None] >> step[None, :, :]) & mask
-    place = base[None, :, None] + 2 * pair
-    x = tl.load(table + place[:, :, :, None] + j[None, None, None, :])
-    return tl.reshape(x, [N, DP])
+    place = 2 * (base[None, :, None] + pair)
+    return tl.reshape(tl.load(table + place[:, :, :, None] + j[None, None, None, :]), [N, DP])
 
 
 @triton.jit
-def _fields(
-    codes, row, meta, table, live, c, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MULTIPLE: tl.constexpr
-):  # fmt: skip
+def _fields(codes, row, meta, table, c, D: tl.constexpr, DP: tl.constexpr, WIDE: tl.constexpr, MULTIPLE: tl.constexpr):
     """Rows of any codes of at most 16 bits that begin and end in two neighbouring bytes → [N, DP]."""
-    seen = live[:, None] & (c < D)[None, :]
     byte, shift = tl.load(meta + c), tl.load(meta + 2 * DP + c)
     mask, base = tl.load(meta + 3 * DP + c), tl.load(meta + 4 * DP + c)
-    word = tl.load(codes + row[:, None] + byte[None, :], mask=seen, other=0).to(tl.int32)
+    word = tl.load(codes + row[:, None] + byte[None, :]).to(tl.int32)
     if WIDE:
         after = tl.load(meta + DP + c)
-        word = word | (tl.load(codes + row[:, None] + after[None, :], mask=seen, other=0).to(tl.int32) << 8)
+        word = word | (tl.load(codes + row[:, None] + after[None, :]).to(tl.int32) << 8)
     code = (word >> shift[None, :]) & mask[None, :]
-    return tl.load(table + base[None, :] + code * MULTIPLE, mask=seen, other=0.0)
+    return tl.load(table + base[None, :] + code * MULTIPLE, mask=(c < D)[None, :], other=0.0)
 
 
 @triton.jit
 def _levels(
-    codes, row, meta, table, live, c, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr,
+    codes, row, meta, table, c, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Rows of codes as levels [N, DP]."""
     if FORM == 0:
-        return _bytes(codes, row, meta, table, live, N, D, DP, MULTIPLE)
+        return _bytes(codes, row, meta, table, N, D, DP, MULTIPLE)
     if FORM == 1:
-        return _runs(codes, row, meta, table, live, N, D, DP, MULTIPLE)
-    return _fields(codes, row, meta, table, live, c, D, DP, WIDE, MULTIPLE)
+        return _runs(codes, row, meta, table, N, DP, MULTIPLE)
+    return _fields(codes, row, meta, table, c, D, DP, WIDE, MULTIPLE)
 
 
 @triton.jit
-def _steps(scale, slot, live, KIND: tl.constexpr, COUNT: tl.constexpr):
+def _steps(scale, slot, KIND: tl.constexpr, COUNT: tl.constexpr):
     """Factor and offset [N] of rows that have one pair, one gain or nothing."""
     one = tl.full(slot.shape, 1.0, tl.float32)
     zero = tl.zeros(slot.shape, tl.float32)
     if KIND == 0:
         return one, zero
-    first = tl.load(scale + slot * COUNT, mask=live, other=0.0).to(tl.float32)
+    first = tl.load(scale + slot * COUNT).to(tl.float32)
     if KIND == 1:
         return first, zero
-    second = tl.load(scale + slot * COUNT + 1, mask=live, other=0.0).to(tl.float32)
+    second = tl.load(scale + slot * COUNT + 1).to(tl.float32)
     if KIND == 3:
         second = -second * first
     return first, second
 
 
 @triton.jit
-def _grouped(x, scale, slot, live, c, D: tl.constexpr, KIND: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr):
+def _grouped(x, scale, slot, c, D: tl.constexpr, KIND: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr):
     """Rows [N, DP] whose channels have factors and offsets by groups."""
-    seen = live[:, None] & (c < D)[None, :]
     place = slot[:, None] * COUNT + 2 * (c // GROUP)[None, :]
-    first = tl.load(scale + place, mask=seen, other=0.0).to(tl.float32)
-    second = tl.load(scale + place + 1, mask=seen, other=0.0).to(tl.float32)
+    first = tl.load(scale + place, mask=(c < D)[None, :], other=0.0).to(tl.float32)
+    second = tl.load(scale + place + 1, mask=(c < D)[None, :], other=0.0).to(tl.float32)
     if KIND == 3:
         second = -second * first
     return x.to(tl.float32) * first + second
@@ -115,15 +115,6 @@ def _fold(top, mass, acc, offset, s, seen, y, factor, shift, SHIFTED: tl.constex
 
 
 @triton.jit
-def _turned(q, q_side, cos, sin, row, c, ROTARY: tl.constexpr):
-    """The query [RP, DP] turned back by one row of angles, and its other half of the rotation."""
-    turns = c < ROTARY
-    a = tl.load(cos + row * ROTARY + c, mask=turns, other=1.0)[None, :]
-    b = tl.load(sin + row * ROTARY + c, mask=turns, other=0.0)[None, :]
-    return q * a + q_side * b, q_side * a - q * b
-
-
-@triton.jit
 def _query(q_ptr, bh, r, c, scale, R: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr):
     """The query of one key-value head [RP, DP], scaled, and its rotary partners with their signs."""
     inside = (r < R)[:, None] & (c < D)[None, :]
@@ -137,31 +128,42 @@ def _query(q_ptr, bh, r, c, scale, R: tl.constexpr, D: tl.constexpr, ROTARY: tl.
 
 
 @triton.jit
-def _to_basis(t, basis, c, spread, D: tl.constexpr, BASIS: tl.constexpr, DT: tl.constexpr):
+def _to_basis(t, basis, sigma, c, D: tl.constexpr, BASIS: tl.constexpr, SIGMA: tl.constexpr, DT: tl.constexpr):
     """Rows [n, DP] through U [D, D] and the deviations of its channels."""
     if BASIS:
         square = (c < D)[:, None] & (c < D)[None, :]
-        u = tl.load(basis + c[:, None] * D + c[None, :], mask=square, other=0.0).to(DT)
+        u = tl.load(basis + c[:, None] * D + c[None, :], mask=square, other=0.0)
         t = tl.dot(t.to(DT), u, input_precision="ieee")
-    return t * spread[None, :]
+    if SIGMA:
+        t = t * tl.load(sigma + c, mask=c < D, other=0.0)[None, :]
+    return t
+
+
+@triton.jit
+def _base(positions, length, BLOCK: tl.constexpr):
+    """The block of the first position that a row without gaps can hold: 0, or later where its positions begin later."""
+    first = tl.load(length).to(tl.int32)
+    return tl.maximum(tl.load(positions + first) - first, 0) // BLOCK
 
 
 @triton.jit
 def turn_kernel(
-    q_ptr, basis, sigma, mean, start_cos, start_sin, turned, logits, scale, basis_h, last_block, blocks,
+    q_ptr, basis, sigma, mean, start_cos, start_sin, positions, length, turned, logits, scale, basis_h, last_block, blocks,
+    position_b,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr,
     DT: tl.constexpr, PER_KEY: tl.constexpr, BLOCK: tl.constexpr, BY_BLOCK: tl.constexpr, BASIS: tl.constexpr,
     SIGMA: tl.constexpr, MEAN: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """The query of every block of positions: in the basis of the codec (BY_BLOCK), or with its other half (PER_KEY), and the
-    logits of the mean. M blocks a program; turned [BH, blocks, R or 2R, D], logits [BH, R, blocks · BLOCK]."""
+    logits of the mean. M blocks a program, from `_base` on; turned [BH, blocks, R or 2R, D], logits [BH, R, blocks · BLOCK]."""
     bh = tl.program_id(1).to(tl.int64)
     h = bh % H
     x, c = tl.arange(0, M * RP), tl.arange(0, DP)
     block, r = tl.program_id(0) * M + x // RP, x % RP
     inside = ((r < R) & (block < blocks))[:, None] & (c < D)[None, :]
     q, q_side = _query(q_ptr, bh, r, c, scale, R, D, ROTARY)
-    angle = tl.minimum(block * (BLOCK if PER_KEY else 1), last_block)[:, None] * ROTARY + c[None, :]
+    base = _base(positions + bh // H * position_b, length, BLOCK)
+    angle = tl.minimum((base + block) * (BLOCK if PER_KEY else 1), last_block)[:, None] * ROTARY + c[None, :]
     turns = inside & (c < ROTARY)[None, :]
     a = tl.load(start_cos + angle, mask=turns, other=1.0)
     b = tl.load(start_sin + angle, mask=turns, other=0.0)
@@ -178,10 +180,7 @@ def turn_kernel(
             place = ((bh * R + r)[:, None] * blocks + block[:, None]) * BLOCK + d[None, :]
             tl.store(logits + place, found, mask=((r < R) & (block < blocks))[:, None])
         if BY_BLOCK:
-            spread = tl.zeros((DP,), tl.float32) + 1.0
-            if SIGMA:
-                spread = tl.load(sigma + h * D + c, mask=c < D, other=0.0)
-            w = _to_basis(t, basis + h * basis_h, c, spread, D, BASIS, DT)
+            w = _to_basis(t, basis + h * basis_h, sigma + h * D, c, D, BASIS, SIGMA, DT)
             tl.store(turned + ((bh * blocks + block) * R + r)[:, None] * D + c[None, :], w.to(DT), mask=inside)
 
 
@@ -199,10 +198,10 @@ def _held_tile(top, mass, acc, offset, q, keys, values, seen, n, c, D: tl.conste
 @triton.jit
 def attend_kernel(
     q_ptr, k_codes, k_scale, v_codes, v_scale, positions, length, mask, exact_k, exact_v, exact_slot, recent_k, recent_v,
-    recent_slot, new_k, new_v, k_meta, k_levels, v_meta, v_levels, sigma, basis, mean, start_cos, start_sin, unit_cos, unit_sin,
+    recent_slot, new_k, new_v, k_meta, k_levels, v_meta, v_levels, sigma, basis, mean, unit_cos, unit_sin,
     turned, logits, part_acc, part_top, part_mass,
     k_codes_b, k_codes_h, k_scale_b, k_scale_h, v_codes_b, v_codes_h, v_scale_b, v_scale_h, position_b, mask_b,
-    k_levels_h, v_levels_h, exact_b, exact_h, recent_b, recent_h, basis_h, scale, splits, last_block, blocks,
+    k_levels_h, v_levels_h, exact_b, exact_h, recent_b, recent_h, basis_h, scale, splits, blocks,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     ROTARY: tl.constexpr, HELD_DT: tl.constexpr, DT: tl.constexpr,
     PER_KEY: tl.constexpr, BLOCK: tl.constexpr, STARTS: tl.constexpr, BY_BLOCK: tl.constexpr, BASIS: tl.constexpr,
@@ -273,13 +272,15 @@ def attend_kernel(
         k_levels += h * k_levels_h
         v_levels += h * v_levels_h
         basis += h * basis_h
-        spread = tl.zeros((DP,), tl.float32) + 1.0
-        if SIGMA:
-            spread = tl.load(sigma + h * D + c, mask=c < D, other=0.0)
-        q, q_side = _query(q_ptr, bh, r, c, scale, R, D, ROTARY)
-        w = q
+        w = tl.load(q_ptr + (bh * R + r)[:, None] * D + c[None, :], mask=inside, other=0.0).to(tl.float32) * scale
         if (not PER_KEY) and (not BY_BLOCK):
-            w = _to_basis(q, basis, c, spread, D, BASIS, DT)
+            w = _to_basis(w, basis, sigma + h * D, c, D, BASIS, SIGMA, DT)
+        w = w.to(DT)
+        base = 0
+        if STARTS:
+            base = _base(positions + b * position_b, length, BLOCK)
+            turned += bh * blocks * D * (2 * R if PER_KEY else R)
+            logits += bh * R * blocks * BLOCK
         total = tl.cdiv(past, N)
         per = tl.cdiv(total, splits)
         for tile in range(split * per, tl.minimum(split * per + per, total)):
@@ -289,37 +290,40 @@ def attend_kernel(
                 live = live & (slot <= first - WINDOW)
             if E > 0:
                 live = live & (tl.sum((slot[:, None] == exact[None, :]).to(tl.int32), 1) == 0)
+            slot = tl.minimum(slot, first)  # rows behind the last are read from it and then not counted
             if MASKED:
-                live = live & (tl.load(mask + b * mask_b + slot, mask=live, other=0) != 0)
-            x = _levels(k_codes, slot * K_BYTES, k_meta, k_levels, live, c, N, D, DP, K_FORM, K_WIDE, K_MULTIPLE)
+                live = live & (tl.load(mask + b * mask_b + slot) != 0)
+            x = _levels(k_codes, slot * K_BYTES, k_meta, k_levels, c, N, D, DP, K_FORM, K_WIDE, K_MULTIPLE)
             if K_GROUP < D:
-                x = _grouped(x, k_scale, slot, live, c, D, K_KIND, K_COUNT, K_GROUP)
+                x = _grouped(x, k_scale, slot, c, D, K_KIND, K_COUNT, K_GROUP)
                 gain = tl.full((N,), 1.0, tl.float32)
                 shift = tl.zeros((N,), tl.float32)
             else:
-                gain, shift = _steps(k_scale, slot, live, K_KIND, K_COUNT)
-            y = _levels(v_codes, slot * V_BYTES, v_meta, v_levels, live, c, N, D, DP, V_FORM, V_WIDE, V_MULTIPLE)
+                gain, shift = _steps(k_scale, slot, K_KIND, K_COUNT)
+            y = _levels(v_codes, slot * V_BYTES, v_meta, v_levels, c, N, D, DP, V_FORM, V_WIDE, V_MULTIPLE)
             if V_GROUP < D:
-                y = _grouped(y, v_scale, slot, live, c, D, V_KIND, V_COUNT, V_GROUP)
+                y = _grouped(y, v_scale, slot, c, D, V_KIND, V_COUNT, V_GROUP)
                 v_gain = tl.full((N,), 1.0, tl.float32)
                 v_shift = tl.zeros((N,), tl.float32)
             else:
-                v_gain, v_shift = _steps(v_scale, slot, live, V_KIND, V_COUNT)
+                v_gain, v_shift = _steps(v_scale, slot, V_KIND, V_COUNT)
             if PER_KEY:
-                x = x.to(tl.float32) * gain[:, None]
                 if K_KIND >= 2:
-                    x = x + shift[:, None]
-                if SIGMA:
-                    x = x * spread[None, :]
-                if BASIS:
+                    x = x.to(tl.float32) * gain[:, None] + shift[:, None]
+                if BASIS:  # the inverse transform, deviations included
                     square = (c < D)[:, None] & (c < D)[None, :]
-                    u = tl.load(basis + c[None, :] * D + c[:, None], mask=square, other=0.0).to(DT)
+                    u = tl.load(basis + c[:, None] * D + c[None, :], mask=square, other=0.0)
                     x = tl.dot(x.to(DT), u, input_precision="ieee")
+                elif SIGMA:
+                    x = x.to(tl.float32) * tl.load(sigma + h * D + c, mask=c < D, other=0.0)[None, :]
+                x = x.to(tl.float32)
+                if K_KIND == 1:
+                    x = x * gain[:, None]
                 if MEAN:
                     x = x + tl.load(mean + h * D + c, mask=c < D, other=0.0)[None, :]
             if STARTS:
-                place = tl.load(positions + b * position_b + slot, mask=live, other=0)
-                place = tl.maximum(place, 0)
+                place = tl.load(positions + b * position_b + slot)
+                place = tl.maximum(place - base * BLOCK, 0)
                 block = place // BLOCK
                 low = tl.min(tl.where(live, block, 2147483647), 0)
                 high = tl.max(tl.where(live, block, -1), 0)
@@ -327,50 +331,31 @@ def attend_kernel(
                     inner = (place % BLOCK)[:, None] * DP + c[None, :]
                     turned_x = (x * tl.load(unit_cos + inner)).to(DT)
                     across_x = (x * tl.load(unit_sin + inner)).to(DT)
-                s = tl.zeros((N, RP), tl.float32)
-                for at in range(low, high + 1):
+                s = tl.full((N, RP), float("nan"), tl.float32)  # positions that run ahead of their slots are not served
+                for at in range(low, tl.minimum(high + 1, blocks)):
                     if PER_KEY:
-                        if at < blocks:
-                            row = turned + ((bh * blocks + at) * 2 * R + r)[:, None] * D + c[None, :]
-                            t = tl.load(row, mask=inside, other=0.0)
-                            across = tl.load(row + R * D, mask=inside, other=0.0)
-                        else:
-                            ft, fa = _turned(q, q_side, start_cos, start_sin, tl.minimum(at * BLOCK, last_block), c, ROTARY)
-                            t, across = ft.to(DT), fa.to(DT)
+                        row = turned + (at * 2 * R + r)[:, None] * D + c[None, :]
+                        t = tl.load(row, mask=inside, other=0.0)
+                        across = tl.load(row + R * D, mask=inside, other=0.0)
                         found = tl.dot(turned_x, tl.trans(t), input_precision="ieee")
                         found = tl.dot(across_x, tl.trans(across), found, input_precision="ieee")
                     else:
-                        if at < blocks:
-                            wt = w.to(DT)
-                            if BY_BLOCK:
-                                wt = tl.load(turned + ((bh * blocks + at) * R + r)[:, None] * D + c[None, :], mask=inside, other=0.0)
-                            about = tl.zeros((N, RP), tl.float32)
-                            if MEAN:
-                                at_mean = logits + (bh * R + r)[None, :] * blocks * BLOCK + place[:, None]
-                                mine = (block == at)[:, None] & (r < R)[None, :]
-                                about = tl.load(at_mean, mask=mine, other=0.0)
-                        else:
-                            t, _ = _turned(q, q_side, start_cos, start_sin, tl.minimum(at, last_block), c, ROTARY)
-                            wt = w.to(DT)
-                            if BY_BLOCK:
-                                wt = _to_basis(t, basis, c, spread, D, BASIS, DT).to(DT)
-                            about = tl.zeros((N, RP), tl.float32)
-                            if MEAN:
-                                inner = (h * BLOCK + place % BLOCK)[:, None] * D + c[None, :]
-                                m = tl.load(mean + inner, mask=live[:, None] & (c < D)[None, :], other=0.0).to(DT)
-                                about = tl.dot(m, tl.trans(t.to(DT)), input_precision="ieee")
-                        found = tl.dot(x.to(DT), tl.trans(wt), input_precision="ieee") * gain[:, None]
+                        if BY_BLOCK:
+                            w = tl.load(turned + (at * R + r)[:, None] * D + c[None, :], mask=inside, other=0.0)
+                        found = tl.dot(x.to(DT), tl.trans(w), input_precision="ieee") * gain[:, None]
                         if K_KIND >= 2:
-                            found += tl.sum(wt.to(tl.float32), 1)[None, :] * shift[:, None]
-                        found += about
+                            found += tl.sum(w.to(tl.float32), 1)[None, :] * shift[:, None]
+                        if MEAN:
+                            mine = (block == at)[:, None] & (r < R)[None, :]
+                            found += tl.load(logits + r[None, :] * blocks * BLOCK + place[:, None], mask=mine, other=0.0)
                     s = tl.where((block == at)[:, None], found, s)
             else:
                 if PER_KEY:
-                    s = tl.dot(x.to(DT), tl.trans(q.to(DT)), input_precision="ieee")
+                    s = tl.dot(x.to(DT), tl.trans(w), input_precision="ieee")
                 else:
-                    s = tl.dot(x.to(DT), tl.trans(w.to(DT)), input_precision="ieee") * gain[:, None]
+                    s = tl.dot(x.to(DT), tl.trans(w), input_precision="ieee") * gain[:, None]
                     if K_KIND >= 2:
-                        s += tl.sum(w, 1)[None, :] * shift[:, None]
+                        s += tl.sum(w.to(tl.float32), 1)[None, :] * shift[:, None]
             top, mass, acc, offset = _fold(top, mass, acc, offset, tl.trans(s), live, y.to(DT), v_gain, v_shift, V_KIND >= 2, DT)
     acc = acc + offset[:, None]
     out = (bh * (splits + 1) + split) * R + r
