@@ -41,8 +41,11 @@ CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
 
 
 def method_named(name: str) -> Any:
-    """A method; "kivi/8" is kivi with blocks of 8 tokens in groups of 4, "kvquant-1%/8" has records of 8 tokens: small
-    enough that tiny tests fill several."""
+    """A method; "klt-dense" is klt with keys coded before RoPE, "kivi/8" is kivi with blocks of 8 tokens in groups of 4,
+    "kvquant-1%/8" has records of 8 tokens: small enough that tiny tests fill several."""
+    if name.endswith("-dense"):
+        method = get_method(name.removesuffix("-dense"))
+        return replace(method, key=replace(method.key, block=1))
     name, _, flush = name.partition("/")
     if not flush:
         return name

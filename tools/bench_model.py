@@ -113,10 +113,10 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1") -> Calla
     method, key_bits, value_bits = declared(side)
     pair = method.side("key", key_bits), method.side("value", value_bits)
     blocks, need = gather_needs([pair], model.config.num_key_value_heads, model.config.head_dim)
-    blocks = (64,) if need is None else blocks  # one record serves all that need no samples
+    blocks = tuple(sorted({64, *blocks}))
     known = id(model), blocks, need
     if known not in _records:
-        count = 512 if need is None else max(512, need.rows)
+        count = max(512, 4 * model.config.head_dim, need.rows if need is not None else 0)
         ids = torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0)).to(model.device)
         every = range(layers)
         samples = {} if need is None else dict.fromkeys(every, need)
