@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packed
+from . import append_triton, packed
 from .append_cpu import select_one, serves, store_rows
 from .base import resolve_codec
 from .sparse import merge_sparse
@@ -215,6 +215,8 @@ def append(
     c = resolve_codec(codec)
     if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k)) is not None:
         append_tiles(lib, c, k if roped else rope_rows(k, cos, sin), v, positions, candidates, state, params)
+    elif k.device.type == "cuda" and not append_triton.why_not(c, k, candidates):
+        append_triton.append_one(k, v, positions, cos, sin, candidates, state, params, c, roped)
     elif not append_cpu(k, v, positions, cos, sin, candidates, state, params, c, roped):
         append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
 

@@ -37,14 +37,15 @@ _SMALLEST_BLOCK = 16  # tokens; below it a query per block costs more than resto
 _TILE = 64  # slots of one step
 _MOST_SPLITS = 128
 _TURNED = 64  # rows that one program of the first launch turns
+_WARPS, _STAGES, _WAVES = 4, 3, 4  # of the second launch; _WAVES programs per multiprocessor
 
 
 @cache
-def _here() -> bool:
+def here() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -64,9 +65,9 @@ class _Side:
 
 def why_not(codec: Any, q: Tensor, k: Tensor, mask: Tensor | None, exact: int) -> str:
     """What keeps a call from the Triton kernel, in words; empty when it serves it. exact: places of the exact rows."""
-    if not _here():
+    if not here():
         return "Triton is not installed"
-    if q.device.type != "cuda" and not _interpreted():
+    if q.device.type != "cuda" and not interpreted():
         return f"the device is {q.device.type}"
     if q.shape[2] != 1:
         return "more than one new row"
@@ -114,7 +115,7 @@ def _bit(group: int, bits: int) -> int:
 @cache
 def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[int, Tensor, Tensor, bool, int]:
     """form, meta, levels, wide and multiple of a scalar quantizer."""
-    dim, padded = 8 * len(widths), _power(8 * len(widths))
+    dim, padded = 8 * len(widths), power(8 * len(widths))
     width = widths[0]
     if len(set(widths)) == 1 and width and 8 % width == 0:
         byte = torch.arange(256)
@@ -158,11 +159,11 @@ def _levels(kind: str, width: int) -> Tensor:
 def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tuple[int, Tensor, bool]:
     """form, meta and wide of coupled codes."""
     if bits == 8 and couple & (couple - 1) == 0:
-        meta = torch.zeros(_power(dim), dtype=torch.int32)
+        meta = torch.zeros(power(dim), dtype=torch.int32)
         meta[: dim // couple] = torch.arange(dim // couple) * 256
         return 0, meta.to(device), False
     c = torch.arange(dim)
-    group, meta = c // couple, torch.zeros(5, _power(dim), dtype=torch.int32)
+    group, meta = c // couple, torch.zeros(5, power(dim), dtype=torch.int32)
     bit = group * bits
     meta[0, :dim] = bit // 8
     meta[1] = (meta[0] + 1).clamp_max(row_bytes - 1)
@@ -219,7 +220,7 @@ def _offsets(angles: tuple[Tensor, Tensor], dim: int, dtype: torch.dtype) -> tup
 
 
 def _first_rows(table: Tensor, unit: Tensor, dim: int, rest: float) -> Tensor:
-    out = torch.full((_TILE, _power(dim)), rest, dtype=torch.float32, device=table.device)
+    out = torch.full((_TILE, power(dim)), rest, dtype=torch.float32, device=table.device)
     rows = table[:_TILE] / unit
     out[: len(rows), : rows.shape[1]] = rows
     return out
@@ -231,11 +232,11 @@ def _hadamard(order: int, dim: int, device: str) -> Tensor:
     return hadamard_ref(torch.eye(dim), order).contiguous().to(device)
 
 
-def _power(n: int) -> int:
+def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _transform(side: Any, dim: int, basis: Tensor | None, device: torch.device) -> tuple[Tensor | None, int]:
+def transform(side: Any, dim: int, basis: Tensor | None, device: torch.device) -> tuple[Tensor | None, int]:
     """The matrix U [H or 1, D, D] of a side's transform with z = x U, and the numbers from one head's to the next's."""
     if side.transform == "klt":
         assert basis is not None
@@ -261,7 +262,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def splits_of(heads: int, slots: int, device: torch.device) -> int:
     """Programs that share the slots of one head: enough to fill the GPU some times over, of at least two tiles each."""
-    wanted = -(-4 * _multiprocessors(device) // heads)
+    wanted = -(-_WAVES * _multiprocessors(device) // heads)
     return max(1, min(wanted, -(-slots // (2 * _TILE)), _MOST_SPLITS))
 
 
@@ -281,8 +282,8 @@ def attend_one(
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
     key = _side(c.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
     value = _side(c.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
-    basis, basis_h = _transform(c.key, d, p.get("k_basis"), device)
-    back, back_h = _transform(c.value, d, p.get("v_basis"), device)
+    basis, basis_h = transform(c.key, d, p.get("k_basis"), device)
+    back, back_h = transform(c.value, d, p.get("v_basis"), device)
     per_key = c.key.domain == "block" and c.key.block == 1
     block = _TILE if per_key else c.table_tokens
     cos, sin = p.get("start_cos"), p.get("start_sin")
@@ -302,7 +303,7 @@ def attend_one(
     scale *= math.log2(math.e)
     blocks = -(-slots // block) + 1
     turned = logits = unit_cos = unit_sin = None
-    shape = dict(H=h, R=r, RP=_power(r), D=d, DP=_power(d), ROTARY=rotary, DT=dt[half], PER_KEY=per_key, BLOCK=block,
+    shape = dict(H=h, R=r, RP=power(r), D=d, DP=power(d), ROTARY=rotary, DT=dt[half], PER_KEY=per_key, BLOCK=block,
                  BY_BLOCK=by_block, BASIS=basis is not None, SIGMA=sigma is not None, MEAN=mean is not None)  # fmt: skip
     if starts:
         assert cos is not None and sin is not None
@@ -312,7 +313,7 @@ def attend_one(
             turned = torch.empty(b * h, blocks, r * (2 if per_key else 1), d, dtype=half, device=device)
         if mean is not None and not per_key:
             logits = torch.empty(b * h, r, blocks * block, dtype=torch.float32, device=device)
-        m = max(1, _TURNED // _power(r))
+        m = max(1, _TURNED // power(r))
         kernels.turn_kernel[(-(-blocks // m), b * h)](
             q, held(basis), held(sigma), held(mean), cos, sin, st["positions"], st["length"], held(turned), held(logits), scale,
             basis_h, cos.shape[0] - 1, blocks, st["positions"].stride(0), M=m, **shape,
@@ -337,14 +338,14 @@ def attend_one(
         K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
         V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_KIND=value.kind,
         V_COUNT=value.scales, V_GROUP=c.value.group_size if value.kind >= 2 else d,
-        E=exact.shape[2], EP=_power(exact.shape[2] or 1), WINDOW=c.window, RING=recent.shape[2], STRICT=c.strict,
-        MASKED=visible is not None, num_warps=4, **shape,
+        E=exact.shape[2], EP=power(exact.shape[2] or 1), WINDOW=c.window, RING=recent.shape[2], STRICT=c.strict,
+        MASKED=visible is not None, num_warps=_WARPS, num_stages=_STAGES, **shape,
     )  # fmt: skip
     out = torch.empty_like(q)
     mean_v = p.get("v_mean") if c.value.center else None
     kernels.merge_kernel[(b * h, r)](
         acc, top, mass, held(back), held(value_sigma), held(mean_v), out, splits, back_h,
-        H=h, R=r, D=d, DP=_power(d), SP=_power(splits), BACK=back is not None, SIGMA=value_sigma is not None,
+        H=h, R=r, D=d, DP=power(d), SP=power(splits), BACK=back is not None, SIGMA=value_sigma is not None,
         MEAN=mean_v is not None, num_warps=8,
     )  # fmt: skip
     return out

@@ -1,0 +1,140 @@
+"""One new row per sequence into a packed cache on any GPU that Triton serves: three launches, no synchronisation.
+
+Formula    as `kvsink.kernels.append`
+Source     ours
+Shapes     as `kvsink::append_` with S = 1
+Exact      codes equal the definition's up to ties that the order of float32 sums in the transform decides; exact rows are the
+           same rows, in places of their own order
+Declines   `why_not` says in words what it does not serve, and the plain operators run
+Cost       three launches: the codes of keys, those of values, and exact rows with positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attend_triton import here, interpreted, power, refuse, transform
+from .levels import even_levels, even_thresholds, lloyd_max, thresholds
+from .quantize import segments
+
+__all__ = ["append_one", "why_not"]
+
+_KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 1, "gauss": 2, "uniform": 3, "uniform-int": 4, "static": 5}
+_SEGMENTS = 4
+_FAR = 1 << 20  # a bit that no row has
+_CHUNK = 32  # rows of the basis at a time
+
+
+def why_not(codec: Any, k: Tensor, candidates: Sequence[Tensor]) -> str:
+    """What keeps new rows from the Triton kernels, in words; empty when they serve them."""
+    if not here():
+        return "Triton is not installed"
+    if k.device.type != "cuda" and not interpreted():
+        return f"the device is {k.device.type}"
+    if k.shape[2] != 1 or any(x.shape[1] != 1 for x in candidates[: 2 * len(codec.segments) : 2]):
+        return "more than one new row"
+    return refuse(codec, k.dtype, k.shape[3], codec.exact_rows) or _unserved(codec, k.shape[3])
+
+
+@cache
+def _unserved(codec: Any, dim: int) -> str:
+    if codec.modal or codec.anchors is not None:
+        return "rows by modality, or anchors"
+    if len(codec.segments) > _SEGMENTS:
+        return f"{len(codec.segments)} protection segments"
+    for side in (codec.key, codec.value):
+        if side.outliers:
+            return "sparse outliers"
+        if side.kind == "vector" and (side.couple & (side.couple - 1) or dim % side.couple):
+            return f"{side.couple} coupled channels"
+        if side.kind in ("gauss", "uniform", "uniform-int") and side.group_size != dim and power(dim) != dim:
+            return f"groups of {side.group_size} of {dim} channels"
+    return ""
+
+
+@cache
+def _tables(kind: str, widths: tuple[int, ...], device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """meta int32 [4, DP] (width, first threshold, first bit, first level of a channel), levels and thresholds."""
+    dim = 8 * len(widths)
+    meta = torch.zeros(4, power(dim), dtype=torch.int32)
+    meta[2] = _FAR
+    levels, edges = [torch.zeros(1)], [torch.zeros(1)]
+    first: dict[int, tuple[int, int]] = {}
+    even = kind == "lloyd-even"
+    for a, b, byte, w in segments(widths):
+        if w not in first:
+            first[w] = sum(len(e) for e in edges), sum(len(x) for x in levels)
+            levels.append((even_levels if even else lloyd_max)(w).float())
+            edges.append((even_thresholds if even else thresholds)(w).float())
+        meta[0, a:b], meta[1, a:b], meta[3, a:b] = w, first[w][0], first[w][1]
+        meta[2, a:b] = 8 * byte + torch.arange(b - a) * w
+    return meta.to(device), torch.cat(levels).to(device), torch.cat(edges).to(device)
+
+
+def append_one(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor], codec: Any, roped: bool,
+) -> None:  # fmt: skip
+    """`kvsink::append_` for S = 1 where `why_not` is empty."""
+    from . import triton_append as kernels
+
+    p, st = dict(zip(codec.param_names(), params, strict=True)), codec.named(state)
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    b, h, _, d = k.shape
+    rotary = cos.shape[-1]
+    cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
+    angles = cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0
+    step = positions.stride(0) if positions.shape[0] > 1 else 0
+    for name, side, rows in (("k", codec.key, k), ("v", codec.value, v)):
+        _code(kernels, codec, name, side, rows, positions, step, angles, st, p, roped)
+    n = len(codec.segments)
+    scores = [x if x.dtype == torch.float32 else x.float() for x in candidates[: 2 * n : 2]]
+    scores += [k] * (_SEGMENTS - n)  # pointers that are not followed
+    strides = [x.stride(0) if x.dim() == 2 and x.shape[0] > 1 else 0 for x in scores]
+    ends = [sum(codec.segments[: i + 1]) for i in range(_SEGMENTS)]
+    exact, recent = st["exact_k"], st["recent_k"]
+    kernels.enter_kernel[(b,)](
+        k, v, positions, st["length"], cos, sin, *scores, st["positions"], exact, st["exact_v"], st["exact_slot"],
+        st["exact_score"], recent, st["recent_v"], st["recent_slot"],
+        *k.stride()[:2], *v.stride()[:2], step, angles[2], *strides, st["positions"].stride(0), *exact.stride()[:2],
+        *recent.stride()[:2], H=h, HP=1 << (h - 1).bit_length(), D=d, DP=power(d), E=exact.shape[2],
+        EP=power(exact.shape[2] or 1), W=codec.ring, N=n, A=ends[0], B=ends[1], C=ends[2], ROTARY=0 if roped else rotary,
+    )  # fmt: skip
+
+
+def _code(
+    kernels: Any, codec: Any, name: str, side: Any, rows: Tensor, positions: Tensor, step: int, angles: tuple[Tensor, Tensor, int],
+    st: dict[str, Tensor], p: dict[str, Tensor], roped: bool,
+) -> None:  # fmt: skip
+    """The codes of one side of the new rows."""
+    b, h, _, d = rows.shape
+    key = name == "k"
+    cos, sin, cos_b = angles
+    basis, basis_h = transform(side, d, p.get(f"{name}_basis"), rows.device)
+    book, sigma = p.get(f"{name}_book"), p.get(f"{name}_sigma", p.get(f"{name}_step"))
+    meta = levels = edges = rows
+    if book is None:
+        meta, levels, edges = _tables("lloyd" if side.kind == "static" else side.kind, tuple(side.widths), str(rows.device))
+    codes, scale = st[f"{name}_codes"], st[f"{name}_scale"]
+    blocked, center = key and side.domain == "block", side.center
+    offset = blocked and side.block > 1
+
+    def held(x: Tensor | None) -> Tensor:
+        return rows if x is None else x  # a pointer that is not followed
+
+    kernels.code_kernel[(b * h,)](
+        rows, positions, st["length"], cos, sin, held(p.get(f"{name}_mean") if center else None), held(p.get("offset_cos")),
+        held(p.get("offset_sin")), held(p.get("k_mean2")), held(basis), held(sigma), held(book), levels, edges, meta, codes, scale,
+        *rows.stride()[:2], step, cos_b, *codes.stride()[:2], *scale.stride()[:2], basis_h,
+        0 if book is None or book.shape[0] == 1 else book.stride(0), side.clip,
+        H=h, D=d, DP=power(d), CHUNK=min(_CHUNK, power(d)), KEY=key, ROPED=roped, ROTARY=cos.shape[-1] if key else 0,
+        BLOCKED=blocked, OFFSET=offset, BLOCK=side.block if offset else 1, CENTER=center,
+        CENTER2=key and side.transform == "klt", BASIS=basis is not None, KIND=_KIND[side.kind], GAIN=side.gain,
+        WIDEST=max(side.widths, default=0), GROUP=side.group_size, COUPLE=side.couple or 1, BITS=side.code_bits,
+        BYTES=codes.shape[-1], BYTES_P=power(codes.shape[-1]), SCALES=scale.shape[-1], num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""One new row coded by Triton equals the definition, code for code, with the same rows exact; in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvsink.codecs import Codec
+from kvsink.kernels import append_triton
+from kvsink.kernels.append import append_ref
+from tests import states
+from tests.kernels.test_attend_triton import OPTIONS as ATTENDED
+from tests.kernels.test_attend_triton import here, interpreter
+
+OPTIONS = (
+    *ATTENDED,
+    ("klt-scalar", ()),
+    ("static", ()),
+    ("centred-even", (("key_bits", 2), ("value_bits", 3))),
+    ("rtn", (("key_bits", 5), ("value_bits", 7))),
+    ("klt", (("protect", "none"),)),
+    ("klt", (("protect", "first:1+massive:2+first:3"),)),
+)
+IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in options)}" for m, options in OPTIONS]
+EXACT = ("exact_k", "exact_v", "exact_slot", "exact_score")
+
+
+def held(st: dict[str, Tensor], row: int) -> dict[int, tuple[float, Tensor, Tensor]]:
+    """Score, key and value of every exact row of one sequence by its slot; repeats are left out."""
+    places = enumerate(st["exact_slot"][row].tolist())
+    return {
+        s: (float(st["exact_score"][row, i]), st["exact_k"][row, :, i], st["exact_v"][row, :, i]) for i, s in places if s >= 0
+    }
+
+
+@here
+@interpreter
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=IDS)
+@pytest.mark.parametrize("roped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: torch.dtype) -> None:
+    layer, k, _ = states.filled(method, options, batch=2, lengths=(20, 7))
+    layer.length.add_(7)
+    codec, entered = Codec.parse(layer.codec_text), 0
+    for step in range(5):
+        g = torch.Generator().manual_seed(step)
+        new = [torch.randn(2, k.shape[1], 1, k.shape[3], generator=g).to(dtype) for _ in range(2)]
+        call: dict[str, Any] = states.append_arguments(layer, *new, seed=step)
+        call["positions"] = call["positions"].expand(2, -1) - torch.tensor([[0], [3]])  # row 1 is padded on the left
+        call["cos"], call["sin"] = layer.shared.runtime.angles(1, call["positions"])
+        call["roped"] = roped
+        assert append_triton.why_not(codec, new[0], call["candidates"]) == ""
+        mine = [x.clone() for x in call["state"]]
+        for name, x in codec.named(mine).items():  # what is not written must not pass for right
+            if name in ("k_codes", "v_codes", "k_scale", "v_scale"):
+                x[:, :, int(layer.length)] = 77
+        append_triton.append_one(**{**call, "state": mine, "codec": codec})
+        append_ref(**call)
+        a, b = codec.named(mine), codec.named(call["state"])
+        for name in a:
+            assert name in EXACT or torch.equal(a[name], b[name]), name
+        for row in range(2):
+            got, wanted = held(a, row), held(b, row)
+            assert got.keys() == wanted.keys()
+            entered += int(layer.length) in got
+            for slot, (score, key, value) in got.items():
+                assert score == wanted[slot][0]
+                assert torch.equal(key, wanted[slot][1]) and torch.equal(value, wanted[slot][2])
+        layer.length.add_(1)
+    assert entered or codec.exact_rows == 0
+
+
+@here
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"{4 * len(OPTIONS) + 4} passed" in done.stdout, done.stdout[-400:]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("rotatekv", (), "a rotation across heads"),
+        ("kvquant", (), "rows of kind nuq"),
+        ("klt", (("protect", "first:1+massive:1+first:2+massive:2+first:3"),), "5 protection segments"),
+        ("klt", (("protect", "anchors:2"),), "rows by modality, or anchors"),
+    ],
+)
+def test_what_it_does_not_serve_is_named(
+    method: str, options: tuple, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, k, _ = states.filled(method, options, batch=1, lengths=(5,))
+    monkeypatch.setattr(append_triton, "here", lambda: True)
+    monkeypatch.setattr(append_triton, "interpreted", lambda: True)
+    assert append_triton.why_not(Codec.parse(layer.codec_text), k[:, :, :1], []) == reason
