@@ -51,14 +51,13 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class _Side:
-    """How a kernel reads one side's codes. form 0: bytes name vectors; 1: runs of 8 channels; 2: single codes; 3: equal widths."""
+    """How a kernel reads one side's codes. form 0: a byte is a row of a table; 1: runs of 8 channels by pairs; 2: single codes; 3: codes that are levels."""
 
     form: int
     meta: Tensor  # int32; see the readers in `triton_attend`
     levels: Tensor
     wide: bool
-    multiple: int  # forms 0 and 2: channels coupled; 1: the widest run in bits; 3: bits of a code
-    lookup: bool  # False: a code is its own level (forms 1 and 3)
+    multiple: int  # form 0: channels of a byte; 1: the widest run in bits; 2: channels coupled; 3: bits of a code
     kind: int  # numbers beside a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero
     row_bytes: int
     scales: int
@@ -116,27 +115,33 @@ def _bit(group: int, bits: int) -> int:
 @cache
 def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[int, Tensor, Tensor, bool, int]:
     """form, meta, levels, wide and multiple of a scalar quantizer."""
-    dim, padded, width = 8 * len(widths), power(8 * len(widths)), widths[0]
-    tables, first, at = [torch.zeros(1)], {0: 0}, 1  # level 0 stands for channels without bits
+    padded, width = power(8 * len(widths)), widths[0]
     if len(set(widths)) == 1 and width and 8 % width == 0:
-        return 3, torch.zeros(1, dtype=torch.int32, device=device), _levels(kind, width).to(device, dtype), False, width
+        byte = torch.arange(256)
+        codes = torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)
+        levels = _levels(kind, width)[codes].to(device, dtype)
+        none = torch.zeros(padded, dtype=torch.int32, device=device)
+        return (3, none, levels, False, width) if kind.startswith("uniform") else (0, none, levels, False, 8 // width)
+    tables, at = [torch.zeros(2)], 2  # the first levels stand for channels without bits
+    first, wide = {0: 0}, False
     for w in sorted(set(widths) - {0}):
-        tables.append(_levels(kind, w))
-        first[w], at = at, at + 2**w
+        code = torch.arange(4**w if max(widths) <= 4 else 2**w)
+        pairs = torch.stack([code & (2**w - 1), code >> w], dim=-1).flatten()
+        tables.append(_levels(kind, w)[pairs if max(widths) <= 4 else code])
+        first[w], at = at, at + tables[-1].numel()
     levels = torch.cat(tables).to(device, dtype)
     if max(widths) <= 4:
         meta, runs = torch.zeros(6, padded, dtype=torch.int32), len(widths)
-        meta[0, :runs], meta[1, :runs] = torch.tensor(widths), torch.tensor([first[w] for w in widths])
+        meta[0, :runs], meta[1, :runs] = torch.tensor(widths), torch.tensor([first[w] // 2 for w in widths])
         for n in range(4):
             meta[2 + n, :runs] = (torch.tensor([0, *widths]).cumsum(0)[:-1] + n).clamp_max(sum(widths) - 1)
         return 1, meta.to(device), levels, False, max(widths)
-    meta, wide = torch.zeros(5, padded, dtype=torch.int32), False
+    meta = torch.zeros(5, padded, dtype=torch.int32)
     for a, b, start, w in segments(widths):
         bit = torch.arange(b - a) * w
         meta[0, a:b], meta[2, a:b], meta[3, a:b], meta[4, a:b] = start + bit // 8, bit % 8, 2**w - 1, first[w]
         wide = wide or bool((bit % 8 + w > 8).any())
     meta[1] = (meta[0] + 1).clamp_max(sum(widths) - 1)
-    assert dim <= padded
     return 2, meta.to(device), levels, wide, 1
 
 
@@ -170,10 +175,10 @@ def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None
     row_bytes, scales, device = codes.shape[-1], scale.shape[-1], str(codes.device)
     if book is not None:
         form, meta, wide = _vector(dim, spec.couple, spec.code_bits, row_bytes, device)
-        return _Side(form, meta, _derived(book, dtype, _same), wide, spec.couple, True, int(spec.gain), row_bytes, scales)
+        return _Side(form, meta, _derived(book, dtype, _same), wide, spec.couple, int(spec.gain), row_bytes, scales)
     form, meta, levels, wide, multiple = _scalar(spec.kind, tuple(spec.widths), device, dtype)
     kind = _STEP.get(spec.kind, int(spec.gain and spec.kind in SIGMA_KINDS))
-    return _Side(form, meta, levels, wide, multiple, not spec.kind.startswith("uniform"), kind, row_bytes, scales)
+    return _Side(form, meta, levels, wide, multiple, kind, row_bytes, scales)
 
 
 _made: dict[tuple[int, torch.dtype, str], tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -329,9 +334,9 @@ def attend_one(
         st["positions"].stride(0), 0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
         _per_head(p.get("k_book")), _per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
         scale, splits, blocks, N=_TILE, HELD_DT=dt[q.dtype], STARTS=starts,
-        K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_LOOKUP=key.lookup, K_KIND=key.kind,
+        K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_KIND=key.kind,
         K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
-        V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_LOOKUP=value.lookup, V_KIND=value.kind,
+        V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_KIND=value.kind,
         V_COUNT=value.scales, V_GROUP=c.value.group_size if value.kind >= 2 else d,
         E=exact.shape[2], EP=power(exact.shape[2] or 1), WINDOW=c.window, RING=recent.shape[2], STRICT=c.strict,
         MASKED=visible is not None, num_warps=_WARPS, num_stages=_STAGES, maxnreg=_REGISTERS, **shape,

@@ -15,54 +15,42 @@ import triton.language as tl
 
 
 @triton.jit
-def _books(codes, row, meta, table, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COUPLE: tl.constexpr):
-    """Rows whose bytes each name a vector of COUPLE channels of a table [groups, 256, COUPLE] → [N, DP].
-
-    Tokens run across the lanes of a warp, so that a load touches the lines of few groups.
-    """
+def _bytes(codes, row, meta, table, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COUPLE: tl.constexpr):
+    """Rows whose bytes each stand for COUPLE channels, from a table [groups or 1, 256, COUPLE] → [N, DP]."""
     g, j = tl.arange(0, DP // COUPLE), tl.arange(0, COUPLE)
     if D < DP:
-        code = tl.load(codes + row[None, :] + g[:, None], mask=(g < D // COUPLE)[:, None], other=0).to(tl.int32)
+        code = tl.load(codes + row[:, None] + g[None, :], mask=(g < D // COUPLE)[None, :], other=0).to(tl.int32)
     else:
-        code = tl.load(codes + row[None, :] + g[:, None]).to(tl.int32)
-    place = (tl.load(meta + g)[:, None] + code) * COUPLE
-    x = tl.load(table + place[:, :, None] + j[None, None, :])
-    return tl.reshape(tl.permute(x, [1, 0, 2]), [N, DP])
+        code = tl.load(codes + row[:, None] + g[None, :]).to(tl.int32)
+    place = (tl.load(meta + g)[None, :] + code) * COUPLE
+    return tl.reshape(tl.load(table + place[:, :, None] + j[None, None, :]), [N, DP])
 
 
 @triton.jit
-def _equal(
-    codes, row, table, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, LOOKUP: tl.constexpr, DT: tl.constexpr
-):  # fmt: skip
-    """Rows of codes of 1, 2, 4 or 8 bits → [N, DP]. Few levels lie in one line of memory, whatever lanes ask for."""
+def _plain(codes, row, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, DT: tl.constexpr):
+    """Rows of codes of 1, 2, 4 or 8 bits that are their own levels → [N, DP]."""
     per: tl.constexpr = 8 // WIDTH
     g, i = tl.arange(0, DP // per), tl.arange(0, per)
     if D < DP:
         byte = tl.load(codes + row[:, None] + g[None, :], mask=(g < D // per)[None, :], other=0).to(tl.int32)
     else:
         byte = tl.load(codes + row[:, None] + g[None, :]).to(tl.int32)
-    code = tl.reshape((byte[:, :, None] >> (WIDTH * i)[None, None, :]) & ((1 << WIDTH) - 1), [N, DP])
-    if LOOKUP:
-        return tl.load(table + code)
-    return code.to(DT)
+    return tl.reshape((byte[:, :, None] >> (WIDTH * i)[None, None, :]) & ((1 << WIDTH) - 1), [N, DP]).to(DT)
 
 
 @triton.jit
-def _runs(
-    codes, row, meta, table, N: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, LOOKUP: tl.constexpr, DT: tl.constexpr
-):  # fmt: skip
-    """Rows whose runs of 8 channels have widths of 0 to 4 bits → [N, DP]."""
-    g, i = tl.arange(0, DP // 8), tl.arange(0, 8)
+def _runs(codes, row, meta, table, N: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr):
+    """Rows whose runs of 8 channels have widths of 0 to 4 bits, from tables of pairs [4^width, 2] → [N, DP]."""
+    g, i, j = tl.arange(0, DP // 8), tl.arange(0, 4), tl.arange(0, 2)
     width, base = tl.load(meta + g), tl.load(meta + DP + g)
     word = tl.zeros([N, DP // 8], tl.int32)
     for n in tl.static_range(WIDEST):
         byte = tl.load(meta + (2 + n) * DP + g)  # of byte n of a run, or any byte of the row behind its end
         word = word | (tl.load(codes + row[:, None] + byte[None, :]).to(tl.int32) << (8 * n))
-    step = width[:, None] * i[None, :]
-    code = (word[:, :, None] >> step[None, :, :]) & ((1 << width) - 1)[None, :, None]
-    if LOOKUP:
-        return tl.load(table + tl.reshape(code + base[None, :, None], [N, DP]))
-    return tl.reshape(code, [N, DP]).to(DT)
+    step = 2 * width[:, None] * i[None, :]
+    mask = ((1 << (2 * width)) - 1)[None, :, None]
+    place = 2 * (base[None, :, None] + ((word[:, :, None] >> step[None, :, :]) & mask))
+    return tl.reshape(tl.load(table + place[:, :, :, None] + j[None, None, None, :]), [N, DP])
 
 
 @triton.jit
@@ -81,16 +69,16 @@ def _fields(codes, row, meta, table, c, D: tl.constexpr, DP: tl.constexpr, WIDE:
 @triton.jit
 def _levels(
     codes, row, meta, table, c, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FORM: tl.constexpr, WIDE: tl.constexpr,
-    MULTIPLE: tl.constexpr, LOOKUP: tl.constexpr, DT: tl.constexpr,
+    MULTIPLE: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Rows of codes as levels [N, DP]; what stands in padded channels is finite, and nothing reads it."""
     if FORM == 0:
-        return _books(codes, row, meta, table, N, D, DP, MULTIPLE)
+        return _bytes(codes, row, meta, table, N, D, DP, MULTIPLE)
     if FORM == 1:
-        return _runs(codes, row, meta, table, N, DP, MULTIPLE, LOOKUP, DT)
+        return _runs(codes, row, meta, table, N, DP, MULTIPLE)
     if FORM == 2:
         return _fields(codes, row, meta, table, c, D, DP, WIDE, MULTIPLE)
-    return _equal(codes, row, table, N, D, DP, MULTIPLE, LOOKUP, DT)
+    return _plain(codes, row, N, D, DP, MULTIPLE, DT)
 
 
 @triton.jit
@@ -227,11 +215,9 @@ def attend_kernel(
     ROTARY: tl.constexpr, HELD_DT: tl.constexpr, DT: tl.constexpr,
     PER_KEY: tl.constexpr, BLOCK: tl.constexpr, STARTS: tl.constexpr, BY_BLOCK: tl.constexpr, BASIS: tl.constexpr,
     SIGMA: tl.constexpr, MEAN: tl.constexpr,
-    K_BYTES: tl.constexpr, K_FORM: tl.constexpr, K_WIDE: tl.constexpr, K_MULTIPLE: tl.constexpr, K_LOOKUP: tl.constexpr,
-    K_KIND: tl.constexpr,
+    K_BYTES: tl.constexpr, K_FORM: tl.constexpr, K_WIDE: tl.constexpr, K_MULTIPLE: tl.constexpr, K_KIND: tl.constexpr,
     K_COUNT: tl.constexpr, K_GROUP: tl.constexpr,
-    V_BYTES: tl.constexpr, V_FORM: tl.constexpr, V_WIDE: tl.constexpr, V_MULTIPLE: tl.constexpr, V_LOOKUP: tl.constexpr,
-    V_KIND: tl.constexpr,
+    V_BYTES: tl.constexpr, V_FORM: tl.constexpr, V_WIDE: tl.constexpr, V_MULTIPLE: tl.constexpr, V_KIND: tl.constexpr,
     V_COUNT: tl.constexpr, V_GROUP: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, STRICT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -316,14 +302,14 @@ def attend_kernel(
             slot = tl.minimum(slot, first)  # rows behind the last are read from it and then not counted
             if MASKED:
                 live = live & (tl.load(mask + b * mask_b + slot) != 0)
-            x = _levels(k_codes, slot * K_BYTES, k_meta, k_levels, c, N, D, DP, K_FORM, K_WIDE, K_MULTIPLE, K_LOOKUP, DT)
+            x = _levels(k_codes, slot * K_BYTES, k_meta, k_levels, c, N, D, DP, K_FORM, K_WIDE, K_MULTIPLE, DT)
             if K_GROUP < D:
                 x = _grouped(x, k_scale, slot, c, D, K_KIND, K_COUNT, K_GROUP)
                 gain = tl.full((N,), 1.0, tl.float32)
                 shift = tl.zeros((N,), tl.float32)
             else:
                 gain, shift = _steps(k_scale, slot, K_KIND, K_COUNT)
-            y = _levels(v_codes, slot * V_BYTES, v_meta, v_levels, c, N, D, DP, V_FORM, V_WIDE, V_MULTIPLE, V_LOOKUP, DT)
+            y = _levels(v_codes, slot * V_BYTES, v_meta, v_levels, c, N, D, DP, V_FORM, V_WIDE, V_MULTIPLE, DT)
             if V_GROUP < D:
                 y = _grouped(y, v_scale, slot, c, D, V_KIND, V_COUNT, V_GROUP)
                 v_gain = tl.full((N,), 1.0, tl.float32)
