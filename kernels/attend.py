@@ -109,7 +109,7 @@ def _attend_tiles(
 def _past_rows(
     c: Any, st: Mapping[str, Tensor], p: Mapping[str, Tensor], total: int, start: int, end: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Slots start … end - 1 of `total` as keys after RoPE and values in `dtype`, recent and exact rows laid over the decoded ones."""
+    """Slots start … end - 1 of `total` as keys after RoPE and values in `dtype`, recent and exact rows laid over them."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     out = []
     for prefix, side, rows in (("k", c.key, c.read_keys), ("v", c.value, c.read_values)):

@@ -1,7 +1,7 @@
 """Decode attention over packed rows on any GPU that Triton serves: one new query row per sequence, codes only looked up.
 
-Formula    keys coded after RoPE or by blocks of tokens: logit = a_t (w · level_t) + b_t sum(w) + t · mean_d, with t the query turned
-           back to the start of the block and w that in the basis of the codec; keys coded before RoPE: the row is restored,
+Formula    keys coded after RoPE or by blocks of tokens: logit = a_t (w · level_t) + b_t sum(w) + t · mean_d, with t the query
+           turned back to the start of the block and w that in the basis of the codec; keys coded before RoPE: the row is restored,
            and the query turned to its token;  out = restore(sum p_t (a_t level_t + b_t)) + rows held as they came
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
@@ -28,16 +28,16 @@ from .hadamard import hadamard_ref
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
 
-__all__ = ["attend_one", "refuse", "splits_of", "why_not"]
+__all__ = ["attend_one", "here", "interpreted", "power", "refuse", "transform", "why_not"]
 
 _KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
 _MOST_EXACT = 64  # exact rows that every tile is compared with
 _SMALLEST_BLOCK = 16  # tokens; below it a query per block costs more than restoring keys
-_TILE = 64  # slots of one step
+_OFFSETS = 64  # positions whose angles stand in a table of their own, where the query is turned to every key
+_BY_QUERY, _BY_KEY = (32, 2, 16), (64, 4, 8)  # slots of a step, warps, programs per multiprocessor; best of 12 on an H100
 _MOST_SPLITS = 128
 _TURNED = 64  # rows that one program of the first launch turns
-_WARPS, _STAGES, _WAVES, _REGISTERS = 4, 3, 4, None  # of the second launch; _WAVES programs per multiprocessor
 
 
 @cache
@@ -51,7 +51,10 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class _Side:
-    """How a kernel reads one side's codes. form 0: a byte is a row of a table; 1: runs of 8 channels by pairs; 2: single codes; 3: codes that are levels."""
+    """How a kernel reads one side's codes.
+
+    form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels.
+    """
 
     form: int
     meta: Tensor  # int32; see the readers in `triton_attend`
@@ -205,7 +208,7 @@ def _same(table: Tensor) -> Tensor:
 
 
 def _offsets(angles: tuple[Tensor, Tensor], dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [_TILE, DP] of the first positions, without attention scaling; channels without rotation stay."""
+    """Cosines and sines [_OFFSETS, DP] of the first positions, without attention scaling; channels without rotation stay."""
     cos, sin = angles
 
     def cosines(table: Tensor) -> Tensor:
@@ -218,8 +221,8 @@ def _offsets(angles: tuple[Tensor, Tensor], dim: int, dtype: torch.dtype) -> tup
 
 
 def _first_rows(table: Tensor, unit: Tensor, dim: int, rest: float) -> Tensor:
-    out = torch.full((_TILE, power(dim)), rest, dtype=torch.float32, device=table.device)
-    rows = table[:_TILE] / unit
+    out = torch.full((_OFFSETS, power(dim)), rest, dtype=torch.float32, device=table.device)
+    rows = table[:_OFFSETS] / unit
     out[: len(rows), : rows.shape[1]] = rows
     return out
 
@@ -258,10 +261,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def splits_of(heads: int, slots: int, device: torch.device) -> int:
+def splits_of(heads: int, slots: int, tile: int, waves: int, device: torch.device) -> int:
     """Programs that share the slots of one head: enough to fill the GPU some times over, of at least two tiles each."""
-    wanted = -(-_WAVES * _multiprocessors(device) // heads)
-    return max(1, min(wanted, -(-slots // (2 * _TILE)), _MOST_SPLITS))
+    wanted = -(-waves * _multiprocessors(device) // heads)
+    return max(1, min(wanted, -(-slots // (2 * tile)), _MOST_SPLITS))
 
 
 def attend_one(
@@ -283,7 +286,8 @@ def attend_one(
     basis, basis_h = transform(c.key, d, p.get("k_basis"), device)
     back, back_h = transform(c.value, d, p.get("v_basis"), device)
     per_key = c.key.domain == "block" and c.key.block == 1
-    block = _TILE if per_key else c.table_tokens
+    block = _OFFSETS if per_key else c.table_tokens
+    tile, warps, waves = _BY_KEY if per_key else _BY_QUERY
     cos, sin = p.get("start_cos"), p.get("start_sin")
     rotary = 0 if cos is None else cos.shape[-1]
     mean = p.get("k_table") if c.key.center else None
@@ -314,11 +318,11 @@ def attend_one(
         together = 1 << (r - 1).bit_length()
         m = max(1, _TURNED // together)
         kernels.turn_kernel[(-(-blocks // m), b * h)](
-            q, held(basis), held(sigma), held(None if mean is None else _derived(mean, half, _same)), cos, sin, st["positions"], st["length"], held(turned), held(logits), scale,
-            basis_h, cos.shape[0] - 1, blocks, st["positions"].stride(0), M=m, RQ=together,
-            **shape,
+            q, held(basis), held(sigma), held(None if mean is None else _derived(mean, half, _same)), cos, sin, st["positions"],
+            st["length"], held(turned), held(logits), scale, basis_h, cos.shape[0] - 1, blocks, st["positions"].stride(0), M=m,
+            RQ=together, **shape,
         )  # fmt: skip
-    splits = splits_of(b * h, slots, device)
+    splits = splits_of(b * h, slots, tile, waves, device)
     acc = torch.empty(b * h, splits + 1, r, d, dtype=torch.float32, device=device)
     top, mass = (torch.empty(b * h, splits + 1, r, dtype=torch.float32, device=device) for _ in range(2))
     visible = None if mask is None else mask[:, 0, 0]
@@ -333,13 +337,13 @@ def attend_one(
         *st["k_codes"].stride()[:2], *st["k_scale"].stride()[:2], *st["v_codes"].stride()[:2], *st["v_scale"].stride()[:2],
         st["positions"].stride(0), 0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
         _per_head(p.get("k_book")), _per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
-        scale, splits, blocks, N=_TILE, HELD_DT=dt[q.dtype], STARTS=starts,
+        scale, splits, blocks, N=tile, HELD_DT=dt[q.dtype], STARTS=starts,
         K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_KIND=key.kind,
         K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
         V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_KIND=value.kind,
         V_COUNT=value.scales, V_GROUP=c.value.group_size if value.kind >= 2 else d,
         E=exact.shape[2], EP=power(exact.shape[2] or 1), WINDOW=c.window, RING=recent.shape[2], STRICT=c.strict,
-        MASKED=visible is not None, num_warps=_WARPS, num_stages=_STAGES, maxnreg=_REGISTERS, **shape,
+        MASKED=visible is not None, num_warps=warps, num_stages=2, **shape,
     )  # fmt: skip
     out = torch.empty_like(q)
     mean_v = p.get("v_mean") if c.value.center else None

@@ -131,7 +131,8 @@ def _stored(out, code, bit, width, BYTES: tl.constexpr, BYTES_P: tl.constexpr):
     """Codes [n] of `width` bits at their places `bit` of a row, as bytes."""
     i = tl.arange(0, BYTES_P)
     up = bit[None, :] - 8 * i[:, None]  # how far a code lies above the byte
-    part = tl.where(up >= 0, code[None, :] << tl.minimum(tl.maximum(up, 0), 31), code[None, :] >> tl.minimum(tl.maximum(-up, 0), 31))
+    left, right = tl.minimum(tl.maximum(up, 0), 31), tl.minimum(tl.maximum(-up, 0), 31)
+    part = tl.where(up >= 0, code[None, :] << left, code[None, :] >> right)
     part = tl.where((up < 8) & (up > -width[None, :]), part & 255, 0)
     tl.store(out + i, tl.sum(part, 1).to(tl.uint8), mask=i < BYTES)
 
@@ -274,8 +275,8 @@ def _moved(
 
 @triton.jit
 def enter_kernel(
-    k, v, positions, length, cos, sin, score_0, score_1, score_2, score_3, stored_positions, exact_k, exact_v, exact_slot, exact_score,
-    recent_k, recent_v, recent_slot,
+    k, v, positions, length, cos, sin, score_0, score_1, score_2, score_3, stored_positions, exact_k, exact_v,
+    exact_slot, exact_score, recent_k, recent_v, recent_slot,
     k_b, k_h, v_b, v_h, position_b, cos_b, score_b0, score_b1, score_b2, score_b3, stored_b, exact_b, exact_h, recent_b, recent_h,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, W: tl.constexpr,
     N: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROTARY: tl.constexpr,

@@ -272,7 +272,9 @@ def attend_kernel(
                 seen = seen & (tl.sum((slot[:, None] == exact[None, :]).to(tl.int32), 1) == 0)
             if MASKED:
                 seen = seen & (tl.load(mask + b * mask_b + slot, mask=seen, other=0) != 0)
-            top, mass, acc, offset = _held_tile(top, mass, acc, offset, qh, new_k + bh * D, new_v + bh * D, seen, row, c, D, HELD_DT)
+            top, mass, acc, offset = _held_tile(
+                top, mass, acc, offset, qh, new_k + bh * D, new_v + bh * D, seen, row, c, D, HELD_DT
+            )
     else:
         k_codes += b * k_codes_b + h * k_codes_h
         k_scale += b * k_scale_b + h * k_scale_h

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.kernels import native, packed
-from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.append import append_
+from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_any, attend_packed, attend_ref
 from kvsink.tools.bench_model import declared, fill, llama, rewritten
 from kvsink.tools.timing import Times, graph_times
@@ -140,8 +140,9 @@ def _one(
 
     error = _error(layer, codec, attention, q, k, v, scale)
     bits_held = 8 * size / (b * t * kv_heads * 256)
+    bits = int(key_bits) if key_bits == value_bits else f"{key_bits:g}/{value_bits:g}"
     row: dict[str, Any] = {
-        "kind": "kernel", "method": method.name, "bits": int(key_bits) if key_bits == value_bits else f"{key_bits:g}/{value_bits:g}",
+        "kind": "kernel", "method": method.name, "bits": bits,
         "kernel": "triton" if lib is None else "cuda", "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads,
         "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base_name, "sdpa_ms": round(base[1], 5),
     }  # fmt: skip

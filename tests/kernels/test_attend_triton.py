@@ -62,10 +62,10 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
 @here
 @interpreter
 @pytest.mark.parametrize(("method", "options"), OPTIONS, ids=IDS)
-@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("tile", [16, 64], ids=lambda n: f"tile{n}")
 def test_equals_the_definition(method: Any, options: tuple, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend_triton, "_TILE", tile)
-    monkeypatch.setattr(attend_triton, "_made", {})  # tables of another tile
+    monkeypatch.setattr(attend_triton, "_BY_QUERY", (tile, 2, 16))
+    monkeypatch.setattr(attend_triton, "_BY_KEY", (tile, 4, 8))
     for strict, lengths, kind in ((False, (37, 20, 1), "bool"), (True, (3, 1), "none"), (False, (40, 1), "none")):
         layer, k, v = states.filled(method, options, batch=2, lengths=lengths, strict=strict)
         q = torch.randn(2, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))

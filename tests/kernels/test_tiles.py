@@ -346,7 +346,6 @@ def test_a_chunk_attends_over_past_and_new_rows(strict: bool, masked: bool, monk
     if masked:
         slots = torch.arange(SLOTS)
         mask = ((slots <= torch.arange(200, 233)[:, None]) & (slots >= 9))[None, None].expand(2, -1, -1, -1)
-    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
     monkeypatch.setattr(packed, "_DECODED_BYTES", 1)
 
     def past(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
