@@ -117,8 +117,10 @@ def test_no_folder_is_imported_by_its_everyday_name(path: Path) -> None:
 def test_triton_and_extras_are_not_needed_to_import() -> None:
     extras = {"triton", "onnx", "onnxscript", "onnxruntime", "gguf", "matplotlib", "jinja2", "accelerate"}
     for path in FILES:
-        found = {name.partition(".")[0] for name in imports(path, top_level_only=True)}
-        assert not found & extras, path.name
+        found = imports(path, top_level_only=True)
+        assert not any(name.startswith("kvsink.kernels.triton_") for name in found), path.name
+        if not path.name.startswith("triton_"):  # Triton code, which others import where they launch it
+            assert not {name.partition(".")[0] for name in found} & extras, path.name
 
 
 def test_importing_from_the_root_of_a_checkout() -> None:
