@@ -65,16 +65,25 @@ typedef struct {
     int32_t *slot;      /* [B, held]: see name_slots */
 } Call;
 
-/* exp for x <= 0: 2^i times a polynomial on [-1/2, 1/2], relative error below 3e-7; the compiler makes vectors of it. */
-static inline float fast_exp(float x) {
-    float t = x * 1.44269504f;
-    t = t < -126.0f ? -126.0f : t;
-    float i = (float)(int32_t)(t - 0.5f), y = (t - i) * 0.693147181f, f;
-    float p = 1.0f + y * (1.0f + y * (0.5f + y * (1.66666667e-1f + y * (4.16666667e-2f + y * (8.33333333e-3f + y * 1.38888889e-3f)))));
-    int32_t bits = ((int32_t)i + 127) << 23;
-    memcpy(&f, &bits, 4);
-    return p * f;
+/* Sixteen numbers at any address; the compiler cuts them into what the machine has. */
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+#define LANES 16
+#define AT(p) (*(const vec *)(p))
+typedef int32_t ints __attribute__((vector_size(64)));
+
+/* exp for x <= 0: 2^i times a polynomial on [-1/2, 1/2], relative error below 3e-7. */
+static inline vec fast_exps(vec x) {
+    const vec low = {0};
+    vec t = x * 1.44269504f;
+    const ints tiny = t < -126.0f;
+    t = (vec)(((ints)t & ~tiny) | ((ints)(low - 126.0f) & tiny));
+    const ints i = __builtin_convertvector(t - 0.5f, ints);
+    const vec y = (t - __builtin_convertvector(i, vec)) * 0.693147181f;
+    const vec p = 1.0f + y * (1.0f + y * (0.5f + y * (1.66666667e-1f + y * (4.16666667e-2f + y * (8.33333333e-3f + y * 1.38888889e-3f)))));
+    return p * (vec)((i + 127) << 23);
 }
+
+static inline float fast_exp(float x) { return fast_exps((vec){x})[0]; }
 
 static void decode_vectors(const Side *s, const uint8_t *row, const float *book, float *out) {
     const int64_t c = s->couple, b = s->code_bits, size = (int64_t)1 << b;
@@ -165,11 +174,6 @@ static void affine(const Side *s, const uint16_t *scale, int64_t n, float *a, fl
             b[t] = s->kind == 2 ? half(of[1]) : s->kind == 3 ? -a[t] * half(of[1]) : 0.0f;
         }
 }
-
-/* Sixteen numbers at any address; the compiler cuts them into what the machine has. */
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
-#define LANES 16
-#define AT(p) (*(const vec *)(p))
 
 static inline float total(vec lanes) {
 #ifdef PERMUTE
@@ -269,7 +273,7 @@ typedef struct {
 static Room room_for(const Call *c, float *from, int64_t *numbers) {
     const int64_t r = c->repeats, d = c->key.dim, dv = c->value.dim, kg = c->key.groups, vg = c->value.groups;
     const int64_t most = kg > vg ? kg : vg, sizes[11] = {
-        r * d, r * d, r * d, r * kg, c->mean ? r * c->block : 0, TILE * (d > dv ? d : dv), r * TILE, r * TILE, TILE * most, TILE * most, r * vg,
+        r * d, r * d, r * d, r * kg, c->mean ? r * c->block : 0, TILE * (d > dv ? d : dv), r * TILE, r * TILE * kg, TILE * most, TILE * most, r * vg,
     };
     float *at[11];
     int64_t sum = 0;
@@ -286,11 +290,9 @@ static void turn(const Call *c, int64_t h, int64_t m, Room *o) {
     if (c->by_block || c->mean)
         for (int64_t i = 0; i < r; i++) {
             const float *q = o->q + i * d, *cos = c->start_cos + m * rotary, *sin = c->start_sin + m * rotary;
-            float *t = o->turned + i * d;
-            for (int64_t x = 0; x < middle; x++) {
-                t[x] = q[x] * cos[x] + q[x + middle] * sin[x + middle];
-                t[x + middle] = q[x + middle] * cos[x + middle] - q[x] * sin[x];
-            }
+            float *restrict t = o->turned + i * d;
+            for (int64_t x = 0; x < middle; x++) t[x] = q[x] * cos[x] + q[x + middle] * sin[x + middle];
+            for (int64_t x = middle; x < rotary; x++) t[x] = q[x] * cos[x] - q[x - middle] * sin[x - middle];
             for (int64_t x = rotary; x < d; x++) t[x] = q[x];
         }
     if (c->mean) {
@@ -318,32 +320,35 @@ static void turn(const Call *c, int64_t h, int64_t m, Room *o) {
 /* Logits of the n rows from `start`, [R, TILE] into o->p, without a mask. */
 static void logits(const Call *c, int64_t b, int64_t h, int64_t start, int64_t n, Room *o) {
     const Side *k = &c->key;
-    const int64_t r = c->repeats, d = k->dim, span = c->block;
+    const int64_t r = c->repeats, d = k->dim, span = c->block, each = r * TILE;
     const int32_t *positions = c->positions + b * c->position_stride + start;
-    int64_t at[TILE];
     decode(k, k->codes + b * k->stride_b + h * k->stride_h + start * k->row_bytes, n, h, o->rows);
     affine(k, k->scale + b * k->scale_b + h * k->scale_h + start * k->scales, n, o->a, o->z);
-    memset(o->p, 0, sizeof(float) * r * TILE);
-    for (int64_t t = 0, end; t < n; t = end) { /* a run of rows of one block */
+    memset(o->p, 0, sizeof(float) * each), memset(o->part, 0, sizeof(float) * each * k->groups);
+    for (int64_t t = 0, end; t < n; t = end) { /* a run of rows of one block, at consecutive offsets where there is a mean */
         const int64_t of = positions[t] > 0 ? positions[t] / span : 0, m = of < c->blocks ? of : c->blocks - 1;
         const int64_t low = m ? m * span : INT64_MIN, high = m + 1 < c->blocks ? (m + 1) * span : INT64_MAX;
-        for (end = t; end < n && positions[end] >= low && positions[end] < high; end++) {
-            const int64_t x = positions[end] - m * span;
-            at[end] = x >= 0 && x < span ? x : (x % span + span) % span;
-        }
+        const int64_t first = positions[t] - m * span, at = first >= 0 && first < span ? first : (first % span + span) % span;
+        for (end = t + 1; end < n && positions[end] >= low && positions[end] < high; end++)
+            if (c->mean && (positions[end] != positions[t] + end - t || at + end - t >= span)) break;
         if (m != o->held) turn(c, h, m, o);
-        for (int64_t g = 0; g < k->groups; g++) {
-            const float *a = o->a + g * TILE + t, *z = o->z + g * TILE + t, *rows = o->rows + t * d + g * k->group_size;
-            memset(o->part, 0, sizeof(float) * r * TILE);
-            score_all(r, k->group_size, end - t, rows, d, o->w + g * k->group_size, d, o->part);
-            for (int64_t i = 0; i < r; i++) {
-                float *p = o->p + i * TILE + t, sum = k->kind >= 2 ? o->sums[i * k->groups + g] : 0.0f;
-                for (int64_t x = 0; x < end - t; x++) p[x] += a[x] * o->part[i * TILE + x] + z[x] * sum;
-            }
+        for (int64_t g = 0; g < k->groups; g++)
+            score_all(r, k->group_size, end - t, o->rows + t * d + g * k->group_size, d, o->w + g * k->group_size, d,
+                      o->part + g * each + t);
+        for (int64_t i = 0; i < r; i++) {
+            float *restrict p = o->p + i * TILE + t;
+            const float *mean = c->mean ? o->mean + i * span + at : NULL, *z = o->z + t;
+            for (int64_t x = 0; c->mean && x < end - t; x++) p[x] += mean[x];
+            for (int64_t g = 0; k->kind >= 2 && g < k->groups; g++)
+                for (int64_t x = 0; x < end - t; x++) p[x] += z[g * TILE + x] * o->sums[i * k->groups + g];
         }
-        for (int64_t i = 0; c->mean && i < r; i++)
-            for (int64_t x = t; x < end; x++) o->p[i * TILE + x] += o->mean[i * span + at[x]];
     }
+    for (int64_t g = 0; g < k->groups; g++)
+        for (int64_t i = 0; i < r; i++) {
+            float *restrict p = o->p + i * TILE;
+            const float *a = o->a + g * TILE, *part = o->part + g * each + i * TILE;
+            for (int t = 0; t < TILE; t++) p[t] += a[t] * part[t];
+        }
 }
 
 static void hide(const Call *c, int64_t b, int64_t query, int64_t start, int64_t n, float *p) {
@@ -354,26 +359,46 @@ static void hide(const Call *c, int64_t b, int64_t query, int64_t start, int64_t
         else p[t] += ((const float *)c->mask)[from + t];
 }
 
-/* Logits [R, TILE] become weights of rows; the running state of each query follows. */
-static void soften(const Call *c, const uint8_t *skip, int64_t n, Room *o, float *work) {
+/* Logits [R, TILE], LOWEST behind the last row, become weights of rows; the running state of each query follows. */
+static void soften(const Call *c, Room *o, float *work) {
     const int64_t dv = c->value.dim, vg = c->value.groups, state = 2 + dv;
     for (int64_t i = 0; i < c->repeats; i++) {
-        float *p = o->p + i * TILE, *held = work + i * state, peak = held[0], mass = 0.0f;
-        for (int64_t t = 0; t < n; t++) {
-            p[t] = skip[t] || p[t] < LOWEST ? LOWEST : p[t];
-            peak = p[t] > peak ? p[t] : peak;
+        float *restrict p = o->p + i * TILE, *held = work + i * state, peak = held[0], high[LANES];
+        vec mass = {0};
+        for (int j = 0; j < LANES; j++) high[j] = peak;
+        for (int t = 0; t < TILE; t += LANES)
+            for (int j = 0; j < LANES; j++) {
+                p[t + j] = p[t + j] < LOWEST ? LOWEST : p[t + j];
+                high[j] = p[t + j] > high[j] ? p[t + j] : high[j];
+            }
+        for (int j = 0; j < LANES; j++) peak = high[j] > peak ? high[j] : peak;
+        for (int t = 0; t < TILE; t += LANES) {
+            const ints seen = ~(AT(p + t) <= LOWEST); /* and what is no number */
+            const vec e = (vec)((ints)fast_exps(AT(p + t) - peak) & seen);
+            *(vec *)(p + t) = e;
+            mass += e;
         }
         const float fade = fast_exp(held[0] - peak);
-        for (int64_t t = 0; t < n; t++) {
-            const float e = fast_exp(p[t] - peak);
-            p[t] = p[t] <= LOWEST ? 0.0f : e;
-            mass += p[t];
-        }
         held[0] = peak;
-        held[1] = held[1] * fade + mass;
+        held[1] = held[1] * fade + total(mass);
         if (fade == 1.0f) continue;
         for (int64_t x = 0; x < dv; x++) held[2 + x] *= fade;
         for (int64_t g = 0; g < vg; g++) o->base[i * vg + g] *= fade;
+    }
+}
+
+/* Weights of the levels of one group of values [R, TILE] into o->part, and what the zero of their scale adds. A row that is not
+ * read may hold codes and scales of nothing. */
+static void weigh(const Call *c, int64_t g, Room *o) {
+    const float *a = o->a + g * TILE, *z = o->z + g * TILE;
+    for (int64_t i = 0; i < c->repeats; i++) {
+        const float *p = o->p + i * TILE;
+        float *restrict weight = o->part + i * TILE, shift[TILE];
+        vec sum = {0};
+        for (int t = 0; t < TILE; t++) weight[t] = p[t] != 0.0f ? p[t] * a[t] : 0.0f;
+        for (int t = 0; t < TILE; t++) shift[t] = p[t] != 0.0f ? p[t] * z[t] : 0.0f;
+        for (int t = 0; t < TILE; t += LANES) sum += AT(shift + t);
+        o->base[i * c->value.groups + g] += total(sum);
     }
 }
 
@@ -412,20 +437,18 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
     for (int64_t start = begin; start < end; start += TILE) {
         const int64_t n = end - start < TILE ? end - start : TILE;
         logits(c, b, h, start, n, o);
-        for (int64_t i = 0; i < r; i++) hide(c, b, h * r + i, start, n, o->p + i * TILE);
-        soften(c, skip + start - begin, n, o, work);
+        for (int64_t i = 0; i < r; i++) {
+            float *p = o->p + i * TILE;
+            hide(c, b, h * r + i, start, n, p);
+            for (int64_t t = n; t < TILE; t++) p[t] = LOWEST;
+            if (memchr(skip + start - begin, 1, n))
+                for (int64_t t = 0; t < n; t++) p[t] = skip[start - begin + t] ? LOWEST : p[t];
+        }
+        soften(c, o, work);
         decode(v, v->codes + b * v->stride_b + h * v->stride_h + start * v->row_bytes, n, h, o->rows);
         affine(v, v->scale + b * v->scale_b + h * v->scale_h + start * v->scales, n, o->a, o->z);
         for (int64_t g = 0; g < vg; g++) {
-            for (int64_t i = 0; i < r; i++) {
-                float shift = 0.0f;
-                for (int64_t t = 0; t < n; t++) { /* a row that is skipped may hold codes and scales of nothing */
-                    const float e = o->p[i * TILE + t];
-                    o->part[i * TILE + t] = e > 0.0f ? e * o->a[g * TILE + t] : 0.0f;
-                    shift += e > 0.0f ? e * o->z[g * TILE + t] : 0.0f;
-                }
-                o->base[i * vg + g] += shift;
-            }
+            weigh(c, g, o);
             const int64_t x = g * v->group_size;
             gather_all(r, v->group_size, n, o->rows + x, dv, o->part, TILE, work + 2 + x, state);
         }

@@ -3,8 +3,14 @@
 #define KVSINK_HALF_H
 #include <stdint.h>
 #include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 static inline float half(uint16_t h) {
+#ifdef __F16C__
+    return _cvtsh_ss(h);
+#else
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, bits;
     float f;
     if (e == 31) bits = sign | 0x7f800000u | (m << 13);
@@ -15,6 +21,7 @@ static inline float half(uint16_t h) {
     }
     memcpy(&f, &bits, 4);
     return f;
+#endif
 }
 
 /* x clamped to the largest finite float16 */
