@@ -16,7 +16,6 @@ The C file beside this one is built at first use, see `c_library`.
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .c_library import LOOSE, c_library
+from .c_library import FLOAT_TYPES, LOOSE, Plan, c_library
 from .hadamard import hadamard_matrix
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
@@ -32,7 +31,6 @@ from .quantize import SIGMA_KINDS, segments
 __all__ = ["attend_one", "why_not"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
-_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -130,15 +128,14 @@ def _levels(kind: str, width: int) -> Tensor:
     return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
 
 
-class _Plan:
-    """What calls over one state have in common; it is kept with the tensor of key codes while the others stay the same."""
+class _AttendPlan(Plan):
+    """What calls over one state have in common."""
 
     def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
          recent_k, recent_v, recent_slot, _, positions) = state[:13]  # fmt: skip
-        self.codec, self.others = c, (*state[1:], *params)
+        super().__init__(c, state, params)
         p = dict(zip(c.param_names(), params, strict=True))
-        self.tables: list[Tensor] = []  # what the structure points to and nobody else holds
         self.call = call = _Call(batch=k_codes.shape[0], heads=k_codes.shape[1], blocks=1, block=1 << 30)
         call.key = self._side(c.key, k_codes, k_scale, exact_k.shape[3], "k", p)
         call.value = self._side(c.value, v_codes, v_scale, exact_v.shape[3], "v", p)
@@ -146,28 +143,18 @@ class _Plan:
         if c.key.domain == "block" or c.key.center:
             cos, sin = p["start_cos"], p["start_sin"]
             call.block, call.blocks, call.rotary = c.table_tokens, *cos.shape
-            call.start_cos, call.start_sin = self._pointer(cos), self._pointer(sin)
+            call.start_cos, call.start_sin = self.pointer(cos), self.pointer(sin)
         if c.key.center:
-            call.mean = self._pointer(p["k_table"].mT)
+            call.mean = self.pointer(p["k_table"].mT)
         if c.value.center:
-            call.value_mean = self._pointer(p["v_mean"])
+            call.value_mean = self.pointer(p["v_mean"])
         call.positions, call.position_stride = positions.data_ptr(), positions.stride(0)
         call.rows[0] = _rows(exact_k, exact_v, exact_slot)
         if c.window:
             call.rows[1] = _rows(recent_k, recent_v, recent_slot)
         self.fresh = call.rows[2]
         call.held = sum(r.count for r in call.rows) + (not c.strict)
-        call.slot = self._pointer(torch.empty(k_codes.shape[0], call.held, dtype=torch.int32))
-
-    def serves(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-        """Whether the structure still says where everything lies."""
-        now = (*state[1:], *params)
-        return self.codec is c and len(now) == len(self.others) and all(map(operator.is_, now, self.others))
-
-    def _pointer(self, t: Tensor) -> int:
-        t = t.contiguous()
-        self.tables.append(t)
-        return t.data_ptr()
+        call.slot = self.pointer(torch.empty(k_codes.shape[0], call.held, dtype=torch.int32))
 
     def _side(self, spec: Any, codes: Tensor, scale: Tensor, dim: int, prefix: str, p: Mapping[str, Tensor]) -> _Side:
         runs, run, tables, levels, _ = _tables(spec.kind, tuple(spec.widths))
@@ -178,14 +165,14 @@ class _Plan:
             ctypes.addressof(levels), codes.data_ptr(), scale.data_ptr(),
         )  # fmt: skip
         if (book := p.get(f"{prefix}_book")) is not None:
-            side.couple, side.code_bits, side.book = spec.couple, spec.code_bits, self._pointer(book)
+            side.couple, side.code_bits, side.book = spec.couple, spec.code_bits, self.pointer(book)
             side.book_h = book[0].numel() * (book.shape[0] > 1)
         if spec.kind in SIGMA_KINDS:
-            side.sigma = self._pointer(p[f"{prefix}_sigma"])
+            side.sigma = self.pointer(p[f"{prefix}_sigma"])
         if spec.transform == "klt":
-            side.basis, side.basis_h = self._pointer(p[f"{prefix}_basis"]), dim * dim
+            side.basis, side.basis_h = self.pointer(p[f"{prefix}_basis"]), dim * dim
         elif spec.transform == "hadamard" and not spec.folded:
-            side.basis = self._pointer(torch.block_diag(*[hadamard_matrix(spec.order, torch.float32)] * (dim // spec.order)))
+            side.basis = self.pointer(torch.block_diag(*[hadamard_matrix(spec.order, torch.float32)] * (dim // spec.order)))
         return side
 
 
@@ -193,7 +180,7 @@ def _rows(k: Tensor, v: Tensor, slot: Tensor | None) -> _Rows:
     """Rows k, v [B, H, n, D] with slots [B, n] or [n]."""
     where = (None, 0) if slot is None else (slot.data_ptr(), slot.stride(0) if slot.dim() == 2 else 0)
     strides = (*k.stride()[:3], *v.stride()[:3])
-    return _Rows(k.data_ptr(), v.data_ptr(), where[0], k.shape[2], _TYPE[k.dtype], 0, *strides, where[1])
+    return _Rows(k.data_ptr(), v.data_ptr(), where[0], k.shape[2], FLOAT_TYPES[k.dtype], 0, *strides, where[1])
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -207,15 +194,13 @@ def attend_one(
     """`kvsink::attend` for S = 1 where `why_not` is empty."""
     library = _library()
     assert library is not None
-    plan: _Plan | None = getattr(state[0], "_kvsink_attend", None)
-    if plan is None or not plan.serves(codec, state, params):
-        plan = state[0]._kvsink_attend = _Plan(codec, state, params)  # type: ignore[attr-defined]
+    plan = _AttendPlan.of(codec, state, params) or _AttendPlan(codec, state, params).keep(state[0])
     call, fresh, first = plan.call, plan.fresh, int(state[11])
     q, k, v = _dense(q), _dense(k), _dense(v)
     b, h, slots, threads = call.batch, call.heads, first + 1, torch.get_num_threads()
     call.repeats, call.slots, call.threads, call.scale = q.shape[1] // h, slots, threads, scale
     call.pieces = pieces = max(1, min(-(-8 * threads // (b * h)), slots // 128))
-    call.q, call.q_type, call.q_b, call.q_h = q.data_ptr(), _TYPE[q.dtype], q.stride(0), q.stride(1)
+    call.q, call.q_type, call.q_b, call.q_h = q.data_ptr(), FLOAT_TYPES[q.dtype], q.stride(0), q.stride(1)
     call.mask = None
     if mask is not None:
         if mask.shape[-1] < slots:
@@ -224,7 +209,7 @@ def attend_one(
         call.mask, call.mask_bool = mask.data_ptr(), mask.dtype == torch.bool
         call.mask_b, call.mask_h = mask.stride(0) * (mask.shape[0] > 1), mask.stride(1) * (mask.shape[1] > 1)
     if not codec.strict:
-        fresh.k, fresh.v, fresh.only, fresh.count, fresh.type = k.data_ptr(), v.data_ptr(), first, 1, _TYPE[k.dtype]
+        fresh.k, fresh.v, fresh.only, fresh.count, fresh.type = k.data_ptr(), v.data_ptr(), first, 1, FLOAT_TYPES[k.dtype]
         fresh.k_b, fresh.k_h, fresh.v_b, fresh.v_h = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
     out = torch.empty(b, q.shape[1], 1, v.shape[3], dtype=q.dtype)
     work = torch.empty(b * pieces * q.shape[1] * (2 + v.shape[3]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import operator
 import os
 import shlex
 import shutil
@@ -15,12 +16,17 @@ import subprocess
 import sysconfig
 import tempfile
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
 
 from .base import cache_folder
 
-__all__ = ["EXACT", "LOOSE", "c_library", "machine"]
+__all__ = ["EXACT", "FLOAT_TYPES", "LOOSE", "Plan", "c_library", "machine"]
 
 FOLDER = Path(__file__).parent
 EXACT = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
@@ -30,6 +36,37 @@ LOOSE = (
     "-freciprocal-math", "-shared", "-fPIC",
 )  # fmt: skip
 """Sums in any order: what is compared within a bound."""
+
+
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""As half.h numbers them."""
+
+
+class Plan:
+    """What the calls of a C function over one state have in common. It is kept with the first tensor of the state, and made anew
+    when the codec or any other tensor is not the one it was."""
+
+    def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        self.codec, self.others = c, (*state[1:], *params)
+        self.tables: list[Tensor] = []  # what the structures point to and nobody else holds
+
+    @classmethod
+    def of(cls, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> Self | None:
+        """The plan that is kept, if it is right."""
+        plan: Self | None = getattr(state[0], f"_kvsink{cls.__module__}", None)
+        if plan is None or plan.codec is not c or len(plan.others) != len(state) - 1 + len(params):
+            return None
+        return plan if all(map(operator.is_, plan.others, (*state[1:], *params))) else None
+
+    def keep(self, tensor: Tensor) -> Self:
+        """Keep the plan with the first tensor of its state."""
+        setattr(tensor, self._name(), self)
+        return self
+
+    def pointer(self, t: Tensor) -> int:
+        """The address of a table, which lives as long as the plan."""
+        self.tables.append(t.contiguous())
+        return self.tables[-1].data_ptr()
 
 
 @cache
