@@ -31,6 +31,7 @@ _KIND = {"lloyd": 0, "lloyd-even": 0, "uniform": 1, "uniform-int": 2, "gauss": 3
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
+_known: dict[int, tuple[Any, bool]] = {}  # answers of `_brings`: the hash of a codec takes as long as coding a row
 _defined: list[None] = []  # one entry for every `by_definition` that is open
 
 
@@ -222,12 +223,16 @@ class _AppendPlan(Plan):
 
 
 def _brings(c: Any) -> bool:
-    """Whether the C file knows the stages between a new row and its quantizer as well."""
-    for s in (c.key, c.value):
-        turned = s.transform == "hadamard" and not s.folded
-        if s.reorder or (turned and (s.heads_per_group > 1 or hadamard_core(s.order) > 1)):
-            return False
-    return c.anchors is None and not c.modal
+    """Whether the C file does all that one new row needs: it knows the stages as well as the quantizers."""
+    known = _known.get(id(c))
+    if known is None or known[0] is not c:
+        plain = all(not s.reorder and (s.transform != "hadamard" or s.folded or _plain(s)) for s in (c.key, c.value))
+        known = _known[id(c)] = c, plain and c.anchors is None and not c.modal and _knows(c)
+    return known[1] and not _defined
+
+
+def _plain(s: Any) -> bool:
+    return s.heads_per_group == 1 and hadamard_core(s.order) == 1
 
 
 def append_one(
@@ -235,13 +240,9 @@ def append_one(
     state: Sequence[Tensor], params: Sequence[Tensor],
 ) -> bool:  # fmt: skip
     """All of `append_` but the ring for one new row per sequence, k after RoPE; whether it was done."""
-    if _defined or (library := _library()) is None:
+    if (library := _library()) is None or not _brings(c):
         return False
     plan = _AppendPlan.of(c, state, params)
-    if plan is None:
-        if not serves(c) or not _brings(c):
-            return False
-        plan = _AppendPlan(c, state, params).keep(state[0])
     call, first = plan.call, int(state[11])
     if first >= plan.slots:
         return False  # the definition says what is wrong

@@ -194,7 +194,7 @@ def attend_one(
     """`kvsink::attend` for S = 1 where `why_not` is empty."""
     library = _library()
     assert library is not None
-    plan = _AttendPlan.of(codec, state, params) or _AttendPlan(codec, state, params).keep(state[0])
+    plan = _AttendPlan.of(codec, state, params)
     call, fresh, first = plan.call, plan.fresh, int(state[11])
     q, k, v = _dense(q), _dense(k), _dense(v)
     b, h, slots, threads = call.batch, call.heads, first + 1, torch.get_num_threads()

@@ -16,10 +16,11 @@ import subprocess
 import sysconfig
 import tempfile
 import warnings
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,25 +44,34 @@ FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 
 
 class Plan:
-    """What the calls of a C function over one state have in common. It is kept with the first tensor of the state, and made anew
-    when the codec or any other tensor is not the one it was."""
+    """What the calls of a C function over one state have in common. It is kept as long as the first tensor of the state lives, and
+    made anew when the codec or any other tensor is not the one it was."""
+
+    kept: ClassVar[dict[int, tuple[weakref.ref[Tensor], Any]]]  # by the identity of the first tensor, one dict for each kind
+
+    def __init_subclass__(cls) -> None:
+        cls.kept = {}
 
     def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         self.codec, self.others = c, (*state[1:], *params)
         self.tables: list[Tensor] = []  # what the structures point to and nobody else holds
 
     @classmethod
-    def of(cls, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> Self | None:
-        """The plan that is kept, if it is right."""
-        plan: Self | None = getattr(state[0], f"_kvsink{cls.__module__}", None)
-        if plan is None or plan.codec is not c or len(plan.others) != len(state) - 1 + len(params):
-            return None
-        return plan if all(map(operator.is_, plan.others, (*state[1:], *params))) else None
+    def of(cls, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> Any:
+        """The plan that is kept, if it is right, else a new one."""
+        first, key = state[0], id(state[0])
+        owner, plan = cls.kept.get(key, (None, None))
+        if owner is not None and owner() is first and plan.codec is c and len(plan.others) == len(state) - 1 + len(params):
+            if all(map(operator.is_, plan.others, (*state[1:], *params))):
+                return plan
+        plan = cls(c, state, params)
+        cls.kept[key] = weakref.ref(first, lambda ref: cls._forget(key, ref)), plan
+        return plan
 
-    def keep(self, tensor: Tensor) -> Self:
-        """Keep the plan with the first tensor of its state."""
-        setattr(tensor, self._name(), self)
-        return self
+    @classmethod
+    def _forget(cls, key: int, ref: weakref.ref[Tensor]) -> None:
+        if cls.kept.get(key, (None,))[0] is ref:
+            del cls.kept[key]
 
     def pointer(self, t: Tensor) -> int:
         """The address of a table, which lives as long as the plan."""
