@@ -61,8 +61,9 @@ class Plan:
         """The plan that is kept, if it is right, else a new one."""
         first, key = state[0], id(state[0])
         owner, plan = cls.kept.get(key, (None, None))
-        if owner is not None and owner() is first and plan.codec is c and len(plan.others) == len(state) - 1 + len(params):
-            if all(map(operator.is_, plan.others, (*state[1:], *params))):
+        if owner is not None and owner() is first and plan.codec is c:
+            others = (*state[1:], *params)
+            if len(plan.others) == len(others) and all(map(operator.is_, plan.others, others)):
                 return plan
         plan = cls(c, state, params)
         cls.kept[key] = weakref.ref(first, lambda ref: cls._forget(key, ref)), plan
