@@ -212,7 +212,7 @@ def attend_one(
         fresh.k, fresh.v, fresh.only, fresh.count, fresh.type = k.data_ptr(), v.data_ptr(), first, 1, FLOAT_TYPES[k.dtype]
         fresh.k_b, fresh.k_h, fresh.v_b, fresh.v_h = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
     out = torch.empty(b, q.shape[1], 1, v.shape[3], dtype=q.dtype)
-    work = torch.empty(b * pieces * q.shape[1] * (2 + v.shape[3]))
+    work = torch.empty(b * pieces * q.shape[1] * (2 + v.shape[3]), dtype=torch.float32)
     call.out, call.work = out.data_ptr(), work.data_ptr()
     library.kvsink_attend(ctypes.byref(call))
     return out

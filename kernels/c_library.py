@@ -75,8 +75,8 @@ class Plan:
             del cls.kept[key]
 
     def pointer(self, t: Tensor) -> int:
-        """The address of a table, which lives as long as the plan."""
-        self.tables.append(t.contiguous())
+        """The address of a table, float32 where it is no table of integers; it lives as long as the plan."""
+        self.tables.append((t.float() if t.is_floating_point() else t).contiguous())
         return self.tables[-1].data_ptr()
 
 
