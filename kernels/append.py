@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import append_triton, packed
-from .append_cpu import select_one, serves, store_rows
+from .append_cpu import append_one, select_one, serves, store_rows
 from .base import resolve_codec
 from .sparse import merge_sparse
 from .stages import rope_rows
@@ -120,7 +120,13 @@ def append_cpu(
     state: Sequence[Tensor], params: Sequence[Tensor], c: Any, roped: bool,
 ) -> bool:  # fmt: skip
     """The same with rows coded in C; whether it was done, that is, whether the C kernel serves these tensors."""
-    if k.device.type != "cpu" or k.dtype == torch.float64 or c.modal or not serves(c):
+    if k.device.type != "cpu" or k.dtype == torch.float64:
+        return False
+    if k.shape[2] == 1 and roped and append_one(c, k, v, positions, cos, sin, candidates, state, params):
+        if c.ring:
+            _keep_recent(c, c.named(state), state[11][None], k, v)
+        return True
+    if c.modal or not serves(c):
         return False
     p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
     s, first = k.shape[2], int(st["length"])

@@ -1,7 +1,8 @@
 /* New rows into the packed cache, on the CPU: see append_cpu.py for the formulas.
  *
- * `kvsink_append` codes rows that stand in the basis of their codec and writes codes and scales to their slots; work is cut
- * into rows of one head. `kvsink_select` is the running selection of exact rows for one new row per sequence.
+ * `kvsink_append` codes rows that stand in the basis of their codec, or brings one new row per sequence there first, and writes
+ * codes and scales to their slots; work is cut into rows of one head. `kvsink_select` is the running selection of exact rows for
+ * one new row per sequence; `kvsink_append_one` does all that one new row needs.
  */
 #include <math.h>
 #include <stdint.h>
@@ -26,14 +27,28 @@ typedef struct {
     int64_t couple, code_bits, book_h; /* channels of one code when codes name vectors; numbers between books of heads */
     const float *book;                 /* [H or 1, dim / couple, 2^code_bits, couple] */
     double clip;
-    const float *x; /* [B, H, S, D] */
+    const float *x; /* [B, H, S, D] in the basis of the codec, or NULL: `row` is brought there */
     uint8_t *codes;
     uint16_t *scale;
+    const void *row; /* [B, H, D], of `type`, keys after RoPE */
+    int64_t type, row_b, row_h;
+    int64_t turn, order;                 /* what happens to RoPE; channels of a Hadamard rotation, 0 for none */
+    const float *mean, *middle, *basis;  /* [H, D] before the offset is turned to and behind it; [H, D, D]; or NULL */
+    const float *offset_cos, *offset_sin; /* [block, rotary] or NULL */
+    int64_t block;
 } Side;
+
+enum { AS_IT_IS, BY_BLOCK, TURNED_MEAN }; /* rows whose RoPE stays; whose RoPE is that of the offset; less the mean after RoPE */
 
 typedef struct {
     int64_t batch, heads, rows, slot;
     Side sides[2];
+    const int64_t *position; /* of the new row of every sequence, as cos and sin [B or 1, rotary] */
+    int64_t position_b;
+    const void *cos, *sin;
+    int64_t angle_type, angle_b, rotary;
+    int32_t *positions; /* [B, L] */
+    int64_t positions_b;
 } Append;
 
 typedef struct {
@@ -191,9 +206,69 @@ static void vectors_row(const Side *s, const float *x, const float *book, float 
     if (s->gain) scale[0] = vectors_fit(s, x, book, code);
 }
 
-static void append_row(const Append *a, const Side *s, int64_t bh, int64_t row, float *room, uint16_t *code) {
+/* y = x after RoPE by cos and sin, in the order of roundings of rope.py */
+static void rope(const float *x, const float *cos, const float *sin, int64_t rotary, int64_t dim, float *y) {
+    const int64_t middle = rotary / 2;
+    for (int64_t i = 0; i < middle; i++) y[i] = x[i] * cos[i] - x[i + middle] * sin[i];
+    for (int64_t i = middle; i < rotary; i++) y[i] = x[i] * cos[i] + x[i - middle] * sin[i];
+    for (int64_t i = rotary; i < dim; i++) y[i] = x[i];
+}
+
+static void hadamard(float *x, int64_t order, int64_t dim) {
+    const float scale = (float)sqrt(1.0 / (double)order);
+    for (int64_t h = 1; h < order; h *= 2)
+        for (int64_t i = 0; i < dim; i += 2 * h)
+            for (int64_t j = i; j < i + h; j++) {
+                const float a = x[j], b = x[j + h];
+                x[j] = a + b, x[j + h] = a - b;
+            }
+    for (int64_t i = 0; i < dim; i++) x[i] *= scale;
+}
+
+/* The stages of a new row before its quantizer, see Codec.transform_keys; the same roundings but for the sums of a basis, which
+ * are taken in float64. They take 4 dim floats and dim doubles. */
+static const float *stages(const Append *a, const Side *s, int64_t b, int64_t h, float *room, double *sums) {
+    const int64_t d = s->dim, rotary = a->rotary;
+    float *x = room, *y = x + d, *cos = y + d, *sin = cos + rotary, *keep;
+    const float *mean = s->mean ? s->mean + h * d : NULL, *middle = s->middle ? s->middle + h * d : NULL;
+    load(s->row, s->type, b * s->row_b + h * s->row_h, d, x);
+    if (s->turn != AS_IT_IS) {
+        load(a->cos, a->angle_type, b * a->angle_b, rotary, cos);
+        load(a->sin, a->angle_type, b * a->angle_b, rotary, sin);
+    }
+    if (s->turn == BY_BLOCK) {
+        for (int64_t i = 0; i < rotary; i++) {
+            const float square = cos[i] * cos[i] + sin[i] * sin[i], norm = square < 1e-12f ? 1e-12f : square;
+            cos[i] = cos[i] / norm, sin[i] = -sin[i] / norm;
+        }
+        rope(x, cos, sin, rotary, d, y);
+        for (int64_t i = 0; mean && i < d; i++) y[i] -= mean[i];
+        keep = x, x = y, y = keep;
+        if (s->offset_cos) {
+            const int64_t position = a->position[b * a->position_b], at = (position % s->block + s->block) % s->block * rotary;
+            rope(x, s->offset_cos + at, s->offset_sin + at, rotary, d, y);
+            keep = x, x = y, y = keep;
+        }
+    } else if (s->turn == TURNED_MEAN) {
+        rope(mean, cos, sin, rotary, d, y);
+        for (int64_t i = 0; i < d; i++) x[i] -= y[i];
+    } else
+        for (int64_t i = 0; mean && i < d; i++) x[i] -= mean[i];
+    for (int64_t i = 0; middle && i < d; i++) x[i] -= middle[i];
+    if (s->basis) {
+        const float *basis = s->basis + h * d * d;
+        for (int64_t j = 0; j < d; j++) sums[j] = 0.0;
+        for (int64_t i = 0; i < d; i++)
+            for (int64_t j = 0; j < d; j++) sums[j] += (double)x[i] * (double)basis[i * d + j];
+        for (int64_t j = 0; j < d; j++) x[j] = (float)sums[j];
+    }
+    if (s->order) hadamard(x, s->order, d);
+    return x;
+}
+
+static void append_row(const Append *a, const Side *s, int64_t bh, int64_t row, float *room, double *sums, uint16_t *code) {
     const int64_t b = bh / a->heads, h = bh % a->heads;
-    const float *x = s->x + (bh * a->rows + row) * s->dim;
+    const float *x = s->x ? s->x + (bh * a->rows + row) * s->dim : stages(a, s, b, h, room + 2 * s->dim + 4096, sums);
     uint8_t *out = s->codes + b * s->stride_b + h * s->stride_h + (a->slot + row) * s->row_bytes;
     uint16_t *scale = s->scale + b * s->scale_b + h * s->scale_h + (a->slot + row) * s->scales;
     if (s->kind == VECTORS) {
@@ -214,12 +289,13 @@ void kvsink_append(const Append *a) {
 #pragma omp parallel if (work > 64)
     {
         const int64_t most = a->sides[0].dim > a->sides[1].dim ? a->sides[0].dim : a->sides[1].dim;
-        float *room = malloc(sizeof(float) * (2 * most + 4096));
+        float *room = malloc(sizeof(float) * (6 * most + 4096));
+        double *sums = malloc(sizeof(double) * most);
         uint16_t *code = malloc(sizeof(uint16_t) * most);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < work; i++)
-            append_row(a, &a->sides[i % 2], i / 2 / a->rows, i / 2 % a->rows, room, code);
-        free(room), free(code);
+            append_row(a, &a->sides[i % 2], i / 2 / a->rows, i / 2 % a->rows, room, sums, code);
+        free(room), free(sums), free(code);
     }
 }
 
@@ -282,6 +358,14 @@ void kvsink_select(const Select *s) {
         }
     }
     free(room);
+}
+
+/* Everything for one new row per sequence; `s` names no places where a codec keeps no rows exact. */
+void kvsink_append_one(const Append *a, const Select *s) {
+    for (int64_t b = 0; b < a->batch; b++)
+        a->positions[b * a->positions_b + a->slot] = (int32_t)a->position[b * a->position_b];
+    if (s->places) kvsink_select(s);
+    kvsink_append(a);
 }
 
 /* Versions the caller checks, so that a stale library is never called with another layout. */

@@ -2,6 +2,8 @@
 
 Formula    codes and scales as `quantize` and `vector_encode` define them: the same quotients, thresholds, rounding and float64
            sums; distances to code vectors are float32 sums in another order, so that of two equally near ones either may win
+           one new row per sequence is also brought into the basis of its codec here: the same roundings as `transform_keys`
+           and `transform_values`, but for x U, whose sums are taken in float64
 Source     ours
 Shapes     as `kvsink::append_`
 Raises     nothing: `serves` says whether it does a codec
@@ -15,18 +17,21 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .c_library import EXACT, c_library
+from .c_library import EXACT, FLOAT_TYPES, Plan, c_library
+from .hadamard import hadamard_core
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .quantize import segments
 
-__all__ = ["by_definition", "select_one", "serves", "store_rows"]
+__all__ = ["append_one", "by_definition", "select_one", "serves", "store_rows"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "uniform": 1, "uniform-int": 2, "gauss": 3, "vector": 4}
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
+_known: dict[int, tuple[Any, bool]] = {}  # answers of `_brings`: the hash of a codec takes as long as coding a row
 _defined: list[None] = []  # one entry for every `by_definition` that is open
 
 
@@ -48,12 +53,24 @@ class _Side(ctypes.Structure):
         *((n, _int) for n in ("couple", "code_bits", "book_h")),
         ("book", _pointer),
         ("clip", ctypes.c_double),
-        *((n, _pointer) for n in ("x", "codes", "scale")),
+        *((n, _pointer) for n in ("x", "codes", "scale", "row")),
+        *((n, _int) for n in ("type", "row_b", "row_h", "turn", "order")),
+        *((n, _pointer) for n in ("mean", "middle", "basis", "offset_cos", "offset_sin")),
+        ("block", _int),
     )
 
 
 class _Append(ctypes.Structure):
-    _fields_ = (*((n, _int) for n in ("batch", "heads", "rows", "slot")), ("sides", _Side * 2))
+    _fields_ = (
+        *((n, _int) for n in ("batch", "heads", "rows", "slot")),
+        ("sides", _Side * 2),
+        ("position", _pointer),
+        ("position_b", _int),
+        *((n, _pointer) for n in ("cos", "sin")),
+        *((n, _int) for n in ("angle_type", "angle_b", "rotary")),
+        ("positions", _pointer),
+        ("positions_b", _int),
+    )
 
 
 class _Select(ctypes.Structure):
@@ -102,8 +119,7 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, lis
     return len(runs), numbers, pointers[0], pointers[1], [*levels, *edges]
 
 
-def _side(s: Any, x: Tensor, codes: Tensor, scale: Tensor, sigma: Tensor | None, book: Tensor | None) -> _Side:
-    dim = x.shape[-1]
+def _side(s: Any, dim: int, codes: Tensor, scale: Tensor, sigma: Tensor | None, book: Tensor | None) -> _Side:
     runs, run, levels, edges, _ = _tables(s.kind, tuple(s.widths))
     grouped = s.kind in ("uniform", "uniform-int", "gauss")
     groups = dim // s.group_size if grouped else 1
@@ -113,7 +129,7 @@ def _side(s: Any, x: Tensor, codes: Tensor, scale: Tensor, sigma: Tensor | None,
     return _Side(
         dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
         scale.stride(1), _KIND[s.kind], int(s.gain), runs, ctypes.addressof(run), ctypes.addressof(levels),
-        ctypes.addressof(edges), None if sigma is None else sigma.data_ptr(), *vectors, s.clip, x.data_ptr(), codes.data_ptr(),
+        ctypes.addressof(edges), None if sigma is None else sigma.data_ptr(), *vectors, s.clip, None, codes.data_ptr(),
         scale.data_ptr(),
     )  # fmt: skip
 
@@ -123,12 +139,12 @@ def store_rows(c: Any, x_k: Tensor, x_v: Tensor, first: int, st: Mapping[str, Te
     library = _library()
     assert library is not None
     x_k, x_v = x_k.contiguous(), x_v.contiguous()
-    sides = (
-        _side(side, x, st[f"{n}_codes"], st[f"{n}_scale"], p.get(f"{n}_sigma"), p.get(f"{n}_book"))
-        for n, side, x in (("k", c.key, x_k), ("v", c.value, x_v))
-    )
+    sides = (_Side * 2)()
+    for i, (n, side, x) in enumerate((("k", c.key, x_k), ("v", c.value, x_v))):
+        sides[i] = _side(side, x.shape[-1], st[f"{n}_codes"], st[f"{n}_scale"], p.get(f"{n}_sigma"), p.get(f"{n}_book"))
+        sides[i].x = x.data_ptr()
     b, h, s, _ = x_k.shape
-    library.kvsink_append(ctypes.byref(_Append(b, h, s, first, (_Side * 2)(*sides))))
+    library.kvsink_append(ctypes.byref(_Append(b, h, s, first, sides)))
 
 
 def select_one(
@@ -137,25 +153,108 @@ def select_one(
     """`merge_exact` for one new row per sequence, in place: k, v [B, H, 1, D] in the dtype of the exact store."""
     library = _library()
     assert library is not None
-    held = st["exact_k"], st["exact_v"]
-    rows = [new.to(old.dtype) for new, old in zip((k, v), held, strict=True)]
-    rows = [r if r.stride(-1) == 1 else r.contiguous() for r in rows]
-    scores = [x.float().contiguous() for x in candidates[0 : 2 * len(c.segments) : 2]]
-    size = [r.element_size() for r in rows]
-    two, pointers = _int * 2, _pointer * 2
-    library.kvsink_select(
-        ctypes.byref(
-            _Select(
-                k.shape[0], k.shape[1], c.exact_rows, len(c.segments), first,
-                ctypes.addressof(capacity := (_int * len(c.segments))(*c.segments)),
-                ctypes.addressof(count := (_int * len(scores))(*[x.shape[1] for x in scores])),
-                ctypes.addressof(score := (_pointer * len(scores))(*[x.data_ptr() for x in scores])),
-                st["exact_slot"].data_ptr(), st["exact_score"].data_ptr(),
-                pointers(*[x.data_ptr() for x in held]), pointers(*[r.data_ptr() for r in rows]),
-                two(*[r.shape[-1] * n for r, n in zip(rows, size, strict=True)]),
-                two(*[r.stride(0) * n for r, n in zip(rows, size, strict=True)]),
-                two(*[r.stride(1) * n for r, n in zip(rows, size, strict=True)]),
-            )
-        )
-    )  # fmt: skip
-    del capacity, count, score
+    select = _selection(c, st)
+    kept = _offer(select, c, k, v, candidates, st, first)
+    library.kvsink_select(ctypes.byref(select))
+    del kept
+
+
+def _selection(c: Any, st: Mapping[str, Tensor]) -> _Select:
+    """What stays the same from row to row."""
+    held, segments = (st["exact_k"], st["exact_v"]), len(c.segments)
+    select = _Select(held[0].shape[0], held[0].shape[1], c.exact_rows, segments)
+    select.keep = (_int * segments)(*c.segments), (_int * segments)(), (_pointer * segments)()
+    select.capacity, select.scores, select.candidate = map(ctypes.addressof, select.keep)
+    select.slot, select.score = st["exact_slot"].data_ptr(), st["exact_score"].data_ptr()
+    for i, t in enumerate(held):
+        select.store[i], select.bytes[i] = t.data_ptr(), t.shape[-1] * t.element_size()
+    return select
+
+
+def _offer(
+    select: _Select, c: Any, k: Tensor, v: Tensor, candidates: Sequence[Tensor], st: Mapping[str, Tensor], first: int
+) -> list[Tensor]:  # fmt: skip
+    """Put the new row into a selection; the list keeps what it points to alive."""
+    select.first = first
+    kept = [x.float().contiguous() for x in candidates[0 : 2 * len(c.segments) : 2]]
+    for i, x in enumerate(kept):
+        select.keep[1][i], select.keep[2][i] = x.shape[1], x.data_ptr()
+    for i, (new, name) in enumerate(((k, "exact_k"), (v, "exact_v"))):
+        row = new.to(st[name].dtype)
+        row = row if row.stride(-1) == 1 else row.contiguous()
+        size = row.element_size()
+        select.fresh[i], select.fresh_b[i], select.fresh_h[i] = row.data_ptr(), row.stride(0) * size, row.stride(1) * size
+        kept.append(row)
+    return kept
+
+
+class _AppendPlan(Plan):
+    """What new rows of one state have in common."""
+
+    def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        super().__init__(c, state, params)
+        st, p = c.named(state), dict(zip(c.param_names(), params, strict=True))
+        self.exact = {n: st[n] for n in ("exact_k", "exact_v")}
+        positions = st["positions"]
+        self.call = call = _Append(*state[0].shape[:2], 1)
+        call.positions, call.positions_b, self.slots = positions.data_ptr(), positions.stride(0), positions.shape[1]
+        self.sides = call.sides[0], call.sides[1]
+        for side, s, n in zip(self.sides, (c.key, c.value), "kv", strict=True):
+            dim = self.exact[f"exact_{n}"].shape[-1]
+            made = _side(s, dim, st[f"{n}_codes"], st[f"{n}_scale"], p.get(f"{n}_sigma"), p.get(f"{n}_book"))
+            ctypes.pointer(side)[0] = made
+            if s.transform == "klt":
+                side.basis = self.pointer(p[f"{n}_basis"])
+            elif s.transform == "hadamard" and not s.folded:
+                side.order = s.order
+            if s.center:
+                side.mean = self.pointer(p[f"{n}_mean"])
+        key, s = self.sides[0], c.key
+        if s.domain == "block":
+            key.turn = 1
+            if s.block > 1:
+                key.block = s.block
+                key.offset_cos, key.offset_sin = self.pointer(p["offset_cos"]), self.pointer(p["offset_sin"])
+        elif s.center:
+            key.turn = 2
+        if s.transform == "klt":
+            key.middle = self.pointer(p["k_mean2"])
+        self.select = _selection(c, st) if c.exact_rows else _Select()
+
+
+def _brings(c: Any) -> bool:
+    """Whether the C file does all that one new row needs: it knows the stages as well as the quantizers."""
+    known = _known.get(id(c))
+    if known is None or known[0] is not c:
+        plain = all(not s.reorder and (s.transform != "hadamard" or s.folded or _plain(s)) for s in (c.key, c.value))
+        known = _known[id(c)] = c, plain and c.anchors is None and not c.modal and _knows(c)
+    return known[1] and not _defined
+
+
+def _plain(s: Any) -> bool:
+    return s.heads_per_group == 1 and hadamard_core(s.order) == 1
+
+
+def append_one(
+    c: Any, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor],
+) -> bool:  # fmt: skip
+    """All of `append_` but the ring for one new row per sequence, k after RoPE; whether it was done."""
+    if (library := _library()) is None or not _brings(c):
+        return False
+    plan = _AppendPlan.of(c, state, params)
+    call, first = plan.call, int(state[11])
+    if first >= plan.slots:
+        return False  # the definition says what is wrong
+    positions = positions.to(torch.int64)
+    angles = [t if t.dtype in FLOAT_TYPES and t.stride(-1) == 1 else t.float().contiguous() for t in (cos, sin)]
+    call.slot, call.position, call.position_b = first, positions.data_ptr(), positions.stride(0) * (positions.shape[0] > 1)
+    call.cos, call.sin, call.angle_type = angles[0].data_ptr(), angles[1].data_ptr(), FLOAT_TYPES[angles[0].dtype]
+    call.rotary, call.angle_b = angles[0].shape[-1], angles[0].stride(0) * (angles[0].shape[0] > 1)
+    rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (k, v)]
+    for side, t in zip(plan.sides, rows, strict=True):
+        side.row, side.type, side.row_b, side.row_h = t.data_ptr(), FLOAT_TYPES[t.dtype], t.stride(0), t.stride(1)
+    kept = _offer(plan.select, c, *rows, candidates, plan.exact, first) if c.exact_rows else None
+    library.kvsink_append_one(ctypes.byref(call), ctypes.byref(plan.select))
+    del kept
+    return True

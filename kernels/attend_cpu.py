@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .c_library import LOOSE, c_library
+from .c_library import FLOAT_TYPES, LOOSE, Plan, c_library
+from .hadamard import hadamard_matrix
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
 
@@ -41,23 +42,35 @@ class _Side(ctypes.Structure):
         *((n, _int) for n in ("stride_b", "stride_h", "scale_b", "scale_h", "kind", "runs")),
         *((n, _pointer) for n in ("run", "tables", "levels", "codes", "scale")),
         *((n, _int) for n in ("couple", "code_bits", "book_h")),
-        ("book", _pointer),
+        *((n, _pointer) for n in ("book", "sigma", "basis")),
+        ("basis_h", _int),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        *((n, _pointer) for n in ("k", "v", "slot")),
+        *((n, _int) for n in ("count", "type", "only", "k_b", "k_h", "k_row", "v_b", "v_h", "v_row", "slot_b")),
     )
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((n, _int) for n in ("batch", "heads", "repeats", "slots", "pieces")),
+        *((n, _int) for n in ("batch", "heads", "repeats", "slots", "pieces", "threads")),
         ("key", _Side),
         ("value", _Side),
-        *((n, _int) for n in ("blocks", "block", "mean_span")),
-        *((n, _pointer) for n in ("w", "mean", "positions")),
+        ("q", _pointer),
+        *((n, _int) for n in ("q_type", "q_b", "q_h")),
+        ("scale", ctypes.c_double),
+        *((n, _int) for n in ("by_block", "block", "blocks", "rotary")),
+        *((n, _pointer) for n in ("start_cos", "start_sin", "mean", "value_mean", "positions")),
         ("position_stride", _int),
         ("mask", _pointer),
-        *((n, _int) for n in ("mask_b", "mask_h")),
-        ("q", _pointer),
-        ("exact", _int),
-        *((n, _pointer) for n in ("exact_k", "exact_v", "exact_slot", "out", "mass", "work")),
+        *((n, _int) for n in ("mask_bool", "mask_b", "mask_h")),
+        ("rows", _Rows * 3),
+        *((n, _pointer) for n in ("out", "work")),
+        ("held", _int),
+        ("slot", _pointer),
     )
 
 
@@ -94,13 +107,13 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
 @cache
 def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, list[Tensor]]:
     """Runs of equal width and, for each, the levels of every byte (widths that divide 8) or of every code, and of every code
-    in at least sixteen numbers; the list keeps them alive."""
+    again and again in at least sixteen numbers; the list keeps them alive."""
     runs = segments(widths)
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
     held, plain = [], []
     for *_, width in runs:
         levels = _levels(kind, width)
-        plain.append(torch.nn.functional.pad(levels.float(), (0, max(0, 16 - len(levels)))))
+        plain.append(levels.float().repeat(-(-16 // len(levels))))
         if 8 % width == 0:
             byte = torch.arange(256)
             levels = levels[torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)]
@@ -115,61 +128,63 @@ def _levels(kind: str, width: int) -> Tensor:
     return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
 
 
-def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None) -> _Side:
-    runs, run, tables, levels, _ = _tables(spec.kind, tuple(spec.widths))
-    vectors: tuple[int, int, int, int | None] = (0, 0, 0, None)
-    if book is not None:
-        vectors = (spec.couple, spec.code_bits, book.stride(0) * (book.shape[0] > 1), book.data_ptr())
-    groups = dim // spec.group_size if _KIND[spec.kind] else 1
-    return _Side(
-        dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
-        scale.stride(1), _KIND[spec.kind] or int(spec.gain), runs, ctypes.addressof(run), ctypes.addressof(tables),
-        ctypes.addressof(levels), codes.data_ptr(), scale.data_ptr(), *vectors,
-    )  # fmt: skip
+class _AttendPlan(Plan):
+    """What calls over one state have in common."""
+
+    def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
+         recent_k, recent_v, recent_slot, _, positions) = state[:13]  # fmt: skip
+        super().__init__(c, state, params)
+        p = dict(zip(c.param_names(), params, strict=True))
+        self.call = call = _Call(batch=k_codes.shape[0], heads=k_codes.shape[1], blocks=1, block=1 << 30)
+        call.key = self._side(c.key, k_codes, k_scale, exact_k.shape[3], "k", p)
+        call.value = self._side(c.value, v_codes, v_scale, exact_v.shape[3], "v", p)
+        call.by_block = c.key.domain == "block"
+        if c.key.domain == "block" or c.key.center:
+            cos, sin = p["start_cos"], p["start_sin"]
+            call.block, call.blocks, call.rotary = c.table_tokens, *cos.shape
+            call.start_cos, call.start_sin = self.pointer(cos), self.pointer(sin)
+        if c.key.center:
+            call.mean = self.pointer(p["k_table"].mT)
+        if c.value.center:
+            call.value_mean = self.pointer(p["v_mean"])
+        call.positions, call.position_stride = positions.data_ptr(), positions.stride(0)
+        call.rows[0] = _rows(exact_k, exact_v, exact_slot)
+        if c.window:
+            call.rows[1] = _rows(recent_k, recent_v, recent_slot)
+        self.fresh = call.rows[2]
+        call.held = sum(r.count for r in call.rows) + (not c.strict)
+        call.slot = self.pointer(torch.empty(k_codes.shape[0], call.held, dtype=torch.int32))
+
+    def _side(self, spec: Any, codes: Tensor, scale: Tensor, dim: int, prefix: str, p: Mapping[str, Tensor]) -> _Side:
+        runs, run, tables, levels, _ = _tables(spec.kind, tuple(spec.widths))
+        groups = dim // spec.group_size if _KIND[spec.kind] else 1
+        side = _Side(
+            dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
+            scale.stride(1), _KIND[spec.kind] or int(spec.gain), runs, ctypes.addressof(run), ctypes.addressof(tables),
+            ctypes.addressof(levels), codes.data_ptr(), scale.data_ptr(),
+        )  # fmt: skip
+        if (book := p.get(f"{prefix}_book")) is not None:
+            side.couple, side.code_bits, side.book = spec.couple, spec.code_bits, self.pointer(book)
+            side.book_h = book[0].numel() * (book.shape[0] > 1)
+        if spec.kind in SIGMA_KINDS:
+            side.sigma = self.pointer(p[f"{prefix}_sigma"])
+        if spec.transform == "klt":
+            side.basis, side.basis_h = self.pointer(p[f"{prefix}_basis"]), dim * dim
+        elif spec.transform == "hadamard" and not spec.folded:
+            side.basis = self.pointer(torch.block_diag(*[hadamard_matrix(spec.order, torch.float32)] * (dim // spec.order)))
+        return side
 
 
-def _query(codec: Any, q: Tensor, p: Mapping[str, Tensor], reach: int) -> tuple[Tensor, int, Tensor | None]:
-    """q [B, H, R, D] in the basis of the key codec → w [B, H, R, M, D], tokens of a block, logits of the mean by position."""
-    from .hadamard import hadamard_ref
-
-    s, n = codec.key, codec.table_tokens
-    starts = turned = None
-    if s.domain == "block" or s.center:
-        blocks = min(-(-reach // n), p["start_cos"].shape[0])
-        cos, sin = p["start_cos"][:blocks], p["start_sin"][:blocks]
-        starts = _turn_back(q, cos, sin)  # [B, H, R, M, D]
-    mean = None
-    if s.center:
-        assert starts is not None
-        mean = (starts @ p["k_table"][None, :, None].mT).flatten(-2)  # [B, H, R, M·n]
-    if s.domain == "block":
-        turned, block = starts, n
-    else:
-        turned, block = q[..., None, :].clone(), max(reach, 1)
-    assert turned is not None
-    del starts
-    if s.transform == "klt":
-        turned = turned @ p["k_basis"][None, :, None]
-    elif s.transform == "hadamard" and not s.folded:
-        turned = hadamard_ref(turned, s.order)
-    if s.kind in SIGMA_KINDS:
-        turned.mul_(p["k_sigma"][None, :, None, None])
-    return turned.contiguous(), block, mean.contiguous() if mean is not None else None
+def _rows(k: Tensor, v: Tensor, slot: Tensor | None) -> _Rows:
+    """Rows k, v [B, H, n, D] with slots [B, n] or [n]."""
+    where = (None, 0) if slot is None else (slot.data_ptr(), slot.stride(0) if slot.dim() == 2 else 0)
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    return _Rows(k.data_ptr(), v.data_ptr(), where[0], k.shape[2], FLOAT_TYPES[k.dtype], 0, *strides, where[1])
 
 
-def _turn_back(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """R^-1 q for every row of angles [M, R] → [B, H, R, M, D]: `rope` with -sin, into one tensor. The query of all blocks is the
-    largest scratch of a step; the halves that `rope` puts together would double it."""
-    half, r = cos.shape[-1] // 2, cos.shape[-1]
-    out = q[..., None, :].repeat(*(1,) * (q.dim() - 1), len(cos), 1)
-    for at, other, sign in ((slice(0, half), slice(half, r), 1.0), (slice(half, r), slice(0, half), -1.0)):
-        out[..., at].mul_(cos[:, at]).addcmul_(q[..., None, other], sin[:, at], value=sign)
-    return out
-
-
-def _pieces(batch: int, heads: int, slots: int) -> int:
-    wanted = -(-4 * torch.get_num_threads() // (batch * heads))
-    return max(1, min(wanted, slots // 128))
+def _dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def attend_one(
@@ -177,67 +192,27 @@ def attend_one(
     codec: Any,
 ) -> Tensor:  # fmt: skip
     """`kvsink::attend` for S = 1 where `why_not` is empty."""
-    library, c = _library(), codec
+    library = _library()
     assert library is not None
-    p = dict(zip(c.param_names(), params, strict=True))
-    (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
-     recent_k, recent_v, recent_slot, length, positions) = state[:13]  # fmt: skip
-    b, h, _, d = k.shape
-    dv, r, first = v.shape[3], q.shape[1] // k.shape[1], int(length)
-    slots = first + 1
-    query = (q.float() * scale).reshape(b, h, r, d)
-    w, block, mean = _query(c, query, p, int(positions[:, :slots].max()) + 1)
-    held_k, held_v, held = _held(c, k, v, (exact_k, exact_v, exact_slot), (recent_k, recent_v, recent_slot), first)
-    extra = None
+    plan = _AttendPlan.of(codec, state, params)
+    call, fresh, first = plan.call, plan.fresh, int(state[11])
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    b, h, slots, threads = call.batch, call.heads, first + 1, torch.get_num_threads()
+    call.repeats, call.slots, call.threads, call.scale = q.shape[1] // h, slots, threads, scale
+    call.pieces = pieces = max(1, min(-(-8 * threads // (b * h)), slots // 128))
+    call.q, call.q_type, call.q_b, call.q_h = q.data_ptr(), FLOAT_TYPES[q.dtype], q.stride(0), q.stride(1)
+    call.mask = None
     if mask is not None:
-        extra = mask[..., 0, :slots]
-        extra = torch.where(extra, 0.0, -1e30) if extra.dtype == torch.bool else extra.float()
-        extra = extra.contiguous()
-    pieces = _pieces(b, h, slots)
-    out, mass = torch.empty(2, b, h, r, dv), torch.empty(2, b, h, r)
-    work = torch.empty(b * h * pieces * r * (2 + dv))
-    call = _Call(
-        b, h, r, slots, pieces, _side(c.key, k_codes, k_scale, d, p.get("k_book")),
-        _side(c.value, v_codes, v_scale, dv, p.get("v_book")), w.shape[3], block,
-        0 if mean is None else mean.shape[-1], w.data_ptr(), None if mean is None else mean.data_ptr(), positions.data_ptr(),
-        positions.stride(0), None if extra is None else extra.data_ptr(), *_strides(extra), query.data_ptr(),
-        held.shape[1], held_k.data_ptr(), held_v.data_ptr(), held.data_ptr(), out.data_ptr(), mass.data_ptr(),
-        work.data_ptr(),
-    )  # fmt: skip
+        if mask.shape[-1] < slots:
+            raise ValueError(f"a mask {tuple(mask.shape)} does not reach the {slots} slots held")
+        mask = _dense(mask if mask.dtype in (torch.bool, torch.float32) else mask.float())
+        call.mask, call.mask_bool = mask.data_ptr(), mask.dtype == torch.bool
+        call.mask_b, call.mask_h = mask.stride(0) * (mask.shape[0] > 1), mask.stride(1) * (mask.shape[1] > 1)
+    if not codec.strict:
+        fresh.k, fresh.v, fresh.only, fresh.count, fresh.type = k.data_ptr(), v.data_ptr(), first, 1, FLOAT_TYPES[k.dtype]
+        fresh.k_b, fresh.k_h, fresh.v_b, fresh.v_h = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
+    out = torch.empty(b, q.shape[1], 1, v.shape[3], dtype=q.dtype)
+    work = torch.empty(b * pieces * q.shape[1] * (2 + v.shape[3]), dtype=torch.float32)
+    call.out, call.work = out.data_ptr(), work.data_ptr()
     library.kvsink_attend(ctypes.byref(call))
-    decoded = out[0] / mass[0, ..., None].clamp_min(1e-30)
-    if c.value.kind in SIGMA_KINDS:
-        decoded = decoded * p["v_sigma"][:, None, :]
-    decoded = c.restore_values(decoded, p) * mass[0, ..., None] + out[1]
-    return (decoded / mass.sum(0)[..., None].clamp_min(1e-30)).reshape(b, h * r, 1, dv).to(q.dtype)
-
-
-def _strides(mask: Tensor | None) -> tuple[int, int]:
-    """Numbers from one sequence and from one head of a mask [B or 1, 1 or Hq, L] to the next."""
-    if mask is None:
-        return 0, 0
-    return mask.stride(0) * (mask.shape[0] > 1), mask.stride(1) * (mask.shape[1] > 1)
-
-
-def _held(
-    c: Any, k: Tensor, v: Tensor, exact: tuple[Tensor, ...], recent: tuple[Tensor, ...], first: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that are read as they are, each once: keys [B, H, E, D], values and slots int32 [B, E]."""
-    b = k.shape[0]
-    keys, values, slot = [exact[0]], [exact[1]], exact[2]
-    if c.window:
-        live = torch.where(recent[2] <= first, recent[2], -1).expand(b, -1)
-        keys.append(recent[0])
-        values.append(recent[1])
-        slot = torch.cat([slot, _once(live, slot)], dim=1)
-    if not c.strict:
-        new = torch.full((b, 1), first, dtype=torch.int32)
-        keys.append(k.to(exact[0].dtype))
-        values.append(v.to(exact[1].dtype))
-        slot = torch.cat([slot, _once(new, slot)], dim=1)
-    return torch.cat(keys, dim=2).float().contiguous(), torch.cat(values, dim=2).float().contiguous(), slot.contiguous()
-
-
-def _once(slot: Tensor, held: Tensor) -> Tensor:
-    """Slots [B, n] with -1 where `held` [B, E] names them already."""
-    return torch.where((slot[:, :, None] == held[:, None, :]).any(-1), -1, slot).to(torch.int32)
+    return out

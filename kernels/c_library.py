@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import operator
 import os
 import shlex
 import shutil
@@ -15,12 +16,18 @@ import subprocess
 import sysconfig
 import tempfile
 import warnings
+import weakref
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from .base import cache_folder
 
-__all__ = ["EXACT", "LOOSE", "c_library", "machine"]
+__all__ = ["EXACT", "FLOAT_TYPES", "LOOSE", "Plan", "c_library", "machine"]
 
 FOLDER = Path(__file__).parent
 EXACT = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
@@ -30,6 +37,47 @@ LOOSE = (
     "-freciprocal-math", "-shared", "-fPIC",
 )  # fmt: skip
 """Sums in any order: what is compared within a bound."""
+
+
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""As half.h numbers them."""
+
+
+class Plan:
+    """What the calls of a C function over one state have in common. It is kept as long as the first tensor of the state lives, and
+    made anew when the codec or any other tensor is not the one it was."""
+
+    kept: ClassVar[dict[int, tuple[weakref.ref[Tensor], Any]]]  # by the identity of the first tensor, one dict for each kind
+
+    def __init_subclass__(cls) -> None:
+        cls.kept = {}
+
+    def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        self.codec, self.others = c, (*state[1:], *params)
+        self.tables: list[Tensor] = []  # what the structures point to and nobody else holds
+
+    @classmethod
+    def of(cls, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> Any:
+        """The plan that is kept, if it is right, else a new one."""
+        first, key = state[0], id(state[0])
+        owner, plan = cls.kept.get(key, (None, None))
+        if owner is not None and owner() is first and plan.codec is c:
+            others = (*state[1:], *params)
+            if len(plan.others) == len(others) and all(map(operator.is_, plan.others, others)):
+                return plan
+        plan = cls(c, state, params)
+        cls.kept[key] = weakref.ref(first, lambda ref: cls._forget(key, ref)), plan
+        return plan
+
+    @classmethod
+    def _forget(cls, key: int, ref: weakref.ref[Tensor]) -> None:
+        if cls.kept.get(key, (None,))[0] is ref:
+            del cls.kept[key]
+
+    def pointer(self, t: Tensor) -> int:
+        """The address of a table, float32 where it is no table of integers; it lives as long as the plan."""
+        self.tables.append((t.float() if t.is_floating_point() else t).contiguous())
+        return self.tables[-1].data_ptr()
 
 
 @cache

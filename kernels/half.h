@@ -1,10 +1,16 @@
-/* float16 numbers as C without a half type knows them: to float, and back with rounding half to even. */
+/* float16 and bfloat16 numbers as C without such types knows them: to float, and back with rounding half to even. */
 #ifndef KVSINK_HALF_H
 #define KVSINK_HALF_H
 #include <stdint.h>
 #include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 static inline float half(uint16_t h) {
+#ifdef __F16C__
+    return _cvtsh_ss(h);
+#else
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, e = (h >> 10) & 31, m = h & 1023, bits;
     float f;
     if (e == 31) bits = sign | 0x7f800000u | (m << 13);
@@ -15,6 +21,7 @@ static inline float half(uint16_t h) {
     }
     memcpy(&f, &bits, 4);
     return f;
+#endif
 }
 
 /* x clamped to the largest finite float16 */
@@ -34,5 +41,33 @@ static inline uint16_t to_half(float x) {
     }
     bits += 0xc8000fffu + ((bits >> 13) & 1); /* exponent bias 127 -> 15, half to even */
     return sign | (uint16_t)(bits >> 13);
+}
+
+enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 }; /* what a caller's rows are made of */
+
+/* n numbers of a row that begins `at` numbers behind p */
+static inline void load(const void *p, int64_t type, int64_t at, int64_t n, float *to) {
+    if (type == FLOAT32) memcpy(to, (const float *)p + at, sizeof(float) * n);
+    else if (type == FLOAT64)
+        for (int64_t i = 0; i < n; i++) to[i] = (float)((const double *)p)[at + i];
+    else if (type == FLOAT16)
+        for (int64_t i = 0; i < n; i++) to[i] = half(((const uint16_t *)p)[at + i]);
+    else
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t bits = (uint32_t)((const uint16_t *)p)[at + i] << 16;
+            memcpy(to + i, &bits, 4);
+        }
+}
+
+/* The way back, for float32, bfloat16 and float16. */
+static inline void store(void *p, int64_t type, int64_t at, int64_t n, const float *from) {
+    if (type == FLOAT32) memcpy((float *)p + at, from, sizeof(float) * n);
+    else
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits;
+            memcpy(&bits, from + i, 4);
+            const uint16_t short_float = from[i] != from[i] ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+            ((uint16_t *)p)[at + i] = type == FLOAT16 ? to_half(from[i]) : short_float;
+        }
 }
 #endif

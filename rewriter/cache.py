@@ -124,6 +124,7 @@ class KVSinkLayer(CacheLayerMixin):
         self._held = 0  # tokens held, for growing caches only
         self._unseen: tuple[Tensor, Tensor] | None = None  # new rows whose attention has not been observed yet
         self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
+        self._reach: int | None = None  # positions below it are in the tables of block starts, where there are any
         self._asked = True  # False from an update that left the reading to attention until attention has asked
 
     # -- storage -----------------------------------------------------------------------------------------------------
@@ -155,6 +156,9 @@ class KVSinkLayer(CacheLayerMixin):
 
     def _set_params(self, tokens: int) -> None:
         self.params = self.shared.runtime.params(self.layer, self.codec, tokens, self.device, self.shared.tables())
+        names, self._reach = self.codec.param_names(), None
+        if not self.codec.tiles and "start_cos" in names:  # codes in tiles count by slots, which the tables always reach
+            self._reach = self.params[names.index("start_cos")].shape[0] * self.codec.table_tokens
 
     def state(self) -> list[Tensor]:
         """The tensors of this layer in the order of STATE_NAMES."""
@@ -212,7 +216,7 @@ class KVSinkLayer(CacheLayerMixin):
             cos = sin = key_states.new_empty(1, new, 0)
         elif cos is None or sin is None:
             cos, sin = self.shared.runtime.angles(self.layer, positions)
-        self._check_positions(positions, new)
+        self._check_positions(frame, positions, new)
         anchored = self.codec.anchors is not None
         if anchored:
             if self._unseen is not None:
@@ -263,7 +267,11 @@ class KVSinkLayer(CacheLayerMixin):
     def _defers(self, frame: Frame) -> bool:
         """Whether attention will ask this layer itself, so that nothing need be read back: outside compiled graphs, in a model
         whose attention goes through transformers' "sdpa" function."""
-        if torch.compiler.is_compiling() or frame.cos is None or not self.shared.runtime.asks:
+        if torch.compiler.is_compiling() or frame.cos is None:
+            return False
+        if frame.asks is None:
+            frame.asks = self.shared.runtime.asks
+        if not frame.asks:
             return False
         if self.device.type == "cuda":
             return self.codec.tiles
@@ -326,16 +334,14 @@ class KVSinkLayer(CacheLayerMixin):
         """Tokens before the new ones."""
         return self.length
 
-    def _check_positions(self, positions: Tensor, new: int) -> None:
+    def _check_positions(self, frame: Frame, positions: Tensor, new: int) -> None:
         """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
-        if torch.compiler.is_compiling() or self.codec.tiles or "start_cos" not in self.codec.param_names():
-            return  # codes in tiles count by slots, for which the tables are always long enough
-        if self.device.type != "cpu" and new == 1:
+        if torch.compiler.is_compiling() or self._reach is None or (self.device.type != "cpu" and new == 1):
             return
-        table = self.params[self.codec.param_names().index("start_cos")]
-        reach = int(positions.max()) + 1
-        if reach > table.shape[0] * self.codec.table_tokens:
-            self._set_params(2 * reach)
+        if frame.reach is None or frame.reach[0] is not positions:
+            frame.reach = positions, int(positions.max()) + 1
+        if frame.reach[1] > self._reach:
+            self._set_params(2 * frame.reach[1])
 
     def _candidates(self, frame: Frame, positions: Tensor, rows: Tensor) -> list[Tensor]:
         out: list[Tensor] = []

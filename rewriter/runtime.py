@@ -50,6 +50,8 @@ class Frame:
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     start: Any = None  # rows held before this pass, int or a tensor; None where nobody asks
     anchored: bool = False  # the anchors of codes in tiles have been seen to
+    reach: tuple[Tensor, int] | None = None  # positions that were looked at, and the largest of them plus one
+    asks: bool | None = None  # `Runtime.asks`, looked up once
     one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
 
 
