@@ -19,6 +19,7 @@ from kvsink.kernels.packing import unpack_bits
 from kvsink.patterns import attention_patterns, classify
 from kvsink.protect import SinkStage
 from kvsink.runtime import Frame, runtime_of, visual_rows, visual_tokens
+from kvsink.tools.bench_model import Shape, llama
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
 from tests.models import _DECODER, HEAD_DIM, KV_HEADS, build, tokens
 
@@ -212,10 +213,14 @@ def test_compiled_equals_uncompiled(salient: Any) -> None:
     torch._dynamo.reset()
 
 
-def behind_a_probe(model: Any, device: str = "cpu") -> Any:
-    """Random weights have no massive activations: a stage is named so that layer 1 keeps pivots."""
+def behind_a_probe(dtype: torch.dtype, device: str = "cpu") -> Any:
+    """Two layers with heads as those of LLaVA-1.5-7B; a stage is named, which random weights have not, so that layer 1 keeps pivots."""
+    shape = Shape(vocabulary=96, inner=512, kv_heads=4, theta=10000.0, hidden=512, heads=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = llama(2, dtype, positions=4096, shape=shape, device=device)
     layers = model.config.num_hidden_layers
-    ids = (torch.arange(4 * 64) * 7 % 90 + 3).reshape(4, 64).to(device)
+    ids = (torch.arange(8 * 64) * 7 % 90 + 3).reshape(8, 64).to(device)
     record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
     record = replace(record, stages=(SinkStage(0, (7,), 1e4, 1.0),))
     kvsink.rewrite(model, "akvq-vl-even", calibration=record, fold=False, layers="0:pattern=tsa")
@@ -239,16 +244,17 @@ def steps_of(model: Any, run: Any, device: str = "cpu", **options: Any) -> tuple
 def test_a_step_behind_pivots_compiles(tiles: bool) -> None:
     """What the probe hands to the layers is a plain pair: dynamo of torch 2.11 does not join torch's own kind to a list."""
     torch._dynamo.reset()
-    model = behind_a_probe(build("llama"))
+    model = behind_a_probe(torch.float32)
     run = torch.compile(model, backend="kvsink", fullgraph=True, options={"kvsink.inner": "eager"})
     (got, one), (wanted, two) = (steps_of(model, f, tiles=tiles) for f in (run, model))
+    assert [layer.codec.tiles for layer in one.packed_layers()] == [tiles] * 2
     for a, b in zip(got, wanted, strict=True):
         assert largest_difference(a, b) <= SOFTMAX_IN_FLOAT32 * 10 * float(b.abs().max())
     for a, b in zip(one.packed_layers(), two.packed_layers(), strict=True):
         assert torch.equal(a.k_codes, b.k_codes) and torch.equal(a.exact_slot, b.exact_slot)
     hook = next(h for h in model.model.layers[0]._forward_hooks.values() if type(h).__name__ == "_Pivots")
     one.shared.frame = Frame()
-    hook(model.model.layers[0], (), {"past_key_values": one}, torch.randn(2, 5, 64) * 1e3)
+    hook(model.model.layers[0], (), {"past_key_values": one}, torch.randn(2, 5, 512) * 1e3)
     assert [type(pair) for pair in one.shared.frame.candidates.values()] == [tuple]
     torch._dynamo.reset()
 
@@ -257,12 +263,9 @@ def test_a_step_behind_pivots_compiles(tiles: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_a_step_behind_pivots_compiles_on_a_gpu(inner: str) -> None:
-    """Heads of LLaVA-1.5-7B, two layers, float16; what dynamo or Inductor raises is shown with its whole chain of causes."""
-    from kvsink.tools.bench_model import Shape, llama
-
+    """In float16; what dynamo or Inductor raises is shown with its whole chain of causes."""
     torch._dynamo.reset()
-    shape = Shape(vocabulary=96, inner=512, kv_heads=4, theta=10000.0, hidden=512, heads=4)
-    model = behind_a_probe(llama(2, torch.float16, positions=4096, shape=shape), "cuda")
+    model = behind_a_probe(torch.float16, "cuda")
     options: dict[str, Any] = {"kvsink.inner": inner, **({"triton.cudagraphs": True} if inner == "inductor" else {})}
     run = torch.compile(model, backend="kvsink", fullgraph=True, options=options)
     with torch._dynamo.config.patch(verbose=True):
