@@ -214,7 +214,7 @@ def test_compiled_equals_uncompiled(salient: Any) -> None:
 
 
 def behind_a_probe(dtype: torch.dtype, device: str = "cpu") -> Any:
-    """Two layers with heads as those of LLaVA-1.5-7B. Random weights have no sinks: a stage is named, so that layer 1 keeps pivots."""
+    """Two layers with heads of 128 channels. Random weights have no sinks: a stage is named, so that layer 1 keeps pivots."""
     shape = Shape(vocabulary=96, inner=512, kv_heads=4, theta=10000.0, hidden=512, heads=4)
     with torch.random.fork_rng():
         torch.manual_seed(3)
