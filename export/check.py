@@ -58,6 +58,9 @@ def check_run(path: Path, model: Any, ids: Tensor) -> dict[str, Any]:
 
 def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence[int]) -> dict[str, Any]:
     rows = len(ids)
+    takes, given = "input_ids", ids
+    if runner.embeds:
+        takes, given = "inputs_embeds", model.get_input_embeddings()(ids).detach()
     cache = KVSinkCache.for_model(model, batch_size=rows, strict=runner.one_row)
     mask = torch.ones_like(ids)
     mask[1:, :_PADDING] = 0
@@ -66,13 +69,13 @@ def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence
     at, worst, counted, ties = 0, 0.0, 0, 0
     for step in steps:
         new, upto = slice(at, at + step), at + step
-        new_ids, seen_mask, new_positions = (t.numpy() for t in (ids[:, new], mask[:, :upto], positions[:, new]))
+        new_ids, seen_mask, new_positions = (t.numpy() for t in (given[:, new], mask[:, :upto], positions[:, new]))
         logits, values = runner.step(new_ids, seen_mask, new_positions, past)
         present = {name: value.numpy() for name, value in values.items()}
         seen = mask[:, new].bool().numpy()
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
-                input_ids=ids[:, new], attention_mask=mask[:, :upto], position_ids=positions[:, new], past_key_values=cache,
+                **{takes: given[:, new]}, attention_mask=mask[:, :upto], position_ids=positions[:, new], past_key_values=cache,
                 use_cache=True,
             ).logits  # fmt: skip
         held = _state(cache, present, upto, runner.one_row)

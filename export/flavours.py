@@ -81,11 +81,16 @@ def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str
     return gqa_refusal(codec, segments) if flavour == "gqa" else codec_refusal(codec, segments)
 
 
-def model_refusal(model: Any, anywhere: bool = False) -> str:
-    """Why a model cannot be written as a graph, whatever its codec, or an empty string; `anywhere`: not yet where it must be."""
+def model_refusal(model: Any, anywhere: bool = False, embeds: bool = False) -> str:
+    """Why a model cannot be written as a graph, whatever its codec, or an empty string.
+
+    anywhere: not yet where it must be; embeds: the graph takes embeddings, those of pictures among them.
+    """
     config = model.config.get_text_config(decoder=True)
-    if visual_tokens(model.config):
-        return "it takes images, and the graph has no input for them; export its language model"
+    if visual_tokens(model.config) and not embeds:
+        return "it takes images, and the graph has no input for them; export its language part, with embeds=True"
+    if embeds and (reason := _embeds_refusal(model, config)):
+        return reason
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention logits, which the Attend node does not"
     if any(hasattr(module, "sinks") for module in model.modules()):
@@ -100,15 +105,28 @@ def model_refusal(model: Any, anywhere: bool = False) -> str:
     return ""
 
 
+def _embeds_refusal(model: Any, config: Any) -> str:
+    """Why embeddings and positions alone do not tell a graph what a model knows of its pictures, or an empty string."""
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        return "pictures have positions in three axes, and the graph takes one"
+    if str(config.model_type).startswith("gemma3"):
+        return "the rows of a picture see each other, and the graph is causal"
+    return ""
+
+
 def takes_functions(model: Any) -> bool:
     """Whether attention goes through transformers' attention functions, where a graph can put a node of its own."""
     return bool(getattr(model, "_supports_attention_backend", False))
 
 
-def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions") -> None:
+def check_expressible(
+    model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions", embeds: bool = False
+) -> None:
     """Raise ExportError naming the first layer, or the property of the model, that cannot leave."""
-    if reason := model_refusal(model, anywhere):
+    if reason := model_refusal(model, anywhere, embeds):
         raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {reason}")
+    if flavour == "gqa" and embeds:
+        raise ExportError("flavour gqa takes token ids, as its genai_config.json says; export flavour functions with embeds=True")
     if flavour == "gqa" and not takes_functions(model):
         raise ExportError(
             f"{type(model).__name__} cannot be exported to ONNX flavour gqa: its attention does not go through transformers' "

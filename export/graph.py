@@ -31,7 +31,7 @@ PAST, PRESENT = "past_key_values", "present"
 _BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them stay dynamic
 
 
-def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "functions") -> Any:
+def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "functions", embeds: bool = False) -> Any:
     """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies."""
     grouped = flavour == "gqa"
     table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
@@ -41,7 +41,7 @@ def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "funct
     with _exporting(model, GQA_ATTENTION if grouped else ATTENTION), torch.no_grad(), warnings.catch_warnings():
         log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        wrapper = (GroupQueryModel if grouped else ExportedModel)(model, tokens).eval()
+        wrapper = GroupQueryModel(model, tokens).eval() if grouped else ExportedModel(model, tokens, embeds).eval()
         inputs = _example(wrapper)
         try:
             program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=_shapes(inputs), strict=False)
@@ -55,7 +55,7 @@ def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "funct
         finally:
             log.setLevel(level)
     assert made is not None
-    _name(made.model, list(inputs["past"]))
+    _name(made.model, list(inputs["past"]), embeds)
     _forget(made.model)
     made.model.graph.opset_imports["com.microsoft" if grouped else DOMAIN] = 1
     made.model.ir_version = max(10, made.model.ir_version)  # the first that tells functions apart by overload
@@ -88,6 +88,8 @@ def _example(wrapper: ExportedModel | GroupQueryModel) -> dict[str, Any]:
     else:
         past = empty_past(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
     ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH)
+    if getattr(wrapper, "rows", "") == "inputs_embeds":
+        ids = wrapper.model.get_input_embeddings()(ids)  # type: ignore[operator]
     return {
         "input_ids": ids,
         "attention_mask": torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64),
@@ -284,14 +286,15 @@ def _forget(model: Any) -> None:
         value.metadata_props.clear()
 
 
-def _name(model: Any, past: list[str]) -> None:
+def _name(model: Any, past: list[str], embeds: bool) -> None:
     """Names and dimension names of inputs and outputs."""
     import onnx_ir as ir
 
     def shape(value: Any, **names: str) -> None:
         value.shape = ir.Shape([names.get(f"_{i}", d if isinstance(d, int) else None) for i, d in enumerate(value.shape)])
 
-    heads = ("input_ids", "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")
+    rows = "inputs_embeds" if embeds else "input_ids"
+    heads = (rows, "sequence"), ("attention_mask", "total"), ("position_ids", "sequence")
     for value, (name, second) in zip(model.graph.inputs, heads, strict=False):
         value.name = name
         shape(value, _0="batch", _1=second)

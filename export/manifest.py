@@ -18,6 +18,7 @@ __all__ = ["FORMAT", "describe", "manifest_path", "read_manifest"]
 FORMAT = "kvsink-onnx-1"
 _MEANING = {
     "input_ids": "new tokens, padding on the left",
+    "inputs_embeds": "embeddings of new tokens and of pictures, in place of input_ids",
     "attention_mask": "1 at tokens, 0 at padding, past tokens included",
     "position_ids": "position of every new token in its row; padding may have any",
     "logits": "float32 scores of the next token",

@@ -45,13 +45,14 @@ def check_extras() -> None:
 
 def onnx(
     source: Any, path: str | Path, flavour: str = "functions", *, opset: int = OPSET, tokens: int | None = None,
-    external_data: bool | None = None,
+    external_data: bool | None = None, embeds: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Export a rewritten model, or the folder of one, to the file `path`; returns its manifest.
 
     flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies; "gqa" is for models of the method
     static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it
-    serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on.
+    serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on. embeds: the graph
+    takes inputs_embeds in place of input_ids, as the language part of a vision-language model does that is to see pictures.
 
     The graph is checked and run beside the torch model first, on text where a tokenizer is at hand. Raises KvsinkError children.
     """
@@ -68,7 +69,7 @@ def onnx(
     folder = Path(source) if isinstance(source, (str, Path)) else None
     model = load_model(folder, "cpu", torch.float32) if folder is not None else source
     runtime = runtime_of(model)
-    check_expressible(model, runtime, flavour=flavour)
+    check_expressible(model, runtime, flavour=flavour, embeds=embeds)
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 4096
     reach = limit if tokens is None else tokens
@@ -76,7 +77,7 @@ def onnx(
         raise ExportError(f"tokens={reach} is outside {_CHECKED} to the {limit} positions of the model")
     build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        manifest = _write(build / target.name, model, flavour, opset, reach, _ids(folder, config.vocab_size), external_data)
+        manifest = _write(build / target.name, model, flavour, opset, reach, _ids(folder, config.vocab_size), external_data, embeds)
         if folder is not None and folder.resolve() != target.parent.resolve():
             for file in folder.iterdir():
                 if file.is_file() and file.name.startswith(_TOKENIZER):
@@ -90,14 +91,14 @@ def onnx(
 
 
 def _write(
-    path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None
+    path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None, embeds: bool
 ) -> dict[str, Any]:
     import json
 
     import onnx_ir
 
     runtime, config = runtime_of(model), model.config.get_text_config(decoder=True)
-    graph = build_graph(model, opset, tokens, flavour)
+    graph = build_graph(model, opset, tokens, flavour, embeds)
     plain, grouped = flavour == "custom", flavour == "gqa"
     append_functions(graph, opset)
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)

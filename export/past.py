@@ -217,12 +217,12 @@ class PackedPast(Cache):
 class ExportedModel(nn.Module):
     """(ids, mask, positions, past by name) -> (logits, present...): what is exported, and its definition in torch.
 
-    tokens: positions it serves; block-start angles are a table of that reach.
+    tokens: positions it serves; block-start angles are a table of that reach. embeds: rows come as embeddings, not as ids.
     """
 
-    def __init__(self, model: nn.Module, tokens: int) -> None:
+    def __init__(self, model: nn.Module, tokens: int, embeds: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.rows = model, "inputs_embeds" if embeds else "input_ids"
         self.runtime = runtime_of(model)
         self.params: list[dict[str, Tensor]] = []
         shared: dict[int, Tensor] = {}  # equal tables are one tensor, so that the graph holds one initializer
@@ -242,8 +242,9 @@ class ExportedModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         cache = PackedPast(self.runtime, past, self.params)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
+            **{self.rows: input_ids}, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
         present = cache.present()
         return (out.logits, *(present[name] for name in past))
 

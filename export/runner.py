@@ -62,6 +62,7 @@ class OnnxGenerator:
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime cannot load {path} ({first}); export the model again") from error
         self.one_row = self.manifest["flavour"] == "gqa"
+        self.embeds = any(e["name"] == "inputs_embeds" for e in self.manifest["inputs"])
         self.past: dict[str, Any] = {}  # the cache of the last text, as long as it was
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
 
@@ -109,7 +110,10 @@ class OnnxGenerator:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too)."""
+        """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too).
+
+        A model exported with embeds=True takes embeddings float32 [B, S, E] in the place of tokens.
+        """
         self._check(past)
         if self.one_row and past["0.key"].shape()[2] and min(np.shape(ids)) > 1:
             raise ExportError(
@@ -117,7 +121,14 @@ class OnnxGenerator:
                 "one, one token at a time, or whole prompts"
             )
         binding = self.session.io_binding()
-        for name, array in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
+        if (np.ndim(ids) == 3) != self.embeds:
+            kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
+            raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(np.shape(ids))}")
+        if self.embeds:
+            binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(ids, dtype=np.float32))
+        else:
+            binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
+        for name, array in (("attention_mask", mask), ("position_ids", positions)):
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
         for name, value in past.items():
             binding.bind_ortvalue_input(PAST + name, value)
@@ -144,6 +155,8 @@ class OnnxGenerator:
         temperature 0 is greedy; else tokens are drawn from the top_k (0: all) most likely within the mass top_p. The prompt is
         fed `chunk` tokens at a time (of several rows in flavour gqa, whole). eos_token_id: the model's own by default; -1: none.
         """
+        if self.embeds:
+            raise ExportError(f"{self.path.name} takes embeddings; embed tokens and pictures with the model and call step()")
         ids, mask = self._pad(prompts, max_new_tokens)
         stop = self.manifest["eos_token_id"] if eos_token_id is None else eos_token_id
         ends = {stop} if isinstance(stop, int) else set(stop or ())

@@ -543,8 +543,8 @@ class _Pivots(_Hook):
             score = torch.full(hidden.shape[:2], float("-inf"), device=hidden.device)
         else:
             score = pivot_scores(hidden, cache.shared.frame.valid, self.least, self.ratio)
-        best, index = score.topk(min(self.count, hidden.shape[1]), dim=1)  # a tuple: dynamo of torch 2.11 adds no others to lists
-        cache.shared.frame.candidates[self.key] = best, index
+        best, index = score.topk(min(self.count, hidden.shape[1]), dim=1)
+        cache.shared.frame.candidates[self.key] = best, index  # dynamo of torch 2.11 does not join the result of topk to a list
 
 
 def pivot_scores(hidden: Tensor, valid: Tensor | None, least: float, ratio: float) -> Tensor:

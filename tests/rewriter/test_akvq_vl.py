@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from torch import Tensor
 
 import kvsink
 from kvsink.cache import KVSinkCache
+from kvsink.calibration import calibrate
 from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import KvsinkError, UnknownName
 from kvsink.kernels.packing import unpack_bits
 from kvsink.patterns import attention_patterns, classify
-from kvsink.runtime import runtime_of, visual_rows, visual_tokens
+from kvsink.protect import SinkStage
+from kvsink.runtime import Frame, runtime_of, visual_rows, visual_tokens
+from kvsink.tools.bench_model import Shape, llama
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
 from tests.models import _DECODER, HEAD_DIM, KV_HEADS, build, tokens
 
@@ -206,4 +210,68 @@ def test_compiled_equals_uncompiled(salient: Any) -> None:
         )
     assert largest_difference(got, wanted) <= SOFTMAX_IN_FLOAT32 * 10 * float(wanted.abs().max())
     assert torch.equal(caches[0].packed_layers()[0].k_codes, caches[1].packed_layers()[0].k_codes)
+    torch._dynamo.reset()
+
+
+def behind_a_probe(dtype: torch.dtype, device: str = "cpu") -> Any:
+    """Two layers with heads of 128 channels. Random weights have no sinks: a stage is named, so that layer 1 keeps pivots."""
+    shape = Shape(vocabulary=96, inner=512, kv_heads=4, theta=10000.0, hidden=512, heads=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = llama(2, dtype, positions=4096, shape=shape, device=device)
+    layers = model.config.num_hidden_layers
+    ids = (torch.arange(8 * 64) * 7 % 90 + 3).reshape(8, 64).to(device)
+    record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
+    record = replace(record, stages=(SinkStage(0, (7,), 1e4, 1.0),))
+    kvsink.rewrite(model, "akvq-vl-even", calibration=record, fold=False, layers="0:pattern=tsa")
+    assert [s.source for p in runtime_of(model).plans for s in p.segments] == ["first", "pivots:0:100:1000"]
+    return model
+
+
+def steps_of(model: Any, run: Any, device: str = "cpu", **options: Any) -> tuple[list[Tensor], KVSinkCache]:
+    """Logits of a prompt, which `model` itself reads, and of four steps by `run`."""
+    ids = (torch.arange(2 * 13) * 5 % 90 + 3).reshape(2, 13).to(device)
+    cache = KVSinkCache.for_model(model, 2, max_length=128, **options)
+    with torch.no_grad():
+        out = [model(ids[:, :9], past_key_values=cache).logits[:, -1]]
+        for i in range(9, 13):
+            at = torch.full((1, 1), i, device=device)
+            out.append(run(ids[:, i : i + 1], position_ids=at, past_key_values=cache, use_cache=True).logits[:, -1].clone())
+    return out, cache
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_step_behind_pivots_compiles(tiles: bool) -> None:
+    """What the probe hands to the layers is a plain pair: dynamo of torch 2.11 does not join torch's own kind to a list."""
+    torch._dynamo.reset()
+    model = behind_a_probe(torch.float32)
+    run = torch.compile(model, backend="kvsink", fullgraph=True, options={"kvsink.inner": "eager"})
+    (got, one), (wanted, two) = (steps_of(model, f, tiles=tiles) for f in (run, model))
+    assert [layer.codec.tiles for layer in one.packed_layers()] == [tiles] * 2
+    for a, b in zip(got, wanted, strict=True):
+        assert largest_difference(a, b) <= SOFTMAX_IN_FLOAT32 * 10 * float(b.abs().max())
+    for a, b in zip(one.packed_layers(), two.packed_layers(), strict=True):
+        assert torch.equal(a.k_codes, b.k_codes) and torch.equal(a.exact_slot, b.exact_slot)
+    hook = next(h for h in model.model.layers[0]._forward_hooks.values() if type(h).__name__ == "_Pivots")
+    one.shared.frame = Frame()
+    hook(model.model.layers[0], (), {"past_key_values": one}, torch.randn(2, 5, 512) * 1e3)
+    assert [type(pair) for pair in one.shared.frame.candidates.values()] == [tuple]
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_step_behind_pivots_compiles_on_a_gpu(inner: str) -> None:
+    """In float16; what dynamo or Inductor raises is shown with its whole chain of causes."""
+    torch._dynamo.reset()
+    model = behind_a_probe(torch.float16, "cuda")
+    options: dict[str, Any] = {"kvsink.inner": inner, **({"triton.cudagraphs": True} if inner == "inductor" else {})}
+    run = torch.compile(model, backend="kvsink", fullgraph=True, options=options)
+    with torch._dynamo.config.patch(verbose=True):
+        (got, one), (wanted, two) = (steps_of(model, f, "cuda") for f in (run, model))
+    assert all(layer.codec.tiles for layer in one.packed_layers())
+    for a, b in zip(got, wanted, strict=True):
+        assert float((a - b).float().norm() / b.float().norm()) < 0.02  # float16 in another order, codes on ties
+    assert all(torch.equal(a.exact_slot, b.exact_slot) for a, b in zip(one.packed_layers(), two.packed_layers(), strict=True))
     torch._dynamo.reset()

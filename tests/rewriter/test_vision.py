@@ -15,7 +15,8 @@ import kvsink
 from kvsink.backend import last_report
 from kvsink.cache import KVSinkCache
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
-from kvsink.runtime import runtime_of, towers
+from kvsink.hf import install_generate
+from kvsink.runtime import Runtime, attach, runtime_of, towers
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
 from tests.vision import FAMILIES, IMAGE, build, plain, prompt
 
@@ -124,28 +125,50 @@ def test_several_new_rows_in_three_axes_are_left_to_the_cache() -> None:
     assert any("more than one axis" in reason for reason in reasons[0]) and reasons[1] == {""}
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "internvl"])
-def test_a_prompt_without_pictures_is_that_of_the_text_model(family: str) -> None:
-    seeing = rewritten(family)
-    inner = seeing.model.language_model
-    text = {"llava": hf.LlamaForCausalLM, "qwen2-vl": None, "internvl": hf.Qwen2ForCausalLM}[family]
-    given = prompt(family, (0, 0))
-    wide = {n: t for n, t in given.items() if n in ("input_ids", "attention_mask")}
-    got = new_tokens(seeing, wide)
-    if text is None:  # no text-only class: positions in three equal axes are those of one
-        assert got == [new_tokens(seeing, plain(given, row, (0, 0)))[0] for row in range(2)]
-        return
-    model = text(seeing.config.text_config).eval().requires_grad_(False)
+_TEXT = {"qwen2-vl": "Qwen2", "qwen2.5-vl": "Qwen2", "qwen3-vl": "Qwen3", "gemma3": "Gemma3", "internvl": "Qwen2"}
+"""The text-only class with the same decoder; Llama for the others."""
+
+
+def text_model(family: str, seeing: Any) -> Any:
+    """The text-only causal language model with the decoder weights of a vision-language model, rewritten by the same plans.
+
+    The text models of the Qwen-VL families have no class with a head of their own: Qwen2 and Qwen3 are those decoders with
+    positions in one axis, which three equal axes are to be equal to.
+    """
+    given, name = seeing.config.get_text_config(decoder=True).to_dict(), _TEXT.get(family, "Llama")
+    config = getattr(hf, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    if family.startswith("qwen"):
+        given["rope_parameters"] = {n: v for n, v in given["rope_parameters"].items() if not n.startswith("mrope")}
+    model = getattr(hf, f"{name}ForCausalLM")(config(**{n: v for n, v in given.items() if n != "model_type"}))
+    inner = seeing.model.text_model if family in ("idefics3", "smolvlm") else seeing.model.language_model
     model.model.load_state_dict(inner.state_dict())
     model.lm_head.load_state_dict(seeing.lm_head.state_dict())
-    model.generation_config.update(pad_token_id=0, eos_token_id=None)
-    from kvsink.hf import install_generate
-    from kvsink.runtime import Runtime, attach
-
+    model.eval().requires_grad_(False).generation_config.update(pad_token_id=0, eos_token_id=None)
     held = runtime_of(seeing)
     attach(model, Runtime(model, held.plans, held.tables, held.stages, held.method))
     install_generate(model)
-    assert new_tokens(model, wide) == got
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["klt", "akvq-vl"])
+def test_a_prompt_without_pictures_is_that_of_the_text_model(family: str, method: str) -> None:
+    """Equal tokens and equal codes, of a left-padded batch and of its rows alone."""
+    seeing, given = rewritten(family, method), prompt(family, (0, 1, 0))
+    given = {n: given[n][::2].clone() for n in ("input_ids", "attention_mask")}  # rows of 8 tokens behind padding, and of 3
+    given["input_ids"][0, -8:] = torch.arange(11, 19)
+    given["attention_mask"][0, -8:] = 1
+    text = text_model(family, seeing)
+    caches = [KVSinkCache.for_model(m, 2, 64) for m in (seeing, text)]
+    got, wanted = (new_tokens(m, given, past_key_values=c) for m, c in zip((seeing, text), caches, strict=True))
+    assert got == wanted and len({tuple(row) for row in got}) == 2
+    assert got == [new_tokens(seeing, plain(given, row, (0, 0)))[0] for row in range(2)]
+    seen = given["attention_mask"].bool()
+    for one, two in zip(*(c.packed_layers() for c in caches), strict=True):
+        held = seen if one.k_codes.shape[2] >= seen.shape[1] else seen[:, -one.k_codes.shape[2] :]
+        for a, b in ((one.k_codes, two.k_codes), (one.v_codes, two.v_codes)):
+            a, b = (t[:, :, : held.shape[1]].transpose(1, 2)[held] for t in (a, b))
+            assert torch.equal(a, b) and a.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
