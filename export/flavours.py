@@ -76,6 +76,18 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
     return ""
 
 
+def lean_refusal(codec: Codec | None, kind: str) -> str:
+    """Why a layer cannot leave in flavour gqa without an attention bias, as CUDA's kernel has it, or an empty string."""
+    if kind == "sliding_attention":
+        return "its window stands in an attention bias, which GroupQueryAttention has on the CPU only; export float32"
+    if codec is not None and codec.key.packed and codec.key.center:
+        return (
+            "the mean of keys comes back in an attention bias, which GroupQueryAttention has on the CPU only; export float32, "
+            "or use --method static-rotated"
+        )
+    return ""
+
+
 def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str:
     """Why a layer's codec cannot leave in a flavour, or an empty string."""
     return gqa_refusal(codec, segments) if flavour == "gqa" else codec_refusal(codec, segments)
@@ -105,7 +117,9 @@ def takes_functions(model: Any) -> bool:
     return bool(getattr(model, "_supports_attention_backend", False))
 
 
-def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions") -> None:
+def check_expressible(
+    model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions", lean: bool = False
+) -> None:
     """Raise ExportError naming the first layer, or the property of the model, that cannot leave."""
     if reason := model_refusal(model, anywhere):
         raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {reason}")
@@ -118,6 +132,10 @@ def check_expressible(model: Any, runtime: Runtime, anywhere: bool = False, flav
         if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
             what = "ONNX" if flavour != "gqa" else "ONNX flavour gqa"
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to {what}: {reason}")
+    for i, plan in enumerate(runtime.plans if lean else ()):
+        kinds = runtime.anatomy.layer_types
+        if reason := lean_refusal(plan.codec, kinds[i] if kinds else ""):
+            raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa in float16: {reason}")
     for i, kind in enumerate(runtime.anatomy.layer_types):
         packed = runtime.plans[i].codec is not None
         if kind in ("linear_attention", "mamba", "conv"):

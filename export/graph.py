@@ -21,7 +21,7 @@ from kvsink.codecs import Codec
 from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.errors import ExportError
 from kvsink.export.flavours import takes_functions
-from kvsink.export.group_query import GQA_ATTENTION, GroupQueryModel, empty_cache
+from kvsink.export.group_query import GQA_ATTENTION, GQA_LEAN, GroupQueryModel, empty_cache
 from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
 from kvsink.kernels.quantize import SIGMA_KINDS
 
@@ -31,17 +31,21 @@ PAST, PRESENT = "past_key_values", "present"
 _BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them stay dynamic
 
 
-def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "functions") -> Any:
-    """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies."""
+def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "functions", lean: bool = False) -> Any:
+    """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies.
+
+    lean: flavour gqa as the kernels for CUDA take it, see `kvsink.export.group_query`.
+    """
     grouped = flavour == "gqa"
+    attention = (GQA_LEAN if lean else GQA_ATTENTION) if grouped else ATTENTION
     table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
     table[torch.ops.kvsink_export.group_query.default] = _group_query
     log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
     level = log.level
-    with _exporting(model, GQA_ATTENTION if grouped else ATTENTION), torch.no_grad(), warnings.catch_warnings():
+    with _exporting(model, attention), torch.no_grad(), warnings.catch_warnings():
         log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        wrapper = (GroupQueryModel if grouped else ExportedModel)(model, tokens).eval()
+        wrapper = (GroupQueryModel(model, tokens, lean) if grouped else ExportedModel(model, tokens)).eval()
         inputs = _example(wrapper)
         try:
             program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=_shapes(inputs), strict=False)
@@ -84,7 +88,7 @@ def _exporting(model: nn.Module, attention: str) -> Iterator[None]:
 
 def _example(wrapper: ExportedModel | GroupQueryModel) -> dict[str, Any]:
     if isinstance(wrapper, GroupQueryModel):
-        past = empty_cache(wrapper.runtime, _BATCH, _PAST)
+        past = empty_cache(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
     else:
         past = empty_past(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
     ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH)
@@ -162,16 +166,21 @@ def _group_query(
     def flat(x: Any, width: int) -> Any:
         return node("Reshape", node("Transpose", x, perm=[0, 2, 1, 3]), constant([0, 0, width], np.int64))
 
-    total = node("Cast", node("Shape", bias, start=3, end=4), to=ir.DataType.INT32.value)  # [1]
+    lean = len(bias.shape) == 2  # the attention mask, which says how long the cache is whatever the size of its tensors
+    slots = len(bias.shape) - 1
+    total = node("Cast", node("Shape", bias, start=slots, end=slots + 1), to=ir.DataType.INT32.value)  # [1]
     last = node("Sub", total, constant([1], np.int32))
     lengths = node("Expand", last, node("Shape", q, start=0, end=1))  # [B]
     inputs = [flat(q, heads * dim), flat(k, kv_heads * dim), flat(v, kv_heads * dim), past_k, past_v, lengths, total]
-    inputs += [None, None, None, bias]  # cos, sin and positions of a rotation that has been done
+    inputs += [None, None, None, None if lean else bias]  # cos, sin and positions of a rotation that has been done
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale), "do_rotary": 0}
     if bits < 32:
         shape = constant([kv_heads, 1, dim], np.int64)
-        inputs += [None, *(node("Reshape", step, shape) for step in (k_step, v_step))]
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+        inputs += [None, *((k_step, k_step) if lean else (node("Reshape", step, shape) for step in (k_step, v_step)))]
+        kind = "PER_TENSOR" if lean else "PER_CHANNEL"
+        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
+    while inputs[-1] is None:
+        inputs.pop()
     return node("GroupQueryAttention", *inputs, domain="com.microsoft", outputs=3, **attributes)
 
 

@@ -21,19 +21,20 @@ from kvsink.export.manifest import read_manifest
 __all__ = ["OnnxGenerator"]
 
 PAST, PRESENT = "past_key_values.", "present."
-_DTYPES = {"float": "float32"}
+_DTYPES = {"float": "float32"}  # other types have the names of numpy
 
 
 class OnnxGenerator:
     """Runs model.onnx with its manifest beside it.
 
-    providers: of onnxruntime, best first; threads: of one operator, 0 lets onnxruntime choose; library: the custom-op library
-    that brings the nodes of flavour custom, as `python -m kvsink.tools.build_ort_ops` builds it.
+    providers: of onnxruntime, best first, each alone or with its options; threads: of one operator, 0 lets onnxruntime choose;
+    library: the custom-op library that brings the nodes of flavour custom, as `python -m kvsink.tools.build_ort_ops` builds it;
+    profile: begin of the name of a file of times by node, which `session.end_profiling()` writes.
     """
 
     def __init__(
-        self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0,
-        library: str | Path | None = None,
+        self, path: str | Path, providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+        threads: int = 0, library: str | Path | None = None, profile: str | Path | None = None,
     ) -> None:  # fmt: skip
         try:
             import onnxruntime
@@ -47,7 +48,8 @@ class OnnxGenerator:
                 "export flavour functions"
             )
         self._ort = onnxruntime
-        if missing := set(providers) - set(onnxruntime.get_available_providers()):
+        names = [p if isinstance(p, str) else p[0] for p in providers]
+        if missing := set(names) - set(onnxruntime.get_available_providers()):
             raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -55,7 +57,9 @@ class OnnxGenerator:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if library is not None:
             _register(options, Path(library), threads)
-        self.device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        self.device = "cuda" if names[0] == "CUDAExecutionProvider" else "cpu"
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime raises kinds of its own
@@ -111,6 +115,8 @@ class OnnxGenerator:
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too)."""
         self._check(past)
+        if not self.manifest.get("padding", True) and not np.all(mask):
+            raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
         if self.one_row and past["0.key"].shape()[2] and min(np.shape(ids)) > 1:
             raise ExportError(
                 f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
@@ -130,7 +136,7 @@ class OnnxGenerator:
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
-        logits = values.pop("logits").numpy()
+        logits = values.pop("logits").numpy().astype(np.float32, copy=False)
         return logits, {name.removeprefix(PRESENT): value for name, value in values.items()}
 
     # -- generation ----------------------------------------------------------------------------------------------------
