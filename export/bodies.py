@@ -24,7 +24,7 @@ __all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZERS_WITH_BODY", "function_proto"
 
 DOMAIN, OPSET = "com.kvsink", 18
 QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector", "static")
-_HALF_MAX, _HALF_TINY, _LOWEST = 65504.0, 6.0e-8, float(np.finfo(np.float32).min)
+_HALF_MAX, _HALF_TINY = 65504.0, 6.0e-8
 
 
 class Body:
@@ -437,14 +437,15 @@ def _restore_sinks(b: Body, a: Mapping[str, Any], past: str, new: str, rows: str
 
 def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) -> tuple[str, ...]:
     heads, kv_heads, dim, value_dim = a["heads"], a["kv_heads"], a["head_dim"], a["value_dim"]
-    q = b.Mul(q, b.const(a["scale"]))
+    kind = np.dtype(a.get("dtype", "float32"))
+    q = b.Mul(q, b.const(a["scale"], kind))
     grouped = heads != kv_heads
     rows = b.reshape(q, 0, kv_heads, -1, dim) if grouped else q
     scores = b.MatMul(rows, b.Transpose(k, perm=[0, 1, 3, 2]))
     if grouped:
         scores = b.Reshape(scores, b.Concat(b.Shape(q, start=0, end=3), b.size(k, 2), axis=0))
     if a["mask"] == "bool":
-        scores = b.Where(mask, scores, b.const(_LOWEST))
+        scores = b.Where(mask, scores, b.const(np.finfo(kind).min, kind))
     else:
         scores = b.Add(scores, mask)
     share = b.Softmax(scores, axis=-1)

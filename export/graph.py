@@ -218,6 +218,7 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
             raise ExportError("an attention site without a mask; kvsink exports causal decoders only")
         kind = "bool" if str(mask.dtype) == "BOOL" else "float"
         sizes = {"heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]}
+        sizes |= {"dtype": "float16"} if str(q.dtype) == "FLOAT16" else {}
         return [q, k, v, mask], {"scale": float(scale), "mask": kind, **sizes}, 1
 
     def turn(x: Any, cos: Any, sin: Any, positions: Any, block: int, start: bool) -> Any:

@@ -54,7 +54,7 @@ def onnx(
     flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies; "gqa" is for models of the method
     static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it
     serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on. dtype: "float16"
-    makes a graph of flavour gqa that CUDA's kernels take: no attention bias, so rows of equal length and keys without centring.
+    is for CUDA; flavour gqa then has no attention bias, which its kernel there declines: rows of equal length, keys not centred.
 
     The graph is checked and run beside the torch model first, on text where a tokenizer is at hand. Raises KvsinkError children.
     """
@@ -63,8 +63,8 @@ def onnx(
         raise UnknownName("flavour", flavour, FLAVOURS)
     if dtype not in ("float32", "float16"):
         raise ExportError(f"dtype {dtype} is neither float32 nor float16")
-    if dtype == "float16" and flavour != "gqa":
-        raise ExportError(f"flavour {flavour} leaves in float32; float16 is for flavour gqa")
+    if dtype == "float16" and flavour == "custom":
+        raise ExportError("flavour custom leaves in float32, as its kernels compute; float16 is for functions and gqa")
     if not OPSET <= opset <= LARGEST_OPSET:
         raise ExportError(f"opset {opset} is outside {OPSET} to {LARGEST_OPSET}; {OPSET} is the first with all operators used here")
     if target.suffix != ".onnx" or target.is_dir():
@@ -75,7 +75,7 @@ def onnx(
     folder = Path(source) if isinstance(source, (str, Path)) else None
     model = load_model(folder, "cpu", torch.float32) if folder is not None else source
     runtime = runtime_of(model)
-    check_expressible(model, runtime, flavour=flavour, lean=dtype == "float16")
+    check_expressible(model, runtime, flavour=flavour, lean=flavour == "gqa" and dtype == "float16")
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 4096
     reach = limit if tokens is None else tokens
@@ -107,7 +107,8 @@ def _write(
     import onnx_ir
 
     runtime, config = runtime_of(model), model.config.get_text_config(decoder=True)
-    graph = build_graph(model, opset, tokens, flavour, half)
+    lean = half and flavour == "gqa"
+    graph = build_graph(model, opset, tokens, flavour, lean)
     plain, grouped = flavour == "custom", flavour == "gqa"
     append_functions(graph, opset)
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
@@ -123,7 +124,7 @@ def _write(
         "pad_token_id": config.pad_token_id if isinstance(config.pad_token_id, int) else 0,
         "elements_per_token": 2 * len(runtime.plans) * a.kv_heads * a.head_dim,
         "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs),
-        "dtype": "float32", "padding": not half,
+        "dtype": "float32", "padding": not lean,
         "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans], "versions": versions(),
     }  # fmt: skip
 
@@ -137,9 +138,11 @@ def _write(
     if half:  # what was run is its twin in float32
         del graph
         with _halved(model):  # until the file is written: the graph refers to the parameters
-            graph = build_graph(model, opset, tokens, flavour, half)
+            graph = build_graph(model, opset, tokens, flavour, lean)
+            append_functions(graph, opset)
             manifest |= {"dtype": "float16", "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs)}
-            write_genai(path, model, manifest)
+            if grouped:
+                write_genai(path, model, manifest)
             save()
         check_file(path)
         return manifest

@@ -112,9 +112,10 @@ class _PackedLayer(PlainLayer):
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
             cos, sin = runtime.angles(self.layer, positions[:1])
+        cos, sin = cos.float(), sin.float()  # a model in float16 codes its rows in float32
         present = {}
-        x = c.transform_keys(k, cos, sin, positions, p, True, steps=Steps) if c.key.packed else k
-        y = c.transform_values(v, p, steps=Steps) if c.value.packed else v
+        x = c.transform_keys(k.float(), cos, sin, positions, p, True, steps=Steps) if c.key.packed else k
+        y = c.transform_values(v.float(), p, steps=Steps) if c.value.packed else v
         for side, name, rows in (("k", "key", x), ("v", "value", y)):
             codes, scale = _encode(c, side, rows, p)
             present[name] = torch.cat([past[name], codes], dim=2)
