@@ -1,7 +1,8 @@
 """What each node of domain com.kvsink does, written in standard ONNX operators (opset 18): the body of a model-local function.
 
 A body is specialised to its node: attributes and static sizes are numbers in it. A byte of 1, 2, 4 or 8 bit codes becomes values
-by one look-up in a table of 256 rows; other widths are shifted out of 32-bit words. Thresholds are searched by halving.
+by one look-up in a table of 256 rows; other widths are cut out of words of up to 24 bits, in float32. Thresholds are searched by
+halving.
 
 Formula    as in `kvsink.kernels`, step for step, so that codes agree up to the order of sums
 Shapes     x [B, H, S, D]; every dimension but H and D is dynamic and may be 0
@@ -109,20 +110,27 @@ def _pack(b: Body, codes: str, width: int, count: int) -> str:
         per = 8 // width
         fields = b.reshape(b.cast(codes, "FLOAT"), 0, 0, 0, count // per, per)
         return b.cast(b.MatMul(fields, b.const([1 << (i * width) for i in range(per)])), "UINT8")
-    return _pack_any(b, b.cast(codes, "INT64"), width, count)
+    return _pack_any(b, codes, width, count)
 
 
 def _pack_any(b: Body, codes: str, width: int, count: int) -> str:
-    """Codes int64 of 1 to 12 bits in any count, as `kvsink.kernels.packing.pack_codes`."""
+    """Codes of 1 to 12 bits in any count, as `kvsink.kernels.packing.pack_codes`."""
     if width == 8:
         return b.cast(codes, "UINT8")
     size = packed_bytes(count, width)
-    bits = b.Mod(b.Div(b.Unsqueeze(codes, b.ints(-1)), b.ints(*(1 << i for i in range(width)))), b.ints(2))
+    shifted = b.Mul(b.Unsqueeze(b.cast(codes, "FLOAT"), b.ints(-1)), b.const([2.0**-i for i in range(width)]))
+    bits = _low_bits(b, b.Floor(shifted), 1)
     bits = b.reshape(bits, 0, 0, 0, count * width)
     if rest := 8 * size - count * width:
         bits = b.Pad(bits, b.ints(0, 0, 0, 0, 0, 0, 0, rest))
-    word = b.Mul(b.reshape(bits, 0, 0, 0, size, 8), b.ints(*(1 << i for i in range(8))))
+    word = b.Mul(b.reshape(bits, 0, 0, 0, size, 8), b.const([1 << i for i in range(8)]))
     return b.cast(b.reduce("ReduceSum", word, keep=False), "UINT8")
+
+
+def _low_bits(b: Body, x: str, width: int) -> str:
+    """x mod 2**width of whole numbers below 2**24 in float32, exactly; CUDA has no shifts."""
+    above = b.Floor(b.Mul(x, b.const(2.0**-width)))
+    return str(b.Sub(x, b.Mul(above, b.const(2.0**width))))
 
 
 def _unpack(b: Body, packed: str, width: int, count: int) -> str:
@@ -131,13 +139,13 @@ def _unpack(b: Body, packed: str, width: int, count: int) -> str:
         return b.cast(packed, "INT32")
     last = packed_bytes(count, width) - 1
     bit = np.arange(count) * width
-    words = b.cast(packed, "UINT32")
+    words = b.cast(packed, "FLOAT")  # at most three bytes of one: whole numbers below 2**24
     word = b.Gather(words, b.ints(*(bit // 8)), axis=3)
     for byte in range(1, -(-(width + 7) // 8)):
         more = b.Gather(words, b.ints(*np.minimum(bit // 8 + byte, last)), axis=3)
-        word = b.BitwiseOr(word, b.BitShift(more, b.const(8 * byte, np.uint32), direction="LEFT"))
-    word = b.BitShift(word, b.const(bit % 8, np.uint32), direction="RIGHT")
-    return b.cast(b.BitwiseAnd(word, b.const((1 << width) - 1, np.uint32)), "INT32")
+        word = b.Add(word, b.Mul(more, b.const(256.0**byte)))
+    word = b.Floor(b.Mul(word, b.const(2.0 ** -(bit % 8))))
+    return b.cast(_low_bits(b, word, width), "INT32")
 
 
 def _look_up(b: Body, packed: str, width: int, count: int, table: Any) -> str:

@@ -59,12 +59,16 @@ class OnnxGenerator:
             _register(options, Path(library), threads)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        if "CUDAExecutionProvider" in names and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA's libraries, of pip packages where there are any
         self.device = "cuda" if names[0] == "CUDAExecutionProvider" else "cpu"
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime raises kinds of its own
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime cannot load {path} ({first}); export the model again") from error
+        if self.session.get_providers()[0] != names[0]:
+            raise ExportError(f"onnxruntime cannot start {names[0]} here, see its message above; leave providers out")
         self.one_row = self.manifest["flavour"] == "gqa"
         self.past: dict[str, Any] = {}  # the cache of the last text, as long as it was
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
@@ -82,6 +86,16 @@ class OnnxGenerator:
             shape = [d if isinstance(d, int) else batch if d == "batch" else 0 for d in entry["shape"]]
             fill = {"exact_slot": -1, "exact_score": -np.inf}.get(name.rpartition(".")[2], 0)
             out[name] = self.value(np.full(shape, fill, dtype=_dtype(entry)))
+        return out
+
+    def room(self, batch: int, length: int) -> dict[str, Any]:
+        """A past of fixed size that `step` writes in place: for a graph of flavour gqa without an attention bias."""
+        if self.manifest.get("padding", True):
+            raise ExportError(f"{self.path.name} joins new rows to the past; only flavour gqa in float16 writes in place")
+        out = {}
+        for name, entry in self._past.items():
+            shape = [d if isinstance(d, int) else batch if d == "batch" else length for d in entry["shape"]]
+            out[name] = self.value(np.zeros(shape, dtype=_dtype(entry)))
         return out
 
     def nbytes(self, past: Mapping[str, Any]) -> int:
@@ -113,11 +127,17 @@ class OnnxGenerator:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too)."""
+        """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too).
+
+        The past of `room` is the cache that is returned; the mask says how much of it is filled.
+        """
         self._check(past)
+        total, in_place = np.shape(mask)[1], False
         if not self.manifest.get("padding", True) and not np.all(mask):
             raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
-        if self.one_row and past["0.key"].shape()[2] and min(np.shape(ids)) > 1:
+        if not self.manifest.get("padding", True):
+            in_place = past["0.key"].shape()[2] >= total
+        if self.one_row and total > np.shape(ids)[1] and min(np.shape(ids)) > 1:
             raise ExportError(
                 f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
                 "one, one token at a time, or whole prompts"
@@ -129,7 +149,10 @@ class OnnxGenerator:
             binding.bind_ortvalue_input(PAST + name, value)
         outputs = [entry["name"] for entry in self.manifest["outputs"]]
         for name in outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
+            if in_place and name != "logits":
+                binding.bind_ortvalue_output(name, past[name.removeprefix(PRESENT)])
+            else:
+                binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:
@@ -137,7 +160,7 @@ class OnnxGenerator:
             raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
         logits = values.pop("logits").numpy().astype(np.float32, copy=False)
-        return logits, {name.removeprefix(PRESENT): value for name, value in values.items()}
+        return logits, dict(past) if in_place else {name.removeprefix(PRESENT): value for name, value in values.items()}
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -157,7 +180,8 @@ class OnnxGenerator:
             raise ExportError(f"temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}, chunk={chunk}: out of range")
         rng = np.random.default_rng(seed)
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        past = self.past = self.empty(len(ids))
+        padding = self.manifest.get("padding", True)
+        past = self.past = self.empty(len(ids)) if padding else self.room(len(ids), ids.shape[1] + max_new_tokens)
         chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)
