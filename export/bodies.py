@@ -464,9 +464,46 @@ def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) ->
     return (b.Reshape(out, b.Concat(b.Shape(q, start=0, end=3), b.ints(value_dim), axis=0)),)
 
 
+_PACKED_INPUTS = (
+    "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "slot", "start_cos", "start_sin", "k_table", "k_basis",
+    "k_params", "v_mean", "v_basis", "v_params",
+)  # fmt: skip
+
+
+def _attend_packed(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str, positions: str, *rest: str) -> tuple[str, ...]:
+    """The past out of its codes, exact rows over it, new rows behind it, and attention: what the single nodes do in turn."""
+    given = dict(zip(_PACKED_INPUTS, (*rest, *("",) * (len(_PACKED_INPUTS) - len(rest))), strict=True))
+    rows = {}
+    for side, width in (("k", a["head_dim"]), ("v", a["value_dim"])):
+        own = {name[2:]: value for name, value in a.items() if name.startswith(f"{side}_")}
+        (x,) = _dequantize(b, own, given[f"{side}_codes"], given[f"{side}_scale"], given[f"{side}_params"])
+        if own["transform"] == "klt":
+            x = b.MatMul(x, b.Transpose(given[f"{side}_basis"], perm=[0, 2, 1]))
+        elif own["transform"] == "hadamard":
+            (x,) = _hadamard(b, {"order": own["order"], "inverse": 1, "channels": width, "rank": 4}, x)
+        rows[side] = x
+
+    def turn(x: str) -> str:
+        sizes = {"block": a["span"], "start": 1, "rows": a["turns"], "rotary": a["rotary"], "head_dim": a["head_dim"]}
+        return _rotate_block(b, sizes, x, given["start_cos"], given["start_sin"], positions)[0] if a["rotary"] else x
+
+    mean = _mean_rows(b, {"block": a["span"]}, given["k_table"], positions)[0] if a["k_center"] else ""
+    keys = b.Add(rows["k"], mean if a["in_block"] else turn(mean)) if mean else rows["k"]
+    keys = turn(keys) if a["in_block"] else keys
+    values = b.Add(rows["v"], b.Unsqueeze(given["v_mean"], b.ints(1))) if a["v_center"] else rows["v"]
+    if given["slot"]:
+        keys, values = (
+            _restore_sinks(b, {}, past, new, exact, given["slot"])[0]
+            for past, new, exact in ((keys, k, given["exact_k"]), (values, v, given["exact_v"]))
+        )
+    else:
+        keys, values = b.Concat(keys, k, axis=2), b.Concat(values, v, axis=2)
+    return _attend(b, a, q, keys, values, mask)
+
+
 BODIES: dict[str, Callable[..., tuple[str, ...]]] = {
-    "Attend": _attend, "CenterRoped": _center_roped, "ChannelReorder": _reorder, "DequantizeKV": _dequantize,
-    "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks, "QuantizeKV": _quantize,
+    "Attend": _attend, "AttendPacked": _attend_packed, "CenterRoped": _center_roped, "ChannelReorder": _reorder,
+    "DequantizeKV": _dequantize, "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks, "QuantizeKV": _quantize,
     "RestoreSinks": _restore_sinks, "RotateBlock": _rotate_block, "SelectFirst": _select_first, "SelectSinks": _select_sinks,
     "UndoRope": _undo_rope,
 }  # fmt: skip

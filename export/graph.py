@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kvsink.codecs import Codec
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.errors import ExportError
 from kvsink.export.flavours import takes_functions
@@ -34,7 +35,8 @@ _BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them s
 def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "functions", lean: bool = False) -> Any:
     """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies.
 
-    lean: flavour gqa as the kernels for CUDA take it, see `kvsink.export.group_query`.
+    lean: flavour gqa as the kernels for CUDA take it, see `kvsink.export.group_query`. Flavour custom has one node for all that
+    reads the past, where its library has a kernel for it.
     """
     grouped = flavour == "gqa"
     attention = (GQA_LEAN if lean else GQA_ATTENTION) if grouped else ATTENTION
@@ -45,7 +47,7 @@ def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "funct
     with _exporting(model, attention), torch.no_grad(), warnings.catch_warnings():
         log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        wrapper = (GroupQueryModel(model, tokens, lean) if grouped else ExportedModel(model, tokens)).eval()
+        wrapper = (GroupQueryModel(model, tokens, lean) if grouped else ExportedModel(model, tokens, flavour == "custom")).eval()
         inputs = _example(wrapper)
         try:
             program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=_shapes(inputs), strict=False)
@@ -221,6 +223,30 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
         sizes |= {"dtype": "float16"} if str(q.dtype) == "FLOAT16" else {}
         return [q, k, v, mask], {"scale": float(scale), "mask": kind, **sizes}, 1
 
+    def attend_packed(
+        q: Any, k: Any, v: Any, mask: Any, positions: Any, codes: Any, exact: Any, params: Any, scale: float, codec: str
+    ) -> Any:
+        c = Codec.parse(codec)
+        p = dict(zip(c.param_names(), params, strict=True))
+        _, attributes, _ = attend(q, k, v, mask, scale)
+        attributes |= {"span": c.table_tokens, "in_block": int(c.key.domain == "block")}
+        starts = p.get("start_cos")
+        attributes |= {"turns": starts.shape[0], "rotary": starts.shape[1]} if starts is not None else {"turns": 0, "rotary": 0}
+        tables: dict[str, Any] = {}
+        for side, s, held in (("k", c.key, codes[1]), ("v", c.value, codes[3])):
+            found = [p[name] for name in c.table_names(side)]
+            scalar = QUANTIZERS[s.kind].scalar
+            own = _scalar(s.kind, s.widths, s.group_size, s.gain) if scalar else _tabled(codec, side, found)
+            turned = "none" if s.folded or s.transform == "none" else s.transform
+            own |= {"transform": turned, "order": s.order, "center": int(s.center)}
+            attributes |= {f"{side}_{name}": value for name, value in own.items()}
+            scaled = held if c.row_scales(s, 8 * s.group_size) else None
+            tables[side] = scaled, p.get(f"{side}_basis"), found[0] if found else None
+        (k_scale, k_basis, k_params), (v_scale, v_basis, v_params) = tables["k"], tables["v"]
+        inputs = [q, k, v, mask, positions, codes[0], k_scale, codes[2], v_scale, *(exact or (None, None, None))]
+        inputs += [starts, p.get("start_sin"), p.get("k_table"), k_basis, k_params, p.get("v_mean"), v_basis, v_params]
+        return inputs, attributes, 1
+
     def turn(x: Any, cos: Any, sin: Any, positions: Any, block: int, start: bool) -> Any:
         sizes = {"block": block, "start": int(start), "rows": cos.shape[0]}
         return [x, cos, sin, positions], sizes | {"rotary": cos.shape[-1], "head_dim": x.shape[3]}, 1
@@ -247,6 +273,7 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
         ours.preserve_sinks.default: ("PreserveSinks", preserve),
         ours.restore_sinks.default: ("RestoreSinks", lambda past, new, rows, slot: ([past, new, rows, slot], {}, 1)),
         ours.attend.default: ("Attend", attend),
+        ours.attend_packed.default: ("AttendPacked", attend_packed),
     }
 
 
