@@ -133,6 +133,9 @@ class OnnxGenerator:
         """
         self._check(past)
         total, in_place = np.shape(mask)[1], False
+        if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
+            limit = self.manifest["max_positions"]
+            raise ExportError(f"position {int(np.max(positions))} is beyond the {limit} that {self.path.name} serves")
         if not self.manifest.get("padding", True) and not np.all(mask):
             raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
         if not self.manifest.get("padding", True):

@@ -128,6 +128,8 @@ def test_a_cache_of_the_wrong_kind_is_refused(runner) -> None:
         (lambda r: r.generate([[97]]), "outside the vocabulary"),
         (lambda r: r.generate([[5] * 100], 64), "exceed the 128 positions"),
         (lambda r: r.generate([[5]], top_p=0.0), "out of range"),
+        (lambda r: r.step([[5]], [[1]], [[128]], r.empty(1)), "position 128 is beyond the 128 that model.onnx serves"),
+        (lambda r: r.room(1, 8), "only flavour gqa in float16"),
         (lambda r: OnnxGenerator("nowhere.onnx"), "does not exist"),
         (lambda r: OnnxGenerator(r.path, providers=["NoSuchProvider"]), "has no NoSuchProvider"),
     ],
