@@ -503,9 +503,9 @@ def _attend_packed(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: 
 
 BODIES: dict[str, Callable[..., tuple[str, ...]]] = {
     "Attend": _attend, "AttendPacked": _attend_packed, "CenterRoped": _center_roped, "ChannelReorder": _reorder,
-    "DequantizeKV": _dequantize, "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks, "QuantizeKV": _quantize,
-    "RestoreSinks": _restore_sinks, "RotateBlock": _rotate_block, "SelectFirst": _select_first, "SelectSinks": _select_sinks,
-    "UndoRope": _undo_rope,
+    "DequantizeKV": _dequantize, "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks,
+    "QuantizeKV": _quantize, "RestoreSinks": _restore_sinks, "RotateBlock": _rotate_block, "SelectFirst": _select_first,
+    "SelectSinks": _select_sinks, "UndoRope": _undo_rope,
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
         if side.packed and side.kind != "static":
             return (
                 f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; "
-                "use --method static-rotated"
+                "use --method static"
             )
     if k.packed != v.packed or k.widths != v.widths:
         return f"GroupQueryAttention has one width for keys and values, here {k.bits:g} and {v.bits:g} bits; give both the same"

@@ -20,8 +20,8 @@ from kvsink.kernels.append import merge_exact
 from kvsink.kernels.base import resolve_codec
 
 __all__ = [
-    "Steps", "attend", "attend_packed", "center_roped", "channel_reorder", "first_rows", "mean_rows", "preserve_sinks", "restore_sinks",
-    "rotate_block", "undo_rope",
+    "Steps", "attend", "attend_packed", "center_roped", "channel_reorder", "first_rows", "mean_rows", "preserve_sinks",
+    "restore_sinks", "rotate_block", "undo_rope",
 ]  # fmt: skip
 
 FIRST_SCORE = 1e30  # above any activation, as in `kvsink.runtime`

@@ -206,7 +206,8 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
     one = table[0] if table else None
     for given in (mask, rows(batch, heads, new, past + new, seed=14).masked_fill(~mask, -1e30)):
         attributes["mask"] = "bool" if given.dtype == torch.bool else "float"
-        inputs = [rows(batch, heads, new, dim), *fresh, given, positions, *state, *exact, cos, sin, mean, basis, one, shift, basis, one]
+        inputs = [rows(batch, heads, new, dim), *fresh, given, positions, *state, *exact, cos, sin]
+        inputs += [mean, basis, one, shift, basis, one]
         while inputs[-1] is None:
             inputs.pop()
         same(library, "AttendPacked", attributes, inputs, atol=FUSED_FLOAT32)
