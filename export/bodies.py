@@ -1,7 +1,8 @@
 """What each node of domain com.kvsink does, written in standard ONNX operators (opset 18): the body of a model-local function.
 
 A body is specialised to its node: attributes and static sizes are numbers in it. A byte of 1, 2, 4 or 8 bit codes becomes values
-by one look-up in a table of 256 rows; other widths are shifted out of 32-bit words. Thresholds are searched by halving.
+by one look-up in a table of 256 rows; other widths are cut out of words of up to 24 bits, in float32. Thresholds are searched by
+halving.
 
 Formula    as in `kvsink.kernels`, step for step, so that codes agree up to the order of sums
 Shapes     x [B, H, S, D]; every dimension but H and D is dynamic and may be 0
@@ -24,7 +25,7 @@ __all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZERS_WITH_BODY", "function_proto"
 
 DOMAIN, OPSET = "com.kvsink", 18
 QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector", "static")
-_HALF_MAX, _HALF_TINY, _LOWEST = 65504.0, 6.0e-8, float(np.finfo(np.float32).min)
+_HALF_MAX, _HALF_TINY = 65504.0, 6.0e-8
 
 
 class Body:
@@ -109,20 +110,27 @@ def _pack(b: Body, codes: str, width: int, count: int) -> str:
         per = 8 // width
         fields = b.reshape(b.cast(codes, "FLOAT"), 0, 0, 0, count // per, per)
         return b.cast(b.MatMul(fields, b.const([1 << (i * width) for i in range(per)])), "UINT8")
-    return _pack_any(b, b.cast(codes, "INT64"), width, count)
+    return _pack_any(b, codes, width, count)
 
 
 def _pack_any(b: Body, codes: str, width: int, count: int) -> str:
-    """Codes int64 of 1 to 12 bits in any count, as `kvsink.kernels.packing.pack_codes`."""
+    """Codes of 1 to 12 bits in any count, as `kvsink.kernels.packing.pack_codes`."""
     if width == 8:
         return b.cast(codes, "UINT8")
     size = packed_bytes(count, width)
-    bits = b.Mod(b.Div(b.Unsqueeze(codes, b.ints(-1)), b.ints(*(1 << i for i in range(width)))), b.ints(2))
+    shifted = b.Mul(b.Unsqueeze(b.cast(codes, "FLOAT"), b.ints(-1)), b.const([2.0**-i for i in range(width)]))
+    bits = _low_bits(b, b.Floor(shifted), 1)
     bits = b.reshape(bits, 0, 0, 0, count * width)
     if rest := 8 * size - count * width:
         bits = b.Pad(bits, b.ints(0, 0, 0, 0, 0, 0, 0, rest))
-    word = b.Mul(b.reshape(bits, 0, 0, 0, size, 8), b.ints(*(1 << i for i in range(8))))
+    word = b.Mul(b.reshape(bits, 0, 0, 0, size, 8), b.const([1 << i for i in range(8)]))
     return b.cast(b.reduce("ReduceSum", word, keep=False), "UINT8")
+
+
+def _low_bits(b: Body, x: str, width: int) -> str:
+    """x mod 2**width of whole numbers below 2**24 in float32, exactly; CUDA has no shifts."""
+    above = b.Floor(b.Mul(x, b.const(2.0**-width)))
+    return str(b.Sub(x, b.Mul(above, b.const(2.0**width))))
 
 
 def _unpack(b: Body, packed: str, width: int, count: int) -> str:
@@ -131,13 +139,13 @@ def _unpack(b: Body, packed: str, width: int, count: int) -> str:
         return b.cast(packed, "INT32")
     last = packed_bytes(count, width) - 1
     bit = np.arange(count) * width
-    words = b.cast(packed, "UINT32")
+    words = b.cast(packed, "FLOAT")  # at most three bytes of one: whole numbers below 2**24
     word = b.Gather(words, b.ints(*(bit // 8)), axis=3)
     for byte in range(1, -(-(width + 7) // 8)):
         more = b.Gather(words, b.ints(*np.minimum(bit // 8 + byte, last)), axis=3)
-        word = b.BitwiseOr(word, b.BitShift(more, b.const(8 * byte, np.uint32), direction="LEFT"))
-    word = b.BitShift(word, b.const(bit % 8, np.uint32), direction="RIGHT")
-    return b.cast(b.BitwiseAnd(word, b.const((1 << width) - 1, np.uint32)), "INT32")
+        word = b.Add(word, b.Mul(more, b.const(256.0**byte)))
+    word = b.Floor(b.Mul(word, b.const(2.0 ** -(bit % 8))))
+    return b.cast(_low_bits(b, word, width), "INT32")
 
 
 def _look_up(b: Body, packed: str, width: int, count: int, table: Any) -> str:
@@ -437,14 +445,15 @@ def _restore_sinks(b: Body, a: Mapping[str, Any], past: str, new: str, rows: str
 
 def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) -> tuple[str, ...]:
     heads, kv_heads, dim, value_dim = a["heads"], a["kv_heads"], a["head_dim"], a["value_dim"]
-    q = b.Mul(q, b.const(a["scale"]))
+    kind = np.dtype(a.get("dtype", "float32"))
+    q = b.Mul(q, b.const(a["scale"], kind))
     grouped = heads != kv_heads
     rows = b.reshape(q, 0, kv_heads, -1, dim) if grouped else q
     scores = b.MatMul(rows, b.Transpose(k, perm=[0, 1, 3, 2]))
     if grouped:
         scores = b.Reshape(scores, b.Concat(b.Shape(q, start=0, end=3), b.size(k, 2), axis=0))
     if a["mask"] == "bool":
-        scores = b.Where(mask, scores, b.const(_LOWEST))
+        scores = b.Where(mask, scores, b.const(np.finfo(kind).min, kind))
     else:
         scores = b.Add(scores, mask)
     share = b.Softmax(scores, axis=-1)
@@ -455,11 +464,48 @@ def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) ->
     return (b.Reshape(out, b.Concat(b.Shape(q, start=0, end=3), b.ints(value_dim), axis=0)),)
 
 
+_PACKED_INPUTS = (
+    "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "slot", "start_cos", "start_sin", "k_table", "k_basis",
+    "k_params", "v_mean", "v_basis", "v_params",
+)  # fmt: skip
+
+
+def _attend_packed(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str, positions: str, *rest: str) -> tuple[str, ...]:
+    """The past out of its codes, exact rows over it, new rows behind it, and attention: what the single nodes do in turn."""
+    given = dict(zip(_PACKED_INPUTS, (*rest, *("",) * (len(_PACKED_INPUTS) - len(rest))), strict=True))
+    rows = {}
+    for side, width in (("k", a["head_dim"]), ("v", a["value_dim"])):
+        own = {name[2:]: value for name, value in a.items() if name.startswith(f"{side}_")}
+        (x,) = _dequantize(b, own, given[f"{side}_codes"], given[f"{side}_scale"], given[f"{side}_params"])
+        if own["transform"] == "klt":
+            x = b.MatMul(x, b.Transpose(given[f"{side}_basis"], perm=[0, 2, 1]))
+        elif own["transform"] == "hadamard":
+            (x,) = _hadamard(b, {"order": own["order"], "inverse": 1, "channels": width, "rank": 4}, x)
+        rows[side] = x
+
+    def turn(x: str) -> str:
+        sizes = {"block": a["span"], "start": 1, "rows": a["turns"], "rotary": a["rotary"], "head_dim": a["head_dim"]}
+        return _rotate_block(b, sizes, x, given["start_cos"], given["start_sin"], positions)[0] if a["rotary"] else x
+
+    mean = _mean_rows(b, {"block": a["span"]}, given["k_table"], positions)[0] if a["k_center"] else ""
+    keys = b.Add(rows["k"], mean if a["in_block"] else turn(mean)) if mean else rows["k"]
+    keys = turn(keys) if a["in_block"] else keys
+    values = b.Add(rows["v"], b.Unsqueeze(given["v_mean"], b.ints(1))) if a["v_center"] else rows["v"]
+    if given["slot"]:
+        keys, values = (
+            _restore_sinks(b, {}, past, new, exact, given["slot"])[0]
+            for past, new, exact in ((keys, k, given["exact_k"]), (values, v, given["exact_v"]))
+        )
+    else:
+        keys, values = b.Concat(keys, k, axis=2), b.Concat(values, v, axis=2)
+    return _attend(b, a, q, keys, values, mask)
+
+
 BODIES: dict[str, Callable[..., tuple[str, ...]]] = {
-    "Attend": _attend, "CenterRoped": _center_roped, "ChannelReorder": _reorder, "DequantizeKV": _dequantize,
-    "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks, "QuantizeKV": _quantize,
-    "RestoreSinks": _restore_sinks, "RotateBlock": _rotate_block, "SelectFirst": _select_first, "SelectSinks": _select_sinks,
-    "UndoRope": _undo_rope,
+    "Attend": _attend, "AttendPacked": _attend_packed, "CenterRoped": _center_roped, "ChannelReorder": _reorder,
+    "DequantizeKV": _dequantize, "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks,
+    "QuantizeKV": _quantize, "RestoreSinks": _restore_sinks, "RotateBlock": _rotate_block, "SelectFirst": _select_first,
+    "SelectSinks": _select_sinks, "UndoRope": _undo_rope,
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence
         takes, given = "inputs_embeds", model.get_input_embeddings()(ids).detach()
     cache = KVSinkCache.for_model(model, batch_size=rows, strict=runner.one_row)
     mask = torch.ones_like(ids)
-    mask[1:, :_PADDING] = 0
+    mask[1:, : _PADDING if runner.manifest.get("padding", True) else 0] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     past = runner.empty(rows)
     at, worst, counted, ties = 0, 0.0, 0, 0

@@ -65,7 +65,7 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
         if side.packed and side.kind != "static":
             return (
                 f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; "
-                "use --method static-rotated"
+                "use --method static"
             )
     if k.packed != v.packed or k.widths != v.widths:
         return f"GroupQueryAttention has one width for keys and values, here {k.bits:g} and {v.bits:g} bits; give both the same"
@@ -73,6 +73,18 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
         return f"GroupQueryAttention stores 4 or 8 bits, not {k.widths[0]}; use --key-bits 4 --value-bits 4"
     if k.domain != "post" or k.reorder or "klt" in (k.transform, v.transform) or max(k.heads_per_group, v.heads_per_group) > 1:
         return "only centring and a Hadamard rotation inside each head, after RoPE, stand around GroupQueryAttention"
+    return ""
+
+
+def lean_refusal(codec: Codec | None, kind: str) -> str:
+    """Why a layer cannot leave in flavour gqa without an attention bias, as CUDA's kernel has it, or an empty string."""
+    if kind == "sliding_attention":
+        return "its window stands in an attention bias, which GroupQueryAttention has on the CPU only; export float32"
+    if codec is not None and codec.key.packed and codec.key.center:
+        return (
+            "the mean of keys comes back in an attention bias, which GroupQueryAttention has on the CPU only; export float32, "
+            "or use --method static-rotated"
+        )
     return ""
 
 
@@ -120,7 +132,7 @@ def takes_functions(model: Any) -> bool:
 
 
 def check_expressible(
-    model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions", embeds: bool = False
+    model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions", lean: bool = False, embeds: bool = False
 ) -> None:
     """Raise ExportError naming the first layer, or the property of the model, that cannot leave."""
     if reason := model_refusal(model, anywhere, embeds):
@@ -136,6 +148,10 @@ def check_expressible(
         if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
             what = "ONNX" if flavour != "gqa" else "ONNX flavour gqa"
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to {what}: {reason}")
+    for i, plan in enumerate(runtime.plans if lean else ()):
+        kinds = runtime.anatomy.layer_types
+        if reason := lean_refusal(plan.codec, kinds[i] if kinds else ""):
+            raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa in float16: {reason}")
     for i, kind in enumerate(runtime.anatomy.layer_types):
         packed = runtime.plans[i].codec is not None
         if kind in ("linear_attention", "mamba", "conv"):

@@ -39,7 +39,8 @@ def write_genai(path: Path, model: Any, manifest: Mapping[str, Any]) -> None:
         },
         "search": {
             "do_sample": False, "max_length": manifest["max_positions"], "min_length": 0, "num_beams": 1,
-            "num_return_sequences": 1, "past_present_share_buffer": False, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+            "num_return_sequences": 1, "past_present_share_buffer": not manifest["padding"],
+            "temperature": 1.0, "top_k": 1, "top_p": 1.0,
             "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "early_stopping": True,
             "diversity_penalty": 0.0,
         },

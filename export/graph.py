@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from kvsink.codecs import Codec
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.errors import ExportError
 from kvsink.export.flavours import takes_functions
-from kvsink.export.group_query import GQA_ATTENTION, GroupQueryModel, empty_cache
+from kvsink.export.group_query import GQA_ATTENTION, GQA_LEAN, GroupQueryModel, empty_cache
 from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
 from kvsink.kernels.quantize import SIGMA_KINDS
 
@@ -31,17 +32,27 @@ PAST, PRESENT = "past_key_values", "present"
 _BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them stay dynamic
 
 
-def build_graph(model: nn.Module, opset: int, tokens: int, flavour: str = "functions", embeds: bool = False) -> Any:
-    """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies."""
+def build_graph(
+    model: nn.Module, opset: int, tokens: int, flavour: str = "functions", lean: bool = False, embeds: bool = False
+) -> Any:
+    """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies.
+
+    lean: flavour gqa as the kernels for CUDA take it, see `kvsink.export.group_query`. Flavour custom has one node for all that
+    reads the past, where its library has a kernel for it. embeds: rows come as embeddings, not as ids.
+    """
     grouped = flavour == "gqa"
+    attention = (GQA_LEAN if lean else GQA_ATTENTION) if grouped else ATTENTION
     table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
     table[torch.ops.kvsink_export.group_query.default] = _group_query
     log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
     level = log.level
-    with _exporting(model, GQA_ATTENTION if grouped else ATTENTION), torch.no_grad(), warnings.catch_warnings():
+    with _exporting(model, attention), torch.no_grad(), warnings.catch_warnings():
         log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        wrapper = GroupQueryModel(model, tokens).eval() if grouped else ExportedModel(model, tokens, embeds).eval()
+        if grouped:
+            wrapper: nn.Module = GroupQueryModel(model, tokens, lean).eval()
+        else:
+            wrapper = ExportedModel(model, tokens, flavour == "custom", embeds).eval()
         inputs = _example(wrapper)
         try:
             program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=_shapes(inputs), strict=False)
@@ -84,7 +95,7 @@ def _exporting(model: nn.Module, attention: str) -> Iterator[None]:
 
 def _example(wrapper: ExportedModel | GroupQueryModel) -> dict[str, Any]:
     if isinstance(wrapper, GroupQueryModel):
-        past = empty_cache(wrapper.runtime, _BATCH, _PAST)
+        past = empty_cache(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
     else:
         past = empty_past(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
     ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH)
@@ -164,16 +175,21 @@ def _group_query(
     def flat(x: Any, width: int) -> Any:
         return node("Reshape", node("Transpose", x, perm=[0, 2, 1, 3]), constant([0, 0, width], np.int64))
 
-    total = node("Cast", node("Shape", bias, start=3, end=4), to=ir.DataType.INT32.value)  # [1]
+    lean = len(bias.shape) == 2  # the attention mask, which says how long the cache is whatever the size of its tensors
+    slots = len(bias.shape) - 1
+    total = node("Cast", node("Shape", bias, start=slots, end=slots + 1), to=ir.DataType.INT32.value)  # [1]
     last = node("Sub", total, constant([1], np.int32))
     lengths = node("Expand", last, node("Shape", q, start=0, end=1))  # [B]
     inputs = [flat(q, heads * dim), flat(k, kv_heads * dim), flat(v, kv_heads * dim), past_k, past_v, lengths, total]
-    inputs += [None, None, None, bias]  # cos, sin and positions of a rotation that has been done
+    inputs += [None, None, None, None if lean else bias]  # cos, sin and positions of a rotation that has been done
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale), "do_rotary": 0}
     if bits < 32:
         shape = constant([kv_heads, 1, dim], np.int64)
-        inputs += [None, *(node("Reshape", step, shape) for step in (k_step, v_step))]
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": bits}
+        inputs += [None, *((k_step, k_step) if lean else (node("Reshape", step, shape) for step in (k_step, v_step)))]
+        kind = "PER_TENSOR" if lean else "PER_CHANNEL"
+        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
+    while inputs[-1] is None:
+        inputs.pop()
     return node("GroupQueryAttention", *inputs, domain="com.microsoft", outputs=3, **attributes)
 
 
@@ -211,7 +227,32 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
             raise ExportError("an attention site without a mask; kvsink exports causal decoders only")
         kind = "bool" if str(mask.dtype) == "BOOL" else "float"
         sizes = {"heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]}
+        sizes |= {"dtype": "float16"} if str(q.dtype) == "FLOAT16" else {}
         return [q, k, v, mask], {"scale": float(scale), "mask": kind, **sizes}, 1
+
+    def attend_packed(
+        q: Any, k: Any, v: Any, mask: Any, positions: Any, codes: Any, exact: Any, params: Any, scale: float, codec: str
+    ) -> Any:
+        c = Codec.parse(codec)
+        p = dict(zip(c.param_names(), params, strict=True))
+        _, attributes, _ = attend(q, k, v, mask, scale)
+        attributes |= {"span": c.table_tokens, "in_block": int(c.key.domain == "block")}
+        starts = p.get("start_cos")
+        attributes |= {"turns": starts.shape[0], "rotary": starts.shape[1]} if starts is not None else {"turns": 0, "rotary": 0}
+        tables: dict[str, Any] = {}
+        for side, s, held in (("k", c.key, codes[1]), ("v", c.value, codes[3])):
+            found = [p[name] for name in c.table_names(side)]
+            scalar = QUANTIZERS[s.kind].scalar
+            own = _scalar(s.kind, s.widths, s.group_size, s.gain) if scalar else _tabled(codec, side, found)
+            turned = "none" if s.folded or s.transform == "none" else s.transform
+            own |= {"transform": turned, "order": s.order, "center": int(s.center)}
+            attributes |= {f"{side}_{name}": value for name, value in own.items()}
+            scaled = held if c.row_scales(s, 8 * s.group_size) else None
+            tables[side] = scaled, p.get(f"{side}_basis"), found[0] if found else None
+        (k_scale, k_basis, k_params), (v_scale, v_basis, v_params) = tables["k"], tables["v"]
+        inputs = [q, k, v, mask, positions, codes[0], k_scale, codes[2], v_scale, *(exact or (None, None, None))]
+        inputs += [starts, p.get("start_sin"), p.get("k_table"), k_basis, k_params, p.get("v_mean"), v_basis, v_params]
+        return inputs, attributes, 1
 
     def turn(x: Any, cos: Any, sin: Any, positions: Any, block: int, start: bool) -> Any:
         sizes = {"block": block, "start": int(start), "rows": cos.shape[0]}
@@ -239,6 +280,7 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
         ours.preserve_sinks.default: ("PreserveSinks", preserve),
         ours.restore_sinks.default: ("RestoreSinks", lambda past, new, rows, slot: ([past, new, rows, slot], {}, 1)),
         ours.attend.default: ("Attend", attend),
+        ours.attend_packed.default: ("AttendPacked", attend_packed),
     }
 
 

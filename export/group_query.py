@@ -10,6 +10,8 @@ Formula    k' = (R_j (k - mu)) H, q' = q H, so q'·k' = q·R_j k - q·R_j mu;  b
            v' = (v - nu) H;  o = o' H^T + nu
 Source     ours; the operator is that of onnxruntime 1.31 and later
 Shapes     q [B, Hq, S, D], k, v [B, H, S, D] after RoPE; past int8 [B, H, P, D] or uint8 [B, H, P, D / 2] (even channel low)
+           lean, for CUDA, whose kernel takes no bias and is fast for one step of all channels alone: k'' = k' / step,
+           q'' = q' step, o' = o'' step, codes of step 1; the attention mask gives the lengths and nothing else
 Exact      yes, up to the codes; positions of stored rows are those that the attention mask implies
 Declines   see `kvsink.export.flavours.gqa_refusal`
 """
@@ -30,9 +32,9 @@ from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
 from kvsink.runtime import Frame, Runtime, runtime_of
 
-__all__ = ["GQA_ATTENTION", "MASKED", "GroupQueryModel", "cache_bits", "empty_cache", "group_query"]
+__all__ = ["GQA_ATTENTION", "GQA_LEAN", "MASKED", "GroupQueryModel", "cache_bits", "empty_cache", "group_query"]
 
-GQA_ATTENTION = "kvsink_gqa"
+GQA_ATTENTION, GQA_LEAN = "kvsink_gqa", "kvsink_gqa_lean"
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
 
 
@@ -41,12 +43,12 @@ def cache_bits(codec: Codec | None) -> int:
     return codec.key.widths[0] if codec is not None and codec.key.packed else 32
 
 
-def empty_cache(runtime: Runtime, batch: int, length: int) -> dict[str, Tensor]:
-    """A past of `length` slots by graph name."""
+def empty_cache(runtime: Runtime, batch: int, length: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A past of `length` slots by graph name; rows that are not coded have `dtype`."""
     a, out = runtime.anatomy, {}
     for i, plan in enumerate(runtime.plans):
         bits = cache_bits(plan.codec)
-        kind = {8: torch.int8, 4: torch.uint8, 32: torch.float32}[bits]
+        kind = {8: torch.int8, 4: torch.uint8, 32: dtype}[bits]
         for name in ("key", "value"):
             out[f"{i}.{name}"] = torch.zeros(batch, a.kv_heads, length, a.head_dim // (2 if bits == 4 else 1), dtype=kind)
     return out
@@ -57,7 +59,12 @@ def group_query(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, k_step: Tensor | None, v_step: Tensor | None,
     scale: float, bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One GroupQueryAttention node in plain torch: (output [B, S, Hq·D], present keys, present values); causal, bias added."""
+    """One GroupQueryAttention node in plain torch: (output [B, S, Hq·D], present keys, present values); causal, bias added.
+
+    bias: float [B, Hq or 1, S, P + S]; or the attention mask [B, P + S], all ones, and steps are 1.
+    """
+    if bias.dim() == 2:
+        bias = q.new_zeros(())
     present = [_join(past, x, step, bits) for past, x, step in ((past_k, k, k_step), (past_v, v, v_step))]
     groups = q.shape[1] // k.shape[1]
     keys, values = (
@@ -65,6 +72,7 @@ def group_query(
     )
     rows, slots = q.shape[2], keys.shape[2]
     after = torch.ones(rows, slots, dtype=torch.bool).triu(slots - rows + 1)
+    bias = bias.expand(q.shape[0], 1, rows, slots) if bias.dim() == 0 else bias
     out = F.scaled_dot_product_attention(q, keys, values, bias.masked_fill(after, MASKED), scale=scale)
     return out.transpose(1, 2).flatten(2), present[0], present[1]
 
@@ -113,6 +121,9 @@ class _GroupQueryLayer(PlainLayer):
             k = self._turn(k, c.key)
             v = stages.center(v, p["v_mean"]) if c.value.center else v
             v = v if c.value.folded else self._turn(v, c.value)
+            if self.cache.lean:
+                k, v = k / p["k_step"][:, None], v / p["v_step"][:, None]
+            k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         k._kvsink_group_query = self  # type: ignore[attr-defined]
         return k, v
 
@@ -120,13 +131,15 @@ class _GroupQueryLayer(PlainLayer):
         """Runs of `order` channels times the Hadamard matrix, as one product."""
         if side.transform != "hadamard":
             return x
-        h = self.cache.hadamard[side.order]
+        h = self.cache.hadamard[side.order].to(x.dtype)
         return (x.unflatten(-1, (-1, side.order)) @ (h.T if inverse else h)).flatten(-2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Attention output [B, S, Hq, D] of queries [B, Hq, S, D] over the past and the rows that `update` returned."""
         c, p, groups = self.codec, self.params, q.shape[1] // k.shape[1]
-        bias = torch.where(mask, 0.0, MASKED)
+        if c is not None and self.cache.lean:
+            return self._attend_lean(q, k, v, scale)
+        bias = self.cache.mask if mask is None else torch.where(mask, 0.0, MASKED)
         if c is not None and c.key.center and self.cache.turns(self.layer) is not None:
             bias = bias + scale * self._mean_scores(q, p["k_mean"].repeat_interleave(groups, dim=0))
         steps = (p["k_step"], p["v_step"]) if c is not None else (None, None)
@@ -138,6 +151,22 @@ class _GroupQueryLayer(PlainLayer):
             out = out if c.value.folded else self._turn(out, c.value, inverse=True)
             out = out + p["v_mean"].repeat_interleave(groups, dim=0) if c.value.center else out
         return out
+
+    def _attend_lean(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """`attend` with steps of 1 inside the operator and their sizes outside of it."""
+        c, p, groups = self.codec, self.params, q.shape[1] // k.shape[1]
+        assert c is not None
+        k_step, v_step = (p[name].repeat_interleave(groups, dim=0) for name in ("k_step", "v_step"))  # [Hq, D]
+        one = self.cache.one
+        q = (self._turn(q, c.key) * k_step[:, None]).to(k.dtype)
+        out, keys, values = group_query(
+            q, k, v, self.past["key"], self.past["value"], self.cache.mask, one, one, scale, cache_bits(c)
+        )
+        self.present = {"key": keys, "value": values}
+        out = out.unflatten(-1, (q.shape[1], -1)) * v_step
+        out = out if c.value.folded else self._turn(out, c.value, inverse=True)
+        out = out + p["v_mean"].repeat_interleave(groups, dim=0) if c.value.center else out
+        return out.to(q.dtype)
 
     def _mean_scores(self, q: Tensor, mean: Tensor) -> Tensor:
         """q_i·R_j mu for all slots j, but for what is the same for all of them: [B, Hq, S, P + S]; mean [Hq, D]."""
@@ -162,6 +191,7 @@ class _GroupQueryPast(Cache):
 
     def __init__(self, owner: GroupQueryModel, mask: Tensor, past: dict[str, Tensor]) -> None:
         self.runtime, self.params, self.hadamard, self.table = owner.runtime, owner.params, owner.hadamard, owner.tables
+        self.lean, self.mask, self.one = owner.lean, mask, owner.one
         self.shared = _Shared()
         self.visual: Tensor | None = None
         self._positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -187,12 +217,14 @@ class _GroupQueryPast(Cache):
 class GroupQueryModel(nn.Module):
     """(ids, mask, positions, past by name) -> (logits, present...) for a model whose layers have fixed steps.
 
-    tokens: positions it serves; the angles behind the mean of the keys are a table of that reach.
+    tokens: positions it serves; the angles behind the mean of the keys are a table of that reach. lean: without bias.
     """
 
-    def __init__(self, model: nn.Module, tokens: int) -> None:
+    def __init__(self, model: nn.Module, tokens: int, lean: bool = False) -> None:
         super().__init__()
-        self.model, self.runtime = model, runtime_of(model)
+        self.model, self.runtime, self.lean = model, runtime_of(model), lean
+        self.one: Tensor
+        self.register_buffer("one", torch.ones(1), persistent=False)
         self.params: list[dict[str, Tensor]] = []
         self.hadamard: dict[int, Tensor] = {}
         self.tables: dict[str, Tensor] = {}
@@ -236,7 +268,6 @@ def attention_forward(
     """The attention function of the traced model: the layer that turned the keys attends."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer = key._kvsink_group_query  # type: ignore[attr-defined]
-    assert attention_mask is not None
     return layer.attend(query, key, value, attention_mask, scale), None
 
 
@@ -246,6 +277,8 @@ def _register() -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(GQA_ATTENTION, attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(GQA_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_ATTENTION_FUNCTIONS.register(GQA_LEAN, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(GQA_LEAN, lambda *args, **kwargs: None)
 
 
 _register()

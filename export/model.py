@@ -9,6 +9,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +47,28 @@ def check_extras() -> None:
 
 def onnx(
     source: Any, path: str | Path, flavour: str = "functions", *, opset: int = OPSET, tokens: int | None = None,
-    external_data: bool | None = None, embeds: bool = False,
+    external_data: bool | None = None, dtype: str = "float32", embeds: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Export a rewritten model, or the folder of one, to the file `path`; returns its manifest.
 
     flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies; "gqa" is for models of the method
     static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it
-    serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on. embeds: the graph
-    takes inputs_embeds in place of input_ids, as the language part of a vision-language model does that is to see pictures.
+    serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on. dtype: "float16"
+    is for CUDA; flavour gqa then has no attention bias, which its kernel there declines: rows of equal length, keys not centred.
+    embeds: the graph takes inputs_embeds in place of input_ids, as the language part of a vision-language model does that is to
+    see pictures.
 
     The graph is checked and run beside the torch model first, on text where a tokenizer is at hand. Raises KvsinkError children.
     """
     target = Path(path)
     if flavour not in FLAVOURS:
         raise UnknownName("flavour", flavour, FLAVOURS)
+    if dtype not in ("float32", "float16"):
+        raise ExportError(f"dtype {dtype} is neither float32 nor float16")
+    if dtype == "float16" and flavour == "custom":
+        raise ExportError("flavour custom leaves in float32, as its kernels compute; float16 is for functions and gqa")
+    if dtype == "float16" and embeds:
+        raise ExportError("embeddings come in float32; leave dtype out with embeds=True")
     if not OPSET <= opset <= LARGEST_OPSET:
         raise ExportError(f"opset {opset} is outside {OPSET} to {LARGEST_OPSET}; {OPSET} is the first with all operators used here")
     if target.suffix != ".onnx" or target.is_dir():
@@ -69,7 +79,7 @@ def onnx(
     folder = Path(source) if isinstance(source, (str, Path)) else None
     model = load_model(folder, "cpu", torch.float32) if folder is not None else source
     runtime = runtime_of(model)
-    check_expressible(model, runtime, flavour=flavour, embeds=embeds)
+    check_expressible(model, runtime, flavour=flavour, lean=flavour == "gqa" and dtype == "float16", embeds=embeds)
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 4096
     reach = limit if tokens is None else tokens
@@ -77,7 +87,10 @@ def onnx(
         raise ExportError(f"tokens={reach} is outside {_CHECKED} to the {limit} positions of the model")
     build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        manifest = _write(build / target.name, model, flavour, opset, reach, _ids(folder, config.vocab_size), external_data, embeds)
+        manifest = _write(
+            build / target.name, model, flavour, opset, reach, _ids(folder, config.vocab_size), external_data, dtype == "float16",
+            embeds,
+        )  # fmt: skip
         if folder is not None and folder.resolve() != target.parent.resolve():
             for file in folder.iterdir():
                 if file.is_file() and file.name.startswith(_TOKENIZER):
@@ -91,14 +104,16 @@ def onnx(
 
 
 def _write(
-    path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None, embeds: bool
+    path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None,
+    half: bool = False, embeds: bool = False,
 ) -> dict[str, Any]:
     import json
 
     import onnx_ir
 
     runtime, config = runtime_of(model), model.config.get_text_config(decoder=True)
-    graph = build_graph(model, opset, tokens, flavour, embeds)
+    lean = half and flavour == "gqa"
+    graph = build_graph(model, opset, tokens, flavour, lean, embeds)
     plain, grouped = flavour == "custom", flavour == "gqa"
     append_functions(graph, opset)
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
@@ -114,6 +129,7 @@ def _write(
         "pad_token_id": config.pad_token_id if isinstance(config.pad_token_id, int) else 0,
         "elements_per_token": 2 * len(runtime.plans) * a.kv_heads * a.head_dim,
         "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs),
+        "dtype": "float32", "padding": not lean,
         "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans], "versions": versions(),
     }  # fmt: skip
 
@@ -124,6 +140,17 @@ def _write(
     save()
     check_file(path)
     manifest["check"] = check_run(path, model, ids)
+    if half:  # what was run is its twin in float32
+        del graph
+        with _halved(model):  # until the file is written: the graph refers to the parameters
+            graph = build_graph(model, opset, tokens, flavour, lean)
+            append_functions(graph, opset)
+            manifest |= {"dtype": "float16", "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs)}
+            if grouped:
+                write_genai(path, model, manifest)
+            save()
+        check_file(path)
+        return manifest
     if grouped:
         write_genai(path, model, manifest)
     if plain:  # what was run is its twin with bodies
@@ -134,6 +161,19 @@ def _write(
     save()
     check_file(path)
     return manifest
+
+
+@contextmanager
+def _halved(model: torch.nn.Module) -> Iterator[None]:
+    """The parameters in float16 for the time of a `with` block; tables and angles stay as they are."""
+    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = held[name]
 
 
 def _ids(folder: Path | None, vocabulary: int) -> Tensor:

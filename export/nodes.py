@@ -17,10 +17,11 @@ from torch import Tensor
 
 from kvsink.kernels import hadamard, stages
 from kvsink.kernels.append import merge_exact
+from kvsink.kernels.base import resolve_codec
 
 __all__ = [
-    "Steps", "attend", "center_roped", "channel_reorder", "first_rows", "mean_rows", "preserve_sinks", "restore_sinks",
-    "rotate_block", "undo_rope",
+    "Steps", "attend", "attend_packed", "center_roped", "channel_reorder", "first_rows", "mean_rows", "preserve_sinks",
+    "restore_sinks", "rotate_block", "undo_rope",
 ]  # fmt: skip
 
 FIRST_SCORE = 1e30  # above any activation, as in `kvsink.runtime`
@@ -37,6 +38,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 @attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+@torch.library.custom_op("kvsink_export::attend_packed", mutates_args=())
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor, codes: Sequence[Tensor], exact: Sequence[Tensor],
+    params: Sequence[Tensor], scale: float, codec: str,
+) -> Tensor:  # fmt: skip
+    """`attend` over what a packed past stands for, the exact rows and the new ones.
+
+    positions [B, P] and codes (of keys, their scale, of values, their scale) of the past; exact: keys, values and slots of the
+    rows kept exact, or nothing; params in the order of the codec's names.
+    """
+    c = resolve_codec(codec)
+    p = dict(zip(c.param_names(), params, strict=True))
+    keys = c.decode_keys(codes[0], codes[1], positions, p).to(k.dtype)
+    values = c.decode_values(codes[2], codes[3], p).to(v.dtype)
+    if exact:
+        keys, values = restore_sinks(keys, k, exact[0], exact[2]), restore_sinks(values, v, exact[1], exact[2])
+    else:
+        keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+    return attend(q, keys, values, mask, scale)
+
+
+@attend_packed.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor, codes: Sequence[Tensor], exact: Sequence[Tensor],
+    params: Sequence[Tensor], scale: float, codec: str,
+) -> Tensor:  # fmt: skip
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 

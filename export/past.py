@@ -12,6 +12,7 @@ Declines   see `kvsink.export.flavours`
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
-from kvsink.export.nodes import Steps, attend, first_rows, preserve_sinks, restore_sinks
+from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.kernels import decode, dequantize, encode, quantize
 from kvsink.runtime import Frame, Runtime, runtime_of
 
-__all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "PlainLayer", "empty_past", "past_names"]
+__all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "PlainLayer", "empty_past", "past_names", "takes_packed"]
 
 ATTENTION = "kvsink_export"
 FIXED = ("exact_key", "exact_value", "exact_slot", "exact_score")  # state that does not grow with the tokens
@@ -33,6 +34,8 @@ STATE_OF = {
     "exact_key": "exact_k", "exact_value": "exact_v", "exact_slot": "exact_slot", "exact_score": "exact_score",
 }  # fmt: skip
 """Name in the graph → name in `kvsink.codecs.STATE_NAMES`."""
+_PACKED_KINDS = ("lloyd", "lloyd-even", "vector", "gauss", "uniform", "uniform-int", "static")
+_SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
 
 def past_names(codec: Codec | None) -> tuple[str, ...]:
@@ -61,6 +64,14 @@ def empty_past(runtime: Runtime, batch: int, length: int, dtype: torch.dtype) ->
             shape, kind, fill = layout[STATE_OF[name]]
             out[f"{i}.{name}"] = torch.full(shape, fill, dtype=kind)
     return out
+
+
+def takes_packed(codec: Codec) -> bool:
+    """Whether one node reads the past of a layer; else it is decoded by one node after another."""
+    for side in (codec.key, codec.value):
+        if not side.packed or side.kind not in _PACKED_KINDS or side.reorder or (side.heads_per_group > 1 and not side.folded):
+            return False
+    return codec.key.domain != "block" or codec.key.block >= _SMALLEST_BLOCK
 
 
 class PlainLayer(CacheLayerMixin):
@@ -112,29 +123,46 @@ class _PackedLayer(PlainLayer):
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
             cos, sin = runtime.angles(self.layer, positions[:1])
+        cos, sin = cos.float(), sin.float()  # a model in float16 codes its rows in float32
         present = {}
-        x = c.transform_keys(k, cos, sin, positions, p, True, steps=Steps) if c.key.packed else k
-        y = c.transform_values(v, p, steps=Steps) if c.value.packed else v
+        x = c.transform_keys(k.float(), cos, sin, positions, p, True, steps=Steps) if c.key.packed else k
+        y = c.transform_values(v.float(), p, steps=Steps) if c.value.packed else v
         for side, name, rows in (("k", "key", x), ("v", "value", y)):
             codes, scale = _encode(c, side, rows, p)
             present[name] = torch.cat([past[name], codes], dim=2)
             if scale is not None:
                 present[f"{name}_scale"] = torch.cat([past[f"{name}_scale"], scale], dim=2)
+        held = [past[n] for n in ("exact_slot", "exact_score", "exact_key", "exact_value")] if c.segments else []
+        exact: tuple[Tensor, ...] = ()
+        if held:
+            chosen = self._candidates(frame, positions)
+            slot, score, *rows = preserve_sinks(*held, k, v, self.cache.past_positions, chosen, list(c.segments))
+            present |= {"exact_key": rows[0], "exact_value": rows[1], "exact_slot": slot, "exact_score": score}
+            exact = (*rows, slot)
+        self.present = present
+        if self.cache.fused and takes_packed(c):
+            k._kvsink_packed = partial(self._attend, c, exact)  # type: ignore[attr-defined]
+            return k, v
         old_k, old_v = (_decode(c, side, past[n], past.get(f"{n}_scale"), p) for side, n in (("k", "key"), ("v", "value")))
         if c.key.packed:
             old_k = c.restore_keys(old_k, self.cache.past_positions, p, steps=Steps).to(k.dtype)
         if c.value.packed:
             old_v = c.restore_values(old_v, p, steps=Steps).to(v.dtype)
-        if c.segments:
-            held = [past[n] for n in ("exact_slot", "exact_score", "exact_key", "exact_value")]
-            chosen = self._candidates(frame, positions)
-            slot, score, exact_k, exact_v = preserve_sinks(*held, k, v, self.cache.past_positions, chosen, list(c.segments))
-            present |= {"exact_key": exact_k, "exact_value": exact_v, "exact_slot": slot, "exact_score": score}
-            full_k, full_v = restore_sinks(old_k, k, exact_k, slot), restore_sinks(old_v, v, exact_v, slot)
-        else:
-            full_k, full_v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        self.present = present
-        return full_k, full_v
+        if exact:
+            return restore_sinks(old_k, k, exact[0], exact[2]), restore_sinks(old_v, v, exact[1], exact[2])
+        return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+
+    def _attend(
+        self, c: Codec, exact: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """Attention output [B, Hq, S, D] as one node; q [B, Hq, S, D]."""
+        p, past, codes = self.cache.params[self.layer], self.past, []
+        for name in ("key", "value"):
+            stored = past[name]
+            empty = stored.new_empty((*stored.shape[:-1], 0), dtype=torch.float16)
+            codes += [stored, past.get(f"{name}_scale", empty)]
+        params = [p[name] for name in c.param_names()]
+        return attend_packed(q, k, v, mask, self.cache.past_positions, codes, list(exact), params, scale, c.text())
 
     def _candidates(self, frame: Frame, positions: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
@@ -184,8 +212,10 @@ class PackedPast(Cache):
 
     is_kvsink = True
 
-    def __init__(self, runtime: Runtime, past: dict[str, Tensor], params: list[dict[str, Tensor]]) -> None:
-        self.runtime, self.params = runtime, params
+    def __init__(
+        self, runtime: Runtime, past: dict[str, Tensor], params: list[dict[str, Tensor]], fused: bool = False
+    ) -> None:
+        self.runtime, self.params, self.fused = runtime, params, fused
         self.past_positions = past["positions"]
         self.shared = _Shared()
         self.visual: Tensor | None = None
@@ -217,13 +247,15 @@ class PackedPast(Cache):
 class ExportedModel(nn.Module):
     """(ids, mask, positions, past by name) -> (logits, present...): what is exported, and its definition in torch.
 
-    tokens: positions it serves; block-start angles are a table of that reach. embeds: rows come as embeddings, not as ids.
+    tokens: positions it serves; block-start angles are a table of that reach. fused: one node reads the past of a layer.
+    embeds: rows come as embeddings, not as ids.
     """
 
-    def __init__(self, model: nn.Module, tokens: int, embeds: bool = False) -> None:
+    def __init__(self, model: nn.Module, tokens: int, fused: bool = False, embeds: bool = False) -> None:
         super().__init__()
         self.model, self.rows = model, "inputs_embeds" if embeds else "input_ids"
         self.runtime = runtime_of(model)
+        self.fused = fused and bool(getattr(model, "_supports_attention_backend", False))  # else attention is no function
         self.params: list[dict[str, Tensor]] = []
         shared: dict[int, Tensor] = {}  # equal tables are one tensor, so that the graph holds one initializer
         for i, plan in enumerate(self.runtime.plans):
@@ -240,7 +272,7 @@ class ExportedModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = PackedPast(self.runtime, past, self.params)
+        cache = PackedPast(self.runtime, past, self.params, self.fused)
         out = self.model(
             **{self.rows: input_ids}, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
             use_cache=True,
@@ -255,7 +287,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function of exported graphs: one `Attend` node, keys and values not repeated for query groups."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return attend(query, key, value, attention_mask, scale).transpose(1, 2), None
+    packed = getattr(key, "_kvsink_packed", attend)
+    return packed(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
 def _register() -> None:

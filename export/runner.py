@@ -21,19 +21,20 @@ from kvsink.export.manifest import read_manifest
 __all__ = ["OnnxGenerator"]
 
 PAST, PRESENT = "past_key_values.", "present."
-_DTYPES = {"float": "float32"}
+_DTYPES = {"float": "float32"}  # other types have the names of numpy
 
 
 class OnnxGenerator:
     """Runs model.onnx with its manifest beside it.
 
-    providers: of onnxruntime, best first; threads: of one operator, 0 lets onnxruntime choose; library: the custom-op library
-    that brings the nodes of flavour custom, as `python -m kvsink.tools.build_ort_ops` builds it.
+    providers: of onnxruntime, best first, each alone or with its options; threads: of one operator, 0 lets onnxruntime choose;
+    library: the custom-op library that brings the nodes of flavour custom, as `python -m kvsink.tools.build_ort_ops` builds it;
+    profile: begin of the name of a file of times by node, which `session.end_profiling()` writes.
     """
 
     def __init__(
-        self, path: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0,
-        library: str | Path | None = None,
+        self, path: str | Path, providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+        threads: int = 0, library: str | Path | None = None, profile: str | Path | None = None,
     ) -> None:  # fmt: skip
         try:
             import onnxruntime
@@ -47,7 +48,8 @@ class OnnxGenerator:
                 "export flavour functions"
             )
         self._ort = onnxruntime
-        if missing := set(providers) - set(onnxruntime.get_available_providers()):
+        names = [p if isinstance(p, str) else p[0] for p in providers]
+        if missing := set(names) - set(onnxruntime.get_available_providers()):
             raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -55,12 +57,18 @@ class OnnxGenerator:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if library is not None:
             _register(options, Path(library), threads)
-        self.device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        if "CUDAExecutionProvider" in names and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA's libraries, of pip packages where there are any
+        self.device = "cuda" if names[0] == "CUDAExecutionProvider" else "cpu"
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime raises kinds of its own
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime cannot load {path} ({first}); export the model again") from error
+        if self.session.get_providers()[0] != names[0]:
+            raise ExportError(f"onnxruntime cannot start {names[0]} here, see its message above; leave providers out")
         self.one_row = self.manifest["flavour"] == "gqa"
         self.embeds = any(e["name"] == "inputs_embeds" for e in self.manifest["inputs"])
         self.past: dict[str, Any] = {}  # the cache of the last text, as long as it was
@@ -79,6 +87,16 @@ class OnnxGenerator:
             shape = [d if isinstance(d, int) else batch if d == "batch" else 0 for d in entry["shape"]]
             fill = {"exact_slot": -1, "exact_score": -np.inf}.get(name.rpartition(".")[2], 0)
             out[name] = self.value(np.full(shape, fill, dtype=_dtype(entry)))
+        return out
+
+    def room(self, batch: int, length: int) -> dict[str, Any]:
+        """A past of fixed size that `step` writes in place: for a graph of flavour gqa without an attention bias."""
+        if self.manifest.get("padding", True):
+            raise ExportError(f"{self.path.name} joins new rows to the past; only flavour gqa in float16 writes in place")
+        out = {}
+        for name, entry in self._past.items():
+            shape = [d if isinstance(d, int) else batch if d == "batch" else length for d in entry["shape"]]
+            out[name] = self.value(np.zeros(shape, dtype=_dtype(entry)))
         return out
 
     def nbytes(self, past: Mapping[str, Any]) -> int:
@@ -112,10 +130,19 @@ class OnnxGenerator:
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too).
 
-        A model exported with embeds=True takes embeddings float32 [B, S, E] in the place of tokens.
+        A model exported with embeds=True takes embeddings float32 [B, S, E] in the place of tokens. The past of `room` is the cache
+        that is returned; the mask says how much of it is filled.
         """
         self._check(past)
-        if self.one_row and past["0.key"].shape()[2] and min(np.shape(ids)) > 1:
+        total, in_place = np.shape(mask)[1], False
+        if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
+            limit = self.manifest["max_positions"]
+            raise ExportError(f"position {int(np.max(positions))} is beyond the {limit} that {self.path.name} serves")
+        if not self.manifest.get("padding", True) and not np.all(mask):
+            raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
+        if not self.manifest.get("padding", True):
+            in_place = past["0.key"].shape()[2] >= total
+        if self.one_row and total > np.shape(ids)[1] and min(np.shape(ids)) > 1:
             raise ExportError(
                 f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
                 "one, one token at a time, or whole prompts"
@@ -134,15 +161,18 @@ class OnnxGenerator:
             binding.bind_ortvalue_input(PAST + name, value)
         outputs = [entry["name"] for entry in self.manifest["outputs"]]
         for name in outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
+            if in_place and name != "logits":
+                binding.bind_ortvalue_output(name, past[name.removeprefix(PRESENT)])
+            else:
+                binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
-        logits = values.pop("logits").numpy()
-        return logits, {name.removeprefix(PRESENT): value for name, value in values.items()}
+        logits = values.pop("logits").numpy().astype(np.float32, copy=False)
+        return logits, dict(past) if in_place else {name.removeprefix(PRESENT): value for name, value in values.items()}
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -164,7 +194,8 @@ class OnnxGenerator:
             raise ExportError(f"temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}, chunk={chunk}: out of range")
         rng = np.random.default_rng(seed)
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        past = self.past = self.empty(len(ids))
+        padding = self.manifest.get("padding", True)
+        past = self.past = self.empty(len(ids)) if padding else self.room(len(ids), ids.shape[1] + max_new_tokens)
         chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)

@@ -56,7 +56,7 @@ class _Rows(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((n, _int) for n in ("batch", "heads", "repeats", "slots", "pieces", "threads")),
+        *((n, _int) for n in ("batch", "heads", "repeats", "slots", "coded", "pieces", "threads")),
         ("key", _Side),
         ("value", _Side),
         ("q", _pointer),
@@ -198,7 +198,7 @@ def attend_one(
     call, fresh, first = plan.call, plan.fresh, int(state[11])
     q, k, v = _dense(q), _dense(k), _dense(v)
     b, h, slots, threads = call.batch, call.heads, first + 1, torch.get_num_threads()
-    call.repeats, call.slots, call.threads, call.scale = q.shape[1] // h, slots, threads, scale
+    call.repeats, call.slots, call.coded, call.threads, call.scale = q.shape[1] // h, slots, slots, threads, scale
     call.pieces = pieces = max(1, min(-(-8 * threads // (b * h)), slots // 128))
     call.q, call.q_type, call.q_b, call.q_h = q.data_ptr(), FLOAT_TYPES[q.dtype], q.stride(0), q.stride(1)
     call.mask = None

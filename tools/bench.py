@@ -215,6 +215,41 @@ def cpu(
     return 0
 
 
+@bench.command(
+    name="onnx",
+    help="Exported graphs under onnxruntime, on a GPU or on this processor: logits against the CPU and torch, time of a decode "
+    "step behind a long prompt, nodes that fell to the CPU.",
+)
+@click.option("--model", "name", default="llama", show_default=True, help="llama: random weights; or a folder, or demo:smollm2.")
+@click.option("--layers", default=4, show_default=True, help="Layers of the LLaMA-3-8B shape with random weights.")
+@click.option("--hidden", default=4096, show_default=True, help="Its width; heads have 128 channels, 4 queries share one.")
+@click.option("--provider", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]))
+@click.option("--dtype", default=None, type=click.Choice(["float16", "float32"]), help="[default: float16 on cuda, else float32]")
+@click.option(
+    "--cases", default="functions:16,functions:klt:2,functions:rotatekv:4,gqa:16,gqa:8,gqa:4", show_default=True,
+    help="FLAVOUR:BITS or FLAVOUR:METHOD:BITS; 16 bits: not coded.",
+)  # fmt: skip
+@click.option("--tokens", default=4096, show_default=True, help="Length of the prompt.")
+@click.option("--steps", default=40, show_default=True)
+@click.option("--threads", default=0, show_default=True, help="Of onnxruntime; 0 lets it choose.")
+@_out
+def onnx_(out: Path | None, **options: Any) -> int:
+    from kvsink.tools.bench_onnx import onnx_rows, parse_cases, table
+
+    if options["tokens"] < 1 or options["steps"] < 3:
+        raise click.BadParameter(f"{options['tokens']} tokens and {options['steps']} steps; at least 1 and 3 are needed")
+    options["cases"] = parse_cases(options["cases"])
+    rows = []
+    for row in onnx_rows(**options, say=_say):
+        rows.append(row)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with open(out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    _say(table(rows))
+    return 0 if all(row["verdict"] == "ok" for row in rows) else 2
+
+
 @bench.command(help="Draw the rows of `kernels` from a JSON-lines file; needs no GPU.")
 @click.argument("rows", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("image", type=click.Path(path_type=Path, dir_okay=False))

@@ -22,13 +22,16 @@ from pathlib import Path
 
 from kvsink.errors import KvsinkError
 from kvsink.kernels.base import cache_folder
-from kvsink.kernels.c_library import machine
+from kvsink.kernels.c_library import FOLDER, LOOSE, machine
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
 
 __all__ = ["build", "compiler", "main"]
 
 SOURCES = Path(__file__).parent / "ort_ops"
+PART = FOLDER / "attend_cpu.c"
+"""Attention of one new row over packed rows, which the cache's own path on the CPU uses too."""
+PART_FLAGS = tuple(flag for flag in LOOSE if flag != "-shared")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
@@ -55,6 +58,14 @@ def levels_header() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _run(command: list[str], source: Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.splitlines()
+        first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+        raise KvsinkError(f"{command[0]} could not build {source}: {first[:300]}")
+
+
 def build(out: str | Path | None = None) -> Path:
     """Compile the library, to `out` or into the cache folder; one that stands there already is taken as it is."""
     found = compiler()
@@ -62,7 +73,7 @@ def build(out: str | Path | None = None) -> Path:
         raise KvsinkError("no C++ compiler found; install g++, or set CXX")
     version = subprocess.run([found, "--version"], capture_output=True, check=False).stdout
     header = levels_header()
-    parts = [p.read_bytes() for p in sorted(SOURCES.iterdir())]
+    parts = [p.read_bytes() for p in (*sorted(SOURCES.iterdir()), PART, *sorted(PART.parent.glob("*.h")))]
     key = hashlib.sha256(b"".join(parts) + header.encode() + version + " ".join(FLAGS).encode() + machine()).hexdigest()[:24]
     target = Path(out) if out is not None else cache_folder() / "kernels" / f"ort-ops-{key}.so"
     if out is None and target.is_file():
@@ -73,12 +84,10 @@ def build(out: str | Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             (Path(scratch) / "levels.h").write_text(header, encoding="utf-8")
             fresh = Path(scratch) / "ops.so"
-            command = [found, *FLAGS, "-I", scratch, "-I", str(SOURCES), "-o", str(fresh), str(SOURCES / "ops.cpp")]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                lines = done.stderr.splitlines()
-                first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
-                raise KvsinkError(f"{found} could not build {SOURCES / 'ops.cpp'}: {first[:300]}")
+            part = Path(scratch) / "attend.o"
+            _run([found, "-x", "c", "-c", *PART_FLAGS, "-o", str(part), str(PART)], PART)
+            include = [f"-I{folder}" for folder in (scratch, SOURCES, PART.parent)]
+            _run([found, *FLAGS, *include, "-o", str(fresh), str(SOURCES / "ops.cpp"), str(part)], SOURCES / "ops.cpp")
             os.replace(fresh, target)
     except OSError as error:
         raise KvsinkError(f"{target} cannot be written ({error.strerror}); choose another path") from error

@@ -15,7 +15,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.command("kvsink-rewrite", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--method", help="A name of kvsink.methods(). [default: klt; static-rotated with --onnx-flavour gqa]")
+@click.option("--method", help="A name of kvsink.methods(). [default: klt; static with --onnx-flavour gqa]")
 @click.option(
     "--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]"
 )
@@ -93,7 +93,7 @@ def command(
 
         if flavour not in FLAVOURS:
             raise UnknownName("flavour", flavour, FLAVOURS)
-    options["method"] = method or ("static-rotated" if flavour == "gqa" else "klt")
+    options["method"] = method or ("static" if flavour == "gqa" else "klt")
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

@@ -67,6 +67,53 @@ def test_eight_bits_and_none(bits: int, tmp_path) -> None:
     assert manifest["check"]["packed_bytes"] == (10752 if bits == 8 else 0)
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(4, "uint8"), (8, "int8"), (16, "float16")])
+def test_float16_leaves_without_a_bias_and_writes_in_place(bits: int, kind: str, tmp_path) -> None:
+    """What CUDA's kernel takes: no attention bias, one step of all channels, a cache of fixed size."""
+    import onnx as onnx_package
+
+    model = rewritten("llama", method="static-rotated", key_bits=bits, value_bits=bits)
+    manifest = onnx(model, tmp_path / "model.onnx", "gqa", dtype="float16")
+    assert next(model.parameters()).dtype == torch.float32 and manifest["dtype"] == "float16" and not manifest["padding"]
+    nodes = onnx_package.load(tmp_path / "model.onnx").graph.node
+    made = [n for n in nodes if n.op_type == "GroupQueryAttention"]
+    assert len(made) == 2 and not any(name for n in made for name in n.input[7:12])
+    if bits < 16:
+        assert all(a.s == b"PER_TENSOR" for n in made for a in n.attribute if a.name.endswith("quant_type"))
+    runner = OnnxGenerator(tmp_path / "model.onnx")
+    ids = np.array([[5, 6, 7, 8, 9, 11]])
+    room, grown = runner.room(1, 8), runner.empty(1)
+    assert room["0.key"].data_type() == f"tensor({kind})"
+    for a, b in ((0, 4), (4, 5), (5, 6)):
+        step = ids[:, a:b], np.ones((1, b)), np.arange(a, b)[None]
+        one, there = runner.step(*step, room)
+        two, grown = runner.step(*step, grown)
+        assert there["0.key"] is room["0.key"] and np.array_equal(one, two)
+    for name, value in grown.items():
+        assert value.shape()[2] == 6 and np.array_equal(room[name].numpy()[:, :, :6], value.numpy()), name
+        assert not room[name].numpy()[:, :, 6:].any()
+    with pytest.raises(ExportError, match="no attention bias for padding"):
+        runner.generate([[5, 6, 7], [5]], 2)
+    full = onnx(model, tmp_path / "full.onnx", "gqa")
+    assert full["padding"] and full["dtype"] == "float32"
+    other = OnnxGenerator(tmp_path / "full.onnx")
+    wanted = other.step(ids, np.ones((1, 6)), np.arange(6)[None], other.empty(1))[0]
+    half = runner.step(ids, np.ones((1, 6)), np.arange(6)[None], runner.empty(1))[0]
+    bound = {16: 2e-3, 8: 2e-2, 4: 1e-1}[bits]  # of the largest logit: float16, and codes that it moves by one
+    assert np.abs(half - wanted).max() < bound * np.abs(wanted).max()
+
+
+def test_float16_declines_what_needs_a_bias(tmp_path) -> None:
+    for family, method, words in (("llama", "static", "the mean of keys comes back"), ("gemma3", "static-rotated", "its window")):
+        with pytest.raises(ExportError, match=words):
+            onnx(rewritten(family, method=method), tmp_path / "model.onnx", "gqa", dtype="float16")
+    with pytest.raises(ExportError, match="custom leaves in float32"):
+        onnx(rewritten("llama"), tmp_path / "model.onnx", "custom", dtype="float16")
+    with pytest.raises(ExportError, match="neither float32 nor float16"):
+        onnx(rewritten("llama"), tmp_path / "model.onnx", "gqa", dtype="int8")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def out(tiny_dir, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("gqa") / "out"

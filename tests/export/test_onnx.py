@@ -128,6 +128,8 @@ def test_a_cache_of_the_wrong_kind_is_refused(runner) -> None:
         (lambda r: r.generate([[97]]), "outside the vocabulary"),
         (lambda r: r.generate([[5] * 100], 64), "exceed the 128 positions"),
         (lambda r: r.generate([[5]], top_p=0.0), "out of range"),
+        (lambda r: r.step([[5]], [[1]], [[128]], r.empty(1)), "position 128 is beyond the 128 that model.onnx serves"),
+        (lambda r: r.room(1, 8), "only flavour gqa in float16"),
         (lambda r: OnnxGenerator("nowhere.onnx"), "does not exist"),
         (lambda r: OnnxGenerator(r.path, providers=["NoSuchProvider"]), "has no NoSuchProvider"),
     ],
@@ -164,6 +166,25 @@ def test_a_copy_without_its_manifest(out, tmp_path) -> None:
     (tmp_path / "model.onnx.json").write_text('{"format": "kvsink-onnx-0"}')
     with pytest.raises(ExportError, match="is not kvsink-onnx-1"):
         OnnxGenerator(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("options", [{}, dict(method="rotatekv"), dict(method="static", key_bits=16, value_bits=16)])
+def test_float16_keeps_codes_and_logits_near(options, tmp_path) -> None:
+    """Weights and attention in 16 bit, rows coded in float32: exact rows and rows without codes are float16 in the cache."""
+    model, made = rewritten("llama", **options), []
+    ids, ones, at = np.arange(5, 17)[None], np.ones((1, 12)), np.arange(12)[None]
+    for dtype in ("float32", "float16"):
+        (tmp_path / dtype).mkdir()
+        manifest = onnx(model, tmp_path / dtype / "model.onnx", dtype=dtype)
+        assert manifest["dtype"] == dtype and manifest["padding"]
+        kinds = {e["dtype"] for e in manifest["inputs"] if e["name"].endswith(("exact_key", ".key"))} - {"uint8"}
+        assert kinds == ({"float16"} if dtype == "float16" else {"float"})
+        made.append(OnnxGenerator(tmp_path / dtype / "model.onnx"))
+    logits, held = zip(*(runner.step(ids, ones, at, runner.empty(1)) for runner in made), strict=True)
+    assert np.abs(logits[0] - logits[1]).max() < 2e-2 * np.abs(logits[0]).max()
+    for name, value in held[0].items():
+        if value.data_type() == "tensor(uint8)":
+            assert (value.numpy() != held[1][name].numpy()).mean() < 0.02, name
 
 
 def test_custom_nodes_and_external_data(tmp_path) -> None:

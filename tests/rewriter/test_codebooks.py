@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import kvsink
+from kvsink import codebooks
 from kvsink.calibration import Calibration
 from kvsink.codebooks import learn, learn_book, learn_levels, row_weights
 from kvsink.codecs import Codec, SideSpec
 from kvsink.design import balanced, design_value
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.levels import distortion
+from kvsink.kernels.static import best_steps, static_decode, static_encode
 from kvsink.kernels.vector import vector_decode, vector_encode
 from kvsink.observers import Samples, ValueStats
 from kvsink.report import counted_bits
@@ -271,3 +273,26 @@ def test_an_eigenbasis_serves_codebooks_of_correlated_channels() -> None:
         back = codec.restore_values(codec.dequantize("v", *codec.encode_values(x, design.tables), design.tables), design.tables)
         errors.append(float((back - x).square().mean()))
     assert errors[1] < 0.7 * errors[0]
+
+
+def test_rows_at_position_0_have_their_share_of_the_weight() -> None:
+    positions = torch.tensor([0, 5, 9, 0, 7, 3, 2, 8, 6, 4])
+    for side, share in (("k", 0.25), ("v", 2.0)):
+        weight = codebooks._first_rows(side, positions)
+        first = weight[0, positions == 0, 0]
+        assert weight.shape == (1, 10, 1) and bool((weight[0, positions > 0] == 1).all())
+        assert float(first.sum()) == max(2.0, share * 8)  # never less than a row has without
+    assert bool((codebooks._first_rows("v", positions + 1) == 1).all())
+
+
+def test_a_fixed_step_serves_a_first_row_that_the_mean_leaves_outside() -> None:
+    """A row far outside saturates when all rows count the same, and is met when it has its share."""
+    x = torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 9.0
+    positions = torch.arange(400)
+
+    def error(weights: torch.Tensor | None) -> float:
+        step = best_steps(x, weights, 4)
+        return float((static_decode(static_encode(x[:, None, :1], step, 4)[0], step, 4) - 9.0).abs().max())
+
+    assert error(None) > 3 and error(codebooks._first_rows("v", positions)) < 1

@@ -152,9 +152,75 @@ def test_attend(library: Path, sizes: tuple[int, ...], kind: str) -> None:
     same(library, "Attend", attributes, [q, k, v, given], atol=FUSED_FLOAT32)
 
 
+PACKED = [
+    ("lloyd", dict(widths=[4, 3, 2, 0], gain=1), "klt", True, True),
+    ("lloyd-even", dict(widths=[3, 2, 2, 1], gain=1), "klt", True, True),
+    ("lloyd", dict(widths=[8, 5, 4, 2], gain=0), "hadamard", True, False),
+    ("gauss", dict(widths=[2] * 4, group_size=16), "hadamard", False, False),
+    ("uniform", dict(widths=[4] * 4, group_size=8), "none", False, True),
+    ("uniform-int", dict(widths=[8] * 4, group_size=32), "hadamard", True, True),
+    ("static", dict(widths=[4] * 4, book=[2, 32], code_bits=0), "hadamard", True, False),
+    ("vector", dict(book=[2, 4, 256, 8], code_bits=8, gain=1), "klt", True, True),
+    ("vector", dict(book=[2, 4, 512, 8], code_bits=9, gain=0), "none", False, False),
+]
+
+
+@pytest.mark.parametrize("sizes", [(1, 150, 3), (1, 40, 0), (3, 150, 3), (2, 0, 3), (1, 0, 0)], ids=str)
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None:
+    """The past out of its codes in one node: one new row (never unpacked) and several, with and without exact rows."""
+    kind, coding, transform, center, in_block = case
+    new, past, places = sizes
+    batch, heads, kv_heads, dim, span, turns = 2, 6, 2, 32, 16, 12
+    coding = {"kind": kind, "group_size": dim, "gain": 0} | coding
+    if kind == "vector":
+        table = [rows(*coding["book"], seed=9)]
+    else:
+        table = [rows(kv_heads, dim, seed=9).abs() * 0.3 + 0.3] if kind in (*SIGMA_KINDS, "static") else []
+    state = []
+    for seed in (1, 2):
+        attributes = coding if kind in ("vector", "static") else {**coding, "clip": 1.0}
+        attributes = {name: v for name, v in attributes.items() if not (kind == "vector" and name == "group_size")}
+        made, _ = both(library, "QuantizeKV", attributes, [rows(batch, kv_heads, past, dim, seed=seed), *table], 2)
+        codes, scale = (torch.from_numpy(t) for t in made)
+        state += [codes, scale if scale.shape[-1] else None]
+    angles = rows(turns, dim // 2, seed=4).repeat(1, 2)
+    cos, sin = (angles.cos(), angles.sin()) if center or in_block else (None, None)
+    basis = torch.linalg.qr(rows(kv_heads, dim, dim, seed=5))[0].contiguous() if transform == "klt" else None
+    mean, shift = (rows(kv_heads, span, dim, seed=6), rows(kv_heads, dim, seed=7)) if center else (None, None)
+    exact = [None] * 3
+    if places:
+        slot = torch.tensor([[past + new - 1, 0, -2], [7, -1, past // 2]], dtype=torch.int32)
+        exact = [rows(batch, kv_heads, places, dim, seed=10), rows(batch, kv_heads, places, dim, seed=11), slot]
+    mask = torch.ones(new, past + new, dtype=torch.bool).tril(past).expand(batch, 1, new, past + new).contiguous()
+    mask[1, :, :, : past // 3] = False
+    positions = torch.stack([torch.arange(past), (torch.arange(past) - past // 3).clamp_min(0)]).int()
+    sides = {f"{side}_{n}": v for side in "kv" for n, v in coding.items()}
+    for side, spec in (("k", transform), ("v", transform)):
+        sides |= {f"{side}_transform": spec, f"{side}_order": 16, f"{side}_center": int(center)}
+    attributes = sides | {
+        "scale": 0.2, "heads": heads, "kv_heads": kv_heads, "head_dim": dim, "value_dim": dim, "span": span, "turns": turns,
+        "rotary": dim if cos is not None else 0, "in_block": int(in_block), "mask": "bool",
+    }  # fmt: skip
+    fresh = [rows(batch, kv_heads, new, dim, seed=12), rows(batch, kv_heads, new, dim, seed=13)]
+    one = table[0] if table else None
+    for given in (mask, rows(batch, heads, new, past + new, seed=14).masked_fill(~mask, -1e30)):
+        attributes["mask"] = "bool" if given.dtype == torch.bool else "float"
+        inputs = [rows(batch, heads, new, dim), *fresh, given, positions, *state, *exact, cos, sin]
+        inputs += [mean, basis, one, shift, basis, one]
+        while inputs[-1] is None:
+            inputs.pop()
+        same(library, "AttendPacked", attributes, inputs, atol=FUSED_FLOAT32)
+
+
 @pytest.mark.parametrize(
-    "options", [dict(method="klt", protect="kvsink:2+first:1"), dict(method="rotatekv", protect="massive:3+first:2")], ids=str
-)
+    "options",
+    [
+        dict(method="klt", protect="kvsink:2+first:1"), dict(method="rotatekv", protect="massive:3+first:2"),
+        dict(method="static", protect="first:1"), dict(method="cq"), dict(method="klt", key_bits=1, value_bits=1),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_model_without_bodies_equals_its_twin(library: Path, options: dict[str, str], tmp_path: Path) -> None:
     model = rewritten("llama", **options)
     onnx(model, tmp_path / "functions.onnx")

@@ -151,9 +151,11 @@ struct Coding {
   float clip;
   std::vector<Run> runs;
 
-  explicit Coding(const Attributes& a)
-      : kind(a.text("kind")), widths(a.integers("widths")), book(a.integers("book")), group(a.integer("group_size")),
-        code_bits(a.integer("code_bits")), gain(a.integer("gain") != 0), clip(a.number("clip", 1.0f)), runs(runs_of(widths)) {
+  explicit Coding(const Attributes& a, const std::string& prefix = "") {
+    const auto named = [&](const char* name) { return prefix + name; };
+    kind = a.text(named("kind").c_str()), widths = a.integers(named("widths").c_str()), book = a.integers(named("book").c_str());
+    group = a.integer(named("group_size").c_str()), code_bits = a.integer(named("code_bits").c_str());
+    gain = a.integer(named("gain").c_str()) != 0, clip = a.number(named("clip").c_str(), 1.0f), runs = runs_of(widths);
     for (const char* known : {"uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector", "static"})
       if (kind == known) return;
     throw std::runtime_error("quantizer " + kind + " has no kernel");
@@ -183,7 +185,7 @@ struct QuantizeKV : Kernel {
     const float* tables = table ? table.floats() : nullptr;
     uint8_t* codes = call.output<uint8_t>(0, {x.dims[0], heads, rows, c.bytes()});
     half* scale = call.output<half>(1, {x.dims[0], heads, rows, c.scales()});
-    const int64_t bytes = c.bytes(), scales = c.scales(), entry = c.vector() ? product(c.book, 1) : dim;
+    const int64_t bytes = c.bytes(), scales = c.scales(), entry = c.vector() ? (c.book[0] > 1 ? product(c.book, 1) : 0) : dim;
 #pragma omp parallel for num_threads(threads()) if (all > 32)
     for (int64_t i = 0; i < all; i++) {
       const float *row = from + i * dim, *own = tables ? tables + i / rows % heads * entry : nullptr;
@@ -204,26 +206,77 @@ struct QuantizeKV : Kernel {
   }
 };
 
-struct DequantizeKV : Kernel {
+// Rows of codes to rows of numbers.
+struct Decoder {
   Coding c;
+  std::vector<float> whole;      // what integer codes stand for
   std::vector<Table> tables_of;  // of every run of channels
   int64_t covered = 0;           // channels that have bits
 
-  explicit DequantizeKV(const Attributes& a) : c(a) {
-    std::vector<float> whole(256);
+  explicit Decoder(const Coding& coding) : c(coding), whole(256) {
     const float less = c.kind == "static" ? static_cast<float>(1 << (c.width() - 1)) : 0.0f;
     for (int i = 0; i < 256; i++) whole[i] = static_cast<float>(i) - less;
     for (const Run& r : c.runs) {
-      const bool gauss = c.kind == "lloyd" || c.kind == "gauss";
-      tables_of.emplace_back(r.width, c.kind == "lloyd-even" ? kEvenLevels[r.width] : gauss ? kLevels[r.width] : whole.data());
+      tables_of.emplace_back(r.width, levels_of(r.width));
       covered += r.end - r.start;
     }
   }
 
+  const float* levels_of(int width) const {
+    if (c.kind == "lloyd-even") return kEvenLevels[width];
+    return c.kind == "lloyd" || c.kind == "gauss" ? kLevels[width] : whole.data();
+  }
+
+  // One row; own: deviations, steps or the book of its head.
+  void row(const uint8_t* codes, const half* numbers, const float* own, float* y) const {
+    const int64_t dim = c.dim();
+    const float gain = c.gain && c.scales() ? static_cast<float>(numbers[0]) : 1.0f;
+    if (c.vector()) {
+      const int64_t width = c.book[3], bytes = c.bytes();
+      for (int64_t at = 0; at < c.book[1]; at++) {
+        const float* value = own + (at * c.book[2] + field(codes, static_cast<int>(c.code_bits), at, bytes)) * width;
+        for (int64_t j = 0; j < width; j++) y[at * width + j] = value[j] * gain;
+      }
+      return;
+    }
+    if (c.sigma()) {
+      if (covered < dim) std::fill(y, y + dim, 0.0f);
+      for (size_t r = 0; r < c.runs.size(); r++)
+        look_up(codes + c.runs[r].byte, c.runs[r].end - c.runs[r].start, tables_of[r], y + c.runs[r].start);
+#pragma omp simd
+      for (int64_t j = 0; j < dim; j++) y[j] = y[j] * own[j] * gain;
+      return;
+    }
+    look_up(codes, dim, tables_of[0], y);
+    if (c.kind == "static") {
+#pragma omp simd
+      for (int64_t j = 0; j < dim; j++) y[j] *= own[j];
+      return;
+    }
+    for (int64_t g = 0; g < dim / c.group; g++) {
+      const float step = static_cast<float>(numbers[2 * g]), base = static_cast<float>(numbers[2 * g + 1]);
+      float* part = y + g * c.group;
+      if (c.kind == "uniform-int") {
+#pragma omp simd
+        for (int64_t j = 0; j < c.group; j++) part[j] = (part[j] - base) * step;
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < c.group; j++) part[j] = part[j] * step + base;
+      }
+    }
+  }
+};
+
+struct DequantizeKV : Kernel {
+  Decoder decoder;
+
+  explicit DequantizeKV(const Attributes& a) : decoder(Coding(a)) {}
+
   void run(const Call& call) const override {
+    const Coding& c = decoder.c;
     const Input codes = call.input(0), scale = call.input(1), table = call.input(2);
     const int64_t dim = c.dim(), heads = codes.dims[1], rows = codes.dims[2], all = product(codes.dims, 0, 3);
-    const int64_t bytes = c.bytes(), scales = scale ? scale.dims[3] : 0, entry = c.vector() ? product(c.book, 1) : dim;
+    const int64_t bytes = c.bytes(), scales = scale ? scale.dims[3] : 0, entry = c.vector() ? (c.book[0] > 1 ? product(c.book, 1) : 0) : dim;
     if (codes.dims.size() != 4 || codes.dims[3] != bytes) throw std::runtime_error("DequantizeKV: codes of another width");
     if (scales != c.scales()) throw std::runtime_error("DequantizeKV: scales of another width");
     const float* tables = table ? table.floats() : nullptr;
@@ -231,43 +284,8 @@ struct DequantizeKV : Kernel {
     const auto* numbers = scale ? scale.as<half>() : nullptr;
     float* out = call.output<float>(0, {codes.dims[0], heads, rows, dim});
 #pragma omp parallel for num_threads(threads()) if (all > 64)
-    for (int64_t i = 0; i < all; i++) {
-      const uint8_t* row = from + i * bytes;
-      const float* own = tables ? tables + i / rows % heads * entry : nullptr;
-      const float gain = c.gain && scales ? static_cast<float>(numbers[i * scales]) : 1.0f;
-      float* y = out + i * dim;
-      if (c.vector()) {
-        const int64_t width = c.book[3];
-        for (int64_t at = 0; at < c.book[1]; at++) {
-          const float* value = own + (at * c.book[2] + field(row, static_cast<int>(c.code_bits), at, bytes)) * width;
-          for (int64_t j = 0; j < width; j++) y[at * width + j] = value[j] * gain;
-        }
-      } else if (c.sigma()) {
-        if (covered < dim) std::fill(y, y + dim, 0.0f);
-        for (size_t r = 0; r < c.runs.size(); r++)
-          look_up(row + c.runs[r].byte, c.runs[r].end - c.runs[r].start, tables_of[r], y + c.runs[r].start);
-#pragma omp simd
-        for (int64_t j = 0; j < dim; j++) y[j] = y[j] * own[j] * gain;
-      } else {
-        look_up(row, dim, tables_of[0], y);
-        if (c.kind == "static") {
-#pragma omp simd
-          for (int64_t j = 0; j < dim; j++) y[j] *= own[j];
-          continue;
-        }
-        for (int64_t g = 0; g < dim / c.group; g++) {
-          const float step = static_cast<float>(numbers[i * scales + 2 * g]), base = static_cast<float>(numbers[i * scales + 2 * g + 1]);
-          float* part = y + g * c.group;
-          if (c.kind == "uniform-int") {
-#pragma omp simd
-            for (int64_t j = 0; j < c.group; j++) part[j] = (part[j] - base) * step;
-          } else {
-#pragma omp simd
-            for (int64_t j = 0; j < c.group; j++) part[j] = part[j] * step + base;
-          }
-        }
-      }
-    }
+    for (int64_t i = 0; i < all; i++)
+      decoder.row(from + i * bytes, numbers + i * scales, tables ? tables + i / rows % heads * entry : nullptr, out + i * dim);
   }
 };
 
@@ -533,68 +551,79 @@ struct RestoreSinks : Kernel {
 
 // -- attention -------------------------------------------------------------------------------------------------------------
 
+// q [B, Hq, S, D] over keys [B, H, L, D] and values [B, H, L, Dv]
+void attend_rows(const Input& q, const float* keys, int64_t kv, int64_t length, const float* values, int64_t wide, const Input& mask,
+                 float scale, float* out) {
+  const int64_t batch = q.dims[0], heads = q.dims[1], rows = q.dims[2], dim = q.dims[3], groups = heads / kv;
+  const float* query = q.floats();
+  const bool* seen = mask.type == ort::kBool ? mask.as<bool>() : nullptr;
+  const float* added = seen ? nullptr : mask.floats();
+  const int64_t per_batch = mask.dims[0] > 1 ? product(mask.dims, 1) : 0, per_head = mask.dims[1] > 1 ? rows * length : 0;
+  // A task is a tile of the query rows that share a key-value head, over a piece of the slots.
+  constexpr int64_t kRows = 12;
+  const int64_t shared = groups * rows, tiles = (shared + kRows - 1) / kRows, jobs = batch * kv * tiles;
+  const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>((4 * threads() + jobs - 1) / jobs, length / 256));
+  const int64_t size = kRows * (wide + 2);
+  std::vector<float> work(jobs * pieces * size);
+#pragma omp parallel num_threads(threads()) if (jobs * pieces > 1)
+  {
+    std::vector<float> tile(kRows * dim);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < jobs * pieces; task++) {
+      const int64_t job = task / pieces, piece = task % pieces, head = job / tiles, first = job % tiles * kRows;
+      const int64_t b = head / kv, count = std::min(kRows, shared - first);
+      const int64_t begin = length * piece / pieces, end = length * (piece + 1) / pieces;
+      int64_t bias[kRows];
+      for (int64_t r = 0; r < count; r++) {
+        const int64_t h = head % kv * groups + (first + r) / rows, s = (first + r) % rows;
+        const float* from = query + ((b * heads + h) * rows + s) * dim;
+        for (int64_t j = 0; j < dim; j++) tile[r * dim + j] = from[j] * scale;
+        bias[r] = b * per_batch + h * per_head + s * length + begin;
+      }
+      float *mine = work.data() + task * size, *mass = mine + kRows * wide, *largest = mass + kRows;
+      const auto add = [&](int64_t r, int64_t l, float score) {
+        if (seen) return seen[bias[r] + l] ? score : std::numeric_limits<float>::lowest();
+        return score + added[bias[r] + l];
+      };
+      attend_piece(tile.data(), count, keys + (head * length + begin) * dim, values + (head * length + begin) * wide, end - begin,
+                   dim, wide, add, mine, mass, largest);
+    }
+#pragma omp for
+    for (int64_t i = 0; i < jobs * kRows; i++) {
+      const int64_t job = i / kRows, r = i % kRows, head = job / tiles, at = job % tiles * kRows + r;
+      if (at >= shared) continue;
+      const int64_t b = head / kv, h = head % kv * groups + at / rows, s = at % rows;
+      float* to = out + ((b * heads + h) * rows + s) * wide;
+      float most = std::numeric_limits<float>::lowest(), total = 0;
+      std::fill(to, to + wide, 0.0f);
+      for (int64_t p = 0; p < pieces; p++) most = std::max(most, work[(job * pieces + p) * size + kRows * (wide + 1) + r]);
+      for (int64_t p = 0; p < pieces; p++) {
+        const float* mine = work.data() + (job * pieces + p) * size;
+        const float share = exp_below(mine[kRows * (wide + 1) + r] - most);
+        total += share * mine[kRows * wide + r];
+        for (int64_t j = 0; j < wide; j++) to[j] += share * mine[r * wide + j];
+      }
+      for (int64_t j = 0; j < wide; j++) to[j] /= std::max(total, 1e-30f);
+    }
+  }
+}
+
 struct Attend : Kernel {
   float scale;
   explicit Attend(const Attributes& a) : scale(a.number("scale", 1.0f)) {}
 
   void run(const Call& call) const override {
     const Input q = call.input(0), k = call.input(1), v = call.input(2), mask = call.input(3);
-    const int64_t batch = q.dims[0], heads = q.dims[1], rows = q.dims[2], dim = q.dims[3];
-    const int64_t kv = k.dims[1], length = k.dims[2], wide = v.dims[3], groups = heads / kv;
-    const float *query = q.floats(), *keys = k.floats(), *values = v.floats();
-    const bool* seen = mask.type == ort::kBool ? mask.as<bool>() : nullptr;
-    const float* added = seen ? nullptr : mask.floats();
-    const int64_t per_batch = mask.dims[0] > 1 ? product(mask.dims, 1) : 0, per_head = mask.dims[1] > 1 ? rows * length : 0;
-    float* out = call.output<float>(0, {batch, heads, rows, wide});
-    // A task is a tile of the query rows that share a key-value head, over a piece of the slots.
-    constexpr int64_t kRows = 12;
-    const int64_t shared = groups * rows, tiles = (shared + kRows - 1) / kRows, jobs = batch * kv * tiles;
-    const int64_t pieces = std::max<int64_t>(1, std::min<int64_t>((4 * threads() + jobs - 1) / jobs, length / 256));
-    const int64_t size = kRows * (wide + 2);
-    std::vector<float> work(jobs * pieces * size);
-#pragma omp parallel num_threads(threads()) if (jobs * pieces > 1)
-    {
-      std::vector<float> tile(kRows * dim);
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < jobs * pieces; task++) {
-        const int64_t job = task / pieces, piece = task % pieces, head = job / tiles, first = job % tiles * kRows;
-        const int64_t b = head / kv, count = std::min(kRows, shared - first);
-        const int64_t begin = length * piece / pieces, end = length * (piece + 1) / pieces;
-        int64_t bias[kRows];
-        for (int64_t r = 0; r < count; r++) {
-          const int64_t h = head % kv * groups + (first + r) / rows, s = (first + r) % rows;
-          const float* from = query + ((b * heads + h) * rows + s) * dim;
-          for (int64_t j = 0; j < dim; j++) tile[r * dim + j] = from[j] * scale;
-          bias[r] = b * per_batch + h * per_head + s * length + begin;
-        }
-        float *mine = work.data() + task * size, *mass = mine + kRows * wide, *largest = mass + kRows;
-        const auto add = [&](int64_t r, int64_t l, float score) {
-          if (seen) return seen[bias[r] + l] ? score : std::numeric_limits<float>::lowest();
-          return score + added[bias[r] + l];
-        };
-        attend_piece(tile.data(), count, keys + (head * length + begin) * dim, values + (head * length + begin) * wide, end - begin,
-                     dim, wide, add, mine, mass, largest);
-      }
-#pragma omp for
-      for (int64_t i = 0; i < jobs * kRows; i++) {
-        const int64_t job = i / kRows, r = i % kRows, head = job / tiles, at = job % tiles * kRows + r;
-        if (at >= shared) continue;
-        const int64_t b = head / kv, h = head % kv * groups + at / rows, s = at % rows;
-        float* to = out + ((b * heads + h) * rows + s) * wide;
-        float most = std::numeric_limits<float>::lowest(), total = 0;
-        std::fill(to, to + wide, 0.0f);
-        for (int64_t p = 0; p < pieces; p++) most = std::max(most, work[(job * pieces + p) * size + kRows * (wide + 1) + r]);
-        for (int64_t p = 0; p < pieces; p++) {
-          const float* mine = work.data() + (job * pieces + p) * size;
-          const float share = exp_below(mine[kRows * (wide + 1) + r] - most);
-          total += share * mine[kRows * wide + r];
-          for (int64_t j = 0; j < wide; j++) to[j] += share * mine[r * wide + j];
-        }
-        for (int64_t j = 0; j < wide; j++) to[j] /= std::max(total, 1e-30f);
-      }
-    }
+    float* out = call.output<float>(0, {q.dims[0], q.dims[1], q.dims[2], v.dims[3]});
+    attend_rows(q, k.floats(), k.dims[1], k.dims[2], v.floats(), v.dims[3], mask, scale, out);
   }
 };
+
+}  // namespace
+
+#include "attend_packed.h"
+
+namespace {
 
 // -- registration ----------------------------------------------------------------------------------------------------------
 
@@ -672,6 +701,10 @@ const std::vector<Op>& ops() {
       make<PreserveSinks>("PreserveSinks", preserve_inputs(), 7, {ort::kInt32, kFloat, kFloat, kFloat}),
       make<RestoreSinks>("RestoreSinks", {kFloat, kFloat, kFloat, ort::kAny}, 4, {kFloat}),
       make<Attend>("Attend", {kFloat, kFloat, kFloat, ort::kAny}, 4, {kFloat}),
+      make<AttendPacked>("AttendPacked",
+                         {kFloat, kFloat, kFloat, ort::kAny, ort::kAny, ort::kUint8, ort::kHalf, ort::kUint8, ort::kHalf, kFloat, kFloat,
+                          ort::kAny, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat},
+                         6, {kFloat}),
   };
   return all;
 }
