@@ -49,8 +49,9 @@ def build_graph(
     with _exporting(model, attention), torch.no_grad(), warnings.catch_warnings():
         log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
+        wrapper: ExportedModel | GroupQueryModel
         if grouped:
-            wrapper: nn.Module = GroupQueryModel(model, tokens, lean).eval()
+            wrapper = GroupQueryModel(model, tokens, lean).eval()
         else:
             wrapper = ExportedModel(model, tokens, flavour == "custom", embeds).eval()
         inputs = _example(wrapper)

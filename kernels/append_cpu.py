@@ -254,7 +254,7 @@ def append_one(
     rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (k, v)]
     for side, t in zip(plan.sides, rows, strict=True):
         side.row, side.type, side.row_b, side.row_h = t.data_ptr(), FLOAT_TYPES[t.dtype], t.stride(0), t.stride(1)
-    kept = _offer(plan.select, c, *rows, candidates, plan.exact, first) if c.exact_rows else None
+    kept = _offer(plan.select, c, rows[0], rows[1], candidates, plan.exact, first) if c.exact_rows else None
     library.kvsink_append_one(ctypes.byref(call), ctypes.byref(plan.select))
     del kept
     return True

@@ -142,7 +142,7 @@ class _AttendPlan(Plan):
         call.by_block = c.key.domain == "block"
         if c.key.domain == "block" or c.key.center:
             cos, sin = p["start_cos"], p["start_sin"]
-            call.block, call.blocks, call.rotary = c.table_tokens, *cos.shape
+            call.block, call.blocks, call.rotary = c.table_tokens, cos.shape[0], cos.shape[1]
             call.start_cos, call.start_sin = self.pointer(cos), self.pointer(sin)
         if c.key.center:
             call.mean = self.pointer(p["k_table"].mT)

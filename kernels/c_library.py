@@ -60,9 +60,9 @@ class Plan:
     def of(cls, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> Any:
         """The plan that is kept, if it is right, else a new one."""
         first, key = state[0], id(state[0])
-        owner, plan = cls.kept.get(key, (None, None))
-        if owner is not None and owner() is first and plan.codec is c:
-            others = (*state[1:], *params)
+        held = cls.kept.get(key)
+        if held is not None and held[0]() is first and held[1].codec is c:
+            plan, others = held[1], (*state[1:], *params)
             if len(plan.others) == len(others) and all(map(operator.is_, plan.others, others)):
                 return plan
         plan = cls(c, state, params)
@@ -71,7 +71,8 @@ class Plan:
 
     @classmethod
     def _forget(cls, key: int, ref: weakref.ref[Tensor]) -> None:
-        if cls.kept.get(key, (None,))[0] is ref:
+        held = cls.kept.get(key)
+        if held is not None and held[0] is ref:
             del cls.kept[key]
 
     def pointer(self, t: Tensor) -> int:

@@ -139,8 +139,8 @@ def _case(
     positions = max(tokens + steps, _SHORT + _SINGLE)
     model, text = _model(name, layers, hidden, positions)
     begun = time.perf_counter()
-    plain = {"protect": "none"} if flavour == "gqa" or bits == 16 else {}
-    given = {"calibration": text(1024)} if name == "llama" else {}
+    plain: dict[str, Any] = {"protect": "none"} if flavour == "gqa" or bits == 16 else {}
+    given: dict[str, Any] = {"calibration": text(1024)} if name == "llama" else {}
     kvsink.rewrite(model, method, key_bits=bits, value_bits=bits, **plain, **given)
     path = folder / "model.onnx"
     manifest = onnx(model, path, flavour, tokens=positions, dtype=kind)
@@ -150,7 +150,7 @@ def _case(
     del model
     gc.collect()
     here, cache_here = _short(OnnxGenerator(path, threads=threads), ids)
-    providers = ["CPUExecutionProvider"]
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if provider == "cuda":
         providers = [("CUDAExecutionProvider", {"use_tf32": "0"}), *providers]
     runner = OnnxGenerator(path, providers, threads=threads)
