@@ -44,6 +44,7 @@ OPTIONS: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = (
     ("klt-dense", ()),
 )
 IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in options)}" for m, options in OPTIONS]
+TILED = [*((*o, 16) for o in OPTIONS), *((*o, 64) for o in OPTIONS[::5])]  # slots of a step
 
 
 def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> float:
@@ -61,8 +62,7 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
 
 @here
 @interpreter
-@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=IDS)
-@pytest.mark.parametrize("tile", [16, 64], ids=lambda n: f"tile{n}")
+@pytest.mark.parametrize(("method", "options", "tile"), TILED, ids=[f"{i}-16" for i in IDS] + [f"{i}-64" for i in IDS[::5]])
 def test_equals_the_definition(method: Any, options: tuple, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend_triton, "_BY_QUERY", (tile, 2, 16))
     monkeypatch.setattr(attend_triton, "_BY_KEY", (tile, 4, 8))
@@ -82,8 +82,8 @@ def _decoder(dim: int, repeats: int) -> Any:
 
 @here
 @interpreter
-@pytest.mark.parametrize(("dim", "repeats"), [(64, 1), (96, 3), (128, 4), (256, 5)])
-@pytest.mark.parametrize("side", ["klt-2/4", "klt-2", "klt-dense-2/4", "centred-3"])
+@pytest.mark.parametrize(("dim", "repeats"), [(64, 1), (96, 3), (256, 5)])
+@pytest.mark.parametrize("side", ["klt-2", "klt-dense-2/4", "centred-3"])
 def test_head_dimensions_and_ratios(side: str, dim: int, repeats: int) -> None:
     model = rewritten(_decoder(dim, repeats), side, "first:3")()
     layer = KVSinkCache.for_model(model, 1, 128).packed_layers()[0]
@@ -129,7 +129,7 @@ def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{2 * len(OPTIONS) + 18} passed" in done.stdout, done.stdout[-400:]
+    assert f"{len(TILED) + 15} passed" in done.stdout, done.stdout[-400:]
 
 
 @pytest.mark.parametrize(
