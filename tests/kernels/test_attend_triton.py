@@ -44,7 +44,7 @@ OPTIONS: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = (
     ("klt-dense", ()),
 )
 IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in options)}" for m, options in OPTIONS]
-TILED = [*((*o, 16) for o in OPTIONS), *((*o, 64) for o in OPTIONS[::5])]  # slots of a step
+TILED = [(*o, 64 if i % 5 == 0 else 16) for i, o in enumerate(OPTIONS)]  # slots of a step
 
 
 def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> float:
@@ -62,7 +62,7 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
 
 @here
 @interpreter
-@pytest.mark.parametrize(("method", "options", "tile"), TILED, ids=[f"{i}-16" for i in IDS] + [f"{i}-64" for i in IDS[::5]])
+@pytest.mark.parametrize(("method", "options", "tile"), TILED, ids=IDS)
 def test_equals_the_definition(method: Any, options: tuple, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend_triton, "_BY_QUERY", (tile, 2, 16))
     monkeypatch.setattr(attend_triton, "_BY_KEY", (tile, 4, 8))
