@@ -48,8 +48,6 @@ def _unserved(codec: Any, dim: int) -> str:
     if len(codec.segments) > _SEGMENTS:
         return f"{len(codec.segments)} protection segments"
     for side in (codec.key, codec.value):
-        if side.outliers:
-            return "sparse outliers"
         if side.kind == "vector" and (side.couple & (side.couple - 1) or dim % side.couple):
             return f"{side.couple} coupled channels"
         if side.kind in ("gauss", "uniform", "uniform-int") and side.group_size != dim and power(dim) != dim:

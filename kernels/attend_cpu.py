@@ -16,7 +16,7 @@ The C file beside this one is built at first use, see `c_library`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,7 +28,7 @@ from .hadamard import hadamard_matrix
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
 
-__all__ = ["attend_one", "why_not"]
+__all__ = ["attend_one", "unread", "why_not"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
@@ -86,8 +86,17 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
         return "not float32 or narrower on the CPU"
     if q.shape[2] != 1:
         return "more than one new row"
+    if reason := unread(codec, _KIND):
+        return reason
+    if s.domain == "block" and s.block < _SMALLEST_BLOCK:
+        return f"blocks of {s.block} tokens"
+    return "" if _library() is not None else "no C compiler"
+
+
+def unread(codec: Any, kinds: Container[str]) -> str:
+    """What keeps a codec from kernels that look codes up row by row and head by head, in words; empty when nothing does."""
     for side in (codec.key, codec.value):
-        if not side.packed or side.kind not in _KIND:
+        if not side.packed or side.kind not in kinds:
             return f"rows of kind {side.kind}"
         if side.by_token_block:
             return "ranges along tokens"
@@ -97,11 +106,10 @@ def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
         return "rows that stay exact on one side alone"
     if codec.tiles:
         return "codes in the order of a GPU kernel"
-    if s.reorder or s.heads_per_group > 1 or (codec.value.heads_per_group > 1 and not codec.value.folded):
+    k, v = codec.key, codec.value
+    if k.reorder or k.heads_per_group > 1 or (v.heads_per_group > 1 and not v.folded):
         return "a rotation across heads"
-    if s.domain == "block" and s.block < _SMALLEST_BLOCK:
-        return f"blocks of {s.block} tokens"
-    return "" if _library() is not None else "no C compiler"
+    return ""
 
 
 @cache

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attend_cpu import unread
 from .hadamard import hadamard_ref
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
@@ -85,19 +86,11 @@ def refuse(codec: Any, dtype: torch.dtype, dim: int, exact: int) -> str:
     s = codec.key
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is not float32 or a 16-bit type"
+    if reason := unread(codec, _KINDS):
+        return reason
     for side in (codec.key, codec.value):
-        if not side.packed or side.kind not in _KINDS:
-            return f"rows of kind {side.kind}"
-        if side.by_token_block:
-            return "ranges along tokens"
         if side.kind == "vector" and any(_bit(g, side.code_bits) + side.code_bits > 16 for g in range(8)):
             return f"codes of {side.code_bits} bits"
-    if codec.ring > codec.window:
-        return "rows that stay exact on one side alone"
-    if codec.tiles:
-        return "codes in the order of the CUDA kernel"
-    if s.reorder or s.heads_per_group > 1 or (codec.value.heads_per_group > 1 and not codec.value.folded):
-        return "a rotation across heads"
     if s.domain == "block" and 1 < s.block < _SMALLEST_BLOCK:
         return f"blocks of {s.block} tokens"
     if exact > _MOST_EXACT:

@@ -109,6 +109,22 @@ def _grouped(x, scale, slot, c, D: tl.constexpr, KIND: tl.constexpr, COUNT: tl.c
 
 
 @triton.jit
+def _side(
+    codes, scale, slot, meta, table, c, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BYTES: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, MULTIPLE: tl.constexpr, KIND: tl.constexpr, COUNT: tl.constexpr,
+    GROUP: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """Rows of one side as levels [N, DP], with the factor and the offset [N] that are still to be applied."""
+    x = _levels(codes, slot * BYTES, meta, table, c, N, D, DP, FORM, WIDE, MULTIPLE, DT)
+    if GROUP < D:
+        x = _grouped(x, scale, slot, c, D, KIND, COUNT, GROUP)
+        gain, shift = _steps(scale, slot, 0, COUNT)
+    else:
+        gain, shift = _steps(scale, slot, KIND, COUNT)
+    return x, gain, shift
+
+
+@triton.jit
 def _fold(top, mass, acc, offset, s, seen, y, factor, shift, SHIFTED: tl.constexpr, DT: tl.constexpr):
     """One more tile into the running softmax: logits s [RP, N] in powers of two, rows y [N, DP] = factor · levels + shift."""
     s = tl.where(seen[None, :], s, float("-inf"))
@@ -304,20 +320,14 @@ def attend_kernel(
             slot = tl.minimum(slot, first)  # rows behind the last are read from it and then not counted
             if MASKED:
                 live = live & (tl.load(mask + b * mask_b + slot) != 0)
-            x = _levels(k_codes, slot * K_BYTES, k_meta, k_levels, c, N, D, DP, K_FORM, K_WIDE, K_MULTIPLE, DT)
-            if K_GROUP < D:
-                x = _grouped(x, k_scale, slot, c, D, K_KIND, K_COUNT, K_GROUP)
-                gain = tl.full((N,), 1.0, tl.float32)
-                shift = tl.zeros((N,), tl.float32)
-            else:
-                gain, shift = _steps(k_scale, slot, K_KIND, K_COUNT)
-            y = _levels(v_codes, slot * V_BYTES, v_meta, v_levels, c, N, D, DP, V_FORM, V_WIDE, V_MULTIPLE, DT)
-            if V_GROUP < D:
-                y = _grouped(y, v_scale, slot, c, D, V_KIND, V_COUNT, V_GROUP)
-                v_gain = tl.full((N,), 1.0, tl.float32)
-                v_shift = tl.zeros((N,), tl.float32)
-            else:
-                v_gain, v_shift = _steps(v_scale, slot, V_KIND, V_COUNT)
+            x, gain, shift = _side(
+                k_codes, k_scale, slot, k_meta, k_levels, c, N, D, DP, K_BYTES, K_FORM, K_WIDE, K_MULTIPLE, K_KIND,
+                K_COUNT, K_GROUP, DT,
+            )  # fmt: skip
+            y, v_gain, v_shift = _side(
+                v_codes, v_scale, slot, v_meta, v_levels, c, N, D, DP, V_BYTES, V_FORM, V_WIDE, V_MULTIPLE, V_KIND,
+                V_COUNT, V_GROUP, DT,
+            )  # fmt: skip
             if PER_KEY:
                 if K_KIND >= 2:
                     x = x.to(tl.float32) * gain[:, None] + shift[:, None]

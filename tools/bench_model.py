@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ def declared(side: str) -> tuple[Any, float, float]:
     from kvsink.methods import get_method
 
     name, dash, bits = side.rpartition("-")
-    if not dash or not bits.replace("/", "").replace(".", "").isdigit():
+    if not dash or not re.fullmatch(r"[\d.]*\d(/[\d.]*\d)?", bits):
         name, bits = side, "2"
     key, _, value = bits.partition("/")
     method = get_method(name.removesuffix("-dense"))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,8 +12,8 @@ from kvsink.codecs import Codec
 from kvsink.kernels import append_triton
 from kvsink.kernels.append import append_ref
 from tests import states
+from tests.kernels.test_attend_triton import INTERPRETED, here, interpreter, run_in_the_interpreter
 from tests.kernels.test_attend_triton import OPTIONS as ATTENDED
-from tests.kernels.test_attend_triton import here, interpreter
 
 OPTIONS = (
     *ATTENDED,
@@ -79,12 +76,9 @@ def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: 
 
 
 @here
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter")
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{len(OPTIONS) + 4} passed" in done.stdout, done.stdout[-400:]
+    run_in_the_interpreter(__file__, len(OPTIONS) + 4)
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,18 @@ def test_positions_that_run_ahead_of_the_slots_are_never_a_wrong_number() -> Non
     assert got.isnan().all()
 
 
+def run_in_the_interpreter(file: str, count: int) -> None:
+    """The tests of a file in a process whose Triton interprets: `count` of them pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"{count} passed" in done.stdout, done.stdout[-400:]
+
+
 @here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{len(TILED) + 15} passed" in done.stdout, done.stdout[-400:]
+    run_in_the_interpreter(__file__, len(TILED) + 15)
 
 
 @pytest.mark.parametrize(
