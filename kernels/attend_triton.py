@@ -38,6 +38,7 @@ _SMALLEST_BLOCK = 16  # tokens; below it a query per block costs more than resto
 _OFFSETS = 64  # positions whose angles stand in a table of their own, where the query is turned to every key
 _BY_QUERY, _BY_KEY = (32, 2, 16), (64, 4, 8)  # slots of a step, warps, programs per multiprocessor; best of 12 on an H100
 _MOST_SPLITS = 128
+NATIVE = True  # let the kernel in CUDA C++ (attend_codes) do what it serves
 _TURNED = 64  # rows that one program of the first launch turns
 
 
@@ -115,7 +116,7 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
     if len(set(widths)) == 1 and width and 8 % width == 0:
         byte = torch.arange(256)
         codes = torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)
-        levels = _levels(kind, width)[codes].to(device, dtype)
+        levels = levels_of(kind, width)[codes].to(device, dtype)
         none = torch.zeros(padded, dtype=torch.int32, device=device)
         return (3, none, levels, False, width) if kind.startswith("uniform") else (0, none, levels, False, 8 // width)
     tables, at = [torch.zeros(2)], 2  # the first levels stand for channels without bits
@@ -123,7 +124,7 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
     for w in sorted(set(widths) - {0}):
         code = torch.arange(4**w if max(widths) <= 4 else 2**w)
         pairs = torch.stack([code & (2**w - 1), code >> w], dim=-1).flatten()
-        tables.append(_levels(kind, w)[pairs if max(widths) <= 4 else code])
+        tables.append(levels_of(kind, w)[pairs if max(widths) <= 4 else code])
         first[w], at = at, at + tables[-1].numel()
     levels = torch.cat(tables).to(device, dtype)
     if max(widths) <= 4:
@@ -141,7 +142,7 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
     return 2, meta.to(device), levels, wide, 1
 
 
-def _levels(kind: str, width: int) -> Tensor:
+def levels_of(kind: str, width: int) -> Tensor:
     if kind == "static":
         return torch.arange(2.0**width) - 2.0 ** (width - 1)
     if kind.startswith("uniform"):
@@ -167,20 +168,24 @@ def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tu
     return 2, meta.to(device), bool((bit % 8 + bits > 8).any())
 
 
+def step_kind(spec: Any) -> int:
+    """Numbers beside a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero."""
+    return _STEP.get(spec.kind, int(spec.gain and spec.kind in (*SIGMA_KINDS, "vector")))
+
+
 def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None, dtype: torch.dtype) -> _Side:
     row_bytes, scales, device = codes.shape[-1], scale.shape[-1], str(codes.device)
     if book is not None:
         form, meta, wide = _vector(dim, spec.couple, spec.code_bits, row_bytes, device)
-        return _Side(form, meta, _derived(book, dtype, _same), wide, spec.couple, int(spec.gain), row_bytes, scales)
+        return _Side(form, meta, derived(book, dtype, same), wide, spec.couple, int(spec.gain), row_bytes, scales)
     form, meta, levels, wide, multiple = _scalar(spec.kind, tuple(spec.widths), device, dtype)
-    kind = _STEP.get(spec.kind, int(spec.gain and spec.kind in SIGMA_KINDS))
-    return _Side(form, meta, levels, wide, multiple, kind, row_bytes, scales)
+    return _Side(form, meta, levels, wide, multiple, step_kind(spec), row_bytes, scales)
 
 
 _made: dict[tuple[int, torch.dtype, str], tuple[weakref.ref[Tensor], Tensor]] = {}
 
 
-def _derived(table: Tensor, dtype: torch.dtype, how: Callable[[Tensor], Tensor]) -> Tensor:
+def derived(table: Tensor, dtype: torch.dtype, how: Callable[[Tensor], Tensor]) -> Tensor:
     """how(table) in another dtype, kept as long as the table lives. Under the capture of a graph it is made anew."""
     key = id(table), dtype, how.__name__
     held = _made.get(key)
@@ -196,7 +201,7 @@ def _forget(made: dict[Any, Any], key: Any, _: Any) -> None:
     made.pop(key, None)
 
 
-def _same(table: Tensor) -> Tensor:
+def same(table: Tensor) -> Tensor:
     return table
 
 
@@ -210,7 +215,7 @@ def _offsets(angles: tuple[Tensor, Tensor], dim: int, dtype: torch.dtype) -> tup
     def sines(table: Tensor) -> Tensor:
         return _first_rows(table, cos[:1], dim, 0.0)
 
-    return _derived(cos, dtype, cosines), _derived(sin, dtype, sines)
+    return derived(cos, dtype, cosines), derived(sin, dtype, sines)
 
 
 def _first_rows(table: Tensor, unit: Tensor, dim: int, rest: float) -> Tensor:
@@ -246,7 +251,7 @@ def _matrix(basis: Tensor, sigma: Tensor | None, dtype: torch.dtype) -> Tensor:
     def inverse(u: Tensor) -> Tensor:
         return u.mT if sigma is None else u.mT * sigma[:, :, None]
 
-    return _derived(basis, dtype, inverse)
+    return derived(basis, dtype, inverse)
 
 
 @cache
@@ -273,11 +278,12 @@ def attend_one(
     b, h, _, d = k.shape
     r, slots, device = q.shape[1] // h, st["k_codes"].shape[2], q.device
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if (made := _by_cuda(c, q, k, v, st, p, mask, scale)) is not None:
+        return _merged(*made, q, c, p)
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
     key = _side(c.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
     value = _side(c.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
     basis, basis_h = transform(c.key, d, p.get("k_basis"), device)
-    back, back_h = transform(c.value, d, p.get("v_basis"), device)
     per_key = c.key.domain == "block" and c.key.block == 1
     block = _OFFSETS if per_key else c.table_tokens
     tile, warps, waves = _BY_KEY if per_key else _BY_QUERY
@@ -285,11 +291,11 @@ def attend_one(
     rotary = 0 if cos is None else cos.shape[-1]
     mean = p.get("k_table") if c.key.center else None
     starts = cos is not None and (not per_key or rotary > 0)
-    sigma, value_sigma = (p.get(f"{x}_sigma", p.get(f"{x}_step")) for x in "kv")
+    sigma = p.get("k_sigma", p.get("k_step"))
     dt = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     by_block = c.key.domain == "block" and not per_key
     if basis is not None:
-        basis = _matrix(basis, sigma, half) if per_key else _derived(basis, half, _same)
+        basis = _matrix(basis, sigma, half) if per_key else derived(basis, half, same)
         basis_h = basis.stride(0) if basis.dim() == 3 and basis.shape[0] > 1 else 0
 
     def held(x: Tensor | None) -> Tensor:
@@ -311,7 +317,7 @@ def attend_one(
         together = 1 << (r - 1).bit_length()
         m = max(1, _TURNED // together)
         kernels.turn_kernel[(-(-blocks // m), b * h)](
-            q, held(basis), held(sigma), held(None if mean is None else _derived(mean, half, _same)), cos, sin, st["positions"],
+            q, held(basis), held(sigma), held(None if mean is None else derived(mean, half, same)), cos, sin, st["positions"],
             st["length"], held(turned), held(logits), scale, basis_h, cos.shape[0] - 1, blocks, st["positions"].stride(0), M=m,
             RQ=together, **shape,
         )  # fmt: skip
@@ -329,7 +335,7 @@ def attend_one(
         held(unit_cos), held(unit_sin), held(turned), held(logits), acc, top, mass,
         *st["k_codes"].stride()[:2], *st["k_scale"].stride()[:2], *st["v_codes"].stride()[:2], *st["v_scale"].stride()[:2],
         st["positions"].stride(0), 0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
-        _per_head(p.get("k_book")), _per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
+        per_head(p.get("k_book")), per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
         scale, splits, blocks, N=tile, HELD_DT=dt[q.dtype], STARTS=starts,
         K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_KIND=key.kind,
         K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
@@ -338,15 +344,47 @@ def attend_one(
         E=exact.shape[2], EP=power(exact.shape[2] or 1), WINDOW=c.window, RING=recent.shape[2], STRICT=c.strict,
         MASKED=visible is not None, num_warps=warps, num_stages=2, **shape,
     )  # fmt: skip
-    out = torch.empty_like(q)
-    mean_v = p.get("v_mean") if c.value.center else None
-    kernels.merge_kernel[(b * h, r)](
-        acc, top, mass, held(back), held(value_sigma), held(mean_v), out, splits, back_h,
-        H=h, R=r, D=d, DP=power(d), SP=power(splits), BACK=back is not None, SIGMA=value_sigma is not None,
-        MEAN=mean_v is not None, num_warps=8,
+    return _merged(acc, top, mass, splits, q, c, p)
+
+
+def _by_cuda(
+    c: Any, q: Tensor, k: Tensor, v: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, int] | None:
+    """The parts by the kernel in CUDA C++, where it serves the codec and can be compiled here."""
+    from . import attend_codes
+
+    if q.device.type != "cuda" or not NATIVE:
+        return None
+    cos = p.get("start_cos")
+    variant = attend_codes.variant_of(c, q.shape[1] // k.shape[1], k.shape[3], 0 if cos is None else cos.shape[-1], q.dtype)
+    if isinstance(variant, str) or attend_codes.misplaced(st):
+        return None
+    kernels = attend_codes.kernels_for(variant, q.device)
+    if kernels is None:
+        return None
+    return attend_codes.parts(kernels, variant, c, q, k, v, st, p, mask, scale, kernels.blocks)
+
+
+def _merged(acc: Tensor, top: Tensor, mass: Tensor, splits: int, q: Tensor, c: Any, p: dict[str, Tensor]) -> Tensor:
+    """The output of parts [B·H, splits + 1, R, D], the last of which are rows held as they came."""
+    from . import triton_attend as kernels
+
+    heads, _, r, d = acc.shape
+    b = q.shape[0]
+    back, back_h = transform(c.value, d, p.get("v_basis"), q.device)
+    sigma, mean = p.get("v_sigma", p.get("v_step")), p.get("v_mean") if c.value.center else None
+
+    def held(x: Tensor | None) -> Tensor:
+        return q if x is None else x  # a pointer that is not followed
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kernels.merge_kernel[(heads, r)](
+        acc, top, mass, held(back), held(sigma), held(mean), out, splits, back_h,
+        H=heads // b, R=r, D=d, DP=power(d), SP=power(splits), BACK=back is not None, SIGMA=sigma is not None,
+        MEAN=mean is not None, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def _per_head(book: Tensor | None) -> int:
+def per_head(book: Tensor | None) -> int:
     return 0 if book is None or book.shape[0] == 1 else book.stride(0)

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,13 +28,19 @@ from .base import cache_folder
 from .levels import EVEN_STEP
 from .tiles import make_fields
 
-__all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_old"]
+__all__ = ["SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "library", "module_of", "too_old", "unit"]
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
 BESIDE = True  # code new rows on a second stream of a CUDA graph, on the multiprocessors that attention leaves over
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
+
+
+def unit(defines: Mapping[str, str], names: Sequence[str]) -> str:
+    """One translation unit without includes: macros, then files of `kernels/cuda`."""
+    head = "".join(f"#define {name} {text}\n" for name, text in defines.items())
+    return head + "".join((_FOLDER / name).read_text() for name in names)
 
 
 class NativeError(RuntimeError):
@@ -71,8 +77,7 @@ class Variant:
 
     def source(self) -> str:
         """One translation unit without includes."""
-        head = "".join(f"#define {name} {text}\n" for name, text in self.defines().items())
-        return head + "".join((_FOLDER / name).read_text() for name in ("attend.cuh", "rows.cuh", "step.cuh"))
+        return unit(self.defines(), ("primitives.cuh", "attend.cuh", "rows.cuh", "step.cuh"))
 
 
 def too_old(device: torch.device) -> str | None:
@@ -180,44 +185,67 @@ def _check(code: int, what: str) -> None:
         raise NativeError(f"CUDA driver error {code} in {what}")
 
 
+class Module:
+    """Machine code on one GPU: its functions and how to launch them."""
+
+    def __init__(self, source: str, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            torch.zeros(1, device=device)  # makes the context current
+            major, minor = torch.cuda.get_device_capability(device)
+            image = compile_cubin(source, f"sm_{major}{minor}a")
+            self._module = ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(self._module), image), "loading the kernel")
+        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def function(self, name: str) -> ctypes.c_void_p:
+        found = ctypes.c_void_p()
+        _check(_driver().cuModuleGetFunction(ctypes.byref(found), self._module, name.encode()), f"finding {name}")
+        return found
+
+    def numbers(self, name: str, count: int) -> tuple[int, ...]:
+        """`count` integers of a variable of the source."""
+        where, size, out = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * count)()
+        code = _driver().cuModuleGetGlobal_v2(ctypes.byref(where), ctypes.byref(size), self._module, name.encode())
+        _check(code, f"finding {name}")
+        _check(_driver().cuMemcpyDtoH_v2(out, where, ctypes.c_size_t(4 * count)), f"reading {name}")
+        return tuple(out)
+
+    def allow_shared(self, function: ctypes.c_void_p, size: int) -> None:
+        """Let a function have `size` bytes of shared memory in a block."""
+        _check(_driver().cuFuncSetAttribute(function, 8, size), "asking for shared memory")
+
+    def launch(
+        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
+    ) -> None:
+        """Queue a function on the current stream."""
+        args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, stream, args, None), "a launch")
+
+
+def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.device) -> Module:
+    """The files of `kernels/cuda` of those names behind macros, compiled for a device and loaded."""
+    return Module(unit(defines, names), device)
+
+
 class Cubin:
     """The kernels of one variant on one GPU, with the scratch memory they share."""
 
     def __init__(self, variant: Variant, device: torch.device) -> None:
         self.variant, self.device = variant, device
         with torch.cuda.device(device):
-            torch.zeros(1, device=device)  # makes the context current
-            major, minor = torch.cuda.get_device_capability(device)
-            image = compile_cubin(variant.source(), f"sm_{major}{minor}a")
-            self._module = ctypes.c_void_p()
-            _check(_driver().cuModuleLoadData(ctypes.byref(self._module), image), "loading the kernel")
+            self._module = Module(variant.source(), device)
             self._attend, self._append, self._decode = (
-                self._function(name) for name in (b"attend_packed", b"append_rows", b"decode_rows")
+                self._module.function(name) for name in ("attend_packed", "append_rows", "decode_rows")
             )
-            where, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * 3)()
-            symbol = b"kvsink_launch"
-            code = _driver().cuModuleGetGlobal_v2(ctypes.byref(where), ctypes.byref(size), self._module, symbol)
-            _check(code, "finding launch sizes")
-            _check(_driver().cuMemcpyDtoH_v2(launch, where, ctypes.c_size_t(12)), "reading launch sizes")
-            self._threads, self._shared, self._row_threads = launch
-            _check(_driver().cuFuncSetAttribute(self._attend, 8, self._shared), "asking for shared memory")
-        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+            self._threads, self._shared, self._row_threads = self._module.numbers("kvsink_launch", 3)
+            self._module.allow_shared(self._attend, self._shared)
+        self.blocks = self._module.multiprocessors
         # Words another block waits for: empty is -1, and every launch leaves them so.
         self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
         self._side = torch.cuda.Stream(device)
         self.arrived = torch.zeros(65536, dtype=torch.int32, device=device)
-
-    def _function(self, name: bytes) -> ctypes.c_void_p:
-        function = ctypes.c_void_p()
-        _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name), f"finding {name.decode()}")
-        return function
-
-    def _launch(
-        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
-    ) -> None:
-        args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, stream, args, None), "a launch")
 
     def share(self, heads: int) -> int:
         """Blocks per key-value head that attend. All run at once, as waiting for each other needs; a few are left over."""
@@ -225,12 +253,12 @@ class Cubin:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
-        self._launch(self._attend, self.share(heads), heads, self._threads, self._shared, argument, fresh)
+        self._module.launch(self._attend, self.share(heads), heads, self._threads, self._shared, argument, fresh)
 
     def append(self, argument: Any) -> None:
         """Launch `append_rows`."""
         pairs = argument.B * argument.S * argument.Hkv
-        self._launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
+        self._module.launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
         """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
@@ -247,7 +275,7 @@ class Cubin:
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""
-        self._launch(self._decode, -(-rows // 8), heads, self._row_threads, 0, argument)
+        self._module.launch(self._decode, -(-rows // 8), heads, self._row_threads, 0, argument)
 
 
 _LOADED: dict[tuple[Variant, str], Cubin | NativeError] = {}

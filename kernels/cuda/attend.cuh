@@ -37,78 +37,6 @@
 #define HEADS_PER_KV 4
 #endif
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#ifdef KVSINK_EMULATE
-#include "emulate.h"
-#else
-#define DEVICE __device__ __forceinline__
-#define DEVICE_STATIC static __device__ __forceinline__
-#define BOTH __host__ __device__
-#define TABLE __device__ constexpr
-#define TID ((int)threadIdx.x)
-#define CTA_X ((int)blockIdx.x)
-#define CTA_Y ((int)blockIdx.y)
-#define GRID_X ((int)gridDim.x)
-DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-DEVICE u32 transpose8x8(u32 a) {
-  u32 r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(a));
-  return r;
-}
-DEVICE float exp2_fast(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
-DEVICE u32 pack_half2(float lo, float hi) { u32 r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
-DEVICE u32 pack_bf2(float lo, float hi) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
-DEVICE float half_lo(u32 v) { float r; asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(r) : "r"(v)); return r; }
-DEVICE float half_hi(u32 v) { float r; asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(v)); return r; }
-DEVICE u32 hmul2(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
-DEVICE u32 hfma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
-DEVICE float shfl_xor(float v, int m) { return __shfl_xor_sync(0xffffffffu, v, m); }
-DEVICE int shfl_int(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
-DEVICE bool any_lane(bool p) { return __any_sync(0xffffffffu, p); }
-DEVICE void sync_warp() { __syncwarp(); }
-DEVICE void sync_cta() { __syncthreads(); }
-DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-DEVICE u32 ballot_warp(bool p) { return __ballot_sync(0xffffffffu, p); }
-DEVICE int popcount(u32 v) { return __popc(v); }
-// Words other blocks write or poll: past L1, never reordered with each other's arrival, each word checked on its own.
-DEVICE uint4 load_polled(const void* p) {
-  uint4 v;
-  asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-  return v;
-}
-DEVICE void store_polled(void* p, uint4 v) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-DEVICE u32 float_bits(float v) { return __float_as_uint(v); }
-DEVICE float bits_float(u32 v) { return __uint_as_float(v); }
-DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE void barrier_init(u64* bar, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(n) : "memory"); }
-DEVICE void barrier_arrive(u64* bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory"); }
-DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DEVICE void barrier_expect(u64* bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
-}
-DEVICE void bulk_load(void* dst, const void* src, u32 bytes, u64* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(bar)) : "memory");
-}
-// Suspended by the hardware, not spinning: four waiting service warps would take issue slots from the arithmetic.
-DEVICE void barrier_wait(u64* bar, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{.reg .pred P; mbarrier.try_wait.parity.shared::cta.b64 P, [%1], %2, %3; selp.u32 %0, 1, 0, P;}"
-                 : "=r"(done) : "r"(smem_address(bar)), "r"(parity), "r"(10000000u) : "memory");
-  } while (!done);
-}
-#endif
-
 struct Params {
   const void* q;            // [B, Hkv * R, 128] fp16 or bf16, rotary applied
   const u32* k_codes;       // [B, Hkv, tiles, K_BYTES / 4]
@@ -187,16 +115,6 @@ static_assert(WARPS % 4 == 0, "register counts change per four warps");
 
 constexpr float LAZY_LOW = 4.0f, LAZY_HIGH = 8.0f;   // log2: a new reference puts the largest weight at 2^4; it moves when one passes 2^8
 constexpr int Q_SHIFT = 8;                           // the query carries 2^8, the rest of 2^24 goes to the token's scale
-constexpr float NEG_INF = -1e30f;
-
-DEVICE void widen(float (&x)[4], uint2 v, int bf16) {
-  if (bf16) {
-    x[0] = bits_float(v.x << 16); x[1] = bits_float(v.x & 0xffff0000u); x[2] = bits_float(v.y << 16); x[3] = bits_float(v.y & 0xffff0000u);
-  } else {
-    x[0] = half_lo(v.x); x[1] = half_hi(v.x); x[2] = half_lo(v.y); x[3] = half_hi(v.y);
-  }
-}
-DEVICE uint2 load4(const void* p, long long i) { return *(const uint2*)((const unsigned short*)p + i); }   // 4 numbers at element i
 
 template <int RUN> DEVICE u32 key_field(const u32 (&w)[K_WORDS], int row) {
   constexpr u32 m = ((1u << KF.width[RUN]) - 1u) << KF.pos[RUN];
@@ -319,12 +237,6 @@ DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] *= 0.08838834764831845f;
-}
-
-DEVICE float warp_sum(float v) {
-#pragma unroll
-  for (int m = 16; m; m >>= 1) v += shfl_xor(v, m);
-  return v;
 }
 
 // Query head `hq` of row b, by one service warp: the scaled query for the mean's table and its transform, into buffer `at`.

@@ -1,8 +1,13 @@
 // Shared library around the emulated kernels: one fiber per thread, blocks one after another. For tests without a GPU.
 #define KVSINK_EMULATE
+#include "primitives.cuh"
+#ifdef KVSINK_CODES_ALONE
+#include "codes.cuh"
+#else
 #include "attend.cuh"
 #include "rows.cuh"
 #include "step.cuh"
+#endif
 
 static const void *params, *fresh;
 static void (*kernel)();
@@ -41,6 +46,16 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
   free(stacks);
   free(emu::smem);
 }
+#ifdef KVSINK_CODES_ALONE
+extern "C" void run_codes(const Codes* p, int heads) {
+  run([] { attend_codes(*(const Codes*)params); }, p, p->splits, heads, THREADS, SHARED_BYTES);
+}
+extern "C" void run_turn(const Codes* p, int grid_x, int heads) {
+  run([] { turn_queries(*(const Codes*)params); }, p, grid_x, heads, 256, 128);
+}
+extern "C" int codes_bytes() { return (int)sizeof(Codes); }
+extern "C" int smem_bytes() { return SHARED_BYTES; }
+#else
 extern "C" void run_attend(const Params* p, const RowParams* n) {
   fresh = n;
   run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, SMEM_BYTES);
@@ -54,3 +69,4 @@ extern "C" void run_decode(const RowParams* p, int grid_x) {
 extern "C" int attend_bytes() { return (int)sizeof(Params); }
 extern "C" int row_bytes() { return (int)sizeof(RowParams); }
 extern "C" int smem_bytes() { return SMEM_BYTES; }
+#endif

@@ -113,6 +113,35 @@ DEVICE u32 ballot_warp(bool p) {
   });
   return out;
 }
+DEVICE u32 funnel_right(u32 lo, u32 hi, u32 n) { return (u32)(((u64)hi << 32 | lo) >> (n & 31)); }
+DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) {
+  const u64 both = (u64)b << 32 | a;
+  u32 r = 0;
+  for (int i = 0; i < 4; i++) r |= (u32)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+  return r;
+}
+template <class F> u32 over_warp(u32 v, F f) {
+  u32 out;
+  emu::meet(&v, 1, &out, 1, [=](emu::Meet& w) {
+    u32 a = w.in[0][0];
+    for (int l = 1; l < 32; l++) a = f(a, w.in[l][0]);
+    for (int l = 0; l < 32; l++) w.out[l][0] = a;
+  });
+  return out;
+}
+DEVICE u32 least_in_warp(u32 v) { return over_warp(v, [](u32 a, u32 b) { return a < b ? a : b; }); }
+DEVICE u32 most_in_warp(u32 v) { return over_warp(v, [](u32 a, u32 b) { return a > b ? a : b; }); }
+DEVICE u32 or_in_warp(u32 v) { return over_warp(v, [](u32 a, u32 b) { return a | b; }); }
+DEVICE void wide_product(float (&y)[16][4], const u32 (&a)[8][4], const void* b) {
+  const int lane = emu::tid & 31, g = lane >> 2, t = lane & 3;
+  for (int n = 0; n < 16; n++) {
+    for (int i = 0; i < 4; i++) y[n][i] = 0;
+    for (int k = 0; k < 8; k++) {                    // columns n * 8 + g, channels 16 k + 2 t, + 1 and 8 further
+      const u32* column = (const u32*)((const char*)b + n * 2048 + k * 256 + g * 16) + t;
+      mma(y[n], a[k][0], a[k][1], a[k][2], a[k][3], column[0], column[32]);
+    }
+  }
+}
 DEVICE int popcount(u32 v) { return __builtin_popcount(v); }
 DEVICE uint4 load_polled(const void* p) { return *(const uint4*)p; }
 DEVICE void store_polled(void* p, uint4 v) { *(uint4*)p = v; }

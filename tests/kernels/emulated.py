@@ -15,16 +15,19 @@ import pytest
 import torch
 
 import kvsink.kernels.native as native
+from kvsink.kernels.attend_codes import CodesVariant
 
 FOLDER = Path(native.__file__).parent / "cuda"
 
 
 @cache
-def _library(variant: native.Variant) -> ctypes.CDLL:
+def _library(variant: native.Variant | CodesVariant) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler to emulate the CUDA kernels with")
     flags = [f"-D{name}={text.replace(' ', '')}" for name, text in variant.defines().items()]
+    if isinstance(variant, CodesVariant):
+        flags.append("-DKVSINK_CODES_ALONE")
     text = "".join(p.read_text() for p in sorted(FOLDER.iterdir()) if p.is_file()) + "".join(flags)
     out = Path(tempfile.gettempdir()) / f"kvsink-emulated-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not out.exists():
@@ -62,3 +65,19 @@ class Emulated:
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         self.lib.run_decode(ctypes.byref(argument), -(-rows // 8))
+
+
+class EmulatedCodes:
+    """Stands in for `attend_codes.CodesKernels`."""
+
+    def __init__(self, variant: CodesVariant) -> None:
+        self.lib = _library(variant)
+        assert self.lib.smem_bytes() <= variant.shared_bytes() <= native.SHARED_LIMIT
+
+    def turn(self, call: Any, groups: int, heads: int) -> None:
+        assert self.lib.codes_bytes() == ctypes.sizeof(call)
+        self.lib.run_turn(ctypes.byref(call), groups, heads)
+
+    def attend(self, call: Any, heads: int) -> None:
+        assert self.lib.codes_bytes() == ctypes.sizeof(call)
+        self.lib.run_codes(ctypes.byref(call), heads)

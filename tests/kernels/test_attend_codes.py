@@ -1,0 +1,108 @@
+"""The CUDA kernel for codes in rows of bytes equals the definition: emulated on a CPU (see emulated.py), natively on a GPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvsink.cache import KVSinkCache
+from kvsink.codecs import Codec
+from kvsink.kernels import attend_codes
+from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.attend_triton import transform
+from kvsink.tools.bench_model import Shape, llama, rewritten
+from tests import states
+
+from .emulated import EmulatedCodes
+
+SLOTS, KV, SCALE = 320, 2, 0.09
+BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}  # relative error of an output: the rounding of its products and its own
+SIDES = ("klt-2/4", "klt-2", "klt-dense-2", "klt-dense-2/4", "cq-2", "cq-1", "klt-1/2", "centred-2", "rtn-4", "centred-1/4")
+
+
+@cache
+def decoder(repeats: int) -> Any:
+    torch.manual_seed(0)
+    return llama(1, torch.float32, 64, 2048, Shape(64, 64, 2, 1e4, 64 * repeats, KV * repeats, 128), "cpu")
+
+
+@cache
+def codes_of(side: str, repeats: int) -> Any:
+    return rewritten(decoder(repeats), side, "first:3")
+
+
+def merged(acc: Tensor, top: Tensor, mass: Tensor, c: Codec, p: dict[str, Tensor], batch: int) -> Tensor:
+    """Parts as the merge launch joins them."""
+    heads, _, r, d = acc.shape
+    h = heads // batch
+    peak = top.amax(1, keepdim=True).clamp_min(-1e30)
+    weight = (top - peak).exp2()
+    past, held = (weight[:, :-1, :, None] * acc[:, :-1]).sum(1), weight[:, -1, :, None] * acc[:, -1]
+    mass_past, mass_held = (weight[:, :-1] * mass[:, :-1]).sum(1), weight[:, -1] * mass[:, -1]
+    past = past.view(batch, h, r, d)
+    back = transform(c.value, d, p.get("v_basis"), acc.device)[0]
+    if back is not None:
+        past = past @ back.float().mT
+    if c.value.center:
+        past = past + mass_past.view(batch, h, r, 1) * p["v_mean"][None, :, None]
+    out = (past + held.view(batch, h, r, d)) / (mass_past + mass_held).view(batch, h, r, 1).clamp_min(1e-30)
+    return out.reshape(batch, h * r, 1, d)
+
+
+def filled(side: str, repeats: int, batch: int, length: int, pad: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """A layer behind `length` rows and a new one; rows of the batch are padded on the left by `pad`."""
+    layer = KVSinkCache.for_model(codes_of(side, repeats)(), batch, SLOTS).packed_layers()[0]
+    g = torch.Generator().manual_seed(length)
+    k, v = (torch.randn(batch, KV, length + 1, 128, generator=g) for _ in range(2))
+    shift = torch.tensor(pad)[:, None]
+    for a, b in ((0, length), (length, length + 1)):
+        positions = (torch.arange(a, b)[None] - shift).clamp_min(0)
+        cos, sin = layer.shared.runtime.angles(0, positions)
+        rows = torch.arange(max(0, b - a - 3), b - a).expand(batch, -1)
+        scores = [torch.randn(batch, rows.shape[1], generator=g), rows]
+        states.append_(k[:, :, a:b], v[:, :, a:b], positions, cos, sin, scores, layer.state(), layer.params, layer.codec_text, True)
+        if a == 0:
+            layer.length.fill_(length)
+    q = torch.randn(batch, KV * repeats, 1, 128, generator=g).to(dtype)
+    return layer, q, k[:, :, -1:].to(dtype), v[:, :, -1:].to(dtype)
+
+
+def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, blocks: int = 3) -> float:
+    codec = Codec.parse(layer.codec_text)
+    held = ("exact_k", "exact_v", "recent_k", "recent_v")
+    st = {n: x.to(q.dtype) if n in held else x.clone() for n, x in codec.named(layer.state()).items()}
+    p = dict(zip(codec.param_names(), layer.params, strict=True))
+    cos = p.get("start_cos")
+    made = attend_codes.variant_of(codec, q.shape[1] // k.shape[1], 128, 0 if cos is None else 128, q.dtype)
+    assert not isinstance(made, str), made
+    assert attend_codes.misplaced(st) == ""
+    wanted = attend_ref(q.float(), k.float(), v.float(), list(st.values()), layer.params, mask, SCALE, mask is None, layer.codec_text)
+    first = int(layer.length)
+    for name in ("k_scale", "v_scale"):  # what lies behind the rows must not matter
+        st[name][:, :, first + 1 :] = float("nan")
+    kernels = EmulatedCodes(made)
+    acc, top, mass, _ = attend_codes.parts(kernels, made, codec, q, k, v, st, p, mask, SCALE, blocks)
+    got = merged(acc, top, mass, codec, p, q.shape[0])
+    assert torch.isfinite(got).all()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_equals_the_definition(side: str) -> None:
+    layer, q, k, v = filled(side, 4, 1, 150, (0,), torch.float16)
+    assert compared(layer, q, k, v, None) <= BOUND[torch.float16]
+
+
+@pytest.mark.parametrize(("repeats", "pad", "length", "dtype"), [
+    (1, (0, 37), 200, torch.float16), (3, (5, 70), 130, torch.bfloat16), (2, (0, 9), 1, torch.float16),
+])  # fmt: skip
+@pytest.mark.parametrize("side", ["klt-2/4", "klt-dense-2", "cq-2"])
+def test_padding_ratios_and_types(side: str, repeats: int, pad: tuple[int, ...], length: int, dtype: torch.dtype) -> None:
+    layer, q, k, v = filled(side, repeats, 2, length, tuple(min(x, length - 1) for x in pad), dtype)
+    slots = torch.arange(SLOTS)
+    mask = ((slots >= torch.tensor(pad).clamp_max(length - 1)[:, None]) & (slots <= length))[:, None, None]
+    assert compared(layer, q, k, v, mask) <= BOUND[dtype]
