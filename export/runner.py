@@ -21,7 +21,7 @@ from kvsink.export.manifest import read_manifest
 __all__ = ["OnnxGenerator"]
 
 PAST, PRESENT = "past_key_values.", "present."
-_DTYPES = {"float": "float32"}  # other types have the names of numpy
+_DTYPES = {"float": "float32", "double": "float64"}  # other types have the names of numpy
 
 
 class OnnxGenerator:
@@ -128,10 +128,10 @@ class OnnxGenerator:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too).
+        """New tokens int64 [B, S] behind a past: (logits [B, S, V], the cache that holds them too).
 
-        A model exported with embeds=True takes embeddings float32 [B, S, E] in the place of tokens. The past of `room` is the cache
-        that is returned; the mask says how much of it is filled.
+        Logits are float32, or float64 of a graph in float64. A model exported with embeds=True takes embeddings float32 [B, S, E]
+        in the place of tokens. The past of `room` is the cache that is returned; the mask says how much of it is filled.
         """
         self._check(past)
         total, in_place = np.shape(mask)[1], False
@@ -171,7 +171,8 @@ class OnnxGenerator:
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
-        logits = values.pop("logits").numpy().astype(np.float32, copy=False)
+        logits = values.pop("logits").numpy()
+        logits = logits.astype(np.float32) if logits.dtype == np.float16 else logits
         return logits, dict(past) if in_place else {name.removeprefix(PRESENT): value for name, value in values.items()}
 
     # -- generation ----------------------------------------------------------------------------------------------------
