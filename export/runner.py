@@ -9,6 +9,7 @@ Raises     ExportError for a missing or foreign file, a cache of the wrong dtype
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from kvsink.export.errors import ExportError
 from kvsink.export.manifest import read_manifest
 
-__all__ = ["OnnxGenerator"]
+__all__ = ["OnnxGenerator", "load_cuda"]
 
 PAST, PRESENT = "past_key_values.", "present."
 _DTYPES = {"float": "float32", "double": "float64"}  # other types have the names of numpy
@@ -59,8 +60,8 @@ class OnnxGenerator:
             _register(options, Path(library), threads)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        if "CUDAExecutionProvider" in names and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA's libraries, of pip packages where there are any
+        if "CUDAExecutionProvider" in names:
+            load_cuda(onnxruntime)
         self.device = "cuda" if names[0] == "CUDAExecutionProvider" else "cpu"
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
@@ -78,6 +79,8 @@ class OnnxGenerator:
 
     def value(self, array: Any) -> Any:
         """A numpy array as an onnxruntime value on the runner's device."""
+        if not array.size:  # nothing to copy
+            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self.device, 0)
         return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
     def empty(self, batch: int) -> dict[str, Any]:
@@ -238,6 +241,16 @@ class OnnxGenerator:
             size = self.manifest["vocab_size"]
             raise ExportError(f"token {int(ids.max())} is outside the vocabulary of {size}; wrong tokenizer?")
         return ids, mask
+
+
+def load_cuda(onnxruntime: Any) -> None:
+    """Load the libraries of CUDA from pip's packages, wherever these are: onnxruntime itself looks beside its own folder."""
+    if not hasattr(onnxruntime, "preload_dlls"):
+        return
+    spec = importlib.util.find_spec("nvidia")
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    found = [folder for place in places for folder in Path(place).glob("cu[0-9]*/lib") if any(folder.glob("libcudart.so*"))]
+    onnxruntime.preload_dlls(directory=str(found[-1]) if found else None)
 
 
 def _register(options: Any, library: Path, threads: int) -> None:
