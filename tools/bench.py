@@ -226,7 +226,7 @@ def cpu(
 @click.option("--provider", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]))
 @click.option("--dtype", default=None, type=click.Choice(["float16", "float32"]), help="[default: float16 on cuda, else float32]")
 @click.option(
-    "--cases", default="functions:16,gqa:16,gqa:4,functions:klt:2,gqa:8,functions:rotatekv:4", show_default=True,
+    "--cases", default="functions:16,gqa:16,gqa:4,functions:klt:2,gqa:8", show_default=True,
     help="FLAVOUR:BITS or FLAVOUR:METHOD:BITS; 16 bits: not coded. Flavour custom, on the CPU, builds its library.",
 )  # fmt: skip
 @click.option("--tokens", default=4096, show_default=True, help="Length of the prompt.")

@@ -2,14 +2,14 @@
 
 First what is right: every case is exported, its logits are compared with those of the CPU provider and of the torch model, and a
 step is profiled, which says on which provider each node ran. Then what is fast: decode steps behind a prompt, one step of every
-case in turn. What runs on a GPU runs in a process of its own, so that a case that brings it down is one line of the table.
+case in turn. What runs on a GPU runs in another process, so that a case that brings it down is one line of the table.
 
 Formula    difference = max |logits - logits'| / max |logits'| over a prompt of 96 tokens and 8 single ones, each side with its own
            cache; bytes: codes that differ between the providers. Verdict "ok": difference to the CPU at most 2 % in float16 (0.1 %
            in float32) and no node but those that handle shapes on the CPU
 Shapes     one sequence; the cache stays on the device
 Differs    random weights where no folder is given: what is right is then asked of two layers of a quarter of the width, and times
-           are those of the shape; a folder is exported once
+           are those of the shape; a folder, or a shape as small as that, is exported once
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def parse_cases(text: str) -> list[Case]:
     """ "gqa:4,functions:klt:2" → flavour, method, bits."""
     cases: list[Case] = []
     for part in (p for p in text.split(",") if p):
-        flavour, *method, bits = part.split(":")
+        flavour, *method, bits = part.split(":") if ":" in part else (part, "")
         if flavour not in ("functions", "gqa", "custom") or len(method) > 1 or not bits.isdigit():
             raise click.BadParameter(f"{part!r} is not FLAVOUR:BITS or FLAVOUR:METHOD:BITS", param_hint="--cases")
         cases.append((flavour, method[0] if method else "static-rotated", int(bits)))
@@ -75,12 +76,14 @@ def onnx_rows(
     label = name if name != "llama" else f"llama {hidden} x{layers}"
     facts = _facts(provider) | {"model": label, "dtype": kind}
     say("  ".join(f"{k}={v}" for k, v in facts.items()))
-    begun = _alone(60, _starts, provider)
+    apart = _Apart()
+    begun = apart(60, _starts, provider)
     if "verdict" in begun:
+        apart.close()
         raise KvsinkError(f"onnxruntime does not run on {provider} here: {begun['verdict']}")
-    small = (min(layers, 2), max(512, hidden // 4)) if name == "llama" else (layers, hidden)
+    small = (min(layers, 2), min(hidden, max(512, hidden // 4))) if name == "llama" else (layers, hidden)
     positions = max(tokens + steps, _SHORT + _SINGLE)
-    with tempfile.TemporaryDirectory() as folder:
+    with closing(apart), tempfile.TemporaryDirectory() as folder:
         source, made = _Source(name, *small, positions), {}
         for case in cases:
             row = facts | _named(case) | {"kind": "onnx-numbers", "T": _SHORT + _SINGLE}
@@ -88,14 +91,14 @@ def onnx_rows(
             try:
                 ids = source.text(positions)
                 exported, logits = source.export(case, path, kind, positions)
-                row |= exported | _alone(_ONE, _numbers, str(path), provider, kind, ids.numpy(), logits, threads)
+                row |= exported | apart(_ONE, _numbers, str(path), provider, kind, ids.numpy(), logits, threads)
             except Exception as error:  # whatever a case brings is told in its row
                 row |= {"verdict": _told(error)}
             made[case] = path if row["verdict"] == "ok" or "off_cpu" in row else None
             _tell(say, case, row)
             yield row
         timed: list[Case] = [case for case in cases if made[case] is not None]
-        if name == "llama":
+        if small != (layers, hidden):
             source, stopped = _Source(name, layers, hidden, positions), []
             for case in timed:
                 row = facts | _named(case) | {"kind": "onnx", "T": tokens}
@@ -119,11 +122,11 @@ def onnx_rows(
         def left() -> float:
             return max(30.0, seconds - (time.perf_counter() - began))
 
-        found = _alone(left(), _times, paths, provider, ids, tokens, steps, threads) if timed else {}
+        found = apart(left(), _times, paths, provider, ids, tokens, steps, threads) if timed else {}
         each = found.get("rows")
         for i, case in enumerate(timed):  # all of them in turn; where that stops, each alone
             row = facts | _named(case) | {"kind": "onnx", "T": tokens, "in_turn": bool(each)}
-            one = each[i] if each else _alone(left(), _times, paths[i : i + 1], provider, ids, tokens, steps, threads)
+            one = each[i] if each else apart(left(), _times, paths[i : i + 1], provider, ids, tokens, steps, threads)
             row |= one["rows"][0] if "rows" in one else one
             _tell(say, case, row)
             yield row
@@ -234,27 +237,40 @@ class _Source:
 # -- in a process of its own -------------------------------------------------------------------------------------------
 
 
-def _alone(seconds: float, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What `work` returns in a fresh process, or a verdict that says in one line how it ended."""
-    pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-    future = pool.submit(_guarded, work, *arguments)
-    try:
-        return future.result(timeout=seconds)
-    except TooLong:
-        for process in list(pool._processes.values()):
-            process.kill()
-        return {"verdict": f"stopped after {seconds:.0f} s"}
-    except BrokenProcessPool:
-        return {"verdict": "its process died"}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+class _Apart:
+    """A process of its own for what may bring it down; the next call finds a fresh one after any call that went wrong."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, seconds: float, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """What `work` returns, or a verdict that says in one line how it ended."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            found = self._pool.submit(_guarded, work, *arguments).result(timeout=seconds)
+        except TooLong:
+            found = {"verdict": f"stopped after {seconds:.0f} s", "broken": True}
+        except BrokenProcessPool:
+            found = {"verdict": "its process died", "broken": True}
+        if found.pop("broken", False):
+            self.close()
+        return found
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = None
 
 
 def _guarded(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     try:
         return work(*arguments)
     except Exception as error:  # told here: not every error can be sent to another process
-        return {"verdict": _told(error)}
+        return {"verdict": _told(error), "broken": True}  # an error of CUDA stays with its process
 
 
 def _providers(provider: str) -> list[str | tuple[str, dict[str, str]]]:
