@@ -118,6 +118,8 @@ class OnnxGenerator:
             raise ExportError(f"the cache and {self.path.name} disagree about {PAST}{min(unknown)}; begin with empty()")
         length: dict[str, int] = {}
         for name, value in past.items():
+            if not hasattr(value, "data_type"):
+                raise ExportError(f"{PAST}{name} is a {type(value).__name__}, not a value of onnxruntime; make one with value()")
             entry, shape = self._past[name], value.shape()
             kind = np.dtype(_dtype(entry))
             found = value.data_type()[7:-1]  # tensor(uint8) → uint8
@@ -128,6 +130,25 @@ class OnnxGenerator:
             if list(shape) != known or len(shape) != len(entry["shape"]):
                 raise ExportError(f"{PAST}{name} is {list(shape)}, the model takes {entry['shape']}; begin with empty()")
 
+    def _check_rows(self, ids: Any, mask: Any, positions: Any) -> None:
+        shape = np.shape(ids)
+        if len(shape) != 2 + self.embeds:
+            kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
+            raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(shape)}")
+        if np.shape(positions) != shape[:2] or np.ndim(mask) != 2 or len(mask) != shape[0]:
+            raise ExportError(
+                f"token ids, mask and positions of shapes {list(shape)}, {list(np.shape(mask))} and {list(np.shape(positions))}; "
+                "positions have the shape of the tokens, and the mask as many rows"
+            )
+        if self.embeds:
+            return
+        ids, size = np.asarray(ids), self.manifest["vocab_size"]
+        if ids.dtype.kind not in "iu" and ids.size:
+            raise ExportError(f"token ids are {ids.dtype}; {self.path.name} takes whole numbers")
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            token = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            raise ExportError(f"token {token} is outside the vocabulary of {size}; wrong tokenizer?")
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -137,6 +158,7 @@ class OnnxGenerator:
         in the place of tokens. The past of `room` is the cache that is returned; the mask says how much of it is filled.
         """
         self._check(past)
+        self._check_rows(ids, mask, positions)
         total, in_place = np.shape(mask)[1], False
         if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
             limit = self.manifest["max_positions"]
@@ -145,15 +167,18 @@ class OnnxGenerator:
             raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
         if not self.manifest.get("padding", True):
             in_place = past["0.key"].shape()[2] >= total
+        batch, _, held = past["0.key"].shape()[:3]
+        if batch != len(ids) or (not in_place and total != held + np.shape(ids)[1]):
+            raise ExportError(
+                f"an attention mask of shape {list(np.shape(mask))} with {len(ids)} rows of {np.shape(ids)[1]} new tokens behind a "
+                f"cache of {batch} rows of {held}; it takes a column for every token of the cache and every new one"
+            )
         if self.one_row and total > np.shape(ids)[1] and min(np.shape(ids)) > 1:
             raise ExportError(
                 f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
                 "one, one token at a time, or whole prompts"
             )
         binding = self.session.io_binding()
-        if (np.ndim(ids) == 3) != self.embeds:
-            kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
-            raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(np.shape(ids))}")
         if self.embeds:
             binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(ids, dtype=np.float32))
         else:
