@@ -75,7 +75,7 @@ def in_float64(model: nn.Module) -> Iterator[None]:
             for owner, name, value in given:
                 setattr(owner, name, "batched_mm" if name == _EXPERTS else float(torch.tensor(value)))
             for module in modules:
-                module.forward = _wrapped(module.forward)  # type: ignore[method-assign]
+                module.forward = _wrapped(module.forward)
             yield
         finally:
             for module in modules:

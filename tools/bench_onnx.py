@@ -84,7 +84,9 @@ def onnx_rows(
     small = (min(layers, 2), min(hidden, max(512, hidden // 4))) if name == "llama" else (layers, hidden)
     positions = max(tokens + steps, _SHORT + _SINGLE)
     with closing(apart), tempfile.TemporaryDirectory() as folder:
-        source, made = _Source(name, *small, positions), {}
+        source = _Source(name, *small, positions)
+        made: dict[Case, Path | None] = {}
+        stopped: list[Case] = []
         for case in cases:
             row = facts | _named(case) | {"kind": "onnx-numbers", "T": _SHORT + _SINGLE}
             path = Path(folder) / f"numbers-{len(made)}" / "model.onnx"
@@ -99,7 +101,7 @@ def onnx_rows(
             yield row
         timed: list[Case] = [case for case in cases if made[case] is not None]
         if small != (layers, hidden):
-            source, stopped = _Source(name, layers, hidden, positions), []
+            source = _Source(name, layers, hidden, positions)
             for case in timed:
                 row = facts | _named(case) | {"kind": "onnx", "T": tokens}
                 made[case] = path = Path(folder) / f"time-{len(stopped)}-{case[0]}-{case[1]}-{case[2]}" / "model.onnx"
@@ -114,7 +116,7 @@ def onnx_rows(
                     _tell(say, case, row)
                     yield row
             timed = [case for case in timed if case not in stopped]
-        ids = source.text(positions).numpy()
+        rows = source.text(positions).numpy()
         del source
         gc.collect()
         paths = [(case[0], str(made[case])) for case in timed]
@@ -122,11 +124,11 @@ def onnx_rows(
         def left() -> float:
             return max(30.0, seconds - (time.perf_counter() - began))
 
-        found = apart(left(), _times, paths, provider, ids, tokens, steps, threads) if timed else {}
+        found = apart(left(), _times, paths, provider, rows, tokens, steps, threads) if timed else {}
         each = found.get("rows")
         for i, case in enumerate(timed):  # all of them in turn; where that stops, each alone
             row = facts | _named(case) | {"kind": "onnx", "T": tokens, "in_turn": bool(each)}
-            one = each[i] if each else apart(left(), _times, paths[i : i + 1], provider, ids, tokens, steps, threads)
+            one = each[i] if each else apart(left(), _times, paths[i : i + 1], provider, rows, tokens, steps, threads)
             row |= one["rows"][0] if "rows" in one else one
             _tell(say, case, row)
             yield row
@@ -314,7 +316,7 @@ def _numbers(path: str, provider: str, kind: str, ids: Any, torch_logits: Any, t
     there, cache_there = here, cache_here
     if provider == "cuda":
         there, cache_there = _short(_runner(path, provider, threads), ids)
-    row = {
+    row: dict[str, Any] = {
         "off_cpu": _off(there, here), "off_torch": _off(there, torch_logits), "cpu_off_torch": _off(here, torch_logits),
         "top1_torch": round(float((there.argmax(-1) == torch_logits.argmax(-1)).mean()), 4),
         "bytes_off_cpu": _bytes_off(cache_there, cache_here),
@@ -372,7 +374,8 @@ def _times(
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of the prompt and of steps behind it, one of every graph in turn: logits come to the host, the cache does not."""
     runners = [_runner(path, provider, threads) for _, path in graphs]
-    rows, pasts = [], []
+    rows: list[dict[str, Any]] = []
+    pasts = []
     for runner in runners:
         past = _begin(runner, tokens + steps)
         _step(runner, ids, 0, min(_CHUNK, tokens), past)  # what is done once: buffers, choice of kernels
