@@ -1,6 +1,7 @@
 """What each node of domain com.kvsink does, written in standard ONNX operators (opset 18): the body of a model-local function.
 
-A body is specialised to its node: attributes and static sizes are numbers in it. A byte of 1, 2, 4 or 8 bit codes becomes values
+A body is specialised to its node: attributes and static sizes are numbers in it; `dtype` says in which type it computes, and
+tables, which are float32, are widened to it. A byte of 1, 2, 4 or 8 bit codes becomes values
 by one look-up in a table of 256 rows; other widths are cut out of words of up to 24 bits, in float32. Thresholds are searched by
 halving.
 
@@ -31,7 +32,8 @@ _HALF_MAX, _HALF_TINY = 65504.0, 6.0e-8
 class Body:
     """Nodes of one function in the making: `b.Add(x, y)` appends a node and returns the name of its output."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
+        self.kind = np.dtype(dtype)
         self.nodes: list[Any] = []
         self._constants: dict[tuple[Any, ...], str] = {}
 
@@ -45,11 +47,11 @@ class Body:
 
         return call
 
-    def const(self, value: Any, dtype: Any = np.float32) -> str:
-        """A constant; equal ones are one node."""
+    def const(self, value: Any, dtype: Any = None) -> str:
+        """A constant, of the type the body computes in by default; equal ones are one node."""
         from onnx import numpy_helper
 
-        array = np.asarray(value, dtype=dtype)
+        array = np.asarray(value, dtype=self.kind if dtype is None else dtype)
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = self.Constant(value=numpy_helper.from_array(array))
@@ -62,6 +64,16 @@ class Body:
         from onnx import TensorProto
 
         return str(self.Cast(x, to=getattr(TensorProto, to)))
+
+    def number(self, x: str) -> str:
+        """Cast to the type the body computes in."""
+        from onnx import helper
+
+        return str(self.Cast(x, to=helper.np_dtype_to_tensor_dtype(self.kind)))
+
+    def widened(self, x: str) -> str:
+        """A float32 table or product in the type the body computes in."""
+        return self.number(x) if self.kind == np.float64 else x
 
     def half(self, x: str) -> str:
         """Rounded to float16, saturating."""
@@ -108,7 +120,7 @@ def _pack(b: Body, codes: str, width: int, count: int) -> str:
         return b.cast(codes, "UINT8")
     if 8 % width == 0:
         per = 8 // width
-        fields = b.reshape(b.cast(codes, "FLOAT"), 0, 0, 0, count // per, per)
+        fields = b.reshape(b.number(codes), 0, 0, 0, count // per, per)
         return b.cast(b.MatMul(fields, b.const([1 << (i * width) for i in range(per)])), "UINT8")
     return _pack_any(b, codes, width, count)
 
@@ -118,7 +130,7 @@ def _pack_any(b: Body, codes: str, width: int, count: int) -> str:
     if width == 8:
         return b.cast(codes, "UINT8")
     size = packed_bytes(count, width)
-    shifted = b.Mul(b.Unsqueeze(b.cast(codes, "FLOAT"), b.ints(-1)), b.const([2.0**-i for i in range(width)]))
+    shifted = b.Mul(b.Unsqueeze(b.number(codes), b.ints(-1)), b.const([2.0**-i for i in range(width)]))
     bits = _low_bits(b, b.Floor(shifted), 1)
     bits = b.reshape(bits, 0, 0, 0, count * width)
     if rest := 8 * size - count * width:
@@ -169,15 +181,15 @@ def _quantize_uniform(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
     if clip != 1:
         hi, lo = b.Mul(hi, b.const(clip)), b.Mul(lo, b.const(clip))
     s = b.half(b.Div(b.Sub(hi, lo), b.const(top)))
-    step = b.cast(s, "FLOAT")
+    step = b.number(s)
     if a["kind"] == "uniform-int":
         step = b.Where(b.Greater(step, b.const(0)), step, b.const(1))
         base = b.half(b.Round(b.Div(b.Neg(lo), step)))
-        codes = b.Add(b.Round(b.Div(groups, step)), b.cast(base, "FLOAT"))
+        codes = b.Add(b.Round(b.Div(groups, step)), b.number(base))
         s = b.half(step)
     else:
         base = b.half(lo)
-        codes = b.Round(b.Div(b.Sub(groups, b.cast(base, "FLOAT")), b.Max(step, b.const(_HALF_TINY))))
+        codes = b.Round(b.Div(b.Sub(groups, b.number(base)), b.Max(step, b.const(_HALF_TINY))))
     codes = b.reshape(b.Clip(codes, b.const(0), b.const(top)), 0, 0, 0, dim)
     scale = b.reshape(b.Concat(s, base, axis=-1), 0, 0, 0, 2 * dim // size)
     return _pack(b, codes, width, dim), scale
@@ -187,9 +199,9 @@ def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
     width, size, dim = a["widths"][0], a["group_size"], 8 * len(a["widths"])
     groups = b.reshape(x, 0, 0, 0, dim // size, size)
     m = b.half(b.reduce("ReduceMean", groups))
-    centred = b.Sub(groups, b.cast(m, "FLOAT"))
+    centred = b.Sub(groups, b.number(m))
     d = b.half(b.Sqrt(b.reduce("ReduceMean", b.Mul(centred, centred))))
-    codes = _codes(b, b.Div(centred, b.Max(b.cast(d, "FLOAT"), b.const(_HALF_TINY))), width)
+    codes = _codes(b, b.Div(centred, b.Max(b.number(d), b.const(_HALF_TINY))), width)
     scale = b.reshape(b.Concat(d, m, axis=-1), 0, 0, 0, 2 * dim // size)
     return _pack(b, b.reshape(codes, 0, 0, 0, dim), width, dim), scale
 
@@ -197,8 +209,8 @@ def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
 def _quantize_lloyd(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, str]:
     parts, even = segments(a["widths"]), a["kind"] == "lloyd-even"
     levels = even_levels if even else lloyd_max
-    deviation = b.Max(b.Unsqueeze(sigma, b.ints(1)), b.const(_HALF_TINY))
-    y = b.Div(x, deviation)
+    deviation = b.Max(b.Unsqueeze(sigma, b.ints(1)), b.const(_HALF_TINY, np.float32))
+    y = b.Div(x, b.widened(deviation))
     whole = len(parts) == 1 and parts[0][1] == 8 * len(a["widths"])
 
     def cut(t: str, start: int, stop: int) -> str:
@@ -210,15 +222,15 @@ def _quantize_lloyd(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[
     def fit(codes: list[str]) -> str:
         dot, square = "", ""
         for (s, e, _, w), code in zip(parts, codes, strict=True):
-            level = b.Mul(b.Gather(b.const(levels(w).numpy()), code), cut(deviation, s, e))
-            one = b.reduce("ReduceSum", b.Mul(cut(x, s, e), level))
-            two = b.reduce("ReduceSum", b.Mul(level, level))
+            level = b.Mul(b.Gather(b.const(levels(w).numpy(), np.float32), code), cut(deviation, s, e))
+            one = b.reduce("ReduceSum", b.Mul(cut(x, s, e), b.widened(level)))
+            two = b.reduce("ReduceSum", b.widened(b.Mul(level, level)))
             dot, square = (b.Add(dot, one), b.Add(square, two)) if dot else (one, two)
         return b.half(b.Div(dot, b.Max(square, b.const(1e-30))))
 
     if a["gain"]:
         rms = b.Max(b.Sqrt(b.reduce("ReduceMean", b.Mul(y, y))), b.const(_HALF_TINY))
-        first = b.Max(b.cast(fit(encode(b.Div(y, rms))), "FLOAT"), b.const(_HALF_TINY))
+        first = b.Max(b.number(fit(encode(b.Div(y, rms)))), b.const(_HALF_TINY))
         codes = encode(b.Div(y, first))
         scale = fit(codes)
     else:
@@ -237,6 +249,7 @@ def _vector_rows(b: Body, a: Mapping[str, Any], codes: str, book: str) -> str:
 
 def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[str, str]:
     _, groups, _, c = a["book"]
+    book = b.widened(book)
     half = b.Mul(b.reduce("ReduceSum", b.Mul(book, book)), b.const(-0.5))
     half = b.Transpose(half, perm=[0, 1, 3, 2])  # [H, G, 1, K]
     turned = b.Transpose(book, perm=[0, 1, 3, 2])
@@ -256,14 +269,14 @@ def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[
         out = _pack_any(b, nearest(x), a["code_bits"], groups)
         return out, b.empty_scale(out)
     rms = b.Max(b.Sqrt(b.reduce("ReduceMean", b.Mul(x, x))), b.const(_HALF_TINY))
-    first = b.Max(b.cast(fit(nearest(b.Div(x, rms))), "FLOAT"), b.const(_HALF_TINY))
+    first = b.Max(b.number(fit(nearest(b.Div(x, rms)))), b.const(_HALF_TINY))
     codes = nearest(b.Div(x, first))
     return _pack_any(b, codes, a["code_bits"], groups), fit(codes)
 
 
 def _quantize_static(b: Body, a: Mapping[str, Any], x: str, step: str) -> tuple[str, str]:
     width, half = a["widths"][0], float(1 << (a["widths"][0] - 1))
-    codes = b.Clip(b.Round(b.Div(x, b.Unsqueeze(step, b.ints(1)))), b.const(-half), b.const(half - 1))
+    codes = b.Clip(b.Round(b.Div(x, b.widened(b.Unsqueeze(step, b.ints(1))))), b.const(-half), b.const(half - 1))
     out = _pack(b, b.Add(codes, b.const(half)), width, 8 * len(a["widths"]))
     return out, b.empty_scale(out)
 
@@ -317,7 +330,7 @@ def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", tabl
 
 def _hadamard(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, ...]:
     order, runs = a["order"], a["channels"] // a["order"]
-    h = hadamard_matrix(order).numpy().astype(np.float32)
+    h = hadamard_matrix(order).numpy()
     matrix = b.const(h.T if a["inverse"] else h)
     if runs == 1:
         return (b.MatMul(x, matrix),)
@@ -343,7 +356,7 @@ def _rotate_block(b: Body, a: Mapping[str, Any], x: str, cos: str, sin: str, pos
         at = b.Min(b.Div(b.Max(positions, b.ints(0)), block), b.ints(a["rows"] - 1))
     else:
         at = b.Mod(positions, block)
-    cos, sin = (b.Unsqueeze(b.Gather(t, at, axis=0), b.ints(1)) for t in (cos, sin))
+    cos, sin = (b.widened(b.Unsqueeze(b.Gather(t, at, axis=0), b.ints(1))) for t in (cos, sin))
     return (_rope(b, x, cos, sin, a["rotary"], a["head_dim"]),)
 
 
@@ -360,12 +373,12 @@ def _mean_rows(b: Body, a: Mapping[str, Any], table: str, positions: str) -> tup
 
 def _center_roped(b: Body, a: Mapping[str, Any], x: str, mean: str, cos: str, sin: str) -> tuple[str, ...]:
     dim, rotary = a["head_dim"], a["rotary"]
-    cos, sin = (b.Unsqueeze(t, b.ints(1)) for t in (cos, sin))
+    cos, sin = (b.Unsqueeze(b.cast(t, "FLOAT") if b.kind == np.float64 else t, b.ints(1)) for t in (cos, sin))
     mean = b.Unsqueeze(mean, b.ints(1))  # [H, 1, D]
-    turned = _rope(b, mean, cos, sin, rotary, rotary)
+    turned = b.widened(_rope(b, mean, cos, sin, rotary, rotary))
     if rotary == dim:
         return (b.Sub(x, turned),)
-    rest = b.Sub(b.slice(x, rotary, dim, -1), b.slice(mean, rotary, dim, -1))
+    rest = b.Sub(b.slice(x, rotary, dim, -1), b.widened(b.slice(mean, rotary, dim, -1)))
     return (b.Concat(b.Sub(b.slice(x, 0, rotary, -1), turned), rest, axis=-1),)
 
 
@@ -445,15 +458,14 @@ def _restore_sinks(b: Body, a: Mapping[str, Any], past: str, new: str, rows: str
 
 def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) -> tuple[str, ...]:
     heads, kv_heads, dim, value_dim = a["heads"], a["kv_heads"], a["head_dim"], a["value_dim"]
-    kind = np.dtype(a.get("dtype", "float32"))
-    q = b.Mul(q, b.const(a["scale"], kind))
+    q = b.Mul(q, b.const(a["scale"]))
     grouped = heads != kv_heads
     rows = b.reshape(q, 0, kv_heads, -1, dim) if grouped else q
     scores = b.MatMul(rows, b.Transpose(k, perm=[0, 1, 3, 2]))
     if grouped:
         scores = b.Reshape(scores, b.Concat(b.Shape(q, start=0, end=3), b.size(k, 2), axis=0))
     if a["mask"] == "bool":
-        scores = b.Where(mask, scores, b.const(np.finfo(kind).min, kind))
+        scores = b.Where(mask, scores, b.const(np.finfo(b.kind).min))
     else:
         scores = b.Add(scores, mask)
     share = b.Softmax(scores, axis=-1)
@@ -513,7 +525,7 @@ def function_proto(op: str, overload: str, attributes: Mapping[str, Any], inputs
     """The FunctionProto of one kind of node; `inputs` says which of its inputs are given."""
     from onnx import helper
 
-    b = Body()
+    b = Body(attributes.get("dtype", "float32"))
     names = [f"in_{i}" for i in range(len(inputs))]
     results = BODIES[op](b, attributes, *(n if given else "" for n, given in zip(names, inputs, strict=True)))
     proto = helper.make_function(

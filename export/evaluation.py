@@ -60,7 +60,7 @@ def evaluate_onnx(
         text=text_name, windows=count,
         window_tokens=length, chunk=chunk, batch=min(batch, count), tokens=predicted,
         perplexity=math.exp(nll.sum() / predicted), bits_per_element=held[0], cache_nbytes=held[1],
-        window_nll=tuple((nll / (length - 1)).tolist()), device=runner.session.get_providers()[0], dtype="float32",
+        window_nll=tuple((nll / (length - 1)).tolist()), device=runner.session.get_providers()[0], dtype=runner.manifest["dtype"],
         versions=versions() | {"onnxruntime": importlib.metadata.version("onnxruntime")},
         seconds=time.perf_counter() - started,
     )  # fmt: skip

@@ -44,6 +44,8 @@ def build_graph(
     attention = (GQA_LEAN if lean else GQA_ATTENTION) if grouped else ATTENTION
     table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
     table[torch.ops.kvsink_export.group_query.default] = _group_query
+    if next(model.parameters()).dtype == torch.float64:
+        table[torch.ops.aten.scalar_tensor.default] = _number
     log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
     level = log.level
     with _exporting(model, attention), torch.no_grad(), warnings.catch_warnings():
@@ -153,6 +155,19 @@ def _emit(op: str, describe: Callable[..., tuple[list[Any], dict[str, Any], int]
     return translate
 
 
+def _number(value: Any, dtype: int = 1, **rest: Any) -> Any:
+    """A constant as it is; the exporter's own translator goes through float32. dtype: of ONNX."""
+    import numpy as np
+    import onnx_ir as ir
+    import onnxscript
+
+    kind = ir.DataType(dtype if dtype > 0 else 1)
+    node = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.array(value, dtype=kind.numpy())))], num_outputs=1)
+    recorder: Any = onnxscript.evaluator.default()
+    recorder.nodes.append(node)
+    return node.outputs[0]
+
+
 def _group_query(
     q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int
 ) -> Any:
@@ -198,21 +213,22 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
     ours, theirs = torch.ops.kvsink_export, torch.ops.kvsink
 
     def quantize(x: Any, sigma: Any, kind: str, widths: Any, group_size: int, clip: float, gain: bool) -> Any:
-        return [x, sigma], _scalar(kind, widths, group_size, gain) | {"clip": float(clip)}, 2
+        return [x, sigma], _scalar(kind, widths, group_size, gain) | {"clip": float(clip)} | _kind(x), 2
 
     def dequantize(codes: Any, scale: Any, sigma: Any, kind: str, widths: Any, group_size: int, gain: bool) -> Any:
         scaled = scale if kind not in SIGMA_KINDS or gain else None
         return [codes, scaled, sigma], _scalar(kind, widths, group_size, gain), 1
 
     def encode(x: Any, params: Any, codec: str, side: str) -> Any:
-        return [x, *params], _tabled(codec, side, params), 2
+        return [x, *params], _tabled(codec, side, params) | _kind(x), 2
 
     def decode(codes: Any, scale: Any, params: Any, codec: str, side: str) -> Any:
         attributes = _tabled(codec, side, params)
         return [codes, scale if attributes["gain"] else None, *params], attributes, 1
 
     def rotate(x: Any, order: int, inverse: bool = False) -> Any:
-        return [x], {"order": order, "inverse": int(inverse), "channels": x.shape[-1], "rank": len(x.shape)}, 1
+        sizes = {"order": order, "inverse": int(inverse), "channels": x.shape[-1], "rank": len(x.shape)}
+        return [x], sizes | _kind(x), 1
 
     def reorder(x: Any, permutation: Any) -> Any:
         return [x, permutation], {"heads": x.shape[1], "head_dim": x.shape[3]}, 1
@@ -228,7 +244,7 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
             raise ExportError("an attention site without a mask; kvsink exports causal decoders only")
         kind = "bool" if str(mask.dtype) == "BOOL" else "float"
         sizes = {"heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3]}
-        sizes |= {"dtype": "float16"} if str(q.dtype) == "FLOAT16" else {}
+        sizes |= _kind(q)
         return [q, k, v, mask], {"scale": float(scale), "mask": kind, **sizes}, 1
 
     def attend_packed(
@@ -257,13 +273,13 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
 
     def turn(x: Any, cos: Any, sin: Any, positions: Any, block: int, start: bool) -> Any:
         sizes = {"block": block, "start": int(start), "rows": cos.shape[0]}
-        return [x, cos, sin, positions], sizes | {"rotary": cos.shape[-1], "head_dim": x.shape[3]}, 1
+        return [x, cos, sin, positions], sizes | {"rotary": cos.shape[-1], "head_dim": x.shape[3]} | _kind(x), 1
 
     def undo_rope(x: Any, cos: Any, sin: Any) -> Any:
-        return [x, cos, sin], {"rotary": cos.shape[-1], "head_dim": x.shape[3]}, 1
+        return [x, cos, sin], {"rotary": cos.shape[-1], "head_dim": x.shape[3]} | _kind(x), 1
 
     def center_roped(x: Any, mean: Any, cos: Any, sin: Any) -> Any:
-        return [x, mean, cos, sin], {"rotary": cos.shape[-1], "head_dim": x.shape[3]}, 1
+        return [x, mean, cos, sin], {"rotary": cos.shape[-1], "head_dim": x.shape[3]} | _kind(x), 1
 
     return {
         ours.rotate_block.default: ("RotateBlock", turn),
@@ -283,6 +299,11 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
         ours.attend.default: ("Attend", attend),
         ours.attend_packed.default: ("AttendPacked", attend_packed),
     }
+
+
+def _kind(x: Any) -> dict[str, str]:
+    """The attribute that says what a node computes in; float32 is left out."""
+    return {"FLOAT16": {"dtype": "float16"}, "DOUBLE": {"dtype": "float64"}}.get(str(x.dtype), {})
 
 
 def _scalar(kind: str, widths: Any, group_size: int, gain: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from kvsink.export.errors import ExportError
 __all__ = ["FORMAT", "describe", "manifest_path", "read_manifest"]
 
 FORMAT = "kvsink-onnx-1"
+_NEEDED = ("flavour", "inputs", "outputs", "max_positions", "vocab_size", "eos_token_id", "pad_token_id", "elements_per_token")
 _MEANING = {
     "input_ids": "new tokens, padding on the left",
     "inputs_embeds": "embeddings of new tokens and of pictures, in place of input_ids",
@@ -59,6 +60,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         record = json.loads(beside.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']!r} is not {FORMAT}")
+        if missing := [name for name in _NEEDED if name not in record]:
+            raise ValueError(f"it has no {missing[0]}")
     except FileNotFoundError as error:
         raise ExportError(f"{beside} is missing; copy it beside {path.name}, or export the model again") from error
     except (ValueError, KeyError, TypeError) as error:

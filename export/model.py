@@ -9,8 +9,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from kvsink.evaluation import versions
 from kvsink.export.bodies import DOMAIN, OPSET
 from kvsink.export.check import check_file, check_run
 from kvsink.export.errors import ExportError
-from kvsink.export.flavours import FLAVOURS, check_expressible
+from kvsink.export.flavours import FLAVOURS, check_expressible, takes_functions
 from kvsink.export.genai import write_genai
 from kvsink.export.graph import append_functions, build_graph
 from kvsink.export.manifest import FORMAT, describe, manifest_path
+from kvsink.export.wide import in_float64, parameters_as
 from kvsink.loading import load_model, load_tokenizer
 from kvsink.runtime import runtime_of
 from kvsink.texts import builtin_text
@@ -33,6 +33,8 @@ from kvsink.texts import builtin_text
 __all__ = ["check_extras", "onnx"]
 
 LARGEST_OPSET = 20
+_SINGLE = {"Erf", "Gelu"}  # of the operators that models use, those without a kernel for float64 on the CPU
+_DTYPES = ("float32", "float16", "float64")
 _LARGE = 1 << 30  # bytes of weights from which they go into a file of their own
 _CHECKED = 29  # tokens of one row
 _TOKENIZER = ("tokenizer", "special_tokens_map", "vocab", "merges", "added_tokens", "chat_template", "generation_config")
@@ -55,6 +57,7 @@ def onnx(
     static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it
     serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on. dtype: "float16"
     is for CUDA; flavour gqa then has no attention bias, which its kernel there declines: rows of equal length, keys not centred.
+    "float64" is for comparisons, of flavour functions: its tokens and bytes are those of the torch model under `in_float64`.
     embeds: the graph takes inputs_embeds in place of input_ids, as the language part of a vision-language model does that is to
     see pictures.
 
@@ -63,11 +66,13 @@ def onnx(
     target = Path(path)
     if flavour not in FLAVOURS:
         raise UnknownName("flavour", flavour, FLAVOURS)
-    if dtype not in ("float32", "float16"):
-        raise ExportError(f"dtype {dtype} is neither float32 nor float16")
-    if dtype == "float16" and flavour == "custom":
-        raise ExportError("flavour custom leaves in float32, as its kernels compute; float16 is for functions and gqa")
-    if dtype == "float16" and embeds:
+    if dtype not in _DTYPES:
+        raise ExportError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
+    if dtype != "float32" and flavour == "custom":
+        raise ExportError(f"flavour custom leaves in float32, as its kernels compute; {dtype} is for functions")
+    if dtype == "float64" and flavour == "gqa":
+        raise ExportError("GroupQueryAttention computes in float32 or float16; float64 is for flavour functions")
+    if dtype != "float32" and embeds:
         raise ExportError("embeddings come in float32; leave dtype out with embeds=True")
     if not OPSET <= opset <= LARGEST_OPSET:
         raise ExportError(f"opset {opset} is outside {OPSET} to {LARGEST_OPSET}; {OPSET} is the first with all operators used here")
@@ -79,6 +84,8 @@ def onnx(
     folder = Path(source) if isinstance(source, (str, Path)) else None
     model = load_model(folder, "cpu", torch.float32) if folder is not None else source
     runtime = runtime_of(model)
+    if dtype == "float64" and not takes_functions(model):
+        raise ExportError(f"{type(model).__name__} spells its attention out, in float32 whatever it is; export it in float32")
     check_expressible(model, runtime, flavour=flavour, lean=flavour == "gqa" and dtype == "float16", embeds=embeds)
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 4096
@@ -87,10 +94,9 @@ def onnx(
         raise ExportError(f"tokens={reach} is outside {_CHECKED} to the {limit} positions of the model")
     build = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        manifest = _write(
-            build / target.name, model, flavour, opset, reach, _ids(folder, config.vocab_size), external_data, dtype == "float16",
-            embeds,
-        )  # fmt: skip
+        ids = _ids(folder, config.vocab_size)
+        with in_float64(model) if dtype == "float64" else nullcontext():  # the graph refers to the parameters
+            manifest = _write(build / target.name, model, flavour, opset, reach, ids, external_data, dtype, embeds)
         if folder is not None and folder.resolve() != target.parent.resolve():
             for file in folder.iterdir():
                 if file.is_file() and file.name.startswith(_TOKENIZER):
@@ -105,16 +111,19 @@ def onnx(
 
 def _write(
     path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None,
-    half: bool = False, embeds: bool = False,
-) -> dict[str, Any]:
+    dtype: str, embeds: bool,
+) -> dict[str, Any]:  # fmt: skip
     import json
 
     import onnx_ir
 
+    half = dtype == "float16"
     runtime, config = runtime_of(model), model.config.get_text_config(decoder=True)
     lean = half and flavour == "gqa"
     graph = build_graph(model, opset, tokens, flavour, lean, embeds)
     plain, grouped = flavour == "custom", flavour == "gqa"
+    if dtype == "float64" and (found := {node.op_type for node in graph.graph} & _SINGLE):
+        raise ExportError(f"{type(model).__name__} cannot be exported in float64: onnxruntime has {min(found)} in float32 alone")
     append_functions(graph, opset)
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
     data = f"{path.name}.data" if (size >= _LARGE if external is None else external) else None
@@ -129,7 +138,7 @@ def _write(
         "pad_token_id": config.pad_token_id if isinstance(config.pad_token_id, int) else 0,
         "elements_per_token": 2 * len(runtime.plans) * a.kv_heads * a.head_dim,
         "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs),
-        "dtype": "float32", "padding": not lean,
+        "dtype": "float64" if dtype == "float64" else "float32", "padding": not lean,
         "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans], "versions": versions(),
     }  # fmt: skip
 
@@ -142,7 +151,7 @@ def _write(
     manifest["check"] = check_run(path, model, ids)
     if half:  # what was run is its twin in float32
         del graph
-        with _halved(model):  # until the file is written: the graph refers to the parameters
+        with parameters_as(model, torch.float16):  # until the file is written: the graph refers to the parameters
             graph = build_graph(model, opset, tokens, flavour, lean)
             append_functions(graph, opset)
             manifest |= {"dtype": "float16", "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs)}
@@ -161,19 +170,6 @@ def _write(
     save()
     check_file(path)
     return manifest
-
-
-@contextmanager
-def _halved(model: torch.nn.Module) -> Iterator[None]:
-    """The parameters in float16 for the time of a `with` block; tables and angles stay as they are."""
-    held = {name: parameter.data for name, parameter in model.named_parameters()}
-    try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.half()
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = held[name]
 
 
 def _ids(folder: Path | None, vocabulary: int) -> Tensor:

@@ -123,10 +123,11 @@ class _PackedLayer(PlainLayer):
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
             cos, sin = runtime.angles(self.layer, positions[:1])
-        cos, sin = cos.float(), sin.float()  # a model in float16 codes its rows in float32
+        wide = torch.float64 if k.dtype == torch.float64 else torch.float32  # a model in float16 codes its rows in float32
+        cos, sin = cos.to(wide), sin.to(wide)
         present = {}
-        x = c.transform_keys(k.float(), cos, sin, positions, p, True, steps=Steps) if c.key.packed else k
-        y = c.transform_values(v.float(), p, steps=Steps) if c.value.packed else v
+        x = c.transform_keys(k.to(wide), cos, sin, positions, p, True, steps=Steps) if c.key.packed else k
+        y = c.transform_values(v.to(wide), p, steps=Steps) if c.value.packed else v
         for side, name, rows in (("k", "key", x), ("v", "value", y)):
             codes, scale = _encode(c, side, rows, p)
             present[name] = torch.cat([past[name], codes], dim=2)
@@ -145,9 +146,9 @@ class _PackedLayer(PlainLayer):
             return k, v
         old_k, old_v = (_decode(c, side, past[n], past.get(f"{n}_scale"), p) for side, n in (("k", "key"), ("v", "value")))
         if c.key.packed:
-            old_k = c.restore_keys(old_k, self.cache.past_positions, p, steps=Steps).to(k.dtype)
+            old_k = c.restore_keys(old_k.to(wide), self.cache.past_positions, p, steps=Steps).to(k.dtype)
         if c.value.packed:
-            old_v = c.restore_values(old_v, p, steps=Steps).to(v.dtype)
+            old_v = c.restore_values(old_v.to(wide), p, steps=Steps).to(v.dtype)
         if exact:
             return restore_sinks(old_k, k, exact[0], exact[2]), restore_sinks(old_v, v, exact[1], exact[2])
         return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)

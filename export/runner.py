@@ -9,6 +9,7 @@ Raises     ExportError for a missing or foreign file, a cache of the wrong dtype
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import numpy as np
 from kvsink.export.errors import ExportError
 from kvsink.export.manifest import read_manifest
 
-__all__ = ["OnnxGenerator"]
+__all__ = ["OnnxGenerator", "load_cuda"]
 
 PAST, PRESENT = "past_key_values.", "present."
-_DTYPES = {"float": "float32"}  # other types have the names of numpy
+_DTYPES = {"float": "float32", "double": "float64"}  # other types have the names of numpy
 
 
 class OnnxGenerator:
@@ -59,8 +60,8 @@ class OnnxGenerator:
             _register(options, Path(library), threads)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        if "CUDAExecutionProvider" in names and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # CUDA's libraries, of pip packages where there are any
+        if "CUDAExecutionProvider" in names:
+            load_cuda(onnxruntime)
         self.device = "cuda" if names[0] == "CUDAExecutionProvider" else "cpu"
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
@@ -78,6 +79,8 @@ class OnnxGenerator:
 
     def value(self, array: Any) -> Any:
         """A numpy array as an onnxruntime value on the runner's device."""
+        if not array.size:  # nothing to copy
+            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self.device, 0)
         return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
     def empty(self, batch: int) -> dict[str, Any]:
@@ -115,6 +118,8 @@ class OnnxGenerator:
             raise ExportError(f"the cache and {self.path.name} disagree about {PAST}{min(unknown)}; begin with empty()")
         length: dict[str, int] = {}
         for name, value in past.items():
+            if not hasattr(value, "data_type"):
+                raise ExportError(f"{PAST}{name} is a {type(value).__name__}, not a value of onnxruntime; make one with value()")
             entry, shape = self._past[name], value.shape()
             kind = np.dtype(_dtype(entry))
             found = value.data_type()[7:-1]  # tensor(uint8) → uint8
@@ -125,15 +130,35 @@ class OnnxGenerator:
             if list(shape) != known or len(shape) != len(entry["shape"]):
                 raise ExportError(f"{PAST}{name} is {list(shape)}, the model takes {entry['shape']}; begin with empty()")
 
+    def _check_rows(self, ids: Any, mask: Any, positions: Any) -> None:
+        shape = np.shape(ids)
+        if len(shape) != 2 + self.embeds:
+            kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
+            raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(shape)}")
+        if np.shape(positions) != shape[:2] or np.ndim(mask) != 2 or len(mask) != shape[0]:
+            raise ExportError(
+                f"token ids, mask and positions of shapes {list(shape)}, {list(np.shape(mask))} and {list(np.shape(positions))}; "
+                "positions have the shape of the tokens, and the mask as many rows"
+            )
+        if self.embeds:
+            return
+        ids, size = np.asarray(ids), self.manifest["vocab_size"]
+        if ids.dtype.kind not in "iu" and ids.size:
+            raise ExportError(f"token ids are {ids.dtype}; {self.path.name} takes whole numbers")
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            token = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            raise ExportError(f"token {token} is outside the vocabulary of {size}; wrong tokenizer?")
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """New tokens int64 [B, S] behind a past: (logits float32 [B, S, V], the cache that holds them too).
+        """New tokens int64 [B, S] behind a past: (logits [B, S, V], the cache that holds them too).
 
-        A model exported with embeds=True takes embeddings float32 [B, S, E] in the place of tokens. The past of `room` is the cache
-        that is returned; the mask says how much of it is filled.
+        Logits are float32, or float64 of a graph in float64. A model exported with embeds=True takes embeddings float32 [B, S, E]
+        in the place of tokens. The past of `room` is the cache that is returned; the mask says how much of it is filled.
         """
         self._check(past)
+        self._check_rows(ids, mask, positions)
         total, in_place = np.shape(mask)[1], False
         if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
             limit = self.manifest["max_positions"]
@@ -142,15 +167,18 @@ class OnnxGenerator:
             raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
         if not self.manifest.get("padding", True):
             in_place = past["0.key"].shape()[2] >= total
+        batch, _, held = past["0.key"].shape()[:3]
+        if batch != len(ids) or (not in_place and total != held + np.shape(ids)[1]):
+            raise ExportError(
+                f"an attention mask of shape {list(np.shape(mask))} with {len(ids)} rows of {np.shape(ids)[1]} new tokens behind a "
+                f"cache of {batch} rows of {held}; it takes a column for every token of the cache and every new one"
+            )
         if self.one_row and total > np.shape(ids)[1] and min(np.shape(ids)) > 1:
             raise ExportError(
                 f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
                 "one, one token at a time, or whole prompts"
             )
         binding = self.session.io_binding()
-        if (np.ndim(ids) == 3) != self.embeds:
-            kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
-            raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(np.shape(ids))}")
         if self.embeds:
             binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(ids, dtype=np.float32))
         else:
@@ -171,7 +199,8 @@ class OnnxGenerator:
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
-        logits = values.pop("logits").numpy().astype(np.float32, copy=False)
+        logits = values.pop("logits").numpy()
+        logits = logits.astype(np.float32) if logits.dtype == np.float16 else logits
         return logits, dict(past) if in_place else {name.removeprefix(PRESENT): value for name, value in values.items()}
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -237,6 +266,16 @@ class OnnxGenerator:
             size = self.manifest["vocab_size"]
             raise ExportError(f"token {int(ids.max())} is outside the vocabulary of {size}; wrong tokenizer?")
         return ids, mask
+
+
+def load_cuda(onnxruntime: Any) -> None:
+    """Load the libraries of CUDA from pip's packages, wherever these are: onnxruntime itself looks beside its own folder."""
+    if not hasattr(onnxruntime, "preload_dlls"):
+        return
+    spec = importlib.util.find_spec("nvidia")
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    found = [folder for place in places for folder in Path(place).glob("cu[0-9]*/lib") if any(folder.glob("libcudart.so*"))]
+    onnxruntime.preload_dlls(directory=str(found[-1]) if found else None)
 
 
 def _register(options: Any, library: Path, threads: int) -> None:

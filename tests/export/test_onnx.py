@@ -116,6 +116,7 @@ def test_a_cache_of_the_wrong_kind_is_refused(runner) -> None:
         ({**good, "1.key": wide}, "1.key is float32, the model takes uint8"),
         ({**good, "1.key": long}, r"is \[1, 2, 3, 4\]"),
         (lacking, "disagree about past_key_values.1.key"),
+        ({**good, "1.key": wide.numpy()}, "1.key is a ndarray, not a value of onnxruntime"),
     ):
         with pytest.raises(ExportError, match=words):
             runner.step(one, one, one * 0, past)
@@ -129,6 +130,13 @@ def test_a_cache_of_the_wrong_kind_is_refused(runner) -> None:
         (lambda r: r.generate([[5] * 100], 64), "exceed the 128 positions"),
         (lambda r: r.generate([[5]], top_p=0.0), "out of range"),
         (lambda r: r.step([[5]], [[1]], [[128]], r.empty(1)), "position 128 is beyond the 128 that model.onnx serves"),
+        (lambda r: r.step([[5.5]], [[1]], [[0]], r.empty(1)), "token ids are float64"),
+        (lambda r: r.step([[97]], [[1]], [[0]], r.empty(1)), "token 97 is outside the vocabulary of 97"),
+        (lambda r: r.step([[5, -1]], [[1, 1]], [[0, 1]], r.empty(1)), "token -1 is outside"),
+        (lambda r: r.step([5], [1], [0], r.empty(1)), r"takes token ids \[B, S\], not an array of shape \[1\]"),
+        (lambda r: r.step([[5]], [[1, 1]], [[0]], r.empty(1)), r"mask of shape \[1, 2\] with 1 rows of 1 new tokens behind"),
+        (lambda r: r.step([[5], [6]], [[1], [1]], [[0], [0]], r.empty(1)), "2 rows of 1 new tokens behind a cache of 1 rows of 0"),
+        (lambda r: r.step([[5]], [[1]], [[0, 1]], r.empty(1)), r"shapes \[1, 1\], \[1, 1\] and \[1, 2\]"),
         (lambda r: r.room(1, 8), "only flavour gqa in float16"),
         (lambda r: OnnxGenerator("nowhere.onnx"), "does not exist"),
         (lambda r: OnnxGenerator(r.path, providers=["NoSuchProvider"]), "has no NoSuchProvider"),
@@ -165,6 +173,9 @@ def test_a_copy_without_its_manifest(out, tmp_path) -> None:
         OnnxGenerator(tmp_path / "model.onnx")
     (tmp_path / "model.onnx.json").write_text('{"format": "kvsink-onnx-0"}')
     with pytest.raises(ExportError, match="is not kvsink-onnx-1"):
+        OnnxGenerator(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx.json").write_text('{"format": "kvsink-onnx-1"}')
+    with pytest.raises(ExportError, match="cannot be read \\(it has no flavour\\)"):
         OnnxGenerator(tmp_path / "model.onnx")
 
 

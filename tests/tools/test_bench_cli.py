@@ -35,23 +35,6 @@ def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.Captu
     assert main(["cpu", "--steps", "2"]) == 2 and "at least 1 and 3" in capsys.readouterr().err
 
 
-def test_onnx_rows_on_the_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
-    pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
-    flags = ["--provider", "cpu", "--layers", "1", "--hidden", "128", "--tokens", "110", "--steps", "4"]
-    out = tmp_path / "rows.jsonl"
-    assert main(["onnx", *flags, "--cases", "gqa:8,functions:klt:2", "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert next((r["flavour"], r["method"], r["cache_bits"]) for r in rows) == ("gqa", "static-rotated", 8.0)
-    for r in rows:
-        assert r["verdict"] == "ok" and r["off_cpu"] == 0 and r["bytes_off_cpu"].startswith("0 of ")
-        assert 0 < r["off_torch"] < (1e-3 if r["bits"] == 8 else 1e-5)  # each has a cache of its own: a tie moves a code of 8 bits
-        assert 0 < r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"] and r["cpu_share"] == 1 and "MatMul" in " ".join(r["slowest"])
-    assert "| gqa | static-rotated | 8 |" in capsys.readouterr().out
-    assert main(["onnx", "--cases", "gqa:klt:x"]) == 2 and "FLAVOUR:BITS" in capsys.readouterr().err
-    assert main(["onnx", *flags, "--cases", "gqa:klt:2"]) == 2 and "scales of their own" in capsys.readouterr().out
-
-
 def row(method: str, speedup: float | None) -> str:
     return json.dumps({
         "kind": "kernel", "method": method, "bits": 2, "B": 1, "T": 1024, "speedup": speedup, "byte_limit_speedup": 7.0,
