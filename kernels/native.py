@@ -32,7 +32,10 @@ __all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_ol
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
-BESIDE = True  # code new rows on a second stream of a CUDA graph, on the multiprocessors that attention leaves over
+ORDERS = ("beside", "append-first", "attend-aside", "in-turn")
+ORDER = "beside"  # how `Cubin.step` launches attention and the coding of new rows, see there
+SIDE_PRIORITY = 0  # of the second stream; -1 is higher than the first's
+LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
@@ -191,20 +194,20 @@ class Cubin:
             image = compile_cubin(variant.source(), f"sm_{major}{minor}a")
             self._module = ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), image), "loading the kernel")
-            self._attend, self._append, self._decode = (
-                self._function(name) for name in (b"attend_packed", b"append_rows", b"decode_rows")
+            self._attend, self._append, self._lone, self._decode = (
+                self._function(name) for name in (b"attend_packed", b"append_rows", b"append_row", b"decode_rows")
             )
-            where, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * 3)()
+            where, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * 4)()
             symbol = b"kvsink_launch"
             code = _driver().cuModuleGetGlobal_v2(ctypes.byref(where), ctypes.byref(size), self._module, symbol)
             _check(code, "finding launch sizes")
-            _check(_driver().cuMemcpyDtoH_v2(launch, where, ctypes.c_size_t(12)), "reading launch sizes")
-            self._threads, self._shared, self._row_threads = launch
+            _check(_driver().cuMemcpyDtoH_v2(launch, where, ctypes.c_size_t(ctypes.sizeof(launch))), "reading launch sizes")
+            self._threads, self._shared, self._row_threads, self._lone_threads = launch
             _check(_driver().cuFuncSetAttribute(self._attend, 8, self._shared), "asking for shared memory")
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Words another block waits for: empty is -1, and every launch leaves them so.
         self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
-        self._side = torch.cuda.Stream(device)
+        self._sides = {priority: torch.cuda.Stream(device, priority=priority) for priority in (0, -1)}
         self.arrived = torch.zeros(65536, dtype=torch.int32, device=device)
 
     def _function(self, name: bytes) -> ctypes.c_void_p:
@@ -225,25 +228,38 @@ class Cubin:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
-        self._launch(self._attend, self.share(heads), heads, self._threads, self._shared, argument, fresh)
+        self._launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)
 
     def append(self, argument: Any) -> None:
-        """Launch `append_rows`."""
+        """Launch `append_row`, where latency is all, or `append_rows`."""
+        if argument.S == 1 and argument.B <= LONE_ROWS:
+            self._launch(self._lone, argument.Hkv, argument.B, self._lone_threads, 0, argument)
+            return
         pairs = argument.B * argument.S * argument.Hkv
         self._launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
-        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
-        if not (BESIDE and torch.cuda.is_current_stream_capturing()):
+        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other.
+
+        `ORDER` "beside" launches attention, then the coding on the second stream; "append-first" the same with the coding
+        launched before; "attend-aside" has attention on the second stream; "in-turn" is one after the other.
+        """
+        if ORDER not in ORDERS:
+            raise ValueError(f"native.ORDER is {ORDER!r}; it can be {', '.join(ORDERS)}")
+        if ORDER == "in-turn" or not torch.cuda.is_current_stream_capturing():
             self.append(rows)
             self.attend(argument, fresh, heads)
             return
-        here = torch.cuda.current_stream(self.device)
-        self._side.wait_stream(here)
-        self.attend(argument, fresh, heads)
-        with torch.cuda.stream(self._side):
-            self.append(rows)
-        here.wait_stream(self._side)
+        here, side = torch.cuda.current_stream(self.device), self._sides[SIDE_PRIORITY]
+        side.wait_stream(here)
+        attending, coding = (side, here) if ORDER == "attend-aside" else (here, side)
+        for append in (True, False) if ORDER == "append-first" else (False, True):
+            with torch.cuda.stream(coding if append else attending):
+                if append:
+                    self.append(rows)
+                else:
+                    self.attend(argument, fresh, heads)
+        here.wait_stream(side)
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""

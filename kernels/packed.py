@@ -283,6 +283,8 @@ def attend_one(
     at = native.pointer
     native.contiguous([st[n] for n in ("k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot")])
     new = 0 if codec.strict else 1
+    # No more blocks than tiles: one without work would fetch its tables all the same.
+    share = min(lib.share(k.shape[1]), q.shape[0] * (slots // tiles.TILE_SLOTS))
     a = AttendArguments(
         q=at(q), k_codes=at(st["k_codes"]), k_scale=at(st["k_scale"]), v_codes=at(st["v_codes"]), v_scale=at(st["v_scale"]),
         mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
@@ -290,7 +292,7 @@ def attend_one(
         exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
         value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
-        B=q.shape[0], Hkv=k.shape[1], share=lib.share(k.shape[1]), tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
+        B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
         N=new, extra=1 - new, q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key),
         value_hadamard=_rotates(codec.value), scale=scale * math.log2(math.e),
     )  # fmt: skip

@@ -159,9 +159,9 @@ def _one(
     repeats = 1 if len(layers) > 8 else 4
     alone = graph_times([partial(attention, x) for _ in range(repeats) for x in layers])
     both = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
-    native.BESIDE = False
+    native.ORDER, order = "in-turn", native.ORDER
     in_turn = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
-    native.BESIDE = True
+    native.ORDER = order
     limit = size / bandwidth * 1e3
     return {
         **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),

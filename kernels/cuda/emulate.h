@@ -25,7 +25,7 @@ static ucontext_t scheduler, fiber[MAX_THREADS];
 static bool done[MAX_THREADS];
 static int tid, cta_x, cta_y, grid_x, threads;
 static Meet warps[MAX_THREADS / LANES];
-static int cta_arrived, cta_generation, alive;
+static int cta_arrived, cta_generation, part_arrived, part_generation, alive;
 static unsigned char* smem;
 static Barrier barriers[32768];
 static void yield() { swapcontext(&fiber[tid], &scheduler); }
@@ -95,6 +95,11 @@ DEVICE void sync_cta() {
   if (++emu::cta_arrived == emu::threads) { emu::cta_arrived = 0; emu::cta_generation++; }
   else while (emu::cta_generation == mine) emu::yield();
 }
+template <int N> DEVICE void sync_part() {
+  int mine = emu::part_generation;
+  if (++emu::part_arrived == N) { emu::part_arrived = 0; emu::part_generation++; }
+  else while (emu::part_generation == mine) emu::yield();
+}
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE u32 pack_half2(float lo, float hi) { return emu::f2h(lo) | emu::f2h(hi) << 16; }
 DEVICE u32 bf16_bits(float x) { u32 u = emu::asu(x); return (u + 0x7fff + (u >> 16 & 1)) >> 16; }
@@ -109,6 +114,15 @@ DEVICE u32 ballot_warp(bool p) {
   emu::meet(&in, 1, &out, 1, [](emu::Meet& w) {
     u32 a = 0;
     for (int l = 0; l < 32; l++) a |= (w.in[l][0] & 1) << l;
+    for (int l = 0; l < 32; l++) w.out[l][0] = a;
+  });
+  return out;
+}
+DEVICE u32 or_lanes(u32 v) {
+  u32 out;
+  emu::meet(&v, 1, &out, 1, [](emu::Meet& w) {
+    u32 a = 0;
+    for (int l = 0; l < 32; l++) a |= w.in[l][0];
     for (int l = 0; l < 32; l++) w.out[l][0] = a;
   });
   return out;
