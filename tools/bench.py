@@ -85,13 +85,14 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
     _gpu()
-    from kvsink.tools.bench_ops import ops_rows
+    from kvsink.tools.bench_ops import ops_rows, ops_table
     from kvsink.tools.timing import copy_bandwidth, read_bandwidth
 
     read, copy = read_bandwidth(), copy_bandwidth()
     _say(f"read {read / 1e12:.3f} TB/s, copy {copy / 1e12:.3f} TB/s")
     rows = ops_rows(_sides(methods), _pairs(shapes), max(read, copy), _say)
     _write([{**r, "read_tb_s": round(read / 1e12, 3), "copy_tb_s": round(copy / 1e12, 3)} for r in rows], out)
+    _say(ops_table(rows))
     return 0 if all(r["p50_ms"] is not None for r in rows) else 2
 
 
@@ -111,7 +112,7 @@ def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
     import torch
 
     from kvsink.tools.bench_model import decode_rows, llama
-    from kvsink.tools.bench_ops import sdpa_best
+    from kvsink.tools.bench_sdpa import sdpa_best
 
     pairs, chosen = _pairs(shapes), _sides(sides)
     backends = {}
@@ -148,7 +149,7 @@ def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -
     import torch
 
     from kvsink.tools.bench_model import LLAVA_15_7B, llama, vision_rows
-    from kvsink.tools.bench_ops import sdpa_best
+    from kvsink.tools.bench_sdpa import sdpa_best
 
     backends = {}
     if baseline == "stock":

@@ -58,7 +58,7 @@ class Emulated:
 
     def append(self, argument: Any) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
-        if argument.S == 1 and argument.B <= self.lone_rows:
+        if argument.S == 1 and self.lone_rows >= argument.B:
             self.lib.run_append_row(ctypes.byref(argument))
             return
         self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))

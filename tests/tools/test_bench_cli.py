@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,8 @@ import torch
 
 from kvsink.codecs import Codec
 from kvsink.tools.bench import main
-from kvsink.tools.bench_ops import packed_bytes
+from kvsink.tools.bench_ops import ops_table, packed_bytes, timed
+from kvsink.tools.bench_sdpa import Baseline, index_copies, updated
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
@@ -78,3 +83,56 @@ def test_the_bytes_of_a_row_are_those_of_its_codes_and_scales() -> None:
 
     codec = layer_of(2).codec  # 2 bits: 32 bytes of codes and 4 of scales on either side
     assert isinstance(codec, Codec) and packed_bytes(codec, 3, 128, 8) == 3 * 128 * 8 * 2 * 36
+
+
+def test_a_row_counts_the_write_of_either_side() -> None:
+    base = Baseline("cudnn", (7.0, 8.0, 9.0), "flash", "fused", (9.0, 10.0, 11.0))
+    row = timed(base, (3.0, 4.0, 5.0), (4.0, 5.0, 6.0), (7.0, 8.0, 9.0), 6000, 1e6)
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"], row["in_turn_ms"]) == (3.0, 4.0, 5.0, 8.0)
+    assert (row["speedup"], row["with_append_ms"]) == (2.0, 5.0)
+    assert (row["speedup_with_append"], row["speedup_with_both_writes"]) == (1.6, 2.0)
+    assert (row["limit_ms"], row["of_limit"], row["byte_limit_speedup"]) == (6.0, 1.5, 1.33)
+    named = {"B": 1, "T": 1024, "method": "m", "bits": 2, "sdpa_ms": 0.008, "fp16_with_update_ms": 0.010}
+    text = ops_table([{**named, **row}, {**named, "p50_ms": None, "note": "wrong, not timed"}]).splitlines()
+    assert "| 8.00 | 10.00 | 4000.00 | 2.00x | 5000.00 | 1.60x | 2.00x |" in text[2] and "wrong, not timed" in text[3]
+    assert {line.count("|") for line in text} == {10}
+
+
+def written(t: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """q, caches, new rows and position, and the caches as they should be after the write."""
+    g = torch.Generator().manual_seed(t)
+    q, k, v, a, b = (torch.randn(3, h, n, 16, generator=g) for h, n in ((4, 1), (2, t), (2, t), (2, 1), (2, 1)))
+    wanted = [torch.cat([x[:, :, : t - 1], y], 2) for x, y in ((k, a), (v, b))]
+    return [q, k, v, a, b, torch.tensor([t - 1])], wanted
+
+
+def test_the_new_row_is_written_before_it_is_attended_to() -> None:
+    given, wanted = written(9)
+
+    def attention(x: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*x[:3], enable_gqa=True)
+
+    out = updated(attention, index_copies)(given)
+    assert torch.equal(given[1], wanted[0]) and torch.equal(given[2], wanted[1])
+    assert torch.equal(out, attention([given[0], *wanted]))
+
+
+_FUSED = """
+import torch
+from kvsink.tools.bench_sdpa import fused_update
+from tests.tools.test_bench_cli import written
+for t in (1, 9, 700):
+    given, wanted = written(t)
+    fused_update(*given[1:])
+    assert torch.equal(given[1], wanted[0]) and torch.equal(given[2], wanted[1])
+print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_one_launch_writes_what_two_copies_write() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FUSED], capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip() == "equal", done.stderr[-2000:]
