@@ -22,7 +22,8 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
   for (emu::cta_y = 0; emu::cta_y < grid_y; emu::cta_y++)
     for (emu::cta_x = 0; emu::cta_x < grid_x; emu::cta_x++) {
       memset(emu::smem, 0xff, bytes);
-      emu::cta_arrived = emu::part_arrived = 0;
+      emu::cta_arrived = 0;
+      for (int& n : emu::part_arrived) n = 0;
       for (auto& w : emu::warps) w.arrived = 0;
       for (int i = 0; i < threads; i++) {
         getcontext(&emu::fiber[i]);

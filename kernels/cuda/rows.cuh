@@ -4,7 +4,7 @@
 // Formula    kernels/tiles.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
 // Layout     as attend.cuh, in whose translation unit this file stands: KW, VW and MODE are shared
 // Shapes     half the warps of a block take the keys of one (row, KV head) each, the other half the values, 4 channels per lane;
-//            append_row: warp 0 the keys, warp 1 the values, the others the product with the basis
+//            append_row: KEY_WARPS warps the key, one the value, the others the product with the basis
 // Exact      every product, difference and quotient is rounded on its own, as the plain operators do; only sums differ in order
 #ifndef KVSINK_ROWS
 #define KVSINK_ROWS
@@ -14,7 +14,10 @@
 #endif
 constexpr int ROW_THREADS = 512, SEGMENTS = 4, Z_STRIDE = D + 4;
 constexpr float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1], 1.0f / STEPS[2], 1.0f / STEPS[3]};
-constexpr int PROJECT_WARPS = MODE == 2 ? 16 : 0, LONE_THREADS = 32 * (2 + PROJECT_WARPS);
+#ifndef LONE_FIRST
+#define LONE_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
+#endif
+constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, LONE_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
 constexpr float HALF_MAX = 65504.0f, HALF_TINY = 6.0e-8f;
 
 struct RowParams {
@@ -70,7 +73,6 @@ DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
     r = __fmaf_rn(r, __fmaf_rn(-b[i], r, 1.0f), r);
     x[i] = __fmul_rn(a[i], r);
     x[i] = __fmaf_rn(r, __fmaf_rn(-b[i], x[i], a[i]), x[i]);
-    x[i] = __fmaf_rn(r, __fmaf_rn(-b[i], x[i], a[i]), x[i]);
     plain = plain && ordinary(b[i]) && (a[i] == 0.0f || ordinary(a[i]));
   }
   if (__builtin_expect(!plain, 0))
@@ -80,7 +82,9 @@ DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
   for (int i = 0; i < 4; i++) q[i] = x[i];
 }
 DEVICE u32 or_lanes(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
-template <int N> DEVICE void sync_part() { asm volatile("bar.sync 1, %0;" ::"n"(N) : "memory"); }   // N threads of the block
+// Barrier ID among N threads of the block; who arrives does not wait.
+template <int ID, int N> DEVICE void sync_part() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
+template <int ID, int N> DEVICE void arrive_part() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
@@ -199,17 +203,18 @@ DEVICE float levels_per_unit(int width) {
 }
 DEVICE float even_level(u32 code, int width) { return mul(step_of(width), (float)code - 0.5f * (float)((1 << width) - 1)); }
 
-// The number of thresholds step * m, |m| < half, below y / g. They rise with m, so the one next to the quotient decides.
+// The number of thresholds step * m, |m| < half, below x. They rise with m, so the one next to x decides.
+DEVICE u32 even_code(float x, int width) {
+  const float last = (float)((1 << (width - 1)) - 1);
+  const float m = fminf(fmaxf(nearest_even(mul(x, levels_per_unit(width))), -last), last);   // in this order a NaN has the code 0
+  return (u32)(m + last) + (x > mul(step_of(width), m) ? 1u : 0u);
+}
 DEVICE void encode_even(u32 (&code)[4], const float (&y)[4], float g, int width) {
-  const float step = step_of(width), last = (float)((1 << (width - 1)) - 1), per = levels_per_unit(width);
   const float under[4] = {g, g, g, g};
   float x[4];
   quotients(x, y, under);
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float m = fminf(fmaxf(nearest_even(mul(x[i], per)), -last), last);   // in this order a NaN has the code 0
-    code[i] = (u32)(m + last) + (x[i] > mul(step, m) ? 1u : 0u);
-  }
+  for (int i = 0; i < 4; i++) code[i] = even_code(x[i], width);
 }
 
 // The gain for which gain * sigma * level comes closest to x.
@@ -362,7 +367,8 @@ DEVICE void enter_exact(const RowParams& p, uint2 k, uint2 v, int b, int head, i
 }
 
 constexpr int ROW_SMEM = ROW_THREADS / 64 * Z_STRIDE * 4 * (MODE == 2 ? 1 + ROW_THREADS / 128 : 0) + 16;
-constexpr int LONE_SMEM = (1 + PROJECT_WARPS) * D * 4;
+constexpr int LONE_STRIDE = 40, LONE_PART = 4 * LONE_STRIDE;   // sums of one warp; two banks of its columns never meet
+constexpr int LONE_SMEM = MODE == 2 ? (D + PROJECT_WARPS * LONE_PART + 5 * KEY_WARPS) * 4 : 16;
 
 DEVICE void code_value(float (&x)[4], const float (&mean)[4], const RowParams& p, long long unit, int slot, int lane) {
   u32 c[4];
@@ -461,74 +467,158 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   }
 }
 
+// Block KLT: sums of N numbers over the key's warps. `part` is written once between two barriers of other uses.
+template <int N> DEVICE void key_sums(float (&v)[N], float* part, int warp, int lane) {
+#pragma unroll
+  for (int m = 16; m; m >>= 1)
+#pragma unroll
+    for (int n = 0; n < N; n++) v[n] += shfl_xor(v[n], m);
+  if (lane == 0)
+#pragma unroll
+    for (int n = 0; n < N; n++) part[n * KEY_WARPS + warp] = v[n];
+  sync_part<2, 32 * KEY_WARPS>();
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    float sums[4];
+    load_float4(sums, part + n * KEY_WARPS);
+    v[n] = sums[0] + sums[1] + (sums[2] + sums[3]);
+  }
+}
+
+// Block KLT: the key by four warps with one channel per lane, 8 (lane / 2) + 2 warp + lane % 2, so that a warp's words are its own.
+DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live, float* xs, float* sums, int warp, int lane) {
+  constexpr int BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS), BINS = KF.bins;
+  const int c = 8 * (lane >> 1) + 2 * warp + (lane & 1), width = nibble(K_WIDTHS, lane >> 1);
+  const u32 bits = ((const unsigned short*)p.k)[b * p.k_stride[0] + head * p.k_stride[1] + c];
+  const float sigma = fmaxf(p.sigma[head * D + c], HALF_TINY);
+  const bool turns = p.start_cos != 0;
+  float ac = 1, as = 0, sc = 1, ss = 0, mean = 0;
+  if (turns) {
+    ac = p.anchor_cos[b * D + c];
+    as = p.anchor_sin[b * D + c];
+  }
+  if (live) {
+    mean = p.table[((long long)head * 64 + (slot & 63)) * D + c];
+    if (turns) {
+      sc = p.start_cos[(long long)(slot / 64) * D + c];
+      ss = p.start_sin[(long long)(slot / 64) * D + c];
+    }
+  }
+  arrive_part<3, BOTH_SIDES>();                      // all of this is asked for: the rest of the basis may follow
+  float x = p.bf16 ? bits_float(bits << 16) : half_lo(bits);
+  if (turns) {
+    const float norm = fmaxf(add(mul(sc, sc), mul(ss, ss)), 1e-12f), side = lane < 16 ? -1.0f : 1.0f;
+    sc = quotient(sc, norm);
+    ss = quotient(-ss, norm);
+    x = add(mul(x, sc), mul(side * shfl_xor(x, 16), ss));
+    x = add(mul(x, ac), mul(side * shfl_xor(x, 16), as));
+  }
+  xs[c] = sub(x, mean);
+  sync_part<1, BOTH_SIDES>();
+  sync_part<1, BOTH_SIDES>();
+  float some[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int part = 0; part < PROJECT_WARPS; part++) some[part & 3] += sums[part * LONE_PART + warp * LONE_STRIDE + lane];
+  if (!live) return;
+  x = some[0] + some[1] + (some[2] + some[3]);
+  float* over = sums + PROJECT_WARPS * LONE_PART;
+  const float y = quotient(x, sigma);
+  float square[1] = {y * y};
+  key_sums(square, over, warp, lane);
+  float gain = root(square[0] / (float)D);
+  u32 code = 0;
+#pragma unroll 1                                       // small code: fetching instructions takes longer than the branch
+  for (int n = 0; n < 2; n++) {
+    code = even_code(quotient(y, fmaxf(gain, HALF_TINY)), width);
+    const float level = mul(even_level(code, width), sigma);
+    float fitted[2] = {x * level, level * level};
+    over += KEY_WARPS * (n + 1);
+    key_sums(fitted, over, warp, lane);
+    gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
+  }
+  const long long unit = (long long)b * p.Hkv + head;
+  if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[unit * p.L + slot] = (unsigned short)pack_half2(gain, 0.0f);
+  const int bin = nibble(K_BINS, lane >> 1), r = slot & 15;
+  u32 mine = 0;
+  code <<= nibble(K_PLACES, lane >> 1) + 16 * (lane & 1);
+#pragma unroll
+  for (int i = 0; i < BINS; i++) {
+    const u32 word = or_lanes(bin == i ? code : 0u);
+    if (lane == i) mine = word;
+  }
+  unsigned char* tile = p.k_codes + (unit * (p.L / 128) + slot / 128) * K_BYTES;
+  if (lane < BINS) *(u32*)(tile + word_place<true>(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, BINS)) = mine;
+}
+
+// Its product with the basis: rows 8 i … 8 i + 7 by warp i, four columns per lane, into the order of `append_key`.
+DEVICE void project_lone(const float* matrix, const float* xs, float* sums, int warp, int lane) {
+  constexpr int EACH = PROJECT_WARPS ? D / PROJECT_WARPS : 1, BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS);
+  const int from = warp * EACH;
+  float u[EACH][4], acc[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    if (i == LONE_FIRST) sync_part<3, BOTH_SIDES>();
+    load_float4(u[i], matrix + (from + i) * D + 4 * lane);
+  }
+  if (LONE_FIRST >= EACH) sync_part<3, BOTH_SIDES>();
+  sync_part<1, BOTH_SIDES>();
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const float at = xs[from + i];
+#pragma unroll
+    for (int j = 0; j < 4; j++) acc[j] += at * u[i][j];
+  }
+  float2* to = (float2*)(sums + warp * LONE_PART + 2 * (lane & 1) * LONE_STRIDE + 2 * (lane >> 1));
+  to[0] = float2{acc[0], acc[1]};
+  to[LONE_STRIDE / 2] = float2{acc[2], acc[3]};
+  sync_part<1, BOTH_SIDES>();
+}
+
 // The only new row of sequence CTA_Y, head CTA_X, by one block. Latency is all: what depends on nothing is asked for first, then
 // what depends on the length; the basis, 64 KB, is on its way while the key is turned.
 DEVICE void append_lone(const RowParams& p, unsigned char* smem) {
   const int lane = TID & 31, warp = TID >> 5, head = CTA_X, b = CTA_Y;
   float *xs = (float*)smem, *sums = xs + D;
-  if (warp >= 2) {                                   // MODE 2: rows 8 i … 8 i + 7 of the basis, four columns per lane
-    constexpr int EACH = PROJECT_WARPS ? D / PROJECT_WARPS : 1;
-    const int from = (warp - 2) * EACH;
-    const float* matrix = p.basis + ((long long)head * D + from) * D + 4 * lane;
-    float u[EACH][4], acc[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < EACH; i++) load_float4(u[i], matrix + i * D);
-    sync_part<LONE_THREADS - 32>();
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const float at = xs[from + i];
-#pragma unroll
-      for (int j = 0; j < 4; j++) acc[j] += at * u[i][j];
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) sums[(warp - 2) * D + 4 * lane + j] = acc[j];
-    sync_part<LONE_THREADS - 32>();
+  if (MODE == 2 && warp > KEY_WARPS) {
+    project_lone(p.basis + (long long)head * D * D, xs, sums, warp - KEY_WARPS - 1, lane);
     return;
   }
   const int slot = (int)*p.length;
   const bool live = slot < p.L;                      // what does not fit is dropped; the cache says so beforehand
   const long long stored = (long long)b * p.Hkv + head;
+  const auto fresh = [&](const void* rows, const long long* stride) { return load4(rows, b * stride[0] + head * stride[1] + 4 * lane); };
   float x[4], t[4] = {0, 0, 0, 0};
-  const auto fresh_value = [&] { return load4(p.v, b * p.v_stride[0] + head * p.v_stride[1] + 4 * lane); };
-  if (warp == 1) {
-    const uint2 row = fresh_value();
+  if (warp == KEY_WARPS) {
+    const uint2 row = fresh(p.v, p.v_stride);
     if (p.v_mean) load_float4(t, p.v_mean + head * D + 4 * lane);
     widen(x, row, p.bf16);
-    if (live) code_value(x, t, p, stored, slot, lane);
+    if (!live) return;
+    code_value(x, t, p, stored, slot, lane);
+    if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
     return;
   }
-  float sigma[4];
-  Turn turn = {};
-  const uint2 row = load4(p.k, b * p.k_stride[0] + head * p.k_stride[1] + 4 * lane);
-  if (MODE != 0) load_anchor(turn, p, b, lane);
-  if (MODE == 2) load_float4(sigma, p.sigma + head * D + 4 * lane);
-  widen(x, row, p.bf16);
-  if (MODE != 0 && live) {
-    load_start(turn, p, slot, lane);
-    load_float4(t, mean_of_slot(p, head, slot, lane));
-    center_key(x, t, turn, p, lane);
-  }
   if (MODE == 2) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) xs[4 * lane + i] = x[i];
-    sync_part<LONE_THREADS - 32>();
-    sync_part<LONE_THREADS - 32>();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      x[i] = 0;
-#pragma unroll
-      for (int part = 0; part < PROJECT_WARPS; part++) x[i] += sums[part * D + 4 * lane + i];
+    append_key(p, head, b, slot, live, xs, sums, warp, lane);
+    if (!live || warp) return;
+  } else {
+    Turn turn = {};
+    const uint2 row = fresh(p.k, p.k_stride);
+    if (MODE != 0) load_anchor(turn, p, b, lane);
+    if (!live) return;
+    if (MODE != 0) {
+      load_start(turn, p, slot, lane);
+      load_float4(t, mean_of_slot(p, head, slot, lane));
     }
+    widen(x, row, p.bf16);
+    center_key(x, t, turn, p, lane);
+    code_key(x, t, p, stored, slot, lane);
   }
-  if (!live) return;
-  code_key(x, sigma, p, stored, slot, lane);
-  if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
-  if (p.segments) enter_exact(p, row, fresh_value(), b, head, slot, lane);
+  if (p.segments) enter_exact(p, fresh(p.k, p.k_stride), fresh(p.v, p.v_stride), b, head, slot, lane);
 }
 
 #ifndef KVSINK_EMULATE
 extern "C" __device__ const int kvsink_launch[4] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS};   // what the host must ask for
-extern "C" __global__ void __launch_bounds__(LONE_THREADS, 2) append_row(const __grid_constant__ RowParams p) {
+extern "C" __global__ void __launch_bounds__(LONE_THREADS) append_row(const __grid_constant__ RowParams p) {
   __shared__ __align__(16) unsigned char smem[LONE_SMEM];
 #else
 static void append_row(const RowParams& p) {
