@@ -32,7 +32,7 @@ __all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_ol
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
-ORDERS = ("beside", "append-first", "attend-aside", "in-turn")
+ORDERS = ("beside", "append-first", "attend-aside", "chained", "in-turn")
 ORDER = "beside"  # how `Cubin.step` launches attention and the coding of new rows, see there
 SIDE_PRIORITY = 0  # of the second stream; -1 is higher than the first's
 LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
@@ -183,6 +183,24 @@ def _check(code: int, what: str) -> None:
         raise NativeError(f"CUDA driver error {code} in {what}")
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+_CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class Cubin:
     """The kernels of one variant on one GPU, with the scratch memory they share."""
 
@@ -216,11 +234,20 @@ class Cubin:
         return function
 
     def _launch(
-        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
-    ) -> None:
+        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure,
+        chained: bool = False,
+    ) -> None:  # fmt: skip
+        """Launch on the current stream; a chained launch begins when every block of the one before it has begun."""
         args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, stream, args, None), "a launch")
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if chained:
+            attribute = _Attribute(id=_CHAINED, value=1)
+            grid, block = (ctypes.c_uint * 3)(x, y, 1), (ctypes.c_uint * 3)(threads, 1, 1)
+            config = _Launch(grid, block, shared, stream, ctypes.pointer(attribute), 1)
+            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, args, None), "a chained launch")
+            return
+        where = ctypes.c_void_p(stream)
+        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, where, args, None), "a launch")
 
     def share(self, heads: int) -> int:
         """Blocks per key-value head that attend. All run at once, as waiting for each other needs; a few are left over."""
@@ -230,22 +257,27 @@ class Cubin:
         """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
         self._launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)
 
-    def append(self, argument: Any) -> None:
+    def append(self, argument: Any, chained: bool = False) -> None:
         """Launch `append_row`, where latency is all, or `append_rows`."""
         if argument.S == 1 and argument.B <= LONE_ROWS:
-            self._launch(self._lone, argument.Hkv, argument.B, self._lone_threads, 0, argument)
+            self._launch(self._lone, argument.Hkv, argument.B, self._lone_threads, 0, argument, chained=chained)
             return
         pairs = argument.B * argument.S * argument.Hkv
-        self._launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
+        self._launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument, chained=chained)
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
         """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other.
 
         `ORDER` "beside" launches attention, then the coding on the second stream; "append-first" the same with the coding
-        launched before; "attend-aside" has attention on the second stream; "in-turn" is one after the other.
+        launched before; "attend-aside" has attention on the second stream; "chained" launches the coding behind attention on one
+        stream, to begin once every block of attention has (outside graphs too); "in-turn" is one after the other.
         """
         if ORDER not in ORDERS:
             raise ValueError(f"native.ORDER is {ORDER!r}; it can be {', '.join(ORDERS)}")
+        if ORDER == "chained":
+            self.attend(argument, fresh, heads)
+            self.append(rows, chained=True)
+            return
         if ORDER == "in-turn" or not torch.cuda.is_current_stream_capturing():
             self.append(rows)
             self.attend(argument, fresh, heads)

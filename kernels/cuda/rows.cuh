@@ -85,9 +85,14 @@ DEVICE u32 or_lanes(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
 // Barrier ID among N threads of the block; who arrives does not wait.
 template <int ID, int N> DEVICE void sync_part() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
 template <int ID, int N> DEVICE void arrive_part() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
+// A launch chained to another begins when every block of that one has let it, and must not end before it.
+DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
+DEVICE void let_next_begin() {}
+DEVICE void wait_for_previous() {}
 DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
   for (int i = 0; i < 4; i++) q[i] = a[i] / b[i];
 }
@@ -625,6 +630,7 @@ static void append_row(const RowParams& p) {
   unsigned char* smem = EMULATED_SMEM;
 #endif
   append_lone(p, smem);
+  wait_for_previous();
 }
 
 #ifndef KVSINK_EMULATE
@@ -635,6 +641,7 @@ static void append_rows(const RowParams& p) {
   unsigned char* smem = EMULATED_SMEM;
 #endif
   append_unit<ROW_THREADS>(p, CTA_X, smem);
+  wait_for_previous();
 }
 
 #ifndef KVSINK_EMULATE

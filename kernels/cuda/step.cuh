@@ -15,6 +15,7 @@ static void attend_packed(const Params& p, const RowParams& fresh)
   unsigned char* smem = EMULATED_SMEM;
 #endif
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
+  let_next_begin();                                  // the coding of the new rows, on multiprocessors that are left over
   u64* bars = (u64*)(smem + OFF_BAR);
   u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows
 

@@ -76,7 +76,7 @@ CODES = (
     Code("now, first 2", macros=(("LONE_FIRST", "2"),)),
     Code("now, first 8", macros=(("LONE_FIRST", "8"),)),
 )
-STEPS = [(order, priority) for order in native.ORDERS for priority in (0, -1) if order != "in-turn" or not priority]
+STEPS = [(o, priority) for o in native.ORDERS for priority in (0, -1) if not priority or o not in ("chained", "in-turn")]
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def graphs_of(case: Case, codes: list[Code], libraries: dict[Any, Any]) -> tuple
     graphs = {}
     for code in codes:
         wanted = [("attention", "", 0), ("append", "", 0)] + [
-            ("step", *how) for how in (STEPS if code in (BEFORE_ALL, NOW) else STEPS[:1])
+            ("step", *how) for how in (STEPS if code == NOW else [s for s in STEPS if s[0] in ("beside", "in-turn")])
         ]
         for what, order, priority in wanted:
             with running(code, case.codec, libraries, order or "beside", priority):

@@ -53,6 +53,7 @@ DEVICE float warp_max(float v) {
   for (int m = 16; m; m >>= 1) v = fmaxf(v, shfl_xor(v, m));
   return v;
 }
+DEVICE void let_next_begin() {}
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
