@@ -39,6 +39,7 @@ __all__ = [
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SEGMENTS = 4
 _DECODED_BYTES = 128 << 20  # keys and values of a piece of the past, decoded at a time
+PIECES = "flash"  # SDPA backend of a whole piece; "cudnn" plans every shape anew, which whole pieces of one size share
 
 State = Mapping[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -357,11 +358,13 @@ def attend_chunk(
                 if part.dtype == torch.bool
                 else part.masked_fill(~seen, float("-inf"))
             )
-        merge(*_piece(q, tile_k, tile_v, part, scale, False))
+        merge(*_piece(q, tile_k, tile_v, part, scale, False, whole=end - start == step))
     return out.to(q.dtype)
 
 
-def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _piece(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, whole: bool = False
+) -> tuple[Tensor, Tensor]:
     """Attention over some keys and the logarithm of its sum of weights [B, Hq, S] float32."""
     b, hq, s, d = q.shape
     h, n = k.shape[1], k.shape[2]
@@ -372,7 +375,12 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
             found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
             return found[0], found[1]
         grouped = q.reshape(b, h, hq // h * s, d)  # heads that share keys are rows of one head
-        found = torch.ops.aten._scaled_dot_product_flash_attention(grouped, k, v, 0.0, False, False, scale=scale)
+        if whole and PIECES == "cudnn":
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                grouped, k, v, None, True, 0.0, False, False, scale=scale
+            )
+        else:
+            found = torch.ops.aten._scaled_dot_product_flash_attention(grouped, k, v, 0.0, False, False, scale=scale)
         return found[0].reshape(b, hq, s, d), found[1].reshape(b, hq, s)
     bias = None
     if mask is not None:

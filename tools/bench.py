@@ -177,18 +177,31 @@ def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
 @bench.command(help="The longest sequence: prefilled in chunks, then decoded. The largest batch is a row of `decode`.")
 @click.option("--side", default="centred-even-2", show_default=True)
 @click.option("--tokens", default=1_000_000, show_default=True)
-@click.option("--chunk", default=8192, show_default=True)
+@click.option("--chunk", default=8192, show_default=True, help="Tokens of a chunk.")
 @click.option(
     "--whole/--sampled", default=True, show_default=True, help="Run every chunk, or nine of them spread over the sequence."
 )
+@click.option("--steps", default=16, show_default=True, help="Tokens decoded at the end, each timed.")
+@click.option(
+    "--pieces", default="flash", show_default=True, type=click.Choice(["flash", "cudnn"]),
+    help="SDPA backend over decoded pieces of the past; cudnn is compared with flash first.",
+)
+@click.option(
+    "--progress", type=click.Path(path_type=Path), default=None,
+    help="Write a line of JSON to this file after every chunk and step, for a run in the background.",
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
-def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: Path | None) -> int:
+def capacity(side: str, layers: int, out: Path | None, **options: Any) -> int:
+    if min(options["tokens"], options["chunk"], options["steps"]) < 1:
+        raise click.BadParameter("--tokens, --chunk and --steps must be at least 1")
     _gpu()
-    from kvsink.tools.bench_model import llama, sequence_rows
+    from kvsink.tools.bench_model import llama
+    from kvsink.tools.bench_sequence import sequence_row
 
-    _write(sequence_rows(llama(layers), _sides(side)[0], tokens, chunk, _say, whole), out)
-    return 0
+    row = sequence_row(llama(layers), _sides(side)[0], say=_say, **options)
+    _write([row], out)
+    return 0 if row["verdict"] == "ok" else 2
 
 
 @bench.command(help="Decoding on this machine's processor behind a long prompt, beside float32 and bfloat16 on a DynamicCache.")

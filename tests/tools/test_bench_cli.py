@@ -136,3 +136,64 @@ def test_one_launch_writes_what_two_copies_write() -> None:
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_long_sequence_says_how_far_it_is(whole: bool, tmp_path: Path) -> None:
+    from kvsink.tools.bench_model import Shape, llama
+    from kvsink.tools.bench_sequence import sequence_row
+
+    shape = Shape(vocabulary=97, inner=96, kv_heads=2, theta=1e4, hidden=64, heads=4, head_dim=32)
+    model = llama(2, torch.float32, positions=2048, shape=shape, device="cpu")
+    said: list[str] = []
+    row = sequence_row(
+        model, "centred-even-2", 1000, 64, said.append, whole, steps=5, progress=tmp_path / "a" / "p.jsonl", compiled=False
+    )
+    assert row["T"] == 1000 and row["chunks"] == 16 and row["chunks_run"] == (16 if whole else 9)
+    assert row["finite"] and row["verdict"] == "ok" and row["step_error"] <= 1e-3
+    assert len(row["decode_ms"]) == len(row["tokens"]) == 5 and min(row["decode_ms"]) > 0
+    notes = [json.loads(line) for line in (tmp_path / "a" / "p.jsonl").read_text().splitlines()]
+    chunks = [n for n in notes if n["event"] == "chunk"]
+    assert [n["start"] for n in chunks] == list(map(int, row["chunk_s"])) and len(said) == len(notes)
+    assert sum(n["tokens"] for n in chunks) == 1000 if whole else chunks[-1]["start"] == 960
+    assert [n["event"] for n in notes if n["event"] != "chunk"] == [
+        "prefilled", "attention checked", "first step", *["step"] * 5, "done",
+    ]  # fmt: skip
+    elapsed = [n["elapsed_s"] for n in notes]
+    assert elapsed == sorted(elapsed)
+
+
+def test_a_sequence_that_is_no_longer_a_number_is_not_timed() -> None:
+    from kvsink.tools.bench_model import Shape, llama
+    from kvsink.tools.bench_sequence import NotFinite, sequence_row
+
+    shape = Shape(vocabulary=97, inner=96, kv_heads=2, theta=1e4, hidden=64, heads=4, head_dim=32)
+    model = llama(2, torch.float32, positions=2048, shape=shape, device="cpu")
+    hook = model.lm_head.register_forward_hook(lambda module, given, out: out * float("nan"))
+    with pytest.raises(NotFinite, match="behind token 63"):
+        sequence_row(model, "rtn-2", 128, 64, lambda text: None, True, compiled=False)
+    hook.remove()
+
+
+def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from kvsink.cache import KVSinkCache
+    from kvsink.kernels import packed
+    from kvsink.tools import bench_sequence
+    from tests.kernels.test_tiles import HEADS, append, library, model_of, rows
+
+    model = model_of(0)
+    cache = KVSinkCache.for_model(model, 1, max_length=500, tiles=True)
+    for layer in cache.packed_layers():
+        append(layer, rows(1, 200, 1), rows(1, 200, 2), torch.arange(200)[None])
+        layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
+        layer.length.fill_(200)
+    half = SimpleNamespace(config=model.config, device=model.device, dtype=torch.float16)
+    assert bench_sequence.attention_error(cache, half, 200) is None  # no kernel on this device
+    monkeypatch.setattr(packed, "usable", lambda codec, heads, k: library(cache.packed_layers()[0]))
+    error = bench_sequence.attention_error(cache, half, 200)
+    assert error is not None and error <= bench_sequence.ATTENTION_BOUND
+    monkeypatch.setattr(bench_sequence, "attend_packed", lambda lib, c, q, *rest: torch.zeros(1, HEADS, 1, 128))
+    error = bench_sequence.attention_error(cache, half, 200)
+    assert error is not None and error > bench_sequence.ATTENTION_BOUND
