@@ -54,6 +54,17 @@ def _pairs(text: str) -> list[tuple[int, int]]:
         raise click.BadParameter(f"{text!r} is not a list of BATCHxLENGTH, such as 1x1024,16x8192") from error
 
 
+def _batches(text: str, sides: list[str]) -> dict[str, int]:
+    """"stock=120,klt-even-2=824" as a dict; every name is one of the sides."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        side, _, batch = part.partition("=")
+        if side not in sides or not batch.isdecimal() or int(batch) < 1:
+            raise click.BadParameter(f"{part!r} is not SIDE=BATCH with one of {', '.join(sides)}", param_hint="--batches")
+        found[side] = int(batch)
+    return found
+
+
 def _sides(text: str) -> list[str]:
     from kvsink.tools.bench_model import SIXTEEN, declared
 
@@ -105,16 +116,20 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 @click.option(
     "--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits."
 )
+@click.option(
+    "--batches", default="", help="SIDE=BATCH, comma-separated: taken where a shape has no batch, in place of a search."
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
-def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
+def decode(sides: str, shapes: str, batches: str, layers: int, out: Path | None) -> int:
+    pairs, chosen = _pairs(shapes), _sides(sides)
+    fixed = _batches(batches, chosen)
     _gpu()
     import torch
 
     from kvsink.tools.bench_model import decode_rows, llama
     from kvsink.tools.bench_sdpa import sdpa_best
 
-    pairs, chosen = _pairs(shapes), _sides(sides)
     backends = {}
     if any(side.startswith("stock") for side in chosen):
         for b, t in pairs:
@@ -122,8 +137,11 @@ def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
             _say(f"16-bit attention at B{b or 64} T{t}: {backends[(b, t)]} {times[1] * 1e3:.1f} us")
     model = llama(layers)
     rows = []
-    for pair in pairs:
+    for b, t in pairs:
         for side in chosen:
+            pair = b or fixed.get(side, 0), t
+            if (b, t) in backends:
+                backends[pair] = backends[b, t]
             rows += decode_rows(model, [side], [pair], backends, _say)
             _write(rows[-1:], out)
     return 0

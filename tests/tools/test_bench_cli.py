@@ -197,3 +197,33 @@ def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.Mo
     monkeypatch.setattr(bench_sequence, "attend_packed", lambda lib, c, q, *rest: torch.zeros(1, HEADS, 1, 128))
     error = bench_sequence.attention_error(cache, half, 200)
     assert error is not None and error > bench_sequence.ATTENTION_BOUND
+
+
+@pytest.mark.parametrize("text", ["stock", "stock=0", "klt-even-2=8", "stock=x"])
+def test_a_batch_that_belongs_to_no_side_is_named(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["decode", "--sides", "stock,centred-even-2", "--batches", text]) == 2
+    assert f"{text!r} is not SIDE=BATCH with one of stock, centred-even-2" in capsys.readouterr().err
+
+
+def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kvsink.tools import bench, bench_model, bench_sdpa, timing
+
+    asked = []
+
+    def rows(model: object, sides: list[str], pairs: list[tuple[int, int]], backends: dict, say: object) -> list[dict]:
+        asked.append((sides[0], pairs[0], backends[pairs[0]]))
+        return [{"side": sides[0]}]
+
+    monkeypatch.setattr(bench, "_gpu", lambda: None)
+    monkeypatch.setattr(bench_model, "llama", lambda layers: None)
+    monkeypatch.setattr(bench_model, "decode_rows", rows)
+    monkeypatch.setattr(bench_sdpa, "sdpa_best", lambda b, t, *rest: (f"{b}x{t}", (0.0, 0.0, 0.0)))
+    monkeypatch.setattr(timing, "device_facts", dict)
+    out = tmp_path / "rows.jsonl"
+    flags = ["--sides", "stock,klt-even-2", "--shapes", "1x1024,x4096", "--batches", "stock=120,klt-even-2=824"]
+    assert main(["decode", *flags, "--out", str(out)]) == 0
+    assert asked == [
+        ("stock", (1, 1024), "1x1024"), ("klt-even-2", (1, 1024), "1x1024"),
+        ("stock", (120, 4096), "64x4096"), ("klt-even-2", (824, 4096), "64x4096"),
+    ]  # fmt: skip
+    assert len(out.read_text().splitlines()) == 4
