@@ -85,9 +85,12 @@ DEVICE u32 or_lanes(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
 // Barrier ID among N threads of the block; who arrives does not wait.
 template <int ID, int N> DEVICE void sync_part() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
 template <int ID, int N> DEVICE void arrive_part() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
-// A launch chained to another begins when every block of that one has let it, and must not end before it.
+// A launch chained to another begins when every block of that one has let it, and must not end before it. Its last block alone
+// waits: the others make room for those that have not begun.
 DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void wait_for_previous() {
+  if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
@@ -645,7 +648,7 @@ static void append_rows(const RowParams& p) {
 }
 
 #ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) decode_rows(const __grid_constant__ RowParams p) {
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2) decode_rows(const __grid_constant__ RowParams p) {
   __shared__ __align__(16) unsigned char smem[ROW_SMEM];
 #else
 static void decode_rows(const RowParams& p) {
@@ -668,8 +671,10 @@ static void decode_rows(const RowParams& p) {
   } else {
     if (MODE != 0) {
       load_float4(t, mean_of_slot(p, head, slot, lane));
-      load_anchor(turn, p, b, lane);
-      load_start(turn, p, slot, lane);
+      if (MODE == 1) {
+        load_anchor(turn, p, b, lane);
+        load_start(turn, p, slot, lane);
+      }
     }
     if (MODE == 2) {
       const float gain = half_lo(((const unsigned short*)p.k_scale)[at]);
@@ -696,7 +701,11 @@ static void decode_rows(const RowParams& p) {
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] = add(x[i], t[i]);
-  if (MODE == 2 && !values) turn_row(x, turn, p, false, lane);
+  if (MODE == 2 && !values) {
+    load_anchor(turn, p, b, lane);
+    load_start(turn, p, slot, lane);
+    turn_row(x, turn, p, false, lane);
+  }
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;
     write4((void*)(values ? p.v : p.k), b * st[0] + head * st[1] + s * st[2] + 4 * lane, x, p.bf16);

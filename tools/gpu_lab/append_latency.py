@@ -32,7 +32,7 @@ from kvsink.tools.bench_sdpa import DISTINCT, sdpa_baseline
 from kvsink.tools.timing import device_facts, event_times
 
 SIDES = ("klt-even-2", "centred-even-2")
-SHAPES = ((1, 1024), (1, 2048), (16, 8192))
+SHAPES = ((1, 1024), (1, 2048), (16, 8192), (1, 131072), (64, 4096))
 SIZES = (0.0, 1e-7, 1e-3, 0.1, *[1.0] * 24, 30.0, 1e3, 6e3)  # of the rows whose codes are compared
 ROUNDS, REPLAYS = 5, 16
 DEVICE = "cuda:0"
@@ -237,7 +237,7 @@ def main() -> int:
         for side in SIDES:
             case = Case(attached[side](), side, b, t)
             right = []
-            for code in CODES if b == 1 else CODES[:2]:
+            for code in CODES if t <= 2048 else CODES[:2]:
                 if code.macros and case.codec.key.transform != "klt":
                     continue
                 with running(code, case.codec, libraries):
