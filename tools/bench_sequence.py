@@ -214,14 +214,14 @@ def choose_pieces(wanted: str, model: Any, say: Callable[[str], None]) -> str:
         return wanted
     config = model.config
     g = torch.Generator(model.device).manual_seed(0)
-    made = [
+    q, k, v = (
         torch.randn(1, n, t, config.head_dim, device=model.device, dtype=model.dtype, generator=g)
         for n, t in ((config.num_attention_heads, 256), *((config.num_key_value_heads, 4096),) * 2)
-    ]
+    )
     found, held = [], packed.PIECES
     try:
         for packed.PIECES in ("flash", wanted):
-            found.append(packed._piece(*made, None, config.head_dim**-0.5, False, whole=True))
+            found.append(packed._piece(q, k, v, None, config.head_dim**-0.5, False, whole=True))
     except RuntimeError as error:
         say(f"{wanted} does not serve pieces of the past: {str(error).splitlines()[0]}; flash does")
         return "flash"

@@ -227,7 +227,8 @@ def graphs_of(case: Case, codes: list[Code], libraries: dict[Any, Any]) -> tuple
 
 
 def main() -> int:
-    begun, libraries, rows, wrong = time.monotonic(), {}, [], 0
+    begun, rows, wrong = time.monotonic(), [], 0
+    libraries: dict[Any, Any] = {}
     model = llama(layers=1, dtype=torch.float16, vocabulary=512)
     attached = {side: rewritten(model, side) for side in SIDES}
     for b, t in SHAPES:
