@@ -35,6 +35,7 @@ _FOLDER = Path(__file__).parent / "cuda"
 ORDERS = ("beside", "append-first", "attend-aside", "chained", "in-turn")
 ORDER = "beside"  # how `Cubin.step` launches attention and the coding of new rows, see there
 SIDE_PRIORITY = 0  # of the second stream; -1 is higher than the first's
+EARLY = False  # attention sets up and fetches its tables while the launch before it on its stream ends; not in order "beside"
 LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
@@ -255,7 +256,9 @@ class Cubin:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
-        self._launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)
+        self._launch(
+            self._attend, argument.share, heads, self._threads, self._shared, argument, fresh, chained=EARLY
+        )
 
     def append(self, argument: Any, chained: bool = False) -> None:
         """Launch `append_row`, where latency is all, or `append_rows`."""

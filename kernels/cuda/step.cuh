@@ -32,6 +32,7 @@ static void attend_packed(const Params& p, const RowParams& fresh)
       if (MODE == 2) bulk_load(smem + OFF_BASIS, p.basis + head * 8192, 32768, tables);
     }
   }
+  wait_for_previous();                               // tables are constant; all that follows may have been written by it
   const int held = (int)*p.length + p.extra, end = held < p.tiles * 128 ? held : p.tiles * 128, each = end < 1 ? 1 : (end + 127) / 128;
   const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = CTA_X;
   sync_cta();

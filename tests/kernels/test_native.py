@@ -122,8 +122,10 @@ def test_a_chunk_equals_the_definition(index: int, masked: bool, monkeypatch: py
 
 @pytest.mark.parametrize("index", [0, 2])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("order", native.ORDERS)
-def test_a_step_is_the_same_in_every_order(index: int, batch: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("order", "early"), [*((o, False) for o in native.ORDERS), ("chained", True), ("in-turn", True)])
+def test_a_step_is_the_same_in_every_order(
+    index: int, batch: int, order: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = layer_of(index, batch)
     append(layer, rows(batch, 140, 1), rows(batch, 140, 2), torch.arange(140)[None])
     layer.length.fill_(140)
@@ -132,11 +134,12 @@ def test_a_step_is_the_same_in_every_order(index: int, batch: int, order: str, m
     zero = torch.zeros(batch, 1, dtype=torch.int64).cuda()
     scores = [t for _ in layer.segments for t in (torch.full((batch, 1), 1e30).cuda(), zero)]
     found = []
-    for how in ("in-turn", order):
+    for how, begins in (("in-turn", False), (order, early)):
         lib, state, params = on_gpu(layer, torch.float16)
         p, st = dict(zip(layer.codec.param_names(), params, strict=True)), layer.codec.named(state)
         held = [t.clone() for t in state]
         monkeypatch.setattr(native, "ORDER", how)
+        monkeypatch.setattr(native, "EARLY", begins)
 
         def step(st: Any = st, p: Any = p, lib: Any = lib) -> torch.Tensor:
             out = packed.step(lib, layer.codec, q, k, v, positions, scores, st, p, None, 0.09)

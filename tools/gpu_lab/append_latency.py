@@ -2,8 +2,10 @@
 
     python tools/gpu_lab/append_latency.py         # needs a GPU of capability 9.0; rows go to $OUT/append_latency.jsonl
 
-Codes are compared with the definition on the processor first: a kernel that stores others is not timed. Times are p50 of CUDA
-graph replays over several caches, the graphs in turn in every round, so that drift meets all of them alike.
+"behind" is a step behind a small launch that writes the query, as a model has one, less that launch alone: what an early start
+gains must not come from calls that overlap each other. Codes are compared with the definition on the processor first: a kernel
+that stores others is not timed. Times are p50 of CUDA graph replays over several caches, the graphs in turn in every round, so
+that drift meets all of them alike.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_packed
 from kvsink.tools import bench_ops
 from kvsink.tools.bench_model import fill, llama, rewritten
-from kvsink.tools.bench_sdpa import DISTINCT, sdpa_baseline
+from kvsink.tools.bench_sdpa import DISTINCT, UPDATES, _inputs, sdpa_baseline, sdpa_calls, updated
 from kvsink.tools.timing import device_facts, event_times
 
 SIDES = ("klt-even-2", "centred-even-2")
@@ -57,20 +59,24 @@ class Source(native.Variant):
 
 @dataclass(frozen=True)
 class Code:
-    """What runs: a name, source, up to how many sequences a row has a block of its own, and whether idle blocks attend too."""
+    """What runs: a name, source, up to how many sequences a row has a block of its own, whether idle blocks attend too, and
+    whether attention starts early."""
 
     name: str
     before: bool = False
     macros: tuple[tuple[str, str], ...] = ()
     lone_rows: int = 1
     all_blocks: bool = False
+    early: bool = False
 
 
 BEFORE_ALL = Code("before", before=True, lone_rows=0, all_blocks=True)
 NOW = Code("now")
+EARLY = Code("now, early", early=True)
 CODES = (
     BEFORE_ALL,
     NOW,
+    EARLY,
     Code("now, blocks of rows", lone_rows=0),
     Code("now, all blocks", all_blocks=True),
     Code("now, first 2", macros=(("LONE_FIRST", "2"),)),
@@ -87,14 +93,15 @@ def running(code: Code, codec: Any, libraries: dict[Any, Any], order: str = "bes
     if source not in libraries:
         libraries[source] = native.Cubin(source, torch.device(DEVICE))
     lib, key = libraries[source], (plain, DEVICE)
-    held = native._LOADED.get(key), native.LONE_ROWS, native.ORDER, native.SIDE_PRIORITY
+    held = native._LOADED.get(key), native.LONE_ROWS, native.ORDER, native.SIDE_PRIORITY, native.EARLY
     native._LOADED[key], native.LONE_ROWS, native.ORDER, native.SIDE_PRIORITY = lib, code.lone_rows, order, priority
+    native.EARLY = code.early
     if code.all_blocks:
         lib.attend = partial(attend_with_all, lib)
     try:
         yield lib
     finally:
-        native.LONE_ROWS, native.ORDER, native.SIDE_PRIORITY = held[1:]
+        native.LONE_ROWS, native.ORDER, native.SIDE_PRIORITY, native.EARLY = held[1:]
         native._LOADED.pop(key)
         if held[0] is not None:
             native._LOADED[key] = held[0]
@@ -152,6 +159,13 @@ class Case:
         append_attend_(
             self.q, self.k, self.v, self.positions, self.scores, x.state(), x.params, None, 128**-0.5, False, x.codec_text
         )
+
+    def behind(self, x: Any) -> None:
+        self.q.mul_(1.0)
+        self.step(x)
+
+    def small(self, x: Any) -> None:
+        self.q.mul_(1.0)
 
     def check(self) -> tuple[float, float, float]:
         """Shares of equal key and value codes over rows of many sizes, and the error of attention."""
@@ -217,24 +231,55 @@ def graphs_of(case: Case, codes: list[Code], libraries: dict[Any, Any]) -> tuple
     caches *= 1 if len(caches) > 8 else 4
     graphs = {}
     for code in codes:
-        wanted = [("attention", "", 0), ("append", "", 0)] + [
-            ("step", *how) for how in (STEPS if code == NOW else [s for s in STEPS if s[0] in ("beside", "in-turn")])
-        ]
+        orders = STEPS
+        if code != NOW:  # a start before the join of two streams is no programmatic launch
+            orders = [(o, 0) for o in ("chained", "in-turn") if code == EARLY or o == "in-turn"]
+            orders += [("beside", 0)] if code != EARLY else []
+        wanted = [("attention", "", 0), ("append", "", 0), *(("step", *how) for how in orders)]
+        if code in (BEFORE_ALL, NOW, EARLY):
+            wanted += [("behind", *how) for how in orders if how[0] in ("beside", "chained") and not how[1]]
         for what, order, priority in wanted:
-            with running(code, case.codec, libraries, order or "beside", priority):
-                graphs[code.name, what, order, priority] = captured([partial(getattr(case, what), x) for x in caches])
+            try:
+                with running(code, case.codec, libraries, order or "beside", priority):
+                    graphs[code.name, what, order, priority] = captured([partial(getattr(case, what), x) for x in caches])
+            except RuntimeError as error:
+                print(f"    {code.name}, {what} {order} is not captured: {str(error).splitlines()[0]}")
+    graphs["none", "small", "", 0] = captured([partial(case.small, x) for x in caches])
     return graphs, len(caches)
 
 
+def fp16_behind(b: int, t: int, base: Any) -> tuple[float, float]:
+    """Microseconds of fp16 attention, alone and with its write, behind a small launch, less that launch."""
+    calls, data = sdpa_calls(b, t, 32, 8, 128, torch.float16), _inputs(b, t, 32, 8, 128, torch.float16)
+    plain, written = calls[base.backend], updated(calls[base.updated_backend], UPDATES[base.update])
+
+    def small(d: Any) -> None:
+        d[0].mul_(1.0)
+
+    def first(call: Callable[[Any], Any], d: Any) -> None:
+        small(d)
+        call(d)
+
+    kinds = {"small": small, "plain": partial(first, plain), "written": partial(first, written)}
+    found = times({name: captured([partial(call, d) for d in data]) for name, call in kinds.items()}, len(data))
+    return found["plain"] - found["small"], found["written"] - found["small"]
+
+
 def main() -> int:
-    begun, rows, wrong = time.monotonic(), [], 0
+    begun, count, wrong = time.monotonic(), 0, 0
     libraries: dict[Any, Any] = {}
+    facts, out = device_facts(), Path(os.environ.get("OUT", ".")) / "append_latency.jsonl"
+    out.write_text("")
     model = llama(layers=1, dtype=torch.float16, vocabulary=512)
     attached = {side: rewritten(model, side) for side in SIDES}
     for b, t in SHAPES:
         base = sdpa_baseline(b, t, 32, 8, 128, torch.float16)
         fp16, written = base.times[1] * 1e3, base.updated_times[1] * 1e3
-        print(f"\nB{b} T{t}: fp16 {fp16:.2f} us ({base.backend}), with its write {written:.2f} us ({base.update})")
+        behind = fp16_behind(b, t, base)
+        print(
+            f"\nB{b} T{t}: fp16 {fp16:.2f} us ({base.backend}), with its write {written:.2f} us ({base.update}); "
+            f"behind a small launch {behind[0]:.2f} and {behind[1]:.2f} us"
+        )
         for side in SIDES:
             case = Case(attached[side](), side, b, t)
             right = []
@@ -249,20 +294,25 @@ def main() -> int:
                     wrong += 1
                 print(f"  {side:15} {code.name:20} equal codes {keys:.5f} {values:.5f}  error {error:.1e}")
             graphs, calls = graphs_of(case, right, libraries)
-            for (name, what, order, priority), us in times(graphs, calls).items():
+            found, rows = times(graphs, calls), []
+            small = found.pop(("none", "small", "", 0))
+            for (name, what, order, priority), seen in found.items():
+                us = seen - small if what == "behind" else seen
+                plain, both = behind if what == "behind" else (fp16, written)
                 rows.append({
                     "kind": "append-latency", "method": side, "B": b, "T": t, "code": name, "what": what, "order": order,
-                    "side_priority": priority, "us": round(us, 3), "fp16_us": round(fp16, 3),
-                    "fp16_with_update_us": round(written, 3), "against_fp16": round(fp16 / us, 3),
-                    "against_fp16_with_update": round(written / us, 3),
+                    "side_priority": priority, "us": round(us, 3), "fp16_us": round(plain, 3),
+                    "fp16_with_update_us": round(both, 3), "against_fp16": round(plain / us, 3),
+                    "against_fp16_with_update": round(both / us, 3),
                 })  # fmt: skip
                 how = f"{what} {order}{' high priority' if priority else ''}"
-                print(f"    {name:20} {how:32} {us:7.2f} us  {fp16 / us:5.3f}x  {written / us:5.3f}x", flush=True)
+                print(f"    {name:20} {how:32} {us:7.2f} us  {plain / us:5.3f}x  {both / us:5.3f}x", flush=True)
+            with open(out, "a") as file:
+                file.writelines(json.dumps({**facts, **row}) + "\n" for row in rows)
+            count += len(rows)
             del graphs, case
             torch.cuda.empty_cache()
-    facts, out = device_facts(), Path(os.environ.get("OUT", ".")) / "append_latency.jsonl"
-    out.write_text("".join(json.dumps({**facts, **row}) + "\n" for row in rows))
-    print(f"\n{len(rows)} rows in {out}, {wrong} codes wrong, {time.monotonic() - begun:.0f} s")
+    print(f"\n{count} rows in {out}, {wrong} codes wrong, {time.monotonic() - begun:.0f} s")
     return 1 if wrong else 0
 
 

@@ -54,6 +54,7 @@ DEVICE float warp_max(float v) {
   return v;
 }
 DEVICE void let_next_begin() {}
+DEVICE void wait_for_previous() {}
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
