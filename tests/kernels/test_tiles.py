@@ -286,6 +286,18 @@ def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) 
     assert torch.equal(mine.shared.positions, wanted.shared.positions)
 
 
+@pytest.mark.parametrize("lone_rows", [0, 1])
+@pytest.mark.parametrize("index", [0, 2, 5])
+def test_a_row_behind_the_last_slot_is_dropped(index: int, lone_rows: int) -> None:
+    layer = layer_of(index, 1)
+    append(layer, rows(1, 9, 1), rows(1, 9, 2), torch.arange(9)[None])
+    layer.length.fill_(SLOTS)
+    before = [t.clone() for t in layer.state()]
+    new = rows(1, 1, 3, dtype=torch.float16)
+    append(layer, new, new, torch.tensor([[SLOTS]]), library(layer, lone_rows=lone_rows), best=9.0)
+    assert all(torch.equal(a, b) for a, b in zip(layer.state(), before, strict=True))
+
+
 @pytest.mark.parametrize("index", range(len(CODECS)))
 def test_the_decode_kernel_reads_what_the_definition_reads(index: int) -> None:
     layer = layer_of(index, 2)
