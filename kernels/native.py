@@ -32,7 +32,11 @@ __all__ = ["SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "library
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
-BESIDE = True  # code new rows on a second stream of a CUDA graph, on the multiprocessors that attention leaves over
+ORDERS = ("beside", "append-first", "attend-aside", "chained", "in-turn")
+ORDER = "beside"  # how `Cubin.step` launches attention and the coding of new rows, see there
+SIDE_PRIORITY = 0  # of the second stream; -1 is higher than the first's
+EARLY = False  # attention sets up and fetches its tables while the launch before it on its stream ends; not in order "beside"
+LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
@@ -185,6 +189,24 @@ def _check(code: int, what: str) -> None:
         raise NativeError(f"CUDA driver error {code} in {what}")
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+_CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class Module:
     """Machine code on one GPU: its functions and how to launch them."""
 
@@ -216,12 +238,20 @@ class Module:
         _check(_driver().cuFuncSetAttribute(function, 8, size), "asking for shared memory")
 
     def launch(
-        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
-    ) -> None:
-        """Queue a function on the current stream."""
+        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure,
+        chained: bool = False,
+    ) -> None:  # fmt: skip
+        """Launch on the current stream; a chained launch begins when every block of the one before it has begun."""
         args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, stream, args, None), "a launch")
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if chained:
+            attribute = _Attribute(id=_CHAINED, value=1)
+            grid, block = (ctypes.c_uint * 3)(x, y, 1), (ctypes.c_uint * 3)(threads, 1, 1)
+            config = _Launch(grid, block, shared, stream, ctypes.pointer(attribute), 1)
+            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, args, None), "a chained launch")
+            return
+        where = ctypes.c_void_p(stream)
+        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, where, args, None), "a launch")
 
 
 def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.device) -> Module:
@@ -236,15 +266,15 @@ class Cubin:
         self.variant, self.device = variant, device
         with torch.cuda.device(device):
             self._module = Module(variant.source(), device)
-            self._attend, self._append, self._decode = (
-                self._module.function(name) for name in ("attend_packed", "append_rows", "decode_rows")
+            self._attend, self._append, self._lone, self._decode = (
+                self._module.function(name) for name in ("attend_packed", "append_rows", "append_row", "decode_rows")
             )
-            self._threads, self._shared, self._row_threads = self._module.numbers("kvsink_launch", 3)
+            self._threads, self._shared, self._row_threads, self._lone_threads = self._module.numbers("kvsink_launch", 4)
             self._module.allow_shared(self._attend, self._shared)
         self.blocks = self._module.multiprocessors
         # Words another block waits for: empty is -1, and every launch leaves them so.
         self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
-        self._side = torch.cuda.Stream(device)
+        self._sides = {priority: torch.cuda.Stream(device, priority=priority) for priority in (0, -1)}
         self.arrived = torch.zeros(65536, dtype=torch.int32, device=device)
 
     def share(self, heads: int) -> int:
@@ -253,25 +283,45 @@ class Cubin:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
-        self._module.launch(self._attend, self.share(heads), heads, self._threads, self._shared, argument, fresh)
+        self._module.launch(
+            self._attend, argument.share, heads, self._threads, self._shared, argument, fresh, chained=EARLY
+        )
 
-    def append(self, argument: Any) -> None:
-        """Launch `append_rows`."""
+    def append(self, argument: Any, chained: bool = False) -> None:
+        """Launch `append_row`, where latency is all, or `append_rows`."""
+        if argument.S == 1 and argument.B <= LONE_ROWS:
+            self._module.launch(self._lone, argument.Hkv, argument.B, self._lone_threads, 0, argument, chained=chained)
+            return
         pairs = argument.B * argument.S * argument.Hkv
-        self._module.launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
+        self._module.launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument, chained=chained)
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
-        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
-        if not (BESIDE and torch.cuda.is_current_stream_capturing()):
+        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other.
+
+        `ORDER` "beside" launches attention, then the coding on the second stream; "append-first" the same with the coding
+        launched before; "attend-aside" has attention on the second stream; "chained" launches the coding behind attention on one
+        stream, to begin once every block of attention has (outside graphs too); "in-turn" is one after the other.
+        """
+        if ORDER not in ORDERS:
+            raise ValueError(f"native.ORDER is {ORDER!r}; it can be {', '.join(ORDERS)}")
+        if ORDER == "chained":
+            self.attend(argument, fresh, heads)
+            self.append(rows, chained=True)
+            return
+        if ORDER == "in-turn" or not torch.cuda.is_current_stream_capturing():
             self.append(rows)
             self.attend(argument, fresh, heads)
             return
-        here = torch.cuda.current_stream(self.device)
-        self._side.wait_stream(here)
-        self.attend(argument, fresh, heads)
-        with torch.cuda.stream(self._side):
-            self.append(rows)
-        here.wait_stream(self._side)
+        here, side = torch.cuda.current_stream(self.device), self._sides[SIDE_PRIORITY]
+        side.wait_stream(here)
+        attending, coding = (side, here) if ORDER == "attend-aside" else (here, side)
+        for append in (True, False) if ORDER == "append-first" else (False, True):
+            with torch.cuda.stream(coding if append else attending):
+                if append:
+                    self.append(rows)
+                else:
+                    self.attend(argument, fresh, heads)
+        here.wait_stream(side)
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""

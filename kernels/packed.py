@@ -39,6 +39,7 @@ __all__ = [
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SEGMENTS = 4
 _DECODED_BYTES = 128 << 20  # keys and values of a piece of the past, decoded at a time
+PIECES = "flash"  # SDPA backend of a whole piece; "cudnn" plans every shape anew, which whole pieces of one size share
 
 State = Mapping[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -283,6 +284,8 @@ def attend_one(
     at = native.pointer
     native.contiguous([st[n] for n in ("k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot")])
     new = 0 if codec.strict else 1
+    # No more blocks than tiles: one without work would fetch its tables all the same.
+    share = min(lib.share(k.shape[1]), q.shape[0] * (slots // tiles.TILE_SLOTS))
     a = AttendArguments(
         q=at(q), k_codes=at(st["k_codes"]), k_scale=at(st["k_scale"]), v_codes=at(st["v_codes"]), v_scale=at(st["v_scale"]),
         mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
@@ -290,7 +293,7 @@ def attend_one(
         exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
         value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
-        B=q.shape[0], Hkv=k.shape[1], share=lib.share(k.shape[1]), tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
+        B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
         N=new, extra=1 - new, q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key),
         value_hadamard=_rotates(codec.value), scale=scale * math.log2(math.e),
     )  # fmt: skip
@@ -355,11 +358,13 @@ def attend_chunk(
                 if part.dtype == torch.bool
                 else part.masked_fill(~seen, float("-inf"))
             )
-        merge(*_piece(q, tile_k, tile_v, part, scale, False))
+        merge(*_piece(q, tile_k, tile_v, part, scale, False, whole=end - start == step))
     return out.to(q.dtype)
 
 
-def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _piece(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, whole: bool = False
+) -> tuple[Tensor, Tensor]:
     """Attention over some keys and the logarithm of its sum of weights [B, Hq, S] float32."""
     b, hq, s, d = q.shape
     h, n = k.shape[1], k.shape[2]
@@ -370,7 +375,12 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
             found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
             return found[0], found[1]
         grouped = q.reshape(b, h, hq // h * s, d)  # heads that share keys are rows of one head
-        found = torch.ops.aten._scaled_dot_product_flash_attention(grouped, k, v, 0.0, False, False, scale=scale)
+        if whole and PIECES == "cudnn":
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                grouped, k, v, None, True, 0.0, False, False, scale=scale
+            )
+        else:
+            found = torch.ops.aten._scaled_dot_product_flash_attention(grouped, k, v, 0.0, False, False, scale=scale)
         return found[0].reshape(b, hq, s, d), found[1].reshape(b, hq, s)
     bias = None
     if mask is not None:

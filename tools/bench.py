@@ -54,6 +54,17 @@ def _pairs(text: str) -> list[tuple[int, int]]:
         raise click.BadParameter(f"{text!r} is not a list of BATCHxLENGTH, such as 1x1024,16x8192") from error
 
 
+def _batches(text: str, sides: list[str]) -> dict[str, int]:
+    """"stock=120,klt-even-2=824" as a dict; every name is one of the sides."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        side, _, batch = part.partition("=")
+        if side not in sides or not batch.isdecimal() or int(batch) < 1:
+            raise click.BadParameter(f"{part!r} is not SIDE=BATCH with one of {', '.join(sides)}", param_hint="--batches")
+        found[side] = int(batch)
+    return found
+
+
 def _sides(text: str) -> list[str]:
     from kvsink.tools.bench_model import SIXTEEN, declared
 
@@ -85,13 +96,14 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
     _gpu()
-    from kvsink.tools.bench_ops import ops_rows
+    from kvsink.tools.bench_ops import ops_rows, ops_table
     from kvsink.tools.timing import copy_bandwidth, read_bandwidth
 
     read, copy = read_bandwidth(), copy_bandwidth()
     _say(f"read {read / 1e12:.3f} TB/s, copy {copy / 1e12:.3f} TB/s")
     rows = ops_rows(_sides(methods), _pairs(shapes), max(read, copy), _say)
     _write([{**r, "read_tb_s": round(read / 1e12, 3), "copy_tb_s": round(copy / 1e12, 3)} for r in rows], out)
+    _say(ops_table(rows))
     return 0 if all(r["p50_ms"] is not None for r in rows) else 2
 
 
@@ -104,16 +116,20 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 @click.option(
     "--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits."
 )
+@click.option(
+    "--batches", default="", help="SIDE=BATCH, comma-separated: taken where a shape has no batch, in place of a search."
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
-def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
+def decode(sides: str, shapes: str, batches: str, layers: int, out: Path | None) -> int:
+    pairs, chosen = _pairs(shapes), _sides(sides)
+    fixed = _batches(batches, chosen)
     _gpu()
     import torch
 
     from kvsink.tools.bench_model import decode_rows, llama
-    from kvsink.tools.bench_ops import sdpa_best
+    from kvsink.tools.bench_sdpa import sdpa_best
 
-    pairs, chosen = _pairs(shapes), _sides(sides)
     backends = {}
     if any(side.startswith("stock") for side in chosen):
         for b, t in pairs:
@@ -121,8 +137,11 @@ def decode(sides: str, shapes: str, layers: int, out: Path | None) -> int:
             _say(f"16-bit attention at B{b or 64} T{t}: {backends[(b, t)]} {times[1] * 1e3:.1f} us")
     model = llama(layers)
     rows = []
-    for pair in pairs:
+    for b, t in pairs:
         for side in chosen:
+            pair = b or fixed.get(side, 0), t
+            if (b, t) in backends:
+                backends[pair] = backends[b, t]
             rows += decode_rows(model, [side], [pair], backends, _say)
             _write(rows[-1:], out)
     return 0
@@ -148,7 +167,7 @@ def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -
     import torch
 
     from kvsink.tools.bench_model import LLAVA_15_7B, llama, vision_rows
-    from kvsink.tools.bench_ops import sdpa_best
+    from kvsink.tools.bench_sdpa import sdpa_best
 
     backends = {}
     if baseline == "stock":
@@ -176,18 +195,31 @@ def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
 @bench.command(help="The longest sequence: prefilled in chunks, then decoded. The largest batch is a row of `decode`.")
 @click.option("--side", default="centred-even-2", show_default=True)
 @click.option("--tokens", default=1_000_000, show_default=True)
-@click.option("--chunk", default=8192, show_default=True)
+@click.option("--chunk", default=8192, show_default=True, help="Tokens of a chunk.")
 @click.option(
     "--whole/--sampled", default=True, show_default=True, help="Run every chunk, or nine of them spread over the sequence."
 )
+@click.option("--steps", default=16, show_default=True, help="Tokens decoded at the end, each timed.")
+@click.option(
+    "--pieces", default="flash", show_default=True, type=click.Choice(["flash", "cudnn"]),
+    help="SDPA backend over decoded pieces of the past; cudnn is compared with flash first.",
+)
+@click.option(
+    "--progress", type=click.Path(path_type=Path), default=None,
+    help="Write a line of JSON to this file after every chunk and step, for a run in the background.",
+)
 @click.option("--layers", default=32, show_default=True)
 @_out
-def capacity(side: str, tokens: int, chunk: int, whole: bool, layers: int, out: Path | None) -> int:
+def capacity(side: str, layers: int, out: Path | None, **options: Any) -> int:
+    if min(options["tokens"], options["chunk"], options["steps"]) < 1:
+        raise click.BadParameter("--tokens, --chunk and --steps must be at least 1")
     _gpu()
-    from kvsink.tools.bench_model import llama, sequence_rows
+    from kvsink.tools.bench_model import llama
+    from kvsink.tools.bench_sequence import sequence_row
 
-    _write(sequence_rows(llama(layers), _sides(side)[0], tokens, chunk, _say, whole), out)
-    return 0
+    row = sequence_row(llama(layers), _sides(side)[0], say=_say, **options)
+    _write([row], out)
+    return 0 if row["verdict"] == "ok" else 2
 
 
 @bench.command(help="Decoding on this machine's processor behind a long prompt, beside float32 and bfloat16 on a DynamicCache.")

@@ -25,8 +25,7 @@ from kvsink.tools.timing import event_times
 
 __all__ = [
     "DECODE_SHAPES", "LLAMA_3_8B", "LLAVA_15_7B", "Shape",
-    "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "sequence_rows",
-    "vision_rows",
+    "decode_rows", "fill", "llama", "prefill_rows", "rewritten", "vision_rows",
 ]  # fmt: skip
 
 DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
@@ -420,50 +419,6 @@ def sink_prediction_ms(cache: Any, length: int, hidden_size: int, repeats: int =
         rank()
     times = sorted(event_times(rank, repeats))
     return times[len(times) // 2]
-
-
-def sequence_rows(
-    model: Any, side: str, length: int, chunk: int, say: Callable[[str], None], whole: bool
-) -> list[dict[str, Any]]:
-    """One long sequence, prefilled in chunks and then decoded. Without `whole`, chunks at a few places only are run."""
-    from kvsink.cache import KVSinkCache
-
-    model.config._attn_implementation = "sdpa"
-    cache = KVSinkCache.for_model(rewritten(model, side)(), 1, length + 256)
-    starts = list(range(0, length, chunk))
-    run = starts if whole else [starts[round(i * (len(starts) - 1) / 8)] for i in range(9)]
-    torch.cuda.reset_peak_memory_stats()
-    spent: dict[int, float] = {}
-    with torch.no_grad():
-        if not whole:
-            fill(cache, 0)
-        for start in run:
-            if not whole:
-                for layer in cache.packed_layers():
-                    layer.length.fill_(start)
-            ids = torch.randint(0, 1000, (1, min(chunk, length - start)), device="cuda")
-            torch.cuda.synchronize()
-            begun = time.monotonic()
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            torch.cuda.synchronize()
-            spent[start] = time.monotonic() - begun
-        total = sum(spent.values()) if whole else sum(spent.values()) / len(spent) * len(starts)
-        held = int(cache.get_seq_length())
-        step = torch.compile(model, backend="kvsink", mode="reduce-overhead", fullgraph=True)
-
-        def reset() -> None:
-            for layer in cache.packed_layers():
-                layer.length.fill_(held)
-
-        seconds, _ = _decode(step, cache, reset, 1, held)
-    row = {
-        "kind": "sequence", "side": side, "B": 1, "T": held, "chunk": chunk, "chunks_run": len(run), "chunks": len(starts),
-        "prefill_s": round(total, 1), "prefill_is": "measured" if whole else "mean of the chunks run times their number",
-        "chunk_s": {k: round(v, 3) for k, v in spent.items()}, "step_ms": round(seconds * 1e3, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "cache_gib": round(cache.nbytes() / 2**30, 2),
-    }  # fmt: skip
-    say("  ".join(f"{k}={v}" for k, v in row.items()))
-    return [row]
 
 
 # -- vision-language models -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`kvsink-bench kernels`: one layer of a LLaMA-3-8B shape, attention and append against the fastest 16-bit SDPA backend.
 
-Formula    limit = bytes of codes and scales of all tokens / measured read bandwidth; speed-up = time of SDPA / time of ours
+Formula    limit = bytes of codes and scales of all tokens / measured read bandwidth; speed-up = time of SDPA / time of ours:
+           attention against attention, with `append_` against attention, and with `append_` against SDPA with its own write
 Shapes     32 query heads, 8 key-value heads, 128 channels; B sequences of T tokens, 6 exact rows, one new row
 Raises     an op whose result is outside the stated bound of the definition is not timed: its row says so
 """
@@ -13,59 +14,24 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.kernels import native, packed
 from kvsink.kernels.append import append_
 from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_any, attend_packed, attend_ref
 from kvsink.tools.bench_model import declared, fill, llama, rewritten
+from kvsink.tools.bench_sdpa import DISTINCT, Baseline, sdpa_baseline
 from kvsink.tools.timing import Times, graph_times
 
-__all__ = ["BOUND", "SHAPES", "ops_rows", "sdpa_best"]
+__all__ = ["BOUND", "SHAPES", "ops_rows", "ops_table"]
 
 SHAPES = ((1, 1024), (1, 131072), (16, 8192), (64, 4096))
 BOUND = 2e-3  # relative error of an fp16 result: its own rounding, 2**-11, and a few like it
 _SAID = (
-    "method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "in_turn_ms", "of_limit",
+    "method", "bits", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append", "speedup_with_both_writes",
+    "in_turn_ms", "of_limit",
 )  # fmt: skip
-_DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
-
-
-def sdpa_calls(
-    b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
-) -> dict[str, Callable[[Sequence[Tensor]], Tensor]]:
-    """Ways to ask PyTorch for decode attention of grouped heads."""
-
-    def backend(kind: SDPBackend, rows: bool) -> Callable[[Sequence[Tensor]], Tensor]:
-        def call(data: Sequence[Tensor]) -> Tensor:
-            q, k, v = data
-            with sdpa_kernel(kind):
-                if rows:  # heads that share keys as rows of one head
-                    return F.scaled_dot_product_attention(q.view(b, kv_heads, heads // kv_heads, dim), k, v)
-                return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-        return call
-
-    kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    return {f"{n}{'-rows' if rows else ''}": backend(kind, rows) for n, kind in kinds.items() for rows in (False, True)}
-
-
-def sdpa_best(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[str, Times]:
-    """Name and times of the fastest backend."""
-    sets = max(1, min(32, -(-_DISTINCT // (b * t * kv_heads * dim * 4))))
-    shapes = ((b, heads, 1, dim), (b, kv_heads, t, dim), (b, kv_heads, t, dim))
-    data = [[torch.randn(s, device="cuda", dtype=dtype) for s in shapes] for _ in range(sets)]
-    found: dict[str, Times] = {}
-    for name, call in sdpa_calls(b, t, heads, kv_heads, dim, dtype).items():
-        try:
-            found[name] = graph_times([partial(call, d) for d in data])
-        except RuntimeError:
-            continue  # a backend that does not serve the shape
-    best = min(found, key=lambda n: found[n][1])
-    return best, found[best]
 
 
 def packed_bytes(codec: Any, b: int, t: int, kv_heads: int) -> int:
@@ -86,12 +52,15 @@ def ops_rows(
     heads, kv_heads = a.num_attention_heads, a.num_key_value_heads
     runtimes = [(side, rewritten(model, side)) for side in sides]
     for b, t in shapes:
-        base_name, base = sdpa_best(b, t, heads, kv_heads, 128, dtype)
+        base = sdpa_baseline(b, t, heads, kv_heads, 128, dtype)
         gc.collect()
         torch.cuda.empty_cache()
-        say(f"B{b} T{t}: {base_name} {base[1] * 1e3:.1f} us")
+        say(
+            f"B{b} T{t}: {base.backend} {base.times[1] * 1e3:.2f} us, with its write {base.updated_times[1] * 1e3:.2f} us "
+            f"({base.updated_backend}, {base.update})"
+        )
         for side, attach in runtimes:
-            row = _one(attach(), side, b, t, heads, kv_heads, dtype, base_name, base, bandwidth)
+            row = _one(attach(), side, b, t, heads, kv_heads, dtype, base, bandwidth)
             rows.append(row)
             say("  " + "  ".join(f"{k}={row[k]}" for k in _SAID if k in row))
             gc.collect()
@@ -100,8 +69,7 @@ def ops_rows(
 
 
 def _one(
-    model: Any, side: str, b: int, t: int, heads: int, kv_heads: int, dtype: torch.dtype, base_name: str, base: Times,
-    bandwidth: float,
+    model: Any, side: str, b: int, t: int, heads: int, kv_heads: int, dtype: torch.dtype, base: Baseline, bandwidth: float,
 ) -> dict[str, Any]:  # fmt: skip
     from kvsink.cache import KVSinkCache
 
@@ -144,32 +112,56 @@ def _one(
     row: dict[str, Any] = {
         "kind": "kernel", "method": method.name, "bits": bits,
         "kernel": "triton" if lib is None else "cuda", "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads,
-        "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base_name, "sdpa_ms": round(base[1], 5),
+        "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base.backend, "sdpa_ms": round(base.times[1], 5),
+        "sdpa_with_update": base.updated_backend, "fp16_update": base.update,
+        "fp16_with_update_ms": round(base.updated_times[1], 5),
     }  # fmt: skip
     if not error <= BOUND:
-        return {
-            **row,
-            "p50_ms": None,
-            "speedup": None,
-            "with_append_ms": None,
-            "of_limit": None,
-            "note": "wrong, not timed",
-        }
-    layers = [layer] + [made() for _ in range(max(1, min(32, -(-_DISTINCT // size))) - 1)]
+        return {**row, **dict.fromkeys(_TIMED), "note": "wrong, not timed"}
+    layers = [layer] + [made() for _ in range(max(1, min(32, -(-DISTINCT // size))) - 1)]
     repeats = 1 if len(layers) > 8 else 4
     alone = graph_times([partial(attention, x) for _ in range(repeats) for x in layers])
     both = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
-    native.BESIDE = False
+    native.ORDER, order = "in-turn", native.ORDER
     in_turn = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
-    native.BESIDE = True
+    native.ORDER = order
+    return {**row, **timed(base, alone, both, in_turn, size, bandwidth)}
+
+
+_TIMED = ("p50_ms", "speedup", "with_append_ms", "speedup_with_append", "speedup_with_both_writes", "of_limit")
+"""What a row without times leaves empty."""
+
+
+def timed(base: Baseline, alone: Times, both: Times, in_turn: Times, size: int, bandwidth: float) -> dict[str, Any]:
+    """Fields of a row from times of attention, of a step side by side and of one in turn, in ms."""
     limit = size / bandwidth * 1e3
     return {
-        **row, "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
-        "speedup": round(base[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
-        "speedup_with_append": round(base[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5), "bytes": size,
-        "limit_ms": round(limit, 5),
-        "of_limit": round(limit / alone[1], 3), "byte_limit_speedup": round(base[1] / limit, 2),
+        "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
+        "speedup": round(base.times[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
+        "speedup_with_append": round(base.times[1] / both[1], 3),
+        "speedup_with_both_writes": round(base.updated_times[1] / both[1], 3), "in_turn_ms": round(in_turn[1], 5),
+        "bytes": size, "limit_ms": round(limit, 5), "of_limit": round(limit / alone[1], 3),
+        "byte_limit_speedup": round(base.times[1] / limit, 2),
     }  # fmt: skip
+
+
+def ops_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table: both counts of the 16-bit side, in us, and what is gained over each."""
+    lines = [
+        "| shape | method | fp16 | with its write | ours | | with `append_` | against fp16 | against fp16 with its write |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        fp16 = f"{r['sdpa_ms'] * 1e3:.2f} | {r['fp16_with_update_ms'] * 1e3:.2f}"
+        shape = f"| B{r['B']} T{r['T']} | `{r['method']}` {r['bits']} | {fp16}"
+        if r["p50_ms"] is None:
+            lines.append(f"{shape} | {r['note']} | | | | |")
+            continue
+        lines.append(
+            f"{shape} | {r['p50_ms'] * 1e3:.2f} | {r['speedup']:.2f}x | {r['with_append_ms'] * 1e3:.2f} | "
+            f"{r['speedup_with_append']:.2f}x | {r['speedup_with_both_writes']:.2f}x |"
+        )
+    return "\n".join(lines)
 
 
 def _error(

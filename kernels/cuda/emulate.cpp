@@ -28,6 +28,7 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
     for (emu::cta_x = 0; emu::cta_x < grid_x; emu::cta_x++) {
       memset(emu::smem, 0xff, bytes);
       emu::cta_arrived = 0;
+      for (int& n : emu::part_arrived) n = 0;
       for (auto& w : emu::warps) w.arrived = 0;
       for (int i = 0; i < threads; i++) {
         getcontext(&emu::fiber[i]);
@@ -62,6 +63,9 @@ extern "C" void run_attend(const Params* p, const RowParams* n) {
 }
 extern "C" void run_append(const RowParams* p, int blocks) {
   run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);
+}
+extern "C" void run_append_row(const RowParams* p) {
+  run([] { append_row(*(const RowParams*)params); }, p, p->Hkv, p->B, LONE_THREADS, LONE_SMEM);
 }
 extern "C" void run_decode(const RowParams* p, int grid_x) {
   run([] { decode_rows(*(const RowParams*)params); }, p, grid_x, p->Hkv, ROW_THREADS, ROW_SMEM);

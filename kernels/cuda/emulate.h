@@ -14,6 +14,7 @@
 #define TABLE constexpr
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 
 namespace emu {
@@ -25,7 +26,7 @@ static ucontext_t scheduler, fiber[MAX_THREADS];
 static bool done[MAX_THREADS];
 static int tid, cta_x, cta_y, grid_x, threads;
 static Meet warps[MAX_THREADS / LANES];
-static int cta_arrived, cta_generation, alive;
+static int cta_arrived, cta_generation, part_arrived[4], part_generation[4], alive;
 static unsigned char* smem;
 static Barrier barriers[32768];
 static void yield() { swapcontext(&fiber[tid], &scheduler); }
@@ -94,6 +95,14 @@ DEVICE void sync_cta() {
   int mine = emu::cta_generation;
   if (++emu::cta_arrived == emu::threads) { emu::cta_arrived = 0; emu::cta_generation++; }
   else while (emu::cta_generation == mine) emu::yield();
+}
+template <int ID, int N> DEVICE void arrive_part() {
+  if (++emu::part_arrived[ID] == N) { emu::part_arrived[ID] = 0; emu::part_generation[ID]++; }
+}
+template <int ID, int N> DEVICE void sync_part() {
+  int mine = emu::part_generation[ID];
+  arrive_part<ID, N>();
+  while (emu::part_generation[ID] == mine) emu::yield();
 }
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE u32 pack_half2(float lo, float hi) { return emu::f2h(lo) | emu::f2h(hi) << 16; }

@@ -15,6 +15,7 @@ static void attend_packed(const Params& p, const RowParams& fresh)
   unsigned char* smem = EMULATED_SMEM;
 #endif
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
+  let_next_begin();                                  // the coding of the new rows, on multiprocessors that are left over
   u64* bars = (u64*)(smem + OFF_BAR);
   u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows
 
@@ -31,6 +32,7 @@ static void attend_packed(const Params& p, const RowParams& fresh)
       if (MODE == 2) bulk_load(smem + OFF_BASIS, p.basis + head * 8192, 32768, tables);
     }
   }
+  wait_for_previous();                               // tables are constant; all that follows may have been written by it
   const int held = (int)*p.length + p.extra, end = held < p.tiles * 128 ? held : p.tiles * 128, each = end < 1 ? 1 : (end + 127) / 128;
   const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = CTA_X;
   sync_cta();

@@ -41,10 +41,10 @@ def _library(variant: native.Variant | CodesVariant) -> ctypes.CDLL:
 
 
 class Emulated:
-    """Stands in for `native.Cubin`; `blocks` per key-value head take part in an attention."""
+    """Stands in for `native.Cubin`; `blocks` per key-value head take part in an attention, `lone_rows` is `native.LONE_ROWS`."""
 
-    def __init__(self, variant: native.Variant, blocks: int = 3) -> None:
-        self.lib, self.blocks = _library(variant), blocks
+    def __init__(self, variant: native.Variant, blocks: int = 3, lone_rows: int = 0) -> None:
+        self.lib, self.blocks, self.lone_rows = _library(variant), blocks, lone_rows
         self.partial = torch.full((64 * blocks * 4 * 132,), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
 
@@ -61,6 +61,9 @@ class Emulated:
 
     def append(self, argument: Any) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
+        if argument.S == 1 and self.lone_rows >= argument.B:
+            self.lib.run_append_row(ctypes.byref(argument))
+            return
         self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:

@@ -121,6 +121,49 @@ def test_a_chunk_equals_the_definition(index: int, masked: bool, monkeypatch: py
 
 
 @pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("order", "early"), [*((o, False) for o in native.ORDERS), ("chained", True), ("in-turn", True)])
+def test_a_step_is_the_same_in_every_order(
+    index: int, batch: int, order: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(index, batch)
+    append(layer, rows(batch, 140, 1), rows(batch, 140, 2), torch.arange(140)[None])
+    layer.length.fill_(140)
+    q, k, v = (rows(batch, 1, seed, n, torch.float16).cuda() for seed, n in ((5, HEADS), (6, 2), (7, 2)))
+    positions = torch.full((1, 1), 140).cuda()
+    zero = torch.zeros(batch, 1, dtype=torch.int64).cuda()
+    scores = [t for _ in layer.segments for t in (torch.full((batch, 1), 1e30).cuda(), zero)]
+    found = []
+    for how, begins in (("in-turn", False), (order, early)):
+        lib, state, params = on_gpu(layer, torch.float16)
+        p, st = dict(zip(layer.codec.param_names(), params, strict=True)), layer.codec.named(state)
+        held = [t.clone() for t in state]
+        monkeypatch.setattr(native, "ORDER", how)
+        monkeypatch.setattr(native, "EARLY", begins)
+
+        def step(st: Any = st, p: Any = p, lib: Any = lib) -> torch.Tensor:
+            out = packed.step(lib, layer.codec, q, k, v, positions, scores, st, p, None, 0.09)
+            assert out is not None
+            return out
+
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        for _ in range(3):  # each time from the state before the step
+            for t, before in zip(state, held, strict=True):
+                t.copy_(before)
+            graph.replay()
+        torch.cuda.synchronize()
+        assert not lib.arrived.any() and (lib.partial == -1).all()
+        found.append((out.clone(), [t.clone() for t in state]))
+    assert torch.equal(found[0][0], found[1][0])
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("index", [0, 2])
 def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(index: int) -> None:
     model = copy.deepcopy(model_of(index)).cuda().to(torch.bfloat16)
     ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(8)).cuda()

@@ -85,8 +85,8 @@ def append(
         append_tiles(lib, layer.codec, k, v, positions, scores, layer.state(), layer.params)
 
 
-def library(layer: KVSinkLayer, blocks: int = 3) -> Emulated:
-    return Emulated(packed.variant_of(layer.codec, HEADS // KV_HEADS), blocks)
+def library(layer: KVSinkLayer, blocks: int = 3, lone_rows: int = 0) -> Emulated:
+    return Emulated(packed.variant_of(layer.codec, HEADS // KV_HEADS), blocks, lone_rows)
 
 
 @pytest.mark.parametrize("widths", [(1,) * 16, (2,) * 16, (4,) * 16, MIXED])
@@ -222,12 +222,13 @@ def decoded(layer: KVSinkLayer, end: int) -> tuple[Tensor, Tensor]:
     return layer.codec.read_keys(st, p, 0, end), layer.codec.read_values(st, p, 0, end)
 
 
+@pytest.mark.parametrize("lone_rows", [0, 2])
 @pytest.mark.parametrize("index", range(len(CODECS)))
-def test_the_append_kernel_stores_what_the_definition_stores(index: int) -> None:
+def test_the_append_kernels_store_what_the_definition_stores(index: int, lone_rows: int) -> None:
     mine, wanted = layer_of(index, 2), layer_of(index, 2)
     for layer in (mine, wanted):  # the kernel takes 16-bit rows only; the numbers are the same in both
         layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
-    lib, end = library(mine), 0
+    lib, end = library(mine, lone_rows=lone_rows), 0
     for n, best in ((70, 0.0), (1, 3.0), (1, -9.0), (1, 9.0)):
         k, v = rows(2, n, end, dtype=torch.float16), rows(2, n, end + 7, dtype=torch.float16)
         v = v.transpose(1, 2).contiguous().transpose(1, 2)  # as a projection leaves it
@@ -264,6 +265,40 @@ def test_the_append_kernel_stores_what_the_definition_stores(index: int) -> None
 
 
 @pytest.mark.parametrize("index", range(len(CODECS)))
+def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) -> None:
+    mine, wanted = layer_of(index, 2), layer_of(index, 2)
+    sizes = (0.0, 1e-7, 1e-3, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 30.0, 1e3, 6e3)
+    lib = library(mine, lone_rows=2)
+    for end, size in enumerate(sizes):
+        k, v = (rows(2, 1, seed, dtype=torch.float16) * size for seed in (end, end + 50))
+        k[1, :, :, 3:90] = 0  # ties and thresholds
+        for layer, by in ((mine, lib), (wanted, None)):
+            layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
+            append(layer, k, v, torch.tensor([[end]]), by)
+            layer.length.fill_(end + 1)
+    sums = CODECS[index][0] == "klt-even"
+    fields = {"k": mine.codec.key.widths, "v": mine.codec.value.widths}
+    for side, widths in fields.items():
+        a, b = (tiles.fetch(getattr(x, f"{side}_codes"), widths, side, 0, len(sizes)) for x in (mine, wanted))
+        assert (a == b).float().mean() >= (0.999 if sums and side == "k" else 1.0)
+        a, b = (getattr(x, f"{side}_scale")[:, :, : len(sizes)].float() for x in (mine, wanted))
+        assert ((a - b).abs() <= (2**-10 * b.abs() if sums and side == "k" else 0)).all()
+    assert torch.equal(mine.shared.positions, wanted.shared.positions)
+
+
+@pytest.mark.parametrize("lone_rows", [0, 1])
+@pytest.mark.parametrize("index", [0, 2, 5])
+def test_a_row_behind_the_last_slot_is_dropped(index: int, lone_rows: int) -> None:
+    layer = layer_of(index, 1)
+    append(layer, rows(1, 9, 1), rows(1, 9, 2), torch.arange(9)[None])
+    layer.length.fill_(SLOTS)
+    before = [t.clone() for t in layer.state()]
+    new = rows(1, 1, 3, dtype=torch.float16)
+    append(layer, new, new, torch.tensor([[SLOTS]]), library(layer, lone_rows=lone_rows), best=9.0)
+    assert all(torch.equal(a, b) for a, b in zip(layer.state(), before, strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(CODECS)))
 def test_the_decode_kernel_reads_what_the_definition_reads(index: int) -> None:
     layer = layer_of(index, 2)
     k, v = rows(2, 200, 1), rows(2, 200, 2)
@@ -281,7 +316,7 @@ def test_the_decode_kernel_reads_what_the_definition_reads(index: int) -> None:
 
 CASES = [
     (0, 1, 300, None, 3), (0, 3, 130, "padding", 2), (1, 2, 257, "padding", 4), (2, 2, 300, "random", 3), (3, 1, 128, "one", 2),
-    (4, 2, 200, None, 1), (5, 2, 383, "padding", 5), (2, 1, 0, None, 2),
+    (4, 2, 200, None, 1), (5, 2, 383, "padding", 5), (2, 1, 0, None, 2), (2, 1, 300, None, 7),
 ]  # fmt: skip
 
 
