@@ -72,7 +72,7 @@ class Variant:
     def source(self) -> str:
         """One translation unit without includes."""
         head = "".join(f"#define {name} {text}\n" for name, text in self.defines().items())
-        return head + "".join((_FOLDER / name).read_text() for name in ("attend.cuh", "rows.cuh", "step.cuh"))
+        return head + "".join((_FOLDER / name).read_text() for name in ("attend.cuh", "rows.cuh", "step.cuh", "rows_by_warp.cuh"))
 
 
 def too_old(device: torch.device) -> str | None:

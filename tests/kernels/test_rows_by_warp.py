@@ -1,0 +1,98 @@
+"""Rows by warp (kernels/cuda/rows_by_warp.cuh), emulated, and the choice of it: against the definition at every kind of row."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import kvsink
+from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.kernels import packed
+from kvsink.kernels.attend import attend_ref
+
+from .emulated import Emulated
+from .test_tiles import DIM, KV_HEADS, append, rows
+
+SLOTS = 768
+CODECS: dict[str, tuple[str, dict[str, Any]]] = {
+    "centred-6": ("centred-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
+    "centred-22": ("centred-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:20+first:2"}),
+    "centred-4-bit": ("centred-even", {"key_bits": 4, "value_bits": 4, "protect": "none"}),
+    "akvq": ("akvq-vl-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:15"}),
+    "klt": ("klt-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
+}
+
+
+@cache
+def model_of(name: str) -> Any:
+    """A tiny Llama of two key-value heads of 128 channels, rewritten; the kernel is given as many query heads as a case asks."""
+    method, options = CODECS[name]
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=KV_HEADS,
+        num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=1024, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    for weight in model.parameters():
+        weight.data.mul_(3.0).requires_grad_(False)
+    ids = torch.randint(3, 97, (4, 256), generator=torch.Generator().manual_seed(1))
+    kvsink.rewrite(model, method, calibration=ids, **options)
+    return model
+
+
+def filled(name: str, batch: int, length: int, shift: Tensor, dtype: torch.dtype) -> KVSinkLayer:
+    """A layer behind `length` tokens; what no token has written is NaN."""
+    cache = KVSinkCache.for_model(model_of(name), batch, max_length=SLOTS, tiles=True)
+    layer = cache.packed_layers()[1]
+    if length:
+        append(layer, rows(batch, length, 1), rows(batch, length, 2), torch.arange(length)[None] - shift)
+    layer.length.fill_(length)
+    for scale in ("k_scale", "v_scale"):
+        getattr(layer, scale)[:, :, length:] = float("nan")
+    for side in ("exact_k", "exact_v"):
+        held = getattr(layer, side).to(dtype)
+        setattr(layer, side, torch.where((layer.exact_slot < 0)[:, None, :, None], float("nan"), held))
+    return layer
+
+
+def defined(layer: KVSinkLayer, given: tuple[Tensor, ...], mask: Tensor | None, heads: int) -> Tensor:
+    for scale in ("k_scale", "v_scale"):
+        getattr(layer, scale).nan_to_num_(0.0)
+    for side in ("exact_k", "exact_v"):
+        setattr(layer, side, getattr(layer, side).float().nan_to_num(0.0))
+    return attend_ref(*[x.float() for x in given], layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(("name", "batch", "length", "kind", "blocks"), [
+    ("centred-6", 3, 1, None, 2), ("centred-6", 40, 65, "padding", 1), ("centred-6", 1, 700, None, 3),
+    ("centred-22", 19, 130, None, 1), ("centred-22", 9, 257, "random", 1), ("centred-4-bit", 18, 129, None, 2),
+    ("centred-4-bit", 2, 0, None, 1), ("akvq", 17, 512, None, 2), ("akvq", 9, 383, "random", 1), ("klt", 9, 300, "padding", 1),
+    ("klt", 26, 128, None, 1),
+])  # fmt: skip
+def test_rows_by_warp_equal_the_definition(
+    name: str, batch: int, length: int, kind: str | None, blocks: int, repeats: int
+) -> None:
+    dtype = torch.bfloat16 if name == "centred-22" else torch.float16
+    shift = torch.arange(batch)[:, None] % 60 if kind == "padding" else torch.zeros(batch, 1, dtype=torch.int64)
+    layer = filled(name, batch, length, shift, dtype)
+    q = rows(batch, 1, 5, KV_HEADS * repeats, dtype) * 0.5
+    k, v = rows(batch, 1, 6, dtype=dtype), rows(batch, 1, 7, dtype=dtype)
+    slots, mask = torch.arange(layer.k_codes.shape[2]), None
+    if kind == "padding":
+        mask = ((slots >= shift) & (slots <= length))[:, None, None]
+    elif kind == "random":
+        seen = torch.rand(batch, 1, 1, slots.numel(), generator=torch.Generator().manual_seed(3)) > 0.4
+        mask = seen & (slots <= length)
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    lib = Emulated(packed.variant_of(layer.codec, repeats), blocks, by_warp=True)
+    got = packed.attend_one(lib, layer.codec, q, k, v, st, p, mask, 0.09)
+    wanted = defined(layer, (q, k, v), mask, repeats)
+    assert got is not None
+    error = (got.float() - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    assert error.max() <= (8e-3 if dtype == torch.bfloat16 else 2e-3)
