@@ -28,11 +28,14 @@ from .base import cache_folder
 from .levels import EVEN_STEP
 from .tiles import make_fields
 
-__all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "library", "too_old"]
+__all__ = ["SHARED_LIMIT", "Cubin", "NativeError", "Variant", "by_warp", "library", "too_old"]
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
 BESIDE = True  # code new rows on a second stream of a CUDA graph, on the multiprocessors that attention leaves over
+BY_WARP: bool | None = None  # let warps of attention take whole rows, where that can be; None: where it is expected to be faster
+_WARPS = 8  # that compute, in a block
+_ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
@@ -73,6 +76,12 @@ class Variant:
         """One translation unit without includes."""
         head = "".join(f"#define {name} {text}\n" for name, text in self.defines().items())
         return head + "".join((_FOLDER / name).read_text() for name in ("attend.cuh", "rows.cuh", "step.cuh", "rows_by_warp.cuh"))
+
+
+def by_warp(batch: int, share: int, tiles: int) -> bool:
+    """Whether rows of `tiles` superblocks take less time whole, one warp each, than divided among the warps of `share` blocks."""
+    warps = share * _WARPS
+    return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
 
 
 def too_old(device: torch.device) -> str | None:
@@ -194,13 +203,13 @@ class Cubin:
             self._attend, self._append, self._decode = (
                 self._function(name) for name in (b"attend_packed", b"append_rows", b"decode_rows")
             )
-            where, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * 3)()
-            symbol = b"kvsink_launch"
-            code = _driver().cuModuleGetGlobal_v2(ctypes.byref(where), ctypes.byref(size), self._module, symbol)
-            _check(code, "finding launch sizes")
-            _check(_driver().cuMemcpyDtoH_v2(launch, where, ctypes.c_size_t(12)), "reading launch sizes")
-            self._threads, self._shared, self._row_threads = launch
+            self._threads, self._shared, self._row_threads = self._numbers(b"kvsink_launch", 3)
             _check(_driver().cuFuncSetAttribute(self._attend, 8, self._shared), "asking for shared memory")
+            (self._shared_rows,) = self._numbers(b"kvsink_by_warp", 1)
+            self.whole_rows = self._shared_rows > 0
+            if self.whole_rows:
+                self._attend_rows = self._function(b"attend_rows")
+                _check(_driver().cuFuncSetAttribute(self._attend_rows, 8, self._shared_rows), "asking for shared memory")
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         # Words another block waits for: empty is -1, and every launch leaves them so.
         self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
@@ -211,6 +220,14 @@ class Cubin:
         function = ctypes.c_void_p()
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), self._module, name), f"finding {name.decode()}")
         return function
+
+    def _numbers(self, name: bytes, count: int) -> list[int]:
+        """Constants of the source that the host needs."""
+        where, size, held = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_int * count)()
+        code = _driver().cuModuleGetGlobal_v2(ctypes.byref(where), ctypes.byref(size), self._module, name)
+        _check(code, "finding launch sizes")
+        _check(_driver().cuMemcpyDtoH_v2(held, where, ctypes.c_size_t(4 * count)), "reading launch sizes")
+        return list(held)
 
     def _launch(
         self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
@@ -224,8 +241,13 @@ class Cubin:
         return max(1, (self.blocks - _SPARE) // heads)
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
-        """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
-        self._launch(self._attend, self.share(heads), heads, self._threads, self._shared, argument, fresh)
+        """Launch `attend_packed` or `attend_rows`; `fresh` names the new rows that may enter the exact ones, or none."""
+        whole = by_warp(argument.B, argument.share, argument.tiles) if BY_WARP is None else BY_WARP
+        if whole and self.whole_rows:
+            function, shared = self._attend_rows, self._shared_rows
+        else:
+            function, shared = self._attend, self._shared
+        self._launch(function, argument.share, heads, self._threads, shared, argument, fresh)
 
     def append(self, argument: Any) -> None:
         """Launch `append_rows`."""

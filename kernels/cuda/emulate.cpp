@@ -51,6 +51,7 @@ extern "C" void run_attend_rows(const Params* p, const RowParams* n) {
   fresh = n;
   run([] { attend_rows(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, WARP_SMEM);
 }
+extern "C" int rows_smem_bytes() { return WARP_SMEM; }
 #endif
 extern "C" void run_append(const RowParams* p, int blocks) {
   run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);

@@ -17,7 +17,6 @@ struct WarpQueries {                                                           /
 constexpr int WARP_BAR = WarpQueries::SUM + WARPS * IN_FLIGHT * R * 4;         // tables, then per warp: ready, done, emptied, stages
 constexpr int WARP_BARS = 3 * IN_FLIGHT + STAGES, WARP_SMEM = WARP_BAR + 8 * (1 + WARPS * WARP_BARS);
 static_assert(WARPS * IN_FLIGHT * ROW_PART <= OFF_RAW - OFF_PART, "results lie where those of attend_packed do");
-static_assert(WARP_SMEM <= 232448, "more shared memory than a block can have");
 
 // Which of this lane's eight tokens of the superblock at `base` are seen: those before `end` that are not among the exact rows.
 DEVICE u32 seen_tokens(int excluded, int base, int end, int lane) {
@@ -60,7 +59,7 @@ DEVICE void write_row(State& st, float* dst, int lane) {
 }
 
 #ifndef KVSINK_EMULATE
-extern "C" __device__ const int kvsink_by_warp = WARP_SMEM;
+extern "C" __device__ const int kvsink_by_warp = WARP_SMEM <= 232448 ? WARP_SMEM : 0;   // 0: not to be launched
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_rows(const __grid_constant__ Params p, const __grid_constant__ RowParams fresh)
 #else
 static void attend_rows(const Params& p, const RowParams& fresh)
@@ -71,7 +70,7 @@ static void attend_rows(const Params& p, const RowParams& fresh)
 #else
   unsigned char* smem = EMULATED_SMEM;
 #endif
-  const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
+  const int lane = TID & 31, warp = TID >> 5;
   u64* tables = (u64*)(smem + WARP_BAR);
   if (TID == 0) {
     barrier_init(tables, 1);
@@ -87,18 +86,19 @@ static void attend_rows(const Params& p, const RowParams& fresh)
     barrier_init_fence();
     if (MODE != 0) {
       barrier_expect(tables, 16384 + (MODE == 2 ? 32768 : 0));
-      bulk_load(smem + OFF_MEAN, p.mean + head * 4096, 16384, tables);
-      if (MODE == 2) bulk_load(smem + OFF_BASIS, p.basis + head * 8192, 32768, tables);
+      bulk_load(smem + OFF_MEAN, p.mean + CTA_Y * 4096, 16384, tables);
+      if (MODE == 2) bulk_load(smem + OFF_BASIS, p.basis + CTA_Y * 8192, 32768, tables);
     }
   }
   const int held = (int)*p.length + p.extra, end = held < p.tiles * 128 ? held : p.tiles * 128, each = end < 1 ? 1 : (end + 127) / 128;
   sync_cta();
-  // Compute warp w of this block takes rows first_of(w) to first_of(w + 1) - 1.
-  const auto first_of = [&](int w) { return (int)((long long)p.B * (CTA_X * WARPS + w) / (p.share * WARPS)); };
+  // Compute warp w of this block takes rows first_of(w) to first_of(w + 1) - 1; every lane holds one of these.
+  const int begins = (int)((u32)p.B * (u32)(CTA_X * WARPS + (lane < WARPS ? lane : WARPS)) / (u32)(p.share * WARPS));
+  const auto first_of = [&](int w) { return shfl_int(begins, w); };
 
   if (warp >= WARPS) {
     fewer_registers<SERVICE_REGISTERS>();
-    const int hq = (warp - WARPS) % R, group = (warp - WARPS) / R;
+    const int head = CTA_Y, hq = (warp - WARPS) % R, group = (warp - WARPS) / R;
     const auto row_of = [&](int b) { return (long long)b * p.Hkv + head; };
     const auto query = [&](int b) { return load4(p.q, (row_of(b) * R + hq) * D + 4 * lane); };
     const auto prepare = [&](int w, int n, int b, uint2 qv) {
@@ -114,8 +114,6 @@ static void attend_rows(const Params& p, const RowParams& fresh)
       prefetch_bulk((const unsigned short*)p.exact_k + row_of(b) * p.E * D, p.E * D * 2);
       prefetch_bulk((const unsigned short*)p.exact_v + row_of(b) * p.E * D, p.E * D * 2);
     };
-    uint4 mean = {0, 0, 0, 0};
-    if (p.value_mean) mean = *(const uint4*)(p.value_mean + head * D + 4 * lane);
     int rows = 0;
 #pragma unroll 1
     for (int w = group; w < WARPS; w += GROUPS) {
@@ -128,20 +126,24 @@ static void attend_rows(const Params& p, const RowParams& fresh)
 #pragma unroll 1
     for (int n = 0; n < rows; n++) {
 #pragma unroll 1
+      for (int w = group; w < WARPS; w += GROUPS) {  // the queries of all rows that come next, before any row is waited for
+        const int b = first_of(w) + n + 1;
+        if (b >= first_of(w + 1)) continue;
+        ask(b);
+        prepare(w, n + 1, b, query(b));
+      }
+#pragma unroll 1
       for (int w = group; w < WARPS; w += GROUPS) {
-        const int b = first_of(w) + n, last = first_of(w + 1) - 1;
-        if (b > last) continue;
+        const int b = first_of(w) + n;
+        if (b >= first_of(w + 1)) continue;
         u64* bars = tables + 1 + w * WARP_BARS + (n & 1);
         const uint2 qv = query(b);
-        if (b < last) {
-          const uint2 next = query(b + 1);
-          ask(b + 1);
-          prepare(w, n + 1, b + 1, next);
-        }
         ExactRows side;
         load_exact(side, p, b, head, lane, 0);
         const bool enters = hq == 0 && fresh.segments && may_enter(fresh, b, lane);
         const Partial exact = attend_exact(side, qv, p, b, head, lane);
+        uint4 mean = {0, 0, 0, 0};
+        if (p.value_mean) mean = *(const uint4*)(p.value_mean + head * D + 4 * lane);
         barrier_wait(bars + IN_FLIGHT, n >> 1 & 1);
         const float* part = (const float*)(smem + OFF_PART + (w * IN_FLIGHT + (n & 1)) * ROW_PART) + hq * PART;
         const uint4 o = *(const uint4*)(part + 4 * lane);
@@ -160,7 +162,7 @@ static void attend_rows(const Params& p, const RowParams& fresh)
   }
 
   more_registers<COMPUTE_REGISTERS>();
-  const int g = lane >> 2, t = lane & 3, first_row = first_of(warp), last_row = first_of(warp + 1) - 1;
+  const int head = CTA_Y, g = lane >> 2, t = lane & 3, first_row = first_of(warp), last_row = first_of(warp + 1) - 1;
   if (last_row < first_row) return;
   u64 *bars = tables + 1 + warp * WARP_BARS, *full = bars + 3 * IN_FLIGHT;
   unsigned char* stages = smem + warp * STAGES * STAGE_BYTES;
