@@ -267,25 +267,24 @@ DEVICE constexpr int halvings(int pairs) { return pairs == 4 ? 0 : pairs == 2 ? 
 
 struct Rows { int each; Range range; };              // superblocks of every row, and this block's share of all of them
 
-// STEP: items from one of this warp's to its next; 1 when the warp has the row to itself.
-template <int STEP = WARPS> DEVICE void enter_row(Work& w, const Rows& r, int warp) {
+DEVICE void enter_row(Work& w, const Rows& r, int warp) {
   const int a = w.row * r.each, b = a + r.each;
   const int u0 = r.range.u0 > a ? r.range.u0 : a, u1 = r.range.u1 < b ? r.range.u1 : b, n = u1 - u0;
   w.first = u0 - a;
-  w.shift = halvings(n * (4 / STEP_PAIRS) <= STEP ? STEP_PAIRS : ITEM_PAIRS);   // few superblocks: smaller items, more warps
+  w.shift = halvings(n * (4 / STEP_PAIRS) <= WARPS ? STEP_PAIRS : ITEM_PAIRS);   // few superblocks: smaller items, more warps
   w.items = n << w.shift;
   w.i = warp;
 }
-template <int STEP = WARPS> DEVICE void settle(Work& w, const Rows& r, int warp) {
+DEVICE void settle(Work& w, const Rows& r, int warp) {
   while (w.i >= w.items) {
     if (w.row >= w.last) { w.valid = false; return; }
     w.row++;
-    enter_row<STEP>(w, r, warp);
+    enter_row(w, r, warp);
   }
 }
 
-template <int STEP = WARPS>
-DEVICE void request(const Params& p, Work& w, const Rows& r, int head, int warp, int lane, unsigned char* stage, u64* bar) {
+DEVICE void request(const Params& p, Work& w, const Rows& r, int head, int warp, int lane,
+                    unsigned char* stage, u64* bar) {
   if (!w.valid) return;
   if (lane == 0) {
     long long tile = (long long)(w.row * p.Hkv + head) * p.tiles + w.first + (w.i >> w.shift);
@@ -308,8 +307,8 @@ DEVICE void request(const Params& p, Work& w, const Rows& r, int head, int warp,
     if (p.mask) bulk_load(stage + IN_MASK, p.mask + w.row * p.mask_row + (w.first + (w.i >> w.shift)) * 128, 128, bar);
     if (MODE != 0) bulk_load(stage + IN_ROT, p.rotation + (long long)(w.first + (w.i >> w.shift)) * 128, ROT_BYTES, bar);
   }
-  w.i += STEP;
-  settle<STEP>(w, r, warp);
+  w.i += WARPS;
+  settle(w, r, warp);
 }
 
 DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4 lane .. 4 lane + 3, Sylvester order, orthonormal

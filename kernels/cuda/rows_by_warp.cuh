@@ -32,6 +32,112 @@ DEVICE u32 seen_tokens(int excluded, int base, int end, int lane) {
   return ((lo & 3) | (lo >> 14 & 12) | (hi & 3) << 4 | (hi >> 14 & 12) << 4) ^ 0xff;
 }
 
+struct Walk { int row, last, i; };                   // items of the rows up to `last`, `items` of each, one after another
+
+DEVICE void ask_item(const Params& p, Walk& w, int items, int head, int lane, unsigned char* stage, u64* bar) {
+  constexpr int PARTS = 4 / ITEM_PAIRS;
+  if (w.row > w.last) return;
+  if (lane == 0) {
+    const int i = w.i / PARTS, part = w.i % PARTS;
+    const long long tile = (long long)(w.row * p.Hkv + head) * p.tiles + i;
+    unsigned char* scales = stage + KI_BYTES;
+    barrier_expect(bar, KI_BYTES + VI_BYTES + (KS_BYTES + VS_BYTES) / PARTS + ROT_BYTES + (p.mask ? 128 : 0));
+    bulk_load(stage, (const char*)p.k_codes + tile * K_BYTES + part * KI_BYTES, KI_BYTES, bar);
+    bulk_load(stage + IN_VALUES, (const char*)p.v_codes + tile * V_BYTES + part * VI_BYTES, VI_BYTES, bar);
+    for (int half = 0; half < (PARTS == 1 ? 1 : 2); half++) {   // of a divided superblock the even tiles' tokens, then the odd tiles'
+      const int share = PARTS == 1 ? 1 : 2 * PARTS, ka = (half * PARTS + part) * (KS_BYTES / share), va = (half * PARTS + part) * (VS_BYTES / share);
+      bulk_load(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, KS_BYTES / share, bar);
+      bulk_load(scales + KS_BYTES + va, (const char*)p.v_scale + tile * VS_BYTES + va, VS_BYTES / share, bar);
+    }
+    if (p.mask) bulk_load(stage + IN_MASK, p.mask + w.row * p.mask_row + i * 128, 128, bar);
+    if (MODE != 0) bulk_load(stage + IN_ROT, p.rotation + i * 128, ROT_BYTES, bar);
+  }
+  if (++w.i == items) { w.i = 0; w.row++; }
+}
+
+template <bool BF16> DEVICE void widened(float (&x)[4], uint2 v) { widen(x, v, BF16); }
+
+// Exact and new rows of a row for one query head, eight at a time, in the values' own basis.
+template <bool BF16> DEVICE Partial attend_few(const Params& p, uint2 qv, int b, long long pair, int lane) {
+  const int length = (int)*p.length, slot = lane < p.E ? p.exact_slot[b * p.E + lane] : -1;
+  u32 seen = 0;                                      // exact rows that count
+  float q[4];
+  widened<BF16>(q, qv);
+#pragma unroll
+  for (int i = 0; i < 4; i++) q[i] *= p.scale;
+  Partial a = {{0, 0, 0, 0}, NEG_INF, 0};
+  const unsigned short *keys = (const unsigned short*)p.exact_k + pair * p.E * D + 4 * lane;
+  const unsigned short *values = (const unsigned short*)p.exact_v + pair * p.E * D + 4 * lane;
+#pragma unroll 1
+  for (int e0 = 0; e0 < p.E; e0 += 8, keys += 8 * D, values += 8 * D) {
+    uint2 k[8], v[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      k[j] = v[j] = uint2{0, 0};
+      if (e0 + j < p.E) { k[j] = load4(keys, j * D); v[j] = load4(values, j * D); }
+    }
+    if (!e0) {                                       // after the first rows are asked for
+      bool kept = slot >= 0 && !(p.N && slot >= length);       // the new row, already among the exact ones, counts once
+      if (p.mask && kept) kept = p.mask[b * p.mask_row + slot];
+      seen = ballot_warp(kept);
+    }
+    float d[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      float x[4];
+      widened<BF16>(x, k[j]);
+      d[j] = q[0] * x[0] + q[1] * x[1] + q[2] * x[2] + q[3] * x[3];
+    }
+    // as in attend_exact: lane bits 16, 8, 4 end up naming the row
+#pragma unroll
+    for (int n = 4; n; n >>= 1) {
+      const bool upper = lane & 4 * n;
+#pragma unroll
+      for (int j = 0; j < n; j++) {
+        const float send = upper ? d[j] : d[j + n];
+        d[j] = (upper ? d[j + n] : d[j]) + shfl_xor(send, 4 * n);
+      }
+    }
+    d[0] += shfl_xor(d[0], 2);
+    d[0] += shfl_xor(d[0], 1);
+    const float x = seen >> (e0 + (lane >> 2)) & 1 ? d[0] : NEG_INF;
+    float top = fmaxf(x, a.m);
+#pragma unroll
+    for (int m = 4; m < 32; m <<= 1) top = fmaxf(top, shfl_xor(top, m));
+    const float f = exp2_fast(a.m - top), w = x <= NEG_INF ? 0.0f : exp2_fast(x - top);
+    float sum = w;
+#pragma unroll
+    for (int m = 4; m < 32; m <<= 1) sum += shfl_xor(sum, m);
+    a.l = a.l * f + sum;
+    a.m = top;
+#pragma unroll
+    for (int i = 0; i < 4; i++) a.o[i] *= f;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float wj = bits_float((u32)shfl_int((int)float_bits(w), 4 * j));
+      float y[4];
+      widened<BF16>(y, wj > 0.0f ? v[j] : uint2{0, 0});        // unused rows of the store may hold anything
+#pragma unroll
+      for (int i = 0; i < 4; i++) a.o[i] += wj * y[i];
+    }
+  }
+#pragma unroll 1
+  for (int n = 0; n < p.N; n++) {
+    if (p.mask && !p.mask[b * p.mask_row + length + n]) continue;
+    const long long at = (pair * p.N + n) * D + 4 * lane;
+    float x[4], y[4];
+    widened<BF16>(x, load4(p.new_k, at));
+    widened<BF16>(y, load4(p.new_v, at));
+    const float d = warp_sum(q[0] * x[0] + q[1] * x[1] + q[2] * x[2] + q[3] * x[3]), top = fmaxf(d, a.m);
+    const float f = exp2_fast(a.m - top), w = exp2_fast(d - top);
+    a.l = a.l * f + w;
+    a.m = top;
+#pragma unroll
+    for (int i = 0; i < 4; i++) a.o[i] = a.o[i] * f + w * y[i];
+  }
+  return a;
+}
+
 // As write_warp_partial, of R heads: lanes t == 0 hold those of the even tiles, t == 2 those of the odd ones.
 DEVICE void write_row(State& st, float* dst, int lane) {
 #pragma unroll
@@ -138,10 +244,8 @@ static void attend_rows(const Params& p, const RowParams& fresh)
         if (b >= first_of(w + 1)) continue;
         u64* bars = tables + 1 + w * WARP_BARS + (n & 1);
         const uint2 qv = query(b);
-        ExactRows side;
-        load_exact(side, p, b, head, lane, 0);
         const bool enters = hq == 0 && fresh.segments && may_enter(fresh, b, lane);
-        const Partial exact = attend_exact(side, qv, p, b, head, lane);
+        const Partial exact = p.q_bf16 ? attend_few<true>(p, qv, b, row_of(b), lane) : attend_few<false>(p, qv, b, row_of(b), lane);
         uint4 mean = {0, 0, 0, 0};
         if (p.value_mean) mean = *(const uint4*)(p.value_mean + head * D + 4 * lane);
         barrier_wait(bars + IN_FLIGHT, n >> 1 & 1);
@@ -163,20 +267,21 @@ static void attend_rows(const Params& p, const RowParams& fresh)
 
   more_registers<COMPUTE_REGISTERS>();
   const int head = CTA_Y, g = lane >> 2, t = lane & 3, first_row = first_of(warp), last_row = first_of(warp + 1) - 1;
-  if (last_row < first_row) return;
+  if (last_row < first_row) {
+    if (MODE != 0 && warp == 0) barrier_wait(tables, 0);       // no copy may be on its way to a block that has ended
+    return;
+  }
   u64 *bars = tables + 1 + warp * WARP_BARS, *full = bars + 3 * IN_FLIGHT;
   unsigned char* stages = smem + warp * STAGES * STAGE_BYTES;
-  const Rows rows = {each, {first_row * each, (last_row + 1) * each}};
-  Work fetch;
-  fetch.row = first_row; fetch.last = last_row; fetch.valid = true;
-  enter_row<1>(fetch, rows, 0);
+  constexpr int PARTS = 4 / ITEM_PAIRS;
+  const int items = each * PARTS;
+  Walk fetch = {first_row, last_row, 0};
   const auto exclusions = [&](int b) { return lane < p.E ? p.exact_slot[b * p.E + lane] : -1; };
   int coming = exclusions(first_row);
 #pragma unroll 1
-  for (int i = 0; i < STAGES; i++) request<1>(p, fetch, rows, head, 0, lane, stages + i * STAGE_BYTES, full + i);
+  for (int i = 0; i < STAGES; i++) ask_item(p, fetch, items, head, lane, stages + i * STAGE_BYTES, full + i);
   int slot = 0;
   u32 parity = 0;
-  constexpr int SHIFT = halvings(ITEM_PAIRS);
   if (MODE != 0) barrier_wait(tables, 0);
 
 #pragma unroll 1
@@ -207,10 +312,12 @@ static void attend_rows(const Params& p, const RowParams& fresh)
     st.fresh = true;
 
 #pragma unroll 1
-    for (int i = 0; i < each << SHIFT; i++) {
+    for (int i = 0; i < items; i++) {
       unsigned char* stage = stages + slot * STAGE_BYTES;
-      const int base = (i >> SHIFT) * 128, pr0 = (i & ((1 << SHIFT) - 1)) * ITEM_PAIRS;
-      u32 valid = seen_tokens(excluded, base, end, lane);
+      const int base = i / PARTS * 128, pr0 = i % PARTS * ITEM_PAIRS;
+      u32 valid = 0xff;
+      bool masked = base + 128 > end || any_lane(excluded >= base && excluded < base + 128);
+      if (masked) valid = seen_tokens(excluded, base, end, lane);
       barrier_wait(full + slot, parity >> slot & 1);
       parity ^= 1u << slot;
       if (p.mask) {
@@ -219,8 +326,8 @@ static void attend_rows(const Params& p, const RowParams& fresh)
           const u32 m = *(const unsigned short*)(stage + IN_MASK + (t >> 1) * 64 + 16 * j + 2 * g);
           valid &= ~(((m & 1) ^ 1) << (2 * j) | (~m >> 8 & 1) << (2 * j + 1));
         }
+        masked = any_lane(valid != 0xff);
       }
-      const bool masked = any_lane(valid != 0xff);
       if (MODE != 0) rotate_query<WarpQueries>(rq, stage, smem, lane, at);
       if (MODE == 2) transform_query(q, shift, rq, smem, lane);
       if (!masked)
@@ -230,7 +337,7 @@ static void attend_rows(const Params& p, const RowParams& fresh)
 #pragma unroll 1
         for (int pr = pr0; pr < pr0 + ITEM_PAIRS; pr += STEP_PAIRS) step<true>(st, stage, smem, q, rq, shift, pr0, pr, valid, lane);
       sync_warp();
-      request<1>(p, fetch, rows, head, 0, lane, stage, full + slot);
+      ask_item(p, fetch, items, head, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
     if (n >= IN_FLIGHT) barrier_wait(bars + 2 * IN_FLIGHT + (n & 1), (n >> 1 & 1) ^ 1);

@@ -68,15 +68,15 @@ def defined(layer: KVSinkLayer, given: tuple[Tensor, ...], mask: Tensor | None, 
     return attend_ref(*[x.float() for x in given], layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
 
 
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(("repeats", "whole"), [(1, True), (2, True), (1, False)])
 @pytest.mark.parametrize(("name", "batch", "length", "kind", "blocks"), [
     ("centred-6", 3, 1, None, 2), ("centred-6", 40, 65, "padding", 1), ("centred-6", 1, 700, None, 3),
     ("centred-22", 19, 130, None, 1), ("centred-22", 9, 257, "random", 1), ("centred-4-bit", 18, 129, None, 2),
     ("centred-4-bit", 2, 0, None, 1), ("akvq", 17, 512, None, 2), ("akvq", 9, 383, "random", 1), ("klt", 9, 300, "padding", 1),
-    ("klt", 26, 128, None, 1),
+    ("klt", 26, 128, None, 1), ("centred-4-bit", 9, 300, "padding", 1), ("centred-22", 5, 40, "one", 1),
 ])  # fmt: skip
-def test_rows_by_warp_equal_the_definition(
-    name: str, batch: int, length: int, kind: str | None, blocks: int, repeats: int
+def test_rows_equal_the_definition_whole_and_divided(
+    name: str, batch: int, length: int, kind: str | None, blocks: int, repeats: int, whole: bool
 ) -> None:
     dtype = torch.bfloat16 if name == "centred-22" else torch.float16
     shift = torch.arange(batch)[:, None] % 60 if kind == "padding" else torch.zeros(batch, 1, dtype=torch.int64)
@@ -89,8 +89,10 @@ def test_rows_by_warp_equal_the_definition(
     elif kind == "random":
         seen = torch.rand(batch, 1, 1, slots.numel(), generator=torch.Generator().manual_seed(3)) > 0.4
         mask = seen & (slots <= length)
+    elif kind == "one":
+        mask = (slots <= length)[None, None, None].expand(batch, 1, 1, -1)
     st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
-    lib = Emulated(packed.variant_of(layer.codec, repeats), blocks, by_warp=True)
+    lib = Emulated(packed.variant_of(layer.codec, repeats), blocks, by_warp=whole)
     got = packed.attend_one(lib, layer.codec, q, k, v, st, p, mask, 0.09)
     wanted = defined(layer, (q, k, v), mask, repeats)
     assert got is not None
