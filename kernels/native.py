@@ -28,7 +28,7 @@ from .base import cache_folder
 from .levels import EVEN_STEP
 from .tiles import make_fields
 
-__all__ = ["SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "library", "module_of", "too_old", "unit"]
+__all__ = ["SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "library", "module_of", "too_old", "unit"]
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
@@ -37,6 +37,9 @@ ORDER = "beside"  # how `Cubin.step` launches attention and the coding of new ro
 SIDE_PRIORITY = 0  # of the second stream; -1 is higher than the first's
 EARLY = False  # attention sets up and fetches its tables while the launch before it on its stream ends; not in order "beside"
 LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
+BY_WARP: bool | None = None  # let warps of attention take whole rows, where that can be; None: where it is expected to be faster
+_WARPS = 8  # that compute, in a block
+_ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
@@ -81,7 +84,13 @@ class Variant:
 
     def source(self) -> str:
         """One translation unit without includes."""
-        return unit(self.defines(), ("primitives.cuh", "attend.cuh", "rows.cuh", "step.cuh"))
+        return unit(self.defines(), ("primitives.cuh", "attend.cuh", "rows.cuh", "step.cuh", "rows_by_warp.cuh"))
+
+
+def by_warp(batch: int, share: int, tiles: int) -> bool:
+    """Whether rows of `tiles` superblocks take less time whole, one warp each, than divided among the warps of `share` blocks."""
+    warps = share * _WARPS
+    return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
 
 
 def too_old(device: torch.device) -> str | None:
@@ -271,6 +280,11 @@ class Cubin:
             )
             self._threads, self._shared, self._row_threads, self._lone_threads = self._module.numbers("kvsink_launch", 4)
             self._module.allow_shared(self._attend, self._shared)
+            (self._shared_rows,) = self._module.numbers("kvsink_by_warp", 1)
+            self.whole_rows = self._shared_rows > 0
+            if self.whole_rows:
+                self._attend_rows = self._module.function("attend_rows")
+                self._module.allow_shared(self._attend_rows, self._shared_rows)
         self.blocks = self._module.multiprocessors
         # Words another block waits for: empty is -1, and every launch leaves them so.
         self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
@@ -282,7 +296,11 @@ class Cubin:
         return max(1, (self.blocks - _SPARE) // heads)
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
-        """Launch `attend_packed`; `fresh` names the new rows that may enter the exact ones, or none."""
+        """Launch `attend_packed` or `attend_rows`; `fresh` names the new rows that may enter the exact ones, or none."""
+        whole = by_warp(argument.B, argument.share, argument.tiles) if BY_WARP is None else BY_WARP
+        if whole and self.whole_rows:
+            self._module.launch(self._attend_rows, argument.share, heads, self._threads, self._shared_rows, argument, fresh)
+            return
         self._module.launch(
             self._attend, argument.share, heads, self._threads, self._shared, argument, fresh, chained=EARLY
         )

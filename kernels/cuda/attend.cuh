@@ -105,6 +105,7 @@ constexpr int RAW_BYTES = 16 * 20 * 4, QT_BYTES = MODE == 2 ? 0 : 4 * D * 2;
 constexpr int OFF_RAW = OFF_PART + WARPS * 4 * PART * 4;                       // query, B-fragment order, 16 rows of 20 words; two rows of the batch
 constexpr int OFF_QT = OFF_RAW + 2 * RAW_BYTES;                                // transformed query, 4 x 128 fp16; two rows of the batch
 constexpr int OFF_SUM = OFF_QT + 2 * QT_BYTES;                                 // sums of the transformed query, 2 x 4
+struct Queries { static constexpr int HEADS = 4, RAW = OFF_RAW, QT = OFF_QT, SUM = OFF_SUM, RAW_STEP = RAW_BYTES, QT_STEP = QT_BYTES; };
 constexpr int OFF_BAR = OFF_SUM + 64;
 constexpr int SMEM_BYTES = OFF_BAR + 8 * (WARPS * STAGES + 8);
 static_assert(SMEM_BYTES <= 232448, "more shared memory than a block can have");
@@ -240,6 +241,7 @@ DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4
 }
 
 // Query head `hq` of row b, by one service warp: the scaled query for the mean's table and its transform, into buffer `at`.
+template <class Q = Queries>
 DEVICE void prepare_query(const Params& p, uint2 q, const float4& tc, const float4& ts, int hq, int lane, unsigned char* smem, int at) {
   float x[4], y[4];
   widen(x, q, p.q_bf16);
@@ -253,7 +255,7 @@ DEVICE void prepare_query(const Params& p, uint2 q, const float4& tc, const floa
       const float z = shfl_xor(x[i], 16);
       y[i] = x[i] * c4[i] + (lane < 16 ? -z : z) * s4[i];
     }
-    u32* raw = (u32*)(smem + OFF_RAW + at * RAW_BYTES);
+    u32* raw = (u32*)(smem + Q::RAW + at * Q::RAW_STEP);
 #pragma unroll
     for (int i = 0; i < 2; i++) {                    // channels 4 lane + 2 i, + 1
       const int d = 4 * lane + 2 * i, run = d >> 3, t = (d & 7) >> 1;
@@ -262,7 +264,7 @@ DEVICE void prepare_query(const Params& p, uint2 q, const float4& tc, const floa
   }
   if (MODE != 2) {
     if (p.key_hadamard) hadamard(x, lane);
-    u32* qt = (u32*)(smem + OFF_QT + at * QT_BYTES) + hq * (D / 2) + 2 * lane;
+    u32* qt = (u32*)(smem + Q::QT + at * Q::QT_STEP) + hq * (D / 2) + 2 * lane;
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -271,7 +273,7 @@ DEVICE void prepare_query(const Params& p, uint2 q, const float4& tc, const floa
       sum += half_lo(v) + half_hi(v);
     }
     sum = warp_sum(sum);
-    if (lane == 0) ((float*)(smem + OFF_SUM))[at * 4 + hq] = sum;
+    if (lane == 0) ((float*)(smem + Q::SUM))[at * Q::HEADS + hq] = sum;
   }
 }
 
@@ -434,6 +436,8 @@ struct State {                                       // online softmax of one wa
   bool fresh;
 };
 
+constexpr int LAST = R == 1 ? 0 : 1;                 // of this lane's two columns the last that holds a head of its own: one head fills all
+
 // One softmax step over NP tile pairs starting at pair pr of the superblock in `stage`.
 template <bool MASKED>
 DEVICE void step(State& st, const unsigned char* stage, const unsigned char* smem, const u32 (&q)[16], const u32 (&rq)[16],
@@ -461,7 +465,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
 #pragma unroll
   for (int j = 0; j < STEP_PAIRS; j++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) u[j][e] = -st.m[e & 1];
+    for (int e = 0; e < 4; e++) u[j][e] = -st.m[e & LAST];
   KeySteps<8>::run(s, u, w, q, rq, (const uint4*)(smem + OFF_MEAN) + pr * 256 + lane);
 #pragma unroll
   for (int j = 0; j < STEP_PAIRS; j++) {
@@ -477,6 +481,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
     sa *= unit; sb *= unit;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+      if (R == 1 && (i & 1)) { x[j][i] = x[j][i - 1]; continue; }
       if (MODE != 2) u[j][i] += (i < 2 ? za : zb) * shift[i & 1];
       x[j][i] = (i < 2 ? sa : sb) * (half ? s[j][1][i] : s[j][0][i]) + u[j][i];
       if (MASKED && !(valid >> (2 * (pr + j) + (i >> 1)) & 1)) x[j][i] = NEG_INF;
@@ -492,7 +497,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
 #pragma unroll
     for (int mask = 2; mask < 32; mask <<= 1) {
       top0 = fmaxf(top0, shfl_xor(top0, mask));
-      top1 = fmaxf(top1, shfl_xor(top1, mask));
+      top1 = R == 1 ? top0 : fmaxf(top1, shfl_xor(top1, mask));
     }
     float d0 = (st.fresh || top0 > LAZY_HIGH) ? top0 - LAZY_LOW : 0.0f, d1 = (st.fresh || top1 > LAZY_HIGH) ? top1 - LAZY_LOW : 0.0f;
     float f0 = exp2_fast(-d0), f1 = exp2_fast(-d1);
@@ -503,7 +508,10 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
     st.m[0] += d0; st.m[1] += d1;
     st.l[0] *= f0; st.l[1] *= f1; st.z[0] *= f0; st.z[1] *= f1;
 #pragma unroll
-    for (int i = 0; i < 8; i++) { st.o[i][0] *= f0; st.o[i][1] *= f1; st.o[i][2] *= f0; st.o[i][3] *= f1; }
+    for (int i = 0; i < 8; i++) {
+      st.o[i][0] *= f0; st.o[i][2] *= f0;
+      if (R > 1) { st.o[i][1] *= f1; st.o[i][3] *= f1; }
+    }
 #pragma unroll
     for (int j = 0; j < STEP_PAIRS; j++) { x[j][0] -= d0; x[j][1] -= d1; x[j][2] -= d0; x[j][3] -= d1; }
   }
@@ -521,6 +529,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
     float e[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+      if (R == 1 && (i & 1)) { e[i] = e[i - 1]; continue; }
       e[i] = exp2_fast(x[j][i]);
       st.l[i & 1] += e[i];
       st.z[i & 1] += e[i] * (i < 2 ? za : zb);
@@ -533,9 +542,10 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
 }
 
+template <class Q = Queries>
 DEVICE void rotate_query(u32 (&rq)[16], const unsigned char* stage, const unsigned char* smem, int lane, int at) {
   const int g = lane >> 2, t = lane & 3;
-  const uint4* raw = (const uint4*)((const u32*)(smem + OFF_RAW + at * RAW_BYTES) + ((g & 3) * 4 + t) * 20);
+  const uint4* raw = (const uint4*)((const u32*)(smem + Q::RAW + at * Q::RAW_STEP) + ((g & (Q::HEADS - 1)) * 4 + t) * 20);
   const uint4* rot = (const uint4*)(stage + IN_ROT) + (g >> 2) * 16 + t;
 #pragma unroll
   for (int i = 0; i < 2; i++) {                      // runs 4 i .. 4 i + 3 with their partners 8 runs (64 channels) on

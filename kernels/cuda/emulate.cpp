@@ -7,6 +7,7 @@
 #include "attend.cuh"
 #include "rows.cuh"
 #include "step.cuh"
+#include "rows_by_warp.cuh"
 #endif
 
 static const void *params, *fresh;
@@ -61,6 +62,13 @@ extern "C" void run_attend(const Params* p, const RowParams* n) {
   fresh = n;
   run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, SMEM_BYTES);
 }
+#if HEADS_PER_KV <= 2
+extern "C" void run_attend_rows(const Params* p, const RowParams* n) {
+  fresh = n;
+  run([] { attend_rows(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, WARP_SMEM);
+}
+extern "C" int rows_smem_bytes() { return WARP_SMEM; }
+#endif
 extern "C" void run_append(const RowParams* p, int blocks) {
   run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);
 }

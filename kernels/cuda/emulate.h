@@ -113,6 +113,9 @@ DEVICE float half_hi(u32 v) { return emu::h2f(v >> 16); }
 DEVICE u32 hmul2(u32 a, u32 b) { return pack_half2(half_lo(a) * half_lo(b), half_hi(a) * half_hi(b)); }
 DEVICE u32 hfma2(u32 a, u32 b, u32 c) { return pack_half2(half_lo(a) * half_lo(b) + half_lo(c), half_hi(a) * half_hi(b) + half_hi(c)); }
 DEVICE void prefetch(const void*) {}
+DEVICE void prefetch_bulk(const void* p, u32 bytes) {
+  if ((size_t)p % 16 || bytes % 16) { fprintf(stderr, "unaligned bulk prefetch\n"); abort(); }
+}
 DEVICE u32 ballot_warp(bool p) {
   u32 in = p, out;
   emu::meet(&in, 1, &out, 1, [](emu::Meet& w) {

@@ -38,6 +38,7 @@ DEVICE bool any_lane(bool p) { return __any_sync(0xffffffffu, p); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEVICE void prefetch_bulk(const void* p, u32 bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes)); }
 DEVICE u32 ballot_warp(bool p) { return __ballot_sync(0xffffffffu, p); }
 DEVICE int popcount(u32 v) { return __popc(v); }
 // Words other blocks write or poll: past L1, never reordered with each other's arrival, each word checked on its own.

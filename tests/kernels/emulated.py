@@ -41,10 +41,13 @@ def _library(variant: native.Variant | CodesVariant) -> ctypes.CDLL:
 
 
 class Emulated:
-    """Stands in for `native.Cubin`; `blocks` per key-value head take part in an attention, `lone_rows` is `native.LONE_ROWS`."""
+    """Stands in for `native.Cubin`; `blocks` per key-value head take part in an attention, `by_warp`: each warp by whole rows.
 
-    def __init__(self, variant: native.Variant, blocks: int = 3, lone_rows: int = 0) -> None:
-        self.lib, self.blocks, self.lone_rows = _library(variant), blocks, lone_rows
+    lone_rows is `native.LONE_ROWS`.
+    """
+
+    def __init__(self, variant: native.Variant, blocks: int = 3, by_warp: bool = False, lone_rows: int = 0) -> None:
+        self.lib, self.blocks, self.by_warp, self.lone_rows = _library(variant), blocks, by_warp, lone_rows
         self.partial = torch.full((64 * blocks * 4 * 132,), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
 
@@ -53,7 +56,8 @@ class Emulated:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         assert self.lib.attend_bytes() == ctypes.sizeof(argument)
-        self.lib.run_attend(ctypes.byref(argument), ctypes.byref(fresh))
+        run = self.lib.run_attend_rows if self.by_warp else self.lib.run_attend
+        run(ctypes.byref(argument), ctypes.byref(fresh))
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
         self.append(rows)

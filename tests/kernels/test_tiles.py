@@ -86,7 +86,7 @@ def append(
 
 
 def library(layer: KVSinkLayer, blocks: int = 3, lone_rows: int = 0) -> Emulated:
-    return Emulated(packed.variant_of(layer.codec, HEADS // KV_HEADS), blocks, lone_rows)
+    return Emulated(packed.variant_of(layer.codec, HEADS // KV_HEADS), blocks, lone_rows=lone_rows)
 
 
 @pytest.mark.parametrize("widths", [(1,) * 16, (2,) * 16, (4,) * 16, MIXED])
