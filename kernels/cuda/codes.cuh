@@ -436,13 +436,17 @@ DEVICE void half_window(Softmax& st, const Codes& p, const unsigned char* stage,
     if (!has || !live) return;
   } else {
     if (!live) return;
-    u32 w[4][KEY_WORDS];
-#pragma unroll
-    for (int i = 0; i < 4; i++) row_words(w[i], keys + (8 * i + mine) * KEY_BYTES);
 #pragma unroll 1
     for (int at = low; at <= high; at++) {
       come_to(at);
       float x[2][4] = {}, m[2][4] = {};
+      u32 w[4][KEY_WORDS];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        row_words(w[i], keys + (8 * i + mine) * KEY_BYTES);
+#pragma unroll
+        for (int j = 0; j < KEY_WORDS; j++) in_place(w[i][j]);   // else all levels of all rows are prepared first, and registers run out
+      }
       Products<8>::run(x, w, q, smem + OFF_KEYS, t);
 #pragma unroll
       for (int i = 0; i < 2; i++) {

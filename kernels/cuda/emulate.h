@@ -125,6 +125,7 @@ DEVICE u32 ballot_warp(bool p) {
   });
   return out;
 }
+DEVICE void in_place(u32&) {}
 DEVICE u32 funnel_right(u32 lo, u32 hi, u32 n) { return (u32)(((u64)hi << 32 | lo) >> (n & 31)); }
 DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) {
   const u64 both = (u64)b << 32 | a;

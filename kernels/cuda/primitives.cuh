@@ -73,6 +73,8 @@ DEVICE void barrier_wait(u64* bar, u32 parity) {
                  : "=r"(done) : "r"(smem_address(bar)), "r"(parity), "r"(10000000u) : "memory");
   } while (!done);
 }
+// A value that the compiler can neither foresee nor move.
+DEVICE void in_place(u32& v) { asm volatile("" : "+r"(v)); }
 DEVICE u32 funnel_right(u32 lo, u32 hi, u32 n) { return __funnelshift_r(lo, hi, n); }
 DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 DEVICE u32 least_in_warp(u32 v) { return __reduce_min_sync(0xffffffffu, v); }
