@@ -32,6 +32,7 @@ __all__ = ["Call", "CodesVariant", "kernels_for", "parts", "variant_of"]
 
 DIM, WINDOW, BLOCK = 128, 64, 64
 _COUPLES = (2, 4, 8)
+_TURNED = 80  # blocks that one launched block of `turn_queries` turns to: 8 · TURN_BLOCKS of codes.cuh
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
 
 
@@ -71,15 +72,15 @@ class CodesVariant:
     basis: bool
     mean: bool
     starts: bool
-    warps: int = 8
-    stages: int = 2
+    warps: int = 12
+    stages: int = 1
 
     def shared_bytes(self) -> int:
         """SHARED_BYTES of codes.cuh, rounded up a little."""
         key, value = self.row_bytes()
         tables = 32768 * (self.dense and self.basis) + 16384 * self.mean + 16384 * self.dense
         tables += 2048 if self.key_runs else 512 * self.key_couple * (DIM // self.key_couple if self.key_books else 1)
-        tables += 512 * self.value_couple * (DIM // self.value_couple if self.value_books else 1)
+        tables += 512 * self.value_couple * (DIM // self.value_couple if self.value_books else 32 if self.value_couple == 2 else 1)
         stage = WINDOW * (key + value + 2 * min(2, self.key_scales) + 2 * min(2, self.value_scales))
         return tables + 1344 + max(self.warps * self.stages * stage, self.warps * self.repeats * 130 * 4) + 8 * 64
 
@@ -213,9 +214,9 @@ def _words(table: Tensor, couple: int) -> Tensor:
 
 
 def _swizzled(rows: Tensor) -> Tensor:
-    """[.., 64 offsets, 4, 4, 4, 2] with the four parts of odd rows in pairs exchanged, flat per row."""
+    """[.., 64 offsets, 4, 4, 4, 2] with the four parts of rows 4 to 7 of every eight exchanged in pairs, flat per row."""
     swapped = rows.unflatten(-4, (2, 2)).flip(-4).flatten(-5, -4)
-    odd = (torch.arange(rows.shape[-5], device=rows.device) % 2 == 1)[:, None, None, None, None]
+    odd = (torch.arange(rows.shape[-5], device=rows.device) // 4 % 2 == 1)[:, None, None, None, None]
     return torch.where(odd, swapped, rows).flatten(-4).contiguous()
 
 
@@ -344,7 +345,7 @@ def misplaced(st: Mapping[str, Tensor]) -> str:
 def splits_of(heads: int, slots: int, multiprocessors: int) -> int:
     """Blocks that share the slots of a head: they fill the GPU once, or its last round at least to seven eighths."""
     windows = -(-slots // WINDOW)
-    most = max(1, min(windows // 16, 128))
+    most = max(1, min(windows // 4, 128))
     best, found = 1, 0.0
     for n in range(1, most + 1):
         blocks = heads * n
@@ -414,6 +415,6 @@ def parts(
         table = _turn_basis(_identity(str(device)) if basis is None else basis, sigma, couple if not variant.key_runs else 2)
         call.basis, call.basis_h = at(table), 0 if table.shape[0] == 1 else 8192
         call.turned = at(torch.empty(heads, call.blocks, 256, dtype=torch.int32, device=device))
-        kernels.turn(call, -(-call.blocks // 64), heads)
+        kernels.turn(call, -(-call.blocks // _TURNED), heads)
     kernels.attend(call, heads)
     return acc, top, mass, splits

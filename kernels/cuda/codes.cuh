@@ -3,7 +3,7 @@
 // Formula    out = softmax(scale q.K^ + mean) V^ of one split of the slots of one key-value head; parts are merged by another launch
 // Work       a warp takes windows of 64 slots that it copies for itself, two tiles of 16 slots at a time; four warps share a product with
 //            the basis where keys are restored one by one (DENSE)
-// Order      row r of an operand of 16 slots is slot (r / 2) + 4 (r % 2), so that values are read without bank conflicts; channels stand in
+// Order      rows of an operand of 16 slots are exchanged (`slot_of`), so that rows are read without bank conflicts; channels stand in
 //            the order in which a byte gives them (`channel`), and the query, the mean and the angles come in the same order
 // Needs      sm_90a. No header is included, so NVRTC compiles it as it is.
 #ifndef KVSINK_CODES
@@ -97,7 +97,9 @@ constexpr int KEY_WORDS = KEY_BYTES / 4, KEY_NUMBERS = KEY_SCALES > 1 ? 2 : KEY_
 static_assert(KEY_BYTES % 4 == 0 && R <= 4, "rows of words, at most four query heads");
 
 constexpr int KEY_TABLE = KEY_RUNS ? 2048 : (KEY_BOOKS ? D / KEY_COUPLE : 1) * 256 * KEY_COUPLE * 2;
-constexpr int VALUE_TABLE = (VALUE_BOOKS ? D / VALUE_COUPLE : 1) * 256 * VALUE_COUPLE * 2;
+constexpr int VALUE_SOURCE = (VALUE_BOOKS ? D / VALUE_COUPLE : 1) * 256 * VALUE_COUPLE * 2;
+constexpr int VALUE_COPIES = VALUE_COUPLE == 2 && !VALUE_BOOKS ? 32 : 1;   // one for every lane: no bank is asked twice
+constexpr int VALUE_TABLE = VALUE_SOURCE * VALUE_COPIES;
 constexpr int TURNS = DENSE || MEAN;            // the raw query, turned to block starts, is needed
 constexpr int OFF_BASIS = 0, OFF_KEYS = OFF_BASIS + (DENSE && BASIS ? 32768 : 0), OFF_VALUES = OFF_KEYS + KEY_TABLE;
 constexpr int OFF_MEAN = OFF_VALUES + VALUE_TABLE, OFF_OFFSETS = OFF_MEAN + (MEAN ? 16384 : 0), OFF_RAW = OFF_OFFSETS + (DENSE ? 16384 : 0);
@@ -120,7 +122,8 @@ BOTH constexpr int channel(int couple, int i, int t, int e) {
 }
 constexpr int RAW_ORDER = DENSE && !BASIS && !KEY_RUNS ? KEY_COUPLE : 2;
 
-DEVICE int slot_of(int g) { return (g >> 1) | (g & 1) << 2; }   // of row g of 8
+DEVICE int slot_of(int g) { return g & 1 ? 4 + (((g >> 1) + 1) & 3) : g >> 1; }   // of row g of 8
+DEVICE int slot_of_inner(int n, int t) { return 4 * n + (n & 1 ? (t + 1) & 3 : t); }   // of rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
 template <int N> DEVICE void row_words(u32 (&w)[N], const unsigned char* row) {
   if constexpr (N % 4 == 0) {
 #pragma unroll
@@ -200,7 +203,7 @@ template <> struct Products<0> {
 
 // Words 4 n … 4 n + 3 of lane t in the row of an offset.
 DEVICE uint4 offset_words(const unsigned char* table, int offset, int t, int n) {
-  return *(const uint4*)(table + offset * 256 + ((n ^ (offset & 1)) << 6) + t * 16);
+  return *(const uint4*)(table + offset * 256 + ((n ^ (offset >> 2 & 1)) << 6) + t * 16);
 }
 
 // Rows of 16 slots, turned by their offsets; words i and i + 8 are the two halves of rotary pairs.
@@ -334,7 +337,7 @@ DEVICE void add_values(float (&o)[8][4], const unsigned char* rows, const unsign
   u32 w[4][(MINE + 3) / 4];
 #pragma unroll
   for (int n = 0; n < 4; n++) {
-    const unsigned char* at = rows + (t + 4 * n) * VALUE_BYTES + g * MINE;
+    const unsigned char* at = rows + slot_of_inner(n, t) * VALUE_BYTES + g * MINE;
     if constexpr (MINE == 2) w[n][0] = *(const unsigned short*)at;
     else if constexpr (MINE == 4) w[n][0] = *(const u32*)at;
     else { const uint2 x = *(const uint2*)at; w[n][0] = x.x; w[n][1] = x.y; }
@@ -345,7 +348,8 @@ DEVICE void add_values(float (&o)[8][4], const unsigned char* rows, const unsign
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       const u32 code = w[n][j / 4] >> 8 * (j % 4) & 255;
-      const unsigned char* at = table + (VALUE_BOOKS ? (g * MINE + j) * (512 * VALUE_COUPLE) : 0) + 2 * VALUE_COUPLE * code;
+      const unsigned char* at = table + (VALUE_BOOKS ? (g * MINE + j) * (512 * VALUE_COUPLE) : 0) + 2 * VALUE_COUPLE * VALUE_COPIES * code +
+                                (VALUE_COPIES > 1 ? 16 * g + 4 * t : 0);
       if constexpr (HALF == 1) x[n][0] = *(const u32*)at;
       else if constexpr (HALF == 2) { const uint2 y = *(const uint2*)at; x[n][0] = y.x; x[n][1] = y.y; }
       else { const uint4 y = *(const uint4*)at; x[n][0] = y.x; x[n][1] = y.y; x[n][2] = y.z; x[n][3] = y.w; }
@@ -550,13 +554,18 @@ static void attend_codes(const Codes& p)
   for (int i = 0; i < STAGES; i++)
     if (from + warp + WARPS * i < to) request(p, source, from + warp + WARPS * i, lane, stages + i * STAGE, full + i);
   if (TID == 0 && from < to) {
-    barrier_expect(tables, KEY_TABLE + VALUE_TABLE + (DENSE && BASIS ? 32768 : 0) + (MEAN ? 16384 : 0) + (DENSE ? 16384 : 0));
+    barrier_expect(tables, KEY_TABLE + (VALUE_COPIES == 1 ? VALUE_SOURCE : 0) + (DENSE && BASIS ? 32768 : 0) + (MEAN ? 16384 : 0) + (DENSE ? 16384 : 0));
     bulk_load(smem + OFF_KEYS, (const char*)p.k_levels + head * p.k_levels_h, KEY_TABLE, tables);
-    bulk_load(smem + OFF_VALUES, (const char*)p.v_levels + head * p.v_levels_h, VALUE_TABLE, tables);
+    if (VALUE_COPIES == 1) bulk_load(smem + OFF_VALUES, (const char*)p.v_levels + head * p.v_levels_h, VALUE_SOURCE, tables);
     if (DENSE && BASIS) bulk_load(smem + OFF_BASIS, p.basis + head * p.basis_h, 32768, tables);
     if (MEAN) bulk_load(smem + OFF_MEAN, p.mean + head * 4096, 16384, tables);
     if (DENSE) bulk_load(smem + OFF_OFFSETS, p.offsets, 16384, tables);
   }
+  if (VALUE_COPIES > 1 && from < to)
+    for (int i = TID; i < VALUE_TABLE / 16; i += THREADS) {
+      const u32 v = ((const u32*)p.v_levels)[i >> 3];
+      ((uint4*)(smem + OFF_VALUES))[i] = uint4{v, v, v, v};
+    }
   if (TURNS)
     for (int i = TID; i < 4 * 64; i += THREADS) {  // words of head i / 64
       const int hq = i >> 6, word = i >> 2 & 15, t = i & 3, from_head = hq < R ? hq : R - 1;
@@ -678,7 +687,8 @@ static void attend_codes(const Codes& p)
   }
 }
 
-// The query of every block of 64 positions in the codes' basis, as `turned_query` reads it. A warp turns to eight blocks.
+// The query of every block of 64 positions in the codes' basis, as `turned_query` reads it. A warp turns to TURN_BLOCKS of them.
+constexpr int TURN_PAIRS = 5, TURN_BLOCKS = 2 * TURN_PAIRS;   // 80 blocks per launched block: one for 4096 slots and a block more
 #ifndef KVSINK_EMULATE
 extern "C" __global__ void __launch_bounds__(256) turn_queries(const __grid_constant__ Codes p)
 #else
@@ -687,14 +697,14 @@ static void turn_queries(const Codes& p)
 {
   const int lane = TID & 31, warp = TID >> 5, g = lane >> 2, t = lane & 3, head = CTA_Y % p.Hkv, b = CTA_Y / p.Hkv, hq = g & 3;
   const long long bh = CTA_Y;
-  const int block0 = (CTA_X * 8 + warp) * 8;
+  const int block0 = (CTA_X * 8 + warp) * TURN_BLOCKS;
   if (block0 >= p.blocks) return;
   int base = 0;
   if (STARTS) {
     const int first = (int)*p.length, begins = p.positions[b * p.position_row + first] - first;
     base = begins > 0 ? begins >> 6 : 0;
   }
-  u32 raw[16], rq[4][16];
+  u32 raw[16], rq[TURN_PAIRS][16];
 #pragma unroll
   for (int i = 0; i < 16; i++) {
     const u32 v = ((const u32*)p.q)[((bh * R + (hq < R ? hq : R - 1)) * D + 8 * i + 2 * t) / 2];
@@ -702,7 +712,7 @@ static void turn_queries(const Codes& p)
     raw[i] = pack_half2(lo * p.scale, hi * p.scale);
   }
 #pragma unroll
-  for (int n = 0; n < 4; n++) {
+  for (int n = 0; n < TURN_PAIRS; n++) {
     int row = base + block0 + 2 * n + (g >> 2);
     row = row < p.angle_rows ? row : p.angle_rows - 1;
     const u32* angle = p.angles + (long long)row * 64 + 4 * t;
@@ -716,9 +726,9 @@ static void turn_queries(const Codes& p)
   const uint4* basis = (const uint4*)(p.basis + head * p.basis_h) + lane;
 #pragma unroll 1
   for (int m = 0; m < 8; m += 2) {                // two runs of 16 components at a time: words 2 m … 2 m + 3
-    float y[4][2][4];
+    float y[TURN_PAIRS][2][4];
 #pragma unroll
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < TURN_PAIRS; n++)
 #pragma unroll
       for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -729,10 +739,10 @@ static void turn_queries(const Codes& p)
       for (int i = 0; i < 2; i++) {
         const uint4 a = basis[((m + i) * 8 + k) * 32];
 #pragma unroll
-        for (int n = 0; n < 4; n++) mma(y[n][i], a.x, a.y, a.z, a.w, rq[n][2 * k], rq[n][2 * k + 1]);
+        for (int n = 0; n < TURN_PAIRS; n++) mma(y[n][i], a.x, a.y, a.z, a.w, rq[n][2 * k], rq[n][2 * k + 1]);
       }
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
+    for (int n = 0; n < TURN_PAIRS; n++) {
       u32 w[4];
 #pragma unroll
       for (int i = 0; i < 2; i++) {

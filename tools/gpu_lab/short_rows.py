@@ -25,7 +25,8 @@ from kvsink.kernels import native, packed
 from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_packed, attend_ref
 from kvsink.tools.bench_model import LLAMA_3_8B, LLAVA_15_7B, fill, llama, rewritten
-from kvsink.tools.bench_ops import BOUND, packed_bytes, sdpa_best
+from kvsink.tools.bench_ops import BOUND, packed_bytes
+from kvsink.tools.bench_sdpa import sdpa_best
 from kvsink.tools.timing import device_facts, graph_times, read_bandwidth
 
 SHAPES = "1416x32x512,304x32x2944,64x8x4096,16x8x8192,1x8x131072,1x8x1024"
