@@ -378,7 +378,7 @@ def _merged(acc: Tensor, top: Tensor, mass: Tensor, splits: int, q: Tensor, c: A
         return q if x is None else x  # a pointer that is not followed
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    kernels.merge_kernel[(heads,)](
+    kernels.merge_kernel[(heads, r)](
         acc, top, mass, held(back), held(sigma), held(mean), out, splits, back_h,
         H=heads // b, R=r, D=d, DP=power(d), SP=power(splits), BACK=back is not None, SIGMA=sigma is not None,
         MEAN=mean is not None, num_warps=8,

@@ -391,32 +391,30 @@ def merge_kernel(
     H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, BACK: tl.constexpr,
     SIGMA: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a key-value head's queries → outputs: decoded rows through the inverse transform of values, exact ones as they are."""
-    bh = tl.program_id(0).to(tl.int64)
+    """The parts of one query head → its output: decoded rows through the inverse transform of values, exact ones as they are."""
+    bh, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     h = bh % H
     c, s = tl.arange(0, DP), tl.arange(0, SP)
-    square = (c < D)[:, None] & (c < D)[None, :]
+    part = (bh * (splits + 1) + s) * R + r
+    held = (bh * (splits + 1) + splits) * R + r
+    tops = tl.load(part_top + part, mask=s < splits, other=float("-inf"))
+    held_top = tl.load(part_top + held)
+    peak = tl.maximum(tl.max(tops, 0), held_top)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp2(tops - peak)
+    mass = tl.sum(tl.load(part_mass + part, mask=s < splits, other=0.0) * weight, 0)
     inside = (s < splits)[:, None] & (c < D)[None, :]
+    x = tl.sum(tl.load(part_acc + part[:, None] * D + c[None, :], mask=inside, other=0.0) * weight[:, None], 0)
+    if SIGMA:
+        x = x * tl.load(value_sigma + h * D + c, mask=c < D, other=0.0)
     if BACK:
+        square = (c < D)[:, None] & (c < D)[None, :]
         u = tl.load(back + h * back_h + c[None, :] * D + c[:, None], mask=square, other=0.0).to(tl.float32)
-    for r in tl.static_range(R):
-        part = (bh * (splits + 1) + s) * R + r
-        held = (bh * (splits + 1) + splits) * R + r
-        tops = tl.load(part_top + part, mask=s < splits, other=float("-inf"))
-        held_top = tl.load(part_top + held)
-        peak = tl.maximum(tl.max(tops, 0), held_top)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        weight = tl.exp2(tops - peak)
-        mass = tl.sum(tl.load(part_mass + part, mask=s < splits, other=0.0) * weight, 0)
-        x = tl.sum(tl.load(part_acc + part[:, None] * D + c[None, :], mask=inside, other=0.0) * weight[:, None], 0)
-        if SIGMA:
-            x = x * tl.load(value_sigma + h * D + c, mask=c < D, other=0.0)
-        if BACK:
-            x = tl.sum(x[:, None] * u, 0)
-        if MEAN:
-            x = x + mass * tl.load(value_mean + h * D + c, mask=c < D, other=0.0)
-        share = tl.exp2(held_top - peak)
-        x = x + share * tl.load(part_acc + held * D + c, mask=c < D, other=0.0)
-        mass = mass + share * tl.load(part_mass + held)
-        x = x / tl.maximum(mass, 1e-30)
-        tl.store(out_ptr + (bh * R + r) * D + c, x.to(out_ptr.dtype.element_ty), mask=c < D)
+        x = tl.sum(x[:, None] * u, 0)
+    if MEAN:
+        x = x + mass * tl.load(value_mean + h * D + c, mask=c < D, other=0.0)
+    share = tl.exp2(held_top - peak)
+    x = x + share * tl.load(part_acc + held * D + c, mask=c < D, other=0.0)
+    mass = mass + share * tl.load(part_mass + held)
+    x = x / tl.maximum(mass, 1e-30)
+    tl.store(out_ptr + (bh * R + r) * D + c, x.to(out_ptr.dtype.element_ty), mask=c < D)
