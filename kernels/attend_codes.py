@@ -5,10 +5,10 @@ Formula    as `attend_triton`: the query goes to the basis and to the start of a
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
 Exact      products in float16, sums in float32: relative error of the output below 2e-3
-Declines   `variant_of` returns a reason in words: other widths, block sizes, head dimensions than 128, more than four query heads per
-           key-value head, GPUs other than Hopper; Triton serves those
-Cost       reads codes and scales once per key-value head; a launch that turns queries to blocks (not for dense keys), one that attends,
-           one that merges
+Declines   `variant_of` returns a reason in words: other widths, block sizes, head dimensions than 128, more than four query
+           heads per key-value head; Triton serves those, and GPUs other than Hopper
+Cost       reads codes and scales once per key-value head; a launch that turns queries to blocks (not for dense keys), one that
+           attends, one that merges
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .native import SHARED_LIMIT, Module, NativeError, module_of, too_old
 from .quantize import SIGMA_KINDS
 from .tiles import TileTables
 
-__all__ = ["Call", "CodesVariant", "kernels_for", "parts", "variant_of"]
+__all__ = ["Call", "CodesVariant", "attend_one", "kernels_for", "misplaced", "variant_of"]
 
 DIM, WINDOW, BLOCK = 128, 64, 64
 _COUPLES = (2, 4, 8)
@@ -43,14 +43,15 @@ class Call(ctypes.Structure):
         *((n, _pointer) for n in (
             "q", "k_codes", "k_scale", "v_codes", "v_scale", "positions", "length", "mask", "exact_k", "exact_v", "exact_slot",
             "recent_k", "recent_v", "recent_slot", "new_k", "new_v", "k_levels", "v_levels", "basis", "mean", "offsets", "angles",
-            "turned", "part_acc", "part_top", "part_mass",
+            "turned", "part_acc", "part_top", "part_mass", "value_mean", "out",
         )),
         *((n, _long) for n in (
             "k_codes_b", "k_codes_h", "k_scale_b", "k_scale_h", "v_codes_b", "v_codes_h", "v_scale_b", "v_scale_h", "position_row",
             "mask_row", "k_levels_h", "v_levels_h", "basis_h",
         )),
         *((n, _int) for n in (
-            "Hkv", "slots", "splits", "blocks", "angle_rows", "E", "ring", "window", "strict", "by_block", "q_bf16",
+            "Hkv", "slots", "splits", "blocks", "angle_rows", "E", "ring", "window", "strict", "by_block", "q_bf16", "heads",
+            "value_hadamard",
         )),
         ("scale", ctypes.c_float),
     )  # fmt: skip
@@ -58,7 +59,7 @@ class Call(ctypes.Structure):
 
 @dataclass(frozen=True)
 class CodesVariant:
-    """What is compiled in; the names are those of the macros in codes.cuh. key_runs: widths of runs, empty for bytes of channels."""
+    """What is compiled in, as the macros of codes.cuh name it. key_runs: widths of runs, empty for bytes of channels."""
 
     repeats: int
     key_runs: tuple[int, ...]
@@ -90,9 +91,10 @@ class CodesVariant:
     def defines(self) -> dict[str, str]:
         """Macros of the source."""
         return {
-            "HEADS_PER_KV": str(self.repeats), "KEY_RUNS": str(int(bool(self.key_runs))), "KW": ", ".join(map(str, self.key_runs or (1,) * 16)),
-            "KEY_COUPLE": str(self.key_couple), "KEY_BOOKS": str(int(self.key_books)), "KEY_SCALES": str(self.key_scales),
-            "VALUE_COUPLE": str(self.value_couple), "VALUE_BOOKS": str(int(self.value_books)), "VALUE_SCALES": str(self.value_scales),
+            "HEADS_PER_KV": str(self.repeats), "KEY_RUNS": str(int(bool(self.key_runs))),
+            "KW": ", ".join(map(str, self.key_runs or (1,) * 16)), "KEY_COUPLE": str(self.key_couple),
+            "KEY_BOOKS": str(int(self.key_books)), "KEY_SCALES": str(self.key_scales), "VALUE_COUPLE": str(self.value_couple),
+            "VALUE_BOOKS": str(int(self.value_books)), "VALUE_SCALES": str(self.value_scales),
             "DENSE": str(int(self.dense)), "BASIS": str(int(self.basis)), "MEAN": str(int(self.mean)),
             "STARTS": str(int(self.starts)), "WARPS": str(self.warps), "STAGES": str(self.stages),
         }  # fmt: skip
@@ -112,7 +114,7 @@ def _bytes_of(spec: Any) -> tuple[int, bool] | str:
 
 @cache
 def variant_of(codec: Any, repeats: int, dim: int, rotary: int, dtype: torch.dtype) -> CodesVariant | str:
-    """The kernel for a codec that `attend_triton.refuse` does not decline, or why there is none, in words. rotary: channels, 0 for none."""
+    """The kernel for a codec that `attend_triton.refuse` accepts, or why there is none. rotary: channels, 0 for none."""
     key, value = codec.key, codec.value
     if dim != DIM or repeats > 4 or dtype not in (torch.float16, torch.bfloat16):
         return f"{dim} channels, {repeats} query heads per key-value head in {dtype}"
@@ -127,6 +129,8 @@ def variant_of(codec: Any, repeats: int, dim: int, rotary: int, dtype: torch.dty
             return "groups within a head"
     if dense and (kinds[0] > 1 or (key.transform == "none" and key.kind in (*SIGMA_KINDS, "static"))):
         return f"keys before RoPE of kind {key.kind}"
+    if value.kind in (*SIGMA_KINDS, "static") or (value.transform != "none" and not value.folded and value.order != DIM):
+        return f"values of kind {value.kind}, transform {value.transform} {value.order}"
     runs: tuple[int, ...] = ()
     if key.kind in SIGMA_KINDS:
         runs = tuple(key.widths)
@@ -151,6 +155,7 @@ class Kernels(Protocol):
 
     def turn(self, call: Call, groups: int, heads: int) -> None: ...
     def attend(self, call: Call, heads: int) -> None: ...
+    def merge(self, call: Call, groups: int) -> None: ...
 
 
 class CodesKernels:
@@ -158,7 +163,8 @@ class CodesKernels:
 
     def __init__(self, variant: CodesVariant, module: Module) -> None:
         self.variant, self._module = variant, module
-        self._attend, self._turn = module.function("attend_codes"), module.function("turn_queries")
+        names = ("attend_codes", "turn_queries", "merge_codes")
+        self._attend, self._turn, self._merge = (module.function(name) for name in names)
         self._threads, self._shared = module.numbers("kvsink_launch", 2)
         module.allow_shared(self._attend, self._shared)
         self.blocks = module.multiprocessors
@@ -168,6 +174,9 @@ class CodesKernels:
 
     def attend(self, call: Call, heads: int) -> None:
         self._module.launch(self._attend, call.splits, heads, self._threads, self._shared, call)
+
+    def merge(self, call: Call, groups: int) -> None:
+        self._module.launch(self._merge, groups, 1, 128, 0, call)
 
 
 _LOADED: dict[tuple[CodesVariant, str], CodesKernels | NativeError] = {}
@@ -295,7 +304,8 @@ def _dense_basis(basis: Tensor, sigma: Tensor | None, couple: int) -> Tensor:
     def blocks(u: Tensor) -> Tensor:
         rows = u.expand(max(u.shape[0], 1 if sigma is None else sigma.shape[0]), -1, -1)
         rows = rows if sigma is None else rows * sigma[:, None, :]  # [H, channel n, component k]
-        return rows[:, :, _operand_order(couple, str(u.device))].unflatten(2, (16, 8)).unflatten(1, (16, 8)).transpose(2, 3)  # n / 8, k / 8, n % 8, k % 8
+        ordered = rows[:, :, _operand_order(couple, str(u.device))].unflatten(2, (16, 8)).unflatten(1, (16, 8))
+        return ordered.transpose(2, 3)  # n / 8, k / 8, n % 8, k % 8
 
     blocks.__name__ = f"dense-{couple}"
     return derived(basis if basis.dim() == 3 else basis[None], torch.float16, blocks)
@@ -336,8 +346,8 @@ def misplaced(st: Mapping[str, Tensor]) -> str:
     """What keeps rows from being copied as they stand, in words."""
     for name in ("k_codes", "k_scale", "v_codes", "v_scale"):
         x = st[name]
-        row = x.shape[3]
-        if row and (x.stride(3) != 1 or x.stride(2) != row or x.data_ptr() % 16 or any(n * x.itemsize % 16 for n in x.stride()[:2])):
+        row, apart = x.shape[3], [n * x.itemsize for n in x.stride()[:2]]
+        if row and (x.stride(3) != 1 or x.stride(2) != row or any(n % 16 for n in (x.data_ptr(), *apart))):
             return f"rows of {name} with strides {x.stride()}"
     return "" if st["k_codes"].shape[2] % 8 == 0 else f"{st['k_codes'].shape[2]} slots, not a multiple of 8"
 
@@ -357,11 +367,11 @@ def splits_of(heads: int, slots: int, multiprocessors: int) -> int:
     return best
 
 
-def parts(
+def attend_one(
     kernels: Kernels, variant: CodesVariant, c: Any, q: Tensor, k: Tensor, v: Tensor, st: Mapping[str, Tensor],
     p: Mapping[str, Tensor], mask: Tensor | None, scale: float, multiprocessors: int,
-) -> tuple[Tensor, Tensor, Tensor, int]:  # fmt: skip
-    """Weighted sums [B·H, splits + 1, R, 128], largest logits and masses of every split and of the rows held as they came."""
+) -> Tensor:  # fmt: skip
+    """`kvsink::attend` for S = 1 by the kernels of a variant."""
     b, h, _, d = k.shape
     r, device, slots = q.shape[1] // h, q.device, st["k_codes"].shape[2]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -417,4 +427,8 @@ def parts(
         call.turned = at(torch.empty(heads, call.blocks, 256, dtype=torch.int32, device=device))
         kernels.turn(call, -(-call.blocks // _TURNED), heads)
     kernels.attend(call, heads)
-    return acc, top, mass, splits
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    call.out, call.heads, call.value_hadamard = at(out), heads, int(c.value.transform == "hadamard" and not c.value.folded)
+    call.value_mean = at(p["v_mean"] if c.value.center else None)
+    kernels.merge(call, -(-heads * r // 4))
+    return out

@@ -278,8 +278,8 @@ def attend_one(
     b, h, _, d = k.shape
     r, slots, device = q.shape[1] // h, st["k_codes"].shape[2], q.device
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if (made := _by_cuda(c, q, k, v, st, p, mask, scale)) is not None:
-        return _merged(*made, q, c, p)
+    if (out := _by_cuda(c, q, k, v, st, p, mask, scale)) is not None:
+        return out
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
     key = _side(c.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
     value = _side(c.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
@@ -349,8 +349,8 @@ def attend_one(
 
 def _by_cuda(
     c: Any, q: Tensor, k: Tensor, v: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, int] | None:
-    """The parts by the kernel in CUDA C++, where it serves the codec and can be compiled here."""
+) -> Tensor | None:
+    """The output by the kernel in CUDA C++, where it serves the codec and can be compiled here."""
     from . import attend_codes
 
     if q.device.type != "cuda" or not NATIVE:
@@ -362,7 +362,7 @@ def _by_cuda(
     kernels = attend_codes.kernels_for(variant, q.device)
     if kernels is None:
         return None
-    return attend_codes.parts(kernels, variant, c, q, k, v, st, p, mask, scale, kernels.blocks)
+    return attend_codes.attend_one(kernels, variant, c, q, k, v, st, p, mask, scale, kernels.blocks)
 
 
 def _merged(acc: Tensor, top: Tensor, mass: Tensor, splits: int, q: Tensor, c: Any, p: dict[str, Tensor]) -> Tensor:

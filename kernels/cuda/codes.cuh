@@ -83,9 +83,11 @@ struct Codes {
   float* part_acc;            // [B * Hkv, splits + 1, R, 128]
   float* part_top;            // [B * Hkv, splits + 1, R], powers of two
   float* part_mass;
+  const float* value_mean;    // [Hkv, 128] or null
+  void* out;                  // [B * Hkv, R, 128] in the dtype of q
   long long k_codes_b, k_codes_h, k_scale_b, k_scale_h, v_codes_b, v_codes_h, v_scale_b, v_scale_h;   // bytes, halves
   long long position_row, mask_row, k_levels_h, v_levels_h, basis_h;                                  // elements; tables in bytes
-  int Hkv, slots, splits, blocks, angle_rows, E, ring, window, strict, by_block, q_bf16;
+  int Hkv, slots, splits, blocks, angle_rows, E, ring, window, strict, by_block, q_bf16, heads, value_hadamard;   // heads: B * Hkv
   float scale;                // softmax scale times log2(e)
 };
 
@@ -754,6 +756,56 @@ static void turn_queries(const Codes& p)
         *(uint4*)(p.turned + (bh * p.blocks + block) * 256 + (hq * 4 + t) * 16 + 2 * m) = uint4{w[0], w[1], w[2], w[3]};
     }
   }
+}
+
+// The parts of one query head, by one warp: decoded ones through the values' Hadamard matrix, rows held as they came as they are.
+#ifndef KVSINK_EMULATE
+extern "C" __global__ void __launch_bounds__(128) merge_codes(const __grid_constant__ Codes p)
+#else
+static void merge_codes(const Codes& p)
+#endif
+{
+  constexpr int MANY = 4;
+  const int lane = TID & 31, row = CTA_X * 4 + (TID >> 5), hq = row % R;
+  const long long bh = row / R;
+  if (bh >= p.heads) return;
+  const auto part = [&](int split) { return (bh * (p.splits + 1) + split) * R + hq; };
+  const float none = bits_float(0xff800000u), held_top = p.part_top[part(p.splits)];
+  float top = held_top;
+  for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, p.part_top[part(s)]);
+#pragma unroll
+  for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
+  if (top == none) top = 0;
+  float x[4] = {0, 0, 0, 0}, mass = 0;
+  for (int s0 = 0; s0 < p.splits; s0 += MANY) {
+    float4 v[MANY];
+    float w[MANY], l[MANY];
+#pragma unroll
+    for (int j = 0; j < MANY; j++) {
+      const bool inside = s0 + j < p.splits;
+      const long long at = part(inside ? s0 + j : 0);
+      v[j] = *(const float4*)(p.part_acc + at * D + 4 * lane);
+      w[j] = inside ? p.part_top[at] : none;
+      l[j] = p.part_mass[at];
+    }
+#pragma unroll
+    for (int j = 0; j < MANY; j++) {
+      w[j] = exp2_fast(w[j] - top);
+      mass += w[j] * l[j];
+      x[0] += w[j] * v[j].x; x[1] += w[j] * v[j].y; x[2] += w[j] * v[j].z; x[3] += w[j] * v[j].w;
+    }
+  }
+  const float4 held = *(const float4*)(p.part_acc + part(p.splits) * D + 4 * lane);
+  const float share = exp2_fast(held_top - top), inverse = 1.0f / fmaxf(mass + share * p.part_mass[part(p.splits)], 1e-30f);
+  if (p.value_hadamard) hadamard(x, lane);
+  if (p.value_mean) {
+    const float4 mean = *(const float4*)(p.value_mean + bh % p.Hkv * D + 4 * lane);
+    x[0] += mass * mean.x; x[1] += mass * mean.y; x[2] += mass * mean.z; x[3] += mass * mean.w;
+  }
+  x[0] = (x[0] + share * held.x) * inverse; x[1] = (x[1] + share * held.y) * inverse;
+  x[2] = (x[2] + share * held.z) * inverse; x[3] = (x[3] + share * held.w) * inverse;
+  const uint2 v = {p.q_bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]), p.q_bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3])};
+  *(uint2*)((unsigned short*)p.out + (bh * R + hq) * D + 4 * lane) = v;
 }
 
 #ifndef KVSINK_EMULATE

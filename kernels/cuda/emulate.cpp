@@ -55,6 +55,9 @@ extern "C" void run_codes(const Codes* p, int heads) {
 extern "C" void run_turn(const Codes* p, int grid_x, int heads) {
   run([] { turn_queries(*(const Codes*)params); }, p, grid_x, heads, 256, 128);
 }
+extern "C" void run_merge(const Codes* p, int grid_x) {
+  run([] { merge_codes(*(const Codes*)params); }, p, grid_x, 1, 128, 128);
+}
 extern "C" int codes_bytes() { return (int)sizeof(Codes); }
 extern "C" int smem_bytes() { return SHARED_BYTES; }
 #else

@@ -118,4 +118,16 @@ DEVICE float warp_sum(float v) {
   for (int m = 16; m; m >>= 1) v += shfl_xor(v, m);
   return v;
 }
+DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4 lane .. 4 lane + 3, Sylvester order, orthonormal
+  float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
+  x[0] = a + c; x[1] = b + d; x[2] = a - c; x[3] = b - d;
+#pragma unroll 1                                       // small code: at short contexts fetching instructions is what takes the time
+  for (int m = 1; m < 32; m <<= 1) {
+    const float sign = (lane & m) ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = sign * x[i] + shfl_xor(x[i], m);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) x[i] *= 0.08838834764831845f;
+}
 #endif

@@ -88,3 +88,6 @@ class EmulatedCodes:
     def attend(self, call: Any, heads: int) -> None:
         assert self.lib.codes_bytes() == ctypes.sizeof(call)
         self.lib.run_codes(ctypes.byref(call), heads)
+
+    def merge(self, call: Any, groups: int) -> None:
+        self.lib.run_merge(ctypes.byref(call), groups)

@@ -13,7 +13,6 @@ from kvsink.cache import KVSinkCache
 from kvsink.codecs import Codec
 from kvsink.kernels import attend_codes
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.attend_triton import transform
 from kvsink.tools.bench_model import Shape, llama, rewritten
 from tests import states
 
@@ -33,24 +32,6 @@ def decoder(repeats: int) -> Any:
 @cache
 def codes_of(side: str, repeats: int) -> Any:
     return rewritten(decoder(repeats), side, "first:3")
-
-
-def merged(acc: Tensor, top: Tensor, mass: Tensor, c: Codec, p: dict[str, Tensor], batch: int) -> Tensor:
-    """Parts as the merge launch joins them."""
-    heads, _, r, d = acc.shape
-    h = heads // batch
-    peak = top.amax(1, keepdim=True).clamp_min(-1e30)
-    weight = (top - peak).exp2()
-    past, held = (weight[:, :-1, :, None] * acc[:, :-1]).sum(1), weight[:, -1, :, None] * acc[:, -1]
-    mass_past, mass_held = (weight[:, :-1] * mass[:, :-1]).sum(1), weight[:, -1] * mass[:, -1]
-    past = past.view(batch, h, r, d)
-    back = transform(c.value, d, p.get("v_basis"), acc.device)[0]
-    if back is not None:
-        past = past @ back.float().mT
-    if c.value.center:
-        past = past + mass_past.view(batch, h, r, 1) * p["v_mean"][None, :, None]
-    out = (past + held.view(batch, h, r, d)) / (mass_past + mass_held).view(batch, h, r, 1).clamp_min(1e-30)
-    return out.reshape(batch, h * r, 1, d)
 
 
 def filled(side: str, repeats: int, batch: int, length: int, pad: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -80,15 +61,15 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, b
     made = attend_codes.variant_of(codec, q.shape[1] // k.shape[1], 128, 0 if cos is None else 128, q.dtype)
     assert not isinstance(made, str), made
     assert attend_codes.misplaced(st) == ""
-    wanted = attend_ref(q.float(), k.float(), v.float(), list(st.values()), layer.params, mask, SCALE, mask is None, layer.codec_text)
+    wide = [x.float() for x in (q, k, v)]
+    wanted = attend_ref(*wide, list(st.values()), layer.params, mask, SCALE, mask is None, layer.codec_text)
     first = int(layer.length)
     for name in ("k_scale", "v_scale"):  # what lies behind the rows must not matter
         st[name][:, :, first + 1 :] = float("nan")
     kernels = EmulatedCodes(made)
-    acc, top, mass, _ = attend_codes.parts(kernels, made, codec, q, k, v, st, p, mask, SCALE, blocks)
-    got = merged(acc, top, mass, codec, p, q.shape[0])
-    assert torch.isfinite(got).all()
-    return float((got - wanted).norm() / wanted.norm())
+    got = attend_codes.attend_one(kernels, made, codec, q, k, v, st, p, mask, SCALE, blocks)
+    assert torch.isfinite(got).all() and got.dtype == q.dtype
+    return float((got.float() - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("side", SIDES)
