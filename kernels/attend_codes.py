@@ -143,8 +143,10 @@ def variant_of(codec: Any, repeats: int, dim: int, rotary: int, dtype: torch.dty
             return reason
     basis = dense and (key.transform == "klt" or (key.transform == "hadamard" and not key.folded))
     made = CodesVariant(
-        repeats, runs, *key_bytes, kinds[0], *value_bytes, kinds[1], dense, basis, key.center, rotary > 0
-    )
+        repeats=repeats, key_runs=runs, key_couple=key_bytes[0], key_books=key_bytes[1], key_scales=kinds[0],
+        value_couple=value_bytes[0], value_books=value_bytes[1], value_scales=kinds[1], dense=dense, basis=basis,
+        mean=key.center, starts=rotary > 0,
+    )  # fmt: skip
     if made.shared_bytes() > SHARED_LIMIT:
         return f"{made.shared_bytes()} bytes of shared memory"
     return made

@@ -16,7 +16,7 @@ import importlib.util
 import math
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -29,7 +29,7 @@ from .hadamard import hadamard_ref
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
 
-__all__ = ["attend_one", "here", "interpreted", "power", "refuse", "transform", "why_not"]
+__all__ = ["attend_one", "here", "interpreted", "power", "refuse", "served_by", "transform", "why_not"]
 
 _KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
@@ -347,10 +347,8 @@ def attend_one(
     return _merged(acc, top, mass, splits, q, c, p)
 
 
-def _by_cuda(
-    c: Any, q: Tensor, k: Tensor, v: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], mask: Tensor | None, scale: float
-) -> Tensor | None:
-    """The output by the kernel in CUDA C++, where it serves the codec and can be compiled here."""
+def _codes_kernels(c: Any, q: Tensor, k: Tensor, st: Mapping[str, Tensor], p: Mapping[str, Tensor]) -> Any:
+    """The variant and the kernels in CUDA C++ that serve a call, or None."""
     from . import attend_codes
 
     if q.device.type != "cuda" or not NATIVE:
@@ -360,8 +358,24 @@ def _by_cuda(
     if isinstance(variant, str) or attend_codes.misplaced(st):
         return None
     kernels = attend_codes.kernels_for(variant, q.device)
-    if kernels is None:
+    return None if kernels is None else (variant, kernels)
+
+
+def served_by(codec: Any, q: Tensor, k: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> str:
+    """Which kernel attends for a codec not in tiles, for reports."""
+    p = dict(zip(codec.param_names(), params, strict=True))
+    return "triton" if _codes_kernels(codec, q, k, codec.named(state), p) is None else "cuda, rows of bytes"
+
+
+def _by_cuda(
+    c: Any, q: Tensor, k: Tensor, v: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], mask: Tensor | None, scale: float
+) -> Tensor | None:
+    """The output by the kernels in CUDA C++, where they serve the call."""
+    from . import attend_codes
+
+    if (made := _codes_kernels(c, q, k, st, p)) is None:
         return None
+    variant, kernels = made
     return attend_codes.attend_one(kernels, variant, c, q, k, v, st, p, mask, scale, kernels.blocks)
 
 

@@ -288,7 +288,7 @@ def _runner(path: str, provider: str, threads: int, **options: Any) -> OnnxGener
         from kvsink.tools.build_ort_ops import build
 
         options["library"] = build()
-    return OnnxGenerator(path, _providers(provider), threads=threads, **options)
+    return OnnxGenerator(path, _providers(provider), threads=threads, known_wrong=True, **options)
 
 
 def _starts(provider: str) -> dict[str, Any]:

@@ -207,3 +207,13 @@ def test_what_it_cannot_express(options, words, tmp_path) -> None:
 def test_an_unknown_flavour(tiny_dir, tmp_path, capsys) -> None:  # noqa: F811
     assert rewrite_main([str(tiny_dir), str(tmp_path / "out"), "--onnx-flavour", "gka"]) == 2
     assert "nearest known: gqa" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_four_bits_on_cuda_are_refused_by_name() -> None:
+    from kvsink.export.runner import _four_bit
+
+    def manifest(flavour: str, dtype: str) -> dict[str, object]:
+        return {"flavour": flavour, "inputs": [{"name": "input_ids", "dtype": "int64"}, {"name": "past_key_values.0.key", "dtype": dtype}]}
+
+    assert _four_bit(manifest("gqa", "uint8"))
+    assert not _four_bit(manifest("gqa", "int8")) and not _four_bit(manifest("functions", "uint8"))
