@@ -2,7 +2,8 @@
 
 Formula    limit = bytes of codes and scales of all tokens / measured read bandwidth; speed-up = time of SDPA / time of ours:
            attention against attention, with `append_` against attention, and with `append_` against SDPA with its own write
-Shapes     32 query heads, 8 key-value heads, 128 channels; B sequences of T tokens, one exact row (stage rows begin later in a model), one new row
+Shapes     32 query heads, 8 key-value heads, 128 channels; B sequences of T tokens,
+           one exact row (stage rows begin later in a model), one new row
 Raises     an op whose result is outside the stated bound of the definition is not timed: its row says so
 """
 
@@ -111,8 +112,9 @@ def _one(
     bits = int(key_bits) if key_bits == value_bits else f"{key_bits:g}/{value_bits:g}"
     row: dict[str, Any] = {
         "kind": "kernel", "method": method.name, "bits": bits,
-        "kernel": "cuda" if lib is not None else attend_triton.served_by(codec, q, k, layer.state(), layer.params), "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads,
-        "Hkv": kv_heads, "D": 128, "error": f"{error:.1e}", "sdpa": base.backend, "sdpa_ms": round(base.times[1], 5),
+        "kernel": "cuda" if lib is not None else attend_triton.served_by(codec, q, k, layer.state(), layer.params),
+        "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads, "Hkv": kv_heads, "D": 128,
+        "error": f"{error:.1e}", "sdpa": base.backend, "sdpa_ms": round(base.times[1], 5),
         "sdpa_with_update": base.updated_backend, "fp16_update": base.update,
         "fp16_with_update_ms": round(base.updated_times[1], 5),
     }  # fmt: skip

@@ -213,7 +213,8 @@ def test_four_bits_on_cuda_are_refused_by_name() -> None:
     from kvsink.export.runner import _four_bit
 
     def manifest(flavour: str, dtype: str) -> dict[str, object]:
-        return {"flavour": flavour, "inputs": [{"name": "input_ids", "dtype": "int64"}, {"name": "past_key_values.0.key", "dtype": dtype}]}
+        kinds = {"input_ids": "int64", "past_key_values.0.key": dtype}
+        return {"flavour": flavour, "inputs": [{"name": name, "dtype": kind} for name, kind in kinds.items()]}
 
     assert _four_bit(manifest("gqa", "uint8"))
     assert not _four_bit(manifest("gqa", "int8")) and not _four_bit(manifest("functions", "uint8"))
