@@ -129,7 +129,9 @@ def variant_of(codec: Any, repeats: int, dim: int, rotary: int, dtype: torch.dty
             return "groups within a head"
     if dense and (kinds[0] > 1 or (key.transform == "none" and key.kind in (*SIGMA_KINDS, "static"))):
         return f"keys before RoPE of kind {key.kind}"
-    if value.kind in (*SIGMA_KINDS, "static") or (value.transform != "none" and not value.folded and value.order != DIM):
+    if value.kind in (*SIGMA_KINDS, "static") or not (
+        value.transform == "none" or (value.transform == "hadamard" and (value.folded or value.order == DIM))
+    ):
         return f"values of kind {value.kind}, transform {value.transform} {value.order}"
     runs: tuple[int, ...] = ()
     if key.kind in SIGMA_KINDS:
@@ -161,7 +163,7 @@ class Kernels(Protocol):
 
 
 class CodesKernels:
-    """The two kernels of a variant on a GPU."""
+    """The three kernels of a variant on a GPU."""
 
     def __init__(self, variant: CodesVariant, module: Module) -> None:
         self.variant, self._module = variant, module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -87,3 +88,11 @@ def test_padding_ratios_and_types(side: str, repeats: int, pad: tuple[int, ...],
     slots = torch.arange(SLOTS)
     mask = ((slots >= torch.tensor(pad).clamp_max(length - 1)[:, None]) & (slots <= length))[:, None, None]
     assert compared(layer, q, k, v, mask) <= BOUND[dtype]
+
+
+def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
+    codec = Codec.parse(KVSinkCache.for_model(codes_of("klt-2/4", 4)(), 1, SLOTS).packed_layers()[0].codec_text)
+    assert not isinstance(attend_codes.variant_of(codec, 4, 128, 128, torch.float16), str)
+    for change in ({"transform": "klt"}, {"transform": "klt", "folded": True}, {"order": 64}):
+        other = replace(codec, value=replace(codec.value, **change))
+        assert "values of kind" in str(attend_codes.variant_of(other, 4, 128, 128, torch.float16))
