@@ -28,19 +28,21 @@ from .base import cache_folder
 from .levels import EVEN_STEP
 from .tiles import make_fields
 
-__all__ = ["SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "library", "module_of", "too_old", "unit"]
+__all__ = [
+    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Scratch", "Variant", "by_warp", "library", "module_of", "scratch",
+    "single", "too_old", "unit",
+]  # fmt: skip
 
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
-ORDERS = ("beside", "append-first", "attend-aside", "chained", "in-turn")
-ORDER = "beside"  # how `Cubin.step` launches attention and the coding of new rows, see there
-SIDE_PRIORITY = 0  # of the second stream; -1 is higher than the first's
-EARLY = False  # attention sets up and fetches its tables while the launch before it on its stream ends; not in order "beside"
+BESIDE = True  # in a CUDA graph, new rows are coded on a second stream while attention runs
 LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
 BY_WARP: bool | None = None  # let warps of attention take whole rows, where that can be; None: where it is expected to be faster
 _WARPS = 8  # that compute, in a block
+_SINGLE_THREADS = 256
 _ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
+_MOST_ROWS = 65536  # sequences whose exact rows the kernels see to
 _PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
 
 
@@ -84,13 +86,18 @@ class Variant:
 
     def source(self) -> str:
         """One translation unit without includes."""
-        return unit(self.defines(), ("primitives.cuh", "attend.cuh", "rows.cuh", "step.cuh", "rows_by_warp.cuh"))
+        return unit(self.defines(), ("primitives.cuh", "attend.cuh", "rows.cuh", "step.cuh", "single.cuh", "rows_by_warp.cuh"))
 
 
 def by_warp(batch: int, share: int, tiles: int) -> bool:
     """Whether rows of `tiles` superblocks take less time whole, one warp each, than divided among the warps of `share` blocks."""
     warps = share * _WARPS
     return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
+
+
+def single(argument: Any) -> bool:
+    """Whether there is one sequence, and a block of each head for every superblock that it can hold: `attend_single`."""
+    return bool(argument.B == 1 and argument.share == argument.tiles)
 
 
 def too_old(device: torch.device) -> str | None:
@@ -198,24 +205,6 @@ def _check(code: int, what: str) -> None:
         raise NativeError(f"CUDA driver error {code} in {what}")
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute."""
-
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
-
-
-class _Launch(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
-    ]  # fmt: skip
-
-
-_CHAINED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-
-
 class Module:
     """Machine code on one GPU: its functions and how to launch them."""
 
@@ -247,19 +236,11 @@ class Module:
         _check(_driver().cuFuncSetAttribute(function, 8, size), "asking for shared memory")
 
     def launch(
-        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure,
-        chained: bool = False,
-    ) -> None:  # fmt: skip
-        """Launch on the current stream; a chained launch begins when every block of the one before it has begun."""
+        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
+    ) -> None:
+        """Launch on the current stream."""
         args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        if chained:
-            attribute = _Attribute(id=_CHAINED, value=1)
-            grid, block = (ctypes.c_uint * 3)(x, y, 1), (ctypes.c_uint * 3)(threads, 1, 1)
-            config = _Launch(grid, block, shared, stream, ctypes.pointer(attribute), 1)
-            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, args, None), "a chained launch")
-            return
-        where = ctypes.c_void_p(stream)
+        where = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, where, args, None), "a launch")
 
 
@@ -268,78 +249,115 @@ def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.de
     return Module(unit(defines, names), device)
 
 
+class Scratch:
+    """What blocks of a launch leave for each other on one GPU: parts of rows, and how many heads have come.
+
+    Launches find the words empty and leave them so. Those that may overlap must not share them: each stream takes the next of
+    `MOST` places, and each captured graph the next of as many others, so that as many of either may run at a time. All are made at
+    once, as none can be during a capture.
+    """
+
+    MOST = 8
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, count = device, 2 * self.MOST
+        words = 2 * torch.cuda.get_device_properties(device).multi_processor_count * 4 * _PART_WORDS
+        self._partial = torch.full((count, words), -1, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(count, _MOST_ROWS, dtype=torch.int32, device=device)
+        self._streams: dict[int, int] = {}
+
+    def now(self) -> tuple[Tensor, Tensor]:
+        """Words for parts and counts of heads, for a launch on the current stream."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            status, graph = ctypes.c_int(), ctypes.c_uint64()
+            where = ctypes.c_void_p(stream)
+            code = _driver().cuStreamGetCaptureInfo_v2(where, ctypes.byref(status), ctypes.byref(graph), None, None, None)
+            _check(code, "naming a captured graph")
+            at = self.MOST + graph.value % self.MOST
+        else:
+            at = self._streams.setdefault(stream, len(self._streams)) % self.MOST
+        return self._partial[at], self._arrived[at]
+
+    def clean(self) -> bool:
+        """Whether all words are empty, as they are between launches."""
+        return bool((self._partial == -1).all()) and not bool(self._arrived.any())
+
+
+@cache
+def scratch(device: torch.device) -> Scratch:
+    """The scratch memory of a GPU."""
+    return Scratch(device)
+
+
 class Cubin:
-    """The kernels of one variant on one GPU, with the scratch memory they share."""
+    """The kernels of one variant on one GPU."""
 
     def __init__(self, variant: Variant, device: torch.device) -> None:
         self.variant, self.device = variant, device
         with torch.cuda.device(device):
             self._module = Module(variant.source(), device)
-            self._attend, self._append, self._lone, self._decode = (
-                self._module.function(name) for name in ("attend_packed", "append_rows", "append_row", "decode_rows")
+            self._attend, self._single, self._append, self._lone, self._decode = (
+                self._module.function(name)
+                for name in ("attend_packed", "attend_single", "append_rows", "append_row", "decode_rows")
             )
             self._threads, self._shared, self._row_threads, self._lone_threads = self._module.numbers("kvsink_launch", 4)
             self._module.allow_shared(self._attend, self._shared)
+            self._module.allow_shared(self._single, self._shared)
             (self._shared_rows,) = self._module.numbers("kvsink_by_warp", 1)
             self.whole_rows = self._shared_rows > 0
             if self.whole_rows:
                 self._attend_rows = self._module.function("attend_rows")
                 self._module.allow_shared(self._attend_rows, self._shared_rows)
         self.blocks = self._module.multiprocessors
-        # Words another block waits for: empty is -1, and every launch leaves them so.
-        self.partial = torch.full((2 * self.blocks * 4 * _PART_WORDS,), -1, dtype=torch.int32, device=device)
-        self._sides = {priority: torch.cuda.Stream(device, priority=priority) for priority in (0, -1)}
-        self.arrived = torch.zeros(65536, dtype=torch.int32, device=device)
+        self.scratch = scratch(device)
+        self._side = torch.cuda.Stream(device)
+
+    @property
+    def partial(self) -> Tensor:
+        """Words by which the blocks of a launch hand over parts of rows, see `Scratch`."""
+        return self.scratch.now()[0]
+
+    @property
+    def arrived(self) -> Tensor:
+        """Counts of the heads that have come to a sequence's exact rows, see `Scratch`."""
+        return self.scratch.now()[1]
 
     def share(self, heads: int) -> int:
         """Blocks per key-value head that attend. All run at once, as waiting for each other needs; a few are left over."""
         return max(1, (self.blocks - _SPARE) // heads)
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
-        """Launch `attend_packed` or `attend_rows`; `fresh` names the new rows that may enter the exact ones, or none."""
+        """Launch the kernel for these rows; `fresh` names the new ones that may enter the exact ones, or none."""
+        if single(argument):
+            self._module.launch(self._single, argument.share, heads, _SINGLE_THREADS, self._shared, argument, fresh)
+            return
         whole = by_warp(argument.B, argument.share, argument.tiles) if BY_WARP is None else BY_WARP
         if whole and self.whole_rows:
             self._module.launch(self._attend_rows, argument.share, heads, self._threads, self._shared_rows, argument, fresh)
             return
-        self._module.launch(
-            self._attend, argument.share, heads, self._threads, self._shared, argument, fresh, chained=EARLY
-        )
+        self._module.launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)
 
-    def append(self, argument: Any, chained: bool = False) -> None:
+    def append(self, argument: Any) -> None:
         """Launch `append_row`, where latency is all, or `append_rows`."""
         if argument.S == 1 and argument.B <= LONE_ROWS:
-            self._module.launch(self._lone, argument.Hkv, argument.B, self._lone_threads, 0, argument, chained=chained)
+            self._module.launch(self._lone, argument.Hkv, argument.B, self._lone_threads, 0, argument)
             return
         pairs = argument.B * argument.S * argument.Hkv
-        self._module.launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument, chained=chained)
+        self._module.launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
-        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other.
-
-        `ORDER` "beside" launches attention, then the coding on the second stream; "append-first" the same with the coding
-        launched before; "attend-aside" has attention on the second stream; "chained" launches the coding behind attention on one
-        stream, to begin once every block of attention has (outside graphs too); "in-turn" is one after the other.
-        """
-        if ORDER not in ORDERS:
-            raise ValueError(f"native.ORDER is {ORDER!r}; it can be {', '.join(ORDERS)}")
-        if ORDER == "chained":
-            self.attend(argument, fresh, heads)
-            self.append(rows, chained=True)
-            return
-        if ORDER == "in-turn" or not torch.cuda.is_current_stream_capturing():
+        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
+        if not BESIDE or not torch.cuda.is_current_stream_capturing():
             self.append(rows)
             self.attend(argument, fresh, heads)
             return
-        here, side = torch.cuda.current_stream(self.device), self._sides[SIDE_PRIORITY]
-        side.wait_stream(here)
-        attending, coding = (side, here) if ORDER == "attend-aside" else (here, side)
-        for append in (True, False) if ORDER == "append-first" else (False, True):
-            with torch.cuda.stream(coding if append else attending):
-                if append:
-                    self.append(rows)
-                else:
-                    self.attend(argument, fresh, heads)
-        here.wait_stream(side)
+        here = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(here)
+        self.attend(argument, fresh, heads)
+        with torch.cuda.stream(self._side):
+            self.append(rows)
+        here.wait_stream(self._side)
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""

@@ -25,7 +25,7 @@ from kvsink.tools.bench_model import declared, fill, llama, rewritten
 from kvsink.tools.bench_sdpa import DISTINCT, Baseline, sdpa_baseline
 from kvsink.tools.timing import Times, graph_times
 
-__all__ = ["BOUND", "SHAPES", "ops_rows", "ops_table"]
+__all__ = ["BOUND", "SHAPES", "Case", "ops_rows", "ops_table"]
 
 SHAPES = ((1, 1024), (1, 131072), (16, 8192), (64, 4096))
 BOUND = 2e-3  # relative error of an fp16 result: its own rounding, 2**-11, and a few like it
@@ -61,7 +61,7 @@ def ops_rows(
             f"({base.updated_backend}, {base.update})"
         )
         for side, attach in runtimes:
-            row = _one(attach(), side, b, t, heads, kv_heads, dtype, base, bandwidth)
+            row = _one(attach(), side, b, t, base, bandwidth)
             rows.append(row)
             say("  " + "  ".join(f"{k}={row[k]}" for k in _SAID if k in row))
             gc.collect()
@@ -69,65 +69,98 @@ def ops_rows(
     return rows
 
 
-def _one(
-    model: Any, side: str, b: int, t: int, heads: int, kv_heads: int, dtype: torch.dtype, base: Baseline, bandwidth: float,
-) -> dict[str, Any]:  # fmt: skip
-    from kvsink.cache import KVSinkCache
+class Case:
+    """One method at one shape: new rows, and as many caches as asked for, filled up to the last token."""
 
-    def made() -> Any:
-        cache = KVSinkCache.for_model(model, b, t)
-        fill(cache, t - 1)
+    def __init__(self, model: Any, b: int, t: int) -> None:
+        self.model, self.b, self.t = model, b, t
+        self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.first = self.made()
+        self.codec, device, self.scale = self.first.codec, "cuda", 128**-0.5
+        g = torch.Generator(device).manual_seed(1)
+        counts = (self.heads, self.kv_heads, self.kv_heads)
+        self.q, self.k, self.v = (torch.randn(b, n, 1, 128, device=device, dtype=torch.float16, generator=g) for n in counts)
+        self.positions = torch.full((1, 1), t - 1, device=device)
+        self.scores: list[Tensor] = []
+        for _ in self.codec.segments:
+            self.scores += [
+                torch.full((b, 1), float("-inf"), device=device),
+                torch.zeros(b, 1, dtype=torch.int64, device=device),
+            ]
+        self.cos, self.sin = self.first.shared.runtime.angles(0, self.positions)
+        self.lib = packed.usable(self.codec, self.heads, self.k)
+        self.bytes = packed_bytes(self.codec, b, t, self.kv_heads)
+
+    def made(self) -> Any:
+        """A layer's cache of t - 1 tokens."""
+        from kvsink.cache import KVSinkCache
+
+        cache = KVSinkCache.for_model(self.model, self.b, self.t)
+        fill(cache, self.t - 1)
         return cache.packed_layers()[0]
 
-    layer = made()
-    codec, size = layer.codec, packed_bytes(layer.codec, b, t, kv_heads)
-    lib = packed.usable(codec, heads, layer.k_codes.new_empty(1, kv_heads, 1, 128, dtype=dtype))
+    def caches(self) -> list[Any]:
+        """So many that none stays in the L2 cache, each several times where that is not many."""
+        layers = [self.first] + [self.made() for _ in range(max(1, min(32, -(-DISTINCT // self.bytes))) - 1)]
+        return layers * (1 if len(layers) > 8 else 4)
+
+    def attention(self, x: Any) -> Tensor:
+        """Attention of the new row over a cache and itself."""
+        q, k, v = self.q, self.k, self.v
+        if self.lib is None:
+            return attend_any(q, k, v, x.state(), x.params, None, self.scale, False, x.codec_text)
+        return attend_packed(self.lib, self.codec, q, k, v, x.state(), x.params, None, self.scale, False)  # type: ignore[return-value]
+
+    def append(self, x: Any) -> None:
+        """Code the new row and store it."""
+        append_(self.k, self.v, self.positions, self.cos, self.sin, self.scores, x.state(), x.params, x.codec_text, True)
+
+    def step(self, x: Any) -> Tensor:
+        """Both."""
+        if self.lib is not None:
+            return append_attend_(
+                self.q, self.k, self.v, self.positions, self.scores, x.state(), x.params, None, self.scale, False, x.codec_text
+            )
+        self.append(x)
+        return self.attention(x)
+
+    def error(self) -> float:
+        """Relative error of the first two sequences against the definition."""
+        out, layer = self.attention(self.first), self.first
+        torch.cuda.synchronize()
+        whole = self.codec.named(layer.state())
+        few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
+        names = self.codec.param_names()
+        tables = [x[:2] if n.startswith("anchor_") else x for n, x in zip(names, layer.params, strict=True)]
+        q, k, v = (x[:2].float() for x in (self.q, self.k, self.v))
+        wanted = attend_ref(q, k, v, few, tables, None, self.scale, False, layer.codec_text)
+        error = float((out[:2].float() - wanted).norm() / wanted.norm())
+        return error if bool(torch.isfinite(out).all()) else float("nan")
+
+
+def _one(model: Any, side: str, b: int, t: int, base: Baseline, bandwidth: float) -> dict[str, Any]:
+    case = Case(model, b, t)
+    codec, layer, error = case.codec, case.first, case.error()
     method, key_bits, value_bits = declared(side)
-    g = torch.Generator("cuda").manual_seed(1)
-    q, k, v = (torch.randn(b, n, 1, 128, device="cuda", dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads))
-    positions = torch.full((1, 1), t - 1, device="cuda")
-    scores: list[Tensor] = []
-    for _ in codec.segments:
-        scores += [
-            torch.full((b, 1), float("-inf"), device="cuda"),
-            torch.zeros(b, 1, dtype=torch.int64, device="cuda"),
-        ]
-    scale = 128**-0.5
-
-    cos, sin = layer.shared.runtime.angles(0, positions)
-
-    def attention(x: Any) -> Tensor:
-        if lib is None:
-            return attend_any(q, k, v, x.state(), x.params, None, scale, False, x.codec_text)
-        return attend_packed(lib, codec, q, k, v, x.state(), x.params, None, scale, False)  # type: ignore[return-value]
-
-    def step(x: Any) -> Tensor:
-        if lib is not None:
-            return append_attend_(q, k, v, positions, scores, x.state(), x.params, None, scale, False, x.codec_text)
-        append_(k, v, positions, cos, sin, scores, x.state(), x.params, x.codec_text, True)
-        return attention(x)
-
-    error = _error(layer, codec, attention, q, k, v, scale)
-    bits_held = 8 * size / (b * t * kv_heads * 256)
     bits = int(key_bits) if key_bits == value_bits else f"{key_bits:g}/{value_bits:g}"
+    served = "cuda" if case.lib is not None else attend_triton.served_by(codec, case.q, case.k, layer.state(), layer.params)
     row: dict[str, Any] = {
-        "kind": "kernel", "method": method.name, "bits": bits,
-        "kernel": "cuda" if lib is not None else attend_triton.served_by(codec, q, k, layer.state(), layer.params),
-        "counted_bits": round(bits_held, 3), "B": b, "T": t, "Hq": heads, "Hkv": kv_heads, "D": 128,
+        "kind": "kernel", "method": method.name, "bits": bits, "kernel": served,
+        "counted_bits": round(8 * case.bytes / (b * t * case.kv_heads * 256), 3),
+        "B": b, "T": t, "Hq": case.heads, "Hkv": case.kv_heads, "D": 128,
         "error": f"{error:.1e}", "sdpa": base.backend, "sdpa_ms": round(base.times[1], 5),
         "sdpa_with_update": base.updated_backend, "fp16_update": base.update,
         "fp16_with_update_ms": round(base.updated_times[1], 5),
     }  # fmt: skip
     if not error <= BOUND:
         return {**row, **dict.fromkeys(_TIMED), "note": "wrong, not timed"}
-    layers = [layer] + [made() for _ in range(max(1, min(32, -(-DISTINCT // size))) - 1)]
-    repeats = 1 if len(layers) > 8 else 4
-    alone = graph_times([partial(attention, x) for _ in range(repeats) for x in layers])
-    both = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
-    native.ORDER, order = "in-turn", native.ORDER
-    in_turn = graph_times([partial(step, x) for _ in range(repeats) for x in layers])
-    native.ORDER = order
-    return {**row, **timed(base, alone, both, in_turn, size, bandwidth)}
+    caches = case.caches()
+    alone = graph_times([partial(case.attention, x) for x in caches])
+    both = graph_times([partial(case.step, x) for x in caches])
+    native.BESIDE, beside = False, native.BESIDE
+    in_turn = graph_times([partial(case.step, x) for x in caches])
+    native.BESIDE = beside
+    return {**row, **timed(base, alone, both, in_turn, case.bytes, bandwidth)}
 
 
 _TIMED = ("p50_ms", "speedup", "with_append_ms", "speedup_with_append", "speedup_with_both_writes", "of_limit")
@@ -164,19 +197,3 @@ def ops_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{r['speedup_with_append']:.2f}x | {r['speedup_with_both_writes']:.2f}x |"
         )
     return "\n".join(lines)
-
-
-def _error(
-    layer: Any, codec: Any, attention: Callable[[Any], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> float:
-    """Relative error of the first two sequences against the definition."""
-    out = attention(layer)
-    torch.cuda.synchronize()
-    whole = codec.named(layer.state())
-    few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
-    tables = [
-        x[:2] if name.startswith("anchor_") else x for name, x in zip(codec.param_names(), layer.params, strict=True)
-    ]
-    wanted = attend_ref(q[:2].float(), k[:2].float(), v[:2].float(), few, tables, None, scale, False, layer.codec_text)
-    error = float((out[:2].float() - wanted).norm() / wanted.norm())
-    return error if bool(torch.isfinite(out).all()) else float("nan")

@@ -20,7 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvsink.tools.timing import Times, graph_times
 
-__all__ = ["UPDATES", "Baseline", "fused_update", "index_copies", "sdpa_baseline", "sdpa_best", "sdpa_calls"]
+__all__ = [
+    "UPDATES", "Baseline", "fused_update", "index_copies", "inputs", "sdpa_baseline", "sdpa_best", "sdpa_calls", "updated",
+]  # fmt: skip
 
 DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
 
@@ -74,7 +76,7 @@ def fused_update(k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, position: T
 UPDATES: dict[str, Update] = {"index-copy": index_copies, "fused": fused_update}
 
 
-def _inputs(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[list[Tensor]]:
+def inputs(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[list[Tensor]]:
     """Sets of q, caches, new rows and position, so many that none stays in the L2 cache."""
     sets = max(1, min(32, -(-DISTINCT // (b * t * kv_heads * dim * 4))))
     shapes = ((b, heads, 1, dim), *((b, kv_heads, n, dim) for n in (t, t, 1, 1)))
@@ -95,7 +97,7 @@ def _fastest(calls: dict[Any, Callable[[Sequence[Tensor]], Any]], data: Sequence
 
 def sdpa_best(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[str, Times]:
     """Name and times of the fastest backend."""
-    return _fastest(sdpa_calls(b, t, heads, kv_heads, dim, dtype), _inputs(b, t, heads, kv_heads, dim, dtype))
+    return _fastest(sdpa_calls(b, t, heads, kv_heads, dim, dtype), inputs(b, t, heads, kv_heads, dim, dtype))
 
 
 def updated(call: Callable[[Sequence[Tensor]], Tensor], update: Update) -> Callable[[Sequence[Tensor]], Tensor]:
@@ -110,7 +112,7 @@ def updated(call: Callable[[Sequence[Tensor]], Tensor], update: Update) -> Calla
 
 def sdpa_baseline(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Baseline:
     """Every backend alone and behind either write; the fastest of each count."""
-    calls, data = sdpa_calls(b, t, heads, kv_heads, dim, dtype), _inputs(b, t, heads, kv_heads, dim, dtype)
+    calls, data = sdpa_calls(b, t, heads, kv_heads, dim, dtype), inputs(b, t, heads, kv_heads, dim, dtype)
     backend, times = _fastest(calls, data)
     pairs = {(name, how): updated(call, update) for name, call in calls.items() for how, update in UPDATES.items()}
     (behind, how), with_update = _fastest(pairs, data)

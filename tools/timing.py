@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-__all__ = ["copy_bandwidth", "device_facts", "event_times", "graph_times", "read_bandwidth"]
+__all__ = ["captured", "copy_bandwidth", "device_facts", "event_times", "graph_times", "read_bandwidth"]
 
 Times = tuple[float, float, float]
 """p20, p50, p80 in ms."""
@@ -18,9 +18,10 @@ def _quantiles(values: Sequence[float]) -> Times:
     return t[len(t) // 5], t[len(t) // 2], t[len(t) * 4 // 5]
 
 
-def graph_times(calls: Sequence[Callable[[], object]], replays: int = 30) -> Times:
-    """Time of one call, from replays of one graph that holds all calls."""
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One graph that holds all calls, replayed a few times."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
             call()
@@ -32,6 +33,12 @@ def graph_times(calls: Sequence[Callable[[], object]], replays: int = 30) -> Tim
             call()
     for _ in range(3):
         graph.replay()
+    return graph
+
+
+def graph_times(calls: Sequence[Callable[[], object]], replays: int = 30) -> Times:
+    """Time of one call, from replays of one graph that holds all calls."""
+    graph = captured(calls)
     return _quantiles([t / len(calls) for t in event_times(graph.replay, replays)])
 
 

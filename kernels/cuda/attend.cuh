@@ -126,13 +126,13 @@ template <int RUN> DEVICE u32 value_field(const u32 (&w)[V_WORDS], int half) {
   return (w[half * VF.bins + VF.bin[RUN]] >> VF.shift[RUN]) & (m | m << 16);
 }
 // S^T += K Q^T of the two tiles of each pair, 16 components per step, and the mean's logits of the same tokens: independent chains side by side.
-template <int KS> struct KeySteps {
-  DEVICE_STATIC void run(float (&s)[STEP_PAIRS][2][4], float (&u)[STEP_PAIRS][4], const u32 (&w)[STEP_PAIRS][2][K_WORDS], const u32 (&q)[16],
+template <int KS, int NP> struct KeySteps {
+  DEVICE_STATIC void run(float (&s)[NP][2][4], float (&u)[NP][4], const u32 (&w)[NP][2][K_WORDS], const u32 (&q)[16],
                          const u32 (&rq)[16], const uint4* mean) {
-    KeySteps<KS - 1>::run(s, u, w, q, rq, mean);
+    KeySteps<KS - 1, NP>::run(s, u, w, q, rq, mean);
     constexpr int k = KS - 1;
 #pragma unroll
-    for (int j = 0; j < STEP_PAIRS; j++) {
+    for (int j = 0; j < NP; j++) {
 #pragma unroll
       for (int i = 0; i < 2; i++)
         mma(s[j][i], key_field<2 * k>(w[j][i], 0), key_field<2 * k>(w[j][i], 1), key_field<2 * k + 1>(w[j][i], 0), key_field<2 * k + 1>(w[j][i], 1),
@@ -144,9 +144,9 @@ template <int KS> struct KeySteps {
     }
   }
 };
-template <> struct KeySteps<0> {
-  DEVICE_STATIC void run(float (&)[STEP_PAIRS][2][4], float (&)[STEP_PAIRS][4], const u32 (&)[STEP_PAIRS][2][K_WORDS], const u32 (&)[16],
-                         const u32 (&)[16], const uint4*) {}
+template <int NP> struct KeySteps<0, NP> {
+  DEVICE_STATIC void run(float (&)[NP][2][4], float (&)[NP][4], const u32 (&)[NP][2][K_WORDS], const u32 (&)[16], const u32 (&)[16],
+                         const uint4*) {}
 };
 template <int MT> struct ValueSteps {                // O^T += V^T P^T, 16 channels per step
   DEVICE_STATIC void run(float (&o)[8][4], const u32 (&w)[V_WORDS], u32 p0, u32 p1) {
@@ -418,6 +418,20 @@ DEVICE void receive_partials(Partial& a, float* slots, long long stride, int n, 
   }
 }
 
+// Which of this lane's eight tokens of the superblock at `base` are seen: those before `end` that are not among the exact rows.
+DEVICE u32 seen_tokens(int excluded, int base, int end, int lane) {
+  const int at = excluded - base, rest = end - base - (lane & 2) * 32, g = lane >> 2;
+  u32 hidden[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) hidden[i] = or_in_warp(at >= 32 * i && at < 32 * i + 32 ? 1u << (at & 31) : 0u);
+  u32 lo = lane & 2 ? hidden[2] : hidden[0], hi = lane & 2 ? hidden[3] : hidden[1];
+  if (rest < 32) lo |= rest <= 0 ? 0xffffffffu : 0xffffffffu << rest;
+  if (rest < 64) hi |= rest <= 32 ? 0xffffffffu : 0xffffffffu << (rest - 32);
+  lo >>= 2 * g;
+  hi >>= 2 * g;
+  return ((lo & 3) | (lo >> 14 & 12) | (hi & 3) << 4 | (hi >> 14 & 12) << 4) ^ 0xff;
+}
+
 struct State {                                       // online softmax of one warp; columns 0-3 and 4-7 are the heads of even and odd tiles
   float o[8][4], m[2], l[2], z[2];
   bool fresh;
@@ -426,23 +440,23 @@ struct State {                                       // online softmax of one wa
 constexpr int LAST = R == 1 ? 0 : 1;                 // of this lane's two columns the last that holds a head of its own: one head fills all
 
 // One softmax step over NP tile pairs starting at pair pr of the superblock in `stage`.
-template <bool MASKED>
+template <bool MASKED, int NP = STEP_PAIRS>
 DEVICE void step(State& st, const unsigned char* stage, const unsigned char* smem, const u32 (&q)[16], const u32 (&rq)[16],
                  const float (&shift)[2], int pr0, int pr, u32 valid, int lane) {
   const int g = lane >> 2, t = lane & 3, half = t >> 1;
   const int token = half * 64 + 16 * pr + 2 * g;     // this lane's rows of pair pr + j are tokens token + 16 j and the next
-  const unsigned char *keys[STEP_PAIRS], *values[STEP_PAIRS], *key_scales[STEP_PAIRS], *value_scales[STEP_PAIRS];
+  const unsigned char *keys[NP], *values[NP], *key_scales[NP], *value_scales[NP];
 #pragma unroll
-  for (int j = 0; j < STEP_PAIRS; j++) {
+  for (int j = 0; j < NP; j++) {
     keys[j] = stage + (pr + j - pr0) * PAIR_K;
     values[j] = stage + IN_VALUES + (pr + j - pr0) * PAIR_V;
     key_scales[j] = stage + KI_BYTES + (token + 16 * j) * K_SCALE;
     value_scales[j] = stage + KI_BYTES + KS_BYTES + (token + 16 * j) * V_SCALE;
   }
-  float x[STEP_PAIRS][4], s[STEP_PAIRS][2][4], u[STEP_PAIRS][4];
-  u32 w[STEP_PAIRS][2][K_WORDS];
+  float x[NP][4], s[NP][2][4], u[NP][4];
+  u32 w[NP][2][K_WORDS];
 #pragma unroll
-  for (int j = 0; j < STEP_PAIRS; j++)
+  for (int j = 0; j < NP; j++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       load_words(w[j][i], (const u32*)keys[j] + i * K_TILE, lane);
@@ -450,12 +464,12 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
       for (int e = 0; e < 4; e++) s[j][i][e] = MODE == 2 ? shift[e & 1] : 0.0f;
     }
 #pragma unroll
-  for (int j = 0; j < STEP_PAIRS; j++)
+  for (int j = 0; j < NP; j++)
 #pragma unroll
     for (int e = 0; e < 4; e++) u[j][e] = -st.m[e & LAST];
-  KeySteps<8>::run(s, u, w, q, rq, (const uint4*)(smem + OFF_MEAN) + pr * 256 + lane);
+  KeySteps<8, NP>::run(s, u, w, q, rq, (const uint4*)(smem + OFF_MEAN) + pr * 256 + lane);
 #pragma unroll
-  for (int j = 0; j < STEP_PAIRS; j++) {
+  for (int j = 0; j < NP; j++) {
     float sa, sb, za = 0, zb = 0;
     if (MODE == 2) {
       const u32 a = *(const u32*)key_scales[j];
@@ -476,7 +490,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
   float top0 = x[0][0], top1 = x[0][1];
 #pragma unroll
-  for (int j = 0; j < STEP_PAIRS; j++) {
+  for (int j = 0; j < NP; j++) {
     top0 = fmaxf(top0, fmaxf(x[j][0], x[j][2]));
     top1 = fmaxf(top1, fmaxf(x[j][1], x[j][3]));
   }
@@ -500,10 +514,10 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
       if (R > 1) { st.o[i][1] *= f1; st.o[i][3] *= f1; }
     }
 #pragma unroll
-    for (int j = 0; j < STEP_PAIRS; j++) { x[j][0] -= d0; x[j][1] -= d1; x[j][2] -= d0; x[j][3] -= d1; }
+    for (int j = 0; j < NP; j++) { x[j][0] -= d0; x[j][1] -= d1; x[j][2] -= d0; x[j][3] -= d1; }
   }
 #pragma unroll
-  for (int j = 0; j < STEP_PAIRS; j++) {
+  for (int j = 0; j < NP; j++) {
     u32 w0[V_WORDS], w1[V_WORDS];
     load_words(w0, (const u32*)values[j], lane);
     load_words(w1, (const u32*)values[j] + V_TILE, lane);
@@ -529,14 +543,18 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
 }
 
+// cos and sin of a superblock's two blocks, as this lane needs them.
+DEVICE void load_rotation(uint4 (&rot)[4], const void* table, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) rot[i] = ((const uint4*)table)[(lane >> 4) * 16 + (lane & 3) + i * 4];
+}
 template <class Q = Queries>
-DEVICE void rotate_query(u32 (&rq)[16], const unsigned char* stage, const unsigned char* smem, int lane, int at) {
+DEVICE void rotate_query(u32 (&rq)[16], const uint4 (&rot)[4], const unsigned char* smem, int lane, int at) {
   const int g = lane >> 2, t = lane & 3;
   const uint4* raw = (const uint4*)((const u32*)(smem + Q::RAW + at * Q::RAW_STEP) + ((g & (Q::HEADS - 1)) * 4 + t) * 20);
-  const uint4* rot = (const uint4*)(stage + IN_ROT) + (g >> 2) * 16 + t;
 #pragma unroll
   for (int i = 0; i < 2; i++) {                      // runs 4 i .. 4 i + 3 with their partners 8 runs (64 channels) on
-    uint4 a = raw[i], b = raw[i + 2], c = rot[i * 4], s = rot[(i + 2) * 4];
+    uint4 a = raw[i], b = raw[i + 2], c = rot[i], s = rot[i + 2];
     u32 av[4] = {a.x, a.y, a.z, a.w}, bv[4] = {b.x, b.y, b.z, b.w}, cv[4] = {c.x, c.y, c.z, c.w}, sv[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -544,6 +562,21 @@ DEVICE void rotate_query(u32 (&rq)[16], const unsigned char* stage, const unsign
       rq[4 * i + k + 8] = hfma2(av[k] ^ 0x80008000u, sv[k], hmul2(bv[k], cv[k]));
     }
   }
+}
+
+// Modes 0 and 1: the transformed query as B fragments, and what a token's zero adds to its logit in this lane's columns.
+template <class Q = Queries> DEVICE void load_query(u32 (&q)[16], float (&shift)[2], const unsigned char* smem, int lane, int at) {
+  const int g = lane >> 2, t = lane & 3;
+  const u32* qt = (const u32*)(smem + Q::QT + at * Q::QT_STEP) + (g & (Q::HEADS - 1)) * (D / 2) + t;
+#pragma unroll
+  for (int r = 0; r < 16; r++) {
+    constexpr u32 one = 0x3c00u;
+    const u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[r] << 10);
+    q[r] = hmul2(qt[4 * r], f | f << 16);
+  }
+  const float* qs = (const float*)(smem + Q::SUM) + at * Q::HEADS;
+#pragma unroll
+  for (int i = 0; i < 2; i++) shift[i] = qs[(2 * t + i) & (Q::HEADS - 1)];
 }
 
 template <int RUN> struct Center {                   // 2^pos * (2^w - 1) / 2 of a run, twice, as fp16 bits
@@ -614,17 +647,17 @@ DEVICE void write_warp_partial(State& st, float* dst, int lane) {
   }
 }
 
-DEVICE Partial merge_warps(const float* parts, int hq, int lane) {
+template <int N = WARPS> DEVICE Partial merge_warps(const float* parts, int hq, int lane) {
   Partial a = {{0, 0, 0, 0}, NEG_INF, 0};
-  const float* mine = parts + ((lane < WARPS ? lane : 0) * 4 + hq) * PART;
-  const float m = mine[128], l = lane < WARPS ? mine[129] : 0.0f;
+  const float* mine = parts + ((lane < N ? lane : 0) * 4 + hq) * PART;
+  const float m = mine[128], l = lane < N ? mine[129] : 0.0f;
   a.m = m;
 #pragma unroll
   for (int i = 16; i; i >>= 1) a.m = fmaxf(a.m, shfl_xor(a.m, i));
   const float f = exp2_fast(m - a.m);
   a.l = warp_sum(f * l);
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) {
+  for (int w = 0; w < N; w++) {
     const float e = bits_float((u32)shfl_int((int)float_bits(f), w));
     const uint4 v = *(const uint4*)(parts + (w * 4 + hq) * PART + 4 * lane);
     a.o[0] += e * bits_float(v.x); a.o[1] += e * bits_float(v.y); a.o[2] += e * bits_float(v.z); a.o[3] += e * bits_float(v.w);

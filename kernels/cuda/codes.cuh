@@ -591,13 +591,7 @@ static void attend_codes(const Codes& p)
   if (from < to) barrier_wait(tables, 0);
 
   Softmax st;
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < 4; j++) st.o[i][j] = 0;
-#pragma unroll
-  for (int e = 0; e < 2; e++) st.m[e] = st.l[e] = st.z[e] = 0;
-  st.fresh = true;
+  begin_softmax(st);
   u32 q[16], rq[16];
   float sums[2] = {0, 0};
   int current = -1, stage = 0;

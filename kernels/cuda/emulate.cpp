@@ -7,6 +7,7 @@
 #include "attend.cuh"
 #include "rows.cuh"
 #include "step.cuh"
+#include "single.cuh"
 #include "rows_by_warp.cuh"
 #endif
 
@@ -64,6 +65,10 @@ extern "C" int smem_bytes() { return SHARED_BYTES; }
 extern "C" void run_attend(const Params* p, const RowParams* n) {
   fresh = n;
   run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, SMEM_BYTES);
+}
+extern "C" void run_attend_single(const Params* p, const RowParams* n) {
+  fresh = n;
+  run([] { attend_single(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, SINGLE_THREADS, SMEM_BYTES);
 }
 #if HEADS_PER_KV <= 2
 extern "C" void run_attend_rows(const Params* p, const RowParams* n) {

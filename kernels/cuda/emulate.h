@@ -170,7 +170,7 @@ DEVICE void barrier_arrive(u64* b) {
   if (x.pending == 0) { fprintf(stderr, "one arrival too many\n"); abort(); }
   x.pending--;
 }
-DEVICE void barrier_expect(u64* b, u32 bytes) { barrier_arrive(b); barrier(b).expected = bytes; barrier(b).got = 0; }
+DEVICE void barrier_expect(u64* b, u32 bytes) { barrier_arrive(b); barrier(b).expected += bytes; }
 DEVICE void bulk_load(void* dst, const void* src, u32 bytes, u64* b) {
   if ((size_t)dst % 16 || (size_t)src % 16 || bytes % 16) { fprintf(stderr, "unaligned bulk copy\n"); abort(); }
   memset(dst, 0xff, bytes);                          // data arrives when somebody waits for it

@@ -130,4 +130,13 @@ DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4
 #pragma unroll
   for (int i = 0; i < 4; i++) x[i] *= 0.08838834764831845f;
 }
+template <class S> DEVICE void begin_softmax(S& st) {   // no token yet: sums 0, and the first logit seen becomes the reference
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) st.o[i][j] = 0;
+#pragma unroll
+  for (int i = 0; i < 2; i++) st.m[i] = st.l[i] = st.z[i] = 0;
+  st.fresh = true;
+}
 #endif

@@ -84,19 +84,9 @@ DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
 // Barrier ID among N threads of the block; who arrives does not wait.
 template <int ID, int N> DEVICE void sync_part() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
 template <int ID, int N> DEVICE void arrive_part() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
-// A launch chained to another begins when every block of that one has let it, and must not end before it. Its last block alone
-// waits: the others make room for those that have not begun.
-DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEVICE void end_after_previous() {
-  if (blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1) wait_for_previous();
-}
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
-DEVICE void let_next_begin() {}
-DEVICE void wait_for_previous() {}
-DEVICE void end_after_previous() {}
 DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
   for (int i = 0; i < 4; i++) q[i] = a[i] / b[i];
 }
@@ -634,7 +624,6 @@ static void append_row(const RowParams& p) {
   unsigned char* smem = EMULATED_SMEM;
 #endif
   append_lone(p, smem);
-  end_after_previous();
 }
 
 #ifndef KVSINK_EMULATE
@@ -645,7 +634,6 @@ static void append_rows(const RowParams& p) {
   unsigned char* smem = EMULATED_SMEM;
 #endif
   append_unit<ROW_THREADS>(p, CTA_X, smem);
-  end_after_previous();
 }
 
 #ifndef KVSINK_EMULATE

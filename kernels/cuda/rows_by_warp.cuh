@@ -18,20 +18,6 @@ constexpr int WARP_BAR = WarpQueries::SUM + WARPS * IN_FLIGHT * R * 4;         /
 constexpr int WARP_BARS = 3 * IN_FLIGHT + STAGES, WARP_SMEM = WARP_BAR + 8 * (1 + WARPS * WARP_BARS);
 static_assert(WARPS * IN_FLIGHT * ROW_PART <= OFF_RAW - OFF_PART, "results lie where those of attend_packed do");
 
-// Which of this lane's eight tokens of the superblock at `base` are seen: those before `end` that are not among the exact rows.
-DEVICE u32 seen_tokens(int excluded, int base, int end, int lane) {
-  const int at = excluded - base, rest = end - base - (lane & 2) * 32, g = lane >> 2;
-  u32 hidden[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) hidden[i] = or_in_warp(at >= 32 * i && at < 32 * i + 32 ? 1u << (at & 31) : 0u);
-  u32 lo = lane & 2 ? hidden[2] : hidden[0], hi = lane & 2 ? hidden[3] : hidden[1];
-  if (rest < 32) lo |= rest <= 0 ? 0xffffffffu : 0xffffffffu << rest;
-  if (rest < 64) hi |= rest <= 32 ? 0xffffffffu : 0xffffffffu << (rest - 32);
-  lo >>= 2 * g;
-  hi >>= 2 * g;
-  return ((lo & 3) | (lo >> 14 & 12) | (hi & 3) << 4 | (hi >> 14 & 12) << 4) ^ 0xff;
-}
-
 struct Walk { int row, last, i; };                   // items of the rows up to `last`, `items` of each, one after another
 
 DEVICE void ask_item(const Params& p, Walk& w, int items, int head, int lane, unsigned char* stage, u64* bar) {
@@ -291,25 +277,9 @@ static void attend_rows(const Params& p, const RowParams& fresh)
     barrier_wait(bars + (n & 1), n >> 1 & 1);
     u32 q[16], rq[16];
     float shift[2] = {0, 0};
-    if (MODE != 2) {
-      const u32* qt = (const u32*)(smem + WarpQueries::QT + at * WarpQueries::QT_STEP) + (g & (R - 1)) * (D / 2) + t;
-#pragma unroll
-      for (int r = 0; r < 16; r++) {
-        const u32 f = 0x3c00u + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[r] << 10);
-        q[r] = hmul2(qt[4 * r], f | f << 16);
-      }
-      const float* qs = (const float*)(smem + WarpQueries::SUM) + at * R;
-      shift[0] = qs[0];
-      shift[1] = qs[R - 1];
-    }
+    if (MODE != 2) load_query<WarpQueries>(q, shift, smem, lane, at);
     State st;
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) st.o[i][j] = 0;
-#pragma unroll
-    for (int i = 0; i < 2; i++) st.m[i] = st.l[i] = st.z[i] = 0;
-    st.fresh = true;
+    begin_softmax(st);
 
 #pragma unroll 1
     for (int i = 0; i < items; i++) {
@@ -328,7 +298,11 @@ static void attend_rows(const Params& p, const RowParams& fresh)
         }
         masked = any_lane(valid != 0xff);
       }
-      if (MODE != 0) rotate_query<WarpQueries>(rq, stage, smem, lane, at);
+      if (MODE != 0) {
+        uint4 rot[4];
+        load_rotation(rot, stage + IN_ROT, lane);
+        rotate_query<WarpQueries>(rq, rot, smem, lane, at);
+      }
       if (MODE == 2) transform_query(q, shift, rq, smem, lane);
       if (!masked)
 #pragma unroll 1

@@ -15,7 +15,6 @@ static void attend_packed(const Params& p, const RowParams& fresh)
   unsigned char* smem = EMULATED_SMEM;
 #endif
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
-  let_next_begin();                                  // the coding of the new rows, on multiprocessors that are left over
   u64* bars = (u64*)(smem + OFF_BAR);
   u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows
 
@@ -32,11 +31,13 @@ static void attend_packed(const Params& p, const RowParams& fresh)
       if (MODE == 2) bulk_load(smem + OFF_BASIS, p.basis + head * 8192, 32768, tables);
     }
   }
-  wait_for_previous();                               // tables are constant; all that follows may have been written by it
   const int held = (int)*p.length + p.extra, end = held < p.tiles * 128 ? held : p.tiles * 128, each = end < 1 ? 1 : (end + 127) / 128;
   const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = CTA_X;
   sync_cta();
-  if (c >= nc) return;
+  if (c >= nc) {
+    if (MODE != 0 && warp == 0) barrier_wait(tables, 0);       // no copy may be on its way to a block that has ended
+    return;
+  }
   Rows rows = {each, {(int)(total * c / nc), (int)(total * (c + 1) / nc)}};
   const int first_row = rows.range.u0 / each, last_row = (rows.range.u1 - 1) / each;
   const bool tail = (last_row + 1) * each > rows.range.u1;      // the last row goes on in later blocks: send what we have of it
@@ -140,26 +141,9 @@ static void attend_packed(const Params& p, const RowParams& fresh)
       for (int i = 1; i < STAGES; i++) request(p, fetch, rows, head, warp, lane, stages + i * STAGE_BYTES, full + i);
     u32 q[16], rq[16];
     float shift[2] = {0, 0};
-    if (MODE != 2) {
-      const u32* qt = (const u32*)(smem + OFF_QT + at * QT_BYTES) + (g & 3) * (D / 2) + t;
-#pragma unroll
-      for (int r = 0; r < 16; r++) {
-        constexpr u32 one = 0x3c00u;
-        const u32 f = one + ((u32)Q_SHIFT << 10) - ((u32)KF.pos[r] << 10);
-        q[r] = hmul2(qt[4 * r], f | f << 16);
-      }
-      const float* qs = (const float*)(smem + OFF_SUM) + at * 4;
-      shift[0] = qs[2 * (t & 1)];
-      shift[1] = qs[2 * (t & 1) + 1];
-    }
+    if (MODE != 2) load_query(q, shift, smem, lane, at);
     State st;
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) st.o[i][j] = 0;
-#pragma unroll
-    for (int i = 0; i < 2; i++) st.m[i] = st.l[i] = st.z[i] = 0;
-    st.fresh = true;
+    begin_softmax(st);
     if (MODE != 0 && n == 0) barrier_wait(tables, 0);
 
     for (; work.i < work.items; work.i += WARPS) {
@@ -191,7 +175,11 @@ static void attend_packed(const Params& p, const RowParams& fresh)
         }
         masked = any_lane(valid != 0xff);
       }
-      if (MODE != 0) rotate_query(rq, stage, smem, lane, at);
+      if (MODE != 0) {
+        uint4 rot[4];
+        load_rotation(rot, stage + IN_ROT, lane);
+        rotate_query(rq, rot, smem, lane, at);
+      }
       if (MODE == 2) transform_query(q, shift, rq, smem, lane);
       if (!masked)
 #pragma unroll 1

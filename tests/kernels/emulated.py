@@ -56,7 +56,8 @@ class Emulated:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         assert self.lib.attend_bytes() == ctypes.sizeof(argument)
-        run = self.lib.run_attend_rows if self.by_warp else self.lib.run_attend
+        one = self.lib.run_attend_single if native.single(argument) else self.lib.run_attend
+        run = self.lib.run_attend_rows if self.by_warp else one
         run(ctypes.byref(argument), ctypes.byref(fresh))
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:

@@ -317,6 +317,8 @@ def test_the_decode_kernel_reads_what_the_definition_reads(index: int) -> None:
 CASES = [
     (0, 1, 300, None, 3), (0, 3, 130, "padding", 2), (1, 2, 257, "padding", 4), (2, 2, 300, "random", 3), (3, 1, 128, "one", 2),
     (4, 2, 200, None, 1), (5, 2, 383, "padding", 5), (2, 1, 0, None, 2), (2, 1, 300, None, 7),
+    # a block for each superblock of one sequence: those behind its last token have nothing to do
+    (0, 1, 0, None, 4), (1, 1, 511, "random", 9), (2, 1, 40, None, 4), (3, 1, 128, "one", 4), (5, 1, 256, "padding", 4),
 ]  # fmt: skip
 
 
