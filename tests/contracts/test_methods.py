@@ -207,7 +207,7 @@ def test_folding_keeps_the_function(method: str) -> None:
         assert largest_difference(model(ids).logits, plain(ids).logits) <= SOFTMAX_IN_FLOAT32 * float(plain(ids).logits.abs().max())
 
 
-@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("window", [5, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_equals_uncompiled(method: str, window: int) -> None:
     model = rewritten("llama", "sdpa", method, window=window)

@@ -179,7 +179,10 @@ def test_a_copy_without_its_manifest(out, tmp_path) -> None:
         OnnxGenerator(tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("options", [{}, dict(method="rotatekv"), dict(method="static", key_bits=16, value_bits=16)])
+@pytest.mark.parametrize("options", [
+    {}, pytest.param(dict(method="rotatekv"), marks=pytest.mark.slow),
+    pytest.param(dict(method="static", key_bits=16, value_bits=16), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_float16_keeps_codes_and_logits_near(options, tmp_path) -> None:
     """Weights and attention in 16 bit, rows coded in float32: exact rows and rows without codes are float16 in the cache."""
     model, made = rewritten("llama", **options), []

@@ -27,7 +27,7 @@ def kinds(gm: torch.fx.GraphModule) -> Counter[str]:
         ("none", 5, torch.float32),
         ("static", 1, torch.float32),
         ("dynamic", 1, torch.float32),
-        ("static", 1, torch.float64),
+        pytest.param("static", 1, torch.float64, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)

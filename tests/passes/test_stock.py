@@ -30,7 +30,9 @@ def step(model: Any, cache: str, length: int) -> torch.fx.GraphModule:
     return capture(model, tokens(length=length, seed=5), held)
 
 
-@pytest.mark.parametrize(("cache", "length"), [("static", 1), ("static", 6), ("dynamic", 1), ("none", 6)])
+@pytest.mark.parametrize(("cache", "length"), [
+    ("static", 1), ("static", 6), ("dynamic", 1), pytest.param("none", 6, marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize(("method", "options"), METHODS, ids=lambda case: str(case))
 def test_the_first_layer_receives_decoded_rows(method: str, options: dict[str, Any], cache: str, length: int) -> None:
     model = rewritten("llama", "sdpa", method, **options)

@@ -161,7 +161,9 @@ def yard(tmp_path_factory: pytest.TempPathFactory) -> Yard:
     return Yard(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize("trial", ["kill", "full_disk", "rivals", "readers"])
+@pytest.mark.parametrize("trial", [
+    "kill", "full_disk", *(pytest.param(t, marks=pytest.mark.slow) for t in ("rivals", "readers")),
+])  # fmt: skip
 def test_folders_are_whole_or_absent(yard: Yard, trial: str) -> None:
     assert [wrong for seed in range(3 if trial != "readers" else 1) if (wrong := getattr(yard, trial)(seed))] == []
 
