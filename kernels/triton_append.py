@@ -299,8 +299,8 @@ def enter_kernel(
         slot = tl.where(slot < -1, -slot - 2, slot)  # a place marked as a repeat still names its row
         score = tl.load(exact_score + b * E + e, mask=e < E, other=float("inf"))
         for i in tl.static_range(N):
-            low: tl.constexpr = 0 if i == 0 else (A if i == 1 else (B if i == 2 else C))
-            end: tl.constexpr = E if i == N - 1 else (A if i == 0 else (B if i == 1 else C))
+            low = 0 if i == 0 else (A if i == 1 else (B if i == 2 else C))
+            end = E if i == N - 1 else (A if i == 0 else (B if i == 1 else C))
             if i == 0:
                 new = tl.load(score_0 + b * score_b0).to(tl.float32)
             elif i == 1:

@@ -109,7 +109,9 @@ class Case:
         q, k, v = self.q, self.k, self.v
         if self.lib is None:
             return attend_any(q, k, v, x.state(), x.params, None, self.scale, False, x.codec_text)
-        return attend_packed(self.lib, self.codec, q, k, v, x.state(), x.params, None, self.scale, False)  # type: ignore[return-value]
+        out = attend_packed(self.lib, self.codec, q, k, v, x.state(), x.params, None, self.scale, False)
+        assert out is not None  # there is no mask
+        return out
 
     def append(self, x: Any) -> None:
         """Code the new row and store it."""

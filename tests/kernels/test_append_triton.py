@@ -97,3 +97,42 @@ def test_what_it_does_not_serve_is_named(
     monkeypatch.setattr(append_triton, "here", lambda: True)
     monkeypatch.setattr(append_triton, "interpreted", lambda: True)
     assert append_triton.why_not(Codec.parse(layer.codec_text), k[:, :, :1], []) == reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *((m, (("protect", p),)) for m in ("klt", "cq", "rtn") for p in ("none", "first:2", "kvsink:2+first:1")),
+        ("klt", (("protect", "first:1+massive:2+first:3"), ("window", 5))), ("klt-dense", ()), ("centred", (("window", 3),)),
+    ],
+)  # fmt: skip
+def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype) -> None:
+    layer, k, _ = states.filled(method, options, batch=2, lengths=(20, 7))
+    layer.length.add_(7)
+    codec = Codec.parse(layer.codec_text)
+    g = torch.Generator().manual_seed(1)
+    new = [torch.randn(2, k.shape[1], 1, k.shape[3], generator=g).to(dtype) for _ in range(2)]
+    call: dict[str, Any] = states.append_arguments(layer, *new, seed=1)
+    call["candidates"] = [x + 9.0 if x.is_floating_point() else x for x in call["candidates"]]  # the new row enters
+    call["state"] = [x.to(dtype) if n.startswith(("exact_k", "exact_v", "recent_k", "recent_v")) else x
+                     for n, x in codec.named(call["state"]).items()]  # fmt: skip
+    there = {n: [t.cuda() for t in x] if isinstance(x, list | tuple) else x.cuda() if isinstance(x, Tensor) else x
+             for n, x in call.items()}  # fmt: skip
+    append_triton.append_one(**{**there, "codec": codec})
+    append_ref(**call)
+    mine, wanted = codec.named([x.cpu() for x in there["state"]]), codec.named(call["state"])
+    for name, a in mine.items():
+        if name in ("k_codes", "v_codes", "k_scale", "v_scale"):  # sums in another order: a code on a threshold may fall either way
+            same = (a.float() - wanted[name].float()).abs() <= (2**-9 * wanted[name].float().abs() if "scale" in name else 0)
+            assert same.float().mean() >= 0.999, name
+        elif name not in EXACT:
+            assert torch.equal(a, wanted[name]), name
+    for row in range(2):
+        got, expected = held(mine, row), held(wanted, row)
+        assert got.keys() == expected.keys() and (int(layer.length) in got or not codec.exact_rows)
+        for slot, (score, key, value) in got.items():
+            assert score == expected[slot][0]
+            assert torch.allclose(key.float(), expected[slot][1].float(), rtol=2**-7) and torch.equal(value, expected[slot][2])
