@@ -526,17 +526,8 @@ DEVICE void half_window(Softmax& st, const Codes& p, const unsigned char* stage,
   add_values(st.o, values + 16 * VALUE_BYTES, smem + OFF_VALUES, b0 & ~even, b1 & ~even, g, t);
 }
 
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_codes(const __grid_constant__ Codes p)
-#else
-static void attend_codes(const Codes& p)
-#endif
-{
-#ifndef KVSINK_EMULATE
-  extern __shared__ __align__(128) unsigned char smem[];
-#else
-  unsigned char* smem = EMULATED_SMEM;
-#endif
+KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
+  LAUNCH_MEMORY
   const int lane = TID & 31, warp = TID >> 5, split = CTA_X, b = CTA_Y / p.Hkv, head = CTA_Y % p.Hkv;
   const long long bh = CTA_Y;
   u64* tables = (u64*)(smem + OFF_BARRIERS);
@@ -685,12 +676,7 @@ static void attend_codes(const Codes& p)
 
 // The query of every block of 64 positions in the codes' basis, as `turned_query` reads it. A warp turns to TURN_BLOCKS of them.
 constexpr int TURN_PAIRS = 5, TURN_BLOCKS = 2 * TURN_PAIRS;   // 80 blocks per launched block: one for 4096 slots and a block more
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(256) turn_queries(const __grid_constant__ Codes p)
-#else
-static void turn_queries(const Codes& p)
-#endif
-{
+KERNEL(256) turn_queries(ARGUMENT(Codes) p) {
   const int lane = TID & 31, warp = TID >> 5, g = lane >> 2, t = lane & 3, head = CTA_Y % p.Hkv, b = CTA_Y / p.Hkv, hq = g & 3;
   const long long bh = CTA_Y;
   const int block0 = (CTA_X * 8 + warp) * TURN_BLOCKS;
@@ -753,12 +739,7 @@ static void turn_queries(const Codes& p)
 }
 
 // The parts of one query head, by one warp: decoded ones through the values' Hadamard matrix, rows held as they came as they are.
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(128) merge_codes(const __grid_constant__ Codes p)
-#else
-static void merge_codes(const Codes& p)
-#endif
-{
+KERNEL(128) merge_codes(ARGUMENT(Codes) p) {
   constexpr int MANY = 4;
   const int lane = TID & 31, row = CTA_X * 4 + (TID >> 5), hq = row % R;
   const long long bh = row / R;

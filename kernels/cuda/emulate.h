@@ -12,6 +12,10 @@
 #define DEVICE_STATIC static inline
 #define BOTH
 #define TABLE constexpr
+#define KERNEL(...) static void
+#define ARGUMENT(T) const T&
+#define LAUNCH_MEMORY unsigned char* smem = EMULATED_SMEM;
+#define BLOCK_MEMORY(N) LAUNCH_MEMORY
 struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct float2 { float x, y; };

@@ -12,6 +12,10 @@ typedef unsigned long long u64;
 #define DEVICE_STATIC static __device__ __forceinline__
 #define BOTH __host__ __device__
 #define TABLE __device__ constexpr
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
+#define ARGUMENT(T) const __grid_constant__ T
+#define LAUNCH_MEMORY extern __shared__ __align__(128) unsigned char smem[];     // as many bytes as the launch asks for
+#define BLOCK_MEMORY(N) __shared__ __align__(16) unsigned char smem[N];
 #define TID ((int)threadIdx.x)
 #define CTA_X ((int)blockIdx.x)
 #define CTA_Y ((int)blockIdx.y)

@@ -617,32 +617,19 @@ DEVICE void append_lone(const RowParams& p, unsigned char* smem) {
 
 #ifndef KVSINK_EMULATE
 extern "C" __device__ const int kvsink_launch[4] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS};   // what the host must ask for
-extern "C" __global__ void __launch_bounds__(LONE_THREADS) append_row(const __grid_constant__ RowParams p) {
-  __shared__ __align__(16) unsigned char smem[LONE_SMEM];
-#else
-static void append_row(const RowParams& p) {
-  unsigned char* smem = EMULATED_SMEM;
 #endif
+KERNEL(LONE_THREADS) append_row(ARGUMENT(RowParams) p) {
+  BLOCK_MEMORY(LONE_SMEM)
   append_lone(p, smem);
 }
 
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2) append_rows(const __grid_constant__ RowParams p) {
-  __shared__ __align__(16) unsigned char smem[ROW_SMEM];
-#else
-static void append_rows(const RowParams& p) {
-  unsigned char* smem = EMULATED_SMEM;
-#endif
+KERNEL(ROW_THREADS, 2) append_rows(ARGUMENT(RowParams) p) {
+  BLOCK_MEMORY(ROW_SMEM)
   append_unit<ROW_THREADS>(p, CTA_X, smem);
 }
 
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2) decode_rows(const __grid_constant__ RowParams p) {
-  __shared__ __align__(16) unsigned char smem[ROW_SMEM];
-#else
-static void decode_rows(const RowParams& p) {
-  unsigned char* smem = EMULATED_SMEM;
-#endif
+KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
+  BLOCK_MEMORY(ROW_SMEM)
   constexpr int ROWS = ROW_THREADS / 64;
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y, r = warp % ROWS, index = CTA_X * ROWS + r;
   const bool values = warp >= ROWS, live = index < p.B * p.S;

@@ -152,16 +152,9 @@ DEVICE void write_row(State& st, float* dst, int lane) {
 
 #ifndef KVSINK_EMULATE
 extern "C" __device__ const int kvsink_by_warp = WARP_SMEM <= 232448 ? WARP_SMEM : 0;   // 0: not to be launched
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_rows(const __grid_constant__ Params p, const __grid_constant__ RowParams fresh)
-#else
-static void attend_rows(const Params& p, const RowParams& fresh)
 #endif
-{
-#ifndef KVSINK_EMULATE
-  extern __shared__ __align__(128) unsigned char smem[];
-#else
-  unsigned char* smem = EMULATED_SMEM;
-#endif
+KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
+  LAUNCH_MEMORY
   const int lane = TID & 31, warp = TID >> 5;
   u64* tables = (u64*)(smem + WARP_BAR);
   if (TID == 0) {

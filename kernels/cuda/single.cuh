@@ -19,17 +19,8 @@ DEVICE u32 center_of(int run) {
   return pack_half2(x, x);
 }
 
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(SINGLE_THREADS, 1) attend_single(const __grid_constant__ Params p, const __grid_constant__ RowParams fresh)
-#else
-static void attend_single(const Params& p, const RowParams& fresh)
-#endif
-{
-#ifndef KVSINK_EMULATE
-  extern __shared__ __align__(128) unsigned char smem[];
-#else
-  unsigned char* smem = EMULATED_SMEM;
-#endif
+KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
+  LAUNCH_MEMORY
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y, c = CTA_X, hq = warp - PAIR_WARPS;
   const bool attends = warp < PAIR_WARPS;
   u64* full = (u64*)(smem + OFF_BAR) + warp;

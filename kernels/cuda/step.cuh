@@ -3,17 +3,8 @@
 #ifndef KVSINK_STEP
 #define KVSINK_STEP
 
-#ifndef KVSINK_EMULATE
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_packed(const __grid_constant__ Params p, const __grid_constant__ RowParams fresh)
-#else
-static void attend_packed(const Params& p, const RowParams& fresh)
-#endif
-{
-#ifndef KVSINK_EMULATE
-  extern __shared__ __align__(128) unsigned char smem[];
-#else
-  unsigned char* smem = EMULATED_SMEM;
-#endif
+KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
+  LAUNCH_MEMORY
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y;
   u64* bars = (u64*)(smem + OFF_BAR);
   u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows

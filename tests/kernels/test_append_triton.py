@@ -129,7 +129,7 @@ def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype) -> N
     for name, a in mine.items():
         if name in ("k_codes", "v_codes", "k_scale", "v_scale"):  # sums in another order: a code on a threshold may fall either way
             same = (a.float() - wanted[name].float()).abs() <= (2**-9 * wanted[name].float().abs() if "scale" in name else 0)
-            assert same.float().mean() >= 0.999, name
+            assert not a.numel() or same.float().mean() >= 0.999, name
         elif name not in EXACT:
             assert torch.equal(a, wanted[name]), name
     for row in range(2):

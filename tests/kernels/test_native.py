@@ -161,7 +161,7 @@ def test_a_step_is_the_same_side_by_side(index: int, batch: int, monkeypatch: py
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_launches_that_overlap_do_not_meet(captured: bool) -> None:
-    """Two streams, and two graphs replayed on them, attend to caches of their own at the same time."""
+    """Two streams, and two graphs replayed on them, attend to one cache at the same time."""
     layer = layer_of(2, 3)
     append(layer, rows(3, 380, 1), rows(3, 380, 2), torch.arange(380)[None])
     layer.length.fill_(380)
