@@ -11,23 +11,25 @@ Cost       three launches: the codes of keys, those of values, and exact rows wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attend_triton import here, interpreted, power, refuse, transform
+from .lasting import kept
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .quantize import segments
 
-__all__ = ["append_one", "why_not"]
+__all__ = ["append_one", "launches", "why_not"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 1, "gauss": 2, "uniform": 3, "uniform-int": 4, "static": 5}
 _SEGMENTS = 4
 _FAR = 1 << 20  # a bit that no row has
-_CHUNK = 32  # rows of the basis at a time
+_WARPS = 4  # more of them wait for each other: 8 take 1.3 to 1.6 times as long, 16 up to 3 times
+_TILE = 128 * 256  # numbers of a basis or of codebooks in registers at a time; a half or a quarter takes up to twice as long
 
 
 def why_not(codec: Any, k: Tensor, candidates: Sequence[Tensor]) -> str:
@@ -55,7 +57,7 @@ def _unserved(codec: Any, dim: int) -> str:
     return ""
 
 
-@cache
+@kept
 def _tables(kind: str, widths: tuple[int, ...], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """meta int32 [4, DP] (width, first threshold, first bit, first level of a channel), levels and thresholds."""
     dim = 8 * len(widths)
@@ -79,17 +81,34 @@ def append_one(
     state: Sequence[Tensor], params: Sequence[Tensor], codec: Any, roped: bool,
 ) -> None:  # fmt: skip
     """`kvsink::append_` for S = 1 where `why_not` is empty."""
+    for launch in launches(k, v, positions, cos, sin, candidates, state, params, codec, roped):
+        launch()
+
+
+def launches(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor], codec: Any, roped: bool,
+) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:  # fmt: skip
+    """The same in three parts, which may run at the same time: codes of keys, codes of values, exact rows and positions."""
     from . import triton_append as kernels
 
     p, st = dict(zip(codec.param_names(), params, strict=True)), codec.named(state)
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    b, h, _, d = k.shape
-    rotary = cos.shape[-1]
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     angles = cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0
     step = positions.stride(0) if positions.shape[0] > 1 else 0
-    for name, side, rows in (("k", codec.key, k), ("v", codec.value, v)):
-        _code(kernels, codec, name, side, rows, positions, step, angles, st, p, roped)
+    sides = ("k", codec.key, k), ("v", codec.value, v)
+    code = [partial(_code, kernels, codec, *side, positions, step, angles, st, p, roped) for side in sides]
+    return code[0], code[1], partial(_enter, kernels, codec, k, v, positions, step, angles, candidates, st, roped)
+
+
+def _enter(
+    kernels: Any, codec: Any, k: Tensor, v: Tensor, positions: Tensor, step: int, angles: tuple[Tensor, Tensor, int],
+    candidates: Sequence[Tensor], st: dict[str, Tensor], roped: bool,
+) -> None:  # fmt: skip
+    """The new rows into the exact rows, the window and the positions."""
+    b, h, _, d = k.shape
+    cos, sin, cos_b = angles
     n = len(codec.segments)
     scores = [x if x.dtype == torch.float32 else x.float() for x in candidates[: 2 * n : 2]]
     scores += [k] * (_SEGMENTS - n)  # pointers that are not followed
@@ -99,9 +118,9 @@ def append_one(
     kernels.enter_kernel[(b,)](
         k, v, positions, st["length"], cos, sin, *scores, st["positions"], exact, st["exact_v"], st["exact_slot"],
         st["exact_score"], recent, st["recent_v"], st["recent_slot"],
-        *k.stride()[:2], *v.stride()[:2], step, angles[2], *strides, st["positions"].stride(0), *exact.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2], step, cos_b, *strides, st["positions"].stride(0), *exact.stride()[:2],
         *recent.stride()[:2], H=h, HP=1 << (h - 1).bit_length(), D=d, DP=power(d), E=exact.shape[2],
-        EP=power(exact.shape[2] or 1), W=codec.ring, N=n, A=ends[0], B=ends[1], C=ends[2], ROTARY=0 if roped else rotary,
+        EP=power(exact.shape[2] or 1), W=codec.ring, N=n, A=ends[0], B=ends[1], C=ends[2], ROTARY=0 if roped else cos.shape[-1],
     )  # fmt: skip
 
 
@@ -130,9 +149,10 @@ def _code(
         held(p.get("offset_sin")), held(p.get("k_mean2")), held(basis), held(sigma), held(book), levels, edges, meta, codes, scale,
         *rows.stride()[:2], step, cos_b, *codes.stride()[:2], *scale.stride()[:2], basis_h,
         0 if book is None or book.shape[0] == 1 else book.stride(0), side.clip,
-        H=h, D=d, DP=power(d), CHUNK=min(_CHUNK, power(d)), KEY=key, ROPED=roped, ROTARY=cos.shape[-1] if key else 0,
-        BLOCKED=blocked, OFFSET=offset, BLOCK=side.block if offset else 1, CENTER=center,
+        H=h, D=d, DP=power(d), CHUNK=min(_TILE // (2 * power(d)), power(d)), KEY=key, ROPED=roped,
+        ROTARY=cos.shape[-1] if key else 0, BLOCKED=blocked, OFFSET=offset, BLOCK=side.block if offset else 1, CENTER=center,
         CENTER2=key and side.transform == "klt", BASIS=basis is not None, KIND=_KIND[side.kind], GAIN=side.gain,
         WIDEST=max(side.widths, default=0), GROUP=side.group_size, COUPLE=side.couple or 1, BITS=side.code_bits,
-        BYTES=codes.shape[-1], BYTES_P=power(codes.shape[-1]), SCALES=scale.shape[-1], num_warps=4,
+        BYTES=codes.shape[-1], BYTES_P=power(codes.shape[-1]), SCALES=scale.shape[-1],
+        STEP=min(_TILE // power(d), 1 << side.code_bits), num_warps=_WARPS,
     )  # fmt: skip

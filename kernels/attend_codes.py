@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from .attend_triton import derived, levels_of, per_head, same, step_kind, transform
+from .lasting import kept
 from .native import SHARED_LIMIT, Module, NativeError, module_of, too_old
 from .quantize import SIGMA_KINDS
 from .tiles import TileTables
 
-__all__ = ["Call", "CodesVariant", "attend_one", "kernels_for", "misplaced", "variant_of"]
+__all__ = ["Beside", "Call", "CodesVariant", "attend_one", "kernels_for", "misplaced", "variant_of"]
 
 DIM, WINDOW, BLOCK = 128, 64, 64
 _COUPLES = (2, 4, 8)
-_TURNED = 80  # blocks that one launched block of `turn_queries` turns to: 8 · TURN_BLOCKS of codes.cuh
+_TURNED = 16  # blocks that a launched block of `turn_queries` turns to at a time: TURN_BLOCKS of codes.cuh
+_MERGE_WARPS = 8  # of a launched block of `merge_codes`
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
 
 
@@ -41,17 +43,17 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((n, _pointer) for n in (
-            "q", "k_codes", "k_scale", "v_codes", "v_scale", "positions", "length", "mask", "exact_k", "exact_v", "exact_slot",
-            "recent_k", "recent_v", "recent_slot", "new_k", "new_v", "k_levels", "v_levels", "basis", "mean", "offsets", "angles",
-            "turned", "part_acc", "part_top", "part_mass", "value_mean", "out",
+            "q", "k_codes", "k_scale", "v_codes", "v_scale", "positions", "new_positions", "length", "mask", "exact_k", "exact_v",
+            "exact_slot", "recent_k", "recent_v", "recent_slot", "new_k", "new_v", "k_levels", "v_levels", "basis", "mean",
+            "offsets", "angles", "turned", "part_acc", "part_top", "part_mass", "value_mean", "out",
         )),
         *((n, _long) for n in (
             "k_codes_b", "k_codes_h", "k_scale_b", "k_scale_h", "v_codes_b", "v_codes_h", "v_scale_b", "v_scale_h", "position_row",
-            "mask_row", "k_levels_h", "v_levels_h", "basis_h",
+            "mask_row", "k_levels_h", "v_levels_h", "basis_h", "new_row",
         )),
         *((n, _int) for n in (
             "Hkv", "slots", "splits", "blocks", "angle_rows", "E", "ring", "window", "strict", "by_block", "q_bf16", "heads",
-            "value_hadamard",
+            "value_hadamard", "merge_warps",
         )),
         ("scale", ctypes.c_float),
     )  # fmt: skip
@@ -157,9 +159,19 @@ def variant_of(codec: Any, repeats: int, dim: int, rotary: int, dtype: torch.dty
 class Kernels(Protocol):
     """Who launches: the GPU's driver, or the emulation of the tests."""
 
-    def turn(self, call: Call, groups: int, heads: int) -> None: ...
+    def turn(self, call: Call, groups: int) -> None: ...
     def attend(self, call: Call, heads: int) -> None: ...
     def merge(self, call: Call, groups: int) -> None: ...
+
+
+class Beside(Protocol):
+    """What stores the new rows meanwhile: their codes at any time, and exact rows when attention has read the old ones."""
+
+    positions: Tensor  # int64 [B or 1, 1] of the new rows
+
+    def code(self) -> None: ...
+    def enter(self) -> None: ...
+    def join(self) -> None: ...
 
 
 class CodesKernels:
@@ -173,14 +185,14 @@ class CodesKernels:
         module.allow_shared(self._attend, self._shared)
         self.blocks = module.multiprocessors
 
-    def turn(self, call: Call, groups: int, heads: int) -> None:
-        self._module.launch(self._turn, groups, heads, 256, 0, call)
+    def turn(self, call: Call, groups: int) -> None:
+        self._module.launch(self._turn, groups, 1, 256, 0, call)
 
     def attend(self, call: Call, heads: int) -> None:
         self._module.launch(self._attend, call.splits, heads, self._threads, self._shared, call)
 
     def merge(self, call: Call, groups: int) -> None:
-        self._module.launch(self._merge, groups, 1, 128, 0, call)
+        self._module.launch(self._merge, groups, 1, 32 * _MERGE_WARPS, 0, call)
 
 
 _LOADED: dict[tuple[CodesVariant, str], CodesKernels | NativeError] = {}
@@ -215,7 +227,7 @@ def _channels(couple: int) -> list[int]:
     return out
 
 
-@cache
+@kept
 def _index(couple: int, device: str) -> Tensor:
     return torch.tensor(_channels(couple), device=device)
 
@@ -243,7 +255,7 @@ def _run_levels(kind: str) -> Tensor:
     return torch.cat([flat, flat.new_zeros(1024 - flat.numel())]).half()
 
 
-@cache
+@kept
 def _scalar_levels(kind: str, width: int, runs: bool, device: str) -> Tensor:
     if runs:
         return _run_levels(kind).to(device)
@@ -315,7 +327,7 @@ def _dense_basis(basis: Tensor, sigma: Tensor | None, couple: int) -> Tensor:
     return derived(basis if basis.dim() == 3 else basis[None], torch.float16, blocks)
 
 
-@cache
+@kept
 def _operand_order(couple: int, device: str) -> Tensor:
     """Component at each place of the product's inner dimension: word i = 2 s + e of lane t stands at 16 s + 8 e + 2 t."""
     order, channels = [0] * DIM, _channels(couple)
@@ -338,7 +350,7 @@ def _turn_basis(basis: Tensor, sigma: Tensor | None, couple: int) -> Tensor:
     return derived(basis if basis.dim() == 3 else basis[None], torch.int32, fragments)
 
 
-@cache
+@kept
 def _identity(device: str) -> Tensor:
     return torch.eye(DIM, device=device)[None]
 
@@ -373,9 +385,9 @@ def splits_of(heads: int, slots: int, multiprocessors: int) -> int:
 
 def attend_one(
     kernels: Kernels, variant: CodesVariant, c: Any, q: Tensor, k: Tensor, v: Tensor, st: Mapping[str, Tensor],
-    p: Mapping[str, Tensor], mask: Tensor | None, scale: float, multiprocessors: int,
+    p: Mapping[str, Tensor], mask: Tensor | None, scale: float, multiprocessors: int, beside: Beside | None = None,
 ) -> Tensor:  # fmt: skip
-    """`kvsink::attend` for S = 1 by the kernels of a variant."""
+    """`kvsink::attend` for S = 1 by the kernels of a variant; `beside` stores the new rows meanwhile."""
     b, h, _, d = k.shape
     r, device, slots = q.shape[1] // h, q.device, st["k_codes"].shape[2]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -421,7 +433,11 @@ def attend_one(
     if variant.dense and basis is not None:
         table = _dense_basis(basis, sigma, couple if not variant.key_runs else 2)
         call.basis, call.basis_h = at(table), 0 if table.shape[0] == 1 else 8192
+    if beside is not None:
+        call.new_positions, call.new_row = at(beside.positions), beside.positions.stride(0) if beside.positions.shape[0] > 1 else 0
+        beside.code()
     heads, splits = b * h, call.splits
+    call.heads = heads
     acc = torch.empty(heads, splits + 1, r, d, dtype=torch.float32, device=device)
     top, mass = (torch.empty(heads, splits + 1, r, dtype=torch.float32, device=device) for _ in range(2))
     call.part_acc, call.part_top, call.part_mass = at(acc), at(top), at(mass)
@@ -429,10 +445,15 @@ def attend_one(
         table = _turn_basis(_identity(str(device)) if basis is None else basis, sigma, couple if not variant.key_runs else 2)
         call.basis, call.basis_h = at(table), 0 if table.shape[0] == 1 else 8192
         call.turned = at(torch.empty(heads, call.blocks, 256, dtype=torch.int32, device=device))
-        kernels.turn(call, -(-call.blocks // _TURNED), heads)
+        kernels.turn(call, min(-(-call.blocks // _TURNED) * heads, 3 * multiprocessors))
     kernels.attend(call, heads)
+    if beside is not None:
+        beside.enter()
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
-    call.out, call.heads, call.value_hadamard = at(out), heads, int(c.value.transform == "hadamard" and not c.value.folded)
+    call.out, call.value_hadamard = at(out), int(c.value.transform == "hadamard" and not c.value.folded)
     call.value_mean = at(p["v_mean"] if c.value.center else None)
-    kernels.merge(call, -(-heads * r // 4))
+    call.merge_warps = next(n for n in (8, 4, 2, 1) if splits >= 4 * n or n == 1)
+    kernels.merge(call, -(-heads * r * call.merge_warps // _MERGE_WARPS))
+    if beside is not None:
+        beside.join()
     return out

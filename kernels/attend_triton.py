@@ -19,17 +19,21 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .attend_cpu import unread
 from .hadamard import hadamard_ref
+from .lasting import kept, lasting
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
 
-__all__ = ["attend_one", "here", "interpreted", "power", "refuse", "served_by", "transform", "why_not"]
+if TYPE_CHECKING:
+    from . import attend_codes
+
+__all__ = ["attend_one", "by_cuda", "here", "interpreted", "power", "refuse", "served_by", "transform", "why_not"]
 
 _KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
@@ -109,7 +113,7 @@ def _bit(group: int, bits: int) -> int:
     return group * bits % 8
 
 
-@cache
+@kept
 def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[int, Tensor, Tensor, bool, int]:
     """form, meta, levels, wide and multiple of a scalar quantizer."""
     padded, width = power(8 * len(widths)), widths[0]
@@ -150,7 +154,7 @@ def levels_of(kind: str, width: int) -> Tensor:
     return (even_levels(width) if kind == "lloyd-even" else lloyd_max(width)).float()
 
 
-@cache
+@kept
 def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tuple[int, Tensor, bool]:
     """form, meta and wide of coupled codes."""
     if bits == 8 and couple & (couple - 1) == 0:
@@ -191,7 +195,7 @@ def derived(table: Tensor, dtype: torch.dtype, how: Callable[[Tensor], Tensor]) 
     held = _made.get(key)
     if held is not None and held[0]() is table:
         return held[1]
-    new = how(table).to(dtype).contiguous()
+    new = lasting(table.device, lambda: how(table).to(dtype).contiguous())
     if not (new.is_cuda and torch.cuda.is_current_stream_capturing()):
         _made[key] = weakref.ref(table, partial(_forget, _made, key)), new
     return new
@@ -225,7 +229,7 @@ def _first_rows(table: Tensor, unit: Tensor, dim: int, rest: float) -> Tensor:
     return out
 
 
-@cache
+@kept
 def _hadamard(order: int, dim: int, device: str) -> Tensor:
     """U float32 [D, D] with z = x U."""
     return hadamard_ref(torch.eye(dim), order).contiguous().to(device)
@@ -278,7 +282,7 @@ def attend_one(
     b, h, _, d = k.shape
     r, slots, device = q.shape[1] // h, st["k_codes"].shape[2], q.device
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if (out := _by_cuda(c, q, k, v, st, p, mask, scale)) is not None:
+    if (out := by_cuda(c, q, k, v, st, p, mask, scale)) is not None:
         return out
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
     key = _side(c.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
@@ -367,16 +371,17 @@ def served_by(codec: Any, q: Tensor, k: Tensor, state: Sequence[Tensor], params:
     return "triton" if _codes_kernels(codec, q, k, codec.named(state), p) is None else "cuda, rows of bytes"
 
 
-def _by_cuda(
-    c: Any, q: Tensor, k: Tensor, v: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], mask: Tensor | None, scale: float
-) -> Tensor | None:
+def by_cuda(
+    c: Any, q: Tensor, k: Tensor, v: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], mask: Tensor | None, scale: float,
+    beside: attend_codes.Beside | None = None,
+) -> Tensor | None:  # fmt: skip
     """The output by the kernels in CUDA C++, where they serve the call."""
     from . import attend_codes
 
     if (made := _codes_kernels(c, q, k, st, p)) is None:
         return None
     variant, kernels = made
-    return attend_codes.attend_one(kernels, variant, c, q, k, v, st, p, mask, scale, kernels.blocks)
+    return attend_codes.attend_one(kernels, variant, c, q, k, v, st, p, mask, scale, kernels.blocks, beside)
 
 
 def _merged(acc: Tensor, top: Tensor, mass: Tensor, splits: int, q: Tensor, c: Any, p: dict[str, Tensor]) -> Tensor:

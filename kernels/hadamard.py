@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .base import Cost, OpSpec, nbytes, register_op
+from .lasting import lasting
 
 __all__ = ["hadamard", "hadamard_core", "hadamard_matrix", "hadamard_ref"]
 
@@ -54,7 +55,7 @@ def _core(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     key = (order, dtype, str(device))
     held = _CORES.get(key)
     if held is None:
-        held = _paley(order).to(device=device, dtype=dtype)
+        held = lasting(device, lambda: _paley(order).to(device=device, dtype=dtype))
         if type(held) is Tensor:  # not the stand-in of a tracer
             _CORES[key] = held
     return held

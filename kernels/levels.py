@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lasting import lasting
+
 __all__ = ["EVEN_STEP", "distortion", "even_levels", "even_thresholds", "lloyd_max", "thresholds"]
 
 EVEN_STEP = {
@@ -60,7 +62,7 @@ def _shared(name: str, bits: int, device: torch.device | str, values: Callable[[
     key = (name, bits, str(device))
     held = _SHARED.get(key)
     if held is None:
-        held = torch.tensor(values(), dtype=torch.float32, device=device)
+        held = lasting(torch.device(device), lambda: torch.tensor(values(), dtype=torch.float32, device=device))
         if type(held) is Tensor:  # not the stand-in of a tracer
             _SHARED[key] = held
     return held

@@ -146,7 +146,7 @@ def code_kernel(
     ROTARY: tl.constexpr, BLOCKED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr,
     CENTER2: tl.constexpr, BASIS: tl.constexpr, KIND: tl.constexpr, GAIN: tl.constexpr, WIDEST: tl.constexpr,
     GROUP: tl.constexpr, COUPLE: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, BYTES_P: tl.constexpr,
-    SCALES: tl.constexpr,
+    SCALES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One row of one side. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer zero, 5 static."""
     bh = tl.program_id(0).to(tl.int64)
@@ -180,7 +180,6 @@ def code_kernel(
         G: tl.constexpr = D // COUPLE
         GP: tl.constexpr = DP // COUPLE
         K: tl.constexpr = 1 << BITS
-        STEP: tl.constexpr = min(K, 32)
         g = tl.arange(0, GP)
         book += h * book_h
         z = tl.reshape(x, [GP, COUPLE])

@@ -1,7 +1,7 @@
 """The whole chain of a packed site becomes two ops: one that stores, one that attends over the packed rows.
 
 Formula    center, rotate, reorder, quantize, store, preserve  →  kvsink.append_(k_pre or k_rope, …)
-           dequantize, undo, lay over, repeat_kv, attention     →  kvsink.attend(q, …); one op, append_attend_, for codes in tiles
+           dequantize, undo, lay over, repeat_kv, attention     →  kvsink.attend(q, …); one op, append_attend_, see `as_one`
 Source     ours
 Differs    no
 Shapes     q [B, Hq, S, D], k_rope, v_new [B, Hkv, S, D], state as in kvsink.codecs.STATE_NAMES → [B, Hq, S, D]
@@ -18,11 +18,18 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
 from kvsink.passes.visibility import only_causal
 from kvsink.sites import AttentionSite
 from kvsink.targets import kind, value
+
+
+def as_one(site: AttentionSite, codec: Codec) -> bool:
+    """Whether one op stores and attends: for codes in tiles, and in a step on a GPU, where both run side by side."""
+    q = value(site.q)
+    return codec.tiles or (q.device.type == "cuda" and q.shape[2] == 1 and not codec.strict)
 
 
 @register_pass
@@ -49,13 +56,14 @@ class Fuse(RewritePass):
         assert chain is not None
         candidates, state, params = chain.markers
         k = site.k_rope if chain.roped_input else site.k_pre
-        if chain.codec.tiles:
+        if as_one(site, chain.codec):
             lengths = [c.state["length"] for c in work.chains.values() if "length" in c.state]
             slots = value(chain.state["k_codes"]).shape[2]
             plain = value(site.q).shape[2] == 1 and only_causal(site.mask, slots, lengths)
             new = insert_op(
-                old, torch.ops.kvsink.append_attend_.default, site.q, k, site.v_new, chain.positions, candidates, state, params,
-                None if plain else site.mask, site.scale, site.is_causal, chain.codec_text,
+                old, torch.ops.kvsink.append_attend_.default, site.q, site.k_rope, site.v_new, chain.positions, candidates, state,
+                params, None if plain else site.mask, site.scale, site.is_causal, chain.codec_text,
+                [] if chain.roped_input else [k, chain.cos, chain.sin],
             )  # fmt: skip
             self._finish(site, work, new)
             return

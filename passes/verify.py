@@ -45,7 +45,7 @@ def _verify_packed(site: AttentionSite, work: Work, chain: Chain) -> None:
     codes = chain.state["k_codes"]
     names = [kind(user) for user in codes.users]
     wanted = ["kvsink.append_", "kvsink.attend"] if chain.fused is not None else ["index_copy_"]
-    if chain.fused is not None and chain.codec.tiles:
+    if chain.fused is not None and kind(chain.fused) == "kvsink.append_attend_":
         wanted = ["kvsink.append_attend_"]
     if chain.fused is not None and sorted(names) != wanted:
         raise KvsinkError(
@@ -55,7 +55,7 @@ def _verify_packed(site: AttentionSite, work: Work, chain: Chain) -> None:
         raise KvsinkError(f"{site.path}: packed keys are used by {', '.join(names)}; expected one store, one read")
     if chain.fused is None and chain.preserved and not chain.opaque and names.count("index_copy_") != 1:
         raise KvsinkError(f"{site.path}: packed keys are stored {names.count('index_copy_')} times; expected once")
-    if chain.fused is not None and not chain.codec.tiles:
+    if chain.fused is not None and kind(chain.fused) == "kvsink.attend":
         store = next(user for user in codes.users if kind(user) == "kvsink.append_")
         if not store < chain.fused:
             raise KvsinkError(f"{site.path}: attention runs before the new rows are stored")

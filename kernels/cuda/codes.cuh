@@ -63,6 +63,7 @@ struct Codes {
   const unsigned char* v_codes;
   const unsigned short* v_scale;
   const int* positions;       // [B, position_row]
+  const long long* new_positions; // [B, new_row] positions of the new rows, or null where `positions` has them already
   const long long* length;
   const unsigned char* mask;  // [B, mask_row] 1 where a slot is visible, or null
   const void* exact_k;        // [B, Hkv, E, 128] in the dtype of q
@@ -86,8 +87,9 @@ struct Codes {
   const float* value_mean;    // [Hkv, 128] or null
   void* out;                  // [B * Hkv, R, 128] in the dtype of q
   long long k_codes_b, k_codes_h, k_scale_b, k_scale_h, v_codes_b, v_codes_h, v_scale_b, v_scale_h;   // bytes, halves
-  long long position_row, mask_row, k_levels_h, v_levels_h, basis_h;                                  // elements; tables in bytes
+  long long position_row, mask_row, k_levels_h, v_levels_h, basis_h, new_row;                         // elements; tables in bytes
   int Hkv, slots, splits, blocks, angle_rows, E, ring, window, strict, by_block, q_bf16, heads, value_hadamard;   // heads: B * Hkv
+  int merge_warps;            // that share the parts of a query head: 1, 2, 4 or 8
   float scale;                // softmax scale times log2(e)
 };
 
@@ -260,6 +262,13 @@ DEVICE void query_sums(float (&sum)[2], const u32 (&q)[16], int lane) {
   const int head = 2 * (lane & 1);
 #pragma unroll
   for (int e = 0; e < 2; e++) sum[e] = bits_float((u32)shfl_int((int)float_bits(s), 4 * (head + e)));
+}
+
+// Blocks of 64 positions that a row's first slot lies behind position 0.
+DEVICE int first_block(const Codes& p, int b) {
+  const int first = (int)*p.length;
+  const int begins = (p.new_positions ? (int)p.new_positions[b * p.new_row] : p.positions[b * p.position_row + first]) - first;
+  return begins > 0 ? begins >> 6 : 0;
 }
 
 struct Softmax {                                // of one warp; columns 0-3 and 4-7 are the heads of even and odd tiles
@@ -571,11 +580,7 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
     }
   if (split == 0)
     for (int hq = warp; hq < R; hq += WARPS) attend_held(p, b, head, hq, lane);
-  int base = 0;
-  if (STARTS) {
-    const int begins = p.positions[b * p.position_row + first] - first;
-    base = begins > 0 ? begins >> 6 : 0;
-  }
+  const int base = STARTS ? first_block(p, b) : 0, last = p.new_positions ? (first ? first - 1 : 0) : first;
   int exact[2];
   for (int i = 0; i < 2; i++) exact[i] = lane + 32 * i < p.E ? p.exact_slot[b * p.E + lane + 32 * i] : -1;
   sync_cta();
@@ -606,7 +611,7 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
       }
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int slot = base_slot + 32 * half + lane, held = slot < first ? slot : first;
+        const int slot = base_slot + 32 * half + lane, held = slot < last ? slot : last;
         bool seen = slot < past && (p.window == 0 || slot <= first - p.window);
         if (STARTS) {
           const int x = p.positions[b * p.position_row + held] - base * 64;
@@ -674,111 +679,137 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
   }
 }
 
-// The query of every block of 64 positions in the codes' basis, as `turned_query` reads it. A warp turns to TURN_BLOCKS of them.
-constexpr int TURN_PAIRS = 5, TURN_BLOCKS = 2 * TURN_PAIRS;   // 80 blocks per launched block: one for 4096 slots and a block more
-KERNEL(256) turn_queries(ARGUMENT(Codes) p) {
-  const int lane = TID & 31, warp = TID >> 5, g = lane >> 2, t = lane & 3, head = CTA_Y % p.Hkv, b = CTA_Y / p.Hkv, hq = g & 3;
-  const long long bh = CTA_Y;
-  const int block0 = (CTA_X * 8 + warp) * TURN_BLOCKS;
-  if (block0 >= p.blocks) return;
+// The query of every block of 64 positions in the codes' basis, as `turned_query` reads it. A launched block takes a share of all runs of
+// TURN_BLOCKS blocks: of each a warp turns two, and takes all to 16 components, whose rows of the basis it holds.
+constexpr int TURN_PAIRS = 8, TURN_BLOCKS = 2 * TURN_PAIRS, TURN_THREADS = 32 * TURN_PAIRS;
+constexpr int TURN_ROW = 18;                    // words: 16, padded against bank conflicts
+constexpr int OFF_RESULTS = TURN_PAIRS * 2048, TURN_BYTES = OFF_RESULTS + TURN_BLOCKS * 16 * TURN_ROW * 4;
+KERNEL(TURN_THREADS, 3) turn_queries(ARGUMENT(Codes) p) {
+  BLOCK_MEMORY(TURN_BYTES)
+  const int lane = TID & 31, warp = TID >> 5, g = lane >> 2, t = lane & 3, hq = g & 3;
+  uint4* queries = (uint4*)smem + lane;         // [pair, 4, lane]
+  u32* results = (u32*)(smem + OFF_RESULTS);    // [block, 16, TURN_ROW]
+  const int runs = (p.blocks + TURN_BLOCKS - 1) / TURN_BLOCKS;
+  const long long all = (long long)p.heads * runs, per = (all + GRID_X - 1) / GRID_X, end = (CTA_X + 1) * per < all ? (CTA_X + 1) * per : all;
+  long long held = -1;
   int base = 0;
-  if (STARTS) {
-    const int first = (int)*p.length, begins = p.positions[b * p.position_row + first] - first;
-    base = begins > 0 ? begins >> 6 : 0;
-  }
-  u32 raw[16], rq[TURN_PAIRS][16];
+  uint4 basis[8];
+  u32 raw[16];
+  for (long long at = CTA_X * per; at < end; at++) {
+    const long long bh = at / runs;
+    const int block0 = (int)(at - bh * runs) * TURN_BLOCKS;
+    if (bh != held) {
+      const int head = (int)(bh % p.Hkv);
+      base = STARTS ? first_block(p, (int)(bh / p.Hkv)) : 0;
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
-    const u32 v = ((const u32*)p.q)[((bh * R + (hq < R ? hq : R - 1)) * D + 8 * i + 2 * t) / 2];
-    const float lo = p.q_bf16 ? bits_float(v << 16) : half_lo(v), hi = p.q_bf16 ? bits_float(v & 0xffff0000u) : half_hi(v);
-    raw[i] = pack_half2(lo * p.scale, hi * p.scale);
-  }
+      for (int k = 0; k < 8; k++) basis[k] = ((const uint4*)(p.basis + head * p.basis_h))[(warp * 8 + k) * 32 + lane];
 #pragma unroll
-  for (int n = 0; n < TURN_PAIRS; n++) {
-    int row = base + block0 + 2 * n + (g >> 2);
+      for (int i = 0; i < 16; i++) {
+        const u32 v = ((const u32*)p.q)[((bh * R + (hq < R ? hq : R - 1)) * D + 8 * i + 2 * t) / 2];
+        const float lo = p.q_bf16 ? bits_float(v << 16) : half_lo(v), hi = p.q_bf16 ? bits_float(v & 0xffff0000u) : half_hi(v);
+        raw[i] = pack_half2(lo * p.scale, hi * p.scale);
+      }
+      held = bh;
+    }
+    int row = base + block0 + 2 * warp + (g >> 2);
     row = row < p.angle_rows ? row : p.angle_rows - 1;
-    const u32* angle = p.angles + (long long)row * 64 + 4 * t;
+    const uint4* angle = (const uint4*)(p.angles + (long long)row * 64) + t;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const u32 c = p.by_block ? angle[16 * (i >> 2) + (i & 3)] : 0x3c003c00u, s = p.by_block ? angle[32 + 16 * (i >> 2) + (i & 3)] : 0;
-      rq[n][i] = hfma2(raw[i + 8], s, hmul2(raw[i], c));
-      rq[n][i + 8] = hfma2(raw[i] ^ 0x80008000u, s, hmul2(raw[i + 8], c));
-    }
-  }
-  const uint4* basis = (const uint4*)(p.basis + head * p.basis_h) + lane;
-#pragma unroll 1
-  for (int m = 0; m < 8; m += 2) {                // two runs of 16 components at a time: words 2 m … 2 m + 3
-    float y[TURN_PAIRS][2][4];
+    for (int n = 0; n < 2; n++) {
+      uint4 c = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u}, s = {0, 0, 0, 0};
+      if (p.by_block) { c = angle[4 * n]; s = angle[4 * n + 8]; }
+      const u32 cv[4] = {c.x, c.y, c.z, c.w}, sv[4] = {s.x, s.y, s.z, s.w};
+      u32 lo[4], hi[4];
 #pragma unroll
-    for (int n = 0; n < TURN_PAIRS; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) y[n][i][e] = 0;
-#pragma unroll
-    for (int k = 0; k < 8; k++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const uint4 a = basis[((m + i) * 8 + k) * 32];
-#pragma unroll
-        for (int n = 0; n < TURN_PAIRS; n++) mma(y[n][i], a.x, a.y, a.z, a.w, rq[n][2 * k], rq[n][2 * k + 1]);
+      for (int j = 0; j < 4; j++) {
+        const int i = 4 * n + j;
+        lo[j] = hfma2(raw[i + 8], sv[j], hmul2(raw[i], cv[j]));
+        hi[j] = hfma2(raw[i] ^ 0x80008000u, sv[j], hmul2(raw[i + 8], cv[j]));
       }
-#pragma unroll
+      queries[(4 * warp + n) * 32] = uint4{lo[0], lo[1], lo[2], lo[3]};
+      queries[(4 * warp + n + 2) * 32] = uint4{hi[0], hi[1], hi[2], hi[3]};
+    }
+    sync_cta();
+#pragma unroll 2
     for (int n = 0; n < TURN_PAIRS; n++) {
-      u32 w[4];
+      float y[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        w[2 * i] = transpose8x8(pack_half2(y[n][i][0], y[n][i][1]));
-        w[2 * i + 1] = transpose8x8(pack_half2(y[n][i][2], y[n][i][3]));
+      for (int k = 0; k < 4; k++) {
+        const uint4 q = queries[(4 * n + k) * 32], u = basis[2 * k], v = basis[2 * k + 1];
+        mma(y[0], u.x, u.y, u.z, u.w, q.x, q.y);
+        mma(y[1], v.x, v.y, v.z, v.w, q.z, q.w);
       }
-      const int block = block0 + 2 * n + (g >> 2);
-      if (block < p.blocks)
-        *(uint4*)(p.turned + (bh * p.blocks + block) * 256 + (hq * 4 + t) * 16 + 2 * m) = uint4{w[0], w[1], w[2], w[3]};
+      const u32 even = transpose8x8(pack_half2(y[0][0] + y[1][0], y[0][1] + y[1][1]));
+      const u32 odd = transpose8x8(pack_half2(y[0][2] + y[1][2], y[0][3] + y[1][3]));
+      *(uint2*)(results + ((2 * n + (g >> 2)) * 16 + hq * 4 + t) * TURN_ROW + 2 * warp) = uint2{even, odd};
     }
+    sync_cta();
+    const int blocks = p.blocks - block0 < TURN_BLOCKS ? p.blocks - block0 : TURN_BLOCKS;
+    uint2* out = (uint2*)(p.turned + (bh * p.blocks + block0) * 256);
+    for (int i = TID; i < blocks * 128; i += TURN_THREADS) out[i] = *(const uint2*)(results + (i >> 3) * TURN_ROW + 2 * (i & 7));
   }
 }
 
-// The parts of one query head, by one warp: decoded ones through the values' Hadamard matrix, rows held as they came as they are.
-KERNEL(128) merge_codes(ARGUMENT(Codes) p) {
+// The parts of one query head, by `merge_warps` warps: decoded ones through the values' Hadamard matrix, rows held as they came as they are.
+constexpr int MERGE_WARPS = 8, MERGE_BYTES = MERGE_WARPS * 5 * 32 * 4;
+KERNEL(32 * MERGE_WARPS) merge_codes(ARGUMENT(Codes) p) {
+  BLOCK_MEMORY(MERGE_BYTES)
   constexpr int MANY = 4;
-  const int lane = TID & 31, row = CTA_X * 4 + (TID >> 5), hq = row % R;
+  const int lane = TID & 31, warp = TID >> 5, share = warp % p.merge_warps, row = (CTA_X * MERGE_WARPS + warp) / p.merge_warps, hq = row % R;
   const long long bh = row / R;
-  if (bh >= p.heads) return;
+  const bool inside = bh < p.heads;
   const auto part = [&](int split) { return (bh * (p.splits + 1) + split) * R + hq; };
-  const float none = bits_float(0xff800000u), held_top = p.part_top[part(p.splits)];
-  float top = held_top;
-  for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, p.part_top[part(s)]);
+  const float none = bits_float(0xff800000u);
+  float held_top = none, top = 0, x[4] = {0, 0, 0, 0}, mass = 0;
+  float4 held = {0, 0, 0, 0};
+  if (inside) {
+    held_top = top = p.part_top[part(p.splits)];
+    held = *(const float4*)(p.part_acc + part(p.splits) * D + 4 * lane);
+    for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, p.part_top[part(s)]);
 #pragma unroll
-  for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
-  if (top == none) top = 0;
-  float x[4] = {0, 0, 0, 0}, mass = 0;
-  for (int s0 = 0; s0 < p.splits; s0 += MANY) {
-    float4 v[MANY];
-    float w[MANY], l[MANY];
+    for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
+    if (top == none) top = 0;
+    for (int s0 = share * MANY; s0 < p.splits; s0 += MANY * p.merge_warps) {
+      float4 v[MANY];
+      float w[MANY], l[MANY];
 #pragma unroll
-    for (int j = 0; j < MANY; j++) {
-      const bool inside = s0 + j < p.splits;
-      const long long at = part(inside ? s0 + j : 0);
-      v[j] = *(const float4*)(p.part_acc + at * D + 4 * lane);
-      w[j] = inside ? p.part_top[at] : none;
-      l[j] = p.part_mass[at];
-    }
+      for (int j = 0; j < MANY; j++) {
+        const bool is = s0 + j < p.splits;
+        const long long at = part(is ? s0 + j : 0);
+        v[j] = *(const float4*)(p.part_acc + at * D + 4 * lane);
+        w[j] = is ? p.part_top[at] : none;
+        l[j] = p.part_mass[at];
+      }
 #pragma unroll
-    for (int j = 0; j < MANY; j++) {
-      w[j] = exp2_fast(w[j] - top);
-      mass += w[j] * l[j];
-      x[0] += w[j] * v[j].x; x[1] += w[j] * v[j].y; x[2] += w[j] * v[j].z; x[3] += w[j] * v[j].w;
+      for (int j = 0; j < MANY; j++) {
+        w[j] = exp2_fast(w[j] - top);
+        mass += w[j] * l[j];
+        x[0] += w[j] * v[j].x; x[1] += w[j] * v[j].y; x[2] += w[j] * v[j].z; x[3] += w[j] * v[j].w;
+      }
     }
   }
-  const float4 held = *(const float4*)(p.part_acc + part(p.splits) * D + 4 * lane);
-  const float share = exp2_fast(held_top - top), inverse = 1.0f / fmaxf(mass + share * p.part_mass[part(p.splits)], 1e-30f);
+  if (p.merge_warps > 1) {
+    float* sums = (float*)smem + lane;          // [warp, 5, lane]
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[(warp * 5 + i) * 32] = x[i];
+    sums[(warp * 5 + 4) * 32] = mass;
+    sync_cta();
+    if (share == 0)
+      for (int w = warp + 1; w < warp + p.merge_warps; w++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] += sums[(w * 5 + i) * 32];
+        mass += sums[(w * 5 + 4) * 32];
+      }
+  }
+  if (!inside || share) return;
+  const float share_held = exp2_fast(held_top - top), inverse = 1.0f / fmaxf(mass + share_held * p.part_mass[part(p.splits)], 1e-30f);
   if (p.value_hadamard) hadamard(x, lane);
   if (p.value_mean) {
     const float4 mean = *(const float4*)(p.value_mean + bh % p.Hkv * D + 4 * lane);
     x[0] += mass * mean.x; x[1] += mass * mean.y; x[2] += mass * mean.z; x[3] += mass * mean.w;
   }
-  x[0] = (x[0] + share * held.x) * inverse; x[1] = (x[1] + share * held.y) * inverse;
-  x[2] = (x[2] + share * held.z) * inverse; x[3] = (x[3] + share * held.w) * inverse;
+  x[0] = (x[0] + share_held * held.x) * inverse; x[1] = (x[1] + share_held * held.y) * inverse;
+  x[2] = (x[2] + share_held * held.z) * inverse; x[3] = (x[3] + share_held * held.w) * inverse;
   const uint2 v = {p.q_bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]), p.q_bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3])};
   *(uint2*)((unsigned short*)p.out + (bh * R + hq) * D + 4 * lane) = v;
 }

@@ -53,11 +53,11 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
 extern "C" void run_codes(const Codes* p, int heads) {
   run([] { attend_codes(*(const Codes*)params); }, p, p->splits, heads, THREADS, SHARED_BYTES);
 }
-extern "C" void run_turn(const Codes* p, int grid_x, int heads) {
-  run([] { turn_queries(*(const Codes*)params); }, p, grid_x, heads, 256, 128);
+extern "C" void run_turn(const Codes* p, int grid_x) {
+  run([] { turn_queries(*(const Codes*)params); }, p, grid_x, 1, TURN_THREADS, TURN_BYTES);
 }
 extern "C" void run_merge(const Codes* p, int grid_x) {
-  run([] { merge_codes(*(const Codes*)params); }, p, grid_x, 1, 128, 128);
+  run([] { merge_codes(*(const Codes*)params); }, p, grid_x, 1, 32 * MERGE_WARPS, MERGE_BYTES);
 }
 extern "C" int codes_bytes() { return (int)sizeof(Codes); }
 extern "C" int smem_bytes() { return SHARED_BYTES; }

@@ -82,9 +82,9 @@ class EmulatedCodes:
         self.lib = _library(variant)
         assert self.lib.smem_bytes() <= variant.shared_bytes() <= native.SHARED_LIMIT
 
-    def turn(self, call: Any, groups: int, heads: int) -> None:
+    def turn(self, call: Any, groups: int) -> None:
         assert self.lib.codes_bytes() == ctypes.sizeof(call)
-        self.lib.run_turn(ctypes.byref(call), groups, heads)
+        self.lib.run_turn(ctypes.byref(call), groups)
 
     def attend(self, call: Any, heads: int) -> None:
         assert self.lib.codes_bytes() == ctypes.sizeof(call)

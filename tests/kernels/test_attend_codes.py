@@ -90,6 +90,46 @@ def test_padding_ratios_and_types(side: str, repeats: int, pad: tuple[int, ...],
     assert compared(layer, q, k, v, mask) <= BOUND[dtype]
 
 
+@pytest.mark.parametrize(("splits", "warps"), [(5, 1), (9, 2), (33, 8)])
+def test_parts_of_many_splits_are_merged_by_several_warps(splits: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than windows: the later ones are empty."""
+    monkeypatch.setattr(attend_codes, "splits_of", lambda *_: splits)
+    merged: list[int] = []
+    merge = EmulatedCodes.merge
+    monkeypatch.setattr(EmulatedCodes, "merge", lambda self, call, n: (merged.append(call.merge_warps), merge(self, call, n)))
+    layer, q, k, v = filled("klt-2/4", 3, 1, 270, (0,), torch.float16)
+    assert compared(layer, q, k, v, None) <= BOUND[torch.float16] and merged == [warps]
+
+
+def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
+    """The position of the new row comes from outside, rows are coded before and enter the exact ones behind attention."""
+    layer, q, k, v = filled("klt-2/4", 2, 2, 200, (0, 37), torch.float16)
+    codec = Codec.parse(layer.codec_text)
+    st = {n: x.half() if n.startswith("exact_") and x.dtype == torch.float32 and x.dim() == 4 else x.clone()
+          for n, x in codec.named(layer.state()).items()}  # fmt: skip
+    p = dict(zip(codec.param_names(), layer.params, strict=True))
+    made = attend_codes.variant_of(codec, 2, 128, 128, q.dtype)
+    assert not isinstance(made, str)
+    first, calls = int(layer.length), []
+    wanted = attend_codes.attend_one(EmulatedCodes(made), made, codec, q, k, v, st, p, None, SCALE, 3)
+
+    class Later:
+        positions = st["positions"][:, first : first + 1].long()
+
+        def code(self) -> None:
+            calls.append("code")
+
+        def enter(self) -> None:
+            calls.append("enter")
+
+        def join(self) -> None:
+            calls.append("join")
+
+    st["positions"][:, first] = 1 << 20  # what stands there is of no row
+    got = attend_codes.attend_one(EmulatedCodes(made), made, codec, q, k, v, st, p, None, SCALE, 3, Later())
+    assert torch.equal(got, wanted) and calls == ["code", "enter", "join"]
+
+
 def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
     codec = Codec.parse(KVSinkCache.for_model(codes_of("klt-2/4", 4)(), 1, SLOTS).packed_layers()[0].codec_text)
     assert not isinstance(attend_codes.variant_of(codec, 4, 128, 128, torch.float16), str)

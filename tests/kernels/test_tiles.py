@@ -166,7 +166,7 @@ def test_the_one_op_passes_opcheck(new: int) -> None:
     mask = torch.ones(2, 1, new, SLOTS, dtype=torch.bool).tril(9)
     given = (
         rows(2, new, 5, HEADS), rows(2, new, 6), rows(2, new, 7), torch.arange(9, 9 + new)[None], scores, layer.state(),
-        layer.params, mask, 0.09, False, layer.codec_text,
+        layer.params, mask, 0.09, False, layer.codec_text, [],
     )  # fmt: skip
     results = torch.library.opcheck(torch.ops.kvsink.append_attend_.default, given)
     assert set(results.values()) == {"SUCCESS"}
