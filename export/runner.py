@@ -25,10 +25,10 @@ PAST, PRESENT = "past_key_values.", "present."
 _DTYPES = {"float": "float32", "double": "float64"}  # other types have the names of numpy
 
 
-def _four_bit(manifest: Mapping[str, Any]) -> bool:
-    """Whether a graph of flavour gqa keeps two codes in a byte."""
-    keys = (e["dtype"] for e in manifest["inputs"] if e["name"].startswith(PAST) and e["name"].endswith(".key"))
-    return manifest["flavour"] == "gqa" and "uint8" in keys
+def _coded(manifest: Mapping[str, Any]) -> bool:
+    """Whether a graph of flavour gqa keeps codes."""
+    keys = {e["dtype"] for e in manifest["inputs"] if e["name"].startswith(PAST) and e["name"].endswith(".key")}
+    return manifest["flavour"] == "gqa" and bool(keys & {"uint8", "int8"})
 
 
 class OnnxGenerator:
@@ -36,14 +36,12 @@ class OnnxGenerator:
 
     providers: of onnxruntime, best first, each alone or with its options; threads: of one operator, 0 lets onnxruntime choose;
     library: the custom-op library that brings the nodes of flavour custom, as `python -m kvsink.tools.build_ort_ops` builds it;
-    profile: begin of the name of a file of times by node, which `session.end_profiling()` writes; known_wrong: run even what
-    is known to give wrong numbers on a provider, to measure it.
+    profile: begin of the name of a file of times by node, which `session.end_profiling()` writes.
     """
 
     def __init__(
         self, path: str | Path, providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
         threads: int = 0, library: str | Path | None = None, profile: str | Path | None = None,
-        known_wrong: bool = False,
     ) -> None:  # fmt: skip
         try:
             import onnxruntime
@@ -71,11 +69,6 @@ class OnnxGenerator:
         if "CUDAExecutionProvider" in names:
             load_cuda(onnxruntime)
         self.device = "cuda" if names[0] == "CUDAExecutionProvider" else "cpu"
-        if self.device == "cuda" and not known_wrong and _four_bit(self.manifest):
-            raise ExportError(
-                f"{self.path.name}: GroupQueryAttention over 4-bit codes gives wrong numbers on CUDA (seen with onnxruntime-gpu "
-                "1.31.1); export 8 bits, or flavour functions"
-            )
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime raises kinds of its own
@@ -185,6 +178,11 @@ class OnnxGenerator:
             raise ExportError(
                 f"an attention mask of shape {list(np.shape(mask))} with {len(ids)} rows of {np.shape(ids)[1]} new tokens behind a "
                 f"cache of {batch} rows of {held}; it takes a column for every token of the cache and every new one"
+            )
+        if held and not in_place and self.device == "cuda" and _coded(self.manifest):
+            raise ExportError(
+                f"{self.path.name}: on CUDA GroupQueryAttention does not carry a coded past over to another tensor (seen with "
+                "onnxruntime-gpu 1.31.1), it writes behind it in place; begin with room() in place of empty()"
             )
         if self.one_row and total > np.shape(ids)[1] and min(np.shape(ids)) > 1:
             raise ExportError(

@@ -211,7 +211,10 @@ class _Source:
         self._weights = {name: p.data.clone() for name, p in self.model.named_parameters()}
 
     def export(self, case: Case, path: Path, kind: str, positions: int) -> tuple[dict[str, Any], Any]:
-        """Rewrite, write the graph, and run torch on the short text: what a row says of that, and torch's logits."""
+        """Rewrite, write the graph, and run torch on the short text: what a row says of that, and torch's logits by provider.
+
+        On CUDA GroupQueryAttention attends to the rows of a first prompt as they came, on the CPU to their codes.
+        """
         import kvsink
 
         flavour, method, bits = case
@@ -225,15 +228,24 @@ class _Source:
         path.parent.mkdir()
         manifest = onnx(self.model, path, flavour, tokens=positions, dtype=kind if flavour != "custom" else "float32")
         row = {"export_s": round(time.perf_counter() - begun, 1), "checked": manifest["check"]}
-        return row, self._logits(self.text(positions), strict=flavour == "gqa")
+        ids, strict = self.text(positions), flavour == "gqa"
+        logits = {"cpu": self._logits(ids, strict, strict)}
+        return row, logits | {"cuda": self._logits(ids, False, strict) if strict and bits < 16 else logits["cpu"]}
 
-    def _logits(self, ids: Tensor, strict: bool) -> Any:
+    def _logits(self, ids: Tensor, strict_prompt: bool, strict: bool) -> Any:
+        """strict: new rows are read from their codes, those of the prompt or of later steps."""
         from kvsink import KVSinkCache
 
-        cache, parts = KVSinkCache.for_model(self.model, batch_size=1, strict=strict), []
+        parts: list[Tensor] = []
+        cache, then = (KVSinkCache.for_model(self.model, 1, _SHORT + _SINGLE, strict=s) for s in (strict_prompt, strict))
         with torch.no_grad():
             for a, b in _parts():
                 parts.append(self.model(input_ids=ids[:, a:b], past_key_values=cache, use_cache=True).logits)
+                if a == 0:
+                    for one, other in zip(cache.packed_layers(), then.packed_layers(), strict=True):
+                        for held, x in zip(other.state(), one.state(), strict=True):
+                            held.copy_(x)
+                    cache = then if then.packed_layers() else cache
         return torch.cat(parts, dim=1).float().numpy()
 
 
@@ -288,7 +300,7 @@ def _runner(path: str, provider: str, threads: int, **options: Any) -> OnnxGener
         from kvsink.tools.build_ort_ops import build
 
         options["library"] = build()
-    return OnnxGenerator(path, _providers(provider), threads=threads, known_wrong=True, **options)
+    return OnnxGenerator(path, _providers(provider), threads=threads, **options)
 
 
 def _starts(provider: str) -> dict[str, Any]:
@@ -318,8 +330,9 @@ def _numbers(path: str, provider: str, kind: str, ids: Any, torch_logits: Any, t
     if provider == "cuda":
         there, cache_there = _short(_runner(path, provider, threads), ids)
     row: dict[str, Any] = {
-        "off_cpu": _off(there, here), "off_torch": _off(there, torch_logits), "cpu_off_torch": _off(here, torch_logits),
-        "top1_torch": round(float((there.argmax(-1) == torch_logits.argmax(-1)).mean()), 4),
+        "off_cpu": _off(there, here), "off_torch": _off(there, torch_logits[provider]),
+        "cpu_off_torch": _off(here, torch_logits["cpu"]),
+        "top1_torch": round(float((there.argmax(-1) == torch_logits[provider].argmax(-1)).mean()), 4),
         "bytes_off_cpu": _bytes_off(cache_there, cache_here),
     }  # fmt: skip
     gc.collect()
@@ -352,7 +365,7 @@ def _short(runner: OnnxGenerator, ids: Any) -> tuple[Any, dict[str, Any]]:
     for a, b in _parts():
         logits, past = _step(runner, ids, a, b, past)
         parts.append(logits)
-    return np.concatenate(parts, axis=1), {n: v.numpy() for n, v in past.items() if n.endswith(("key", "value"))}
+    return np.concatenate(parts, axis=1), {n: v.numpy().copy() for n, v in past.items() if n.endswith(("key", "value"))}
 
 
 def _step(runner: OnnxGenerator, ids: Any, a: int, b: int, past: Any) -> Any:

@@ -96,6 +96,13 @@ def test_float16_leaves_without_a_bias_and_writes_in_place(bits: int, kind: str,
         assert not room[name].numpy()[:, :, 6:].any()
     with pytest.raises(ExportError, match="no attention bias for padding"):
         runner.generate([[5, 6, 7], [5]], 2)
+    runner.device = "cuda"  # its kernel leaves the rows of another tensor behind
+    step = ids[:, 5:], np.ones((1, 7)), np.array([[6]])
+    if bits < 16:
+        with pytest.raises(ExportError, match=r"in place; begin with room\(\) in place of empty"):
+            runner.step(*step, grown)
+    runner.device = "cpu"
+    assert np.array_equal(runner.step(*step, grown)[0], runner.step(*step, room)[0])
     full = onnx(model, tmp_path / "full.onnx", "gqa")
     assert full["padding"] and full["dtype"] == "float32"
     other = OnnxGenerator(tmp_path / "full.onnx")
@@ -209,14 +216,3 @@ def test_what_it_cannot_express(options, words, tmp_path) -> None:
 def test_an_unknown_flavour(tiny_dir, tmp_path, capsys) -> None:  # noqa: F811
     assert rewrite_main([str(tiny_dir), str(tmp_path / "out"), "--onnx-flavour", "gka"]) == 2
     assert "nearest known: gqa" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_four_bits_on_cuda_are_refused_by_name() -> None:
-    from kvsink.export.runner import _four_bit
-
-    def manifest(flavour: str, dtype: str) -> dict[str, object]:
-        kinds = {"input_ids": "int64", "past_key_values.0.key": dtype}
-        return {"flavour": flavour, "inputs": [{"name": name, "dtype": kind} for name, kind in kinds.items()]}
-
-    assert _four_bit(manifest("gqa", "uint8"))
-    assert not _four_bit(manifest("gqa", "int8")) and not _four_bit(manifest("functions", "uint8"))

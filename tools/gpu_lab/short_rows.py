@@ -86,7 +86,7 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
         return out
 
     def step(x: Any) -> Tensor:
-        return append_attend_(q, k, v, positions, scores, x.state(), x.params, mask, SCALE, False, x.codec_text)
+        return append_attend_(q, k, v, positions, scores, x.state(), x.params, mask, SCALE, False, x.codec_text, [])
 
     limit, whole_limit = size / bandwidth * 1e3, (size + b * kv_heads * exact * 512) / bandwidth * 1e3
     row: dict[str, Any] = {
