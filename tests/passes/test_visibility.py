@@ -8,26 +8,11 @@ import pytest
 import torch
 from torch import fx
 
-import kvsink.backend as backend
 from kvsink.cache import KVSinkCache
 from kvsink.passes.visibility import only_causal
 from kvsink.targets import kind
 
 from ..kernels.test_tiles import model_of
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
-    graphs: list[fx.Graph] = []
-    run = backend.run_passes
-
-    def keep(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        report = run(gm, *args, **kwargs)
-        graphs.append(gm.graph)
-        return report
-
-    monkeypatch.setattr(backend, "run_passes", keep)
-    return graphs
 
 
 def _masks(graph: fx.Graph) -> list[Any]:
