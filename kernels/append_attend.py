@@ -88,17 +88,16 @@ def append_attend(
         found = attend_packed(lib, c, q, k, v, state, params, mask, scale, is_causal)
         if found is not None:
             return found
-        return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
-    none = k.new_empty(1, k.shape[2], 0)
-    if c.tiles:
+    elif c.tiles:
+        none = k.new_empty(1, k.shape[2], 0)
         if not append_cpu(k, v, positions, none, none, candidates, state, params, c, True):
             append_ref(k, v, positions, none, none, candidates, state, params, codec, True)
-        return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
-    rows, cos, sin = before or (k, none, none)
-    beside = _side_by_side(c, q, k, v, (rows, cos, sin), positions, candidates, state, params, mask, scale, not before)
-    if beside is not None:
-        return beside
-    append(rows, v, positions, cos, sin, candidates, state, params, codec, not before)
+    else:
+        rows, cos, sin = before or (k, *[k.new_empty(1, k.shape[2], 0)] * 2)
+        beside = _side_by_side(c, q, k, v, (rows, cos, sin), positions, candidates, state, params, mask, scale, not before)
+        if beside is not None:
+            return beside
+        append(rows, v, positions, cos, sin, candidates, state, params, codec, not before)
     return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
 
 
