@@ -63,6 +63,7 @@ class Report:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    check: Any = None  # a kvsink.selfcheck.Check
 
     @property
     def bits(self) -> float:
@@ -105,7 +106,7 @@ class Report:
                 f"- Sinks emerge at the output of block {s['block']}: channel {s['channels'][0]}, |H| up to {s['size']:.0f} "
                 f"(median {s['median']:.2f})."
             )
-        lines += [f"- {note}" for note in self.notes]
+        lines += [f"- {note}" for note in [*self.notes, *([str(self.check)] if self.check is not None else [])]]
         lines += [
             "",
             "| layer | keys | values | key bits | value bits | exact rows | left alone because |",

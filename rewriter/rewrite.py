@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,15 +40,17 @@ from kvsink.runtime import (
     Runtime,
     anatomy,
     attach,
-    check_cache,
+    check_kind,
     detach,
     rope_types,
     towers,
     visual_tokens,
 )
+from kvsink.selfcheck import Check, check_cache, refused_folds
 from kvsink.sliding import WINDOWED, sliding_refusal, window_of
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
+from kvsink.turning import NONE
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
@@ -76,6 +79,7 @@ class RewriteOptions:
     profile: str | None = None
     modality: str | None = None
     sliding: bool | None = None
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -287,6 +291,7 @@ def rewrite(
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
     sliding: pack sliding-window layers too; None does so where a model has no others.
     profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
+    where: what an earlier look at the same model found. check: compare with the stock model before anything is kept.
     modality: a method whose bits by layer class are laid over this one's codec, such as "akvq-vl"; "none" leaves its own out.
     stream: gives a model without weights its layers one at a time; what would be folded into them waits in `stream.folds`.
 
@@ -294,7 +299,7 @@ def rewrite(
     """
     begun = time.monotonic()
     m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
-    check_cache(model)
+    check_kind(model)
     earlier = model.__dict__.get("_kvsink_runtime")
     if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
         raise UnsupportedError(
@@ -312,6 +317,12 @@ def rewrite(
     if base.key_bits == base.value_bits == 16 and protect is None:
         base = replace(base, protect="none")  # everything is exact already
     n = len(where.attentions)
+    if unknown := unknown_turnings(where):
+        kept = [NONE if t is None else t for t in where.turnings]
+        where = replace(where, turnings=tuple(kept))
+        unread = f"keys of layers {unknown} turn with position in a way that is not known here: they are coded as they are turned"
+    else:
+        unread = ""
     if plan not in ("uniform", "auto"):
         raise UnknownName("plan", plan, ("uniform", "auto"))
     if plan == "uniform" and bits is not None:
@@ -327,6 +338,7 @@ def rewrite(
         f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
         for name, count in towers(model).items()
     ]
+    notes += [unread] if unread else []
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
     if sliding is None:
         sliding = all(_refusal(where, i) for i in range(n)) and any(not _refusal(where, i, True) for i in range(n))
@@ -416,37 +428,39 @@ def rewrite(
         ]
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name, where)
     device = next(model.parameters()).device if stream is None else torch.device("cpu")
-    plans: list[LayerPlan] = []
-    tables: dict[str, Tensor] = {}
-    folds: list[tuple[nn.Module, int]] = []
-    shared = shared_weights(model)
+    designed: dict[int, tuple[Design, Design]] = {}
+    made = {} if designs is None else designs
     for i, w in enumerate(wanted):
         if w is None:
-            plans.append(LayerPlan(None, (), _refusal(where, i)))
             continue
         angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
         _, kv, key_dim, value_dim = where.layers[i]
-        made = {} if designs is None else designs
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
         if key_design is None:
-            key_design = made[i, "key", w[0]] = design_key(
-                w[0], i, kv, key_dim, record, angles, device, partial(_turn, probe, config, i)
-            )
+            turn = partial(_turn, probe, config, i)
+            key_design = made[i, "key", w[0]] = design_key(w[0], i, kv, key_dim, record, angles, device, turn)
         if value_design is None:
             value_design = made[i, "value", w[1]] = design_value(w[1], i, kv, value_dim, record, device)
         if progress is not None and samples:
             progress("learning codebooks", i + 1, n)
+        designed[i] = key_design, value_design
+    orders = {i: v.spec.order for i, (_, v) in designed.items() if v.spec.transform == "hadamard" and v.spec.heads_per_group == 1}
+    online, checked = _online(model, where, orders if fold else {}, storage_dtype, stream, check)
+    if online:
+        first = min(online)
+        notes.append(f"value rotation runs online in {len(online)} of {len(orders)} layers: layer {first}: {online[first]}")
+    plans: list[LayerPlan] = []
+    tables: dict[str, Tensor] = {}
+    for i in range(n):
+        if i not in designed:
+            plans.append(LayerPlan(None, (), _refusal(where, i)))
+            continue
+        key_design, value_design = designed[i]
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
-        attention = model.get_submodule(where.attentions[i])
-        if value_spec.transform == "hadamard":
-            online = _unfoldable(attention, shared, stream is not None) if fold else "folding is off"
-            if online is None and value_spec.heads_per_group == 1:
-                folds.append((attention, value_spec.order))
-                value_spec = replace(value_spec, folded=True)
-                if "v_mean" in value_tables:
-                    value_tables["v_mean"] = hadamard_ref(value_tables["v_mean"], value_spec.order)
-            elif online and online != "folding is off" and i == 0:
-                notes.append(f"value rotation runs online: {online}")
+        if fold and i in orders and i not in online:
+            value_spec = replace(value_spec, folded=True)
+            if "v_mean" in value_tables:
+                value_tables["v_mean"] = hadamard_ref(value_tables["v_mean"], value_spec.order)
         segments = segments_for_layer(policies[i], i, record.stages)
         codec = Codec(
             key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window,
@@ -454,20 +468,62 @@ def rewrite(
         )  # fmt: skip
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
-    if stream is not None:
-        names = {model.get_submodule(name): name for name in where.attentions}
-        stream.folds = [(names[attention], order) for attention, order in folds]
-        stream.check_rest()
-    for attention, order in folds if stream is None else ():
-        fold_value_rotation(attention, order, storage_dtype)
     runtime = Runtime(model, tuple(plans), {k: t.to(device) for k, t in tables.items()}, record.stages, m.name, where)
-    attach(model, runtime)
+    folded_layers = {i: order for i, order in orders.items() if plans[i].codec is not None and plans[i].codec.value.folded}
+    if stream is not None:
+        stream.folds = [(where.attentions[i], order) for i, order in folded_layers.items()]
+        stream.check_rest()
+    with _folded(model, where, folded_layers if stream is None else {}, storage_dtype) as keep:
+        attach(model, runtime)
+        try:
+            if check:
+                checked = replace(check_cache(model, runtime, stream), fold=checked.fold, online=online)
+        except BaseException:
+            detach(model)
+            raise
+        keep()
     from kvsink.hf import install_generate
 
     install_generate(model)
     report = make_report(model, runtime, base.protect, record.tokens, notes)
+    report.check = checked if check else Check(skipped="--no-check: nothing was compared with the stock model")
     report.seconds = time.monotonic() - begun
     return report
+
+
+def _online(
+    model: nn.Module, where: Anatomy, orders: Mapping[int, int], storage: torch.dtype | None, stream: Stream | None, check: bool
+) -> tuple[dict[int, str], Check]:
+    """Layers whose value rotation cannot go into the weights, each with the reason: by what their modules are, then by trial."""
+    shared = shared_weights(model)
+    found: dict[int, str] = {}
+    for i in orders:
+        if reason := _unfoldable(model.get_submodule(where.attentions[i]), shared, stream is not None):
+            found[i] = reason
+    left = {i: order for i, order in orders.items() if i not in found}
+    if not left or not check:
+        return found, Check()
+    refused, worst = refused_folds(model, where, left, storage, stream)
+    return {**found, **refused}, Check(fold=worst if len(refused) < len(left) else None)
+
+
+@contextmanager
+def _folded(
+    model: nn.Module, where: Anatomy, orders: Mapping[int, int], storage: torch.dtype | None
+) -> Iterator[Callable[[], None]]:
+    """Weights with the value rotations of layers in them; they are as before at the end unless the caller says to keep them."""
+    attentions = [model.get_submodule(where.attentions[i]) for i in orders]
+    before = [{n: p.detach().clone() for n, p in a.named_parameters() if n in FOLDED} for a in attentions]
+    try:
+        for attention, order in zip(attentions, orders.values(), strict=True):
+            fold_value_rotation(attention, order, storage)
+        yield before.clear
+    finally:
+        with torch.no_grad():
+            for attention, held in zip(attentions, before, strict=False):
+                for name, p in attention.named_parameters():
+                    if name in held:
+                        p.copy_(held[name])
 
 
 def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -25,7 +25,7 @@ from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
 from kvsink.turning import Turning, tables_of
 
-__all__ = ["Anatomy", "Frame", "Heads", "LayerPlan", "Runtime", "anatomy", "attach", "cache_argument", "check_cache", "detach", "number_of", "rotary_tables", "runtime_of", "turns_back"]
+__all__ = ["Anatomy", "Frame", "Heads", "LayerPlan", "Runtime", "anatomy", "attach", "cache_argument", "check_kind", "detach", "number_of", "rotary_tables", "runtime_of", "turns_back"]
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
 
@@ -210,7 +210,7 @@ def rope_types(config: Any) -> frozenset[str]:
     return frozenset(str(r.get("rope_type", r.get("type"))) for r in kinds)
 
 
-def check_cache(model: nn.Module) -> None:
+def check_kind(model: nn.Module) -> None:
     """Raise UnsupportedError for a model whose cache holds something else than keys and values."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     if getattr(config, "kv_lora_rank", None):
