@@ -190,7 +190,7 @@ class _BlockRecorder:
                 raise CalibrationError(
                     f"block {i} puts out NaN or infinite activations; check the weights or calibrate in float32"
                 )
-            peak = hidden.flatten(0, 1).amax(0).cpu()
+            peak = hidden.flatten(0, -2).amax(0).cpu()
             self.peak[i] = torch.maximum(self.peak[i], peak) if i in self.peak else peak
             self.median.setdefault(i, []).append(float(hidden.flatten()[:: max(1, hidden.numel() // 65536)].median()))
 
@@ -375,9 +375,10 @@ def calibrate(
     finally:
         recorder.close()
     n = len(where.blocks)
-    largest = [float(recorder.peak[i].max()) for i in range(n)]
-    medians = [sum(recorder.median[i]) / len(recorder.median[i]) for i in range(n)]
-    top = [tuple(int(c) for c in recorder.peak[i].topk(min(4, recorder.peak[i].numel())).indices) for i in range(n)]
+    peaks = [recorder.peak.get(i, torch.zeros(1)) for i in range(n)]  # a block may not run on tokens alone
+    largest = [float(peak.max()) for peak in peaks]
+    medians = [sum(found) / len(found) if (found := recorder.median.get(i)) else 0.0 for i in range(n)]
+    top = [tuple(int(c) for c in peak.topk(min(4, peak.numel())).indices) for peak in peaks]
     stages = find_stages(largest, medians, top) if known is None else known
     weights = fingerprint(model) if stream is None else stream.fingerprint()
     out = Calibration(stages, {}, {}, weights, 0, largest, medians)

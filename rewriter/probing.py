@@ -10,7 +10,6 @@ Cost       four passes of 16 tokens; by layers (`Stream`), two passes over the c
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -81,6 +80,7 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
         model.train(training)
     at = {model.get_submodule(name): i for i, name in enumerate(where.attentions)}
     readers = {i: [next((at[m] for m in _around(model, r) if m in at), -1) for r in s.readers] for i, s in seen.items()}
+    asking = bool(getattr(model, "_supports_attention_backend", False)) and _text_config(model)._attn_implementation == "sdpa"
     layers, turnings, absent, apart = [], [], [], set()
     for i, first in enumerate(found[0]):
         usual = where.layers[i]
@@ -93,8 +93,9 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
         layers.append(Heads(query, first.keys.shape[1], first.keys.shape[3], first.values.shape[3]))
         turnings.append(_turning(model, where, i, [p[i].keys for p in found], positions))
         asks = seen.get(i)
+        silent = not asks.readers and asking if asks is not None else False
         odd = asks is not None and bool(readers[i]) and (not asks.as_given or readers[i] != [i])
-        if odd or first.keys.shape[3] != first.values.shape[3]:
+        if silent or odd or first.keys.shape[3] != first.values.shape[3]:
             apart.add(i)
     kinds = tuple(_HYBRID.get(f.kind, kind) for f, kind in zip(found[0], where.layer_types, strict=True))
     return replace(

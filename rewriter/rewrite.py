@@ -365,8 +365,8 @@ def rewrite(
             trial = Codec(*resolved, anchors=anchors_for_layer(parse_policies(choice.protect)))
             if reason := sliding_refusal(trial):
                 raise UnsupportedError(
-                    f"layer {i} ({where.attentions[i]}): sliding window of {window_of(config, where.layer_types[i])}: {reason}; use --method klt "
-                    "or rtn, or leave sliding layers alone"
+                    f"layer {i} ({where.attentions[i]}): sliding window of {window_of(config, where.layer_types[i])}: {reason}; "
+                    "use --method klt or rtn, or leave sliding layers alone"
                 )
         if (need := sample_need(*resolved)) is not None:
             samples[i] = need
@@ -447,8 +447,8 @@ def rewrite(
     orders = {i: v.spec.order for i, (_, v) in designed.items() if v.spec.transform == "hadamard" and v.spec.heads_per_group == 1}
     online, checked = _online(model, where, orders if fold else {}, storage_dtype, stream, check)
     if online:
-        first = min(online)
-        notes.append(f"value rotation runs online in {len(online)} of {len(orders)} layers: layer {first}: {online[first]}")
+        some = "" if len(online) == len(orders) else f" in layers {sorted(online)}"
+        notes.append(f"value rotation runs online{some}: {online[min(online)]}")
     plans: list[LayerPlan] = []
     tables: dict[str, Tensor] = {}
     for i in range(n):
@@ -477,7 +477,8 @@ def rewrite(
         attach(model, runtime)
         try:
             if check:
-                checked = replace(check_cache(model, runtime, stream), fold=checked.fold, online=online)
+                found = _checked(model, runtime, stream, notes)
+                checked = replace(found, fold=checked.fold, online=online)
         except BaseException:
             detach(model)
             raise
@@ -505,6 +506,24 @@ def _online(
         return found, Check()
     refused, worst = refused_folds(model, where, left, storage, stream)
     return {**found, **refused}, Check(fold=worst if len(refused) < len(left) else None)
+
+
+def _checked(model: nn.Module, runtime: Runtime, stream: Stream | None, notes: list[str]) -> Check:
+    """The self-check; where attention over codes fails it, once more with keys and values handed out whole."""
+    try:
+        return check_cache(model, runtime, stream)
+    except UnsupportedError as error:
+        where = runtime.anatomy
+        packed = frozenset(i for i, p in enumerate(runtime.plans) if p.codec is not None)
+        if stream is not None or packed <= where.apart or not runtime.asks:
+            raise
+        runtime.anatomy = replace(where, apart=where.apart | packed)
+        try:
+            found = check_cache(model, runtime, stream)
+        except UnsupportedError:
+            raise error from None
+    notes.append("attention is handed keys and values read back whole: the model computes more from them than attention alone")
+    return found
 
 
 @contextmanager
@@ -589,8 +608,8 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
     windowed = [r for r, kind in zip(report.layers, where.layer_types, strict=True) if kind in WINDOWED and not r.packed]
     if (share := report.share(windowed)) > 0.2:
         report.notes.append(
-            f"{len(windowed)} layers with windows stay in 16 bit and hold {100 * share:.0f} % of the cache at {STATED_LENGTH} tokens; "
-            "--sliding packs them too"
+            f"{len(windowed)} layers with windows stay in 16 bit and hold {100 * share:.0f} % of the cache at {STATED_LENGTH} "
+            "tokens; --sliding packs them too"
         )
     return report
 

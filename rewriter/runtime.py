@@ -25,7 +25,10 @@ from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
 from kvsink.turning import Turning, tables_of
 
-__all__ = ["Anatomy", "Frame", "Heads", "LayerPlan", "Runtime", "anatomy", "attach", "cache_argument", "check_kind", "detach", "number_of", "rotary_tables", "runtime_of", "turns_back"]
+__all__ = [
+    "Anatomy", "Frame", "Heads", "LayerPlan", "Runtime", "anatomy", "attach", "cache_argument", "check_kind", "detach", "number_of",
+    "rotary_tables", "runtime_of", "turns_back",
+]  # fmt: skip
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
 
