@@ -47,7 +47,7 @@ def cached_logits(model: Any, ids: Tensor, chunks: tuple[int, ...], cache: Any =
     return torch.cat(parts, 1)
 
 
-class _Forced(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped here
+class _Forced(LogitsProcessor):
     """Makes `generate()` say given tokens [B, N] after a prompt of `start` tokens, whatever the model thinks."""
 
     def __init__(self, tokens: Tensor, start: int) -> None:

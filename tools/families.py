@@ -90,10 +90,11 @@ def _each(
     families: Sequence[str], cells: Sequence[str], jobs: int, timeout: float
 ) -> Iterator[tuple[str, dict[str, str], float]]:
     """Outcomes as they come, each family in a process of its own, which may die or be stopped without harm to the others."""
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    context: Any = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     torch.set_num_threads(1)
     check_family("llama", ("8 bits",))  # what takes long to import is imported once, before the processes part
-    waiting, running = list(families), {}
+    waiting = list(families)
+    running: dict[Any, tuple[str, Any, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             mine, theirs = context.Pipe(duplex=False)

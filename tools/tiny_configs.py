@@ -28,7 +28,7 @@ VOCAB, WINDOW = 97, 8
 _RULES: dict[str, Any] = {
     r"type_vocab_size|task_type_vocab_size": 2,
     r"(\w+_)?vocab_size(_\w+)?": VOCAB,
-    r"hidden_size_per_layer_input|laurel_rank|d_rel|\w*gate_rank|gated_norm_rank": 16,
+    r"(pronunciation|shape)_embed_dim|hidden_size_per_layer_input|laurel_rank|d_rel|\w*gate_rank|gated_norm_rank": 16,
     r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj_dim|hidden_dim|dim_model|dim|emb_dim": 64,
     r"(moe|expert|shared_experts?)_\w*(intermediate|ffn_hidden)_size|intermediate_size_mlp|ffn_hidden_size": 48,
     r"\w*intermediate_size|\w*ffn_dim|n_inner|dff|dim_ff|d_ff": 96,

@@ -58,11 +58,13 @@ _CLASSES = class_names()
 
 def _tiny(family: str, **more: Any) -> nn.Module:
     kind, name = _CLASSES[family]
-    return model_class(name)(tiny_config(kind, name, **more))  # type: ignore[no-any-return]
+    return model_class(name)(tiny_config(kind, name, **more))
 
 
 def _families() -> dict[str, tuple[str, Callable[[], nn.Module]]]:
-    out = {f: (name, partial(_tiny, f)) for f, (_, name) in _CLASSES.items()}
+    out: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+        f: (name, partial(_tiny, f)) for f, (_, name) in _CLASSES.items()
+    }
     out |= {f: (title, partial(_tiny, base, **more)) for f, (title, base, more) in _VARIANTS.items()}
     out["t5"] = "T5 (encoder-decoder)", lambda: hf.T5ForConditionalGeneration(hf.T5Config(
         vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
