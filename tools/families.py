@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 
+from kvsink.errors import UnknownName
 from kvsink.tools.against_stock import BOUND
 from kvsink.tools.cache_share import TOKENS, table
 from kvsink.tools.family_cells import CELLS, CHUNKS, LENGTH, PADS, PROMPT, check_family, ids, rewritten
@@ -42,8 +43,8 @@ COMMAND = "python -m kvsink.tools.families"
 
 def page(record: dict[str, dict[str, str]]) -> str:
     """The file."""
-    kinds = ("right", "declined", "wrong", "not built", "not run")
-    built = {f: row for f, row in record.items() if f in FAMILIES and not _is(row, "not built")}
+    kinds = ("right", "declined", "wrong", "not judged", "not run")
+    built = {f: row for f, row in record.items() if f in FAMILIES and not _is(row, "not judged")}
     count = {kind: sum(c.startswith(kind) for row in built.values() for c in row.values()) for kind in kinds}
     counted = ", ".join(f"{n} {kind}" for kind, n in count.items() if n or kind in ("right", "declined", "wrong"))
     lines = [
@@ -65,8 +66,14 @@ def page(record: dict[str, dict[str, str]]) -> str:
     ]  # fmt: skip
     lines += ["| " + " | ".join([FAMILIES[f][0], *_row(record[f])]) + " |" for f in FAMILIES if f in built]
     left = [f for f in FAMILIES if f in record and f not in built]
-    lines += ["", "## Not judged", "", "No tiny model of these runs on text alone here:", ""]
-    lines += [f"- {FAMILIES[f][0]}: {record[f][CELLS[0]].removeprefix('not built (').removesuffix(')')}" for f in left]
+    lines += [
+        "",
+        "## Not judged",
+        "",
+        "No tiny model of these runs on text alone here, or shows a fault that is planted:",
+        "",
+    ]
+    lines += [f"- {FAMILIES[f][0]}: {record[f][CELLS[0]].removeprefix('not judged (').removesuffix(')')}" for f in left]
     lines += [
         "", "## What stays in 16 bit", "",
         f"Of the cache of one sequence of {TOKENS:,} tokens, by the layers that each model's published configuration gives it. "
@@ -140,9 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DOCS)
     o = parser.parse_args(argv)
     chosen, cells = [f for f in o.only.split(",") if f] or list(FAMILIES), o.cells.split(",")
-    for name, known in [*((n, FAMILIES) for n in chosen), *((c, CELLS) for c in cells)]:
-        if name not in known:
-            parser.error(f"{name!r} is not one of {', '.join(known)}")
+    for kind, asked, known in (("family", chosen, FAMILIES), ("cell", cells, CELLS)):
+        for name in asked:
+            if name not in known:
+                parser.error(str(UnknownName(kind, name, known)))
     record = json.loads(o.record.read_text(encoding="utf-8")) if o.record.is_file() else {}
     if o.resume:
         chosen = [f for f in chosen if any(record.get(f, {}).get(c, "not run") == "not run" for c in cells)]

@@ -1,6 +1,6 @@
 """The cells of the table of families: what is done with one tiny model, and what is said of it.
 
-Outcomes   right | declined (reason) | wrong (what was seen) | not built (why there is no tiny model, or none that runs on text
+Outcomes   right | declined (reason) | wrong (what was seen) | not judged (why there is no tiny model, or none that runs on text
            alone); an exception that is not ours counts as wrong, unless the stock model raises as well
 Models     random, float64; float32 in folders, in ONNX, and for models that do not run in float64
 """
@@ -33,7 +33,7 @@ __all__ = [
     "NEW",
     "PADS",
     "PROMPT",
-    "NotBuilt",
+    "NotJudged",
     "Subject",
     "check_family",
     "ids",
@@ -50,8 +50,8 @@ class NotServed(Exception):
     """A cell that says no, with its reason."""
 
 
-class NotBuilt(Exception):
-    """A family without a tiny model that runs."""
+class NotJudged(Exception):
+    """A family without a tiny model that runs, or that would show a fault."""
 
 
 class Wrong(Exception):
@@ -76,8 +76,8 @@ def check_family(family: str, cells: Sequence[str] = CELLS) -> dict[str, str]:
             out[cell] = f"right ({note})" if note else "right"
         except (KvsinkError, NotServed) as error:
             out[cell] = f"declined ({_line(error)})"
-        except NotBuilt as error:
-            out[cell] = f"not built ({_line(error)})"
+        except NotJudged as error:
+            out[cell] = f"not judged ({_line(error)})"
         except Wrong as error:
             out[cell] = f"wrong ({_line(error)})"
         except Exception as error:  # whatever torch or transformers raises: a cell says it rather than stop the table
@@ -116,15 +116,26 @@ class Subject:
                 and (masked.isfinite().all() or dtype == torch.float32)
             ):
                 return model
-        raise NotBuilt(reason)
+        raise NotJudged(reason)
 
     @cached_property
     def ours(self) -> Any:
-        """The twin, rewritten; its refusal is kept and raised again."""
+        """The twin, rewritten. Raises NotJudged where wrong keys in its packed layers would not show in the logits."""
         model = build_family(self.family, self.stock.dtype)
         report = kvsink.rewrite(model, "klt", calibration=ids(8, 64, 1), **_OPTIONS)
         self.layers = report.layers
         self.packed = [row.layer for row in report.layers if row.packed]
+        given = ids(1, LENGTH, 3)
+        try:
+            wanted = cached_logits(self.stock, given, (PROMPT,))
+        except Exception as error:
+            raise NotServed(f"the stock model does not run with its own cache: {_named(error)}") from error
+        try:
+            faulty = cached_logits(self.stock, given, (PROMPT,), planted(self.stock, self.packed))
+        except Exception as error:
+            raise NotJudged(f"it takes no cache in which a fault could be planted: {_named(error)}") from error
+        if (fault := distance(faulty, wanted)) < 1.5 * BOUND:
+            raise NotJudged(f"keys in the wrong channels change its logits by {fault:.2g} of their size only")
         return model
 
     def compare(self, found: Tensor, wanted: Tensor, uncached: Callable[[], Tensor]) -> str:
@@ -143,28 +154,22 @@ class Subject:
         raise Wrong(f"logits differ from the stock model's by {error:.3g} of their size")
 
 
-def _chunks(subject: Subject, chunks: tuple[int, ...]) -> tuple[str, Tensor, Tensor]:
+def _chunks(subject: Subject, chunks: tuple[int, ...]) -> str:
     given, model = ids(1, LENGTH, 3), subject.ours
-    try:
-        wanted = cached_logits(subject.stock, given, chunks)
-    except Exception as error:
-        raise NotServed(f"the stock model does not run with its own cache: {_named(error)}") from error
+    wanted = cached_logits(subject.stock, given, chunks)
     found = cached_logits(model, given, chunks, kvsink.KVSinkCache.for_model(model))
-    return subject.compare(found, wanted, lambda: subject.stock(given, use_cache=False).logits), given, wanted
+    return subject.compare(found, wanted, lambda: subject.stock(given, use_cache=False).logits)
 
 
 def _eight_bits(subject: Subject) -> str:
-    error, given, wanted = _chunks(subject, (PROMPT,))
-    fault = distance(cached_logits(subject.stock, given, (PROMPT,), planted(subject.stock, subject.packed)), wanted)
-    if fault < 1.5 * BOUND:
-        raise Wrong(f"blind: keys in the wrong channels change logits by {fault:.3g} of their size only")
+    error = _chunks(subject, (PROMPT,))
     others = {row.reason: None for row in subject.layers if not row.packed}
     note = f"{error}; {len(subject.packed)} of {len(subject.layers)} layers"
     return "; ".join([note, *others])
 
 
 def _chunked(subject: Subject) -> str:
-    return _chunks(subject, CHUNKS)[0]
+    return _chunks(subject, CHUNKS)
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -277,8 +282,10 @@ def _named(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return first.strip()[:240].replace("|", "\\|")
+    """The first line of a message; a line that ends in a colon takes the next one along."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return first[:240].replace("|", "\\|")
 
 
 def ids(rows: int, length: int, seed: int) -> Tensor:

@@ -71,7 +71,7 @@ _ALWAYS = (
     "num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group", "pad_token_id", "bos_token_id",
     "eos_token_id",
 )  # fmt: skip
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "decoder_layers", "encoder_layers")
 _MIXED = ["sliding_attention", "full_attention"]
 _AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 _OVERRIDES: dict[str, dict[str, Any]] = {  # by the name of the configuration class: what its fields do not tell by their names
@@ -107,6 +107,8 @@ _OVERRIDES: dict[str, dict[str, Any]] = {  # by the name of the configuration cl
     "Mistral4Config": {"qk_nope_head_dim": 8},
     "Step3p7TextConfig": {"layer_types": _MIXED, "sliding_window": WINDOW},
     "PaddleOCRTextConfig": {"rope_parameters": _AXES},
+    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 2},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 2},
     "Qwen2VLTextConfig": {"rope_parameters": _AXES},
     "Qwen2_5_VLTextConfig": {"rope_parameters": _AXES},
     "Qwen2_5OmniTextConfig": {"rope_parameters": _AXES},

@@ -65,7 +65,8 @@ def _families() -> dict[str, tuple[str, Callable[[], nn.Module]]]:
     out: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         f: (name, partial(_tiny, f)) for f, (_, name) in _CLASSES.items()
     }
-    out |= {f: (title, partial(_tiny, base, **more)) for f, (title, base, more) in _VARIANTS.items()}
+    known = ((f, v) for f, v in _VARIANTS.items() if v[1] in _CLASSES)
+    out |= {f: (title, partial(_tiny, base, **more)) for f, (title, base, more) in known}
     out["t5"] = "T5 (encoder-decoder)", lambda: hf.T5ForConditionalGeneration(hf.T5Config(
         vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
         eos_token_id=2))  # fmt: skip
@@ -80,6 +81,7 @@ FAMILIES = _families()
 
 _SPREAD = (
     "proj", "c_attn", "query", "key", "value", "Wqkv", "Wq", "Wk", "Wv", "Wo", "Wi", "dense", "out_", "map_inputs",
+    "embeddings.word",
 )  # fmt: skip
 """Parts of the names of weights whose own spread is so small that attention would be uniform."""
 
