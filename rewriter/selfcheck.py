@@ -325,7 +325,7 @@ def check_step(model: nn.Module, runtime: Runtime) -> float:
     if not apart <= bound:
         raise UnsupportedError(
             f"self-check: a compiled step gives logits {apart:.2g} of their size off the same step uncompiled ({bound:.2g} would "
-            "be rounding); this model is not served compiled: leave it as it is, or rewrite it with --no-check and do not compile it"
+            "be rounding); leave this model as it is, or rewrite it with --no-check and do not compile it"
         )
     return apart
 
