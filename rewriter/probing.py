@@ -57,7 +57,7 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
     stream: runs a model without weights by layers.
     """
     install_attention()
-    base = model.get_submodule(where.base) if where.base else model
+    base = _taking_tokens(model, where.base)
     device = next(model.parameters()).device if stream is None else stream.device
     ids = probe_ids(model, TOKENS).to(device)
     limit = getattr(_text_config(model), "max_position_embeddings", None) or POSITIONS[-1] + 1
@@ -194,6 +194,13 @@ def _noting(update: Any, seen: _Seen) -> Any:
     return noted
 
 
+def _taking_tokens(model: nn.Module, name: str) -> nn.Module:
+    """The innermost module around the decoder blocks that can be called with token ids."""
+    parts = name.split(".") if name else []
+    around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts), 0, -1)]
+    return next((m for m in around if _takes(m, "input_ids")), model)
+
+
 def _around(model: nn.Module, module: nn.Module) -> list[nn.Module]:
     """A module and those that hold it, innermost first."""
     name = next((n for n, m in model.named_modules() if m is module), "")
@@ -231,7 +238,10 @@ def _turning(
         return NONE
     rotary = model.get_submodule(where.rotary)
     at = torch.tensor([positions[1:]], device=rows[0].device)
-    cos, sin = rotary_tables(rotary, at, where.layer_types[layer])
-    tables = [(cos[0, i], sin[0, i]) for i in range(at.shape[1])]
+    try:
+        cos, sin = rotary_tables(rotary, at, where.layer_types[layer])
+        tables = [(cos[0, i], sin[0, i]) for i in range(at.shape[1])]
+    except (KeyError, AttributeError):  # no angles for layers of this kind
+        tables = []
     coarse = max(torch.finfo(number_of(model).dtype).eps, torch.finfo(torch.float32).eps)
     return find_turning(rows[0], rows[1:], tables, min(0.1, 16 * coarse))

@@ -104,8 +104,8 @@ class Job:
 
     rows: Tensor
     cache: Any = None
-    positions: Tensor | None = None
     begin: Callable[[], None] = lambda: None
+    positions: Tensor | None = None
     mask: Tensor | None = None
     hidden: Tensor | None = None
     frame: Any = None

@@ -81,13 +81,13 @@ def find_turning(
     """The turning that takes keys at position 0, plain [N, H, D], to the same keys at other positions, turned [N, H, D] each, by
     the model's tables [.., R] of these positions; NONE where position changes nothing; None where no known turning does it.
 
-    tolerance: largest |difference| / |keys| in the Euclidean norm that is rounding. Attention scaling inside the tables is
+    No tables: a model without angles for such layers. tolerance: largest |difference| / |keys| in the Euclidean norm that is rounding. Attention scaling inside the tables is
     taken out: keys at position 0 carry it too.
     """
     if all(_apart(x, plain) <= tolerance for x in turned):
         return NONE
-    dim, width = plain.shape[-1], tables[0][0].shape[-1]
-    for table in TABLES:
+    dim, width = plain.shape[-1], tables[0][0].shape[-1] if tables else 0
+    for table in TABLES if width else ():
         channels = 2 * width if table == "once" else width
         if channels > dim or channels % 2:
             continue
