@@ -49,6 +49,8 @@ class Attach(RewritePass):
                 return site.declined("values are not as wide as keys, which packed attention does not read", site.v_new)
             if any(other.attn is not site.attn and set(other.writes) & set(site.writes) for other in work.sites):
                 return site.declined("its keys are attended to more than once in a pass", site.writes[0])
+            if not _read_once(site):
+                return site.declined("the model computes more from its keys and values than attention", site.reads[0])
             if argument(site.writes[0], 0, "k") is not site.k_rope or not argument(site.writes[0], 9, "roped"):
                 return site.declined("the packed cache stores other keys than it reads", site.writes[0])
             if codec is not None and _needs_positions(codec) and not codec.tiles and _several_axes(site):
@@ -79,6 +81,19 @@ class Attach(RewritePass):
 
 def _needs_positions(codec: Codec) -> bool:
     return codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+
+
+def _read_once(site: AttentionSite) -> bool:
+    """Whether what the cache hands out goes nowhere but into this attention."""
+    for node in (site.k, site.v):
+        while True:
+            if sum(kind(user) not in ("size", "sym_size") for user in node.users) != 1:
+                return False
+            source = node.args[0]
+            if kind(source) == "kvsink.read" or not isinstance(source, Node):
+                break
+            node = source
+    return True
 
 
 def _several_axes(site: AttentionSite) -> bool:

@@ -178,6 +178,11 @@ def _global(config: Any, name: str) -> Any:
         return None
 
 
+def _of_layers(config: Any, name: str) -> Any:
+    """The first value of an attribute that differs from layer to layer, or None."""
+    return next((v for c in getattr(config, "per_layer_config", ()) if (v := getattr(c, name, None))), None)
+
+
 def _heads_of(attention: nn.Module, usual: Heads) -> Heads:
     """The heads of one attention module as its projections have them, where it has some; else the usual ones of its model."""
     dim = getattr(attention, "head_dim", None)
@@ -216,9 +221,9 @@ def rope_types(config: Any) -> frozenset[str]:
 def check_kind(model: nn.Module) -> None:
     """Raise UnsupportedError for a model whose cache holds something else than keys and values."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    if getattr(config, "kv_lora_rank", None):
+    if rank := _global(config, "kv_lora_rank") or _of_layers(config, "kv_lora_rank"):
         raise UnsupportedError(
-            f"{type(model).__name__} has multi-head latent attention: its cache holds a latent of {config.kv_lora_rank} channels, "
+            f"{type(model).__name__} has multi-head latent attention: its cache holds a latent of {rank} channels, "
             "not the keys and values that the codecs are made for; use its own cache"
         )
 
