@@ -5,7 +5,7 @@ Formula    slots = length .. length + S - 1
            per protection segment: the best `capacity` of (stored rows ∪ candidates) by score stay exact; a row named by
            several candidates is held once (the other places are marked empty as -(slot + 2))
            a side that is coded by blocks of R tokens: every block the new rows touch is coded anew from the recent rows
-           and the new ones; ranges leave out padding (slots that are not `real`, which the caller marks first) and rows now kept exact
+           and the new ones; ranges leave out padding (slots that the caller has marked as not `real`) and rows now kept exact
            a side with outliers: the new entries compete for the records of their blocks, see `kvsink.kernels.sparse`
            the length is the caller's to advance, after the new rows have been attended to
 Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running selection over chunks is ours

@@ -79,8 +79,8 @@ def _differentiated(*tensors: Tensor) -> bool:
 
 
 class _Shared:
-    """What the layers of one cache have in common: the frame of the running forward pass, the positions of rows and which
-    are real (no padding), and for codes in tiles the rotation of every row by its anchor (slot minus position of its first token)."""
+    """What the layers of one cache have in common: the frame of the running forward pass, positions, which slots are real
+    (no padding), and for codes in tiles the rotation of every row by its anchor (slot minus position of its first token)."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
