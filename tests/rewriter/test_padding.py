@@ -20,9 +20,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import kvsink
 from kvsink.cache import KVSinkCache
+from kvsink.kernels import append_
 from kvsink.runtime import real_rows
 from tests.models import build, tokens
-from tests.states import method_named
+from tests.states import append_arguments, layer_of, method_named, rows
 
 STEPS = 3
 ALONE = 1e-9  # float64 sums in another order; codes and exact rows are the same
@@ -72,8 +73,7 @@ class Form:
 def _padded(left: bool, told: bool = True, four: str = "", short: int = 19, long: int = 30) -> Form:
     """Two rows. told: positions are those of the real rows, else slots; four: a 4-D mask of that kind."""
     pad = long - short
-    rows = [tokens(1, short, seed=40), tokens(1, long, seed=41)]
-    ids = torch.cat([F.pad(rows[0], (pad, 0) if left else (0, pad)), rows[1]])
+    ids = torch.cat([F.pad(tokens(1, short, seed=40), (pad, 0) if left else (0, pad)), tokens(1, long, seed=41)])
     mask = torch.ones(2, long, dtype=torch.int64)
     mask[0, : pad if left else 0] = 0
     mask[0, long if left else short :] = 0
@@ -301,6 +301,24 @@ def test_real_rows_by_every_kind_of_mask() -> None:
     block = create_block_mask(lambda b, h, q, kv: seen[b, 0, q, kv], 2, None, 5, 5, device="cpu")
     assert torch.equal(real_rows(block, 2, 5, Held(0)), wanted)
     assert real_rows(None, 2, 5, Held(0)) is None and real_rows({"full_attention": None}, 2, 5, Held(0)) is None
+
+
+def test_padding_does_not_widen_the_ranges_of_a_block() -> None:
+    """|x^ - x| <= step / 2, with the step of the real rows alone, whatever stands in the slots between them."""
+    layer = layer_of("kivi/8", (("protect", "none"),), batch=2)
+    k, v = rows(2, 16)
+    real = torch.tensor([[True] * 16, [False, True, True, False, False, True, True, True] * 2])
+    k = torch.where(real[:, None, :, None], k, 100.0)
+    assert layer.shared.real is not None
+    layer.shared.real[:, :16] = real
+    append_(**append_arguments(layer, k, v))
+    c, p = layer.codec, dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    error = (c.read_keys(c.named(layer.state()), p, 0, 16) - k).abs()
+    groups, seen = k.unflatten(2, (4, 4)), real.unflatten(1, (4, 4))[:, None, :, :, None]
+    span = groups.masked_fill(~seen, -1e9).amax(3, keepdim=True) - groups.masked_fill(~seen, 1e9).amin(3, keepdim=True)
+    step = span / (2 ** c.key.widths[0] - 1)
+    wide = (step * 0.51 + 2.0**-10 * groups.abs()).flatten(2, 3)  # steps and minima are rounded to float16
+    assert bool((error <= wide)[real[:, None, :, None].expand_as(error)].all())
 
 
 @torch.no_grad()
