@@ -5,7 +5,7 @@ Formula    slots = length .. length + S - 1
            per protection segment: the best `capacity` of (stored rows ∪ candidates) by score stay exact; a row named by
            several candidates is held once (the other places are marked empty as -(slot + 2))
            a side that is coded by blocks of R tokens: every block the new rows touch is coded anew from the recent rows
-           and the new ones; ranges leave out padding (slots below last slot - last position) and rows now kept exact
+           and the new ones; ranges leave out padding (slots that the caller has marked as not `real`) and rows now kept exact
            a side with outliers: the new entries compete for the records of their blocks, see `kvsink.kernels.sparse`
            the length is the caller's to advance, after the new rows have been attended to
 Source     KVSink, arXiv 2508.04257 section 4 (side store of sinks); the running selection over chunks is ours
@@ -97,19 +97,19 @@ def append_ref(
         c.store_tiles(full_k, v, slots, st, p)
         return
     if c.key.by_token_block:
-        _store_blocks(c, c.key, "k", full_k, st, positions, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
+        _store_blocks(c, c.key, "k", full_k, st, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
     elif st["k_sparse"].shape[2]:
         x = c.transform_keys(k, cos, sin, positions, p, roped)
         _store_rows("k", st, slots, *c.quantize("k", x, p))
-        _store_outliers(c, "k", x, st, p, positions)
+        _store_outliers(c, "k", x, st, p)
     else:
         _store_rows("k", st, slots, *c.encode_keys(k, cos, sin, positions, p, roped))
     if c.value.by_token_block:
-        _store_blocks(c, c.value, "v", v, st, positions, lambda rows: c.transform_values(rows, p))
+        _store_blocks(c, c.value, "v", v, st, lambda rows: c.transform_values(rows, p))
     elif st["v_sparse"].shape[2]:
         x = c.transform_values(v, p)
         _store_rows("v", st, slots, *c.quantize("v", x, p))
-        _store_outliers(c, "v", x, st, p, positions)
+        _store_outliers(c, "v", x, st, p)
     else:
         _store_rows("v", st, slots, *c.encode_values(v, p))
     _keep_recent(c, st, slots, full_k, v)
@@ -170,14 +170,13 @@ def _store_rows(prefix: str, st: dict[str, Tensor], slots: Tensor, codes: Tensor
 
 
 def _store_blocks(
-    c: Any, side: Any, prefix: str, new: Tensor, st: dict[str, Tensor], positions: Tensor,
-    transform: Callable[[Tensor], Tensor],
-) -> None:  # fmt: skip
+    c: Any, side: Any, prefix: str, new: Tensor, st: dict[str, Tensor], transform: Callable[[Tensor], Tensor]
+) -> None:
     """Code every block of tokens that the new rows touch."""
     length, s = st["length"], new.shape[2]
     total = length + s
     slots, rows = window_rows(st[f"recent_{prefix}"], new, length, side.flush)
-    valid = _tokens_to_code(st, slots, total, positions)
+    valid = _tokens_to_code(st, slots, total)
     codes, scale, norm = c.encode_block(transform(rows), side, valid)
     # Slots that are not reached yet may lie behind the end of the cache: the first slot is written again instead.
     held = torch.where(slots < total, torch.arange(slots.numel(), device=slots.device), 0)
@@ -189,16 +188,14 @@ def _store_blocks(
         st[f"{prefix}_norm"].index_copy_(2, slots[:1] + held, norm.index_select(2, held))
 
 
-def _tokens_to_code(st: dict[str, Tensor], slots: Tensor, total: Tensor, positions: Tensor) -> Tensor:
+def _tokens_to_code(st: dict[str, Tensor], slots: Tensor, total: Tensor) -> Tensor:
     """bool [B, N]: slots that hold tokens which are read from codes: no padding, nothing now kept exact."""
-    padding = total - 1 - positions[:, -1:]  # [B or 1, 1]: slots below are no tokens of their row
-    valid = (slots < total) & (slots >= padding).expand(st["positions"].shape[0], -1)
+    real = st["real"]
+    valid = (slots < total) & real.index_select(1, slots.clamp_max(real.shape[1] - 1))
     return valid & ~(slots[None, :, None] == st["exact_slot"][:, None, :]).any(-1)
 
 
-def _store_outliers(
-    c: Any, prefix: str, x: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], positions: Tensor
-) -> None:
+def _store_outliers(c: Any, prefix: str, x: Tensor, st: dict[str, Tensor], p: dict[str, Tensor]) -> None:
     """The entries of transformed new rows [B, H, S, D] that leave the dense range, into the records of their blocks."""
     length, s, n = st["length"], x.shape[2], (c.key if prefix == "k" else c.value).outlier_tokens
     first, block = touched(length, s, n)
@@ -206,7 +203,7 @@ def _store_outliers(
     scale = st[f"{prefix}_scale"]
     if scale.shape[3]:
         scale = scale.index_select(2, slots.clamp_max(scale.shape[2] - 1))
-    valid = _tokens_to_code(st, slots, length + s, positions)
+    valid = _tokens_to_code(st, slots, length + s)
     rows = x.transpose(1, 2).flatten(2)
     value, index = st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"]
     offset, extent = c.dense_range(prefix, scale, p)

@@ -1,7 +1,8 @@
 """Whether the mask of a decode step says no more than that nothing later is visible, which packed attention knows by itself.
 
 Formula    mask[b, 0, 0, j] = (j <= length) for every slot j, one new row at slot `length`
-Source     ours; the spelling is that of transformers' masking_utils: arange(L) + 0 <= arange(1) + length, viewed and expanded
+Source     ours; the spelling is that of transformers' masking_utils: arange(L) + 0 <= arange(1) + a copy of length, viewed
+           and expanded
 Differs    any other condition (padding, a window, blocks, a mask that the caller made) is read as it stands
 """
 
@@ -54,4 +55,13 @@ def only_causal(mask: Any, slots: int, lengths: Collection[Node]) -> bool:
     if not _counts(held, slots) or kind(asking) != "add":
         return False
     one, length = (_bare(a) for a in asking.args[:2])
-    return any(_counts(a, 1) and b in lengths for a, b in ((one, length), (length, one)))
+    return any(_counts(a, 1) and _before(b) in lengths for a, b in ((one, length), (length, one)))
+
+
+def _before(length: Any) -> Any:
+    """The node that a copy of the length was taken from, where that was before the step moved it on; other nodes themselves."""
+    if not isinstance(length, Node) or kind(length) != "clone":
+        return length
+    held = length.args[0]
+    moved = isinstance(held, Node) and any(kind(user) == "add_" and user < length for user in held.users)
+    return length if moved else held

@@ -1,7 +1,8 @@
 """`KVSinkCache`: a transformers cache whose attention layers hold packed codes, and their sinks exact.
 
 Shapes     see kvsink.codecs.STATE_NAMES: per layer codes uint8 [B, H, L, bytes] and float16 scales, exact rows [B, H, E, D] with
-           their slots, an optional window of recent rows, the length, and the positions [B, L] that all layers share
+           their slots, an optional window of recent rows, the length, and what all layers share: positions [B, L], and real
+           bool [B, L], False where a slot holds padding
 Exact      protected, recent and just-appended rows are returned as they came; the rest as its codes say
 Raises     KvsinkError when a row does not fit, a crop asks for more than is held, or a saved cache is of another model
 """
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
 
-from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
+from kvsink.codecs import ANCHOR_NAMES, SHARED_NAMES, STATE_NAMES, Codec
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.joining import joined_shared, joined_state, pads_of
@@ -32,13 +34,13 @@ from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
-from kvsink.runtime import Frame, Runtime, number_of, position_candidates, runtime_of, turns_back
+from kvsink.runtime import Frame, Runtime, number_of, order_candidates, runtime_of, turns_back
 from kvsink.sliding import WINDOWED, SlidingWindow, check_crop, window_of
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
 
 _BLOCK = 256  # slots by which a growing cache grows
-_HELD = tuple(n for n in (*STATE_NAMES, *ANCHOR_NAMES) if n != "positions")  # of one layer
+_HELD = tuple(n for n in (*STATE_NAMES, *ANCHOR_NAMES) if n not in SHARED_NAMES)  # of one layer
 _BATCHED = tuple(n for n in _HELD if n not in ("recent_slot", "length"))
 _EXACT = ("exact_k", "exact_v", "exact_slot", "exact_score")
 _ANCHOR_STATE = (*_EXACT, "recent_k", "recent_v", "recent_slot", "recent_score")
@@ -81,13 +83,14 @@ def _differentiated(*tensors: Tensor) -> bool:
 
 
 class _Shared:
-    """What the layers of one cache have in common: the frame of the running forward pass, the positions, and for codes in
-    tiles the rotation of every row by its anchor (slot minus position of its first token)."""
+    """What the layers of one cache have in common: the frame of the running forward pass, positions, which slots are real
+    (no padding), and for codes in tiles the rotation of every row by its anchor (slot minus position of its first token)."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.frame: Frame | None = None
         self.positions: Tensor | None = None
+        self.real: Tensor | None = None
         self.anchor_cos: Tensor | None = None
         self.anchor_sin: Tensor | None = None
 
@@ -98,7 +101,7 @@ class _Shared:
 
     def map(self, pick: Any, in_place: bool = False) -> None:
         """Apply `pick` to every tensor with one row per sequence."""
-        for name in ("positions", "anchor_cos", "anchor_sin"):
+        for name in (*SHARED_NAMES, "anchor_cos", "anchor_sin"):
             old = getattr(self, name)
             if old is not None and in_place:
                 old.copy_(pick(old))
@@ -146,6 +149,7 @@ class KVSinkLayer(CacheLayerMixin):
             setattr(self, name, torch.full(shape, fill, dtype=dtype, device=dev))
         if self.shared.positions is None or self.shared.positions.shape != (b, slots):
             self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
+            self.shared.real = torch.ones(b, slots, dtype=torch.bool, device=dev)
         if c.tiles and c.key.center and (self.shared.anchor_cos is None or self.shared.anchor_cos.shape[0] != b):
             channels = self.shared.runtime.rotary_channels(self.layer)
             self.shared.anchor_cos = torch.ones(b, channels, device=dev)
@@ -158,7 +162,7 @@ class KVSinkLayer(CacheLayerMixin):
     def _mark_static(self) -> None:
         """Tell dynamo which tensors of a cache of a fixed length never move."""
         if self.is_compileable and not torch.compiler.is_compiling():
-            for tensor in (*(getattr(self, n) for n in _HELD), self.shared.positions, *self.params):
+            for tensor in (*self.state(), *(getattr(self, n) for n in ANCHOR_NAMES), *self.params):
                 torch._dynamo.mark_static_address(tensor)
 
     def _set_params(self, tokens: int) -> None:
@@ -169,9 +173,7 @@ class KVSinkLayer(CacheLayerMixin):
 
     def state(self) -> list[Tensor]:
         """The tensors of this layer in the order of STATE_NAMES."""
-        positions = self.shared.positions
-        assert positions is not None
-        return [positions if n == "positions" else getattr(self, n) for n in STATE_NAMES]
+        return [getattr(self.shared if n in SHARED_NAMES else self, n) for n in STATE_NAMES]
 
     def _layout(self, slots: int) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
         heads, dims = self.num_heads, (self.head_dim, self.value_dim)
@@ -189,12 +191,10 @@ class KVSinkLayer(CacheLayerMixin):
             for name, new in grown.items():
                 setattr(self, name, new)
         wanted = self.k_codes.shape[2]
-        positions = self.shared.positions
-        assert positions is not None
-        if positions.shape[1] < wanted:
-            longer = positions.new_zeros((positions.shape[0], wanted))
-            longer[:, : positions.shape[1]] = positions
-            self.shared.positions = longer
+        positions, real = self.shared.positions, self.shared.real
+        assert positions is not None and real is not None
+        if more := max(0, wanted - positions.shape[1]):
+            self.shared.positions, self.shared.real = F.pad(positions, (0, more)), F.pad(real, (0, more), value=True)
         self._set_params(wanted)
 
     # -- the cache interface -------------------------------------------------------------------------------------------
@@ -227,6 +227,7 @@ class KVSinkLayer(CacheLayerMixin):
         elif turns_back(self.codec):
             cos, sin = self.shared.runtime.canonical(self.layer, cos, sin)
         self._check_positions(frame, positions, new)
+        self._mark_padding(frame, new)
         anchored = self.codec.anchors is not None
         if anchored:
             if self._unseen is not None:
@@ -241,11 +242,11 @@ class KVSinkLayer(CacheLayerMixin):
         if defers:  # attention asks the layer, see kvsink.attention
             key_states._kvsink_layer, self._asked, self._given = self, False, value_states  # type: ignore[attr-defined]
             if self.codec.tiles:
-                self._fresh = positions, self._candidates(frame, positions, key_states)
+                self._fresh = positions, self._candidates(frame, key_states)
                 return key_states, value_states
         store = append if defers and not _differentiated(key_states, value_states) else append_
         store(
-            key_states, value_states, positions, cos, sin, self._candidates(frame, positions, key_states), self.state(),
+            key_states, value_states, positions, cos, sin, self._candidates(frame, key_states), self.state(),
             self.params, self.codec_text, True,
         )  # fmt: skip
         if defers:
@@ -369,12 +370,32 @@ class KVSinkLayer(CacheLayerMixin):
         if frame.reach[1] > self._reach:
             self._set_params(2 * frame.reach[1])
 
-    def _candidates(self, frame: Frame, positions: Tensor, rows: Tensor) -> list[Tensor]:
+    def _mark_padding(self, frame: Frame, new: int) -> None:
+        """Note which of the new rows are padding, before any of them is coded; once per forward pass, since layers share it."""
+        if frame.valid is None or self.is_sliding in frame.marked:
+            return
+        frame.marked[self.is_sliding] = True
+        assert self.shared.real is not None
+        self.shared.real.index_copy_(1, torch.arange(new, device=self.device) + self.length, frame.valid)
+
+    def _order(self, frame: Frame, new: int) -> Tensor:
+        """The number of every new row among the real rows of its sequence [B or 1, S], from 0; padding repeats its last."""
+        before = self._first_position()
+        if frame.valid is None:
+            return torch.arange(new, device=self.device)[None] + before
+        real = self.shared.real
+        assert real is not None
+        padding = ~real & (torch.arange(real.shape[1], device=self.device) < self.length)
+        return before - padding.sum(1, keepdim=True) + frame.valid.cumsum(1) - 1
+
+    def _candidates(self, frame: Frame, rows: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
         for segment, key in self.sources:
             pair = frame.candidates.get(key)
             if pair is None and segment.source in ("first", "random"):
-                pair = frame.candidates[key] = position_candidates(frame, positions, rows.shape[0], segment)
+                if frame.order is None:
+                    frame.order = self._order(frame, rows.shape[2])
+                pair = frame.candidates[key] = order_candidates(frame, frame.order, rows.shape[0], segment)
             if pair is None:
                 raise KvsinkError(
                     f"layer {self.layer} keeps {segment.source} rows exact but saw no hidden states; run the cache through "
@@ -389,7 +410,8 @@ class KVSinkLayer(CacheLayerMixin):
     def get_seq_length(self) -> Any:
         if not self.is_initialized:
             return 0
-        return self.length if self.max_length is not None else self._held
+        # A copy: a mask function may be asked after the length has moved on.
+        return self.length.clone() if self.max_length is not None else self._held
 
     def get_max_length(self) -> int:
         return -1 if self.max_length is None else self.max_length
@@ -406,6 +428,8 @@ class KVSinkLayer(CacheLayerMixin):
         self.exact_slot.fill_(-1)
         self.exact_score.fill_(float("-inf"))
         self.recent_slot.fill_(-1)
+        if self.shared.real is not None:
+            self.shared.real.fill_(True)
         if self.shared.anchor_cos is not None and self.shared.anchor_sin is not None:
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
@@ -426,6 +450,8 @@ class KVSinkLayer(CacheLayerMixin):
             raise KvsinkError(f"layer {self.layer}: cannot crop {-tokens_to_remove} tokens from a cache of {held}")
         self._reopen(keep)
         self.length.fill_(keep)
+        assert self.shared.real is not None
+        self.shared.real[:, keep:] = True
         self._unseen, self._asked = None, True
         self._held = keep
         named = torch.where(self.exact_slot < -1, -self.exact_slot - 2, self.exact_slot)
@@ -744,18 +770,23 @@ class KVSinkCache(Cache):
             isinstance(i, KVSinkLayer) and i.codec.tiles and i.is_initialized and i.device.type == "cuda" for i in layers
         )
 
-    def first_slot(self) -> Any:
-        """Slot of the next row in the layers whose mask the decoder is given, as a tensor where that does not move."""
+    def first_slot(self, moved: bool = False) -> Any:
+        """Slot of the next row in the layers whose mask the decoder is given: an int for a growing cache, else a tensor.
+
+        moved: count the tokens that a sliding window has left behind too, as a 2-D mask does.
+        """
         packed = [layer for layer in self.packed_layers() if layer.is_initialized]
         layer = next((i for i in packed if not i.is_sliding), packed[0] if packed and all(self.is_sliding) else None)
-        return self.get_seq_length() if layer is None else layer.length
+        if layer is None or moved:
+            return self.get_seq_length() if layer is None else layer.get_seq_length()
+        return layer.length if layer.max_length is not None else layer._held
 
     def packed_layers(self) -> list[KVSinkLayer]:
         """The layers kvsink packs."""
         return [layer for layer in self.layers if isinstance(layer, KVSinkLayer)]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor the cache holds, by name; the positions once."""
+        """Every tensor the cache holds, by name; what layers share once."""
         out: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             if isinstance(layer, KVSinkLayer):
@@ -763,11 +794,10 @@ class KVSinkCache(Cache):
                     out.update({f"layers.{i}.{n}": getattr(layer, n) for n in _HELD})
             elif getattr(layer, "is_initialized", False):
                 out.update({f"layers.{i}.{n}": t for n, t in vars(layer).items() if isinstance(t, Tensor)})
-        if self.shared.positions is not None:
-            out["positions"] = self.shared.positions
+        out |= {n: t for n in SHARED_NAMES if (t := getattr(self.shared, n)) is not None}
         out.update(self.shared.tables())
-        if self.sliding is not None and self.sliding.positions is not None and self.sliding.dropped is not None:
-            out |= {"sliding.positions": self.sliding.positions, "sliding.dropped": self.sliding.dropped}
+        if self.sliding is not None:
+            out |= {f"sliding.{n}": t for n in (*SHARED_NAMES, "dropped") if (t := getattr(self.sliding, n)) is not None}
         return out
 
     def nbytes(self) -> int:
@@ -874,7 +904,7 @@ class KVSinkCache(Cache):
         texts = [layer.codec_text for layer in cache.packed_layers()]
         if meta.get("format") != "kvsink-cache-1" or found != texts:
             raise SidecarError(f"cache file {path} was made by another plan or version; prefill the prompt again")
-        wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in _HELD} | {"positions"}
+        wanted = {f"layers.{i}.{n}" for i in range(len(texts)) for n in _HELD} | set(SHARED_NAMES)
         if missing := wanted - set(tensors):
             raise SidecarError(f"cache file {path} lacks {min(missing)}; save it again")
         check_digest(tensors, meta, f"cache file {path}", SidecarError, "save it again")
@@ -893,8 +923,8 @@ class KVSinkCache(Cache):
                 both = tuple(slice(min(a, b)) for a, b in zip(saved.shape, held.shape, strict=True))
                 held[both] = saved[both]
             layer._held = length
-        assert cache.shared.positions is not None
-        cache.shared.positions[:, :length] = tensors["positions"][:, :length]
+        for name in SHARED_NAMES:
+            getattr(cache.shared, name)[:, :length] = tensors[name][:, :length]
         for name, held in cache.shared.tables().items():
             if name not in tensors:
                 raise SidecarError(f"cache file {path} lacks {name}; save it again")

@@ -30,7 +30,7 @@ from kvsink.fold import is_plain
 from kvsink.kernels.rope import rope, unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
-from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, position_candidates
+from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, order_candidates
 from kvsink.streaming import Job, Stream
 
 __all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
@@ -258,7 +258,8 @@ class _RecordingCache(Cache):
             key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
             pair = frame.candidates.get(key)
             if pair is None:
-                pair = frame.candidates[key] = position_candidates(frame, positions, b, segment)
+                order = positions if frame.valid is None else frame.valid.cumsum(1) - 1
+                pair = frame.candidates[key] = order_candidates(frame, order, b, segment)
             exact = torch.zeros_like(keep).scatter_(1, pair[1], pair[0] > float("-inf"))
             keep &= ~exact
         if frame.valid is not None:

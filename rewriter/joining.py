@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
+from kvsink.codecs import ANCHOR_NAMES, SHARED_NAMES, STATE_NAMES, Codec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels.tiles import TILE_SLOTS
 
@@ -76,7 +76,7 @@ def pads_of(a: Any, b: Any) -> tuple[int, int]:
 
 def joined_state(a: Any, b: Any, pads: tuple[int, int], slots: int) -> dict[str, Tensor]:
     """The state of two layers as that of one with `slots` slots; nothing of either is written."""
-    names = [n for n in (*STATE_NAMES, *ANCHOR_NAMES) if n != "positions"]
+    names = [n for n in (*STATE_NAMES, *ANCHOR_NAMES) if n not in SHARED_NAMES]
     moved = [_moved(layer, pad, slots, names) for layer, pad in zip((a, b), pads, strict=True)]
     longer, shorter = (moved[0], moved[1]) if pads[0] == 0 else (moved[1], moved[0])
     here, there = longer["recent_slot"], shorter["recent_slot"]
@@ -90,12 +90,17 @@ def joined_state(a: Any, b: Any, pads: tuple[int, int], slots: int) -> dict[str,
 
 
 def joined_shared(a: Any, b: Any, pads: tuple[int, int], slots: int, layer: Any) -> dict[str, Tensor]:
-    """What the layers of two caches share, as of one: positions int32 [B, slots], and the anchors of codes in tiles."""
-    held = [s.positions.new_zeros((s.positions.shape[0], slots)) for s in (a, b)]
-    for new, pad, shared in zip(held, pads, (a, b), strict=True):
-        count = min(slots - pad, shared.positions.shape[1])
-        new[:, pad : pad + count] = shared.positions[:, :count]
-    out = {"positions": torch.cat(held)}
+    """What the layers of two caches share, as of one: SHARED_NAMES [B, slots], and the anchors of codes in tiles."""
+    out = {}
+    for name in SHARED_NAMES:
+        held = []
+        for old, pad in zip((getattr(a, name), getattr(b, name)), pads, strict=True):
+            count = min(slots - pad, old.shape[1])
+            new = old.new_zeros((old.shape[0], slots))  # slots before are padding
+            new[:, pad : pad + count] = old[:, :count]
+            new[:, pad + count :] = name == "real"
+            held.append(new)
+        out[name] = torch.cat(held)
     if a.anchor_cos is None:
         return out
     turned = []

@@ -1,8 +1,9 @@
 """Which rows stay exact: protection policies, their text form, and where each finds its candidates.
 
     none                nothing
-    first:N             the first N positions (Preserve-First-N)
-    random:N            N rows drawn by a fixed hash of the position, the same in every layer and run: a control
+    first:N             the first N tokens of a sequence, padding not counted (Preserve-First-N); documents packed in one
+                        sequence share them, and the first document comes first
+    random:N            N rows drawn by a fixed hash of a token's number, the same in every layer and run: a control
     kvsink:K            K attention sinks per emergence stage, by the stable outlier channel of the hidden states
     massive:N           per layer, the rows of the N largest entries of the hidden states that enter it
     pivots:N[:A[:R]]    at most N rows of the prompt whose largest |h| behind the probe block exceeds A (100) and R (1000)

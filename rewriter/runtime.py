@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
+_HIDDEN = -1000.0  # an additive mask hides from here down: exp(-1000) is 0 in float64
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Frame:
     anchored: bool = False  # the anchors of codes in tiles have been seen to
     reach: tuple[Tensor, int] | None = None  # positions that were looked at, and the largest of them plus one
     asks: bool | None = None  # `Runtime.asks`, looked up once
+    order: Tensor | None = None  # [B or 1, S], the number of every row among the real ones of its sequence
+    marked: dict[bool, bool] = field(default_factory=dict)  # caches, sliding or not, that have noted `valid`
     one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
 
 
@@ -433,13 +436,15 @@ class _NewFrame(_Hook):
         frame = Frame()
         if rows is not None:
             mask = self.given("attention_mask", args, kwargs)
-            frame.valid = _valid_rows(mask, rows.shape[0], rows.shape[1], cache)
+            frame.valid = real_rows(mask, rows.shape[0], rows.shape[1], cache)
             visual = getattr(cache, "visual", None)
             if visual is not None:
                 check_mask(visual, rows.shape)
                 frame.visual = visual
             axes = self.given("position_ids", args, kwargs)
-            if self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
+            if isinstance(axes, Tensor) and axes.dim() == 2:  # not every model hands them on to its attention
+                frame.positions = axes
+            elif self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
                 like = rows if rows.is_floating_point() else number_of(module)
                 frame.positions, frame.one_axis = first, True
@@ -517,24 +522,44 @@ def mask_of(kinds: Tensor, ids: Tensor, held: Any) -> Tensor:
     return kinds != 0
 
 
-def _valid_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
-    """bool [B, S]: False where a new row is padding. None when nothing is masked."""
+def real_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
+    """bool [B, S]: False where a new row is padding, by what the attention mask says; None without a mask.
+
+    2-D, 0 at padding: a column stands for a token. 4-D, bool or additive: a row that some new row looks at is real. A mask of
+    flex attention: a row that looks at itself. Documents packed in one sequence, which do not see each other, are real.
+    """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values())))
+    if callable(look := getattr(mask, "mask_mod", None)):
+        row = torch.arange(new, device=mask.kv_num_blocks.device)[None]
+        sequence = torch.arange(mask.shape[0], device=row.device)[:, None]
+        return look(sequence, torch.zeros_like(sequence), row, row + _first_slot(cache)).expand(batch, new)
     if not isinstance(mask, Tensor):
         return None
     if mask.dim() == 2:
-        if mask.shape[1] != getattr(cache, "get_max_length", int)():
-            return mask[:, -new:].to(torch.bool)
-        tokens = torch.arange(new, device=mask.device) + cache.get_seq_length()  # a column for every slot of a fixed length
-        return mask.index_select(1, tokens).to(torch.bool)
-    last = mask[:, 0, -1]  # what the last new row may see: every valid row up to itself
-    seen = last if last.dtype == torch.bool else last >= 0
-    if seen.shape[1] > new:
-        first = getattr(cache, "first_slot", cache.get_seq_length)()
+        held = _first_slot(cache, True)
+        if isinstance(held, Tensor):  # a fixed length: the mask may have a column for every slot
+            columns = torch.arange(new, device=mask.device) + held
+            part = mask.index_select(1, columns.clamp_max(mask.shape[1] - 1)).to(torch.bool)
+            return part if mask.shape[1] == cache.get_max_length() else part & (columns < mask.shape[1])
+        ahead = isinstance(held, int) and hasattr(cache, "first_slot") and mask.shape[1] > held + new
+        return (mask[:, held : held + new] if ahead else mask[:, -new:]).to(torch.bool)
+    seen = mask[:, 0]  # [B or 1, S or 1, slots]
+    if seen.shape[-1] > new:
+        first = _first_slot(cache)
         slots = torch.arange(new, device=mask.device) + first
-        seen = seen.index_select(1, slots)
-    return seen.expand(batch, -1)
+        seen = seen.index_select(2, slots)
+    if seen.dtype != torch.bool:
+        seen = seen > _HIDDEN
+    if seen.shape[1] > 1:  # a row that sees everything, though the last one does not, stands for one that sees nothing
+        whole = seen.all(2, keepdim=True)
+        seen = seen & (~whole | whole[:, -1:])
+    return seen.any(1).expand(batch, -1)
+
+
+def _first_slot(cache: Any, moved: bool = False) -> Any:
+    """See `KVSinkCache.first_slot`; other caches of a rewritten model know their length."""
+    return cache.first_slot(moved) if hasattr(cache, "first_slot") else cache.get_seq_length()
 
 
 class _EndFrame(_Hook):
@@ -679,14 +704,15 @@ def _rank(
     return select_sinks(hidden, valid, channels, weights, count, entries)
 
 
-def position_candidates(frame: Frame, positions: Tensor, batch: int, segment: Segment) -> tuple[Tensor, Tensor]:
-    """Candidates known by position alone, padding excluded: `first:N` the rows below N, `random:N` the N largest hashes."""
-    inside = positions >= 0
+def order_candidates(frame: Frame, order: Tensor, batch: int, segment: Segment) -> tuple[Tensor, Tensor]:
+    """Candidates known by their number among the real rows of their sequence, `order` [B or 1, S]: `first:N` the rows below N,
+    `random:N` the N largest hashes. Documents packed in one sequence share its places: those of the first come first."""
+    inside = order >= 0
     if segment.source == "first":
-        inside = inside & (positions < segment.count)
-        score = _FIRST_SCORE * (1.0 - positions * 1e-6)
+        inside = inside & (order < segment.count)
+        score = _FIRST_SCORE * (1.0 - order * 1e-6)
     else:
-        score = position_hash(positions)
+        score = position_hash(order)
     inside = inside.expand(batch, -1)
     if frame.valid is not None:
         inside = inside & frame.valid

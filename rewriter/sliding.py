@@ -6,8 +6,8 @@ Formula    slots hold the last n tokens, w - 1 + back <= n <= capacity; slot s i
 Source     ours
 Differs    from a ring of exactly w rows: rows move once in `slack` tokens, so that slots stay in the order of tokens and every
            codec that works row by row goes on unchanged; `back` rows more than the window stay for `crop`
-Shapes     as in kvsink.cache, with min(max_length, capacity) slots; positions int32 [B, slots] and dropped int64 [1] are
-           common to all sliding layers of a cache
+Shapes     as in kvsink.cache, with min(max_length, capacity) slots; positions int32 and real bool [B, slots] and dropped int64
+           [1] are common to all sliding layers of a cache
 Exact      rows move as bytes; protected rows stay exact while any query can see them
 Declines   codecs that code blocks of tokens together, records of outliers, and anchors: see `sliding_refusal`
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.codecs import Codec
+from kvsink.codecs import SHARED_NAMES, Codec
 from kvsink.errors import KvsinkError
 from kvsink.runtime import Frame, Runtime
 
@@ -58,6 +58,7 @@ class SlidingWindow:
         self.main, self.runtime, self.window, self.total = shared, runtime, window, max_length
         self.layers: list[Any] = []
         self.positions: Tensor | None = None
+        self.real: Tensor | None = None
         self.dropped: Tensor | None = None  # int64 [1], tokens before slot 0
         self.anchor_cos = self.anchor_sin = None
 
@@ -84,11 +85,13 @@ class SlidingWindow:
         return {}
 
     def map(self, pick: Any, in_place: bool = False) -> None:
-        """Apply `pick` to the positions, which have one row per sequence."""
-        if self.positions is not None and in_place:
-            self.positions.copy_(pick(self.positions))
-        elif self.positions is not None:
-            self.positions = pick(self.positions)
+        """Apply `pick` to what has one row per sequence."""
+        for name in SHARED_NAMES:
+            old = getattr(self, name)
+            if old is not None and in_place:
+                old.copy_(pick(old))
+            elif old is not None:
+                setattr(self, name, pick(old))
 
     def reset(self) -> None:
         """Nothing is held any more."""
@@ -120,8 +123,10 @@ class SlidingWindow:
             self._store_in(held - drop, -(-slots // 256) * 256)
 
     def _shift(self, held: int, drop: int) -> None:
-        assert self.positions is not None and self.dropped is not None
-        self.positions[:, : held - drop] = self.positions[:, drop:held].clone()
+        assert self.positions is not None and self.real is not None and self.dropped is not None
+        for shared in (self.positions, self.real):
+            shared[:, : held - drop] = shared[:, drop:held].clone()
+        self.real[:, held - drop :] = True
         for layer in self.layers:
             for name in _SLOTTED:
                 rows = getattr(layer, name)
@@ -139,21 +144,23 @@ class SlidingWindow:
     def _store_in(self, held: int, slots: int) -> None:
         """Move what is held to storage of `slots` slots: the fixed one where it has that many, which never moves."""
         fixed = self.total is not None and slots == self.capacity
-        positions = self.positions
-        assert positions is not None
+        assert self.positions is not None and self.real is not None
+        both = self.positions, self.real
         for layer in self.layers:
             now = {name: getattr(layer, name) for name in _SLOTTED}
             if layer.fixed is None and self.total is not None:
-                layer.fixed = (now, positions)
+                layer.fixed = (now, both)
             for name, rows in now.items():
                 target = layer.fixed[0][name] if fixed else rows.new_zeros((*rows.shape[:2], slots, rows.shape[3]))
                 target[:, :, :held] = rows[:, :, :held]
                 setattr(layer, name, target)
             if self.total is not None:
                 layer.max_length = slots
-        target = self.layers[0].fixed[1] if fixed else positions.new_zeros((positions.shape[0], slots))
-        target[:, :held] = positions[:, :held]
-        self.positions = target
+        targets = self.layers[0].fixed[1] if fixed else tuple(t.new_ones((t.shape[0], slots)) for t in both)
+        for target, rows in zip(targets, both, strict=True):
+            target[:, :held] = rows[:, :held]
+        self.positions, self.real = targets
+        self.real[:, held:] = True
         for layer in self.layers:
             layer._set_params(slots)
 

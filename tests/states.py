@@ -92,6 +92,7 @@ def read_codes(
     layout = codec.layout(b, h, d, v.shape[3], s, k.dtype)
     state = {name: torch.full(shape, fill, dtype=dtype) for name, (shape, dtype, fill) in layout.items()}
     state["positions"] = torch.zeros(b, s, dtype=torch.int32)
+    state["real"] = torch.ones(b, s, dtype=torch.bool)
     held = [state[name] for name in STATE_NAMES]
     append_(k, v, positions, cos, sin, [], held, [p[n] for n in codec.param_names()], codec.text(), True)
     return codec.read_keys(state, p, 0, s), codec.read_values(state, p, 0, s)

@@ -35,7 +35,7 @@ from .anchors import Anchors
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
 
-__all__ = ["ANCHOR_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
+__all__ = ["ANCHOR_NAMES", "SHARED_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
 
 Params = Mapping[str, Tensor]
 
@@ -44,8 +44,10 @@ TABLE_TOKENS = 64  # rows of the mean table of a "post" codec: its blocks exist 
 STATE_NAMES = (
     "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
     "recent_k", "recent_v", "recent_slot", "length", "positions", "k_norm",
-    "k_sparse", "k_sparse_at", "v_sparse", "v_sparse_at",
+    "k_sparse", "k_sparse_at", "v_sparse", "v_sparse_at", "real",
 )  # fmt: skip
+
+SHARED_NAMES = ("positions", "real")  # of all layers: int32 and bool [B, L]; real is False where a slot holds padding
 
 ANCHOR_NAMES = ("recent_score",)  # state that only the choice of anchors reads and writes
 
@@ -183,7 +185,7 @@ class Codec:
     def layout(
         self, batch: int, heads: int, key_dim: int, value_dim: int, slots: int, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
-        """Shape, dtype and first fill of every state tensor but the positions: STATE_NAMES in their order, then ANCHOR_NAMES."""
+        """Shape, dtype and first fill of every state tensor of one layer: STATE_NAMES in their order, then ANCHOR_NAMES."""
 
         def codes(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             return (batch, heads, slots, self.row_bytes(side, dim)), torch.uint8 if side.packed else dtype, 0

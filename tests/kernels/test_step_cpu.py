@@ -79,6 +79,7 @@ def _held(name: str, dim: int, rotary: int | None = None) -> Any:
     for n in ("k_scale", "v_scale", "exact_k", "exact_v", "recent_k", "recent_v"):
         state[n].uniform_(0.5, 1.5, generator=g)
     state["positions"] = torch.arange(slots, dtype=torch.int32).expand(batch, -1).clone()
+    state["real"] = torch.ones(batch, slots, dtype=torch.bool)
     state["exact_slot"] = torch.stack([torch.randperm(length - 1, generator=g)[: c.exact_rows] for _ in range(batch)]).int()
     state["recent_slot"] = torch.arange(length - c.window, length, dtype=torch.int32)
     state["length"] = torch.tensor(length - 1)

@@ -83,6 +83,7 @@ def test_exact_rows_and_padding_take_no_places() -> None:
         layer = layer_of(NAME, options, 2)
         given = append_arguments(layer, k, v)
         given["positions"] = (torch.arange(24) - torch.tensor(pad)[:, None]).clamp_min(0)
+        layer.shared.real[:, :24] = torch.arange(24) >= torch.tensor(pad)[:, None]
         given["cos"], given["sin"] = layer.shared.runtime.angles(1, torch.zeros(1, 24, dtype=torch.int64))
         if layer.segments:
             given["candidates"] = [torch.ones(2, 1), torch.full((2, 1), 3)]

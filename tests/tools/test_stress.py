@@ -20,6 +20,7 @@ from kvsink.tools.stress.endurance import generate_long, reuse
 from kvsink.tools.stress.files import KINDS, Bench
 from kvsink.tools.stress.kills import Yard
 from kvsink.tools.stress.operations import CASES, Case, Twin, run_sequence
+from kvsink.tools.stress.rows import FORMS
 
 # -- operations --------------------------------------------------------------------------------------------------------
 
@@ -33,9 +34,9 @@ class Operations(RuleBasedStateMachine):
     def make(self, case: Case, batch: int, seed: int) -> None:
         self.twin = Twin(case, batch, seed)
 
-    @rule(n=st.one_of(st.just(1), st.integers(2, 40)), asked=st.booleans(), padded=st.booleans())
-    def append(self, n: int, asked: bool, padded: bool) -> None:
-        self.twin.append(n, asked, padded)
+    @rule(n=st.one_of(st.just(1), st.integers(2, 40)), asked=st.booleans(), form=st.sampled_from(FORMS))
+    def append(self, n: int, asked: bool, form: str) -> None:
+        self.twin.append(n, asked, form)
 
     @rule(n=st.integers(1, 60))
     def crop(self, n: int) -> None:
@@ -61,9 +62,9 @@ class Operations(RuleBasedStateMachine):
     def select(self, masked: bool) -> None:
         self.twin.select(masked)
 
-    @rule(n=st.integers(1, 140), padded=st.booleans())
-    def join(self, n: int, padded: bool) -> None:
-        self.twin.join(n, padded)
+    @rule(n=st.integers(1, 140), form=st.sampled_from(FORMS))
+    def join(self, n: int, form: str) -> None:
+        self.twin.join(n, form)
 
     @rule()
     def save_and_load(self) -> None:
@@ -107,6 +108,8 @@ BUGS: dict[str, tuple[str, Any]] = {
             self, {**state, "exact_slot": state["exact_slot"].clamp_max(-1)}, slots
         ),
     ),
+    "padding taken for rows": ("_mark_padding", lambda self, frame, new: None),
+    "first rows counted by slots": ("_order", lambda self, frame, new: torch.arange(new)[None] + self.length),
 }  # fmt: skip
 
 

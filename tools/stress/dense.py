@@ -4,7 +4,8 @@ Formula    seen(j) = the row as it came   if it was just appended (unless strict
                    = decode(encode(row))  otherwise; of blocks of tokens, as the block was last coded
            per protection segment the best `capacity` of (held ∪ candidates) stay exact; a crop takes those behind it away
 Source     ours; KVSink, arXiv 2508.04257 section 4 (the running selection)
-Shapes     k, v [B, H, T, D]; positions [B, T]; pad [B]: slots of left padding per row
+           a block of tokens is coded per sequence from its real rows alone, as if no others stood there
+Shapes     k, v [B, H, T, D]; positions [B, T]; real bool [B, T]: False where a slot holds padding, whose codes are left open
 Exact      codes are those of the codec's own pure functions: what is modelled is storage, choice and bookkeeping
 """
 
@@ -59,9 +60,9 @@ class DenseLayer:
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def append(
-        self, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: list[Tensor], pad: Tensor
+        self, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: list[Tensor], real: Tensor
     ) -> None:
-        """New rows [B, H, S, D]; candidates: score, index of every segment."""
+        """New rows [B, H, S, D]; candidates: score, index of every segment; real: of all slots, the new ones included."""
         c, first, s = self.codec, self.length, k.shape[2]
         p = self.params(int(positions.max()) + 1)
         self._choose(candidates, first)
@@ -75,7 +76,7 @@ class DenseLayer:
             if not spec.packed:
                 new = rows
             elif spec.by_token_block:
-                side.coded = self._block(name, spec, side, rows, old, turn, pad)
+                side.coded = self._block(name, spec, side, rows, old, turn, real)
                 continue
             else:
                 x = turn(rows)
@@ -100,7 +101,7 @@ class DenseLayer:
                 self.held[i][row] = {slot: kept[slot] for slot in best}
 
     def _block(
-        self, name: str, spec: Any, side: _Side, new: Tensor, ring: dict[int, Any], turn: Callable[[Tensor], Tensor], pad: Tensor
+        self, name: str, spec: Any, side: _Side, new: Tensor, ring: dict[int, Any], turn: Callable[[Tensor], Tensor], real: Tensor
     ) -> Tensor:
         """The coded rows after every block that the new rows touch has been coded anew."""
         c, total = self.codec, side.rows.shape[2]
@@ -114,17 +115,26 @@ class DenseLayer:
                 rows.append(held[1 if name == "k" else 2])
             else:
                 rows.append(new[:, :, min(slot, total - 1) - first])
-        slots = torch.arange(start, end)
-        valid = (slots < total) & (slots >= pad[:, None])
-        for row in range(valid.shape[0]):
-            for slot in self.exact(row):
-                if start <= slot < end:
-                    valid[row, slot - start] = False
-        codes, scale, norm = c.encode_block(turn(torch.stack(rows, 2)), spec, valid)
-        x = c.dequantize(name, codes, scale, {}, 0)
-        x = x if norm is None else x * norm.float()
-        x = c.restore_keys(x, slots.expand(valid.shape[0], -1), {}) if name == "k" else c.restore_values(x, {})
-        return torch.cat([side.coded[:, :, :start], x[:, :, : total - start]], 2)
+        x = turn(torch.stack(rows, 2))[:, :, : total - start]
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for row in range(x.shape[0]):
+            exact = self.exact(row)
+            for at in range(0, x.shape[2], spec.group_tokens):
+                here = [i for i in range(at, min(at + spec.group_tokens, x.shape[2])) if bool(real[row, start + i])]
+                if here:
+                    kept = [start + i in exact for i in here]
+                    out[row : row + 1, :, here] = self._group(name, spec, x[row : row + 1, :, here], kept)
+        positions = torch.arange(start, total).expand(x.shape[0], -1)
+        out = c.restore_keys(out, positions, {}) if name == "k" else c.restore_values(out, {})
+        return torch.cat([side.coded[:, :, :start], out], 2)
+
+    def _group(self, name: str, spec: Any, x: Tensor, exact: list[bool]) -> Tensor:
+        """Real rows [1, H, n, D] of one group of tokens as their codes say; those kept exact are left out of its ranges."""
+        n = x.shape[2]
+        valid = F.pad(~torch.tensor(exact), (0, spec.group_tokens - n))[None]
+        codes, scale, norm = self.codec.encode_block(F.pad(x, (0, 0, 0, spec.group_tokens - n)), spec, valid)
+        out = self.codec.dequantize(name, codes, scale, {}, 0)
+        return (out if norm is None else out * norm.float())[:, :, :n]
 
     def crop(self, keep: int) -> None:
         """Forget the rows from `keep` on; rows of the block that is open again come back as far as the ring holds them."""

@@ -33,8 +33,8 @@ def tokens(batch: int = 1, length: int = 64, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def rewritten(method: str, layers: int = 2, positions: int = 128, **options: Any) -> Any:
-    """A tiny Llama rewritten by a method, calibrated on random tokens."""
+def rewritten(method: Any, layers: int = 2, positions: int = 128, **options: Any) -> Any:
+    """A tiny Llama rewritten by a method, by name or as it is, calibrated on random tokens."""
     import kvsink
 
     model = tiny(layers, positions)

@@ -1,8 +1,9 @@
 """Random sequences of cache operations, each checked against the plain model of `kvsink.tools.stress.dense`.
 
 A `Twin` holds a `KVSinkCache` and its plain model and applies every operation to both. Rows are random and fed to the layers
-the way a model feeds them, through a frame with positions, angles, padding and candidates; attention is asked for in
-both ways a model may ask. An operation that must be refused has to raise KvsinkError and leave every tensor as it was.
+the way a model feeds them, through a frame with positions, angles, padding of any kind (`kvsink.tools.stress.rows`) and
+candidates; attention is asked for in both ways a model may ask. An operation that must be refused has to raise KvsinkError and
+leave every tensor as it was.
 
 Source     ours
 Raises     AssertionError naming operation and layer when cache and model part
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from torch import Tensor
 from kvsink.cache import KVSinkCache
 from kvsink.errors import KvsinkError
 from kvsink.kernels import read
-from kvsink.runtime import Frame, position_candidates
+from kvsink.methods import get_method
+from kvsink.runtime import Frame, position_hash
 from kvsink.tools.stress.dense import DenseLayer
 from kvsink.tools.stress.models import HEAD_DIM, HEADS, KV_HEADS, rewritten
+from kvsink.tools.stress.rows import FORMS, Rows
 
 __all__ = ["CASES", "OPERATIONS", "Case", "Twin", "run_sequence"]
 
@@ -58,10 +61,13 @@ _CODECS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rotatekv", {"protect": "massive:4+random:3"}),
     ("kivi", {"protect": "first:3"}),
     ("kivi", {"protect": "massive:3", "window": 40}),
+    ("kivi", {"protect": "first:2+massive:2", "together": 8}),
     ("oscar", {"protect": "first:2"}),
+    ("oscar", {"protect": "random:3", "together": 16}),
     ("cq", {"protect": "first:1+massive:2", "key_bits": 1, "value_bits": 1}),
     ("kvquant", {"protect": "first:1", "window": 2}),
     ("kvquant", {"protect": "massive:3"}),
+    ("kvquant-10%", {"protect": "first:2", "together": 8}),
     ("rtn", {"protect": "anchors:10%+first:1", "window": 4}),
 )
 CASES: tuple[Case, ...] = tuple(
@@ -74,8 +80,15 @@ CASES: tuple[Case, ...] = tuple(
 
 @cache
 def model_of(method: str, options: tuple[tuple[str, Any], ...]) -> Any:
-    """The rewritten model of a case, made once."""
-    return rewritten(method, layers=1, **dict(options))
+    """The rewritten model of a case, made once. The option `together` makes blocks and records of so many tokens, which fill."""
+    given = dict(options)
+    n, named = given.pop("together", 0), get_method(method)
+    if n and named.key.outliers:
+        named = replace(named, **{side: replace(getattr(named, side), outlier_tokens=n) for side in ("key", "value")})
+    elif n:
+        value = replace(named.value, flush=min(named.value.flush, n), newest=min(named.value.newest, n))
+        named = replace(named, key=replace(named.key, group_tokens=n // 2, flush=n), value=value)
+    return rewritten(named, layers=1, **given)
 
 
 @dataclass
@@ -95,8 +108,7 @@ class Twin:
         self._forget()
 
     def _forget(self) -> None:
-        self.pad = torch.zeros(self.batch, dtype=torch.int64)
-        self.void = self.pad.clone()  # slots that joining has put before a row: whatever stands there
+        self.rows = Rows.empty(self.batch)
         self.layers = [
             DenseLayer.empty(layer.codec, self._tables(i, layer.codec), self.batch, KV_HEADS, HEAD_DIM)
             for i, layer in enumerate(self.cache.packed_layers())
@@ -120,34 +132,29 @@ class Twin:
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
-    def append(self, n: int, asked: bool, padded: bool) -> None:
-        """n new rows. asked: attention asks the layer itself; padded: the first rows of a sequence begin with padding."""
+    def append(self, n: int, asked: bool, form: str) -> None:
+        """n new rows of one of FORMS. asked: attention asks the layer itself."""
         first = self.length
         if self.case.max_length is not None and first + n > self.case.max_length:
             self._overflow(n)
             return
-        if first == 0 and padded:
-            self.pad = torch.randint(0, n, (self.batch,), generator=self.draw)
-        slots = torch.arange(first, first + n)
-        positions = (slots[None] - self.pad[:, None]).clamp_min(0)
-        valid = slots >= self.pad[:, None]
+        self.rows.add(n, form, self.draw)
+        positions, valid = self.rows.before(n, own=True), self.rows.real[:, -n:]
         runtime = self.cache.shared.runtime
-        frame = Frame(positions=positions, valid=None if bool(valid.all()) else valid)
+        frame = Frame(positions=positions, valid=None if self.rows.plain else valid)
         angles = [runtime.angles(i, positions) for i in range(len(self.layers))]
         for layer in self.cache.packed_layers():
             for segment, key in layer.sources:
-                if segment.source in ("first", "random"):
-                    frame.candidates[key] = position_candidates(frame, positions, self.batch, segment)
-                else:
+                if segment.source not in ("first", "random"):  # those the cache must know by itself
                     score = torch.rand(self.batch, n, generator=self.draw).masked_fill(~valid, float("-inf"))
                     frame.candidates[key] = score.topk(min(segment.count, n), dim=1)
         self.cache.frame = frame
         for i, (layer, dense) in enumerate(zip(self.cache.packed_layers(), self.layers, strict=True)):
             frame.cos, frame.sin = angles[i] if asked else (None, None)
             k, v = self._rows(n, KV_HEADS), self._rows(n, KV_HEADS)
-            candidates = [t for _, key in layer.sources for t in frame.candidates[key]]
+            candidates = [t for segment, key in layer.sources for t in frame.candidates.get(key) or self._by_number(segment, n)]
             found = layer.update(k, v)
-            dense.append(k, v, positions, *angles[i], candidates, self.pad)
+            dense.append(k, v, positions, *angles[i], candidates, self.rows.real)
             if layer._asked:
                 self._take_anchors(layer, dense)  # some leave the recent rows now
                 self._compare(i, (found[0][:, :, : first + n], found[1][:, :, : first + n]), n)
@@ -156,33 +163,36 @@ class Twin:
                 self._attend(i, layer, dense, k, v, valid, first, n)
         self.cache.frame = None
 
+    def _by_number(self, segment: Any, n: int) -> tuple[Tensor, Tensor]:
+        """Candidates among the last n slots for `first:N` and `random:N`: by the number of tokens before them."""
+        number = self.rows.before(n, own=False)
+        first = segment.source == "first"
+        score = torch.where(number < segment.count, -number.float(), float("-inf")) if first else position_hash(number)
+        score = score.masked_fill(~self.rows.real[:, -n:], float("-inf"))
+        return score.topk(min(segment.count, n), dim=1)
+
     def _observe(self, layer: Any, dense: DenseLayer, k: Tensor, v: Tensor) -> None:
         if layer.codec.anchors is None:
             return
-        n, total = k.shape[2], dense.length
+        n = k.shape[2]
         q, full_k, full_v = self._rows(n, HEADS), *dense.seen(n)
-        scale, seen = HEAD_DIM**-0.5, self._visible(total - n, n)
+        scale, seen = HEAD_DIM**-0.5, self.rows.visible(n)
         out = _attention(q, full_k, full_v, seen, scale)
         layer.observe(q, full_k, full_v, out, seen, scale)
         self._take_anchors(layer, dense)
 
-    @staticmethod
-    def _take_anchors(layer: Any, dense: DenseLayer) -> None:
+    def _take_anchors(self, layer: Any, dense: DenseLayer) -> None:
         """Which rows became anchors is the cache's choice; that each is held once, and exact, is checked."""
         if layer.codec.anchors is None:
             return
         places = layer.exact_slot[:, layer.codec.exact_rows :]
         dense.anchors = []
-        for row in places.tolist():
+        for i, row in enumerate(places.tolist()):
             taken = [slot for slot in row if slot >= 0]
             assert len(set(taken)) == len(taken), f"a row is held twice: {taken}"
             assert all(slot < dense.length for slot in taken), f"anchors {taken} behind {dense.length}"
+            assert bool(self.rows.real[i, taken].all()), f"padding among the anchors {taken}"
             dense.anchors.append(set(taken))
-
-    def _visible(self, first: int, n: int) -> Tensor:
-        slots = torch.arange(first + n)
-        seen = slots[None, :] <= torch.arange(first, first + n)[:, None]
-        return (seen[None] & (slots >= self.pad[:, None])[:, None, :])[:, None]  # [B, 1, n, T]
 
     def _attend(
         self, i: int, layer: Any, dense: DenseLayer, k: Tensor, v: Tensor, valid: Tensor, first: int, n: int
@@ -190,9 +200,9 @@ class Twin:
         if layer.begins(n):
             assert first == 0, "a cache with rows begins"
             return
-        q, scale, seen = self._rows(n, HEADS), HEAD_DIM**-0.5, self._visible(first, n)
+        q, scale, seen = self._rows(n, HEADS), HEAD_DIM**-0.5, self.rows.visible(n)
         mask: Tensor | None = seen
-        if bool((self.pad == 0).all()) and self.random.random() < 0.5:
+        if self.rows.plain and self.random.random() < 0.5:
             mask = None
         elif self.case.max_length is not None:
             mask = torch.nn.functional.pad(seen, (0, self.case.max_length - seen.shape[-1]))
@@ -217,10 +227,9 @@ class Twin:
         assert all(torch.equal(t, before[name]) for name, t in self.cache.tensors().items()), "a refusal changed the cache"
 
     def crop(self, remove: int) -> None:
-        """Forget so many of the last rows, at most those behind all padding; asked for in either of the two ways."""
-        longest = int(self.pad.max())
+        """Forget so many of the last rows, or all where a sequence would be left without tokens; asked for in either way."""
         keep = self.length - min(remove, self.length)
-        keep = 0 if keep <= longest else keep
+        keep = keep if bool(self.rows.real[:, :keep].any(1).all()) else 0
         if self.length == 0 or keep == self.length:
             return
         if keep and self.random.random() < 0.5:
@@ -230,9 +239,9 @@ class Twin:
         for layer, dense in zip(self.cache.packed_layers(), self.layers, strict=True):
             self._learn_outliers(0, layer, dense, dense.length)
             dense.crop(keep)
+        self.rows.crop(keep)
+        for layer, dense in zip(self.cache.packed_layers(), self.layers, strict=True):
             self._take_anchors(layer, dense)
-        if keep == 0:
-            self.pad = self.void = torch.zeros(self.batch, dtype=torch.int64)
 
     def crop_too_far(self) -> None:
         """More than is held: refused."""
@@ -277,14 +286,15 @@ class Twin:
         for dense in self.layers:
             dense.pick(rows)
             dense.anchors = [set(dense.anchors[i]) for i in rows] if dense.anchors else []
-        self.batch, self.pad, self.void = len(rows), self.pad[torch.tensor(rows)], self.void[torch.tensor(rows)]
+        self.batch = len(rows)
+        self.rows.pick(rows)
 
-    def join(self, n: int, padded: bool) -> None:
+    def join(self, n: int, form: str) -> None:
         """Another cache of n rows joins; where it may not, nothing changes."""
         if self.batch >= MOST_ROWS or not self._filled() or not self.length:
             return
         other = Twin(self.case, 1, self.seed + len(self.done))
-        other.append(min(n, self.case.max_length or n), True, padded)
+        other.append(min(n, self.case.max_length or n), True, form)
         before = {name: t.clone() for name, t in self.cache.tensors().items()}
         longest = max(self.length, other.length)
         pads = longest - self.length, longest - other.length
@@ -299,8 +309,7 @@ class Twin:
         for dense, joining in zip(self.layers, other.layers, strict=True):
             dense.join(joining, pads)
         self.batch += 1
-        self.pad = torch.cat([self.pad + pads[0], other.pad + pads[1]])
-        self.void = torch.cat([self.void + pads[0], other.void + pads[1]])
+        self.rows.join(other.rows, pads)
 
     def _may_join(self, other: Twin, pads: tuple[int, int]) -> bool:
         """Blocks of tokens stay whole, anchors are a share of one length, and both hold the same recent rows, as far as they go."""
@@ -346,8 +355,7 @@ class Twin:
         self._learn_outliers(i, layer, dense)
         for name, one, two in zip(("keys", "values"), found, dense.seen(fresh), strict=True):
             assert one.shape == two.shape, f"layer {i}: {name} {tuple(one.shape)}, not {tuple(two.shape)}"
-            there = torch.arange(self.length) >= self.void[:, None]
-            error = ((one - two) * there[:, None, :, None]).abs().amax((0, 1, 3))
+            error = ((one - two) * self.rows.real[:, None, :, None]).abs().amax((0, 1, 3))
             if float(error.max()) > BOUND * float(two.abs().max()):
                 slot = int(error.argmax())
                 raise AssertionError(f"layer {i}: {name} of slot {slot} of {self.length} differ by {float(error[slot]):.3g}")
@@ -365,8 +373,8 @@ class Twin:
             x = layer.codec._stored(st, spec, p, name, 0, dense.length)
             bound = BOUND * float(side.half.abs().max())
             sparse, plain = (x - side.half).abs() <= bound, (x - side.dense).abs() <= bound
-            for row in range(self.batch):  # what is read from elsewhere may have codes of any kind
-                plain[row, :, : self.void[row]] = True
+            for row in range(self.batch):  # what is padding or read from elsewhere may have codes of any kind
+                plain[row, :, ~self.rows.real[row, : dense.length]] = True
                 for slot in dense.exact(row):
                     plain[row, :, slot] = True
             assert bool((sparse | plain).all()), f"layer {i}: an entry of {name} is neither its outlier nor its code"
@@ -389,6 +397,10 @@ OPERATIONS = (
 )  # fmt: skip
 
 
+def _form(pick: random.Random) -> str:
+    return pick.choice(FORMS) if pick.random() < 0.5 else "none"
+
+
 def apply(twin: Twin, name: str, pick: random.Random) -> None:
     """One operation by name, its numbers drawn from `pick`; then everything is compared."""
     asked = pick.random() < 0.5
@@ -399,9 +411,9 @@ def apply(twin: Twin, name: str, pick: random.Random) -> None:
     else:
         n = pick.choice((17, 33, 64, 70) if pick.random() < 0.95 else (270,))
     if name in ("append", "step", "prompt"):
-        padded = pick.random() < 0.4
-        twin.done.append(f"append({n}, asked={asked}, padded={padded})")
-        twin.append(n, asked, padded)
+        form = _form(pick)
+        twin.done.append(f"append({n}, asked={asked}, form={form})")
+        twin.append(n, asked, form)
     elif name == "crop":
         remove = pick.choice((1, 2, 3, pick.randint(1, 80)))
         twin.done.append(f"crop({remove})")
@@ -411,9 +423,9 @@ def apply(twin: Twin, name: str, pick: random.Random) -> None:
         twin.done.append(f"select({masked})")
         twin.select(masked)
     elif name == "join":
-        n, padded = pick.choice((5, n, twin.length, twin.length + 128)) or 9, pick.random() < 0.4
-        twin.done.append(f"join({n}, padded={padded})")
-        twin.join(n, padded)
+        n, form = pick.choice((5, n, twin.length, twin.length + 128)) or 9, _form(pick)
+        twin.done.append(f"join({n}, form={form})")
+        twin.join(n, form)
     elif name == "save":
         twin.done.append("save_and_load()")
         twin.save_and_load()
