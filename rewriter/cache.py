@@ -171,17 +171,17 @@ class KVSinkLayer(CacheLayerMixin):
         return self.codec.layout(self.batch_size, heads, *dims, slots, self.dtype)
 
     def _grow(self, slots: int) -> None:
-        if slots > self.k_codes.shape[2]:
-            wanted = -(-slots // _BLOCK) * _BLOCK
-            grown: dict[str, Tensor] = {}  # all of them before one is taken: memory may run out between two
-            for name, (shape, dtype, fill) in self._layout(wanted).items():
-                old = getattr(self, name)
-                if shape != old.shape:
-                    grown[name] = torch.full(shape, fill, dtype=dtype, device=old.device)
-                    grown[name][tuple(slice(n) for n in old.shape)] = old
-            for name, new in grown.items():
-                setattr(self, name, new)
-        wanted = self.k_codes.shape[2]
+        if slots <= self.k_codes.shape[2]:
+            return
+        wanted = -(-slots // _BLOCK) * _BLOCK
+        grown: dict[str, Tensor] = {}  # all of them before one is taken: memory may run out between two
+        for name, (shape, dtype, fill) in self._layout(wanted).items():
+            old = getattr(self, name)
+            if shape != old.shape:
+                grown[name] = torch.full(shape, fill, dtype=dtype, device=old.device)
+                grown[name][tuple(slice(n) for n in old.shape)] = old
+        for name, new in grown.items():
+            setattr(self, name, new)
         positions = self.shared.positions
         assert positions is not None
         if positions.shape[1] < wanted:
@@ -561,9 +561,8 @@ class KVSinkCache(Cache):
         if tiles and max_length is not None:
             max_length = -(-max_length // TILE_SLOTS) * TILE_SLOTS
         config = runtime.config.get_text_config(decoder=True)
-        stock: Cache = (
-            DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
-        )
+        self.max_length = max_length
+        stock = self._stock_cache()
         layers: list[Any] = []
         kinds = runtime.anatomy.layer_types
         self.sliding: SlidingWindow | None = None
@@ -636,8 +635,9 @@ class KVSinkCache(Cache):
     def frame(self, frame: Frame | None) -> None:
         self.shared.frame = frame
 
-    def begin(self, frame: Frame) -> None:
-        """A forward pass begins. Raises KvsinkError when the last one stopped half-way and left layers of different lengths."""
+    def begin(self, frame: Frame, batch: int | None = None) -> None:
+        """A forward pass over `batch` sequences begins. Raises KvsinkError when the last one stopped half-way and left layers of
+        different lengths, or when others are held."""
         layers = [layer for layer in self.packed_layers() if layer.is_initialized]
         last = self.shared.frame
         if last is not None and last.start is not None:
@@ -649,11 +649,43 @@ class KVSinkCache(Cache):
                     if start
                     else "the last forward pass over this cache stopped half-way, as when memory runs out; call cache.reset()"
                 )
+        if batch is not None:
+            self.fit_batch(batch)
         if layers:
             frame.start = layers[0]._held if layers[0].max_length is None else layers[0].length.clone()
         else:
             frame.start = 0
         self.shared.frame = frame
+
+    def _stock_cache(self) -> Cache:
+        """An empty cache of transformers' own, whose layers stand where the plan leaves a layer alone."""
+        config = self.shared.runtime.config.get_text_config(decoder=True)
+        return DynamicCache(config=config) if self.max_length is None else StaticCache(config, max_cache_len=self.max_length)
+
+    def fit_batch(self, batch: int) -> None:
+        """Hold `batch` sequences from now on, where nothing is held yet. Raises KvsinkError where others are."""
+        layers = [layer for layer in self.packed_layers() if layer.is_initialized]
+        if not layers or layers[0].batch_size == batch:
+            return
+        self._take_batch(layers, batch)
+
+    @torch.compiler.disable
+    def _take_batch(self, layers: list[KVSinkLayer], batch: int) -> None:
+        """The same outside graphs, where storage can be made anew."""
+        if any(int(layer.length) for layer in layers):
+            raise KvsinkError(
+                f"the cache holds {layers[0].batch_size} sequences and is given {batch}; call cache.reset() first, or make another "
+                "with kvsink.KVSinkCache.for_model"
+            )
+        for layer in layers:
+            empty = torch.empty(batch, layer.num_heads, 0, layer.head_dim, dtype=layer.dtype, device=layer.device)
+            layer.lazy_initialization(empty, empty.new_empty(batch, layer.num_heads, 0, layer.value_dim))
+        stock = self._stock_cache()
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, KVSinkLayer):
+                if getattr(layer, "record_past", False):
+                    stock.layers[i].activate_past_recording()
+                self.layers[i] = stock.layers[i]
 
     def reset(self) -> None:
         super().reset()

@@ -174,6 +174,7 @@ class Runtime:
         self._through_functions = bool(getattr(model, "_supports_attention_backend", False))
         self.plans, self.stages, self.method = plans, stages, method
         self.tables = dict(tables)
+        self._named = [f"layers.{i}." for i in range(len(plans))]  # in a graph with dynamic sizes no number becomes text
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
@@ -244,9 +245,10 @@ class Runtime:
                 start = self.start_angles(layer, n, -(-tokens // n), device)
                 out.append(start[name == "start_sin"])
             else:
-                table = self.tables[f"layers.{layer}.{name}"]
+                key = self._named[layer] + name
+                table = self.tables[key]
                 if table.device != device:
-                    table = self.tables[f"layers.{layer}.{name}"] = table.to(device)
+                    table = self.tables[key] = table.to(device)
                 out.append(table)
         return out
 
@@ -341,8 +343,12 @@ class _NewFrame(_Hook):
                 like = rows if rows.is_floating_point() else number_of(module)
                 frame.positions, frame.one_axis = first, True
                 frame.cos, frame.sin = module.rotary_emb(like, first)  # type: ignore[operator]
-        if hasattr(cache, "begin") and not torch.compiler.is_compiling():
-            cache.begin(frame)
+        if hasattr(cache, "begin"):
+            batch = rows.shape[0] if rows is not None else None
+            if not torch.compiler.is_compiling():
+                cache.begin(frame, batch)
+            elif batch is not None:
+                cache.fit_batch(batch)
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():

@@ -207,6 +207,45 @@ def test_reset_is_a_fresh_cache(klt: Any, max_length: int | None) -> None:
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
+def test_after_a_reset_another_batch_is_taken(family: str, max_length: int | None) -> None:
+    stock = build(family)
+    model = rewritten(family, "sdpa", "rtn", key_bits=16, value_bits=16)
+    cache = KVSinkCache.for_model(model, 2, max_length=max_length)
+    for batch in (2, 1, 3):
+        chunks = (tokens(batch, 9, seed=batch), tokens(batch, 1, seed=4), tokens(batch, 5, seed=5))
+        wanted = feed(stock, DynamicCache(config=stock.config), *chunks)
+        assert close(feed(model, cache, *chunks), wanted)
+        assert all(layer.k_codes.shape[0] == batch for layer in cache.packed_layers())
+        with pytest.raises(KvsinkError, match=f"holds {batch} sequences and is given {batch + 1}; call cache.reset"):
+            feed(model, cache, tokens(batch + 1, 1))
+        cache.reset()
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_another_batch_keeps_exact_rows_and_positions(klt: Any, max_length: int | None) -> None:
+    used, fresh = (KVSinkCache.for_model(klt, batch, max_length=max_length) for batch in (3, 2))
+    feed(klt, used, tokens(3, 20, seed=1), tokens(3, 1, seed=2))
+    used.reset()
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :4] = 0
+    padded = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    assert largest_difference(feed(klt, used, tokens(2, 9, seed=3), **padded), feed(klt, fresh, tokens(2, 9, seed=3), **padded)) == 0
+    assert torch.equal(used.shared.positions, fresh.shared.positions)
+    for a, b in zip(used.packed_layers(), fresh.packed_layers(), strict=True):
+        assert torch.equal(a.exact_slot, b.exact_slot)
+
+
+def test_a_long_prompt_of_another_batch_passes_through_a_fixed_window() -> None:
+    stock, model = build("mistral-sliding"), rewritten("mistral-sliding", "sdpa", "rtn", key_bits=16, value_bits=16)
+    cache = KVSinkCache.for_model(model, 2, max_length=700)
+    for batch in (2, 1):
+        chunks = (tokens(batch, 400, seed=batch), tokens(batch, 1, seed=4))
+        assert close(feed(model, cache, *chunks), feed(stock, DynamicCache(config=stock.config), *chunks))
+        cache.reset()
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
 def test_a_crop_forgets_the_tail(model: Any, max_length: int | None) -> None:
     cropped, fresh = (KVSinkCache.for_model(model, 1, max_length=max_length) for _ in range(2))
     head, tail, other = tokens(1, 12, seed=1), tokens(1, 7, seed=2), tokens(1, 5, seed=3)
