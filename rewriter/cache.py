@@ -733,16 +733,40 @@ class KVSinkCache(Cache):
         """Bytes of every tensor the cache holds, allocated slots included."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def held_nbytes(self) -> int:
+        """Bytes of what is held at the present length, as a report counts them: codes, scales, exact rows, windows, positions."""
+        return self._held()[0]
+
+    def spare_nbytes(self) -> int:
+        """Bytes allocated for tokens to come: `nbytes()` without `held_nbytes()`."""
+        return self.nbytes() - self.held_nbytes()
+
     def bits_per_element(self) -> float:
-        """Bits held per stored element of keys and values at the present length; stock layers count like packed ones."""
-        elements = 0
+        """Bits held per stored element of keys and values at the present length, spare slots left out; layers of transformers' own
+        count like packed ones, and exact rows in the dtype of the model."""
+        nbytes, elements = self._held()
+        return 8.0 * nbytes / elements if elements else 0.0
+
+    def _held(self) -> tuple[int, int]:
+        """(bytes, elements of keys and values) held."""
+        nbytes = elements = 0
+        positions: dict[int, int] = {}  # once for all layers that share them
         for layer in self.layers:
-            if isinstance(layer, KVSinkLayer) and layer.is_initialized:
-                per_token = layer.batch_size * layer.num_heads * (layer.head_dim + layer.value_dim)
-                elements += per_token * int(layer.get_seq_length())
-            elif getattr(layer, "is_initialized", False):
-                elements += layer.keys.numel() + layer.values.numel()
-        return 8.0 * self.nbytes() / elements if elements else 0.0
+            if not getattr(layer, "is_initialized", False):
+                continue
+            if isinstance(layer, KVSinkLayer):
+                rows = int(layer.length)
+                held = layer._layout(rows).values()
+                nbytes += sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in held)
+                elements += layer.batch_size * layer.num_heads * (layer.head_dim + layer.value_dim) * rows
+                positions[id(layer.shared)] = 4 * layer.batch_size * rows
+            else:
+                pair = layer.keys, layer.values
+                slots = max(1, pair[0].shape[-2])
+                rows = min(int(layer.get_seq_length()), slots)
+                nbytes += sum(t.numel() // slots * rows * t.element_size() for t in pair)
+                elements += sum(t.numel() // slots * rows for t in pair)
+        return nbytes + sum(positions.values()) + sum(t.nbytes for t in self.shared.tables().values()), elements
 
     def _map_shared(self, pick: Any) -> None:
         self.shared.map(pick)

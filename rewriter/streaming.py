@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from kvsink.checkpoint import Checkpoint
 from kvsink.conversion import Weights
 from kvsink.errors import ModelError, UnsupportedError
+from kvsink.passing import given_cache
 from kvsink.runtime import anatomy
 
 __all__ = ["SHARE_OF_MEMORY", "Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
@@ -259,7 +260,7 @@ class Stream:
         with self._instead([self._noting(current, i, n) for i, n in enumerate(names)]), self.loaded(self._outer()):
             for job in jobs:
                 current[:] = [job]
-                base(inputs_embeds=job.hidden, past_key_values=job.cache, use_cache=job.cache is not None)
+                base(inputs_embeds=job.hidden, use_cache=job.cache is not None, **given_cache(base, job.cache))
         for job in jobs:
             if len(job.calls) != len(names):
                 raise UnsupportedError(f"{type(self.model).__name__} does not call each of its layers once; use --whole")

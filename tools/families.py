@@ -30,6 +30,7 @@ import kvsink
 from kvsink.backend import forget_reports, last_report
 from kvsink.capture import capture_all
 from kvsink.errors import KvsinkError
+from kvsink.passing import cache_of, given_cache
 from kvsink.pipeline import run_passes
 from kvsink.sites import Declined, find_sites
 from kvsink.tools.tiny_models import FAMILIES, VOCAB, build_family
@@ -106,8 +107,7 @@ def _tokens(model: Any, **options: Any) -> Tensor:
     out = model.generate(
         prompt, attention_mask=mask, max_new_tokens=_NEW, do_sample=False, return_dict_in_generate=True, **options
     )
-    cache = getattr(out, "cache", None)  # the name since transformers 5.24
-    cache = getattr(out, "past_key_values", None) if cache is None else cache
+    cache = cache_of(out)
     if hasattr(model, "_kvsink_runtime") and not (isinstance(cache, kvsink.KVSinkCache) and cache.get_seq_length() > _NEW):
         raise Wrong(f"generate ran on a {type(cache).__name__}")
     tokens: Tensor = out.sequences[:, -_NEW:]
@@ -117,7 +117,7 @@ def _tokens(model: Any, **options: Any) -> Tensor:
 def _capture(family: str) -> str:
     model = build_family(family)
     cache = transformers.DynamicCache(config=model.config)
-    model(input_ids=ids(1, 5, 2), past_key_values=cache, **_decoder(model, 5))
+    model(input_ids=ids(1, 5, 2), **given_cache(model, cache), **_decoder(model, 5))
     graphs = capture_all(model, ids(1, 1, 4), cache) if not _decoder(model, 1) else []
     if not graphs:
         raise NotServed("an encoder-decoder model: its cross attention has no growing cache")
