@@ -72,6 +72,8 @@ def takes_packed(codec: Codec) -> bool:
     for side in (codec.key, codec.value):
         if not side.packed or side.kind not in _PACKED_KINDS or side.reorder or (side.heads_per_group > 1 and not side.folded):
             return False
+        if side.exponent:
+            return False
     return codec.key.domain != "block" or codec.key.block >= _SMALLEST_BLOCK
 
 

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
+from kvsink.ranges import check_range
 from kvsink.runtime import Frame, Runtime, number_of, position_candidates, runtime_of
 from kvsink.sliding import SlidingWindow, check_crop
 
@@ -217,6 +219,9 @@ class KVSinkLayer(CacheLayerMixin):
         elif cos is None or sin is None:
             cos, sin = self.shared.runtime.angles(self.layer, positions)
         self._check_positions(frame, positions, new)
+        if new > 1 and not torch.compiler.is_compiling():
+            spared = partial(self._spared, frame, positions, key_states)
+            check_range(self.layer, self.codec, key_states, value_states, spared)
         anchored = self.codec.anchors is not None
         if anchored:
             if self._unseen is not None:
@@ -342,6 +347,17 @@ class KVSinkLayer(CacheLayerMixin):
             frame.reach = positions, int(positions.max()) + 1
         if frame.reach[1] > self._reach:
             self._set_params(2 * frame.reach[1])
+
+    def _spared(self, frame: Frame, positions: Tensor, rows: Tensor) -> Tensor:
+        """bool [B, S]: new rows that are padding, or may stay exact."""
+        batch, _, new, _ = rows.shape
+        out = torch.zeros(batch, new, dtype=torch.bool, device=rows.device)
+        if frame.valid is not None:
+            out |= ~frame.valid
+        candidates = self._candidates(frame, positions, rows)
+        for score, index in zip(candidates[0 : 2 * len(self.sources) : 2], candidates[1 : 2 * len(self.sources) : 2], strict=True):
+            out |= torch.zeros_like(out).scatter_(1, index, score > float("-inf"))
+        return out
 
     def _candidates(self, frame: Frame, positions: Tensor, rows: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
