@@ -67,6 +67,8 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
                 f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; "
                 "use --method static"
             )
+    if k.exponent or v.exponent:
+        return "keys or values beyond the range of float16 are kept in other units, which GroupQueryAttention does not know"
     if k.packed != v.packed or k.widths != v.widths:
         return f"GroupQueryAttention has one width for keys and values, here {k.bits:g} and {v.bits:g} bits; give both the same"
     if k.widths[0] not in (4, 8):

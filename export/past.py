@@ -23,6 +23,7 @@ from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.kernels import decode, dequantize, encode, quantize
+from kvsink.passing import given_cache
 from kvsink.runtime import Frame, Runtime, runtime_of
 
 __all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "PlainLayer", "empty_past", "past_names", "takes_packed"]
@@ -70,6 +71,8 @@ def takes_packed(codec: Codec) -> bool:
     """Whether one node reads the past of a layer; else it is decoded by one node after another."""
     for side in (codec.key, codec.value):
         if not side.packed or side.kind not in _PACKED_KINDS or side.reorder or (side.heads_per_group > 1 and not side.folded):
+            return False
+        if side.exponent:
             return False
     return codec.key.domain != "block" or codec.key.block >= _SMALLEST_BLOCK
 
@@ -275,8 +278,8 @@ class ExportedModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         cache = PackedPast(self.runtime, past, self.params, self.fused)
         out = self.model(
-            **{self.rows: input_ids}, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-            use_cache=True,
+            **{self.rows: input_ids}, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+            **given_cache(self.model, cache),
         )  # fmt: skip
         present = cache.present()
         return (out.logits, *(present[name] for name in past))

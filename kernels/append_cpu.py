@@ -226,7 +226,8 @@ def _brings(c: Any) -> bool:
     """Whether the C file does all that one new row needs: it knows the stages as well as the quantizers."""
     known = _known.get(id(c))
     if known is None or known[0] is not c:
-        plain = all(not s.reorder and (s.transform != "hadamard" or s.folded or _plain(s)) for s in (c.key, c.value))
+        sides = [s for s in (c.key, c.value) if not s.reorder and not s.exponent]
+        plain = len(sides) == 2 and all(s.transform != "hadamard" or s.folded or _plain(s) for s in sides)
         known = _known[id(c)] = c, plain and c.anchors is None and not c.modal and _knows(c)
     return known[1] and not _defined
 

@@ -102,6 +102,8 @@ def unread(codec: Any, kinds: Container[str]) -> str:
             return "ranges along tokens"
         if side.outliers:
             return "sparse outliers"
+        if side.exponent:
+            return "rows beyond the range of float16"
     if codec.ring > codec.window:
         return "rows that stay exact on one side alone"
     if codec.tiles:

@@ -118,6 +118,8 @@ def _beyond_rows(codec: Any) -> str | None:
             return f"recent {name} that stay exact on one side alone"
         if side.outliers:
             return f"{name} with sparse outliers"
+        if side.exponent:
+            return f"{name} beyond the range of float16"
         if side.visual_bits:
             return f"{name} of visual rows with levels of their own"
         if side.kind == "vector":

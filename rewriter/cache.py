@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
+from kvsink.ranges import check_range
 from kvsink.runtime import Frame, Runtime, number_of, order_candidates, runtime_of, turns_back
 from kvsink.sliding import WINDOWED, SlidingWindow, check_crop, window_of
 
@@ -180,17 +182,17 @@ class KVSinkLayer(CacheLayerMixin):
         return self.codec.layout(self.batch_size, heads, *dims, slots, self.dtype)
 
     def _grow(self, slots: int) -> None:
-        if slots > self.k_codes.shape[2]:
-            wanted = -(-slots // _BLOCK) * _BLOCK
-            grown: dict[str, Tensor] = {}  # all of them before one is taken: memory may run out between two
-            for name, (shape, dtype, fill) in self._layout(wanted).items():
-                old = getattr(self, name)
-                if shape != old.shape:
-                    grown[name] = torch.full(shape, fill, dtype=dtype, device=old.device)
-                    grown[name][tuple(slice(n) for n in old.shape)] = old
-            for name, new in grown.items():
-                setattr(self, name, new)
-        wanted = self.k_codes.shape[2]
+        if slots <= self.k_codes.shape[2]:
+            return
+        wanted = -(-slots // _BLOCK) * _BLOCK
+        grown: dict[str, Tensor] = {}  # all of them before one is taken: memory may run out between two
+        for name, (shape, dtype, fill) in self._layout(wanted).items():
+            old = getattr(self, name)
+            if shape != old.shape:
+                grown[name] = torch.full(shape, fill, dtype=dtype, device=old.device)
+                grown[name][tuple(slice(n) for n in old.shape)] = old
+        for name, new in grown.items():
+            setattr(self, name, new)
         positions, real = self.shared.positions, self.shared.real
         assert positions is not None and real is not None
         if more := max(0, wanted - positions.shape[1]):
@@ -228,6 +230,9 @@ class KVSinkLayer(CacheLayerMixin):
             cos, sin = self.shared.runtime.canonical(self.layer, cos, sin)
         self._check_positions(frame, positions, new)
         self._mark_padding(frame, new)
+        if new > 1 and not torch.compiler.is_compiling():
+            spared = partial(self._spared, frame, key_states)
+            check_range(self.layer, self.codec, key_states, value_states, spared)
         anchored = self.codec.anchors is not None
         if anchored:
             if self._unseen is not None:
@@ -387,6 +392,17 @@ class KVSinkLayer(CacheLayerMixin):
         assert real is not None
         padding = ~real & (torch.arange(real.shape[1], device=self.device) < self.length)
         return before - padding.sum(1, keepdim=True) + frame.valid.cumsum(1) - 1
+
+    def _spared(self, frame: Frame, rows: Tensor) -> Tensor:
+        """bool [B, S]: new rows that are padding, or may stay exact."""
+        batch, _, new, _ = rows.shape
+        out = torch.zeros(batch, new, dtype=torch.bool, device=rows.device)
+        if frame.valid is not None:
+            out |= ~frame.valid
+        candidates = self._candidates(frame, rows)
+        for score, index in zip(candidates[0 : 2 * len(self.sources) : 2], candidates[1 : 2 * len(self.sources) : 2], strict=True):
+            out |= torch.zeros_like(out).scatter_(1, index, score > float("-inf"))
+        return out
 
     def _candidates(self, frame: Frame, rows: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
@@ -654,9 +670,8 @@ class KVSinkCache(Cache):
         if tiles and max_length is not None:
             max_length = -(-max_length // TILE_SLOTS) * TILE_SLOTS
         config = runtime.config.get_text_config(decoder=True)
-        stock: Cache = (
-            DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
-        )
+        self.max_length = max_length
+        stock = self._stock_cache()
         layers: list[Any] = []
         kinds = runtime.anatomy.layer_types
         self.sliding: SlidingWindow | None = None
@@ -735,8 +750,9 @@ class KVSinkCache(Cache):
     def frame(self, frame: Frame | None) -> None:
         self.shared.frame = frame
 
-    def begin(self, frame: Frame) -> None:
-        """A forward pass begins. Raises KvsinkError when the last one stopped half-way and left layers of different lengths."""
+    def begin(self, frame: Frame, batch: int | None = None) -> None:
+        """A forward pass over `batch` sequences begins. Raises KvsinkError when the last one stopped half-way and left layers of
+        different lengths, or when others are held."""
         layers = [layer for layer in self.packed_layers() if layer.is_initialized]
         last = self.shared.frame
         if last is not None and last.start is not None:
@@ -748,11 +764,43 @@ class KVSinkCache(Cache):
                     if start
                     else "the last forward pass over this cache stopped half-way, as when memory runs out; call cache.reset()"
                 )
+        if batch is not None:
+            self.fit_batch(batch)
         if layers:
             frame.start = layers[0]._held if layers[0].max_length is None else layers[0].length.clone()
         else:
             frame.start = 0
         self.shared.frame = frame
+
+    def _stock_cache(self) -> Cache:
+        """An empty cache of transformers' own, whose layers stand where the plan leaves a layer alone."""
+        config = self.shared.runtime.config.get_text_config(decoder=True)
+        return DynamicCache(config=config) if self.max_length is None else StaticCache(config, max_cache_len=self.max_length)
+
+    def fit_batch(self, batch: int) -> None:
+        """Hold `batch` sequences from now on, where nothing is held yet. Raises KvsinkError where others are."""
+        layers = [layer for layer in self.packed_layers() if layer.is_initialized]
+        if not layers or layers[0].batch_size == batch:
+            return
+        self._take_batch(layers, batch)
+
+    @torch.compiler.disable
+    def _take_batch(self, layers: list[KVSinkLayer], batch: int) -> None:
+        """The same outside graphs, where storage can be made anew."""
+        if any(int(layer.length) for layer in layers):
+            raise KvsinkError(
+                f"the cache holds {layers[0].batch_size} sequences and is given {batch}; call cache.reset() first, or make another "
+                "with kvsink.KVSinkCache.for_model"
+            )
+        for layer in layers:
+            empty = torch.empty(batch, layer.num_heads, 0, layer.head_dim, dtype=layer.dtype, device=layer.device)
+            layer.lazy_initialization(empty, empty.new_empty(batch, layer.num_heads, 0, layer.value_dim))
+        stock = self._stock_cache()
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, KVSinkLayer):
+                if getattr(layer, "record_past", False):
+                    stock.layers[i].activate_past_recording()
+                self.layers[i] = stock.layers[i]
 
     def reset(self) -> None:
         super().reset()
@@ -804,16 +852,40 @@ class KVSinkCache(Cache):
         """Bytes of every tensor the cache holds, allocated slots included."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def held_nbytes(self) -> int:
+        """Bytes of what is held at the present length, as a report counts them: codes, scales, exact rows, windows, positions."""
+        return self._held()[0]
+
+    def spare_nbytes(self) -> int:
+        """Bytes allocated for tokens to come: `nbytes()` without `held_nbytes()`."""
+        return self.nbytes() - self.held_nbytes()
+
     def bits_per_element(self) -> float:
-        """Bits held per stored element of keys and values at the present length; stock layers count like packed ones."""
-        elements = 0
+        """Bits held per stored element of keys and values at the present length, spare slots left out; layers of transformers' own
+        count like packed ones, and exact rows in the dtype of the model."""
+        nbytes, elements = self._held()
+        return 8.0 * nbytes / elements if elements else 0.0
+
+    def _held(self) -> tuple[int, int]:
+        """(bytes, elements of keys and values) held."""
+        nbytes = elements = 0
+        positions: dict[int, int] = {}  # once for all layers that share them
         for layer in self.layers:
-            if isinstance(layer, KVSinkLayer) and layer.is_initialized:
-                per_token = layer.batch_size * layer.num_heads * (layer.head_dim + layer.value_dim)
-                elements += per_token * int(layer.get_seq_length())
-            elif getattr(layer, "is_initialized", False):
-                elements += layer.keys.numel() + layer.values.numel()
-        return 8.0 * self.nbytes() / elements if elements else 0.0
+            if not getattr(layer, "is_initialized", False):
+                continue
+            if isinstance(layer, KVSinkLayer):
+                rows = int(layer.length)
+                held = layer._layout(rows).values()
+                nbytes += sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in held)
+                elements += layer.batch_size * layer.num_heads * (layer.head_dim + layer.value_dim) * rows
+                positions[id(layer.shared)] = 4 * layer.batch_size * rows
+            else:
+                pair = layer.keys, layer.values
+                slots = max(1, pair[0].shape[-2])
+                rows = min(int(layer.get_seq_length()), slots)
+                nbytes += sum(t.numel() // slots * rows * t.element_size() for t in pair)
+                elements += sum(t.numel() // slots * rows for t in pair)
+        return nbytes + sum(positions.values()) + sum(t.nbytes for t in self.shared.tables().values()), elements
 
     def _map_shared(self, pick: Any) -> None:
         self.shared.map(pick)

@@ -29,6 +29,7 @@ from kvsink.errors import CalibrationError
 from kvsink.fold import is_plain
 from kvsink.kernels.rope import rope, unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
+from kvsink.passing import given_cache
 from kvsink.protect import Policy, SinkStage, segments_for_layer
 from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, order_candidates
 from kvsink.streaming import Job, Stream
@@ -412,7 +413,7 @@ def calibrate(
                 if collector is not None:
                     collector.begin(start)
                 with torch.set_grad_enabled(collector is not None and collector.fisher):
-                    logits = _run(model, prompt, device, past_key_values=cache, use_cache=True).logits
+                    logits = _run(model, prompt, device, **given_cache(model, cache), use_cache=True).logits
                     if collector is not None and collector.fisher:
                         collector.backward(logits, rows)
                 out.tokens += int(prompt["attention_mask"].sum()) if "attention_mask" in prompt else rows.numel()

@@ -3,7 +3,7 @@
 Dynamo     torch-level operators before autograd, in-place cache writes kept, weights lifted to placeholders
 Export     ATen operators, past keys and values as explicit inputs and outputs, sizes dynamic
 Metadata   the values a graph was traced with are in `gm.meta["kvsink_inputs"]` (a list; of an export, by name), the
-           origin of a placeholder (`L['past_key_values'].layers[0].keys`) in `node.meta["kvsink_source"]`, since dynamo
+           origin of a placeholder (`L['kwargs']['cache'].layers[0].keys`) in `node.meta["kvsink_source"]`, since dynamo
            clears its own record
 Differs    gradients are off; a captured graph is never trained
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvsink.errors import UnsupportedError
+from kvsink.passing import given_cache
 
 _NEVER_RETRACE_LIMIT: dict[str, Any] = {"recompile_limit": 10_000, "accumulated_recompile_limit": 100_000}
 
@@ -23,7 +24,7 @@ _NEVER_RETRACE_LIMIT: dict[str, Any] = {"recompile_limit": 10_000, "accumulated_
 def capture(
     model: nn.Module, inputs: Tensor | dict[str, Any], cache: Any = None, dynamic: bool | None = False
 ) -> fx.GraphModule:
-    """The one dynamo graph of `model(**inputs, past_key_values=cache)`; the call is carried out: `cache` advances."""
+    """The one dynamo graph of `model(**inputs, cache=cache)`; the call is carried out: `cache` advances."""
     graphs = capture_all(model, inputs, cache, dynamic)
     if len(graphs) != 1:
         raise UnsupportedError(
@@ -46,7 +47,7 @@ def capture_all(
 
     arguments: dict[str, Any] = dict(inputs) if isinstance(inputs, dict) else {"input_ids": inputs}
     if cache is not None:
-        arguments |= {"past_key_values": cache, "use_cache": True}
+        arguments |= {**given_cache(model, cache), "use_cache": True}
     elif "use_cache" not in arguments and hasattr(model, "config"):
         arguments["use_cache"] = False
     with torch.no_grad(), torch._dynamo.config.patch(**_NEVER_RETRACE_LIMIT):
@@ -90,8 +91,8 @@ class ExplicitPast(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **given_cache(self.model, cache),
         )
         return [out.logits, *(layer.keys for layer in cache.layers), *(layer.values for layer in cache.layers)]
 
@@ -105,7 +106,7 @@ def export_inputs(model: nn.Module, batch: int = 2, length: int = 3, past: int =
     ids = torch.arange(3, 3 + past + length, device=device).expand(batch, -1) % vocabulary
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids[:, :past], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :past], use_cache=True, **given_cache(model, cache))
     return {
         "input_ids": ids[:, past:],
         "attention_mask": torch.ones(batch, past + length, dtype=torch.long, device=device),

@@ -145,6 +145,7 @@ def design_key(
     stats = record.keys.get((layer, key_blocks(spec)[0]))
     _need(stats, layer, "key")
     assert stats is not None
+    stats = stats.scaled(2.0**-spec.exponent) if spec.exponent else stats
     cos, sin = (t.double().cpu() for t in angles(stats.block))
     mean = stats.mean()
     mu2, covariance = stats.centred(cos, sin)
@@ -187,6 +188,7 @@ def design_value(
     stats = record.values.get(layer)
     _need(stats, layer, "value")
     assert stats is not None
+    stats = stats.scaled(2.0**-spec.exponent) if spec.exponent else stats
     tables: dict[str, Tensor] = {}
     covariance = stats.covariance()
     if spec.center:

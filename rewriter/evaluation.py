@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import EvaluationError
+from kvsink.passing import given_cache
 from kvsink.reference import Reference
 
 CacheFactory = Callable[[Any, int, int], Any]
@@ -338,13 +339,13 @@ def passkey_retrieval(
             cache = cache_factory(model, len(depths), length + new_tokens)
             for start in range(0, length, chunk):
                 logits = model(
-                    ids[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1
+                    ids[:, start : start + chunk], **given_cache(model, cache), use_cache=True, logits_to_keep=1
                 ).logits
             said = []
             for step in range(new_tokens):
                 said.append(logits[:, -1].argmax(-1, keepdim=True))
                 if step + 1 < new_tokens:
-                    logits = model(said[-1], past_key_values=cache, use_cache=True).logits
+                    logits = model(said[-1], **given_cache(model, cache), use_cache=True).logits
             for key, depth, answer in zip(keys, depths, torch.cat(said, 1), strict=True):
                 words = tokenizer.decode(answer, skip_special_tokens=True)
                 found.append({"length": length, "depth": depth, "right": key in words, "key": key, "said": words})
@@ -424,7 +425,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _log_probs(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    logits = model(ids, past_key_values=cache, use_cache=True).logits
+    logits = model(ids, **given_cache(model, cache), use_cache=True).logits
     return torch.log_softmax(logits.float(), dim=-1)  # [rows, C, V] float32
 
 

@@ -8,6 +8,7 @@ from transformers.cache_utils import StaticCache
 
 from kvsink.cache import KVSinkCache
 from kvsink.capture import capture_all
+from kvsink.passing import given_cache
 from kvsink.pipeline import explain_graph
 
 __all__ = ["explain"]
@@ -29,7 +30,7 @@ def explain(model: nn.Module, onnx: bool = False) -> str:
     ids = torch.zeros(1, _PROMPT, dtype=torch.int64, device=device)
     torch._dynamo.reset()
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, use_cache=True, **given_cache(model, cache))
     lines = [explain_graph(gm) for gm in capture_all(model, ids[:, :1], cache)]
     torch._dynamo.reset()
     if runtime is not None:

@@ -6,13 +6,12 @@ the weights just loaded, and attaches the runtime. `generate()` makes its own KV
 Declines   `cache_implementation` "quantized", "offloaded…" and "paged", and continuous batching: those caches are transformers'
            own, so a rewritten model would silently run on them
 Differs    `_prepare_cache_for_generation` is private to transformers; `tests/rewriter/test_hf.py` names it and its
-           replacement, which is to pass past_key_values=kvsink.KVSinkCache.for_model(...) to generate()
+           replacement, which is to pass cache=kvsink.KVSinkCache.for_model(...) to generate()
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import types
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kvsink.attention import install_attention
 from kvsink.cache import KVSinkCache
 from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
+from kvsink.passing import cache_name
 from kvsink.runtime import attach, rope_types
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
 
@@ -113,7 +113,7 @@ def _prepare_cache(
     max_cache_length: int, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Put a KVSinkCache into model_kwargs where transformers would make a cache of its own, then go on as it does."""
-    name = "cache" if "cache" in inspect.signature(type(self).forward).parameters else "past_key_values"  # since 5.24, before
+    name = cache_name(self)
     runtime, given = getattr(self, "_kvsink_runtime", None), model_kwargs.get(name)
     made: KVSinkCache | None = None
     if runtime is not None and isinstance(given, KVSinkCache):

@@ -61,6 +61,10 @@ class KeyStats:
         self.first += other.first
         self.second += other.second
 
+    def scaled(self, factor: float) -> KeyStats:
+        """The sums of keys times a factor."""
+        return KeyStats(self.count, self.first * factor, self.second * factor**2)
+
     def mean(self) -> Tensor:
         """mu [H, D]: the mean key before RoPE."""
         return self.first.sum(1) / self.count.sum()
@@ -104,6 +108,10 @@ class ValueStats:
         self.count += rows.shape[1]
         self.total += rows.double().sum(1).cpu()
         self.second += (rows.mT @ rows).double().cpu()
+
+    def scaled(self, factor: float) -> ValueStats:
+        """The sums of values times a factor."""
+        return ValueStats(self.count, self.total * factor, self.second * factor**2)
 
     def merge(self, other: ValueStats) -> None:
         """Add the sums of another shard."""

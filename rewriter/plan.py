@@ -27,6 +27,7 @@ from kvsink.codecs import SideSpec
 from kvsink.errors import CalibrationError, KvsinkError
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import Method
+from kvsink.passing import given_cache
 from kvsink.report import Report
 
 __all__ = ["Curves", "Plan", "allocate", "candidates", "choose_plan", "layers_text", "sides"]
@@ -129,7 +130,7 @@ class _Meter:
             self.log_p = [self._log_probs(row[None], None) for row in self.ids]
 
     def _log_probs(self, rows: Tensor, cache: Any) -> Tensor:
-        options = {"past_key_values": cache, "use_cache": True} if cache is not None else {"use_cache": False}
+        options = {**given_cache(self.model, cache), "use_cache": True} if cache is not None else {"use_cache": False}
         return torch.log_softmax(self.model(input_ids=rows, **options).logits.float(), -1)
 
     def kl(self) -> float:

@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvsink.attention import install_attention
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.runtime import Anatomy, Heads, cache_argument, number_of, rotary_tables, visual_tokens
+from kvsink.passing import cache_of, given_cache
+from kvsink.runtime import Anatomy, Heads, number_of, rotary_tables, visual_tokens
 from kvsink.streaming import Job, Stream
 from kvsink.turning import NONE, Turning, find_turning
 
@@ -127,7 +128,7 @@ def _check_own_cache(model: nn.Module, base: nn.Module, ids: Tensor) -> None:
     made: list[Any] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
-        made.extend(getattr(output, name, None) for name in ("cache", "past_key_values"))
+        made.append(cache_of(output))
 
     handle = base.register_forward_hook(note)
     try:
@@ -157,7 +158,7 @@ def _pass(
     if stream is not None:
         stream.run([Job(ids, cache, positions=at)])
     else:
-        given: dict[str, Any] = {cache_argument(base): cache, "use_cache": True}
+        given: dict[str, Any] = {"use_cache": True, **given_cache(base, cache)}
         if position or _takes(base, "position_ids"):
             given["position_ids"] = at
         base(input_ids=ids, **given)

@@ -33,6 +33,7 @@ from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
 from kvsink.probing import look, unknown_turnings
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
+from kvsink.ranges import layer_sizes, ranged, seen_sizes
 from kvsink.report import STATED_LENGTH, LayerReport, Report, counted_bits
 from kvsink.runtime import (
     Anatomy,
@@ -426,6 +427,9 @@ def rewrite(
             None if w is None else (m.side("key", c.key_bits), m.side("value", c.value_bits))
             for w, c in zip(wanted, choices, strict=True)
         ]
+    sizes = {i: found for i, w in enumerate(wanted) if w is not None and (found := seen_sizes(record, i)) is not None}
+    if stream is None:
+        sizes |= layer_sizes(model, (i for i, w in enumerate(wanted) if w is not None and i not in sizes))
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name, where)
     device = next(model.parameters()).device if stream is None else torch.device("cpu")
     designed: dict[int, tuple[Design, Design]] = {}
@@ -433,6 +437,8 @@ def rewrite(
     for i, w in enumerate(wanted):
         if w is None:
             continue
+        if i in sizes:
+            w = ranged(w[0], sizes[i][0]), ranged(w[1], sizes[i][1])
         angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
         _, kv, key_dim, value_dim = where.layers[i]
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
@@ -640,6 +646,8 @@ def describe(spec: SideSpec) -> str:
         words.append(f"per channel over {spec.group_tokens} tokens")
     if spec.flush:
         words.append(f"in blocks of {spec.flush}")
+    if spec.exponent:
+        words.append(f"in units of 2^{spec.exponent}")
     if spec.newest:
         words.append(f"newest {spec.newest} exact")
     return ", ".join(words)

@@ -26,7 +26,7 @@ from kvsink.protect import Segment, SinkStage
 from kvsink.turning import Turning, tables_of
 
 __all__ = [
-    "Anatomy", "Frame", "Heads", "LayerPlan", "Runtime", "anatomy", "attach", "cache_argument", "check_kind", "detach", "number_of",
+    "Anatomy", "Frame", "Heads", "LayerPlan", "Runtime", "anatomy", "attach", "check_kind", "detach", "number_of",
     "rotary_tables", "runtime_of", "turns_back",
 ]  # fmt: skip
 
@@ -265,6 +265,7 @@ class Runtime:
         self._through_functions = bool(getattr(model, "_supports_attention_backend", False))
         self.plans, self.stages, self.method = plans, stages, method
         self.tables = dict(tables)
+        self._named = [f"layers.{i}." for i in range(len(plans))]  # in a graph with dynamic sizes no number becomes text
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
@@ -351,9 +352,10 @@ class Runtime:
                 start = self.start_angles(layer, n, -(-tokens // n), device)
                 out.append(start[name == "start_sin"])
             else:
-                table = self.tables[f"layers.{layer}.{name}"]
+                key = self._named[layer] + name
+                table = self.tables[key]
                 if table.device != device:
-                    table = self.tables[f"layers.{layer}.{name}"] = table.to(device)
+                    table = self.tables[key] = table.to(device)
                 out.append(table)
         return out
 
@@ -450,8 +452,12 @@ class _NewFrame(_Hook):
                 frame.positions, frame.one_axis = first, True
                 found = tables_of(module.rotary_emb(like, first))  # type: ignore[operator]
                 frame.cos, frame.sin = found if found is not None else (None, None)
-        if hasattr(cache, "begin") and not torch.compiler.is_compiling():
-            cache.begin(frame)
+        if hasattr(cache, "begin"):
+            batch = rows.shape[0] if rows is not None else None
+            if not torch.compiler.is_compiling():
+                cache.begin(frame, batch)
+            elif batch is not None:
+                cache.fit_batch(batch)
         cache.shared.frame = frame
         asks = rows is not None and rows.shape[1] > 1 and not torch.compiler.is_compiling()
         if asks and getattr(cache, "attends_itself", bool)():
@@ -605,13 +611,8 @@ class _Positions(_Hook):
         if found is not None:
             cache.shared.frame.cos, cache.shared.frame.sin = found
         positions = self.given("position_ids", args, kwargs)
-        if positions is not None and positions.dim() == 2:
-            cache.shared.frame.positions = positions
-
-
-def cache_argument(module: nn.Module) -> str:
-    """The name under which a module's forward takes its cache: `cache` since transformers 5.24, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+        if positions is not None and positions.dim() in (2, 3):  # axes that the model makes itself are equal
+            cache.shared.frame.positions = positions if positions.dim() == 2 else positions[-1]
 
 
 def number_of(module: nn.Module) -> Tensor:

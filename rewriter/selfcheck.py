@@ -30,8 +30,9 @@ from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.fold import FOLDED, fold_value_rotation
 from kvsink.kernels.read import read_ref
+from kvsink.passing import given_cache
 from kvsink.probing import probe_ids
-from kvsink.runtime import Anatomy, Runtime, cache_argument, number_of
+from kvsink.runtime import Anatomy, Runtime, number_of
 from kvsink.streaming import Job, Stream
 
 __all__ = ["Check", "at_eight_bits", "check_cache", "check_step", "refused_folds", "rounding"]
@@ -285,7 +286,7 @@ def _run(model: nn.Module, where: Anatomy, stream: Stream | None, given: Sequenc
     try:
         for ids, mask, at, cache in given:
             more: dict[str, Any] = {"use_cache": cache is not None}
-            more |= {} if cache is None else {cache_argument(model): cache}
+            more |= {} if cache is None else given_cache(model, cache)
             more |= {n: t for n, t in (("attention_mask", mask), ("position_ids", at)) if t is not None and n in takes}
             out.append(model(input_ids=ids.to(_device(model, None)), **more).logits)
     except KvsinkError:
@@ -333,14 +334,14 @@ def check_step(model: nn.Module, runtime: Runtime) -> float:
 def _steps(model: nn.Module) -> list[Tensor]:
     """Logits of the last of three steps behind a prompt of eight tokens, uncompiled and compiled."""
     ids = probe_ids(model, 1, 11, 3).to(next(model.parameters()).device)
-    name, found = cache_argument(model), []
+    found = []
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"}, dynamic=False)
     for step in (model, compiled):
         cache = KVSinkCache.for_model(model, 1, 256)
-        model(input_ids=ids[:, :8], use_cache=True, **{name: cache})
+        model(input_ids=ids[:, :8], use_cache=True, **given_cache(model, cache))
         for at in range(8, 11):
-            logits = step(input_ids=ids[:, at : at + 1], use_cache=True, **{name: cache}).logits
+            logits = step(input_ids=ids[:, at : at + 1], use_cache=True, **given_cache(model, cache)).logits
         found.append(logits)
     torch._dynamo.reset()
     return found

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from kvsink.checkpoint import Checkpoint
 from kvsink.conversion import Weights
 from kvsink.errors import ModelError, UnsupportedError
-from kvsink.runtime import anatomy, cache_argument
+from kvsink.passing import given_cache
+from kvsink.runtime import anatomy
 
 __all__ = ["SHARE_OF_MEMORY", "Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
 
@@ -262,7 +263,7 @@ class Stream:
         with self._instead([self._noting(current, i, n) for i, n in enumerate(names)]), self.loaded(self._outer()):
             for job in jobs:
                 current[:] = [job]
-                given: dict[str, Any] = {cache_argument(base): job.cache, "use_cache": job.cache is not None}
+                given: dict[str, Any] = {"use_cache": job.cache is not None, **given_cache(base, job.cache)}
                 given |= {} if job.positions is None else {"position_ids": job.positions}
                 given |= {} if job.mask is None else {"attention_mask": job.mask}
                 base(inputs_embeds=job.hidden, **given)

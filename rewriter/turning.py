@@ -81,8 +81,8 @@ def find_turning(
     """The turning that takes keys at position 0, plain [N, H, D], to the same keys at other positions, turned [N, H, D] each, by
     the model's tables [.., R] of these positions; NONE where position changes nothing; None where no known turning does it.
 
-    No tables: a model without angles for such layers. tolerance: largest |difference| / |keys| in the Euclidean norm that is rounding. Attention scaling inside the tables is
-    taken out: keys at position 0 carry it too.
+    No tables: a model without angles for such layers. tolerance: largest |difference| / |keys| in the Euclidean norm that is
+    rounding. Attention scaling inside the tables is taken out: keys at position 0 carry it too.
     """
     if all(_apart(x, plain) <= tolerance for x in turned):
         return NONE

@@ -30,6 +30,7 @@ from kvsink.evaluation import STOCK, CacheFactory, dynamic_cache, is_rewritten, 
 from kvsink.imagetext import Prompt
 from kvsink.kernels import observe
 from kvsink.observed import See, watching
+from kvsink.passing import given_cache
 from kvsink.runtime import anatomy
 
 __all__ = ["PictureResult", "attention_shares", "bits_by_modality", "evaluate_pictures", "remember"]
@@ -120,7 +121,7 @@ def _logits(model: Any, prompt: Prompt, cache: Any, chunk: int) -> Tensor:
                 elif name not in ("input_ids", "attention_mask"):
                     given[name] = t
             shown += 1
-        found = model(**given, past_key_values=cache, use_cache=True).logits[0].float()
+        found = model(**given, **given_cache(model, cache), use_cache=True).logits[0].float()
         out.append(found)
     return torch.cat(out)
 

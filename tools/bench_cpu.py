@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvsink.passing import given_cache
+
 __all__ = ["cpu_rows"]
 
 _CHUNK = 512
@@ -62,7 +64,7 @@ def cpu_rows(
 
 def step_times(model: nn.Module, step: Callable[..., Any], cache: Any, ids: Tensor, tokens: int, steps: int) -> list[float]:
     """Seconds of each step behind the prompt, sorted; the first two warm up and do not count."""
-    given = {"past_key_values": cache, "use_cache": True}
+    given = {**given_cache(model, cache), "use_cache": True}
     times = []
     with torch.no_grad():
         for start in range(0, tokens, _CHUNK):

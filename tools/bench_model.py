@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kvsink.passing import given_cache
 from kvsink.tools.timing import event_times
 
 __all__ = [
@@ -231,7 +232,7 @@ def _decode(
             for i in range(_STEPS if turn else 4):
                 torch.compiler.cudagraph_mark_step_begin()
                 position = torch.full((1, 1), length - _STEPS + i, device="cuda")
-                logits = step(token, position_ids=position, past_key_values=cache, use_cache=True).logits
+                logits = step(token, position_ids=position, use_cache=True, **given_cache(step, cache)).logits
                 token = logits[:, -1:].argmax(-1)
                 events[i + 1].record()
             torch.cuda.synchronize()
@@ -383,7 +384,7 @@ def prefill_rows(
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 begun = time.monotonic()
-                model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(ids, **given_cache(model, cache), use_cache=True, logits_to_keep=1)
                 torch.cuda.synchronize()
                 times.append(time.monotonic() - begun)
         times = sorted(times[1:])

@@ -23,6 +23,7 @@ from torch import Tensor
 from kvsink.errors import KvsinkError
 from kvsink.kernels import packed
 from kvsink.kernels.attend import attend_packed
+from kvsink.passing import given_cache
 from kvsink.tools.bench_model import fill, rewritten
 
 __all__ = ["ATTENTION_BOUND", "STEP_BOUND", "NotFinite", "Progress", "choose_pieces", "sequence_row"]
@@ -116,7 +117,7 @@ def _prefill(
         ids = torch.randint(0, min(1000, model.config.vocab_size), (1, min(chunk, tokens - start)), device=model.device)
         _synchronize()
         begun = time.monotonic()
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, **given_cache(model, cache), use_cache=True, logits_to_keep=1).logits
         _synchronize()
         spent[start] = time.monotonic() - begun
         if not bool(torch.isfinite(logits).all()):
@@ -139,7 +140,7 @@ def _decode(model: Any, cache: Any, held: int, steps: int, compiled: bool, seen:
 
     def ask(call: Any, given: Tensor, i: int) -> Tensor:
         position = torch.full((1, 1), held + i, device=model.device)
-        return call(given, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1:].clone()
+        return call(given, position_ids=position, use_cache=True, **given_cache(call, cache)).logits[:, -1:].clone()
 
     wanted = ask(model, token, 0).float()
     _set_length(cache, held)

@@ -27,6 +27,7 @@ from kvsink.design import gather_needs
 from kvsink.errors import KvsinkError
 from kvsink.evaluation import dynamic_cache, packed_cache
 from kvsink.methods import Method, methods
+from kvsink.passing import given_cache
 from kvsink.rewrite import rewrite
 
 __all__ = ["BiasRow", "biased", "markdown", "random_qwen2", "study"]
@@ -101,7 +102,7 @@ def attention_output(model: Any, cache: Any, ids: Tensor, chunk: int = CHUNK) ->
     try:
         with torch.no_grad():
             for start in range(0, ids.shape[1], chunk):
-                model(ids[:, start : start + chunk], past_key_values=cache, use_cache=True)
+                model(ids[:, start : start + chunk], use_cache=True, **given_cache(model, cache))
     finally:
         handle.remove()
     return torch.cat(seen, 1)

@@ -82,9 +82,9 @@ class Codec:
     @property
     def opaque(self) -> bool:
         """True when coding is no chain of the same steps per row (codes in tiles, blocks of tokens, records of outliers, visual
-        rows, rows that are exact on one side alone): compiled graphs then keep it inside the cache ops."""
-        sides = (self.key, self.value)
-        return self.tiles or any(s.by_token_block or s.outliers for s in sides) or self.ring > self.window or self.modal
+        rows, rows beyond float16's range or exact on one side alone): compiled graphs then keep it inside the cache ops."""
+        together = any(s.by_token_block or s.outliers or s.exponent for s in (self.key, self.value))
+        return self.tiles or together or self.ring > self.window or self.modal
 
     @property
     def exact_rows(self) -> int:
@@ -340,7 +340,8 @@ class Codec:
         self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool, steps: Any = stages
     ) -> Tensor:
         """Keys [B, H, S, D] through every stage before the quantizer. `steps` carries out the stages, by their names."""
-        s, x = self.key, _wide(k)
+        s = self.key
+        x = _ranged(_wide(k), -s.exponent)
         if s.domain == "block":
             x = steps.unrope_rows(x, cos, sin) if roped else x
             if s.center:
@@ -382,11 +383,11 @@ class Codec:
         if s.domain == "block":
             if s.center:
                 x = x + steps.table_rows(p["k_table"], positions)
-            return steps.rope_start(x, p["start_cos"], p["start_sin"], positions, n)
-        if s.center:
+            x = steps.rope_start(x, p["start_cos"], p["start_sin"], positions, n)
+        elif s.center:
             mean = steps.table_rows(p["k_table"], positions)
             x = x + steps.rope_start(mean, p["start_cos"], p["start_sin"], positions, n)
-        return x
+        return _ranged(x, s.exponent)
 
     # -- values ------------------------------------------------------------------------------------------------------
 
@@ -399,7 +400,8 @@ class Codec:
 
     def transform_values(self, v: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
-        s, x = self.value, _wide(v)
+        s = self.value
+        x = _ranged(_wide(v), -s.exponent)
         if s.center:
             x = steps.center(x, p["v_mean"])
         if s.transform == "klt":
@@ -422,7 +424,12 @@ class Codec:
             x = steps.unproject(x, p["v_basis"])
         elif s.transform == "hadamard" and not s.folded:
             x = steps.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
-        return x + p["v_mean"][:, None, :] if s.center else x
+        return _ranged(x + p["v_mean"][:, None, :] if s.center else x, s.exponent)
+
+
+def _ranged(x: Tensor, exponent: int) -> Tensor:
+    """x·2^exponent, exact."""
+    return x * 2.0**exponent if exponent else x
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class SideSpec:
     shared     kind "vector": one codebook for all heads.
     outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
     outlier_tokens  tokens whose outliers share one record, at most; a power of two.
+    exponent   codes and tables are of rows times 2^-exponent, where rows are too large or too small for float16 scales.
     weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
                normalised by a range r, times r^2), "fisher-raw" (without r^2), "error" (reach into the attention output).
     """
@@ -97,6 +98,7 @@ class SideSpec:
     outliers: float = 0.0
     outlier_tokens: int = 128
     weights: str = "none"
+    exponent: int = 0
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvsink.cache import KVSinkCache
 from kvsink.errors import UnsupportedError
 from kvsink.evaluation import dynamic_cache
+from kvsink.passing import given_cache
 from kvsink.profiling.attention import START, AttentionSums, sink_decay, watching_attention
 from kvsink.runtime import anatomy, runtime_of
 
@@ -78,6 +79,6 @@ def _first(model: Any, ids: Tensor, chunk: int, strict: bool | None) -> Tensor:
             packed = strict is not None
             cache = KVSinkCache.for_model(model, batch_size=1, strict=bool(strict)) if packed else dynamic_cache(model, 1, len(row))
             for part in row[None].to(device).split(chunk, dim=1):
-                model(part, past_key_values=cache, use_cache=True)
+                model(part, **given_cache(model, cache), use_cache=True)
             out.append(sums.take(len(where.blocks))[1])
     return torch.stack(out)

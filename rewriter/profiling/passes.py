@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvsink.calibration import fingerprint
 from kvsink.checkpoint import Checkpoint
+from kvsink.passing import cache_of
 from kvsink.profiling.layout import Entry
 from kvsink.profiling.watch import down_weight
 from kvsink.runtime import anatomy
@@ -78,7 +79,7 @@ class Whole(Passes):
                 if window is not None:
                     window(w)
                 out = self.model(input_ids=row[None].to(self.device), use_cache=cache, **last)
-                held = getattr(out.past_key_values, "layers", ()) if cache else ()
+                held = getattr(cache_of(out), "layers", ()) if cache else ()
                 for l in range(len(self.where.blocks)) if layer is not None else ():
                     layer(w, l, held[l] if l < len(held) else None)  # type: ignore[misc]
                 if logits is not None:

@@ -24,6 +24,7 @@ from kvsink.tools.eval import main as eval_main
 from kvsink.tools.families import rewritten as of_family
 from kvsink.tools.rewrite import main as rewrite_main
 from tests.graphs import rewritten
+from tests.models import build, tokens
 from tests.tools.conftest import tiny_dir  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +246,19 @@ def test_what_onnxruntime_or_torch_would_refuse_is_named_before(family: str, wor
     with pytest.raises(ExportError, match=words) as raised:
         onnx(of_family(family, "rtn", torch.float32)[0], tmp_path / "m.onnx")
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "flavour"), [("rtn", "functions"), ("klt", "functions"), ("klt", "custom")])
+def test_values_beyond_float16_leave_in_their_units(method: str, flavour: str, tmp_path) -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data *= 1e6
+        layer.self_attn.o_proj.weight.data /= 1e6
+    kvsink.rewrite(model, method, calibration=tokens(8, 64, seed=1))
+    assert runtime_of(model).plans[0].codec.value.exponent >= 20
+    record = onnx(model, tmp_path / "model.onnx", flavour)
+    assert record["check"]["different_bytes"] == 0 and record["check"]["packed_bytes"] > 100
 
 
 def test_a_failed_check_leaves_nothing(out, tmp_path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 import kvsink
 from kvsink import backend
 from kvsink.backend import kvsink_backend, last_report, split_options, stock_plan
+from kvsink.cache import _BLOCK
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
@@ -21,6 +22,7 @@ from tests.models import build, stock_cache, tokens
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Any:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     backend._told.clear()
     yield
     torch._dynamo.reset()
@@ -132,6 +134,41 @@ def test_aot_eager_is_another_inner() -> None:
     got, wanted = steps(run, caches[0], 9, 1, 1), steps(model, caches[1], 9, 1, 1)
     assert largest_difference(got, wanted) <= FUSED_FLOAT32 * float(wanted[0].abs().max())
     assert largest_difference(list(caches[0].tensors().values()), list(caches[1].tensors().values())) <= FUSED_FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("method", "dynamic"),
+    [
+        ("rtn", None), ("klt", True),
+        *(pytest.param(m, d, marks=pytest.mark.slow) for m in ("klt", "kivi", "antkv") for d in (None, False)),
+    ],
+)  # fmt: skip
+def test_a_growing_cache_is_the_uncompiled_model(method: str, dynamic: bool | None) -> None:
+    model = rewritten("llama", "sdpa", method)
+    run = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"}, dynamic=dynamic)
+    caches = [kvsink.KVSinkCache.for_model(model) for _ in range(2)]
+    lengths = (_BLOCK - 2, 1, 1, 1, 1)  # storage is made in the first graph and longer in the fourth
+    got, wanted = steps(run, caches[0], *lengths), steps(model, caches[1], *lengths)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    report = last_report()
+    assert report is not None and len(report.done("fuse")) == (0 if method == "antkv" else 2)
+    assert largest_difference(got, wanted) <= FUSED_FLOAT32 * float(wanted[0].abs().max())
+    for a, b in zip(caches[0].packed_layers(), caches[1].packed_layers(), strict=True):
+        assert torch.equal(a.k_codes[:, :, : a._held], b.k_codes[:, :, : b._held]) and a._held == b._held == _BLOCK + 2
+
+
+@pytest.mark.parametrize("max_length", [None, 32])
+def test_another_batch_after_a_reset_is_compiled_too(max_length: int | None) -> None:
+    model = rewritten("llama", "sdpa", "rtn")
+    run, cache = compiled(model), kvsink.KVSinkCache.for_model(model, 2, max_length)
+    steps(run, cache, 9, 1)
+    one = tokens(1, 9, seed=3)
+    with torch.no_grad():
+        with pytest.raises(KvsinkError, match="holds 2 sequences and is given 1"):
+            run(one, past_key_values=cache)
+        cache.reset()
+        wanted = model(one, past_key_values=kvsink.KVSinkCache.for_model(model)).logits
+        assert largest_difference(run(one, past_key_values=cache).logits, wanted) <= FUSED_FLOAT32 * float(wanted.abs().max())
 
 
 @pytest.mark.slow

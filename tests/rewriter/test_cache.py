@@ -13,9 +13,10 @@ from transformers import DynamicCache
 
 from kvsink.cache import _BLOCK, KVSinkCache
 from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
+from kvsink.report import counted_bits
 from tests.close import FUSED_FLOAT32, HALF_SCALE, largest_difference
 from tests.graphs import rewritten
-from tests.models import HEAD_DIM, KV_HEADS, LAYERS, build, tokens
+from tests.models import HEAD_DIM, KV_HEADS, LAYERS, WINDOW, build, tokens
 
 METHODS = ("klt", "centred", "rotatekv", "rtn")
 
@@ -204,6 +205,46 @@ def test_reset_is_a_fresh_cache(klt: Any, max_length: int | None) -> None:
     assert largest_difference(feed(klt, used, *chunks), feed(klt, fresh, *chunks)) == 0
     for a, b in zip(used.packed_layers(), fresh.packed_layers(), strict=True):
         assert torch.equal(a.exact_slot, b.exact_slot)
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
+def test_after_a_reset_another_batch_is_taken(family: str, max_length: int | None) -> None:
+    stock = build(family)
+    model = rewritten(family, "sdpa", "rtn", key_bits=16, value_bits=16)
+    cache = KVSinkCache.for_model(model, 2, max_length=max_length)
+    for batch in (2, 1, 3):
+        chunks = (tokens(batch, 9, seed=batch), tokens(batch, 1, seed=4), tokens(batch, 5, seed=5))
+        wanted = feed(stock, DynamicCache(config=stock.config), *chunks)
+        assert close(feed(model, cache, *chunks), wanted)
+        assert all(layer.k_codes.shape[0] == batch for layer in cache.packed_layers())
+        with pytest.raises(KvsinkError, match=f"holds {batch} sequences and is given {batch + 1}; call cache.reset"):
+            feed(model, cache, tokens(batch + 1, 1))
+        cache.reset()
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_another_batch_keeps_exact_rows_and_positions(klt: Any, max_length: int | None) -> None:
+    used, fresh = (KVSinkCache.for_model(klt, batch, max_length=max_length) for batch in (3, 2))
+    feed(klt, used, tokens(3, 20, seed=1), tokens(3, 1, seed=2))
+    used.reset()
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :4] = 0
+    padded = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    one, two = (feed(klt, cache, tokens(2, 9, seed=3), **padded) for cache in (used, fresh))
+    assert largest_difference(one, two) == 0
+    assert torch.equal(used.shared.positions, fresh.shared.positions)
+    for a, b in zip(used.packed_layers(), fresh.packed_layers(), strict=True):
+        assert torch.equal(a.exact_slot, b.exact_slot)
+
+
+def test_a_long_prompt_of_another_batch_passes_through_a_fixed_window() -> None:
+    stock, model = build("mistral-sliding"), rewritten("mistral-sliding", "sdpa", "rtn", key_bits=16, value_bits=16)
+    cache = KVSinkCache.for_model(model, 2, max_length=700)
+    for batch in (2, 1):
+        chunks = (tokens(batch, 400, seed=batch), tokens(batch, 1, seed=4))
+        assert close(feed(model, cache, *chunks), feed(stock, DynamicCache(config=stock.config), *chunks))
+        cache.reset()
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
@@ -461,8 +502,35 @@ def test_an_empty_cache_says_that_there_is_nothing_to_save(klt: Any, tmp_path: P
         KVSinkCache.for_model(klt).save(tmp_path / "cache.safetensors")
 
 
-def test_bits_are_counted_at_the_present_length(model: Any) -> None:
-    cache = KVSinkCache.for_model(model, 1, max_length=32)
+@pytest.mark.parametrize("max_length", [None, 300])
+def test_bits_are_those_of_the_report_at_the_length_held(model: Any, max_length: int | None) -> None:
+    model.bfloat16()  # a report counts exact rows as 16 bit
+    cache = KVSinkCache.for_model(model, 3, max_length=max_length)
     assert cache.bits_per_element() == 0
-    feed(model, cache, tokens(1, 8))
-    assert cache.bits_per_element() == 8 * cache.nbytes() / (LAYERS * 2 * KV_HEADS * HEAD_DIM * 8)
+    for length in (8, 20):
+        cache.reset()
+        feed(model, cache, tokens(3, length))
+        counted = [counted_bits(p.codec, KV_HEADS, HEAD_DIM, length, 3, LAYERS) for p in model._kvsink_runtime.plans]
+        assert cache.bits_per_element() == pytest.approx(sum(map(sum, counted)) / (2 * LAYERS), rel=1e-12)
+        assert cache.held_nbytes() + cache.spare_nbytes() == cache.nbytes() and cache.spare_nbytes() > cache.held_nbytes()
+    model.float()
+
+
+def test_a_full_cache_has_no_spare_bytes(klt: Any) -> None:
+    cache = KVSinkCache.for_model(klt, 2, max_length=24)
+    feed(klt, cache, tokens(2, 24))
+    assert cache.spare_nbytes() == 0 and cache.held_nbytes() == cache.nbytes()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral-sliding"])
+@pytest.mark.parametrize("max_length", [None, 400])
+def test_16_bit_rows_count_as_such_in_every_kind_of_layer(family: str, max_length: int | None) -> None:
+    model = rewritten(family, "sdpa", "rtn", key_bits=16, value_bits=16).bfloat16()
+    cache = KVSinkCache.for_model(model, 2, max_length=max_length)
+    feed(model, cache, tokens(2, 330), tokens(2, 1))
+    rows = {id(layer.shared): (int(layer.length), 4 * 2 * int(layer.length)) for layer in cache.packed_layers()}
+    stock = sum(min(WINDOW if max_length else WINDOW - 1, 331) for layer in cache.layers if layer not in cache.packed_layers())
+    held = sum(int(layer.length) for layer in cache.packed_layers()) + stock
+    extra = sum(nbytes for _, nbytes in rows.values()) + 8 * LAYERS  # positions, and the length of each layer
+    elements = 2 * 2 * KV_HEADS * HEAD_DIM * held
+    assert cache.bits_per_element() == pytest.approx(16 + 8 * extra / elements, abs=8 * 8 * LAYERS / elements)

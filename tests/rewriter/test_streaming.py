@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from kvsink.calibration import calibrate, fingerprint
 from kvsink.checkpoint import Checkpoint
 from kvsink.collect import SampleNeed
-from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.digest import DIGEST
+from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.loading import load_model
 from kvsink.outdir import rewrite_dir
 from kvsink.protect import parse_policies

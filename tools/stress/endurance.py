@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvsink.cache import _BLOCK, KVSinkCache
+from kvsink.passing import given_cache
 from kvsink.tools.stress.models import rewritten, tokens
 
 __all__ = ["Reuse", "generate_long", "reuse"]
@@ -54,7 +55,7 @@ def generate_long(
     fed: list[Tensor] = []
     draw = torch.Generator().manual_seed(7)
     for i in range(count):
-        out = model(token, past_key_values=cache, position_ids=torch.tensor([[i]]))
+        out = model(token, **given_cache(model, cache), position_ids=torch.tensor([[i]]))
         fed.append(token)
         token = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=draw)
         if (i + 1) % every == 0 or i + 1 == count:
@@ -86,7 +87,7 @@ def _against_chunks(model: Any, cache: KVSinkCache, ids: Tensor) -> str | None:
         places = torch.arange(start, start + chunk.shape[1])
         mask = (torch.arange(int(places[-1]) + 1)[None] <= places[:, None]) & (places[:, None] < 1 << 30)
         mask = mask & (torch.arange(int(places[-1]) + 1)[None] > places[:, None] - 2)
-        model(chunk, past_key_values=other, attention_mask=mask[None, None], position_ids=places[None], cache_position=places)
+        model(chunk, **given_cache(model, other), attention_mask=mask[None, None], position_ids=places[None], cache_position=places)
     a, b = cache.packed_layers()[0], other.packed_layers()[0]
     n = ids.shape[1]
     for name in ("k_codes", "v_codes"):
@@ -145,10 +146,10 @@ def reuse(rounds: int, method: str = "klt", told: Callable[[int], None] | None =
         for i in range(rounds + 100):
             if i == 100:
                 first = look()
-            model(prompts[i % 3], past_key_values=cache)
-            model(step, past_key_values=cache)
+            model(prompts[i % 3], **given_cache(model, cache))
+            model(step, **given_cache(model, cache))
             cache.crop(-1)
-            model(step, past_key_values=cache)
+            model(step, **given_cache(model, cache))
             cache.reset()
             if told is not None and i % 100 == 0:
                 told(max(0, i - 100))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kvsink.errors import KvsinkError
+from kvsink.passing import given_cache
 from kvsink.tools.stress.models import tiny_folder, tokens
 
 __all__ = ["KINDS", "Bench"]
@@ -66,7 +67,7 @@ class Bench:
         ids = tokens(1, 24, seed=3)
         cache = kvsink.KVSinkCache.for_model(self.model)
         with torch.no_grad():
-            self.model(ids, past_key_values=cache)
+            self.model(ids, **given_cache(self.model, cache))
             self.logits = [m(ids).logits for m in (self.model, self.plain)]
         self.ids = ids
         cache.save(folder / "cache.safetensors")

@@ -1,0 +1,35 @@
+"""Under which name a model takes a cache, and gives it back: transformers says `cache` since 5.24, `past_key_values` before.
+
+Differs    a model of its own code may take the old name still: the signature decides, not the version
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+from typing import Any
+
+__all__ = ["cache_name", "cache_of", "given_cache"]
+
+
+@lru_cache(maxsize=256)
+def _name(forward: Any) -> str:
+    return "cache" if forward is not None and "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def cache_name(model: Any) -> str:
+    """The keyword under which `model`, compiled or with adapters around it, takes its cache."""
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "get_base_model", None)  # adapters: their own forward takes anything
+    return _name(getattr(type(inner() if inner is not None else model), "forward", None))
+
+
+def given_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument that gives `cache` to `model`."""
+    return {cache_name(model): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model or `generate()` returned, or None."""
+    held = getattr(output, "cache", None)
+    return getattr(output, "past_key_values", None) if held is None else held

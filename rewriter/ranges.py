@@ -1,0 +1,111 @@
+"""How large keys and values are, and the power of two that brings the codes of very large or very small ones into float16's range.
+
+Formula    size = max over heads and channels of sqrt(mean x²);  e = 0 while 2^-10 <= size <= 2^10, else round(log2 size)
+           codes and tables are then of x·2^-e, and what is read back is multiplied by 2^e: both exact
+Source     ours: v_proj·s with o_proj / s is the same model, and must cost the same
+Differs    models of common sizes have e = 0 and nothing changes; others leave the faster kernels, which say so
+Shapes     keys, values [B, H, S, D] → one number each
+Raises     KvsinkError from `check_range` for rows of a prompt that the scales cannot hold all the same
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from kvsink.codecs import Codec, SideSpec
+from kvsink.errors import KvsinkError
+from kvsink.kernels.quantize import SIGMA_KINDS
+from kvsink.passing import given_cache
+from kvsink.runtime import number_of, visual_tokens
+
+if TYPE_CHECKING:
+    from kvsink.calibration import Calibration
+
+__all__ = ["check_range", "exponent", "layer_sizes", "ranged", "seen_sizes"]
+
+LARGE, SMALL = 2.0**10, 2.0**-10
+_MOST = 120  # of an exponent: 2^-e stays a normal float32
+_TOKENS = 16
+_HALF_MAX, _RESOLVED = 65504.0, 2.0**-17  # largest float16; rows below it are lost in steps of 2^-24
+
+Sizes = tuple[float, float]  # of keys and of values
+
+
+def exponent(size: float) -> int:
+    """The power of two that keys or values of this size are divided by."""
+    if size == 0 or SMALL <= size <= LARGE or not math.isfinite(size):
+        return 0
+    return max(-_MOST, min(_MOST, round(math.log2(size))))
+
+
+def ranged(spec: SideSpec, size: float) -> SideSpec:
+    """The declaration of a side for rows of this size."""
+    return replace(spec, exponent=exponent(size)) if spec.packed else spec
+
+
+def seen_sizes(record: Calibration, layer: int) -> Sizes | None:
+    """Sizes of a calibrated layer, or None."""
+    keys = next((stats for (at, _), stats in record.keys.items() if at == layer), None)
+    values = record.values.get(layer)
+    if values is None:
+        return None
+    count = float(values.count)
+    one = 0.0 if keys is None else _largest(keys.second, float(keys.count.sum()))
+    return one, _largest(values.second, count)
+
+
+def _largest(second: Tensor, count: float) -> float:
+    return float((torch.diagonal(second, dim1=-2, dim2=-1).amax() / max(1.0, count)).sqrt())
+
+
+def layer_sizes(model: nn.Module, layers: Iterable[int]) -> dict[int, Sizes]:
+    """Sizes in the given layers, of a few tokens that the model is run on; empty where it cannot be run on tokens alone."""
+    wanted = list(layers)
+    weight = number_of(model)
+    if not wanted or weight.is_meta:
+        return {}
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    ids = torch.randint(0, config.vocab_size, (_TOKENS * 4,), generator=torch.Generator().manual_seed(0))
+    ids = ids[~torch.isin(ids, torch.tensor(visual_tokens(model.config), dtype=ids.dtype))][:_TOKENS]
+    cache = DynamicCache(config=config)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids[None].to(weight.device), use_cache=True, **given_cache(model, cache))
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return {}  # it asks for more than tokens; `check_range` looks at what it is given
+    out: dict[int, Sizes] = {}
+    for i in wanted:
+        pair = getattr(cache.layers[i], "keys", None), getattr(cache.layers[i], "values", None)
+        if all(isinstance(t, Tensor) and t.numel() for t in pair):
+            out[i] = tuple(float(t.float().square().mean((0, 2)).amax().sqrt()) for t in pair)  # type: ignore[assignment, union-attr]
+    return out
+
+
+def check_range(layer: int, codec: Codec, k: Tensor, v: Tensor, exact: Callable[[], Tensor]) -> None:
+    """Raise KvsinkError when rows of a prompt [B, H, S, D] are beyond what float16 scales hold. exact: bool [B, S], rows that do
+    not matter, asked for only where others would be refused."""
+    sides = [("keys", codec.key, k), ("values", codec.value, v)]
+    found = torch.stack([torch.stack(rows.detach().aminmax()) for *_, rows in sides]).abs().amax(1).tolist()
+    for (name, side, rows), most in zip(sides, found, strict=True):
+        if not side.packed or _holds(side, most):
+            continue
+        most = float(rows.masked_fill(exact()[:, None, :, None], 0.0).abs().amax())
+        if not _holds(side, most):
+            above = most * 2.0**-side.exponent > 1
+            bound = (_HALF_MAX if above else _RESOLVED) * 2.0**side.exponent
+            raise KvsinkError(
+                f"layer {layer}: {name} of this prompt reach {most:.3g}, {'above' if above else 'below'} the {bound:.3g} that the "
+                f"float16 scales of their codes hold; rewrite the model with calibration text like it, or with {name[:-1]}_bits=16"
+            )
+
+
+def _holds(side: SideSpec, most: float) -> bool:
+    size = most * 2.0**-side.exponent
+    return not size > _HALF_MAX and (size == 0 or side.kind in SIGMA_KINDS or not size < _RESOLVED)
