@@ -31,6 +31,7 @@ from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
+from kvsink.offload import place_of
 from kvsink.protect import Segment
 from kvsink.runtime import Frame, Runtime, number_of, position_candidates, runtime_of
 from kvsink.sliding import SlidingWindow, check_crop
@@ -601,8 +602,9 @@ class KVSinkCache(Cache):
             cache._make_strict()
         if max_length is not None:
             a = runtime.anatomy
-            cache._check_memory(batch_size, weight.dtype, weight.device)
-            cache.early_initialization(batch_size, a.kv_heads, a.head_dim, weight.dtype, weight.device)
+            place = place_of(model)
+            cache._check_memory(batch_size, weight.dtype, place)
+            cache.early_initialization(batch_size, a.kv_heads, a.head_dim, weight.dtype, place)
         return cache
 
     def _check_memory(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -638,6 +640,8 @@ class KVSinkCache(Cache):
 
     def begin(self, frame: Frame) -> None:
         """A forward pass begins. Raises KvsinkError when the last one stopped half-way and left layers of different lengths."""
+        if self.shared.runtime.replaced:
+            raise KvsinkError(self.shared.runtime.replaced)
         layers = [layer for layer in self.packed_layers() if layer.is_initialized]
         last = self.shared.frame
         if last is not None and last.start is not None:
@@ -784,7 +788,7 @@ class KVSinkCache(Cache):
     def load(cls, path: str | Path, model: nn.Module, max_length: int | None = None) -> KVSinkCache:
         """Read a cache saved by `save`. Raises SidecarError when it was made by another plan or cannot be read."""
         runtime = runtime_of(model)
-        device = next(model.parameters()).device
+        device = place_of(model)
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}

@@ -29,6 +29,7 @@ from kvsink.errors import CalibrationError
 from kvsink.fold import is_plain
 from kvsink.kernels.rope import unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
+from kvsink.offload import weight_of
 from kvsink.protect import Policy, SinkStage, segments_for_layer
 from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, position_candidates
 from kvsink.streaming import Job, Stream
@@ -41,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 
 def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None) -> Tensor:
     """float32 samples of the weights, the same for every storage precision up to rounding: up to 64 tensors, 16 values each.
-    Weights in a format of their own are left out.
+    Weights in a format of their own are left out; offloaded ones are read back.
 
     weight: gives a parameter by name, where the model holds none.
     """
@@ -49,7 +50,7 @@ def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None)
     step = max(1, len(named) // 64)
     out = []
     for name, p in named[::step][:64]:
-        p = p if weight is None else weight(name)  # type: ignore[assignment]
+        p = weight_of(model, name) if weight is None else weight(name)  # type: ignore[assignment]
         index = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
         out.append(p.detach().flatten()[index].float().cpu())
     return torch.cat(out) if out else torch.zeros(0)

@@ -28,6 +28,7 @@ from kvsink.place import building, sweep
 from kvsink.report import Report
 from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
 from kvsink.runtime import runtime_of
+from kvsink.saving import quantization_record
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
 from kvsink.streaming import SHARE_OF_MEMORY, Stream, available_memory, needs, skeleton
 
@@ -164,7 +165,7 @@ def _write_weights(
         model.to(storage)
         return None
     model.to(storage)
-    model.save_pretrained(build)
+    type(model).save_pretrained(model, build)  # the plan is written with the rest
     return None
 
 
@@ -222,9 +223,7 @@ def _write(
             shutil.copyfile(file, build / file.name)
     config_path = build / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "kvsink", "method": report.method, "bits": round(report.bits, 4), "format": 1,
-    }  # fmt: skip
+    config["quantization_config"] = quantization_record(report.method, report.bits)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_sidecar(
         build, model, runtime,

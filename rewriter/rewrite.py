@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from kvsink.adapters import inner_model
 from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
 from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
@@ -27,6 +28,7 @@ from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method, methods
 from kvsink.observed import check_observable
 from kvsink.observers import SampleNeed
+from kvsink.offload import place_of
 from kvsink.patterns import PATTERNS, attention_patterns, classify
 from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
@@ -294,6 +296,7 @@ def rewrite(
     """
     begun = time.monotonic()
     m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
+    model = inner_model(model)
     where = anatomy(model)
     check_cache(model)
     earlier = model.__dict__.get("_kvsink_runtime")
@@ -410,7 +413,7 @@ def rewrite(
             for w, c in zip(wanted, choices, strict=True)
         ]
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
-    device = next(model.parameters()).device if stream is None else torch.device("cpu")
+    device = place_of(model) if stream is None else torch.device("cpu")
     plans: list[LayerPlan] = []
     tables: dict[str, Tensor] = {}
     folds: list[tuple[nn.Module, int]] = []

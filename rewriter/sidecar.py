@@ -20,14 +20,17 @@ from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
+from kvsink.offload import is_held
 from kvsink.protect import Segment, SinkStage
 from kvsink.runtime import LayerPlan, Runtime
 
-__all__ = ["FORMAT", "SIDECAR_JSON", "SIDECAR_TENSORS", "read_sidecar", "write_sidecar"]
+__all__ = ["AGAIN", "FORMAT", "SIDECAR_JSON", "SIDECAR_TENSORS", "read_sidecar", "write_sidecar"]
 
 SIDECAR_JSON = "kvsink.json"
 SIDECAR_TENSORS = "kvsink_calibration.safetensors"
 FORMAT = 1
+AGAIN = "run kvsink-rewrite again, on the model it was made from"
+_OURS = ("format", "method", "stages", "layers", DIGEST)
 
 
 def write_sidecar(
@@ -57,7 +60,7 @@ def write_sidecar(
 
 def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Path) -> Runtime:
     """The runtime of a loaded model, checked against its weights and its shape."""
-    again = "run kvsink-rewrite again"
+    again = AGAIN
     try:
         plan = json.loads(Path(json_path).read_text(encoding="utf-8"))
         found = plan["format"]
@@ -72,7 +75,7 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
         held = tensors.pop("fingerprint")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise SidecarError(f"{tensors_path} cannot be read ({error}); {again}") from error
-    if next(model.parameters()).device.type != "meta" and not same_model(held, fingerprint(model)):
+    if is_held(model) and not same_model(held, fingerprint(model)):
         raise SidecarError(f"{json_path} was made for other weights than the ones beside it; {again}")
     try:
         stages = tuple(SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in plan["stages"])
@@ -89,6 +92,7 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise SidecarError(f"{json_path} is damaged ({error!r}); {again}") from error
+    runtime.extra = {name: value for name, value in plan.items() if name not in _OURS}
     check_runtime(runtime, json_path)
     check_digest({**tensors, "fingerprint": held}, plan, f"{json_path} with {Path(tensors_path).name}", SidecarError, again)
     return runtime
@@ -128,7 +132,7 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
                 continue
             table = runtime.tables.get(f"layers.{layer}.{name}")
             if table is None:
-                raise SidecarError(f"{source}: the table {name} of layer {layer} is missing; run kvsink-rewrite again")
+                raise SidecarError(f"{source}: the table {name} of layer {layer} is missing; {AGAIN}")
             wanted = learnt.get(name)
             if name == "k_table":
                 wanted = (a.kv_heads, c.table_tokens, a.head_dim)
