@@ -18,7 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.module import _global_module_registration_hooks, register_module_module_registration_hook
+from torch.nn.modules.module import (
+    _global_module_registration_hooks,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 
 from kvsink.errors import UnsupportedError
@@ -65,6 +70,7 @@ def watch(model: nn.Module) -> None:
     """Take the rotations folded into this model out again when something is put on their projections. Safe to call again."""
     if _registered not in _global_module_registration_hooks.values():
         register_module_module_registration_hook(_registered)
+        register_module_parameter_registration_hook(_parametrized)
     _MODELS.add(model)
     runtime: Any = model.__dict__.get("_kvsink_runtime")
     for layer in _folded(runtime):
@@ -83,36 +89,43 @@ def _registered(module: nn.Module, name: str, part: nn.Module | None) -> None:
     """Called by torch whenever a module becomes a part of another one."""
     if part is not None and "_kvsink_runtime" in part.__dict__:
         check_prompts(module)
-    for projection in (part, module):  # put into a wrapper, or given a part of its own, as a parametrization is
-        if projection is not None and _MARK in projection.__dict__:
-            break
-    else:
-        return
-    if isinstance(module, fx.GraphModule) or type(module) is nn.Module:  # a graph that was traced: nothing is put on it
-        return
+    if part is None or _MARK not in part.__dict__ or isinstance(module, fx.GraphModule) or type(module) is nn.Module:
+        return  # the latter two are graphs that were traced: nothing is put on it
+    _give_back(part, module)
+
+
+def _parametrized(module: nn.Module, name: str, weight: nn.Parameter | None) -> None:
+    """Called by torch whenever a parameter becomes part of a module. One that is computed from the same numbers stays folded."""
+    if isinstance(module, ParametrizationList) and not any(hasattr(m, "right_inverse") for m in module):
+        _give_back(weight, module)
+
+
+def _give_back(taken: nn.Module | nn.Parameter | None, taker: nn.Module) -> None:
+    """Unfold the layer that a projection or its weight belongs to, unless its own attention module takes it."""
     for model in list(_MODELS):
         runtime = model.__dict__.get("_kvsink_runtime")
         for layer in _folded(runtime):
             attention = model.get_submodule(runtime.anatomy.attentions[layer])
-            if module is not attention and any(getattr(attention, n, None) is projection for n in _PROJECTIONS):
-                unfold(model, layer)
-                return
+            for projection in (getattr(attention, name) for name in _PROJECTIONS):
+                if taker is not attention and any(part is taken for part in (projection, *projection.parameters(False))):
+                    unfold(model, layer)
+                    return
 
 
 def unfold(model: nn.Module, layer: int) -> None:
     """Take the value rotation of one layer out of the weights, and let it run online. Caches made before are refused afterwards.
 
-    Raises UnsupportedError when the weights are offloaded.
+    Raises UnsupportedError when the weights are offloaded, or computed from others.
     """
     runtime: Any = model.__dict__["_kvsink_runtime"]
     name = runtime.anatomy.attentions[layer]
     attention, plan = model.get_submodule(name), runtime.plans[layer]
     order = plan.codec.value.order
     held = dict(attention.named_parameters())
-    if any(held[part].is_meta for part in FOLDED if part in held):
+    if any(part not in held or held[part].is_meta for part in FOLDED if "bias" not in part):
         raise UnsupportedError(
-            f"{name} holds a folded value rotation in offloaded weights, so no adapter can be put on it; rewrite the model with "
-            "fold=False"
+            f"{name} holds a folded value rotation in weights that are offloaded or computed from others, so no adapter can be put "
+            "on it; rewrite the model with fold=False"
         )
     fold_value_rotation(attention, order, inverse=True)
     new = copy.copy(runtime)

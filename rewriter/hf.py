@@ -76,11 +76,12 @@ class KvsinkQuantizer(HfQuantizer):
         files = [beside(self._weights, name, self._asked) for name in (SIDECAR_JSON, SIDECAR_TENSORS)]
         attach(model, read_sidecar(model, *files))
         install_generate(model)
-        for module in model.modules():
-            vars(getattr(module, "config", None) or self).pop("_is_quantized", None)
         model.is_quantized = False  # type: ignore[assignment]
-        for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
-            vars(holder).pop(name, None)
+        settings: Any = model.config
+        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        for holder in (model, settings.get_text_config(decoder=True), *configs.values()):
+            for name in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized"):
+                vars(holder).pop(name, None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

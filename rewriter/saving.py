@@ -20,16 +20,21 @@ from typing import Any
 
 from torch import Tensor
 
-from kvsink.calibration import fingerprint
 from kvsink.offload import weight_of
 from kvsink.sidecar import write_sidecar
 
-__all__ = ["quantization_record", "save_pretrained"]
+__all__ = ["quantization_record", "save_pretrained", "text_configs"]
 
 
 def quantization_record(method: str, bits: float) -> dict[str, Any]:
     """`quantization_config` of a rewritten folder; bits: counted bits per element."""
     return {"quant_method": "kvsink", "method": method, "bits": round(bits, 4), "format": 1}
+
+
+def text_configs(config: Any) -> list[str]:
+    """Names of the parts of a config that describe its decoder alone: what a class for text reads of a folder that sees."""
+    text = config.get_text_config(decoder=True)
+    return [name for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is text]
 
 
 def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -47,14 +52,14 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
         )
         return original()
     given = inspect.signature(type(self).save_pretrained).bind(self, save_directory, *args, **kwargs).arguments
-    state: dict[str, Tensor] = given.get("state_dict") or {}
+    state: dict[str, Tensor] = dict(given.get("state_dict") or {})  # the one that was given is emptied while it is written
     written = not given.get("is_main_process", True)
 
     def write() -> None:
         nonlocal written
         if not written and os.path.isdir(save_directory):
-            weights = fingerprint(self, lambda name: state[name] if name in state else weight_of(self, name))
-            write_sidecar(Path(save_directory), self, runtime, {**runtime.extra, "versions": versions()}, weights)
+            extra = {**runtime.extra, "versions": versions()}
+            write_sidecar(Path(save_directory), self, runtime, extra, lambda n: state[n] if n in state else weight_of(self, n))
         written = True
 
     def upload(*files: Any, **options: Any) -> Any:
@@ -65,7 +70,9 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
 
     settings = self.generation_config if self.can_generate() else None
     compiled = getattr(settings, "compile_config", None)
-    self.config.quantization_config = quantization_record(runtime.method, make_report(self, runtime, "", 0, ()).bits)
+    parts = [self.config, *(getattr(self.config, name) for name in text_configs(self.config))]
+    for part in parts:
+        part.quantization_config = quantization_record(runtime.method, make_report(self, runtime, "", 0, ()).bits)
     self._upload_modified_files = upload
     if settings is not None and getattr(compiled, "backend", "") == "kvsink":  # ours, set where the model runs
         settings.compile_config = None
@@ -73,7 +80,9 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
         result = original()
         write()
     finally:
-        del self.config.quantization_config, self._upload_modified_files
+        del self._upload_modified_files
+        for part in parts:
+            del part.quantization_config
         if settings is not None:
             settings.compile_config = compiled
     return result

@@ -184,6 +184,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def print_report(report: Any, out_dir: Path, dry_run: bool, quality: Any = None) -> None:
     """The result in a few lines: bits, what was left alone, quality, what to do next."""
+    from kvsink.loading import model_class
+
     console = wide_console(sys.stdout)
     packed = [row for row in report.layers if row.packed]
     console.print(
@@ -202,7 +204,7 @@ def print_report(report: Any, out_dir: Path, dry_run: bool, quality: Any = None)
     if quality is not None:
         console.print(quality.table())
     console.print(f"wrote {out_dir}: report in {out_dir / 'kvsink_report.md'}", highlight=False, markup=False)
-    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(str(out_dir))})"
+    load = f"{model_class(out_dir).__name__}.from_pretrained({json.dumps(str(out_dir))})"
     console.print(f"next: import kvsink; {load}, or kvsink-eval {out_dir}", highlight=False, markup=False)
 
 
