@@ -103,7 +103,7 @@ def _parametrized(module: nn.Module, name: str, weight: nn.Parameter | None) -> 
 def _give_back(taken: nn.Module | nn.Parameter | None, taker: nn.Module) -> None:
     """Unfold the layer that a projection or its weight belongs to, unless its own attention module takes it."""
     for model in list(_MODELS):
-        runtime = model.__dict__.get("_kvsink_runtime")
+        runtime: Any = model.__dict__.get("_kvsink_runtime")
         for layer in _folded(runtime):
             attention = model.get_submodule(runtime.anatomy.attentions[layer])
             for projection in (getattr(attention, name) for name in _PROJECTIONS):
@@ -135,6 +135,6 @@ def unfold(model: nn.Module, layer: int) -> None:
     if mean in new.tables:
         new.tables[mean] = hadamard_ref(new.tables[mean], order, inverse=True)
     runtime.replaced = f"something was put on {name} since this cache was made; make one with kvsink.KVSinkCache.for_model(model)"
-    model._kvsink_runtime = new  # type: ignore[assignment]
+    model._kvsink_runtime = new
     for projection in _PROJECTIONS:
         getattr(attention, projection).__dict__.pop(_MARK, None)

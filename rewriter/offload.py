@@ -30,7 +30,7 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
         weights = getattr(getattr(inner, "_hf_hook", None), "weights_map", None)
         if weights is not None:
             try:
-                return weights[".".join(parts[i:])]  # type: ignore[no-any-return]
+                return weights[".".join(parts[i:])]
             except KeyError:
                 continue
     raise UnsupportedError(f"weight {name} is on the meta device and was not offloaded anywhere; load the model's weights first")

@@ -68,14 +68,11 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
 
     from kvsink.rewrite import make_report, versions
 
-    settings = self.generation_config if self.can_generate() else None
-    compiled = getattr(settings, "compile_config", None)
     parts = [self.config, *(getattr(self.config, name) for name in text_configs(self.config))]
+    bits = make_report(self, runtime, "", 0, ()).bits
     for part in parts:
-        part.quantization_config = quantization_record(runtime.method, make_report(self, runtime, "", 0, ()).bits)
+        part.quantization_config = quantization_record(runtime.method, bits)
     self._upload_modified_files = upload
-    if settings is not None and getattr(compiled, "backend", "") == "kvsink":  # ours, set where the model runs
-        settings.compile_config = None
     try:
         result = original()
         write()
@@ -83,6 +80,4 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
         del self._upload_modified_files
         for part in parts:
             del part.quantization_config
-        if settings is not None:
-            settings.compile_config = compiled
     return result

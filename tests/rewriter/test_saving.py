@@ -107,13 +107,6 @@ def test_a_part_of_a_rewritten_model_is_saved_as_a_plain_one(model: Any, tmp_pat
         assert torch.equal(part(input_ids=ROW)[0], model.model(input_ids=ROW)[0])
 
 
-def test_what_compiles_here_is_not_saved(model: Any, tmp_path: Path) -> None:
-    """A folder saved on a GPU loads on a machine without one, and without kvsink."""
-    model.generation_config.compile_config = hf.CompileConfig(backend="kvsink", fullgraph=True, mode="reduce-overhead")
-    again = saved(model, tmp_path)
-    assert again.generation_config.compile_config is None and model.generation_config.compile_config.backend == "kvsink"
-
-
 def test_a_folder_names_one_quantizer_only(model: Any, tmp_path: Path) -> None:
     model.config.quantization_config = {"quant_method": "torchao"}
     with pytest.warns(UserWarning, match=r"saved without its packed cache: it names torchao as its quantizer, .*kvsink.rewrite"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,34 @@ def test_a_plain_folder_is_not_rewritten_by_its_config(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"kvsink.rewrite\(model\)"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=kvsink.KvsinkConfig("klt"))
+
+
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=len(sys.argv) > 2)
+out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, return_dict_in_generate=True)
+print("kvsink" in sys.modules, type(out["cache"] if "cache" in out else out["past_key_values"]).__name__)
+"""
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_without_the_import(folders: dict[str, Path], tmp_path: Path, trust: bool) -> None:
+    """A plain model, said by transformers in one line; remote code is the one way that needs no import."""
+    folder = Path(shutil.copytree(folders["v2"], tmp_path / "folder"))
+    (folder / "with_kvsink.py").write_text(
+        "import kvsink\nfrom transformers import LlamaForCausalLM\n\n\nclass Model(LlamaForCausalLM):\n    pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "with_kvsink.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder), *["trust"] * trust], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ("True KVSinkCache" if trust else "False DynamicCache")
+    assert ("Unknown quantization type, got kvsink" in done.stderr) == (not trust)
 
 
 # -- the class that loads ----------------------------------------------------------------------------------------------
