@@ -34,6 +34,7 @@ from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
+from kvsink.offload import place_of
 from kvsink.protect import Segment
 from kvsink.ranges import check_range
 from kvsink.runtime import Frame, Runtime, number_of, order_candidates, runtime_of, turns_back
@@ -708,8 +709,9 @@ class KVSinkCache(Cache):
         if strict:
             cache._make_strict()
         if max_length is not None:
-            cache._check_memory(batch_size, weight.dtype, weight.device)
-            cache._allocate(batch_size, weight.dtype, weight.device)
+            place = place_of(model)
+            cache._check_memory(batch_size, weight.dtype, place)
+            cache._allocate(batch_size, weight.dtype, place)
         return cache
 
     def _allocate(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -753,6 +755,8 @@ class KVSinkCache(Cache):
     def begin(self, frame: Frame, batch: int | None = None) -> None:
         """A forward pass over `batch` sequences begins. Raises KvsinkError when the last one stopped half-way and left layers of
         different lengths, or when others are held."""
+        if self.shared.runtime.replaced:
+            raise KvsinkError(self.shared.runtime.replaced)
         layers = [layer for layer in self.packed_layers() if layer.is_initialized]
         last = self.shared.frame
         if last is not None and last.start is not None:
@@ -959,7 +963,7 @@ class KVSinkCache(Cache):
     def load(cls, path: str | Path, model: nn.Module, max_length: int | None = None) -> KVSinkCache:
         """Read a cache saved by `save`. Raises SidecarError when it was made by another plan or cannot be read."""
         runtime = runtime_of(model)
-        device = next(model.parameters()).device
+        device = place_of(model)
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 meta = file.metadata() or {}

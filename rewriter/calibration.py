@@ -29,6 +29,7 @@ from kvsink.errors import CalibrationError
 from kvsink.fold import is_plain
 from kvsink.kernels.rope import rope, unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
+from kvsink.offload import place_of, weight_of
 from kvsink.passing import given_cache
 from kvsink.protect import Policy, SinkStage, segments_for_layer
 from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, order_candidates
@@ -40,17 +41,18 @@ FORMAT = "kvsink-calibration-1"
 Progress = Callable[[str, int, int], None]
 
 
-def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None) -> Tensor:
+def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None, within: str = "") -> Tensor:
     """float32 samples of the weights, the same for every storage precision up to rounding: up to 64 tensors, 16 values each.
-    Weights in a format of their own are left out.
+    Weights in a format of their own are left out; offloaded ones are read back.
 
-    weight: gives a parameter by name, where the model holds none.
+    weight: gives a parameter by name, where the model holds none. within: the part of the model to look at alone.
     """
-    named = sorted((n, p) for n, p in model.named_parameters() if p.numel() >= 16 and is_plain(p))
+    parts = ((n, p) for n, p in model.named_parameters() if n.startswith(f"{within}." if within else ""))
+    named = sorted((n, p) for n, p in parts if p.numel() >= 16 and is_plain(p))
     step = max(1, len(named) // 64)
     out = []
     for name, p in named[::step][:64]:
-        p = p if weight is None else weight(name)  # type: ignore[assignment]
+        p = weight_of(model, name) if weight is None else weight(name)  # type: ignore[assignment]
         index = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
         out.append(p.detach().flatten()[index].float().cpu())
     return torch.cat(out) if out else torch.zeros(0)
@@ -360,7 +362,7 @@ def calibrate(
             f"{given} calibration tokens are too few for head_dim={widest}; give at least {4 * widest}"
         )
     tell = progress or (lambda what, done, total: None)
-    device = next(model.parameters()).device if stream is None else stream.device
+    device = place_of(model) if stream is None else stream.device
     if stream is not None and any(n.fisher for n in wanted.values()):
         raise CalibrationError(
             "weights by the gradient of the loss need the whole model at once; use a method without them, or a larger machine"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import EvaluationError
+from kvsink.offload import place_of
 from kvsink.passing import given_cache
 from kvsink.reference import Reference
 
@@ -430,7 +431,7 @@ def _log_probs(model: Any, ids: Tensor, cache: Any) -> Tensor:
 
 
 def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
+    return place_of(model)
 
 
 def _check_ids(model: Any, ids: Tensor) -> None:

@@ -8,6 +8,7 @@ from transformers.cache_utils import StaticCache
 
 from kvsink.cache import KVSinkCache
 from kvsink.capture import capture_all
+from kvsink.offload import place_of
 from kvsink.passing import given_cache
 from kvsink.pipeline import explain_graph
 
@@ -21,7 +22,7 @@ def explain(model: nn.Module, onnx: bool = False) -> str:
 
     Runs a few tokens. The graph shown last is the one that is compiled. onnx: also whether the model leaves as ONNX, or why not.
     """
-    device = next(model.parameters()).device
+    device = place_of(model)
     runtime = getattr(model, "_kvsink_runtime", None)
     if runtime is not None:
         cache = KVSinkCache.for_model(model, batch_size=1, max_length=_SLOTS)

@@ -52,16 +52,17 @@ def shared_weights(model: nn.Module) -> frozenset[int]:
 
 
 @torch.no_grad()
-def fold_value_rotation(attention: nn.Module, order: int, storage: torch.dtype | None = None) -> None:
-    """Rotate v_proj and o_proj in place. storage: dtype of the checkpoint, when the weights in memory are wider."""
+def fold_value_rotation(attention: nn.Module, order: int, storage: torch.dtype | None = None, inverse: bool = False) -> None:
+    """Rotate v_proj and o_proj in place. storage: dtype of the checkpoint, when the weights in memory are wider. inverse: take the
+    rotation out again."""
     held = {n: p for n, p in attention.named_parameters() if n in FOLDED}
-    for name, new in folded(held, order).items():
+    for name, new in folded(held, order, inverse).items():
         held[name].copy_(new.to(storage) if storage is not None else new)
 
 
-def folded(weights: Mapping[str, Tensor], order: int) -> dict[str, Tensor]:
-    """The weights of `FOLDED` that are given, turned, in float64."""
-    out = {"v_proj.weight": hadamard_ref(weights["v_proj.weight"].double().T, order).T}  # rows of W_V are channels
+def folded(weights: Mapping[str, Tensor], order: int, inverse: bool = False) -> dict[str, Tensor]:
+    """The weights of `FOLDED` that are given, turned, or turned back where `inverse`, in float64."""
+    out = {"v_proj.weight": hadamard_ref(weights["v_proj.weight"].double().T, order, inverse).T}  # rows of W_V are channels
     if "v_proj.bias" in weights:
-        out["v_proj.bias"] = hadamard_ref(weights["v_proj.bias"].double(), order)
-    return {**out, "o_proj.weight": hadamard_ref(weights["o_proj.weight"].double(), order)}
+        out["v_proj.bias"] = hadamard_ref(weights["v_proj.bias"].double(), order, inverse)
+    return {**out, "o_proj.weight": hadamard_ref(weights["o_proj.weight"].double(), order, inverse)}

@@ -11,25 +11,25 @@ Differs    `_prepare_cache_for_generation` is private to transformers; `tests/re
 
 from __future__ import annotations
 
-import functools
-import os
-import types
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CompileConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from kvsink.adapters import check_prompts, watch
 from kvsink.attention import install_attention
 from kvsink.cache import KVSinkCache
-from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
+from kvsink.errors import KvsinkError, UnsupportedError
+from kvsink.instead import instead
 from kvsink.passing import cache_name
 from kvsink.runtime import attach, rope_types
+from kvsink.saving import save_pretrained
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
+from kvsink.snapshot import beside
 
 __all__ = ["KvsinkConfig", "KvsinkQuantizer", "install_generate"]
 
@@ -45,17 +45,43 @@ class KvsinkConfig(QuantizationConfigMixin):
 
 @register_quantizer("kvsink")
 class KvsinkQuantizer(HfQuantizer):
-    """Leaves the weights alone and attaches the packed cache after they are loaded."""
+    """Leaves the weights alone and attaches the packed cache after they are loaded. The model is not a quantized one then: its
+    weights are plain, so that a Trainer takes it, `.half()` works, and `save_pretrained` writes the plan (see `kvsink.saving`)."""
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise UnsupportedError(
+                "KvsinkConfig describes a folder that kvsink-rewrite has made; for another model run kvsink-rewrite, or call "
+                "kvsink.rewrite(model)"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        self._weights, self._asked = [str(file) for file in checkpoint_files or ()], dict[str, Any]()
+        adjust: Any = getattr(model, "adjust_generation_fn", None)
+
+        def listen(*args: Any, **asked: Any) -> Any:  # transformers tells this method alone what was asked of the hub
+            self._asked = {n: asked[n] for n in ("token", "proxies", "local_files_only") if n in asked}
+            return adjust(*args, **asked)
+
+        if adjust is not None:
+            model.adjust_generation_fn = listen  # type: ignore[assignment]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        folder = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
-        attach(model, read_sidecar(model, _sidecar_path(folder, SIDECAR_JSON), _sidecar_path(folder, SIDECAR_TENSORS)))
+        vars(model).pop("adjust_generation_fn", None)
+        files = [beside(self._weights, name, self._asked) for name in (SIDECAR_JSON, SIDECAR_TENSORS)]
+        attach(model, read_sidecar(model, *files))
         install_generate(model)
+        model.is_quantized = False  # type: ignore[assignment]
+        settings: Any = model.config
+        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        for holder in (model, settings.get_text_config(decoder=True), *configs.values()):
+            for name in ("hf_quantizer", "quantization_method", "quantization_config", "_is_quantized"):
+                vars(holder).pop(name, None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -70,41 +96,28 @@ class KvsinkQuantizer(HfQuantizer):
         return True
 
 
-def _sidecar_path(folder: str, name: str) -> str:
-    if os.path.isdir(folder):
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise SidecarError(f"{folder} says it is a kvsink model but {name} is missing; run kvsink-rewrite again")
-        return path
-    try:
-        found = cached_file(folder, name)
-    except (OSError, ValueError) as error:
-        raise SidecarError(f"{folder!r} says it is a kvsink model but {name} cannot be had ({error})") from error
-    assert found is not None
-    return str(found)
-
-
 _FIXED = ("static", "hybrid", "sliding_window", "hybrid_chunked")  # what transformers calls caches of a fixed length
 _GROWING = ("dynamic", None)
 
 
 def install_generate(model: nn.Module) -> None:
-    """Make `generate()` use a packed cache, compiled on CUDA, and refuse continuous batching. Safe to call again."""
+    """Make `generate()` use a packed cache, compiled on CUDA, refuse continuous batching, and let `save_pretrained` write the
+    plan. Safe to call again."""
     install_attention()
-    for name, ours in (("_prepare_cache_for_generation", _prepare_cache), ("init_continuous_batching", _continuous)):
-        if name not in vars(model) and hasattr(model, name):
-            setattr(model, name, types.MethodType(ours, model))
+    watch(model)
+    instead(model, "_prepare_cache_for_generation", _prepare_cache)
+    instead(model, "init_continuous_batching", _continuous)
+    instead(model, "save_pretrained", save_pretrained)
     settings: Any = getattr(model, "config", None)
     if getattr(settings, "model_type", "") == "falcon" and getattr(settings, "alibi", False):
         model.create_masks_for_generate = _flat_mask  # type: ignore[assignment]
-    prepare = "prepare_inputs_for_generation"
-    if hasattr(settings, "original_max_position_embeddings") and hasattr(model, prepare) and prepare not in vars(model):
-        kept: Any = _kept(type(model).prepare_inputs_for_generation)  # type: ignore[attr-defined]
-        model.prepare_inputs_for_generation = types.MethodType(kept, model)  # type: ignore[assignment]
+    if hasattr(settings, "original_max_position_embeddings"):
+        instead(model, "prepare_inputs_for_generation", _kept)
     config = getattr(model, "generation_config", None)
     if _uncompilable(model) or config is None or config.compile_config is not None:
         return
-    if next(model.parameters()).device.type == "cuda":
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # transformers compiles no model that is offloaded
+    if next(model.parameters()).device.type == "cuda" and not spread:
         config.compile_config = CompileConfig(backend="kvsink", fullgraph=True, mode="reduce-overhead")
 
 
@@ -116,6 +129,8 @@ def _prepare_cache(
     name = cache_name(self)
     runtime, given = getattr(self, "_kvsink_runtime", None), model_kwargs.get(name)
     made: KVSinkCache | None = None
+    if runtime is not None:
+        check_prompts(getattr(self.prepare_inputs_for_generation, "__self__", None))  # a wrapper's, while it generates
     if runtime is not None and isinstance(given, KVSinkCache):
         _check_owner(self, given)
     elif runtime is not None and given is None and generation_config.use_cache is not False:
@@ -191,21 +206,16 @@ def _flat_mask(
     return held.to(torch.int64).expand(batch, -1)
 
 
-def _kept(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """`prepare_inputs_for_generation` of a model that throws its cache away where its angles change (longrope): the packed one
-    is given back, empty, and takes the rows anew; transformers would go on with a stock one."""
-
-    @functools.wraps(prepare)
-    def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = prepare(self, *args, **kwargs)
-        for name in ("cache", "past_key_values"):
-            held = kwargs.get(name)
-            if isinstance(held, KVSinkCache) and inputs.get(name) is None:
-                held.reset()
-                inputs[name] = held
-        return inputs
-
-    return prepared
+def _kept(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of `prepare_inputs_for_generation` of a model that throws its cache away where its angles change (longrope): the
+    packed one is given back, empty, and takes the rows anew; transformers would go on with a stock one."""
+    inputs = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
+    for name in ("cache", "past_key_values"):
+        held = kwargs.get(name)
+        if isinstance(held, KVSinkCache) and inputs.get(name) is None:
+            held.reset()
+            inputs[name] = held
+    return inputs
 
 
 def _continuous(self: Any, *args: Any, **kwargs: Any) -> Any:

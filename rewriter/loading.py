@@ -62,6 +62,10 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises ModelError for a folder without one, or one that kvsink has rewritten."""
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds an adapter; merge it into its model (merge_and_unload of PEFT), save that, and pass its folder"
+        )
     if not folder.is_dir() or not path.is_file():
         raise ModelError(f"{folder} is not a model folder (no config.json); pass a folder, a hub id or demo:smollm2")
     try:

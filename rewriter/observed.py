@@ -33,6 +33,10 @@ class Observer:
     def __init__(self) -> None:
         self.see: See | None = None
 
+    def __getstate__(self) -> dict[str, None]:
+        """A copy of the module is watched by nobody yet; who watches this one may hold a whole cache."""
+        return {"see": None}
+
 
 def observed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,

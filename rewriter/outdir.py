@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from kvsink.place import building, sweep
 from kvsink.report import Report
 from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
 from kvsink.runtime import runtime_of
+from kvsink.saving import quantization_record, text_configs
 from kvsink.selfcheck import check_step
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
 from kvsink.streaming import SHARE_OF_MEMORY, Stream, available_memory, needs, skeleton
@@ -147,10 +149,10 @@ def _needs_whole(options: RewriteOptions, onnx: bool) -> bool:
 
 def _write_weights(
     build: Path, model: Any, checkpoint: Checkpoint | None, storage: torch.dtype, stream: Stream | None
-) -> Tensor | None:
+) -> Callable[[str], Tensor] | None:
     """The weights into the folder, a shard at a time where they can stay as they are but for what was folded into them.
 
-    Returns their fingerprint when the model does not hold them itself.
+    Returns what reads one of them by name when the model does not hold them itself.
     """
     runtime = runtime_of(model)
     where = runtime.anatomy
@@ -162,7 +164,7 @@ def _write_weights(
             held = {n.removeprefix(f"{name}."): t for n, t in stream.checkpoint.tensors(mine).items()}
             for part, new in folded(held, order).items():
                 stream.checkpoint.put(build, f"{name}.{part}", new)
-        return Stream(model, _found(build), stream.device).fingerprint()
+        return Stream(model, _found(build), stream.device).read
     plans = enumerate(runtime.plans)
     turned_in = {where.attentions[i] for i, p in plans if p.codec is not None and p.codec.value.folded}
     changed = {n: p for n, p in model.named_parameters() if any(n == f"{name}.{part}" for name in turned_in for part in FOLDED)}
@@ -171,7 +173,7 @@ def _write_weights(
         model.to(storage)
         return None
     model.to(storage)
-    model.save_pretrained(build)
+    type(model).save_pretrained(model, build)  # the plan is written with the rest
     return None
 
 
@@ -218,7 +220,7 @@ def _storage_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def _write(
-    build: Path, source: Path, model: Any, report: Report, options: RewriteOptions, weights: Tensor | None
+    build: Path, source: Path, model: Any, report: Report, options: RewriteOptions, weights: Callable[[str], Tensor] | None
 ) -> None:
     """Everything beside the weights."""
     runtime = runtime_of(model)
@@ -229,9 +231,8 @@ def _write(
             shutil.copyfile(file, build / file.name)
     config_path = build / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "kvsink", "method": report.method, "bits": round(report.bits, 4), "format": 1,
-    }  # fmt: skip
+    for part in (config, *(p for n in text_configs(model.config) if isinstance(p := config.get(n), dict))):
+        part["quantization_config"] = quantization_record(report.method, report.bits)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_sidecar(
         build, model, runtime,

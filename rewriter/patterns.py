@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kvsink.kernels import observe
 from kvsink.observed import See, watching
+from kvsink.offload import place_of
 from kvsink.runtime import anatomy, visual_rows
 
 __all__ = ["PATTERNS", "attention_patterns", "classify"]
@@ -37,7 +38,7 @@ def attention_patterns(
 ) -> list[tuple[float, float]] | None:
     """(r, c) of every layer over the prompts that show visual `tokens`; None when none does."""
     names = anatomy(model).attentions
-    device = next(model.parameters()).device
+    device = place_of(model)
     masses: dict[int, Tensor] = {}
     valid = torch.ones(1, 1, dtype=torch.bool)
 

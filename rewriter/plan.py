@@ -27,6 +27,7 @@ from kvsink.codecs import SideSpec
 from kvsink.errors import CalibrationError, KvsinkError
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import Method
+from kvsink.offload import place_of
 from kvsink.passing import given_cache
 from kvsink.report import Report
 
@@ -125,7 +126,7 @@ class _Meter:
     """KL of the model as it is rewritten now to itself in 16 bit, over fixed windows, every row read back from its code."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        self.model, self.ids = model, ids.to(next(model.parameters()).device)
+        self.model, self.ids = model, ids.to(place_of(model))
         with torch.no_grad():
             self.log_p = [self._log_probs(row[None], None) for row in self.ids]
 

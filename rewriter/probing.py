@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvsink.attention import install_attention
 from kvsink.errors import KvsinkError, UnsupportedError
+from kvsink.offload import place_of
 from kvsink.passing import cache_of, given_cache
 from kvsink.runtime import Anatomy, Heads, number_of, rotary_tables, visual_tokens
 from kvsink.streaming import Job, Stream
@@ -59,7 +60,7 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
     """
     install_attention()
     base = _taking_tokens(model, where.base)
-    device = next(model.parameters()).device if stream is None else stream.device
+    device = place_of(model) if stream is None else stream.device
     ids = probe_ids(model, TOKENS).to(device)
     limit = getattr(_text_config(model), "max_position_embeddings", None) or POSITIONS[-1] + 1
     positions = [p for p in POSITIONS if p < limit] if where.rotary is not None else [0]

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from kvsink.adapters import inner_model
 from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec
 from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
@@ -28,6 +29,7 @@ from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method, methods
 from kvsink.observed import check_observable
 from kvsink.observers import SampleNeed
+from kvsink.offload import place_of
 from kvsink.patterns import PATTERNS, attention_patterns, classify
 from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
@@ -300,6 +302,7 @@ def rewrite(
     """
     begun = time.monotonic()
     m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
+    model = inner_model(model)
     check_kind(model)
     earlier = model.__dict__.get("_kvsink_runtime")
     if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
@@ -431,7 +434,7 @@ def rewrite(
     if stream is None:
         sizes |= layer_sizes(model, (i for i, w in enumerate(wanted) if w is not None and i not in sizes))
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name, where)
-    device = next(model.parameters()).device if stream is None else torch.device("cpu")
+    device = place_of(model) if stream is None else torch.device("cpu")
     designed: dict[int, tuple[Design, Design]] = {}
     made = {} if designs is None else designs
     for i, w in enumerate(wanted):

@@ -22,6 +22,7 @@ from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels import select_sinks
 from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
+from kvsink.offload import place_of
 from kvsink.protect import Segment, SinkStage
 from kvsink.turning import Turning, tables_of
 
@@ -266,6 +267,8 @@ class Runtime:
         self.plans, self.stages, self.method = plans, stages, method
         self.tables = dict(tables)
         self._named = [f"layers.{i}." for i in range(len(plans))]  # in a graph with dynamic sizes no number becomes text
+        self.extra: dict[str, Any] = {}  # what a folder's plan says beside it, written again with it
+        self.replaced = ""  # why caches made from this one are refused, once the model has another
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
@@ -621,19 +624,13 @@ def number_of(module: nn.Module) -> Tensor:
     return next(plain, next(module.parameters()))
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    """Where the rows of a module are; the CPU while its weights are still to come."""
-    device = next(module.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 class _Stage(_Hook):
     """Forward hook of an emergence block: its output ranks the new rows."""
 
     def __init__(self, module: nn.Module, key: str, channels: tuple[int, ...], count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = _device_of(module)  # where the rows will be: a copy per step would break CUDA graphs
+        device = place_of(module)  # where the rows will be: a copy per step would break CUDA graphs
         self.channels, self.weights = torch.tensor(channels[:1], device=device), torch.ones(1, device=device)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -650,7 +647,7 @@ class _Massive(_Hook):
     def __init__(self, module: nn.Module, key: str, count: int) -> None:
         super().__init__(module)
         self.key, self.count = key, count
-        device = _device_of(module)
+        device = place_of(module)
         self.channels = torch.zeros(1, dtype=torch.int64, device=device)
         self.weights = torch.ones(1, device=device)
 

@@ -30,6 +30,7 @@ from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.fold import FOLDED, fold_value_rotation
 from kvsink.kernels.read import read_ref
+from kvsink.offload import place_of
 from kvsink.passing import given_cache
 from kvsink.probing import probe_ids
 from kvsink.runtime import Anatomy, Runtime, number_of
@@ -267,7 +268,7 @@ def describe_side(codec: Codec, name: str) -> str:
 
 
 def _device(model: nn.Module, stream: Stream | None) -> torch.device:
-    return next(model.parameters()).device if stream is None else stream.device
+    return place_of(model) if stream is None else stream.device
 
 
 Given = tuple[Tensor, "Tensor | None", "Tensor | None", Any]  # ids, mask, positions, cache
@@ -333,7 +334,7 @@ def check_step(model: nn.Module, runtime: Runtime) -> float:
 
 def _steps(model: nn.Module) -> list[Tensor]:
     """Logits of the last of three steps behind a prompt of eight tokens, uncompiled and compiled."""
-    ids = probe_ids(model, 1, 11, 3).to(next(model.parameters()).device)
+    ids = probe_ids(model, 1, 11, 3).to(place_of(model))
     found = []
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"}, dynamic=False)

@@ -6,6 +6,7 @@ Raises     SidecarError when a file is missing, truncated, of another version, o
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,24 @@ from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
+from kvsink.offload import is_held
 from kvsink.protect import Segment, SinkStage
 from kvsink.runtime import Anatomy, Heads, LayerPlan, Runtime, anatomy
 from kvsink.turning import Turning
 
-__all__ = ["FORMAT", "SIDECAR_JSON", "SIDECAR_TENSORS", "read_sidecar", "write_sidecar"]
+__all__ = ["AGAIN", "FORMAT", "SIDECAR_JSON", "SIDECAR_TENSORS", "read_sidecar", "write_sidecar"]
 
 SIDECAR_JSON = "kvsink.json"
 SIDECAR_TENSORS = "kvsink_calibration.safetensors"
 FORMAT = 1
+AGAIN = "run kvsink-rewrite again, on the model it was made from"
+_OURS = ("format", "method", "stages", "layers", "layer_types", "apart", "class", DIGEST)
 
 
 def write_sidecar(
-    folder: Path, model: nn.Module, runtime: Runtime, extra: dict[str, Any], weights: Tensor | None = None
+    folder: Path, model: nn.Module, runtime: Runtime, extra: dict[str, Any], weight: Callable[[str], Tensor] | None = None
 ) -> None:
-    """Write both files for a model whose weights are the ones in `folder`. weights: their fingerprint, where it is known."""
+    """Write both files for a model whose weights are the ones in `folder`. weight: gives one by name, if not the model."""
     a = runtime.anatomy
     plan = {
         "format": FORMAT,
@@ -54,9 +58,11 @@ def write_sidecar(
         "layer_types": list(a.layer_types),
         "apart": sorted(a.apart),
         **extra,
+        "class": type(model).__name__,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in runtime.tables.items()}
-    tensors["fingerprint"] = fingerprint(model) if weights is None else weights
+    tensors["fingerprint"] = fingerprint(model, weight)
+    tensors["decoder"] = fingerprint(model, weight, runtime.anatomy.base)
     plan[DIGEST] = digest(tensors, plan)
     (folder / SIDECAR_JSON).write_text(json.dumps(plan, indent=1), encoding="utf-8")
     save_file(tensors, str(folder / SIDECAR_TENSORS), metadata={"format": str(FORMAT)})
@@ -64,7 +70,7 @@ def write_sidecar(
 
 def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Path) -> Runtime:
     """The runtime of a loaded model, checked against its weights and its shape."""
-    again = "run kvsink-rewrite again"
+    again = AGAIN
     try:
         plan = json.loads(Path(json_path).read_text(encoding="utf-8"))
         found = plan["format"]
@@ -76,11 +82,17 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
         with safe_open(str(tensors_path), framework="pt") as file:
             # copies: a tensor read from a file is the file's memory and changes, or goes, with it
             tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
-        held = tensors.pop("fingerprint")
+        prints = {n: tensors.pop(n) for n in ("fingerprint", "decoder") if n == "fingerprint" or n in tensors}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise SidecarError(f"{tensors_path} cannot be read ({error}); {again}") from error
-    if next(model.parameters()).device.type != "meta" and not same_model(held, fingerprint(model)):
-        raise SidecarError(f"{json_path} was made for other weights than the ones beside it; {again}")
+    if is_held(model) and not _fits(model, prints):
+        made = plan.get("class", type(model).__name__)
+        raise SidecarError(
+            f"{json_path} was made for other weights than the ones beside it; {again}"
+            if made == type(model).__name__
+            else f"{json_path} was made for a {made}, and these are not its weights; load the folder as a {made} (not as a "
+            f"{type(model).__name__})"
+        )
     try:
         stages = tuple(SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in plan["stages"])
         plans = tuple(
@@ -96,9 +108,18 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         raise SidecarError(f"{json_path} is damaged ({error!r}); {again}") from error
+    runtime.extra = {name: value for name, value in plan.items() if name not in _OURS}
     check_runtime(runtime, json_path)
-    check_digest({**tensors, "fingerprint": held}, plan, f"{json_path} with {Path(tensors_path).name}", SidecarError, again)
+    check_digest({**tensors, **prints}, plan, f"{json_path} with {Path(tensors_path).name}", SidecarError, again)
     return runtime
+
+
+def _fits(model: nn.Module, prints: dict[str, Tensor]) -> bool:
+    """Whether a model has the weights that were fingerprinted: all of them, or those of the decoder, where it was loaded by a class
+    without the head or the towers of the one it was made from."""
+    if same_model(prints["fingerprint"], fingerprint(model)):
+        return True
+    return "decoder" in prints and same_model(prints["decoder"], fingerprint(model, within=anatomy(model).base))
 
 
 def _known(where: Anatomy, plan: dict[str, Any]) -> Anatomy:
@@ -148,7 +169,7 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
                 continue
             table = runtime.tables.get(f"layers.{layer}.{name}")
             if table is None:
-                raise SidecarError(f"{source}: the table {name} of layer {layer} is missing; run kvsink-rewrite again")
+                raise SidecarError(f"{source}: the table {name} of layer {layer} is missing; {AGAIN}")
             wanted = learnt.get(name)
             if name == "k_table":
                 wanted = (kv, c.table_tokens, key_dim)

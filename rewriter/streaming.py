@@ -214,11 +214,11 @@ class Stream:
         """Parameters of one module."""
         return [n for n in self.names if n.startswith(prefix + ".")]
 
-    def fingerprint(self) -> Tensor:
+    def fingerprint(self, within: str = "") -> Tensor:
         """As `kvsink.calibration.fingerprint` of the loaded model."""
         from kvsink.calibration import fingerprint
 
-        return fingerprint(self.model, self.read)
+        return fingerprint(self.model, self.read, within)
 
     # -- the pass ------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from kvsink.evaluation import STOCK, CacheFactory, dynamic_cache, is_rewritten, 
 from kvsink.imagetext import Prompt
 from kvsink.kernels import observe
 from kvsink.observed import See, watching
+from kvsink.offload import place_of
 from kvsink.passing import given_cache
 from kvsink.runtime import anatomy
 
@@ -103,7 +104,7 @@ def _pieces(prompt: Prompt, chunk: int) -> list[tuple[int, int]]:
 
 def _logits(model: Any, prompt: Prompt, cache: Any, chunk: int) -> Tensor:
     """float32 [S, V] of a prompt fed in pieces; only what predicts an asked token is kept, the rest is zero."""
-    device = next(model.parameters()).device
+    device = place_of(model)
     inputs = {n: t.to(device) for n, t in prompt.inputs.items()}
     ids = inputs["input_ids"]
     cuts = _pieces(prompt, chunk)
@@ -222,7 +223,7 @@ def bits_by_modality(cache: KVSinkCache, visual: Tensor) -> tuple[float, float, 
 def attention_shares(model: nn.Module, prompts: Sequence[Prompt]) -> list[dict[str, float]]:
     """Of every layer: the shares of attention that the first row, other text and visual rows receive, over all prompts."""
     names = anatomy(model).attentions
-    device = next(model.parameters()).device
+    device = place_of(model)
     masses: dict[int, Tensor] = {}
 
     def see(layer: int) -> See:

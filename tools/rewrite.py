@@ -89,6 +89,7 @@ def command(
 
     import kvsink
     from kvsink.demo import resolve_model_dir
+    from kvsink.loading import model_class
 
     check_out_dir(out_dir, force or dry_run)
     if flavour is not None:
@@ -126,7 +127,7 @@ def command(
             if eval_windows and not dry_run and not layered
             else None
         )
-    print_report(report, out_dir, dry_run, quality)
+    print_report(report, out_dir, dry_run, quality, model_class(source).__name__)
 
 
 def check_out_dir(out_dir: Path, may_exist: bool) -> None:
@@ -186,8 +187,10 @@ def replace_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def print_report(report: Any, out_dir: Path, dry_run: bool, quality: Any = None) -> None:
-    """The result in a few lines: bits, what was left alone, quality, what to do next."""
+def print_report(
+    report: Any, out_dir: Path, dry_run: bool, quality: Any = None, loads: str = "AutoModelForCausalLM"
+) -> None:
+    """The result in a few lines: bits, what was left alone, quality, what to do next. loads: the class that loads the folder."""
     console = wide_console(sys.stdout)
     packed = [row for row in report.layers if row.packed]
     console.print(
@@ -208,7 +211,7 @@ def print_report(report: Any, out_dir: Path, dry_run: bool, quality: Any = None)
     if quality is not None:
         console.print(quality.table())
     console.print(f"wrote {out_dir}: report in {out_dir / 'kvsink_report.md'}", highlight=False, markup=False)
-    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(str(out_dir))})"
+    load = f"{loads}.from_pretrained({json.dumps(str(out_dir))})"
     console.print(f"next: import kvsink; {load}, or kvsink-eval {out_dir}", highlight=False, markup=False)
 
 

@@ -115,7 +115,7 @@ def test_no_folder_is_imported_by_its_everyday_name(path: Path) -> None:
 
 
 def test_triton_and_extras_are_not_needed_to_import() -> None:
-    extras = {"triton", "onnx", "onnxscript", "onnxruntime", "gguf", "matplotlib", "jinja2", "accelerate"}
+    extras = {"triton", "onnx", "onnxscript", "onnxruntime", "gguf", "matplotlib", "jinja2", "accelerate", "peft"}
     for path in FILES:
         found = imports(path, top_level_only=True)
         assert not any(name.startswith("kvsink.kernels.triton_") for name in found), path.name

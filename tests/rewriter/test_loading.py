@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvsink.errors import ModelError, UnsupportedError
-from kvsink.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from kvsink.loading import load_model, load_tokenizer, pick_device, pick_dtype, read_config
 from tests.models import build
 
 
@@ -82,6 +82,12 @@ def test_broken_config(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError):
         load_model(folder, "cpu")
+
+
+def test_a_folder_with_an_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter; merge it into its model"):
+        read_config(folder)
 
 
 def test_no_tokenizer(folder):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import transformers
 from PIL import Image
 
+from kvsink.runtime import Runtime, runtime_of
 from kvsink.tools.eval import main as evaluate
 from kvsink.tools.rewrite import main as rewrite
 
@@ -49,7 +52,9 @@ def test_a_folder_of_pictures_in_and_bits_by_modality_out(
     assert "pictures (" in text and "first token (" in text
 
 
-def test_several_pictures_a_line(seeing_dir: Path, folder: Path, tmp_path: Path) -> None:
+def test_several_pictures_a_line(
+    seeing_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = json_lines(
         tmp_path / "data.jsonl",
         {"images": ["pictures/0.png", "pictures/1.png"], "text": "first<image>then<image>which?", "answer": "both"},
@@ -63,6 +68,9 @@ def test_several_pictures_a_line(seeing_dir: Path, folder: Path, tmp_path: Path)
     options = ["--method", "centred", "--modality", "akvq-vl", "--calibration", str(folder)]
     assert rewrite([str(seeing_dir), str(out), *options, *FEW]) == 0
     assert "centred by modality" in (out / "kvsink_report.md").read_text()
+    named = re.search(r"import kvsink; (\w+)\.from_pretrained", capsys.readouterr().out.replace("\n", ""))
+    assert named is not None and named[1] == "AutoModelForImageTextToText"
+    assert isinstance(runtime_of(getattr(transformers, named[1]).from_pretrained(out)), Runtime)
 
 
 @pytest.mark.parametrize(
