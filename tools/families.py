@@ -151,11 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in asked:
             if name not in known:
                 parser.error(str(UnknownName(kind, name, known)))
-    record = json.loads(o.record.read_text(encoding="utf-8")) if o.record.is_file() else {}
+    kept = json.loads(o.record.read_text(encoding="utf-8")) if o.record.is_file() else {}
+    record = {f: {c: row.get(c, "not run") for c in CELLS} for f, row in kept.items() if f in FAMILIES}
     if o.resume:
-        chosen = [f for f in chosen if any(record.get(f, {}).get(c, "not run") == "not run" for c in cells)]
+        chosen = [f for f in chosen if f not in record or any(record[f][c] == "not run" for c in cells)]
     for family, found, seconds in _each(chosen, cells, o.jobs, o.timeout):
-        record[family] = {c: {**record.get(family, {}), **found}.get(c, "not run") for c in CELLS}
+        record[family] = {**dict.fromkeys(CELLS, "not run"), **record.get(family, {}), **found}
         print(f"{family} ({seconds:.0f} s): " + "; ".join(f"{c} {t}" for c, t in found.items()), flush=True)
         o.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     o.out.write_text(page(record), encoding="utf-8")
