@@ -44,7 +44,7 @@ COMMAND = "python -m kvsink.tools.families"
 def page(record: dict[str, dict[str, str]]) -> str:
     """The file."""
     kinds = ("right", "declined", "wrong", "not judged", "not run")
-    built = {f: row for f, row in record.items() if f in FAMILIES and not _is(row, "not judged")}
+    built = {f: row for f, row in record.items() if f in FAMILIES and not row[CELLS[0]].startswith("not judged")}
     count = {kind: sum(c.startswith(kind) for row in built.values() for c in row.values()) for kind in kinds}
     counted = ", ".join(f"{n} {kind}" for kind, n in count.items() if n or kind in ("right", "declined", "wrong"))
     lines = [
@@ -81,10 +81,6 @@ def page(record: dict[str, dict[str, str]]) -> str:
         "are.", "", *table(),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def _is(row: dict[str, str], kind: str) -> bool:
-    return all(c.startswith(kind) for c in row.values())
 
 
 def _row(row: dict[str, str]) -> list[str]:
