@@ -30,7 +30,7 @@ import transformers
 
 from kvsink.errors import UnknownName
 from kvsink.tools.against_stock import BOUND
-from kvsink.tools.cache_share import TOKENS, table
+from kvsink.tools.cache_share import BITS, TOKENS, table
 from kvsink.tools.family_cells import CELLS, CHUNKS, LENGTH, PADS, PROMPT, check_family, ids, rewritten
 from kvsink.tools.tiny_models import FAMILIES
 
@@ -78,7 +78,7 @@ def page(record: dict[str, dict[str, str]]) -> str:
         "", "## What stays in 16 bit", "",
         f"Of the cache of one sequence of {TOKENS:,} tokens, by the layers that each model's published configuration gives it. "
         "Layers that slide over a window are packed with `--sliding`, or where a model has no others; recurrent states never "
-        "are.", "", *table(),
+        f"are. Of the packed cache: of its bytes, where the other layers take {BITS:g} bits, the default of `klt`.", "", *table(),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ import transformers
 from kvsink.runtime import Runtime
 from kvsink.tools import families, family_cells
 from kvsink.tools.against_stock import BOUND, cached_logits, distance, forced_logits, planted
-from kvsink.tools.cache_share import MODELS, share
+from kvsink.tools.cache_share import MODELS, share, weight
 from kvsink.tools.families import check_family, ids, main, page
 from kvsink.tools.family_cells import Subject
 from kvsink.tools.tiny_models import FAMILIES, VOCAB, build_family
@@ -181,6 +181,7 @@ def test_shares_are_those_counted_by_hand() -> None:
     gemma4 = 50 * 1024 * 16 * 512, 10 * 32768 * 4 * 1024
     assert share(by_name["google/gemma-4-31B-it"]) == pytest.approx(gemma4[0] / sum(gemma4))
     assert share(by_name["google/gemma-4-31B-it"], sliding=True) == 0
+    assert weight(0.5) == pytest.approx(16 / 19.4) and weight(0) == 0
     assert share(by_name["google/gemma-2-9b"], tokens=4096) == pytest.approx(0.5)
 
 
