@@ -30,7 +30,7 @@ import transformers
 
 from kvsink.errors import UnknownName
 from kvsink.tools.against_stock import BOUND
-from kvsink.tools.cache_share import TOKENS, table
+from kvsink.tools.cache_share import BITS, TOKENS, table
 from kvsink.tools.family_cells import CELLS, CHUNKS, LENGTH, PADS, PROMPT, check_family, ids, rewritten
 from kvsink.tools.tiny_models import FAMILIES
 
@@ -44,7 +44,7 @@ COMMAND = "python -m kvsink.tools.families"
 def page(record: dict[str, dict[str, str]]) -> str:
     """The file."""
     kinds = ("right", "declined", "wrong", "not judged", "not run")
-    built = {f: row for f, row in record.items() if f in FAMILIES and not _is(row, "not judged")}
+    built = {f: row for f, row in record.items() if f in FAMILIES and not row[CELLS[0]].startswith("not judged")}
     count = {kind: sum(c.startswith(kind) for row in built.values() for c in row.values()) for kind in kinds}
     counted = ", ".join(f"{n} {kind}" for kind, n in count.items() if n or kind in ("right", "declined", "wrong"))
     lines = [
@@ -78,13 +78,9 @@ def page(record: dict[str, dict[str, str]]) -> str:
         "", "## What stays in 16 bit", "",
         f"Of the cache of one sequence of {TOKENS:,} tokens, by the layers that each model's published configuration gives it. "
         "Layers that slide over a window are packed with `--sliding`, or where a model has no others; recurrent states never "
-        "are.", "", *table(),
+        f"are. Of the packed cache: of its bytes, where the other layers take {BITS:g} bits, the default of `klt`.", "", *table(),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def _is(row: dict[str, str], kind: str) -> bool:
-    return all(c.startswith(kind) for c in row.values())
 
 
 def _row(row: dict[str, str]) -> list[str]:
@@ -151,11 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in asked:
             if name not in known:
                 parser.error(str(UnknownName(kind, name, known)))
-    record = json.loads(o.record.read_text(encoding="utf-8")) if o.record.is_file() else {}
+    kept = json.loads(o.record.read_text(encoding="utf-8")) if o.record.is_file() else {}
+    record = {f: {c: row.get(c, "not run") for c in CELLS} for f, row in kept.items() if f in FAMILIES}
     if o.resume:
-        chosen = [f for f in chosen if any(record.get(f, {}).get(c, "not run") == "not run" for c in cells)]
+        chosen = [f for f in chosen if f not in record or any(record[f][c] == "not run" for c in cells)]
     for family, found, seconds in _each(chosen, cells, o.jobs, o.timeout):
-        record[family] = {c: {**record.get(family, {}), **found}.get(c, "not run") for c in CELLS}
+        record[family] = {**dict.fromkeys(CELLS, "not run"), **record.get(family, {}), **found}
         print(f"{family} ({seconds:.0f} s): " + "; ".join(f"{c} {t}" for c, t in found.items()), flush=True)
         o.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     o.out.write_text(page(record), encoding="utf-8")

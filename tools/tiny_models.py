@@ -81,7 +81,7 @@ FAMILIES = _families()
 
 _SPREAD = (
     "proj", "c_attn", "query", "key", "value", "Wqkv", "Wq", "Wk", "Wv", "Wo", "Wi", "dense", "out_", "map_inputs",
-    "embeddings.word",
+    "embeddings.word", "input_linear", "output_linear",
 )  # fmt: skip
 """Parts of the names of weights whose own spread is so small that attention would be uniform."""
 

@@ -8,12 +8,11 @@ import time
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 
 from kvsink.runtime import Runtime
 from kvsink.tools import families, family_cells
 from kvsink.tools.against_stock import BOUND, cached_logits, distance, forced_logits, planted
-from kvsink.tools.cache_share import MODELS, share
+from kvsink.tools.cache_share import MODELS, share, weight
 from kvsink.tools.families import check_family, ids, main, page
 from kvsink.tools.family_cells import Subject
 from kvsink.tools.tiny_models import FAMILIES, VOCAB, build_family
@@ -126,7 +125,7 @@ def test_forced_tokens_meet_the_logits_of_a_plain_pass() -> None:
 
 @pytest.mark.parametrize("family", NAMED)
 def test_the_families_of_today_are_built_tiny(family: str) -> None:
-    if family not in FAMILIES and Version(transformers.__version__) < Version("5.24"):
+    if family not in FAMILIES and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     with torch.device("meta"):
         model = FAMILIES[family][1]()
@@ -182,6 +181,7 @@ def test_shares_are_those_counted_by_hand() -> None:
     gemma4 = 50 * 1024 * 16 * 512, 10 * 32768 * 4 * 1024
     assert share(by_name["google/gemma-4-31B-it"]) == pytest.approx(gemma4[0] / sum(gemma4))
     assert share(by_name["google/gemma-4-31B-it"], sliding=True) == 0
+    assert weight(0.5) == pytest.approx(16 / 19.4) and weight(0) == 0
     assert share(by_name["google/gemma-2-9b"], tokens=4096) == pytest.approx(0.5)
 
 
