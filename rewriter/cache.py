@@ -882,7 +882,7 @@ class KVSinkCache(Cache):
                 held = layer._layout(rows).values()
                 nbytes += sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in held)
                 elements += layer.batch_size * layer.num_heads * (layer.head_dim + layer.value_dim) * rows
-                positions[id(layer.shared)] = 4 * layer.batch_size * rows
+                positions[id(layer.shared)] = 5 * layer.batch_size * rows  # a number, and whether the slot is real
             else:
                 pair = layer.keys, layer.values
                 slots = max(1, pair[0].shape[-2])

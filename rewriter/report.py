@@ -20,7 +20,8 @@ def counted_bits(
     codec: Codec, heads: int, dim: int, tokens: int = STATED_LENGTH, batch: int = 1, layers: int = 1, value_dim: int | None = None
 ) -> tuple[float, float]:
     """Bits per element of keys and of values that the cache of one layer holds at `tokens`: every tensor of its state, what
-    belongs to neither side counted half to each. The positions are one tensor for all `layers`. value_dim: dim, if not given."""
+    belongs to neither side counted half to each. All `layers` share positions and which slots are real. value_dim: dim, if not
+    given."""
     wide = dim if value_dim is None else value_dim
     rows = batch * heads * tokens
     side = {"k": 0.0, "v": 0.0}
@@ -29,7 +30,7 @@ def counted_bits(
         owner = next((s for s in side if name.startswith(f"{s}_") or name.endswith(f"_{s}")), None)
         for s in side:
             side[s] += bits * (0.5 if owner is None else owner == s)
-    positions = 32.0 * batch * tokens / layers
+    positions = 40.0 * batch * tokens / layers  # int32, and a byte that says whether the slot is real
     return (side["k"] + positions / 2) / (rows * dim), (side["v"] + positions / 2) / (rows * wide)
 
 

@@ -283,7 +283,7 @@ def test_counted_bits_follow_the_formula() -> None:
     model = build("llama")
     kvsink.rewrite(model, "rtn", key_bits=2, value_bits=4, protect="first:3", window=5)
     codec, n = runtime_of(model).plans[1].codec, 1000
-    shared = 32 * (2 * 3 + n) + 32 * 5 + 64  # slots and scores, positions, slots of the window, the length
+    shared = 32 * 2 * 3 + 40 * n + 32 * 5 + 64  # slots and scores, positions and real slots, slots of the window, the length
     for bits, counted in zip((2, 4), counted_bits(codec, KV_HEADS, HEAD_DIM, tokens=n), strict=True):
         row = HEAD_DIM * bits + 2 * 16  # codes, step and minimum
         total = KV_HEADS * (n * row + 8 * HEAD_DIM * 16) + shared / 2

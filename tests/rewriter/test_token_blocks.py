@@ -255,12 +255,13 @@ def test_compiled_equals_uncompiled(model: Any) -> None:
 
 
 def test_counted_bits_are_the_formula() -> None:
-    """KIVI: 2 bits and 32 / G for step and minimum on either side; 128 rows of 16 bit; 32 bits of position per token."""
+    """KIVI: 2 bits and 32 / G for step and minimum on either side; 128 rows of 16 bit; 32 + 8 bits of
+    position and whether it is padding per token."""
     model, dim, heads, n = rewritten("llama", "sdpa", "kivi"), 64, 3, 4096
     key = kvsink.get_method("kivi").side("key", 2).resolved(heads, dim)
     value = kvsink.get_method("kivi").side("value", 2).resolved(heads, dim)
     codec = kvsink.codecs.Codec(key, value)
-    small = (32 * 128 / 2 + 64 / 2 + 32 * n / 2) / (heads * dim * n)  # slots of the ring, the length, positions
+    small = (32 * 128 / 2 + 64 / 2 + 40 * n / 2) / (heads * dim * n)  # slots of the ring, the length, positions and real slots
     for bits in counted_bits(codec, heads, dim, n):
         assert abs(bits - (2 + 1 + 16 * 128 / n + small)) < 1e-9
     oscar = kvsink.get_method("oscar")
