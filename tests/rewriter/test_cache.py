@@ -528,9 +528,9 @@ def test_16_bit_rows_count_as_such_in_every_kind_of_layer(family: str, max_lengt
     model = rewritten(family, "sdpa", "rtn", key_bits=16, value_bits=16).bfloat16()
     cache = KVSinkCache.for_model(model, 2, max_length=max_length)
     feed(model, cache, tokens(2, 330), tokens(2, 1))
-    rows = {id(layer.shared): (int(layer.length), 4 * 2 * int(layer.length)) for layer in cache.packed_layers()}
+    rows = {id(layer.shared): (int(layer.length), 5 * 2 * int(layer.length)) for layer in cache.packed_layers()}
     stock = sum(min(WINDOW if max_length else WINDOW - 1, 331) for layer in cache.layers if layer not in cache.packed_layers())
     held = sum(int(layer.length) for layer in cache.packed_layers()) + stock
-    extra = sum(nbytes for _, nbytes in rows.values()) + 8 * LAYERS  # positions, and the length of each layer
+    extra = sum(nbytes for _, nbytes in rows.values()) + 8 * LAYERS  # positions, what is real, and the length of each layer
     elements = 2 * 2 * KV_HEADS * HEAD_DIM * held
     assert cache.bits_per_element() == pytest.approx(16 + 8 * extra / elements, abs=8 * 8 * LAYERS / elements)
