@@ -261,8 +261,8 @@ class _RecordingCache(Cache):
             key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
             pair = frame.candidates.get(key)
             if pair is None:
-                order = positions if frame.valid is None else frame.valid.cumsum(1) - 1
-                pair = frame.candidates[key] = order_candidates(frame, order, b, segment)
+                number = positions if frame.valid is None else frame.valid.cumsum(1) - 1
+                pair = frame.candidates[key] = order_candidates(frame, number, b, segment)
             exact = torch.zeros_like(keep).scatter_(1, pair[1], pair[0] > float("-inf"))
             keep &= ~exact
         if frame.valid is not None:
