@@ -181,6 +181,11 @@ def off(one: Tensor, two: Tensor) -> float:
 def check(model: Any, form: Form, by_block: bool, max_length: int | None = None, run: Any = None) -> None:
     """Every row of a form against its oracle. run: the model as it is called, where that is not the model itself."""
     held = KVSinkCache.for_model(model, len(form.batch[0]["input_ids"]), max_length)
+    for call in form.batch if max_length else ():
+        mask = call["attention_mask"]
+        if mask.dim() == 4:  # of a fixed cache they have a column for every slot
+            hidden = 0.0 if mask.dtype == torch.bool else -1e9
+            call["attention_mask"] = F.pad(mask, (0, (max_length or 0) - mask.shape[3]), value=hidden)
     found = fed(run or model, held, form.batch, form.repeat)
     if held.packed_layers()[0].codec.anchors is not None:
         real = held.shared.real

@@ -192,10 +192,10 @@ def seen_by(model: Any, given: dict[str, Tensor], run: Any = new_tokens) -> list
     masks: list[Tensor] = []
     original = KVSinkLayer._candidates
 
-    def note(self: Any, frame: Any, positions: Tensor, rows: Tensor) -> list[Tensor]:
+    def note(self: Any, frame: Any, rows: Tensor) -> list[Tensor]:
         if self.layer == 0:
             masks.append(frame.visual)
-        return original(self, frame, positions, rows)
+        return original(self, frame, rows)
 
     KVSinkLayer._candidates = note  # type: ignore[method-assign]
     try:
