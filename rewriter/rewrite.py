@@ -497,6 +497,7 @@ def rewrite(
     install_generate(model)
     report = make_report(model, runtime, base.protect, record.tokens, notes)
     report.check = checked if check else Check(skipped="--no-check: nothing was compared with the stock model")
+    runtime.extra = {"check": report.check.as_dict()}  # goes into a folder that the model is saved to
     report.seconds = time.monotonic() - begun
     return report
 

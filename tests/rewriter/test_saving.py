@@ -73,6 +73,7 @@ def test_a_saved_model_loads_with_its_plan_time_and_again(tmp_path: Path, method
         assert (logits(again) - logits(build("llama"))).abs().max() <= 1e-5 * logits(build("llama")).abs().max()
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["quantization_config"]["method"] == method and "kvsink_observed" not in json.dumps(config)
+        assert "keys" in json.loads((tmp_path / folder / "kvsink.json").read_text())["check"]
     for each in (first, second):  # what is on the model for the time of saving is gone
         assert not hasattr(each.config, "quantization_config") and "_upload_modified_files" not in vars(each)
 
