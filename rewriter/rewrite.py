@@ -430,9 +430,10 @@ def rewrite(
             None if w is None else (m.side("key", c.key_bits), m.side("value", c.value_bits))
             for w, c in zip(wanted, choices, strict=True)
         ]
-    sizes = {i: found for i, w in enumerate(wanted) if w is not None and (found := seen_sizes(record, i)) is not None}
+    coded = [i for i, w in enumerate(wanted) if w is not None]
+    sizes = {i: pair for i in coded if (pair := seen_sizes(record, i)) is not None}
     if stream is None:
-        sizes |= layer_sizes(model, (i for i, w in enumerate(wanted) if w is not None and i not in sizes))
+        sizes |= layer_sizes(model, (i for i in coded if i not in sizes))
     probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name, where)
     device = place_of(model) if stream is None else torch.device("cpu")
     designed: dict[int, tuple[Design, Design]] = {}
