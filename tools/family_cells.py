@@ -44,6 +44,7 @@ __all__ = [
 CELLS = ("8 bits", "chunked", "padded", "compiled", "folder", "onnx")
 LENGTH, PROMPT, PADS, NEW = 80, 70, 5, 8  # more than a block of 64 tokens, and more than any window
 CHUNKS = (7, 5, 1, 1, 56)
+_JUMPS = {"phimoe": "its router gives experts weights that jump where two tie, so that rounding of any size may show"}
 _OPTIONS: dict[str, Any] = {"key_bits": 8, "value_bits": 8, "protect": "first:1"}
 
 
@@ -99,6 +100,8 @@ class Subject:
     def stock(self) -> Any:
         """The stock model, in float32 where it does not run in float64 or loses padded rows there (scores masked by the least
         number of float64, then a softmax in float32)."""
+        if self.family in _JUMPS:
+            raise NotJudged(_JUMPS[self.family])
         reason = "its logits are not one number per token and word"
         given, mask = ids(1, 9, 2), torch.ones(1, 9, dtype=torch.int64)
         mask[0, 0] = 0
