@@ -251,7 +251,7 @@ def _folder(subject: Subject) -> str:
         wide = (vars(stock.config).get("head_dim") or 0) > 60  # more channels than one short window calibrates
         text = ids(8, 64, 1) if wide else ids(4, 62, 1)  # a window that fits the positions of every model
         (Path(place) / "text").write_text(_text(text), encoding="utf-8")
-        calibration = {"calibration": str(Path(place) / "text"), "calibration_tokens": text.numel()}
+        calibration: dict[str, Any] = {"calibration": str(Path(place) / "text"), "calibration_tokens": text.numel()}
         options = RewriteOptions(method="klt", **calibration, **_OPTIONS)
         rewrite_dir(plain, out, options, device="cpu")
         model = kind.from_pretrained(out)
