@@ -185,13 +185,15 @@ def sides(method: Method, heads: int, dim: int) -> list[tuple[SideSpec, SideSpec
 def _costs(
     run: Rewrite, base: tuple[float, float], budget: float, widths: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> tuple[Curves, Report]:
-    """Counted bits of every layer and side at every width that the method can take.
+    """Counted bits of every layer and side at every width that the method can take, weighted by the elements that a layer holds.
 
     A width changes the codes of every layer by the same number of bits, so one layer is coded at each of them.
     """
     report = run(key_bits=base[0], value_bits=base[1])
     packed = [r.layer for r in report.layers if r.packed]
-    fixed = sum(r.key_bits + r.value_bits for r in report.layers if not r.packed)
+    whole = sum(r.elements for r in report.layers)
+    share = {r.layer: r.elements * len(report.layers) / whole for r in report.layers}  # of the elements, 1 where all are alike
+    fixed = sum(share[r.layer] * (r.key_bits + r.value_bits) for r in report.layers if not r.packed)
     curves = Curves({}, {(i, s): {} for i in packed for s in _SIDES}, fixed, len(report.layers))
 
     def cost(side: int, w: float) -> float:
@@ -209,7 +211,7 @@ def _costs(
                 continue  # a width this method has no code for
             for i in packed:
                 row = report.layers[i]
-                curves.cost[i, side][w] = (row.value_bits if side else row.key_bits) + more
+                curves.cost[i, side][w] = share[i] * ((row.value_bits if side else row.key_bits) + more)
     return curves, report
 
 

@@ -10,13 +10,12 @@ Cost       four passes of 16 tokens; by layers (`Stream`), two passes over the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from kvsink.attention import install_attention
 from kvsink.errors import KvsinkError, UnsupportedError
@@ -80,12 +79,19 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
         ) from error
     finally:
         model.train(training)
+    count = len(where.attentions)
+    if any(layer.keys is not None for layer in found[0][count:]):
+        raise UnsupportedError(
+            f"{type(model).__name__} keeps rows of {len(found[0])} layers for its {count} attention modules, which packed layers "
+            "cannot stand in for; it is left as it is"
+        )
+    found = [(layers + [_Layer(None, None, "", False)] * count)[:count] for layers in found]  # 5.17 leaves shared layers out
     at = {model.get_submodule(name): i for i, name in enumerate(where.attentions)}
     readers = {i: [next((at[m] for m in _around(model, r) if m in at), -1) for r in s.readers] for i, s in seen.items()}
     asking = bool(getattr(model, "_supports_attention_backend", False)) and _text_config(model)._attn_implementation == "sdpa"
     layers, turnings, absent, apart = [], [], [], set()
-    for i, first in enumerate(found[0]):
-        usual = where.layers[i]
+    for i, usual in enumerate(where.layers):
+        first = found[0][i]
         absent.append(_absent(first, i, readers))
         if first.keys is None or first.values is None:
             layers.append(usual)
@@ -163,11 +169,7 @@ def _pass(
         if position or _takes(base, "position_ids"):
             given["position_ids"] = at
         base(input_ids=ids, **given)
-    return [_held(layer) for layer in _layers_of(cache)]
-
-
-def _layers_of(cache: Cache) -> Sequence[Any]:
-    return cache.layers
+    return [_held(layer) for layer in cache.layers]
 
 
 def _held(layer: Any) -> _Layer:

@@ -237,12 +237,19 @@ def turns_back(codec: Codec) -> bool:
     return codec.key.packed and (codec.key.domain == "block" or codec.key.center)
 
 
+def turned_by(rotary: nn.Module, like: Tensor, positions: Tensor, kind: str = "") -> tuple[Tensor, Tensor] | None:
+    """What a rotary module gives for positions [N, P], in the dtype of `like`; None where it gives no cosines and sines."""
+    more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+    with torch.no_grad():
+        try:
+            return tables_of(rotary(like, positions, *more))
+        except IndexError:  # one that asks for an axis of positions in front
+            return tables_of(rotary(like, positions[None].expand(3, -1, -1), *more))
+
+
 def rotary_tables(rotary: nn.Module, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """cos and sin [N, P, ..] of a rotary module at positions [N, P] in a layer of one kind."""
-    x = torch.empty(1, 1, device=positions.device)
-    given = (x, positions, kind) if "layer_type" in inspect.signature(rotary.forward).parameters else (x, positions)
-    with torch.no_grad():
-        found = tables_of(rotary(*given))
+    found = turned_by(rotary, torch.empty(1, 1, device=positions.device), positions, kind)
     if found is None:
         raise UnsupportedError(
             f"{type(rotary).__name__} gives no cosines and sines; use a method that leaves keys as they are turned, such as rtn"
@@ -453,7 +460,7 @@ class _NewFrame(_Hook):
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
                 like = rows if rows.is_floating_point() else number_of(module)
                 frame.positions, frame.one_axis = first, True
-                found = tables_of(module.rotary_emb(like, first))  # type: ignore[operator]
+                found = turned_by(module.rotary_emb, like, first)  # type: ignore[arg-type]
                 frame.cos, frame.sin = found if found is not None else (None, None)
         if hasattr(cache, "begin"):
             batch = rows.shape[0] if rows is not None else None
