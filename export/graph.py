@@ -166,8 +166,9 @@ def _number(value: Any, dtype: int = 1, **rest: Any) -> Any:
 
 
 def _group_query(
-    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int
-) -> Any:
+    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int,
+    sink: Any = None,
+) -> Any:  # fmt: skip
     """Record com.microsoft::GroupQueryAttention, with the transposes and lengths it asks for, in standard operators."""
     import numpy as np
     import onnx_ir as ir
@@ -194,11 +195,11 @@ def _group_query(
     last = node("Sub", total, constant([1], np.int32))
     lengths = node("Expand", last, node("Shape", q, start=0, end=1))  # [B]
     inputs = [flat(q, heads * dim), flat(k, kv_heads * dim), flat(v, kv_heads * dim), past_k, past_v, lengths, total]
-    inputs += [None, None, None, None if lean else bias]  # cos, sin and positions of a rotation that has been done
+    inputs += [None, None, None, None if lean else bias, sink]  # cos, sin and positions of a rotation that has been done
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale), "do_rotary": 0}
     if bits < 32:
         shape = constant([kv_heads, 1, dim], np.int64)
-        inputs += [None, *((k_step, k_step) if lean else (node("Reshape", step, shape) for step in (k_step, v_step)))]
+        inputs += [*((k_step, k_step) if lean else (node("Reshape", step, shape) for step in (k_step, v_step)))]
         kind = "PER_TENSOR" if lean else "PER_CHANNEL"
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
     while inputs[-1] is None:

@@ -19,6 +19,7 @@ from torch import nn
 
 __all__ = ["trace"]
 
+_SAME = {torch.ops.aten.__and__.Tensor: torch.ops.aten.bitwise_and.Tensor}
 _CASTS = tuple(getattr(torch.ops.aten.to, name) for name in ("dtype", "dtype_layout", "device", "other"))
 _ROUNDS = 2
 
@@ -33,8 +34,7 @@ def trace(
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program: Any = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
         decompose, options = program.run_decompositions, {"opset_version": opset, "custom_translation_table": _SHAPED | dict(table)}
-        _name_casts(program.graph)
-        program.run_decompositions = lambda known: program if _is_plain(program.graph, known) else decompose(known)
+        program.run_decompositions = lambda known: program if _respell(program.graph, known) else decompose(known)
         try:
             made = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **options)
         except torch.onnx.OnnxExporterError:  # an operator that has to be decomposed although no table says so
@@ -45,14 +45,30 @@ def trace(
     return made.model
 
 
-def _name_casts(graph: Any) -> None:
-    """Spell what changes a dtype, and `&`, as the operators that decomposing them gives."""
-    for node in graph.nodes:
-        if node.target in _CASTS:
-            node.target, node.args = torch.ops.aten._to_copy.default, node.args[:1]
-            node.kwargs = {"dtype": node.meta["val"].dtype}
-        elif node.target is torch.ops.aten.__and__.Tensor:
-            node.target = torch.ops.aten.bitwise_and.Tensor
+def _respell(graph: Any, known: Mapping[Any, Any]) -> bool:
+    """Write what changes a dtype, and `&`, as the operators that decomposing them gives, and drop what does nothing.
+
+    Returns False, and leaves the graph alone, where a node writes in place, holds a graph of its own, or is one of those `known`
+    to be decomposed.
+    """
+    ops = {node.target for node in graph.nodes if node.op == "call_function"} - set(_SAME)
+    for op in ops:
+        if isinstance(op, torch._ops.HigherOrderOperator) or op in known:
+            return False
+        if isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable:
+            return False
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target in _CASTS:
+            dtype = node.meta["val"].dtype
+            node.target, node.args, node.kwargs = torch.ops.aten._to_copy.default, node.args[:1], {"dtype": dtype}
+            if node.args[0].meta["val"].dtype == dtype and not any(user.op == "output" for user in node.users):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+        else:
+            node.target = _SAME.get(node.target, node.target)
+    return True
 
 
 def _flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
