@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from kvsink.codecs import STATE_NAMES, Codec
+from kvsink.kernels import stages
 from kvsink.passes.base import Declined, RewritePass, Work, insert_op, insert_tensor, register_pass, size_of
 from kvsink.passes.chain import Chain, Side, SitePlan
 from kvsink.sites import AttentionSite
@@ -44,6 +45,10 @@ class Attach(RewritePass):
                 )
             if len(site.writes) != 1:
                 return site.declined(f"{len(site.writes)} writes for one read of the packed cache; expected one")
+            if value(site.k_rope).shape[3] != value(site.v_new).shape[3]:
+                return site.declined("values are not as wide as keys, which packed attention does not read", site.v_new)
+            if any(other.attn is not site.attn and set(other.writes) & set(site.writes) for other in work.sites):
+                return site.declined("its keys are attended to more than once in a pass", site.writes[0])
             if argument(site.writes[0], 0, "k") is not site.k_rope or not argument(site.writes[0], 9, "roped"):
                 return site.declined("the packed cache stores other keys than it reads", site.writes[0])
             if codec is not None and _needs_positions(codec) and not codec.tiles and _several_axes(site):
@@ -102,8 +107,18 @@ def _from_markers(site: AttentionSite) -> Chain:
         read=read,
         markers=(list(candidates), list(state), list(params)),
     )
-    chain.keys.x = k if chain.roped_input else site.k_pre
+    chain.k_pre = None if chain.roped_input else _before_rope(site, cos, sin)
+    chain.keys.x = k if chain.k_pre is None else chain.k_pre
     return chain
+
+
+def _before_rope(site: AttentionSite, cos: Node, sin: Node) -> Node:
+    """The new keys before RoPE: the model's own, or, where the graph does not show them, turned back by the cache's angles."""
+    if site.rope not in ("none", "hidden") or value(cos).shape[-1] == 0:
+        return site.k_pre
+    at = site.writes[0]
+    wide = value(site.k_rope).dtype if value(site.k_rope).dtype == torch.float64 else torch.float32
+    return insert_op(at, stages.unrope_rows, insert_op(at, "to", site.k_rope, wide), cos, sin)
 
 
 def _from_plan(site: AttentionSite, work: Work, plan: SitePlan | None) -> Chain:
@@ -139,7 +154,8 @@ def _from_plan(site: AttentionSite, work: Work, plan: SitePlan | None) -> Chain:
         plan=plan,
     )
     chain.inserted += created
-    chain.keys.x = site.k_rope if chain.roped_input else site.k_pre
+    chain.k_pre = None if chain.roped_input else site.k_pre
+    chain.keys.x = site.k_rope if chain.k_pre is None else chain.k_pre
     return chain
 
 

@@ -73,6 +73,7 @@ class Chain:
     read: Node | None = None
     markers: tuple[Any, ...] = ()  # arguments of the append marker
     plan: SitePlan | None = None
+    k_pre: Node | None = None  # the new keys before RoPE, where encoding starts there
     slots: Node | None = None
     inserted: list[Node] = field(default_factory=list)
     preserved: bool = False

@@ -55,24 +55,25 @@ class Fuse(RewritePass):
         chain, old = work.chain(site), site.attn
         assert chain is not None
         candidates, state, params = chain.markers
-        k = site.k_rope if chain.roped_input else site.k_pre
+        k = site.k_rope if chain.k_pre is None else chain.k_pre
+        q = site.q if site.order is None else insert_op(old, torch.index_select, site.q, -1, site.order)
         if as_one(site, chain.codec):
             lengths = [c.state["length"] for c in work.chains.values() if "length" in c.state]
             slots = value(chain.state["k_codes"]).shape[2]
             plain = value(site.q).shape[2] == 1 and only_causal(site.mask, slots, lengths)
             new = insert_op(
-                old, torch.ops.kvsink.append_attend_.default, site.q, site.k_rope, site.v_new, chain.positions, candidates, state,
+                old, torch.ops.kvsink.append_attend_.default, q, site.k_rope, site.v_new, chain.positions, candidates, state,
                 params, None if plain else site.mask, site.scale, site.is_causal, chain.codec_text,
-                [] if chain.roped_input else [k, chain.cos, chain.sin],
+                [] if chain.k_pre is None else [k, chain.cos, chain.sin],
             )  # fmt: skip
             self._finish(site, work, new)
             return
         insert_op(
             old, torch.ops.kvsink.append_.default, k, site.v_new, chain.positions, chain.cos, chain.sin, candidates,
-            state, params, chain.codec_text, chain.roped_input,
+            state, params, chain.codec_text, chain.k_pre is None,
         )  # fmt: skip
         new = insert_op(
-            old, torch.ops.kvsink.attend.default, site.q, site.k_rope, site.v_new, state, params, site.mask, site.scale,
+            old, torch.ops.kvsink.attend.default, q, site.k_rope, site.v_new, state, params, site.mask, site.scale,
             site.is_causal, chain.codec_text,
         )  # fmt: skip
         self._finish(site, work, new)

@@ -64,8 +64,8 @@ def _store_exact(chain: Chain, site: AttentionSite) -> None:
     """New rows into the side store and the recent window."""
     at, state, codec = chain.keys.write_at, chain.state, chain.codec
     k, v = chain.keys.new, chain.values.new
-    if not chain.roped_input:  # the fused op sees the key before RoPE and applies it itself
-        k = chain.put(at, stages.rope_rows, site.k_pre, chain.cos, chain.sin)
+    if chain.k_pre is not None:  # the fused op sees the key before RoPE and applies it itself
+        k = chain.put(at, stages.rope_rows, chain.k_pre, chain.cos, chain.sin)
     if codec.exact_rows:
         merged = chain.put(
             at, merge_exact, state["exact_slot"], state["exact_score"], (state["exact_k"], state["exact_v"]), (k, v),

@@ -41,7 +41,12 @@ def install_attention() -> None:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         layer = None if torch.compiler.is_compiling() else getattr(key, "_kvsink_layer", None)
         if layer is None:
+            note = getattr(key, "_kvsink_note", None)
+            if note is not None:
+                note(module, query, value)
             return plain(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        layer.check_given(key, value)
+        query = layer.in_order(query)
         if layer.begins(key.shape[2]):
             seen = attention_mask if attention_mask is None else attention_mask[..., : key.shape[2]]
             return plain(module, query, key, value, seen, dropout, scaling, is_causal, **kwargs)

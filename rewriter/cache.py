@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer, StaticCache
 
 from kvsink.codecs import ANCHOR_NAMES, STATE_NAMES, Codec
 from kvsink.digest import DIGEST, check_digest, digest
@@ -32,8 +32,8 @@ from kvsink.kernels.attend import attend_any
 from kvsink.kernels.packed import serves, tell_once
 from kvsink.kernels.tiles import TILE_SLOTS, refuse
 from kvsink.protect import Segment
-from kvsink.runtime import Frame, Runtime, number_of, position_candidates, runtime_of
-from kvsink.sliding import SlidingWindow, check_crop
+from kvsink.runtime import Frame, Runtime, number_of, position_candidates, runtime_of, turns_back
+from kvsink.sliding import WINDOWED, SlidingWindow, check_crop, window_of
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
 
@@ -49,7 +49,12 @@ def why_not_tiles(runtime: Runtime, layer: int) -> str | None:
     a, codec = runtime.anatomy, runtime.plans[layer].codec
     if codec is None:
         return "the layer is left alone"
-    return refuse(codec, a.heads, a.kv_heads, a.head_dim, a.head_dim, runtime.rotary_channels(layer))
+    turnings = [t for t, p in zip(a.turnings, runtime.plans, strict=True) if p.codec is not None]
+    if a.turnings[layer] != turnings[0]:
+        return "the layer turns its keys otherwise than the first, whose anchors all share"
+    if layer in a.apart:
+        return "its keys and values are read by more than one call of its own attention"
+    return refuse(codec, *a.layers[layer], runtime.rotary_channels(layer))
 
 
 def kernel_serves(runtime: Runtime, dtype: torch.dtype, device: torch.device) -> bool:
@@ -60,13 +65,12 @@ def kernel_serves(runtime: Runtime, dtype: torch.dtype, device: torch.device) ->
     for i, plan in enumerate(runtime.plans):
         if plan.codec is None:
             continue
-        shape = a.heads, a.kv_heads, a.head_dim, a.head_dim, runtime.rotary_channels(i)
-        reason = serves(plan.codec, *shape, dtype, device)
+        reason = why_not_tiles(runtime, i) or serves(plan.codec, *a.layers[i], runtime.rotary_channels(i), dtype, device)
         served = served or reason is None
         if reason is None:
             continue
         exact = plan.codec.exact_rows if plan.codec.anchors is None else 1 << 30
-        if portable := attend_triton.refuse(plan.codec, dtype, a.head_dim, exact):
+        if portable := attend_triton.refuse(plan.codec, dtype, a.layers[i].key_dim, exact):
             tell_once(f"attention over packed codes runs on the plain operators: {reason}; {portable}")
     return served
 
@@ -121,10 +125,12 @@ class KVSinkLayer(CacheLayerMixin):
         self.max_length = max_length
         self.is_compileable = max_length is not None
         self.params: list[Tensor] = []
+        self.order: tuple[Tensor, Tensor] | None = None  # channels of a key in canonical order, and back
         self._held = 0  # tokens held, for growing caches only
         self._unseen: tuple[Tensor, Tensor] | None = None  # new rows whose attention has not been observed yet
         self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
         self._reach: int | None = None  # positions below it are in the tables of block starts, where there are any
+        self._given: Tensor | None = None  # new values that attention is to ask for
         self._asked = True  # False from an update that left the reading to attention until attention has asked
 
     # -- storage -----------------------------------------------------------------------------------------------------
@@ -133,6 +139,7 @@ class KVSinkLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.head_dim, self.value_dim = key_states.shape[-1], value_states.shape[-1]
+        self.order = self.shared.runtime.order(self.layer, self.device)
         c, b, dev = self.codec, self.batch_size, self.device
         slots = self.max_length if self.max_length is not None else _BLOCK
         for name, (shape, dtype, fill) in self._layout(slots).items():
@@ -196,6 +203,7 @@ class KVSinkLayer(CacheLayerMixin):
         """Store new rows and return all keys and values, in the model's own basis with RoPE applied."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        key_states = self.in_order(key_states)
         new = key_states.shape[2]
         if self.max_length is None:
             self._grow(self._held + new)
@@ -216,6 +224,8 @@ class KVSinkLayer(CacheLayerMixin):
             cos = sin = key_states.new_empty(1, new, 0)
         elif cos is None or sin is None:
             cos, sin = self.shared.runtime.angles(self.layer, positions)
+        elif turns_back(self.codec):
+            cos, sin = self.shared.runtime.canonical(self.layer, cos, sin)
         self._check_positions(frame, positions, new)
         anchored = self.codec.anchors is not None
         if anchored:
@@ -229,7 +239,7 @@ class KVSinkLayer(CacheLayerMixin):
             self._set_anchors(frame, positions)
         defers = self._defers(frame)
         if defers:  # attention asks the layer, see kvsink.attention
-            key_states._kvsink_layer, self._asked = self, False  # type: ignore[attr-defined]
+            key_states._kvsink_layer, self._asked, self._given = self, False, value_states  # type: ignore[attr-defined]
             if self.codec.tiles:
                 self._fresh = positions, self._candidates(frame, positions, key_states)
                 return key_states, value_states
@@ -241,6 +251,8 @@ class KVSinkLayer(CacheLayerMixin):
         if defers:
             return key_states, value_states
         full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
+        if self.order is not None:
+            full_k = full_k.index_select(-1, self.order[1])
         # Outside the ops: Inductor may delay a read of a tensor past an op that writes it as one of a list.
         self.length.add_(new)
         if anchored:
@@ -249,6 +261,10 @@ class KVSinkLayer(CacheLayerMixin):
             self._held += new
             return full_k[:, :, : self._held], full_v[:, :, : self._held]
         return full_k, full_v
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """Queries or keys [B, heads, S, D] with their channels in the order in which keys are coded."""
+        return rows if self.order is None else rows.index_select(-1, self.order[0])
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, scale: float) -> None:
         """See the attention of the chunk just stored, q, out [B, Hq, S, D] over k, v [B, H, L, D], and choose anchors by it."""
@@ -267,7 +283,7 @@ class KVSinkLayer(CacheLayerMixin):
     def _defers(self, frame: Frame) -> bool:
         """Whether attention will ask this layer itself, so that nothing need be read back: outside compiled graphs, in a model
         whose attention goes through transformers' "sdpa" function."""
-        if torch.compiler.is_compiling() or frame.cos is None:
+        if torch.compiler.is_compiling() or frame.cos is None or self.layer in self.shared.runtime.anatomy.apart:
             return False
         if frame.asks is None:
             frame.asks = self.shared.runtime.asks
@@ -284,6 +300,16 @@ class KVSinkLayer(CacheLayerMixin):
             raise KvsinkError(
                 f"layer {self.layer}: the model's attention did not go through transformers' attention functions and saw new "
                 'rows alone; load the model with attn_implementation="eager"'
+            )
+
+    def check_given(self, key: Tensor, value: Tensor) -> None:
+        """Raise KvsinkError where attention asks for something else than the rows that `update` was given last, once: it would
+        get what it has not asked for."""
+        given, self._given = self._given, None
+        if value is not given or key.shape[:3] != value.shape[:3]:
+            raise KvsinkError(
+                f"layer {self.layer}: attention reads its keys more than once, or with other values than they were stored with; "
+                'load the model with attn_implementation="eager"'
             )
 
     def begins(self, rows: int) -> bool:
@@ -472,6 +498,47 @@ class KVSinkLayer(CacheLayerMixin):
                 setattr(self, name, getattr(self, name).to(self.device, non_blocking=True))
 
 
+class KVSinkHybridLayer(LinearAttentionLayer, KVSinkLayer):
+    """The packed rows of a layer that holds a recurrent state beside its keys and values; the state is transformers' own."""
+
+    def __init__(
+        self, shared: _Shared, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
+    ) -> None:
+        KVSinkLayer.__init__(self, shared, layer, codec, segments, max_length)
+        LinearAttentionLayer.__init__(self)
+
+    supports_early_init = True
+    is_compileable = property(lambda self: self.max_length is not None, lambda self, value: None)  # type: ignore[assignment]
+    get_max_length = KVSinkLayer.get_max_length
+    is_croppable = property(LinearAttentionLayer.is_croppable.fget)  # type: ignore[assignment, attr-defined]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """By position: keys and values; by name: a part of the recurrent state."""
+        (KVSinkLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        KVSinkLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises RuntimeError, as transformers' own layer, where the recurrent state cannot go back."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        KVSinkLayer.crop(self, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        KVSinkLayer.reorder_cache(self, beam_idx)
+
+    def _refuse(self, what: str) -> KvsinkError:
+        return KvsinkError(f"layer {self.layer} holds a recurrent state, which transformers does not {what}; prefill again")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise self._refuse("repeat")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise self._refuse("select rows of")
+
+
 class KVSinkSlidingLayer(KVSinkLayer):
     """The packed rows of one sliding-window layer: see `kvsink.sliding`."""
 
@@ -570,14 +637,14 @@ class KVSinkCache(Cache):
         for i, plan in enumerate(runtime.plans):
             if plan.codec is None:
                 layers.append(stock.layers[i])
-            elif kinds[i] == "sliding_attention":
+            elif kinds[i] in WINDOWED:
                 if self.sliding is None:
-                    window = int(config.sliding_window)
-                    self.sliding = SlidingWindow(self.shared, runtime, window, max_length)
+                    self.sliding = SlidingWindow(self.shared, runtime, window_of(config, kinds[i]), max_length)
                 layers.append(KVSinkSlidingLayer(self.sliding, i, plan.codec, plan.segments, max_length))
             else:
                 codec = replace(plan.codec, tiles=tiles and why_not_tiles(runtime, i) is None)
-                layers.append(KVSinkLayer(self.shared, i, codec, plan.segments, max_length))
+                kind = KVSinkHybridLayer if kinds[i] == "hybrid" else KVSinkLayer
+                layers.append(kind(self.shared, i, codec, plan.segments, max_length))
         super().__init__(layers=layers)
 
     @classmethod
@@ -600,19 +667,25 @@ class KVSinkCache(Cache):
         if strict:
             cache._make_strict()
         if max_length is not None:
-            a = runtime.anatomy
             cache._check_memory(batch_size, weight.dtype, weight.device)
-            cache.early_initialization(batch_size, a.kv_heads, a.head_dim, weight.dtype, weight.device)
+            cache._allocate(batch_size, weight.dtype, weight.device)
         return cache
+
+    def _allocate(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Every layer's tensors, for keys and values of the widths that it stores."""
+        for layer, heads in zip(self.layers, self.shared.runtime.anatomy.layers, strict=True):
+            if isinstance(layer, CacheLayerMixin) and not layer.is_initialized and getattr(layer, "supports_early_init", True):
+                none = torch.zeros((batch, heads.kv, 0, heads.key_dim), dtype=dtype, device=device)
+                layer.lazy_initialization(none, none.new_zeros(batch, heads.kv, 0, heads.value_dim))
 
     def _check_memory(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         """Say before anything is allocated when a cache cannot fit on its GPU."""
         if device.type != "cuda":
             return
-        a, wanted = self.shared.runtime.anatomy, 0
+        wanted = 0
         for layer in self.packed_layers():
             assert layer.max_length is not None
-            held = layer.codec.layout(batch, a.kv_heads, a.head_dim, a.head_dim, layer.max_length, dtype)
+            held = layer.codec.layout(batch, *self.shared.runtime.anatomy.layers[layer.layer][1:], layer.max_length, dtype)
             wanted += sum(math.prod(shape) * t.itemsize for shape, t, _ in held.values())
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

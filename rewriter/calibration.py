@@ -21,13 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from kvsink.collect import Collector, frozen, watched
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import CalibrationError
 from kvsink.fold import is_plain
-from kvsink.kernels.rope import unrope
+from kvsink.kernels.rope import rope, unrope
 from kvsink.observers import KeyStats, SampleNeed, Samples, ValueStats
 from kvsink.protect import Policy, SinkStage, segments_for_layer
 from kvsink.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, position_candidates
@@ -190,7 +190,7 @@ class _BlockRecorder:
                 raise CalibrationError(
                     f"block {i} puts out NaN or infinite activations; check the weights or calibrate in float32"
                 )
-            peak = hidden.flatten(0, 1).amax(0).cpu()
+            peak = hidden.flatten(0, -2).amax(0).cpu()
             self.peak[i] = torch.maximum(self.peak[i], peak) if i in self.peak else peak
             self.median.setdefault(i, []).append(float(hidden.flatten()[:: max(1, hidden.numel() // 65536)].median()))
 
@@ -220,13 +220,22 @@ class _Recording(DynamicLayer):
         return 0
 
 
+class _RecordingHybrid(LinearAttentionLayer, _Recording):  # type: ignore[misc]
+    """The same with the recurrent state that some layers hold beside their keys."""
+
+    def __init__(self, owner: _RecordingCache, layer: int) -> None:
+        _Recording.__init__(self, owner, layer)
+        LinearAttentionLayer.__init__(self)
+
+
 class _RecordingCache(Cache):
     is_kvsink = True  # the hooks of the runtime fill the frame
 
     def __init__(
         self, runtime: Runtime, into: Calibration, blocks: dict[int, tuple[int, ...]], collector: Collector | None
     ) -> None:
-        super().__init__(layers=[_Recording(self, i) for i in range(len(runtime.plans))])
+        kinds = runtime.anatomy.layer_types
+        super().__init__(layers=[(_RecordingHybrid if k == "hybrid" else _Recording)(self, i) for i, k in enumerate(kinds)])
         self.runtime, self.into, self.blocks, self.collector = runtime, into, blocks, collector
         self.frame: Frame | None = None
         self.shared = self  # where the hooks put the frame, as in a KVSinkCache
@@ -240,6 +249,10 @@ class _RecordingCache(Cache):
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
             cos, sin = self.runtime.angles(layer, positions)
+        else:
+            cos, sin = self.runtime.canonical(layer, cos, sin)
+        order = self.runtime.order(layer, k.device)
+        k = k if order is None else k.index_select(-1, order[0])
         keep = torch.ones(b, s, dtype=torch.bool, device=k.device)
         for segment in self.runtime.plans[layer].segments:
             key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
@@ -256,7 +269,14 @@ class _RecordingCache(Cache):
             self.into.keys[layer, block].add(keys, positions.expand(b, s), keep, offset_cos, offset_sin)
         self.into.values[layer].add(v, keep)
         if self.collector is not None:
-            self.collector.draw(layer, keys, v, positions.expand(b, s), keep, cos, sin)
+            back = partial(_back, order=order, cos=cos, sin=sin)
+            self.collector.draw(layer, keys, v, positions.expand(b, s), keep, back)
+
+
+def _back(gradient: Tensor, order: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of keys [B, H, S, D] as that of the keys before RoPE: turned by the transpose, scaling included."""
+    rows = gradient if order is None else gradient.index_select(-1, order[0])
+    return rope(rows, cos[:, None].float(), -sin[:, None].float())
 
 
 def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -311,7 +331,7 @@ def calibrate(
     model: nn.Module, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]],
     blocks: dict[int, tuple[int, ...]], batch: int = 1,
     progress: Progress | None = None, samples: Mapping[int, SampleNeed] | None = None,
-    known: tuple[SinkStage, ...] | None = None, stream: Stream | None = None,
+    known: tuple[SinkStage, ...] | None = None, stream: Stream | None = None, where: Anatomy | None = None,
 ) -> Calibration:  # fmt: skip
     """Run `ids` [N, T], or prompts (inputs of the model, images included), through the model: two windows to find the stages,
     then all for the statistics.
@@ -320,9 +340,9 @@ def calibrate(
     needs (empty: only stages). samples: layers of `blocks` whose rows are kept too, and with which weights; weights take
     windows one at a time, whatever `batch` says. Needs as many tokens as four times the head dimension, and as many as the
     samples ask for. known: stages found by a profile, taken as they are. stream: runs a model without weights by layers.
-    Raises CalibrationError.
+    where: what is known of the model's layers. Raises CalibrationError.
     """
-    where = anatomy(model)
+    where = anatomy(model) if where is None else where
     prompts = _prompts(ids)
     given = sum(int(p["attention_mask"].sum()) if "attention_mask" in p else p["input_ids"].numel() for p in prompts)
     wanted = dict(samples or {})
@@ -332,10 +352,10 @@ def calibrate(
         raise CalibrationError(
             f"{given} calibration tokens are too few for codebooks of {least} centroids; give at least {least}"
         )
-    need = 4 * where.head_dim
-    if blocks and any(blocks.values()) and given < need:
+    widest = max((where.layers[i].key_dim for i, lengths in blocks.items() if lengths), default=0)
+    if given < 4 * widest:
         raise CalibrationError(
-            f"{given} calibration tokens are too few for head_dim={where.head_dim}; give at least {need}"
+            f"{given} calibration tokens are too few for head_dim={widest}; give at least {4 * widest}"
         )
     tell = progress or (lambda what, done, total: None)
     device = next(model.parameters()).device if stream is None else stream.device
@@ -355,20 +375,22 @@ def calibrate(
     finally:
         recorder.close()
     n = len(where.blocks)
-    largest = [float(recorder.peak[i].max()) for i in range(n)]
-    medians = [sum(recorder.median[i]) / len(recorder.median[i]) for i in range(n)]
-    top = [tuple(int(c) for c in recorder.peak[i].topk(min(4, recorder.peak[i].numel())).indices) for i in range(n)]
+    peaks = [recorder.peak.get(i, torch.zeros(1)) for i in range(n)]  # a block may not run on tokens alone
+    largest = [float(peak.max()) for peak in peaks]
+    medians = [sum(found) / len(found) if (found := recorder.median.get(i)) else 0.0 for i in range(n)]
+    top = [tuple(int(c) for c in peak.topk(min(4, peak.numel())).indices) for peak in peaks]
     stages = find_stages(largest, medians, top) if known is None else known
     weights = fingerprint(model) if stream is None else stream.fingerprint()
     out = Calibration(stages, {}, {}, weights, 0, largest, medians)
     for layer, lengths in blocks.items():
-        out.values[layer] = ValueStats.empty(where.kv_heads, where.head_dim)
+        _, kv, key_dim, value_dim = where.layers[layer]
+        out.values[layer] = ValueStats.empty(kv, value_dim)
         for block in lengths:
-            out.keys[layer, block] = KeyStats.empty(block, where.kv_heads, where.head_dim)
+            out.keys[layer, block] = KeyStats.empty(block, kv, key_dim)
     if not blocks:
         return out
     plans = tuple(LayerPlan(None, segments_for_layer(policies[i], i, stages) if i in blocks else ()) for i in range(n))
-    runtime, earlier = Runtime(model, plans, {}, stages, "calibration"), model.__dict__.get("_kvsink_runtime")
+    runtime, earlier = Runtime(model, plans, {}, stages, "calibration", where), model.__dict__.get("_kvsink_runtime")
     collector = Collector(wanted, len(prompts)) if wanted else None
     step = 1 if collector is not None and collector.weighs else batch
     if step > 1 and isinstance(ids, Tensor):

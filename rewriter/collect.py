@@ -26,7 +26,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvsink.errors import CalibrationError
-from kvsink.kernels.rope import rope
 from kvsink.observers import SAMPLE_ROWS, SampleNeed, Samples
 from kvsink.runtime import Anatomy
 
@@ -69,7 +68,7 @@ class Collector:
         self.error = any(n.error for n in needs.values())
         self.parts: dict[int, list[Samples]] = {layer: [] for layer in needs}
         self.tracked: dict[int, tuple[Tensor, Tensor]] = {}
-        self.drawn: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # keep [B, S] after drawing, cos, sin
+        self.drawn: dict[int, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}  # keep [B, S] after drawing, `back`
         self.start = 0
 
     @property
@@ -92,8 +91,11 @@ class Collector:
         self.tracked[layer] = (k, v)
         return k, v
 
-    def draw(self, layer: int, keys: Tensor, v: Tensor, positions: Tensor, keep: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Keep some rows of keys before RoPE and values [B, H, S, D] where keep [B, S]: as many of every window."""
+    def draw(
+        self, layer: int, keys: Tensor, v: Tensor, positions: Tensor, keep: Tensor, back: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Keep some rows of keys before RoPE and values [B, H, S, D] where keep [B, S]: as many of every window. back: from the
+        gradient of the model's keys to that of `keys`."""
         if layer not in self.needs:
             return
         chosen = torch.zeros_like(keep)
@@ -103,7 +105,7 @@ class Collector:
             found = keep[row].nonzero().flatten()
             order = torch.randperm(len(found), generator=torch.Generator().manual_seed(window))[:quota]
             chosen[row, found[order.to(found.device)]] = True
-        self.drawn[layer] = (chosen, cos, sin)
+        self.drawn[layer] = (chosen, back)
         windows = (self.start + torch.arange(keep.shape[0], device=keep.device))[:, None].expand_as(keep)
         self.parts[layer].append(
             Samples(
@@ -133,14 +135,13 @@ class Collector:
         flat = [t for layer in layers for t in self.tracked[layer]]
         gradients = torch.autograd.grad(loss, flat, allow_unused=True)
         for i, layer in enumerate(layers):
-            chosen, cos, sin = self.drawn[layer]
+            chosen, back = self.drawn[layer]
             k, v = (
                 torch.zeros_like(flat[2 * i + j]) if g is None else g.float()
                 for j, g in enumerate(gradients[2 * i : 2 * i + 2])
             )
-            k = rope(k, cos[:, None].float(), -sin[:, None].float())  # the transpose of the rotation, scaling included
             part = self.parts[layer][-1]
-            part.key_fisher, part.value_fisher = self._rows(k, chosen).square(), self._rows(v, chosen).square()
+            part.key_fisher, part.value_fisher = self._rows(back(k), chosen).square(), self._rows(v, chosen).square()
         self.tracked.clear()
 
     def samples(self, tokens: int) -> dict[int, Samples]:

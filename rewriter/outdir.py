@@ -28,6 +28,7 @@ from kvsink.place import building, sweep
 from kvsink.report import Report
 from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
 from kvsink.runtime import runtime_of
+from kvsink.selfcheck import check_step
 from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
 from kvsink.streaming import SHARE_OF_MEMORY, Stream, available_memory, needs, skeleton
 
@@ -98,8 +99,14 @@ def rewrite_dir(
         window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,
         layers=options.layers, tokenizer=tokenizer, fold=options.fold, storage_dtype=storage, progress=progress,
         bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality, stream=stream,
-        sliding=options.sliding,
+        sliding=options.sliding, check=options.check,
     )  # fmt: skip
+    if options.check and stream is None:
+        if progress is not None:
+            progress("checking a compiled step", 0, 1)
+        report.check.step = check_step(model, runtime_of(model))
+        if progress is not None:
+            progress("checking a compiled step", 1, 1)
     report.model = str(model_dir)
     report.notes += notes
     if onnx:
@@ -229,7 +236,7 @@ def _write(
     write_sidecar(
         build, model, runtime,
         {"options": {k: getattr(options, k) for k in options.__dataclass_fields__}, "source": str(source.name),
-         "versions": versions()},
+         "versions": versions(), "check": report.check.as_dict()},
         weights,
     )  # fmt: skip
     (build / "kvsink_report.json").write_text(report.to_json() + "\n", encoding="utf-8")

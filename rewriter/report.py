@@ -17,24 +17,25 @@ STATED_LENGTH = 4096  # tokens at which a report counts bits
 
 
 def counted_bits(
-    codec: Codec, heads: int, dim: int, tokens: int = STATED_LENGTH, batch: int = 1, layers: int = 1
+    codec: Codec, heads: int, dim: int, tokens: int = STATED_LENGTH, batch: int = 1, layers: int = 1, value_dim: int | None = None
 ) -> tuple[float, float]:
     """Bits per element of keys and of values that the cache of one layer holds at `tokens`: every tensor of its state, what
-    belongs to neither side counted half to each. The positions are one tensor for all `layers`."""
-    elements = batch * heads * tokens * dim
+    belongs to neither side counted half to each. The positions are one tensor for all `layers`. value_dim: dim, if not given."""
+    wide = dim if value_dim is None else value_dim
+    rows = batch * heads * tokens
     side = {"k": 0.0, "v": 0.0}
-    for name, (shape, dtype, _) in codec.layout(batch, heads, dim, dim, tokens, torch.float16).items():
+    for name, (shape, dtype, _) in codec.layout(batch, heads, dim, wide, tokens, torch.float16).items():
         bits = 8.0 * math.prod(shape) * dtype.itemsize
         owner = next((s for s in side if name.startswith(f"{s}_") or name.endswith(f"_{s}")), None)
         for s in side:
             side[s] += bits * (0.5 if owner is None else owner == s)
     positions = 32.0 * batch * tokens / layers
-    return (side["k"] + positions / 2) / elements, (side["v"] + positions / 2) / elements
+    return (side["k"] + positions / 2) / (rows * dim), (side["v"] + positions / 2) / (rows * wide)
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer."""
+    """One attention layer. elements: entries of keys and values it holds at the stated length; 0 where it holds none."""
 
     layer: int
     path: str
@@ -45,6 +46,7 @@ class LayerReport:
     value_bits: float
     protect: str
     reason: str
+    elements: int = 1
 
 
 @dataclass
@@ -61,13 +63,19 @@ class Report:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    check: Any = None  # a kvsink.selfcheck.Check
 
     @property
     def bits(self) -> float:
-        """Mean counted bits per cached element over all attention layers, 16 for those left alone."""
-        if not self.layers:
-            return 16.0
-        return sum((r.key_bits + r.value_bits) / 2 for r in self.layers) / len(self.layers)
+        """Mean counted bits per cached element over all layers that hold keys and values, 16 for those left alone."""
+        whole = sum(r.elements for r in self.layers)
+        return sum(r.elements * (r.key_bits + r.value_bits) / 2 for r in self.layers) / whole if whole else 16.0
+
+    def share(self, rows: list[LayerReport]) -> float:
+        """The part of the cache's bits that some of the layers hold."""
+        of = [r.elements * (r.key_bits + r.value_bits) for r in rows]
+        whole = sum(r.elements * (r.key_bits + r.value_bits) for r in self.layers)
+        return sum(of) / whole if whole else 0.0
 
     @property
     def smaller(self) -> float:
@@ -98,7 +106,7 @@ class Report:
                 f"- Sinks emerge at the output of block {s['block']}: channel {s['channels'][0]}, |H| up to {s['size']:.0f} "
                 f"(median {s['median']:.2f})."
             )
-        lines += [f"- {note}" for note in self.notes]
+        lines += [f"- {note}" for note in [*self.notes, *([str(self.check)] if self.check is not None else [])]]
         lines += [
             "",
             "| layer | keys | values | key bits | value bits | exact rows | left alone because |",

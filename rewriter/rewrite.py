@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,28 +31,32 @@ from kvsink.observers import SampleNeed
 from kvsink.patterns import PATTERNS, attention_patterns, classify
 from kvsink.plan import Plan, candidates, choose_plan
 from kvsink.plan import sides as planned_sides
+from kvsink.probing import look, unknown_turnings
 from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
-from kvsink.report import LayerReport, Report, counted_bits
+from kvsink.report import STATED_LENGTH, LayerReport, Report, counted_bits
 from kvsink.runtime import (
     Anatomy,
     LayerPlan,
     Runtime,
     anatomy,
     attach,
-    check_cache,
+    check_kind,
     detach,
     rope_types,
     towers,
     visual_tokens,
 )
-from kvsink.sliding import sliding_refusal
+from kvsink.selfcheck import Check, check_cache, refused_folds
+from kvsink.sliding import WINDOWED, sliding_refusal, window_of
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
+from kvsink.turning import NONE
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
 CALIBRATION_WINDOW = 1024
 PATTERN_PROMPTS = 16  # that layer classes are measured on
+KEEPING = ("full_attention", "attention", "hybrid", "hybrid_sliding", *WINDOWED)  # kinds of layers that hold keys and values
 _FIRST = 16  # rows of a text that keep their place when keys are spread over the context
 Progress = Callable[[str, int, int], None]
 
@@ -74,6 +79,7 @@ class RewriteOptions:
     profile: str | None = None
     modality: str | None = None
     sliding: bool | None = None
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -240,22 +246,20 @@ def _unfoldable(attention: nn.Module, shared: frozenset[int], streamed: bool) ->
 def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
     """Why a layer is not packed, or an empty string. sliding: whether sliding-window layers are to be packed."""
     kind = where.layer_types[layer] if layer < len(where.layer_types) else "full_attention"
+    if where.absent[layer]:
+        return where.absent[layer]
     if kind in ("linear_attention", "mamba", "conv"):
         return f"{kind.replace('_', ' ')}: its state does not grow with the length, passed through"
-    if kind in ("attention", "hybrid"):
+    if kind in ("full_attention", "attention", "hybrid") or (kind in WINDOWED and sliding):
         return ""
-    if kind == "sliding_attention" and sliding:
-        return ""
-    if kind != "full_attention":
-        return f"{kind.replace('_', ' ')}: its window already bounds its size, kept in 16 bit"
-    return ""
+    return f"{kind.replace('_', ' ')}: its window already bounds its size, kept in 16 bit"
 
 
-def _rope_refusal(config: Any) -> str:
-    """Why this model's angles cannot be undone by position alone, or an empty string."""
-    turned = getattr(config, "no_rope_layers", None) or ()  # 1 where a layer has RoPE, as transformers names it
-    if len(set(map(bool, turned))) > 1:
-        return "some layers have RoPE and others none, though all are given its angles"
+def _rope_refusal(config: Any, where: Anatomy, layer: int) -> str:
+    """Why a layer's angles cannot be undone by position alone, or an empty string."""
+    turning = where.turnings[layer]
+    if turning is not None and not turning.channels:
+        return ""
     for kind in sorted(rope_types(config) & {"dynamic", "longrope"}):
         return f"rope type {kind} changes its angles with the length"
     return ""
@@ -273,7 +277,7 @@ def rewrite(
     layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
     progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
     designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None, stream: Stream | None = None,
-    sliding: bool | None = None, modality: str | None = None,
+    sliding: bool | None = None, modality: str | None = None, where: Anatomy | None = None, check: bool = True,
 ) -> Report:  # fmt: skip
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
@@ -287,6 +291,7 @@ def rewrite(
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
     sliding: pack sliding-window layers too; None does so where a model has no others.
     profile: a profile.json of this model or its record; its emergence stages are taken instead of looked for.
+    where: what an earlier look at the same model found. check: compare with the stock model before anything is kept.
     modality: a method whose bits by layer class are laid over this one's codec, such as "akvq-vl"; "none" leaves its own out.
     stream: gives a model without weights its layers one at a time; what would be folded into them waits in `stream.folds`.
 
@@ -294,14 +299,14 @@ def rewrite(
     """
     begun = time.monotonic()
     m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
-    where = anatomy(model)
-    check_cache(model)
+    check_kind(model)
     earlier = model.__dict__.get("_kvsink_runtime")
     if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
         raise UnsupportedError(
             f"this model has been rewritten by {earlier.method}, which turned its value weights; load the model again, or "
             "rewrite the first time with fold=False"
         )
+    where = look(model, anatomy(model), stream) if where is None else where
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     base = LayerChoice(
         m.key_bits if key_bits is None else key_bits,
@@ -312,6 +317,12 @@ def rewrite(
     if base.key_bits == base.value_bits == 16 and protect is None:
         base = replace(base, protect="none")  # everything is exact already
     n = len(where.attentions)
+    if unknown := unknown_turnings(where):
+        kept = [NONE if t is None else t for t in where.turnings]
+        where = replace(where, turnings=tuple(kept))
+        unread = f"keys of layers {unknown} turn with position in a way that is not known here: they are coded as they are turned"
+    else:
+        unread = ""
     if plan not in ("uniform", "auto"):
         raise UnknownName("plan", plan, ("uniform", "auto"))
     if plan == "uniform" and bits is not None:
@@ -327,6 +338,7 @@ def rewrite(
         f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
         for name, count in towers(model).items()
     ]
+    notes += [unread] if unread else []
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
     if sliding is None:
         sliding = all(_refusal(where, i) for i in range(n)) and any(not _refusal(where, i, True) for i in range(n))
@@ -342,18 +354,19 @@ def rewrite(
             key, value = m.side("key", m.modality.text_bits), m.side("value", m.modality.text_bits)
         else:
             key, value = m.side("key", choice.key_bits), m.side("value", choice.value_bits)
-        rope_reason = _rope_refusal(config)
+        rope_reason = _rope_refusal(config, where, i)
         if rope_reason and key.packed and (key.domain == "block" or key.center):
             raise UnsupportedError(
                 f"layer {i} ({where.attentions[i]}): {rope_reason}, which {m.name} keys need to undo; use --method rtn"
             )
-        resolved = key.resolved(where.kv_heads, where.head_dim), value.resolved(where.kv_heads, where.head_dim)
-        if where.layer_types[i] == "sliding_attention":
+        _, kv, key_dim, value_dim = where.layers[i]
+        resolved = key.resolved(kv, key_dim), value.resolved(kv, value_dim)
+        if where.layer_types[i] in WINDOWED:
             trial = Codec(*resolved, anchors=anchors_for_layer(parse_policies(choice.protect)))
             if reason := sliding_refusal(trial):
                 raise UnsupportedError(
-                    f"layer {i} ({where.attentions[i]}): sliding window of {config.sliding_window}: {reason}; use --method klt "
-                    "or rtn, or leave sliding layers alone"
+                    f"layer {i} ({where.attentions[i]}): sliding window of {window_of(config, where.layer_types[i])}: {reason}; "
+                    "use --method klt or rtn, or leave sliding layers alone"
                 )
         if (need := sample_need(*resolved)) is not None:
             samples[i] = need
@@ -372,9 +385,13 @@ def rewrite(
         if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
     }
     if plan == "auto":
-        served, need = gather_needs(planned_sides(m, where.kv_heads, where.head_dim), where.kv_heads, where.head_dim)
-        blocks = {i: tuple(sorted({*blocks.get(i, ()), *served})) for i, w in enumerate(wanted) if w is not None}
-        samples = {} if need is None else {i: samples.get(i, need) | need for i in blocks}
+        for i, w in enumerate(wanted):
+            if w is None:
+                continue
+            served, need = gather_needs(planned_sides(m, *where.layers[i][1:3]), *where.layers[i][1:3])
+            blocks[i] = tuple(sorted({*blocks.get(i, ()), *served}))
+            if need is not None:
+                samples[i] = samples.get(i, need) | need
         designs = {} if designs is None else designs
     if stream is None:
         check_weights(model)
@@ -390,7 +407,7 @@ def rewrite(
         else:
             seen = _are_prompts(calibration) and visual_tokens(model.config)
             ids = calibration if seen else calibration_windows(model, calibration, calibration_tokens, tokenizer)
-            record = calibrate(model, ids, policies, blocks, batch, progress, samples, known, stream)
+            record = calibrate(model, ids, policies, blocks, batch, progress, samples, known, stream, where)
         if known is not None and record.stages != known:
             record = replace(record, stages=known)
     kinds = {p.kind for ps in policies for p in ps}
@@ -402,46 +419,48 @@ def rewrite(
         if plan_ids is None:
             source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
             plan_ids = calibration_windows(model, source, calibration_tokens, tokenizer)
-        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs, sliding)
+        found = _auto_plan(model, m, base, record, plan_ids, bits, progress, designs, sliding, where)
         notes.append(found.note)
         choices = parse_layers(found.layers, n, base)
         wanted = [
             None if w is None else (m.side("key", c.key_bits), m.side("value", c.value_bits))
             for w, c in zip(wanted, choices, strict=True)
         ]
-    probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name)
+    probe = Runtime(model, tuple(LayerPlan(None) for _ in range(n)), {}, (), m.name, where)
     device = next(model.parameters()).device if stream is None else torch.device("cpu")
-    plans: list[LayerPlan] = []
-    tables: dict[str, Tensor] = {}
-    folds: list[tuple[nn.Module, int]] = []
-    shared = shared_weights(model)
+    designed: dict[int, tuple[Design, Design]] = {}
+    made = {} if designs is None else designs
     for i, w in enumerate(wanted):
         if w is None:
-            plans.append(LayerPlan(None, (), _refusal(where, i)))
             continue
         angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
-        head = where.kv_heads, where.head_dim
-        made = {} if designs is None else designs
+        _, kv, key_dim, value_dim = where.layers[i]
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
         if key_design is None:
-            key_design = made[i, "key", w[0]] = design_key(
-                w[0], i, *head, record, angles, device, partial(_turn, probe, config, i)
-            )
+            turn = partial(_turn, probe, config, i)
+            key_design = made[i, "key", w[0]] = design_key(w[0], i, kv, key_dim, record, angles, device, turn)
         if value_design is None:
-            value_design = made[i, "value", w[1]] = design_value(w[1], i, *head, record, device)
+            value_design = made[i, "value", w[1]] = design_value(w[1], i, kv, value_dim, record, device)
         if progress is not None and samples:
             progress("learning codebooks", i + 1, n)
+        designed[i] = key_design, value_design
+    orders = {i: v.spec.order for i, (_, v) in designed.items() if v.spec.transform == "hadamard" and v.spec.heads_per_group == 1}
+    online, checked = _online(model, where, orders if fold else {}, storage_dtype, stream, check)
+    if online:
+        some = "" if len(online) == len(orders) else f" in layers {sorted(online)}"
+        notes.append(f"value rotation runs online{some}: {online[min(online)]}")
+    plans: list[LayerPlan] = []
+    tables: dict[str, Tensor] = {}
+    for i in range(n):
+        if i not in designed:
+            plans.append(LayerPlan(None, (), _refusal(where, i)))
+            continue
+        key_design, value_design = designed[i]
         value_spec, value_tables = value_design.spec, dict(value_design.tables)
-        attention = model.get_submodule(where.attentions[i])
-        if value_spec.transform == "hadamard":
-            online = _unfoldable(attention, shared, stream is not None) if fold else "folding is off"
-            if online is None and value_spec.heads_per_group == 1:
-                folds.append((attention, value_spec.order))
-                value_spec = replace(value_spec, folded=True)
-                if "v_mean" in value_tables:
-                    value_tables["v_mean"] = hadamard_ref(value_tables["v_mean"], value_spec.order)
-            elif online and online != "folding is off" and i == 0:
-                notes.append(f"value rotation runs online: {online}")
+        if fold and i in orders and i not in online:
+            value_spec = replace(value_spec, folded=True)
+            if "v_mean" in value_tables:
+                value_tables["v_mean"] = hadamard_ref(value_tables["v_mean"], value_spec.order)
         segments = segments_for_layer(policies[i], i, record.stages)
         codec = Codec(
             key_design.spec, value_spec, tuple(s.count for s in segments), choices[i].window,
@@ -449,20 +468,81 @@ def rewrite(
         )  # fmt: skip
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
+    runtime = Runtime(model, tuple(plans), {k: t.to(device) for k, t in tables.items()}, record.stages, m.name, where)
+    folded_layers = {i: order for i, order in orders.items() if plans[i].codec is not None and plans[i].codec.value.folded}
     if stream is not None:
-        names = {model.get_submodule(name): name for name in where.attentions}
-        stream.folds = [(names[attention], order) for attention, order in folds]
+        stream.folds = [(where.attentions[i], order) for i, order in folded_layers.items()]
         stream.check_rest()
-    for attention, order in folds if stream is None else ():
-        fold_value_rotation(attention, order, storage_dtype)
-    runtime = Runtime(model, tuple(plans), {k: t.to(device) for k, t in tables.items()}, record.stages, m.name)
-    attach(model, runtime)
+    with _folded(model, where, folded_layers if stream is None else {}, storage_dtype) as keep:
+        attach(model, runtime)
+        try:
+            if check:
+                found = _checked(model, runtime, stream, notes)
+                checked = replace(found, fold=checked.fold, online=online)
+        except BaseException:
+            detach(model)
+            raise
+        keep()
     from kvsink.hf import install_generate
 
     install_generate(model)
     report = make_report(model, runtime, base.protect, record.tokens, notes)
+    report.check = checked if check else Check(skipped="--no-check: nothing was compared with the stock model")
     report.seconds = time.monotonic() - begun
     return report
+
+
+def _online(
+    model: nn.Module, where: Anatomy, orders: Mapping[int, int], storage: torch.dtype | None, stream: Stream | None, check: bool
+) -> tuple[dict[int, str], Check]:
+    """Layers whose value rotation cannot go into the weights, each with the reason: by what their modules are, then by trial."""
+    shared = shared_weights(model)
+    found: dict[int, str] = {}
+    for i in orders:
+        if reason := _unfoldable(model.get_submodule(where.attentions[i]), shared, stream is not None):
+            found[i] = reason
+    left = {i: order for i, order in orders.items() if i not in found}
+    if not left or not check:
+        return found, Check()
+    refused, worst = refused_folds(model, where, left, storage, stream)
+    return {**found, **refused}, Check(fold=worst if len(refused) < len(left) else None)
+
+
+def _checked(model: nn.Module, runtime: Runtime, stream: Stream | None, notes: list[str]) -> Check:
+    """The self-check; where attention over codes fails it, once more with keys and values handed out whole."""
+    try:
+        return check_cache(model, runtime, stream)
+    except UnsupportedError as error:
+        where = runtime.anatomy
+        packed = frozenset(i for i, p in enumerate(runtime.plans) if p.codec is not None)
+        if stream is not None or packed <= where.apart or not runtime.asks:
+            raise
+        runtime.anatomy = replace(where, apart=where.apart | packed)
+        try:
+            found = check_cache(model, runtime, stream)
+        except UnsupportedError:
+            raise error from None
+    notes.append("attention is handed keys and values read back whole: the model computes more from them than attention alone")
+    return found
+
+
+@contextmanager
+def _folded(
+    model: nn.Module, where: Anatomy, orders: Mapping[int, int], storage: torch.dtype | None
+) -> Iterator[Callable[[], None]]:
+    """Weights with the value rotations of layers in them; they are as before at the end unless the caller says to keep them."""
+    attentions = [model.get_submodule(where.attentions[i]) for i in orders]
+    before = [{n: p.detach().clone() for n, p in a.named_parameters() if n in FOLDED} for a in attentions]
+    try:
+        for attention, order in zip(attentions, orders.values(), strict=True):
+            fold_value_rotation(attention, order, storage)
+        yield before.clear
+    finally:
+        with torch.no_grad():
+            for attention, held in zip(attentions, before, strict=False):
+                for name, p in attention.named_parameters():
+                    if name in held:
+                        p.copy_(held[name])
 
 
 def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -475,7 +555,7 @@ def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple
 
 def _auto_plan(
     model: nn.Module, m: Method, base: LayerChoice, record: Calibration, ids: Tensor, bits: float | None,
-    progress: Progress | None, designs: dict[Any, Design] | None, sliding: bool,
+    progress: Progress | None, designs: dict[Any, Design] | None, sliding: bool, where: Anatomy,
 ) -> Plan:  # fmt: skip
     """Widths per layer within a budget; the model is as it was before."""
     earlier = model.__dict__.get("_kvsink_runtime")
@@ -483,7 +563,7 @@ def _auto_plan(
         raise UnsupportedError(f"method {m.name} gives its layers widths by their attention pattern; use --plan uniform")
     run = partial(
         rewrite, model, m, key_bits=base.key_bits, value_bits=base.value_bits, protect=base.protect, window=base.window,
-        calibration=record, fold=False, designs=designs, sliding=sliding,
+        calibration=record, fold=False, designs=designs, sliding=sliding, where=where, check=False,
     )  # fmt: skip
     training = model.training
     model.eval()
@@ -510,16 +590,27 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
         versions=versions(),
     )
     packed = sum(plan.codec is not None for plan in runtime.plans)
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     for i, plan in enumerate(runtime.plans):
+        kind, (_, kv, key_dim, value_dim) = where.layer_types[i], where.layers[i]
+        tokens = min(STATED_LENGTH, window_of(config, kind)) if kind in WINDOWED else STATED_LENGTH
+        elements = 0 if where.absent[i] or kind not in KEEPING else where.layers[i].elements * tokens
         if plan.codec is None:
-            row = LayerReport(i, where.attentions[i], False, "16 bit", "16 bit", 16.0, 16.0, "", plan.reason)
+            row = LayerReport(i, where.attentions[i], False, "16 bit", "16 bit", 16.0, 16.0, "", plan.reason, elements)
         else:
-            key_bits, value_bits = counted_bits(plan.codec, where.kv_heads, where.head_dim, layers=packed)
+            key_bits, value_bits = counted_bits(plan.codec, kv, key_dim, layers=packed, value_dim=value_dim)
             row = LayerReport(
                 i, where.attentions[i], True, describe(plan.codec.key), describe(plan.codec.value), key_bits, value_bits,
                 ", ".join([s.key for s in plan.segments] + ([str(plan.codec.anchors)] if plan.codec.anchors else [])), "",
+                elements,
             )  # fmt: skip
         report.layers.append(row)
+    windowed = [r for r, kind in zip(report.layers, where.layer_types, strict=True) if kind in WINDOWED and not r.packed]
+    if (share := report.share(windowed)) > 0.2:
+        report.notes.append(
+            f"{len(windowed)} layers with windows stay in 16 bit and hold {100 * share:.0f} % of the cache at {STATED_LENGTH} "
+            "tokens; --sliding packs them too"
+        )
     return report
 
 

@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,12 @@ from kvsink.kernels import select_sinks
 from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.protect import Segment, SinkStage
+from kvsink.turning import Turning, tables_of
 
-__all__ = ["Anatomy", "Frame", "LayerPlan", "Runtime", "anatomy", "attach", "check_cache", "detach", "number_of", "runtime_of"]
+__all__ = [
+    "Anatomy", "Frame", "Heads", "LayerPlan", "Runtime", "anatomy", "attach", "cache_argument", "check_kind", "detach", "number_of",
+    "rotary_tables", "runtime_of", "turns_back",
+]  # fmt: skip
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
 
@@ -55,18 +59,58 @@ class Frame:
     one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
 
 
+class Heads(NamedTuple):
+    """What one layer's attention works on: query heads, heads and widths of its keys and values."""
+
+    query: int
+    kv: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def elements(self) -> int:
+        """Entries of keys and values per token."""
+        return self.kv * (self.key_dim + self.value_dim)
+
+
 @dataclass(frozen=True)
 class Anatomy:
-    """The modules of a decoder that the hooks stand on, by name."""
+    """The modules of a decoder that the hooks stand on, by name, and what each layer stores.
+
+    turnings: how each layer turns its keys; None as 0.1 assumed it, by all channels of its tables in halves. absent: why a layer
+    keeps no keys and values that could be packed; empty where it does. apart: layers whose keys and values are not read by one
+    call of their own attention alone, so that they have to be handed out whole.
+    """
 
     base: str
     blocks: tuple[str, ...]
     attentions: tuple[str, ...]
     rotary: str | None
-    heads: int
-    kv_heads: int
-    head_dim: int
+    layers: tuple[Heads, ...]
     layer_types: tuple[str, ...]
+    turnings: tuple[Turning | None, ...]
+    absent: tuple[str, ...]
+    apart: frozenset[int] = frozenset()
+
+    @property
+    def heads(self) -> int:
+        """Query heads of the first layer."""
+        return self.layers[0].query
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of the first layer."""
+        return self.layers[0].kv
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a key of the first layer."""
+        return self.layers[0].key_dim
+
+    @property
+    def even(self) -> bool:
+        """Whether all layers have the same heads, and values as wide as keys."""
+        return len(set(self.layers)) == 1 and self.layers[0].key_dim == self.layers[0].value_dim
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -102,9 +146,10 @@ def anatomy(model: nn.Module) -> Anatomy:
     base = blocks[0].rsplit(".", 2)[0] if blocks[0].count(".") >= 2 else ""
     rotary = f"{base}.rotary_emb" if base else "rotary_emb"
     turned = not getattr(config, "alibi", False)  # Falcon makes angles that its attention does not use with ALiBi
-    heads = config.num_attention_heads
+    heads = _global(config, "num_attention_heads") or 1
+    dim = _global(config, "head_dim") or config.hidden_size // heads
     one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-    shared = 1 if one else getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    shared = 1 if one else _global(config, "num_key_value_heads") or _global(config, "num_kv_heads") or heads
     kinds_ = tuple(getattr(config, "layer_types", None) or ())
     if len(kinds_) != len(blocks):
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -118,11 +163,31 @@ def anatomy(model: nn.Module) -> Anatomy:
         blocks=blocks,
         attentions=attentions,
         rotary=rotary if turned and rotary in dict(model.named_modules()) else None,
-        heads=heads,
-        kv_heads=shared,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        layers=tuple(_heads_of(model.get_submodule(name), Heads(heads, shared, dim, dim)) for name in attentions),
         layer_types=kinds_,
+        turnings=(None,) * len(blocks),
+        absent=("",) * len(blocks),
     )
+
+
+def _global(config: Any, name: str) -> Any:
+    """An attribute of a config, or None where there is none that holds for all layers."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers says so where layers differ
+        return None
+
+
+def _heads_of(attention: nn.Module, usual: Heads) -> Heads:
+    """The heads of one attention module as its projections have them, where it has some; else the usual ones of its model."""
+    dim = getattr(attention, "head_dim", None)
+    key = getattr(getattr(attention, "k_proj", None), "out_features", None)
+    if not isinstance(dim, int) or not isinstance(key, int) or key % dim:
+        return usual
+    kv = key // dim
+    value = getattr(getattr(attention, "v_proj", None), "out_features", None)
+    wide = value // kv if isinstance(value, int) and value % kv == 0 else dim
+    return Heads(usual.query, kv, dim, wide)
 
 
 def is_tower(name: str) -> bool:
@@ -148,7 +213,7 @@ def rope_types(config: Any) -> frozenset[str]:
     return frozenset(str(r.get("rope_type", r.get("type"))) for r in kinds)
 
 
-def check_cache(model: nn.Module) -> None:
+def check_kind(model: nn.Module) -> None:
     """Raise UnsupportedError for a model whose cache holds something else than keys and values."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     if getattr(config, "kv_lora_rank", None):
@@ -158,18 +223,36 @@ def check_cache(model: nn.Module) -> None:
         )
 
 
+def turns_back(codec: Codec) -> bool:
+    """Whether a codec takes the rotation of keys by their positions back."""
+    return codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+
+
+def rotary_tables(rotary: nn.Module, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, P, ..] of a rotary module at positions [N, P] in a layer of one kind."""
+    x = torch.empty(1, 1, device=positions.device)
+    given = (x, positions, kind) if "layer_type" in inspect.signature(rotary.forward).parameters else (x, positions)
+    with torch.no_grad():
+        found = tables_of(rotary(*given))
+    if found is None:
+        raise UnsupportedError(
+            f"{type(rotary).__name__} gives no cosines and sines; use a method that leaves keys as they are turned, such as rtn"
+        )
+    return found
+
+
 class Runtime:
     """Plan, calibrated tables and rotary angles of one model; shared by all its caches.
 
     plans: one LayerPlan per layer; tables: tensors named `layers.{i}.{param}` (float32, or int64 permutations); stages: the
-    emergence stages; method: the name reports show.
+    emergence stages; method: the name reports show; where: what is known of the model, None to look at its modules alone.
     """
 
     def __init__(
         self, model: nn.Module, plans: tuple[LayerPlan, ...], tables: Mapping[str, Tensor], stages: tuple[SinkStage, ...],
-        method: str,
+        method: str, where: Anatomy | None = None,
     ) -> None:  # fmt: skip
-        self.anatomy = anatomy(model)
+        self.anatomy = anatomy(model) if where is None else where
         self.config: Any = model.config
         self._through_functions = bool(getattr(model, "_supports_attention_backend", False))
         self.plans, self.stages, self.method = plans, stages, method
@@ -177,6 +260,7 @@ class Runtime:
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
+        self._orders: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -191,27 +275,42 @@ class Runtime:
         With positions in several axes (M-RoPE) a row's key is taken as turned by its first axis alone; what the others turn it
         further stays in the key, so that storing and reading agree for every row.
         """
-        specs = [None if p.codec is None else p.codec.key for p in self.plans]
-        return any(k is None or (k.packed and (k.domain == "block" or k.center)) for k in specs)
+        return any(p.codec is None or turns_back(p.codec) for p in self.plans)
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [N, P, R] of positions [N, P], attention scaling included; R = 0 without RoPE."""
-        if self.rotary is None:
+        """cos and sin float32 [N, P, R] of positions [N, P], attention scaling included; R = 0 without RoPE. Canonical, see
+        `kvsink.turning`."""
+        turning = self.anatomy.turnings[layer]
+        if self.rotary is None or (turning is not None and not turning.channels):
             empty = torch.empty(1, positions.shape[-1], 0, device=positions.device)
             return empty, empty
-        rotary = self.rotary.to(positions.device)
-        x = torch.empty(1, 1, device=positions.device)
-        with torch.no_grad():
-            if "layer_type" in inspect.signature(rotary.forward).parameters:
-                cos, sin = rotary(x, positions, self.anatomy.layer_types[layer])
-            else:
-                cos, sin = rotary(x, positions)
-        return cos.float(), sin.float()
+        cos, sin = rotary_tables(self.rotary.to(positions.device), positions, self._kind(layer))
+        return self.canonical(layer, cos.float(), sin.float())
+
+    def canonical(self, layer: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own tables for a layer as canonical ones."""
+        turning = self.anatomy.turnings[layer]
+        return (cos, sin) if turning is None else turning.canonical(cos, sin)
+
+    def order(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Channels of a key in canonical order, and of the canonical key in the model's: int64 [D] each. None where both are the
+        same, or where the codec of the layer does not turn its keys back."""
+        key = layer, str(device)
+        if key not in self._orders:
+            turning, plan = self.anatomy.turnings[layer], self.plans[layer]
+            wanted = turning is not None and (plan.codec is None or turns_back(plan.codec))
+            order = turning.order(self.anatomy.layers[layer].key_dim) if wanted and turning is not None else None
+            index = None if order is None else torch.tensor(order, device=device)
+            self._orders[key] = None if index is None else (index, index.argsort())
+        return self._orders[key]
+
+    def _kind(self, layer: int) -> str:
+        return self.anatomy.layer_types[layer] if self.anatomy.layer_types else ""
 
     def start_angles(self, layer: int, block: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Angles of the block starts 0, n, 2n, … for at least `rows` blocks: cos, sin [P, R]. Cached and shared."""
-        kind = self.anatomy.layer_types[layer] if self.anatomy.layer_types else ""
-        key = (kind, block, str(device))
+        turning = self.anatomy.turnings[layer]
+        key = (f"{self._kind(layer)} {turning}", block, str(device))
         held = self._starts.get(key)
         if held is None or held[0].shape[0] < rows:
             rows = max(rows, 16)
@@ -255,8 +354,7 @@ class Runtime:
         if name == "tile_turn":
             n = codec.table_tokens
             cos, sin = self.start_angles(layer, n, -(-tokens // n), device)
-            kind = self.anatomy.layer_types[layer] if self.anatomy.layer_types else ""
-            key = f"turn.{kind}.{n}.{cos.shape[0]}@{device}"
+            key = f"turn.{self._kind(layer)}.{self.anatomy.turnings[layer]}.{n}.{cos.shape[0]}@{device}"
             if key not in self._tiles:
                 self._tiles[key] = TileTables.turn(cos, sin)
             return self._tiles[key]
@@ -340,7 +438,8 @@ class _NewFrame(_Hook):
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
                 like = rows if rows.is_floating_point() else number_of(module)
                 frame.positions, frame.one_axis = first, True
-                frame.cos, frame.sin = module.rotary_emb(like, first)  # type: ignore[operator]
+                found = tables_of(module.rotary_emb(like, first))  # type: ignore[operator]
+                frame.cos, frame.sin = found if found is not None else (None, None)
         if hasattr(cache, "begin") and not torch.compiler.is_compiling():
             cache.begin(frame)
         cache.shared.frame = frame
@@ -472,12 +571,17 @@ class _Positions(_Hook):
             return
         if cache.shared.frame.one_axis:
             return
-        angles = self.given("position_embeddings", args, kwargs)
-        if angles is not None and self.turned:
-            cache.shared.frame.cos, cache.shared.frame.sin = angles
+        found = tables_of(self.given("position_embeddings", args, kwargs)) if self.turned else None
+        if found is not None:
+            cache.shared.frame.cos, cache.shared.frame.sin = found
         positions = self.given("position_ids", args, kwargs)
         if positions is not None and positions.dim() == 2:
             cache.shared.frame.positions = positions
+
+
+def cache_argument(module: nn.Module) -> str:
+    """The name under which a module's forward takes its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def number_of(module: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ Raises     SidecarError when a file is missing, truncated, of another version, o
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.protect import Segment, SinkStage
-from kvsink.runtime import LayerPlan, Runtime
+from kvsink.runtime import Anatomy, Heads, LayerPlan, Runtime, anatomy
+from kvsink.turning import Turning
 
 __all__ = ["FORMAT", "SIDECAR_JSON", "SIDECAR_TENSORS", "read_sidecar", "write_sidecar"]
 
@@ -34,6 +35,7 @@ def write_sidecar(
     folder: Path, model: nn.Module, runtime: Runtime, extra: dict[str, Any], weights: Tensor | None = None
 ) -> None:
     """Write both files for a model whose weights are the ones in `folder`. weights: their fingerprint, where it is known."""
+    a = runtime.anatomy
     plan = {
         "format": FORMAT,
         "method": runtime.method,
@@ -43,9 +45,14 @@ def write_sidecar(
                 "codec": json.loads(p.codec.text()) if p.codec is not None else None,
                 "segments": [[s.source, s.count] for s in p.segments],
                 "reason": p.reason,
+                "heads": list(heads),
+                "turning": None if turning is None else turning.as_list(),
+                "absent": absent,
             }
-            for p in runtime.plans
+            for p, heads, turning, absent in zip(runtime.plans, a.layers, a.turnings, a.absent, strict=True)
         ],
+        "layer_types": list(a.layer_types),
+        "apart": sorted(a.apart),
         **extra,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in runtime.tables.items()}
@@ -84,7 +91,7 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
             )
             for p in plan["layers"]
         )
-        runtime = Runtime(model, plans, tensors, stages, str(plan["method"]))
+        runtime = Runtime(model, plans, tensors, stages, str(plan["method"]), _known(anatomy(model), plan))
     except KvsinkError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
@@ -94,6 +101,21 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
     return runtime
 
 
+def _known(where: Anatomy, plan: dict[str, Any]) -> Anatomy:
+    """What the plan says of the model's layers; a plan of 0.1 says nothing, and its codecs took RoPE as turned in halves."""
+    rows = plan["layers"]
+    if "layer_types" not in plan or len(rows) != len(where.attentions):
+        return where
+    return replace(
+        where,
+        layers=tuple(Heads(*map(int, row["heads"])) for row in rows),
+        turnings=tuple(None if row["turning"] is None else Turning(*row["turning"]) for row in rows),
+        absent=tuple(str(row["absent"]) for row in rows),
+        layer_types=tuple(map(str, plan["layer_types"])),
+        apart=frozenset(map(int, plan["apart"])),
+    )
+
+
 def check_runtime(runtime: Runtime, source: str | Path) -> None:
     """Raise SidecarError unless plan and tables fit the model's layers, heads and head dimension."""
     a = runtime.anatomy
@@ -101,28 +123,26 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
         raise SidecarError(
             f"{source} plans {len(runtime.plans)} layers, the model has {len(a.attentions)}; it is of another model"
         )
-    shapes: dict[str, tuple[int, ...]] = {
-        "k_mean": (a.kv_heads, a.head_dim), "k_mean2": (a.kv_heads, a.head_dim),
-        "k_basis": (a.kv_heads, a.head_dim, a.head_dim), "v_basis": (a.kv_heads, a.head_dim, a.head_dim),
-        "v_mean": (a.kv_heads, a.head_dim),
-        "k_perm": (a.kv_heads * a.head_dim,), "k_unperm": (a.kv_heads * a.head_dim,),
-    }  # fmt: skip
     for layer, plan in enumerate(runtime.plans):
         if plan.codec is None:
             continue
-        c = plan.codec
+        c, (_, kv, key_dim, value_dim) = plan.codec, a.layers[layer]
+        learnt: dict[str, tuple[int, ...]] = {
+            "k_mean": (kv, key_dim), "k_mean2": (kv, key_dim), "v_mean": (kv, value_dim),
+            "k_basis": (kv, key_dim, key_dim), "v_basis": (kv, value_dim, value_dim),
+            "k_perm": (kv * key_dim,), "k_unperm": (kv * key_dim,),
+        }  # fmt: skip
         if sum(s.count for s in plan.segments) != c.exact_rows or c.window < 0:
             raise SidecarError(f"{source}: layer {layer} has {c.exact_rows} exact rows but segments {plan.segments}")
-        for side in (c.key, c.value):
-            if side.packed and side.widths and 8 * len(side.widths) != a.head_dim:
+        for side, dim in ((c.key, key_dim), (c.value, value_dim)):
+            if side.packed and side.widths and 8 * len(side.widths) != dim:
                 raise SidecarError(
-                    f"{source}: layer {layer} codes {8 * len(side.widths)} channels, the model has {a.head_dim}; it is of "
+                    f"{source}: layer {layer} codes {8 * len(side.widths)} channels, the model has {dim}; it is of "
                     "another model"
                 )
-        learnt = dict(shapes)
-        for prefix, side in (("k", c.key), ("v", c.value)):
+        for prefix, side, dim in (("k", c.key, key_dim), ("v", c.value, value_dim)):
             if side.packed:
-                learnt.update(QUANTIZERS[side.kind].shapes(side, prefix, a.kv_heads, a.head_dim))
+                learnt.update(QUANTIZERS[side.kind].shapes(side, prefix, kv, dim))
         for name in c.param_names():
             if name in ("start_cos", "start_sin"):
                 continue
@@ -131,7 +151,7 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
                 raise SidecarError(f"{source}: the table {name} of layer {layer} is missing; run kvsink-rewrite again")
             wanted = learnt.get(name)
             if name == "k_table":
-                wanted = (a.kv_heads, c.table_tokens, a.head_dim)
+                wanted = (kv, c.table_tokens, key_dim)
             if (wanted is not None and tuple(table.shape) != wanted) or (
                 name.startswith("offset") and table.shape[0] != c.key.block
             ):

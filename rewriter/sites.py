@@ -2,7 +2,8 @@
 
 Anchors    `scaled_dot_product_attention`, or the softmax between two matmuls of the eager spelling
 Walks      from the anchor upwards: slice, repeat_kv, cache read, cache write, RoPE, projection, block input
-Variants   core "sdpa" | "eager_softmax"; heads "mha" | "repeated_kv" | "gqa"; rope "none" | "half" | "partial_half";
+Variants   core "sdpa" | "eager_softmax"; heads "mha" | "repeated_kv" | "gqa"; rope "none" | "half" | "partial_half" | "hidden"
+           (of a spelling unknown here, before a packed cache, which knows its angles);
            cache "none" | "dynamic" | "static" | "kvsink"; "sliding" when the window is visible in the graph
 Graphs     dynamo's torch-level graphs and torch.export's ATen graphs, through the names of `kvsink.targets`
 Declines   cross and vision attention, softcap, learned sink logits, dropout, RoPE of an unknown spelling, attention
@@ -85,6 +86,7 @@ class AttentionSite:
     reads: tuple[Node, ...]
     hidden_in: Node | None
     hidden: Node | None
+    order: Node | None = None  # int64 [D]: the order in which the packed cache holds the channels of a key, if not the model's
     variants: tuple[str, ...] = field(default=())
 
     @property
@@ -259,7 +261,10 @@ class _Rope:
 def _site(graph: fx.Graph, core: Core) -> AttentionSite | Declined:
     path = module_path(core.attn)
     (k_source, heads), (v_source, _) = _peel_heads(core.k), _peel_heads(core.v)
+    if kind(k_source) == "index_select" and arg(k_source, 1) in (-1, 3) and kind(arg(arg(k_source, 0), 0)) == "kvsink.read":
+        k_source = arg(k_source, 0)  # a packed cache that holds the channels in an order of its own
     k, v = _stored(k_source), _stored(v_source)
+    order = arg(k.new, 2) if k_source is not _peel_heads(core.k)[0] and kind(k.new) == "index_select" else None
     q_rope, k_rope = match_rope(core.q), match_rope(k.new)
     sources = [_entries(node, path) for node in (q_rope.pre, k_rope.pre, v.new)]
     if not sources[0].keys() & sources[1].keys() or not sources[0].keys() & sources[2].keys():
@@ -271,8 +276,11 @@ def _site(graph: fx.Graph, core: Core) -> AttentionSite | Declined:
     causal = core.is_causal or k.cache != "none" or _is_causal_mask(core.mask)
     if not causal:
         return Declined("neither a cache nor causality (vision or encoder attention)", core.attn, path)
-    if k_rope.name == "none" and _sees_rotary_table(k.new, path):
-        return Declined("RoPE of an unknown spelling between the key and its cache", k.new, path)
+    rope = k_rope.name
+    if rope == "none" and _sees_rotary_table(k.new, path):
+        if k.cache != "kvsink":
+            return Declined("RoPE of an unknown spelling between the key and its cache", k.new, path)
+        rope = "hidden"
     if k.cache != v.cache:
         return Declined(f"keys are stored in a {k.cache} cache, values in a {v.cache} one", core.attn, path)
     block = _block(path)
@@ -300,13 +308,14 @@ def _site(graph: fx.Graph, core: Core) -> AttentionSite | Declined:
         is_causal=core.is_causal,
         causal=causal,
         repeats=repeats,
-        rope=k_rope.name,
+        rope=rope,
         window=window,
         cache=k.cache,
         writes=tuple(dict.fromkeys(k.writes + v.writes)),
         reads=tuple(dict.fromkeys(k.reads + v.reads)),
         hidden_in=next(iter(_entries(k_rope.pre, block)), None),
         hidden=_block_output(graph, block),
+        order=order,
         variants=(core.name, heads, *(["sliding"] if window is not None else [])),
     )
 

@@ -23,12 +23,18 @@ from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
 from kvsink.runtime import Frame, Runtime
 
-__all__ = ["BACK", "SLACK", "SlidingWindow", "check_crop", "sliding_refusal"]
+__all__ = ["BACK", "SLACK", "WINDOWED", "SlidingWindow", "check_crop", "sliding_refusal", "window_of"]
 
+WINDOWED = ("sliding_attention", "chunked_attention")  # kinds of layers that see a bounded number of tokens
 BACK = 32  # rows behind the window that a crop may take back
 SLACK = 256  # tokens between two moves
 
 _SLOTTED = ("k_codes", "k_scale", "v_codes", "v_scale")
+
+
+def window_of(config: Any, kind: str) -> int:
+    """Tokens that a layer of a windowed kind holds: of its sliding window, or of its chunk."""
+    return int(config.attention_chunk_size if kind == "chunked_attention" else config.sliding_window)
 
 
 def sliding_refusal(codec: Codec) -> str:

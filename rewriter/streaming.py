@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from kvsink.checkpoint import Checkpoint
 from kvsink.conversion import Weights
 from kvsink.errors import ModelError, UnsupportedError
-from kvsink.runtime import anatomy
+from kvsink.runtime import anatomy, cache_argument
 
 __all__ = ["SHARE_OF_MEMORY", "Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
 
@@ -99,11 +99,14 @@ def skeleton(folder: str | Path) -> Any:
 
 @dataclass
 class Job:
-    """One window: its tokens [1, T], the cache that looks on (or None), and what is to be called before each of its layers."""
+    """One window: its tokens [1, T], the cache that looks on (or None), their positions where they are not those behind the cache,
+    and what is to be called before each of its layers."""
 
     rows: Tensor
     cache: Any = None
     begin: Callable[[], None] = lambda: None
+    positions: Tensor | None = None
+    mask: Tensor | None = None
     hidden: Tensor | None = None
     frame: Any = None
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -259,7 +262,10 @@ class Stream:
         with self._instead([self._noting(current, i, n) for i, n in enumerate(names)]), self.loaded(self._outer()):
             for job in jobs:
                 current[:] = [job]
-                base(inputs_embeds=job.hidden, past_key_values=job.cache, use_cache=job.cache is not None)
+                given: dict[str, Any] = {cache_argument(base): job.cache, "use_cache": job.cache is not None}
+                given |= {} if job.positions is None else {"position_ids": job.positions}
+                given |= {} if job.mask is None else {"attention_mask": job.mask}
+                base(inputs_embeds=job.hidden, **given)
         for job in jobs:
             if len(job.calls) != len(names):
                 raise UnsupportedError(f"{type(self.model).__name__} does not call each of its layers once; use --whole")

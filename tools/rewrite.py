@@ -59,6 +59,10 @@ from kvsink.tools.cli import command_line, wide_console
 @click.option(
     "--eval-window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of such a window."
 )
+@click.option(
+    "--check/--no-check", default=True, show_default=True,
+    help="Compare with the stock model before anything is written: folded weights, keys, logits, a compiled step.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace OUT_DIR if it exists.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 def command(
@@ -196,6 +200,8 @@ def print_report(report: Any, out_dir: Path, dry_run: bool, quality: Any = None)
             console.print(f"layer {row.layer} ({row.path}) left alone: {row.reason}", highlight=False, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+    if report.check is not None:
+        console.print(str(report.check), highlight=False, markup=False, style="bold red" if report.check.skipped else "")
     if dry_run:
         console.print(f"dry run: {out_dir} was not written", highlight=False, markup=False)
         return

@@ -155,14 +155,6 @@ def test_other_architectures(family: str, words: str) -> None:
         kvsink.rewrite(build(family), "rtn")
 
 
-def test_layers_without_rope_among_layers_with_it_keep_codecs_after_rope() -> None:
-    from kvsink.tools.tiny_models import build_family
-
-    with pytest.raises(UnsupportedError, match="some layers have RoPE and others none.*--method rtn"):
-        kvsink.rewrite(build_family("smollm3"), "klt")
-    assert all(row.packed for row in kvsink.rewrite(build_family("smollm3"), "rtn").layers)
-
-
 def test_a_cache_of_latents_is_declined() -> None:
     from kvsink.tools.tiny_models import build_family
 
