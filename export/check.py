@@ -27,7 +27,7 @@ from kvsink.export.errors import ExportError
 from kvsink.export.past import FIXED, STATE_OF, past_names
 from kvsink.export.runner import OnnxGenerator
 from kvsink.export.ties import Ties
-from kvsink.runtime import runtime_of
+from kvsink.runtime import cache_argument, runtime_of
 
 __all__ = ["TIES", "check_file", "check_run"]
 
@@ -77,8 +77,8 @@ def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence
         seen = mask[:, new].bool().numpy()
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
-                **{takes: given[:, new]}, attention_mask=mask[:, :upto], position_ids=positions[:, new], past_key_values=cache,
-                use_cache=True,
+                **{takes: given[:, new], cache_argument(model): cache}, attention_mask=mask[:, :upto],
+                position_ids=positions[:, new], use_cache=True,
             ).logits  # fmt: skip
         held = _state(cache, present, upto, runner.one_row)
         for name, there in held.items():

@@ -30,7 +30,7 @@ from kvsink.export.past import PlainLayer
 from kvsink.kernels import stages
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
-from kvsink.runtime import Frame, Runtime, runtime_of
+from kvsink.runtime import Frame, Runtime, cache_argument, runtime_of
 
 __all__ = ["GQA_ATTENTION", "GQA_LEAN", "MASKED", "GroupQueryModel", "cache_bits", "empty_cache", "group_query"]
 
@@ -263,8 +263,9 @@ class GroupQueryModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         cache = _GroupQueryPast(self, attention_mask, past)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+            **{cache_argument(self.model): cache},
+        )  # fmt: skip
         present = {f"{i}.{name}": tensor for i, layer in enumerate(cache.layers) for name, tensor in layer.present.items()}
         return (out.logits, *(present[name] for name in past))
 

@@ -23,7 +23,7 @@ from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.kernels import decode, dequantize, encode, quantize
-from kvsink.runtime import Frame, Runtime, runtime_of
+from kvsink.runtime import Frame, Runtime, cache_argument, runtime_of
 
 __all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "PlainLayer", "empty_past", "past_names", "takes_packed"]
 
@@ -275,7 +275,7 @@ class ExportedModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         cache = PackedPast(self.runtime, past, self.params, self.fused)
         out = self.model(
-            **{self.rows: input_ids}, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            **{self.rows: input_ids, cache_argument(self.model): cache}, attention_mask=attention_mask, position_ids=position_ids,
             use_cache=True,
         )  # fmt: skip
         present = cache.present()

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from kvsink.errors import KvsinkError
 from kvsink.export import OnnxGenerator, onnx
-from kvsink.runtime import detach
+from kvsink.runtime import cache_argument, detach
 
 __all__ = ["onnx_rows", "parse_cases", "table"]
 
@@ -240,7 +240,7 @@ class _Source:
         cache, then = (KVSinkCache.for_model(self.model, 1, _SHORT + _SINGLE, strict=s) for s in (strict_prompt, strict))
         with torch.no_grad():
             for a, b in _parts():
-                parts.append(self.model(input_ids=ids[:, a:b], past_key_values=cache, use_cache=True).logits)
+                parts.append(self.model(input_ids=ids[:, a:b], use_cache=True, **{cache_argument(self.model): cache}).logits)
                 if a == 0:
                     for one, other in zip(cache.packed_layers(), then.packed_layers(), strict=True):
                         for held, x in zip(other.state(), one.state(), strict=True):
