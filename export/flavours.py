@@ -88,17 +88,6 @@ def lean_refusal(codec: Codec | None, kind: str) -> str:
     return ""
 
 
-def turned_otherwise(runtime: Runtime, layer: int) -> str:
-    """Why the mean of a layer's keys cannot come back through the angles of its pairs, or an empty string."""
-    import torch
-
-    cos = runtime.angles(layer, torch.arange(3)[None])[0]
-    half = cos.shape[-1] // 2
-    if torch.equal(cos[..., :half], cos[..., half:]):
-        return ""
-    return "the mean of keys comes back through RoPE in halves, and its RoPE is spelled otherwise; use --method static-rotated"
-
-
 def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str:
     """Why a layer's codec cannot leave in a flavour, or an empty string."""
     return gqa_refusal(codec, segments) if flavour == "gqa" else codec_refusal(codec, segments)
@@ -163,9 +152,13 @@ def check_expressible(
         if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
             what = "ONNX" if flavour != "gqa" else "ONNX flavour gqa"
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to {what}: {reason}")
-    for i, plan in enumerate(runtime.plans if flavour == "gqa" else ()):
-        if plan.codec is not None and plan.codec.key.center and (reason := turned_otherwise(runtime, i)):
-            raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa: {reason}")
+    sinks = any(hasattr(module, "sinks") for module in model.modules())
+    for i, plan in enumerate(runtime.plans if sinks and flavour == "gqa" else ()):
+        if plan.codec is not None and (plan.codec.key.center or plan.codec.value.center):
+            raise ExportError(
+                f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa: beside learned sink logits shares of "
+                "attention do not sum to one, so means cannot come back behind it; use --method static-rotated"
+            )
     for i, plan in enumerate(runtime.plans if lean else ()):
         kinds = runtime.anatomy.layer_types
         if reason := lean_refusal(plan.codec, kinds[i] if kinds else ""):

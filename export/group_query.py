@@ -13,6 +13,7 @@ Shapes     q [B, Hq, S, D], k, v [B, H, S, D] after RoPE; past int8 [B, H, P, D]
            lean, for CUDA, whose kernel takes no bias and is fast for one step of all channels alone: k'' = k' / step,
            q'' = q' step, o' = o'' step, codes of step 1; the attention mask gives the lengths and nothing else
 Exact      yes, up to the codes; positions of stored rows are those that the attention mask implies
+Sinks      learned logits are the operator's head_sink; shares then sum to less than one, so no mean may leave
 Declines   see `kvsink.export.flavours.gqa_refusal`
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvsink.codecs import Codec
-from kvsink.export.past import PlainLayer
+from kvsink.export.past import PlainLayer, orders_of
 from kvsink.kernels import stages
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
@@ -120,8 +121,9 @@ class _GroupQueryLayer(PlainLayer):
         k, v, c, p = key_states, value_states, self.codec, self.params
         if c is not None:
             frame = self.cache.shared.frame or Frame()
+            k = self._ordered(k)
             if c.key.center and frame.cos is not None and frame.sin is not None:
-                k = stages.center_roped(k, p["k_mean"], frame.cos, frame.sin)
+                k = stages.center_roped(k, p["k_mean"], *self.cache.runtime.canonical(self.layer, frame.cos, frame.sin))
             elif c.key.center:
                 k = stages.center(k, p["k_mean"])
             k = self._turn(k, c.key)
@@ -132,6 +134,11 @@ class _GroupQueryLayer(PlainLayer):
             k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         k._kvsink_group_query = self  # type: ignore[attr-defined]
         return k, v
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        """Queries or keys with their channels as keys are coded."""
+        order = self.cache.orders[self.layer]
+        return x if order is None else x.index_select(-1, order[0])
 
     def _turn(self, x: Tensor, side: Any, inverse: bool = False) -> Tensor:
         """Runs of `order` channels times the Hadamard matrix, as one product."""
@@ -147,6 +154,7 @@ class _GroupQueryLayer(PlainLayer):
         c, p, groups = self.codec, self.params, q.shape[1] // k.shape[1]
         if c is not None and self.cache.lean:
             return self._attend_lean(q, k, v, scale)
+        q = self._ordered(q)
         bias = self.cache.mask if mask is None else torch.where(mask, 0.0, MASKED)
         if c is not None and c.key.center and self.cache.turns(self.layer) is not None:
             bias = bias + scale * self._mean_scores(q, p["k_mean"].repeat_interleave(groups, dim=0))
@@ -200,6 +208,7 @@ class _GroupQueryPast(Cache):
     def __init__(self, owner: GroupQueryModel, mask: Tensor, past: dict[str, Tensor]) -> None:
         self.runtime, self.params, self.hadamard, self.table = owner.runtime, owner.params, owner.hadamard, owner.tables
         self.lean, self.mask, self.one = owner.lean, mask, owner.one
+        self.orders = owner.orders
         self.shared = _Shared()
         self.visual: Tensor | None = None
         self._positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -257,6 +266,7 @@ class GroupQueryModel(nn.Module):
                         self.register_buffer(f"turns_{len(self.tables)}", both, persistent=False)
                         self.tables[kind] = getattr(self, f"turns_{len(self.tables)}")
             self.params.append(own)
+        self.orders = orders_of(self, self.runtime)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: dict[str, Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
+pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
 from kvsink.export import onnx
 from kvsink.export.graph import build_graph
@@ -39,6 +39,7 @@ class _InPlace(nn.Module):
 
 def _ran(module: nn.Module, x: Tensor) -> Any:
     import onnx_ir as ir
+    import onnxruntime
 
     axis = torch.export.Dim.DYNAMIC
     with torch.no_grad():
@@ -74,3 +75,13 @@ def test_an_export_warns_of_no_old_names(tmp_path) -> None:
         warnings.simplefilter("always")
         onnx(model, tmp_path / "model.onnx", "gqa")
     assert not [w for w in told if "past_key_values" in str(w.message)]
+
+
+@pytest.mark.parametrize(("method", "flavour"), [("klt", "functions"), ("static", "gqa")])
+def test_keys_that_turn_in_pairs(method: str, flavour: str, tmp_path) -> None:
+    """Neighbouring channels of Cohere make a pair: the graph codes them in the order in which the torch cache does."""
+    from kvsink.tools.families import rewritten as of_family
+
+    model, _ = of_family("cohere", method, torch.float32, protect="first:1" if flavour == "functions" else "none")
+    found = onnx(model, tmp_path / "model.onnx", flavour)["check"]
+    assert found["different_bytes"] == 0 and found["largest_logit_difference"] < 1e-5 and found["packed_bytes"] > 1000
