@@ -29,12 +29,13 @@ class _Shapes(nn.Module):
 
 
 class _InPlace(nn.Module):
-    """A cast that is the same tensor, written to: both names change."""
+    """Rows written through a view: the tensor behind it changes."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x * 2.0
-        y.to(torch.float32).add_(1.0)
-        return y.T.contiguous() if y.dim() == 2 else y.mT.clone()
+        y[:, 1:].copy_(x[:, 1:])
+        y.select(1, 0).add_(1.0)
+        return y
 
 
 def _ran(module: nn.Module, x: Tensor) -> Any:
