@@ -4,7 +4,7 @@ Route      torch.export → translated as it is, where nothing in it needs decom
            to do in a language model
 Saved      torch.export's memory of fake results: with symbolic sizes a look-up takes longer than the result; half of the trace
            decompositions: two more traces, needed only where a graph writes in place or has an operator without translation
-           the rule that looks for two outputs at once: every node against all pairs of nodes, so 30 layers cost 200 times 2
+           the rule that looks for two outputs at once: it goes through the whole graph for every node
 Exact      yes: the same operators on the same values; `kvsink.export.check` runs what comes out
 """
 
@@ -97,16 +97,6 @@ def _reshape(x: Any, kept: int, sizes: Sequence[Any], after: Sequence[Any]) -> A
 
 
 _SHAPED: dict[Any, Callable[..., Any]] = {torch.ops.aten.flatten.using_ints: _flatten, torch.ops.aten.unflatten.int: _unflatten}
-
-
-def _is_plain(graph: Any, known: Mapping[Any, Any]) -> bool:
-    """Whether no node of a graph writes in place, holds a graph of its own, or is one of those `known` to be decomposed."""
-    for op in (node.target for node in graph.nodes if node.op == "call_function"):
-        if isinstance(op, torch._ops.HigherOrderOperator) or op in known:
-            return False
-        if isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable:
-            return False
-    return True
 
 
 def _simplify(model: Any) -> None:
