@@ -33,7 +33,8 @@ def trace(
     """
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program: Any = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
-        decompose, options = program.run_decompositions, {"opset_version": opset, "custom_translation_table": _SHAPED | dict(table)}
+        decompose = program.run_decompositions
+        options: dict[str, Any] = {"opset_version": opset, "custom_translation_table": _SHAPED | dict(table)}
         program.run_decompositions = lambda known: program if _respell(program.graph, known) else decompose(known)
         try:
             made = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **options)

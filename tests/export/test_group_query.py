@@ -236,7 +236,7 @@ def test_learned_sinks_leave_as_the_operators_own(tmp_path) -> None:
         stock.load_state_dict({name: p - 100 for name, p in sinks.items()}, strict=False)
         without = stock(ids).logits.numpy()
     assert np.abs(wanted - without).max() > 1e-2
-    for bits in (16, 8, 4):
+    for bits in (16, 4):
         model, _ = of_family("gpt-oss", "static-rotated", torch.float32, protect="none", key_bits=bits, value_bits=bits)
         model.load_state_dict({**stock.state_dict(), **sinks} if bits == 16 else sinks, strict=False)
         found = onnx(model, tmp_path / "model.onnx", "gqa")["check"]
