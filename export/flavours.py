@@ -95,10 +95,13 @@ def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str
     return gqa_refusal(codec, segments) if flavour == "gqa" else codec_refusal(codec, segments)
 
 
-def model_refusal(model: Any, anywhere: bool = False, embeds: bool = False) -> str:
+def model_refusal(
+    model: Any, anywhere: bool = False, embeds: bool = False, flavour: str = "functions", lean: bool = False
+) -> str:
     """Why a model cannot be written as a graph, whatever its codec, or an empty string.
 
-    anywhere: not yet where it must be; embeds: the graph takes embeddings, those of pictures among them.
+    anywhere: not yet where it must be; embeds: the graph takes embeddings, those of pictures among them; lean: flavour gqa as
+    CUDA's kernel takes it.
     """
     config = model.config.get_text_config(decoder=True)
     if visual_tokens(model.config) and not embeds:
@@ -107,8 +110,9 @@ def model_refusal(model: Any, anywhere: bool = False, embeds: bool = False) -> s
         return reason
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention logits, which the Attend node does not"
-    if any(hasattr(module, "sinks") for module in model.modules()):
-        return "its attention has learned sink logits, which the Attend node does not"
+    if (flavour != "gqa" or lean) and any(hasattr(module, "sinks") for module in model.modules()):
+        rest = "flavour gqa takes in float32 only" if lean else "the Attend node does not; use --onnx-flavour gqa"
+        return f"its attention has learned sink logits, which {rest}"
     if "dynamic" in rope_types(config):
         return "rope type dynamic computes its angles anew whenever the length grows, which no graph can"
     if config.model_type == "falcon" and config.alibi:
@@ -137,7 +141,7 @@ def check_expressible(
     model: Any, runtime: Runtime, anywhere: bool = False, flavour: str = "functions", lean: bool = False, embeds: bool = False
 ) -> None:
     """Raise ExportError naming the first layer, or the property of the model, that cannot leave."""
-    if reason := model_refusal(model, anywhere, embeds):
+    if reason := model_refusal(model, anywhere, embeds, flavour, lean):
         raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {reason}")
     if flavour == "gqa" and embeds:
         raise ExportError("flavour gqa takes token ids, as its genai_config.json says; export flavour functions with embeds=True")
@@ -150,6 +154,13 @@ def check_expressible(
         if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
             what = "ONNX" if flavour != "gqa" else "ONNX flavour gqa"
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to {what}: {reason}")
+    sinks = any(hasattr(module, "sinks") for module in model.modules())
+    for i, plan in enumerate(runtime.plans if sinks and flavour == "gqa" else ()):
+        if plan.codec is not None and (plan.codec.key.center or plan.codec.value.center):
+            raise ExportError(
+                f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa: beside learned sink logits shares of "
+                "attention do not sum to one, so means cannot come back behind it; use --method static-rotated"
+            )
     for i, plan in enumerate(runtime.plans if lean else ()):
         kinds = runtime.anatomy.layer_types
         if reason := lean_refusal(plan.codec, kinds[i] if kinds else ""):
@@ -165,13 +176,12 @@ def check_expressible(
 
 def explain_flavours(model: Any, runtime: Runtime) -> str:
     """What of a rewritten model leaves as ONNX: the flavours it leaves in, and one line for every reason against the others."""
-    if reason := model_refusal(model):
-        return f"onnx: no flavour, 1 times: the model: {reason}"
     leaves: list[str] = []
     lines: list[str] = []
     for flavours in (("functions", "custom"), ("gqa",)):
-        reasons: dict[str, int] = {}
-        for plan in runtime.plans:
+        whole = model_refusal(model, flavour=flavours[0])
+        reasons: dict[str, int] = {f"the model: {whole}": 1} if whole else {}
+        for plan in runtime.plans if not whole else ():
             if plan.codec is not None and (reason := refusal(flavours[0], plan.codec, plan.segments)):
                 reasons[reason] = reasons.get(reason, 0) + 1
         leaves += [] if reasons else flavours

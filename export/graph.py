@@ -1,7 +1,7 @@
 """A rewritten model as an ONNX graph: traced with its packed past as inputs and outputs, its ops as nodes of com.kvsink.
 
-Route      `ExportedModel` → torch.export → torch.onnx.export with a translation table that records one opaque node per op →
-           function bodies appended (`append_functions`) or not
+Route      `ExportedModel` → `kvsink.export.trace` with a translation table that records one opaque node per op → function bodies
+           appended (`append_functions`) or not
 Names      input_ids, attention_mask, position_ids, past_key_values.N.…, logits, present.N.…
 Raises     ExportError when torch cannot trace or translate the model, naming the first reason
 """
@@ -24,6 +24,7 @@ from kvsink.export.errors import ExportError
 from kvsink.export.flavours import takes_functions
 from kvsink.export.group_query import GQA_ATTENTION, GQA_LEAN, GroupQueryModel, empty_cache
 from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
+from kvsink.export.trace import trace
 from kvsink.kernels.quantize import SIGMA_KINDS
 
 __all__ = ["append_functions", "build_graph"]
@@ -58,22 +59,18 @@ def build_graph(
             wrapper = ExportedModel(model, tokens, flavour == "custom", embeds).eval()
         inputs = _example(wrapper)
         try:
-            program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=_shapes(inputs), strict=False)
-            made = torch.onnx.export(
-                program, (), dynamo=True, opset_version=opset, custom_translation_table=table, verbose=False, optimize=True
-            )
+            made = trace(wrapper, inputs, _shapes(inputs), opset, table)
         except Exception as error:  # torch has many kinds, none of them ours
             raise ExportError(
                 f"{type(model).__name__} cannot be exported: {_reason(error)}. Its PyTorch folder works; leave --onnx out"
             ) from error
         finally:
             log.setLevel(level)
-    assert made is not None
-    _name(made.model, list(inputs["past"]), embeds)
-    _forget(made.model)
-    made.model.graph.opset_imports["com.microsoft" if grouped else DOMAIN] = 1
-    made.model.ir_version = max(10, made.model.ir_version)  # the first that tells functions apart by overload
-    return made.model
+    _name(made, list(inputs["past"]), embeds)
+    _forget(made)
+    made.graph.opset_imports["com.microsoft" if grouped else DOMAIN] = 1
+    made.ir_version = max(10, made.ir_version)  # the first that tells functions apart by overload
+    return made
 
 
 @contextmanager
@@ -169,8 +166,9 @@ def _number(value: Any, dtype: int = 1, **rest: Any) -> Any:
 
 
 def _group_query(
-    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int
-) -> Any:
+    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int,
+    sink: Any = None,
+) -> Any:  # fmt: skip
     """Record com.microsoft::GroupQueryAttention, with the transposes and lengths it asks for, in standard operators."""
     import numpy as np
     import onnx_ir as ir
@@ -197,11 +195,11 @@ def _group_query(
     last = node("Sub", total, constant([1], np.int32))
     lengths = node("Expand", last, node("Shape", q, start=0, end=1))  # [B]
     inputs = [flat(q, heads * dim), flat(k, kv_heads * dim), flat(v, kv_heads * dim), past_k, past_v, lengths, total]
-    inputs += [None, None, None, None if lean else bias]  # cos, sin and positions of a rotation that has been done
+    inputs += [None, None, None, None if lean else bias, sink]  # cos, sin and positions of a rotation that has been done
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale), "do_rotary": 0}
     if bits < 32:
         shape = constant([kv_heads, 1, dim], np.int64)
-        inputs += [None, *((k_step, k_step) if lean else (node("Reshape", step, shape) for step in (k_step, v_step)))]
+        inputs += [*((k_step, k_step) if lean else (node("Reshape", step, shape) for step in (k_step, v_step)))]
         kind = "PER_TENSOR" if lean else "PER_CHANNEL"
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
     while inputs[-1] is None:

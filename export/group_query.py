@@ -13,6 +13,7 @@ Shapes     q [B, Hq, S, D], k, v [B, H, S, D] after RoPE; past int8 [B, H, P, D]
            lean, for CUDA, whose kernel takes no bias and is fast for one step of all channels alone: k'' = k' / step,
            q'' = q' step, o' = o'' step, codes of step 1; the attention mask gives the lengths and nothing else
 Exact      yes, up to the codes; positions of stored rows are those that the attention mask implies
+Sinks      learned logits are the operator's head_sink; shares then sum to less than one, so no mean may leave
 Declines   see `kvsink.export.flavours.gqa_refusal`
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvsink.codecs import Codec
-from kvsink.export.past import PlainLayer
+from kvsink.export.past import PlainLayer, orders_of
 from kvsink.kernels import stages
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
@@ -58,11 +59,12 @@ def empty_cache(runtime: Runtime, batch: int, length: int, dtype: torch.dtype = 
 @torch.library.custom_op("kvsink_export::group_query", mutates_args=())
 def group_query(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, k_step: Tensor | None, v_step: Tensor | None,
-    scale: float, bits: int,
+    scale: float, bits: int, sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One GroupQueryAttention node in plain torch: (output [B, S, Hq·D], present keys, present values); causal, bias added.
 
-    bias: float [B, Hq or 1, S, P + S]; or the attention mask [B, P + S], all ones, and steps are 1.
+    bias: float [B, Hq or 1, S, P + S]; or the attention mask [B, P + S], all ones, and steps are 1. sink: learned logits [Hq] of a
+    slot without a value, which takes its share of every row.
     """
     if bias.dim() == 2:
         bias = q.new_zeros(())
@@ -74,14 +76,19 @@ def group_query(
     rows, slots = q.shape[2], keys.shape[2]
     after = torch.ones(rows, slots, dtype=torch.bool).triu(slots - rows + 1)
     bias = bias.expand(q.shape[0], 1, rows, slots) if bias.dim() == 0 else bias
-    out = F.scaled_dot_product_attention(q, keys, values, bias.masked_fill(after, MASKED), scale=scale)
+    bias = bias.masked_fill(after, MASKED)
+    if sink is None:
+        out = F.scaled_dot_product_attention(q, keys, values, bias, scale=scale)
+    else:
+        scores = torch.cat([scale * q @ keys.mT + bias, sink[:, None, None].expand(*q.shape[:3], 1)], dim=-1)
+        out = scores.softmax(dim=-1)[..., :-1] @ values
     return out.transpose(1, 2).flatten(2), present[0], present[1]
 
 
 @group_query.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, k_step: Tensor | None, v_step: Tensor | None,
-    scale: float, bits: int,
+    scale: float, bits: int, sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     b, h, s, d = q.shape
     made = [past.new_empty((b, past.shape[1], past.shape[2] + s, past.shape[3])) for past in (past_k, past_v)]
@@ -115,8 +122,9 @@ class _GroupQueryLayer(PlainLayer):
         k, v, c, p = key_states, value_states, self.codec, self.params
         if c is not None:
             frame = self.cache.shared.frame or Frame()
+            k = self._ordered(k)
             if c.key.center and frame.cos is not None and frame.sin is not None:
-                k = stages.center_roped(k, p["k_mean"], frame.cos, frame.sin)
+                k = stages.center_roped(k, p["k_mean"], *self.cache.runtime.canonical(self.layer, frame.cos, frame.sin))
             elif c.key.center:
                 k = stages.center(k, p["k_mean"])
             k = self._turn(k, c.key)
@@ -128,6 +136,11 @@ class _GroupQueryLayer(PlainLayer):
         k._kvsink_group_query = self  # type: ignore[attr-defined]
         return k, v
 
+    def _ordered(self, x: Tensor) -> Tensor:
+        """Queries or keys with their channels as keys are coded."""
+        order = self.cache.orders[self.layer]
+        return x if order is None else x.index_select(-1, order[0])
+
     def _turn(self, x: Tensor, side: Any, inverse: bool = False) -> Tensor:
         """Runs of `order` channels times the Hadamard matrix, as one product."""
         if side.transform != "hadamard":
@@ -135,17 +148,20 @@ class _GroupQueryLayer(PlainLayer):
         h = self.cache.hadamard[side.order].to(x.dtype)
         return (x.unflatten(-1, (-1, side.order)) @ (h.T if inverse else h)).flatten(-2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Attention output [B, S, Hq, D] of queries [B, Hq, S, D] over the past and the rows that `update` returned."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None = None
+    ) -> Tensor:
+        """Attention output [B, S, Hq, D] of queries [B, Hq, S, D] over the past and the rows that `update` returned; sink [Hq]."""
         c, p, groups = self.codec, self.params, q.shape[1] // k.shape[1]
         if c is not None and self.cache.lean:
             return self._attend_lean(q, k, v, scale)
+        q = self._ordered(q)
         bias = self.cache.mask if mask is None else torch.where(mask, 0.0, MASKED)
         if c is not None and c.key.center and self.cache.turns(self.layer) is not None:
             bias = bias + scale * self._mean_scores(q, p["k_mean"].repeat_interleave(groups, dim=0))
         steps = (p["k_step"], p["v_step"]) if c is not None else (None, None)
         q = self._turn(q, c.key) if c is not None else q
-        out, keys, values = group_query(q, k, v, self.past["key"], self.past["value"], bias, *steps, scale, cache_bits(c))
+        out, keys, values = group_query(q, k, v, self.past["key"], self.past["value"], bias, *steps, scale, cache_bits(c), sink)
         self.present = {"key": keys, "value": values}
         out = out.unflatten(-1, (q.shape[1], -1))
         if c is not None:
@@ -193,6 +209,7 @@ class _GroupQueryPast(Cache):
     def __init__(self, owner: GroupQueryModel, mask: Tensor, past: dict[str, Tensor]) -> None:
         self.runtime, self.params, self.hadamard, self.table = owner.runtime, owner.params, owner.hadamard, owner.tables
         self.lean, self.mask, self.one = owner.lean, mask, owner.one
+        self.orders = owner.orders
         self.shared = _Shared()
         self.visual: Tensor | None = None
         self._positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -250,6 +267,7 @@ class GroupQueryModel(nn.Module):
                         self.register_buffer(f"turns_{len(self.tables)}", both, persistent=False)
                         self.tables[kind] = getattr(self, f"turns_{len(self.tables)}")
             self.params.append(own)
+        self.orders = orders_of(self, self.runtime)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: dict[str, Tensor]
@@ -265,12 +283,12 @@ class GroupQueryModel(nn.Module):
 
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **kwargs: Any,
+    scaling: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The attention function of the traced model: the layer that turned the keys attends."""
+    """The attention function of the traced model: the layer that turned the keys attends; s_aux: learned sink logits [Hq]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer = key._kvsink_group_query  # type: ignore[attr-defined]
-    return layer.attend(query, key, value, attention_mask, scale), None
+    return layer.attend(query, key, value, attention_mask, scale, s_aux), None
 
 
 def _register() -> None:

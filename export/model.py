@@ -142,12 +142,15 @@ def _write(
         "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans], "versions": versions(),
     }  # fmt: skip
 
-    def save() -> None:
-        onnx_ir.save(graph, path, external_data=data)
+    def describe_it() -> None:
         manifest_path(path).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
+    def save() -> None:
+        onnx_ir.save(graph, path, external_data=data)
+        describe_it()
+        check_file(path)
+
     save()
-    check_file(path)
     manifest["check"] = check_run(path, model, ids)
     if half:  # what was run is its twin in float32
         del graph
@@ -158,17 +161,17 @@ def _write(
             if grouped:
                 write_genai(path, model, manifest)
             save()
-        check_file(path)
         return manifest
     if grouped:
         write_genai(path, model, manifest)
-    if plain:  # what was run is its twin with bodies
-        graph.functions.clear()
-        for node in graph.graph:
-            node.overload = ""
-        manifest["flavour"] = flavour
+    if not plain:
+        describe_it()
+        return manifest
+    graph.functions.clear()  # what was run is its twin with bodies
+    for node in graph.graph:
+        node.overload = ""
+    manifest["flavour"] = flavour
     save()
-    check_file(path)
     return manifest
 
 

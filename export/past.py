@@ -24,9 +24,12 @@ from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.kernels import decode, dequantize, encode, quantize
 from kvsink.passing import given_cache
-from kvsink.runtime import Frame, Runtime, runtime_of
+from kvsink.runtime import Frame, Runtime, runtime_of, turns_back
 
-__all__ = ["ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "PlainLayer", "empty_past", "past_names", "takes_packed"]
+__all__ = [
+    "ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "Orders", "PlainLayer", "empty_past", "orders_of", "past_names",
+    "takes_packed",
+]  # fmt: skip
 
 ATTENTION = "kvsink_export"
 FIXED = ("exact_key", "exact_value", "exact_slot", "exact_score")  # state that does not grow with the tokens
@@ -35,6 +38,8 @@ STATE_OF = {
     "exact_key": "exact_k", "exact_value": "exact_v", "exact_slot": "exact_slot", "exact_score": "exact_score",
 }  # fmt: skip
 """Name in the graph → name in `kvsink.codecs.STATE_NAMES`."""
+Orders = list[tuple[Tensor, Tensor] | None]
+"""Of each layer: its channels in canonical order and back, int64 [D] each."""
 _PACKED_KINDS = ("lloyd", "lloyd-even", "vector", "gauss", "uniform", "uniform-int", "static")
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
@@ -65,6 +70,17 @@ def empty_past(runtime: Runtime, batch: int, length: int, dtype: torch.dtype) ->
             shape, kind, fill = layout[STATE_OF[name]]
             out[f"{i}.{name}"] = torch.full(shape, fill, dtype=kind)
     return out
+
+
+def orders_of(holder: nn.Module, runtime: Runtime) -> Orders:
+    """`Runtime.order` of every layer, as buffers of the module that is traced."""
+    found: list[tuple[Tensor, Tensor] | None] = []
+    for i, plan in enumerate(runtime.plans):
+        order = runtime.order(i, torch.device("cpu")) if plan.codec is not None else None
+        for name, index in zip(("there", "back"), order or (), strict=False):
+            holder.register_buffer(f"order_{name}_{i}", index, persistent=False)
+        found.append(order)
+    return found
 
 
 def takes_packed(codec: Codec) -> bool:
@@ -116,7 +132,8 @@ class _PackedLayer(PlainLayer):
         self.cache, self.layer = cache, layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        k, v, past, runtime = key_states, value_states, self.past, self.cache.runtime
+        v, past, runtime, order = value_states, self.past, self.cache.runtime, self.cache.orders[self.layer]
+        k = key_states if order is None else key_states.index_select(-1, order[0])
         plan = runtime.plans[self.layer]
         c = plan.codec
         assert c is not None
@@ -126,6 +143,8 @@ class _PackedLayer(PlainLayer):
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
             cos, sin = runtime.angles(self.layer, positions[:1])
+        elif turns_back(c):
+            cos, sin = runtime.canonical(self.layer, cos, sin)
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32  # a model in float16 codes its rows in float32
         cos, sin = cos.to(wide), sin.to(wide)
         present = {}
@@ -153,14 +172,17 @@ class _PackedLayer(PlainLayer):
         if c.value.packed:
             old_v = c.restore_values(old_v.to(wide), p, steps=Steps).to(v.dtype)
         if exact:
-            return restore_sinks(old_k, k, exact[0], exact[2]), restore_sinks(old_v, v, exact[1], exact[2])
-        return torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+            keys, values = restore_sinks(old_k, k, exact[0], exact[2]), restore_sinks(old_v, v, exact[1], exact[2])
+        else:
+            keys, values = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        return keys if order is None else keys.index_select(-1, order[1]), values
 
     def _attend(
         self, c: Codec, exact: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         """Attention output [B, Hq, S, D] as one node; q [B, Hq, S, D]."""
-        p, past, codes = self.cache.params[self.layer], self.past, []
+        p, past, codes, order = self.cache.params[self.layer], self.past, [], self.cache.orders[self.layer]
+        q = q if order is None else q.index_select(-1, order[0])
         for name in ("key", "value"):
             stored = past[name]
             empty = stored.new_empty((*stored.shape[:-1], 0), dtype=torch.float16)
@@ -217,9 +239,9 @@ class PackedPast(Cache):
     is_kvsink = True
 
     def __init__(
-        self, runtime: Runtime, past: dict[str, Tensor], params: list[dict[str, Tensor]], fused: bool = False
+        self, runtime: Runtime, past: dict[str, Tensor], params: list[dict[str, Tensor]], orders: Orders, fused: bool = False
     ) -> None:
-        self.runtime, self.params, self.fused = runtime, params, fused
+        self.runtime, self.params, self.orders, self.fused = runtime, params, orders, fused
         self.past_positions = past["positions"]
         self.shared = _Shared()
         self.visual: Tensor | None = None
@@ -272,11 +294,12 @@ class ExportedModel(nn.Module):
                         self.register_buffer(f"{name}_{i}", table, persistent=False)
                     own[name] = shared[id(table)]
             self.params.append(own)
+        self.orders = orders_of(self, self.runtime)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = PackedPast(self.runtime, past, self.params, self.fused)
+        cache = PackedPast(self.runtime, past, self.params, self.orders, self.fused)
         out = self.model(
             **{self.rows: input_ids}, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
             **given_cache(self.model, cache),

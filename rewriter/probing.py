@@ -241,11 +241,12 @@ def _turning(
     if where.rotary is None or len(rows) < 2:
         return NONE
     rotary = model.get_submodule(where.rotary)
-    at = torch.tensor([positions[1:]], device=rows[0].device)
-    try:
-        cos, sin = rotary_tables(rotary, at, where.layer_types[layer])
-        tables = [(cos[0, i], sin[0, i]) for i in range(at.shape[1])]
-    except (KeyError, AttributeError):  # no angles for layers of this kind
-        tables = []
+    tables = []
+    for p in positions[1:]:  # one at a time: angles may depend on the largest position asked for
+        try:
+            cos, sin = rotary_tables(rotary, torch.tensor([[p]], device=rows[0].device), where.layer_types[layer])
+        except (KeyError, AttributeError):  # no angles for layers of this kind
+            break
+        tables.append((cos[0, 0], sin[0, 0]))
     coarse = max(torch.finfo(number_of(model).dtype).eps, torch.finfo(torch.float32).eps)
     return find_turning(rows[0], rows[1:], tables, min(0.1, 16 * coarse))

@@ -221,7 +221,7 @@ def check_cache(model: nn.Module, runtime: Runtime, stream: Stream | None = None
 
 
 def _check_logits(what: str, found: Tensor, wanted: Tensor, bound: float) -> float | None:
-    """The larger median of the two rows; a row that is no number on the stock cache either is no oracle, None where both are not."""
+    """The larger median of the two rows. A row that is no number on the stock cache either is no oracle; None where both are."""
     medians = []
     for name, mine, stock in zip(("left-padded", "full"), found.double(), wanted.double(), strict=True):
         if not torch.isfinite(stock).all():
@@ -230,8 +230,8 @@ def _check_logits(what: str, found: Tensor, wanted: Tensor, bound: float) -> flo
         medians.append(float(apart.nan_to_num(float("inf")).median()))
         if not medians[-1] <= bound:
             raise UnsupportedError(
-                f"self-check: logits over the packed cache with {what} are {medians[-1]:.2g} of their size off the stock cache's in "
-                f"the {name} row of a prompt in chunks ({bound:.2g} would be rounding); this model is not served: leave it as it is"
+                f"self-check: logits over the packed cache with {what} are {medians[-1]:.2g} of their size off the stock cache's "
+                f"in the {name} row of a prompt in chunks ({bound:.2g} would be rounding); this model is not served: leave it as it is"
             )
     return max(medians, default=None)
 

@@ -216,3 +216,42 @@ def test_what_it_cannot_express(options, words, tmp_path) -> None:
 def test_an_unknown_flavour(tiny_dir, tmp_path, capsys) -> None:  # noqa: F811
     assert rewrite_main([str(tiny_dir), str(tmp_path / "out"), "--onnx-flavour", "gka"]) == 2
     assert "nearest known: gqa" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_learned_sinks_leave_as_the_operators_own(tmp_path) -> None:
+    """A cache that is not coded says what transformers says; coded, the graph is compared with the torch cache."""
+    import onnx as onnx_package
+
+    from kvsink.tools.families import rewritten as of_family
+    from kvsink.tools.tiny_models import build_family
+
+    torch.manual_seed(0)
+    stock = build_family("gpt-oss")
+    sinks = {name: torch.randn_like(p) * 2 for name, p in stock.named_parameters() if name.endswith("sinks")}
+    stock.load_state_dict(sinks, strict=False)
+    assert len(sinks) == 2
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        wanted = stock(ids).logits.numpy()
+        stock.load_state_dict({name: p - 100 for name, p in sinks.items()}, strict=False)
+        without = stock(ids).logits.numpy()
+    assert np.abs(wanted - without).max() > 1e-2
+    for bits in (16, 4):
+        model, _ = of_family("gpt-oss", "static-rotated", torch.float32, protect="none", key_bits=bits, value_bits=bits)
+        model.load_state_dict({**stock.state_dict(), **sinks} if bits == 16 else sinks, strict=False)
+        found = onnx(model, tmp_path / "model.onnx", "gqa")["check"]
+        assert found["different_bytes"] == 0 and found["largest_logit_difference"] < 1e-5
+        nodes = [n for n in onnx_package.load(tmp_path / "model.onnx").graph.node if n.op_type == "GroupQueryAttention"]
+        assert len(nodes) == 2 and all(n.input[11] for n in nodes)
+        if bits == 16:
+            runner = OnnxGenerator(tmp_path / "model.onnx")
+            logits, past = runner.step(ids[:, :12].numpy(), np.ones((1, 12)), np.arange(12)[None], runner.empty(1))
+            more, _ = runner.step(ids[:, 12:].numpy(), np.ones((1, 17)), np.arange(12, 17)[None], past)
+            assert np.abs(np.concatenate([logits, more], axis=1) - wanted).max() < 1e-5
+    with pytest.raises(ExportError, match="Attend node does not; use --onnx-flavour gqa"):
+        onnx(model, tmp_path / "other.onnx")
+    with pytest.raises(ExportError, match="takes in float32 only"):
+        onnx(model, tmp_path / "other.onnx", "gqa", dtype="float16")
+    centred, _ = of_family("gpt-oss", "static", torch.float32, protect="none", key_bits=8, value_bits=8)
+    with pytest.raises(ExportError, match="do not sum to one, so means cannot come back"):
+        onnx(centred, tmp_path / "other.onnx", "gqa")

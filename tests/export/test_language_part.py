@@ -13,6 +13,7 @@ import kvsink
 from kvsink.cache import KVSinkCache
 from kvsink.export import ExportError, OnnxGenerator, onnx
 from kvsink.export.past import STATE_OF, past_names
+from kvsink.passing import cache_name
 from tests.vision import build, prompt
 
 IMAGES = (1, 2)
@@ -53,7 +54,7 @@ def test_pictures_and_steps_are_those_of_the_torch_model(family: str, method: st
     for _ in range(4):
         logits, past = runner.step(rows.numpy(), mask.numpy(), positions.numpy(), past)
         with torch.no_grad():
-            wanted = model(**{**told, "attention_mask": mask, "position_ids": positions}, past_key_values=cache).logits
+            wanted = model(**{**told, "attention_mask": mask, "position_ids": positions, cache_name(model): cache}).logits
         seen = mask[:, -rows.shape[1] :].bool().numpy()
         assert np.abs(logits - wanted.numpy())[seen].max() < 1e-4
         token = torch.from_numpy(logits[:, -1].argmax(-1))[:, None]

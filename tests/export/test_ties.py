@@ -19,6 +19,7 @@ from kvsink.codecs import Codec, SideSpec
 from kvsink.export import ExportError, OnnxGenerator
 from kvsink.export.ties import NEAR, Ties
 from kvsink.loading import load_model, load_tokenizer
+from kvsink.passing import cache_name
 from kvsink.runtime import runtime_of
 from kvsink.tools.eval import main as eval_main
 from kvsink.tools.rewrite import main as rewrite_main
@@ -123,7 +124,7 @@ def test_smollm2_differs_by_ties_alone(folder: Path) -> None:
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
                 input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions[:, step]),
-                past_key_values=cache, use_cache=True,
+                use_cache=True, **{cache_name(model): cache},
             ).logits.numpy()  # fmt: skip
         assert np.abs(logits - wanted)[seen].max() <= LOGITS * max(1.0, np.abs(wanted).max() / 10)
         assert (logits[:, -1].argmax(-1) == wanted[:, -1].argmax(-1)).all()

@@ -41,7 +41,9 @@ def fed(method: str, k: Tensor, v: Tensor, chunks: list[int], options: tuple = (
     layer, at = layer_of(method, options, k.shape[0]), 0
     for i, n in enumerate(chunks):
         given = append_arguments(layer, k[:, :, at : at + n], v[:, :, at : at + n], seed=i)
-        given |= {name: make(at, n) for name, make in override.items()}
+        given |= {name: make(at, n) for name, make in override.items() if name != "real"}
+        if "real" in override:
+            layer.shared.real[:, at : at + n] = override["real"](at, n)
         append_(**given)
         layer.length.add_(n)
         at += n
@@ -102,7 +104,8 @@ def test_padding_leaves_no_trace(method: str, chunks: list[int]) -> None:
     k[1, :, :11] *= 1000.0
     other = k.clone()
     other[1, :, :11] = 0.25
-    one, two = (fed(method, x, v, chunks, positions=positions) for x in (k, other))
+    real = {"real": lambda at, n: torch.arange(at, at + n) >= pad}
+    one, two = (fed(method, x, v, chunks, positions=positions, **real) for x in (k, other))
     first = 11 // GROUP  # the groups before hold padding alone, and nothing reads them
     assert torch.equal(one.k_codes[0], two.k_codes[0]) and torch.equal(one.k_scale[0], two.k_scale[0])
     assert torch.equal(one.k_codes[1, :, 11:], two.k_codes[1, :, 11:])

@@ -36,12 +36,22 @@ def passes_and_runs(gm: torch.fx.GraphModule) -> dict[str, tuple[list[torch.Tens
     return runs
 
 
+def furthest(found: list[Any], wanted: list[Any], bound: float) -> float:
+    """How far a difference goes beyond `bound`; a number stored in float16 may round the other way where its input differs."""
+    worst = -1.0
+    for a, b in zip(found, wanted, strict=True):
+        step = torch.finfo(torch.float16).eps * b.abs().double() if bound and b.dtype == torch.float16 else 0.0
+        apart = torch.where(a == b, 0.0, (a.double() - b.double()).abs()) - bound - step
+        worst = max(worst, float(apart.max()) if apart.numel() else -1.0)
+    return worst
+
+
 def check_runs(runs: dict[str, tuple[list[torch.Tensor], list[Any]]], eager: bool) -> None:
     for name, (outputs, state) in runs.items():
         fused = name in ("fuse", "verify")
         bound = FUSED_FLOAT32 if fused else SOFTMAX_IN_FLOAT32 if eager else 0.0
         assert largest_difference(outputs, runs["before"][0]) <= bound, name
-        assert largest_difference(state, runs["before"][1]) <= bound, name  # codes too: a code that moves differs by 1
+        assert furthest(state, runs["before"][1], bound) <= 0, name  # codes too: a code that moves differs by 1
 
 
 @pytest.mark.parametrize("length", [1, 6])

@@ -108,9 +108,9 @@ def test_the_record_feeds_protection(planted, tmp_path) -> None:
     assert profile_stages(load_profile(path), model)[0].channels[0] == OUT
     copied = copy.deepcopy(model)
     called = []
-    copied.register_forward_hook(lambda *a: called.append(1))
+    copied.register_forward_pre_hook(lambda m, args, kwargs: called.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     report = kvsink.rewrite(copied, "rtn", protect="kvsink:2", profile=path)
-    assert [s["block"] for s in report.stages] == [1] and not called  # nothing had to be run
+    assert [s["block"] for s in report.stages] == [1] and max(called) < 40  # looked at and checked, but no text was run
     moved = {**record, "stages": [{**record["stages"][0], "block": 0}]}
     report = kvsink.rewrite(copy.deepcopy(model), "klt", protect="kvsink:2", profile=moved, calibration=windows(0, 12, 3, 4))
     assert [s["block"] for s in report.stages] == [0]  # the record's word, not the calibration's

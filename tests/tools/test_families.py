@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -78,6 +79,8 @@ def _late_row(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_planted_fault_shows(plant, cells, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
+    unchecked = partial(family_cells.kvsink.rewrite, check=False)  # the cells have to see it themselves
+    monkeypatch.setattr(family_cells.kvsink, "rewrite", unchecked)
     found = check_family("llama", cells)
     assert all(outcome.startswith("wrong (") for outcome in found.values()), found
 

@@ -1,0 +1,45 @@
+"""A folder of flavour gqa in onnxruntime-genai: its tokens are those of the torch model on a strict cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
+pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
+pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+
+from kvsink.cache import KVSinkCache
+from kvsink.loading import load_model
+from kvsink.passing import cache_name
+from kvsink.tools.rewrite import main as rewrite_main
+from tests.tools.conftest import tiny_dir  # noqa: F401
+
+PROMPTS, NEW = ([5, 6, 7, 8, 9], [40, 9]), 12
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_generates_what_torch_does(bits: int, tiny_dir, tmp_path) -> None:  # noqa: F811
+    import onnxruntime_genai as genai
+
+    out = tmp_path / "out"
+    flags = f"--calibration-tokens 512 --eval-windows 0 --device cpu --onnx-flavour gqa --key-bits {bits} --value-bits {bits}"
+    assert rewrite_main([str(tiny_dir), str(out), *flags.split()]) == 0
+    model, served = load_model(out, "cpu"), genai.Model(str(out))
+    for prompt in PROMPTS:
+        settings = genai.GeneratorParams(served)
+        settings.set_search_options(max_length=len(prompt) + NEW, min_length=len(prompt) + NEW, do_sample=False)
+        generator = genai.Generator(served, settings)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = [int(token) for token in generator.get_sequence(0)]
+        cache, wanted, new = KVSinkCache.for_model(model, 1, len(prompt) + NEW, strict=True), list(prompt), prompt
+        ends = model.generation_config.eos_token_id
+        with torch.no_grad():
+            for _ in range(NEW):
+                logits = model(torch.tensor([new]), use_cache=True, **{cache_name(model): cache}).logits[0, -1]
+                logits[ends] = float("-inf")  # as min_length asks
+                new = [int(logits.argmax())]
+                wanted += new
+        assert found == wanted
