@@ -551,9 +551,9 @@ class KVSinkHybridLayer(LinearAttentionLayer, KVSinkLayer):
         LinearAttentionLayer.__init__(self)
 
     supports_early_init = True
-    is_compileable = property(lambda self: self.max_length is not None, lambda self, value: None)  # type: ignore[assignment]
+    is_compileable = property(lambda self: self.max_length is not None, lambda self, value: None)
     get_max_length = KVSinkLayer.get_max_length
-    is_croppable = property(LinearAttentionLayer.is_croppable.fget)  # type: ignore[assignment, attr-defined]
+    is_croppable = property(LinearAttentionLayer.is_croppable.fget)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """By position: keys and values; by name: a part of the recurrent state."""
@@ -569,7 +569,7 @@ class KVSinkHybridLayer(LinearAttentionLayer, KVSinkLayer):
         KVSinkLayer.crop(self, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
         KVSinkLayer.reorder_cache(self, beam_idx)
 
     def _refuse(self, what: str) -> KvsinkError:

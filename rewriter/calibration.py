@@ -223,7 +223,7 @@ class _Recording(DynamicLayer):
         return 0
 
 
-class _RecordingHybrid(LinearAttentionLayer, _Recording):  # type: ignore[misc]
+class _RecordingHybrid(LinearAttentionLayer, _Recording):
     """The same with the recurrent state that some layers hold beside their keys."""
 
     def __init__(self, owner: _RecordingCache, layer: int) -> None:

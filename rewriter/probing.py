@@ -89,7 +89,10 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
     at = {model.get_submodule(name): i for i, name in enumerate(where.attentions)}
     readers = {i: [next((at[m] for m in _around(model, r) if m in at), -1) for r in s.readers] for i, s in seen.items()}
     asking = bool(getattr(model, "_supports_attention_backend", False)) and _text_config(model)._attn_implementation == "sdpa"
-    layers, turnings, absent, apart = [], [], [], set()
+    layers: list[Heads] = []
+    turnings: list[Turning | None] = []
+    absent: list[str] = []
+    apart: set[int] = set()
     for i, usual in enumerate(where.layers):
         first = found[0][i]
         absent.append(_absent(first, i, readers))
@@ -160,7 +163,7 @@ def _pass(
     if seen is not None:
         for i, layer in enumerate(cache.layers):
             if hasattr(layer, "update"):
-                layer.update = _noting(layer.update, seen.setdefault(i, _Seen()))  # type: ignore[method-assign]
+                layer.update = _noting(layer.update, seen.setdefault(i, _Seen()))
     at = torch.full_like(ids, position)
     if stream is not None:
         stream.run([Job(ids, cache, positions=at)])
@@ -181,7 +184,7 @@ def _held(layer: Any) -> _Layer:
 def _noting(update: Any, seen: _Seen) -> Any:
     """`update` of a layer whose keys tell when attention is asked for them."""
 
-    def noted(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
         keys, values = update(*args, **kwargs)
         if keys is None:
             return keys, values

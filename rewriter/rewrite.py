@@ -479,7 +479,7 @@ def rewrite(
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
     runtime = Runtime(model, tuple(plans), {k: t.to(device) for k, t in tables.items()}, record.stages, m.name, where)
-    folded_layers = {i: order for i, order in orders.items() if plans[i].codec is not None and plans[i].codec.value.folded}
+    folded_layers = {i: order for i, order in orders.items() if fold and i not in online}
     if stream is not None:
         stream.folds = [(where.attentions[i], order) for i, order in folded_layers.items()]
         stream.check_rest()
@@ -487,8 +487,7 @@ def rewrite(
         attach(model, runtime)
         try:
             if check:
-                found = _checked(model, runtime, stream, notes)
-                checked = replace(found, fold=checked.fold, online=online)
+                checked = replace(_checked(model, runtime, stream, notes), fold=checked.fold, online=online)
         except BaseException:
             detach(model)
             raise

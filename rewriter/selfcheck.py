@@ -231,7 +231,7 @@ def _check_logits(what: str, found: Tensor, wanted: Tensor, bound: float) -> flo
         if not medians[-1] <= bound:
             raise UnsupportedError(
                 f"self-check: logits over the packed cache with {what} are {medians[-1]:.2g} of their size off the stock cache's "
-                f"in the {name} row of a prompt in chunks ({bound:.2g} would be rounding); this model is not served: leave it as it is"
+                f"in the {name} row of a prompt in chunks ({bound:.2g} would be rounding); leave this model as it is"
             )
     return max(medians, default=None)
 

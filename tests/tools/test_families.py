@@ -96,10 +96,11 @@ def test_a_model_in_which_keys_do_not_matter_is_not_judged(monkeypatch: pytest.M
     assert check_family("llama", ("8 bits",))["8 bits"].startswith("not judged (keys in the wrong")
 
 
-def test_where_the_stock_cache_is_off_the_uncached_model_decides() -> None:
-    assert (
-        "as without a cache" in check_family("moshi", ("8 bits",))["8 bits"]
-    )  # its windows are in its cache, not in its mask
+def test_where_the_stock_cache_is_off_the_uncached_model_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moshi's windows are in its cache, not in its mask: the self-check declines it, and unchecked it is the uncached model."""
+    assert "declined (self-check: logits over the packed cache" in check_family("moshi", ("8 bits",))["8 bits"]
+    monkeypatch.setattr(family_cells.kvsink, "rewrite", partial(family_cells.kvsink.rewrite, check=False))
+    assert "as without a cache" in check_family("moshi", ("8 bits",))["8 bits"]
 
 
 def test_the_planted_fault_is_a_fault_of_the_named_layers_only() -> None:
