@@ -145,6 +145,7 @@ class KVSinkLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.head_dim, self.value_dim = key_states.shape[-1], value_states.shape[-1]
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # models ask whether a layer holds any of its own
         self.order = self.shared.runtime.order(self.layer, self.device)
         c, b, dev = self.codec, self.batch_size, self.device
         slots = self.max_length if self.max_length is not None else _BLOCK
@@ -541,6 +542,12 @@ class KVSinkLayer(CacheLayerMixin):
                 setattr(self, name, getattr(self, name).to(self.device, non_blocking=True))
 
 
+def states_of(config: Any, layer: int) -> dict[str, int]:
+    """How many recurrent states a layer holds, as an argument of transformers' own layer; empty where it holds one."""
+    count = getattr(DynamicCache(config=config.get_text_config(decoder=True)).layers[layer], "number_of_states", 1)
+    return {} if count == 1 else {"number_of_states": count}
+
+
 class KVSinkHybridLayer(LinearAttentionLayer, KVSinkLayer):
     """The packed rows of a layer that holds a recurrent state beside its keys and values; the state is transformers' own."""
 
@@ -548,7 +555,7 @@ class KVSinkHybridLayer(LinearAttentionLayer, KVSinkLayer):
         self, shared: _Shared, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
     ) -> None:
         KVSinkLayer.__init__(self, shared, layer, codec, segments, max_length)
-        LinearAttentionLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, **states_of(shared.runtime.config, layer))
 
     supports_early_init = True
     is_compileable = property(lambda self: self.max_length is not None, lambda self, value: None)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
+from kvsink.cache import states_of
 from kvsink.collect import Collector, frozen, watched
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import CalibrationError
@@ -228,7 +229,7 @@ class _RecordingHybrid(LinearAttentionLayer, _Recording):
 
     def __init__(self, owner: _RecordingCache, layer: int) -> None:
         _Recording.__init__(self, owner, layer)
-        LinearAttentionLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, **states_of(owner.config, layer))
 
 
 class _RecordingCache(Cache):
@@ -237,7 +238,7 @@ class _RecordingCache(Cache):
     def __init__(
         self, runtime: Runtime, into: Calibration, blocks: dict[int, tuple[int, ...]], collector: Collector | None
     ) -> None:
-        kinds = runtime.anatomy.layer_types
+        kinds, self.config = runtime.anatomy.layer_types, runtime.config
         super().__init__(layers=[(_RecordingHybrid if k == "hybrid" else _Recording)(self, i) for i, k in enumerate(kinds)])
         self.runtime, self.into, self.blocks, self.collector = runtime, into, blocks, collector
         self.frame: Frame | None = None

@@ -95,7 +95,7 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
     apart: set[int] = set()
     for i, usual in enumerate(where.layers):
         first = found[0][i]
-        absent.append(_absent(first, i, readers))
+        absent.append(_absent(first, i, readers, type(model.get_submodule(where.attentions[i])).__name__))
         if first.keys is None or first.values is None:
             layers.append(usual)
             turnings.append(NONE)
@@ -221,8 +221,8 @@ def _takes(base: nn.Module, name: str) -> bool:
     return name in inspect.signature(base.forward).parameters
 
 
-def _absent(layer: _Layer, index: int, readers: dict[int, list[int]]) -> str:
-    """Why a layer has no keys and values that could be packed, or an empty string."""
+def _absent(layer: _Layer, index: int, readers: dict[int, list[int]], attention: str) -> str:
+    """Why a layer has no keys and values that could be packed, or an empty string. attention: the name of its class."""
     if layer.keys is not None and _HYBRID.get(layer.kind) == "hybrid_sliding":
         return "hybrid: a sliding window beside a recurrent state, kept in 16 bit"
     if layer.keys is not None and layer.indexed:
@@ -234,6 +234,8 @@ def _absent(layer: _Layer, index: int, readers: dict[int, list[int]]) -> str:
         return f"shared: it reads the keys and values of layer {source}"
     if "Linear" in layer.kind or "Mamba" in layer.kind:
         return "linear attention: its state does not grow with the length, passed through"
+    if "Cross" in attention:
+        return "cross attention: its keys and values are those of another input, kept as they are"
     return "none: it stores no keys and values"
 
 
