@@ -135,7 +135,7 @@ def _write(
         "domain": "com.microsoft" if grouped else DOMAIN, "model": type(model).__name__,
         "method": runtime.method, "max_positions": tokens, "vocab_size": config.vocab_size,
         "eos_token_id": config.eos_token_id if ends is None else ends,
-        "pad_token_id": config.pad_token_id if isinstance(config.pad_token_id, int) else 0,
+        "pad_token_id": pad if isinstance(pad := getattr(config, "pad_token_id", None), int) else 0,
         "elements_per_token": 2 * len(runtime.plans) * a.kv_heads * a.head_dim,
         "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs),
         "dtype": "float64" if dtype == "float64" else "float32", "padding": not lean,

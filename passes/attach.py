@@ -129,7 +129,9 @@ def _from_markers(site: AttentionSite) -> Chain:
 
 def _before_rope(site: AttentionSite, cos: Node, sin: Node) -> Node:
     """The new keys before RoPE: the model's own, or, where the graph does not show them, turned back by the cache's angles."""
-    if site.rope not in ("none", "hidden") or value(cos).shape[-1] == 0:
+    if value(cos).shape[-1] == 0:
+        return site.k_rope  # the cache takes keys as they are turned
+    if site.rope not in ("none", "hidden"):
         return site.k_pre
     at = site.writes[0]
     wide = value(site.k_rope).dtype if value(site.k_rope).dtype == torch.float64 else torch.float32

@@ -106,7 +106,7 @@ def rewrite_dir(
     if options.check and stream is None:
         if progress is not None:
             progress("checking a compiled step", 0, 1)
-        report.check.step = check_step(model, runtime_of(model))
+        report.check.step = check_step(model, runtime_of(model), report.notes)
         if progress is not None:
             progress("checking a compiled step", 1, 1)
     report.model = str(model_dir)

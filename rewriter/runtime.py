@@ -130,7 +130,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "ttention" in type(module).__name__ and not is_tower(name) and "." in name:
+        kind = type(module).__name__
+        if isinstance(index, int) and "ttention" in kind and not kind.endswith("Layer") and not is_tower(name) and "." in name:
             nested = any(name.startswith(other + ".") for other in found.values())
             if not nested:
                 found.setdefault(index, name)
@@ -148,7 +149,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     attentions = tuple(found[i] for i in range(len(found)))
     blocks = tuple(name.rsplit(".", 1)[0] for name in attentions)
     base = blocks[0].rsplit(".", 2)[0] if blocks[0].count(".") >= 2 else ""
-    rotary = f"{base}.rotary_emb" if base else "rotary_emb"
+    rotary = _rotary_of(model, base)
     turned = not getattr(config, "alibi", False)  # Falcon makes angles that its attention does not use with ALiBi
     heads = _global(config, "num_attention_heads") or 1
     dim = _global(config, "head_dim") or config.hidden_size // heads
@@ -166,12 +167,20 @@ def anatomy(model: nn.Module) -> Anatomy:
         base=base,
         blocks=blocks,
         attentions=attentions,
-        rotary=rotary if turned and rotary in dict(model.named_modules()) else None,
+        rotary=rotary if turned else None,
         layers=tuple(_heads_of(model.get_submodule(name), Heads(heads, shared, dim, dim)) for name in attentions),
         layer_types=kinds_,
         turnings=(None,) * len(blocks),
         absent=("",) * len(blocks),
     )
+
+
+def _rotary_of(model: nn.Module, base: str) -> str | None:
+    """The module beside the decoder blocks that gives the angles of RoPE, or None."""
+    held = model.get_submodule(base) if base else model
+    named = [n for n, m in held.named_children() if n == "rotary_emb" or type(m).__name__.endswith("RotaryEmbedding")]
+    name = "rotary_emb" if "rotary_emb" in named else next((n for n in named if not is_tower(n)), None)
+    return None if name is None else f"{base}.{name}" if base else name
 
 
 def _global(config: Any, name: str) -> Any:
@@ -435,9 +444,9 @@ class _Hook:
 class _NewFrame(_Hook):
     """Pre-hook of the base model: a fresh frame, with what the attention mask says of padding."""
 
-    def __init__(self, module: nn.Module, turns: bool = False) -> None:
+    def __init__(self, module: nn.Module, turns: bool = False, rotary: nn.Module | None = None) -> None:
         super().__init__(module)
-        self.turns = turns
+        self.turns, self.rotary = turns, rotary
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = self.cache(args, kwargs)
@@ -454,13 +463,14 @@ class _NewFrame(_Hook):
                 check_mask(visual, rows.shape)
                 frame.visual = visual
             axes = self.given("position_ids", args, kwargs)
+            axes = axes.long() if isinstance(axes, Tensor) and axes.is_floating_point() else axes
             if isinstance(axes, Tensor) and axes.dim() == 2:  # not every model hands them on to its attention
                 frame.positions = axes
             elif self.turns and isinstance(axes, Tensor) and axes.dim() == 3:
                 first = axes[-3] if axes.shape[0] >= 3 else axes[0]
                 like = rows if rows.is_floating_point() else number_of(module)
                 frame.positions, frame.one_axis = first, True
-                found = turned_by(module.rotary_emb, like, first)  # type: ignore[arg-type]
+                found = turned_by(self.rotary, like, first) if self.rotary is not None else None
                 frame.cos, frame.sin = found if found is not None else (None, None)
         if hasattr(cache, "begin"):
             batch = rows.shape[0] if rows is not None else None
@@ -622,7 +632,8 @@ class _Positions(_Hook):
             cache.shared.frame.cos, cache.shared.frame.sin = found
         positions = self.given("position_ids", args, kwargs)
         if positions is not None and positions.dim() in (2, 3):  # axes that the model makes itself are equal
-            cache.shared.frame.positions = positions if positions.dim() == 2 else positions[-1]
+            found = positions if positions.dim() == 2 else positions[-1]
+            cache.shared.frame.positions = found.long() if found.is_floating_point() else found
 
 
 def number_of(module: nn.Module) -> Tensor:
@@ -747,7 +758,7 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
     a = runtime.anatomy
     handles = []
     base = model.get_submodule(a.base) if a.base else model
-    handles.append(base.register_forward_pre_hook(_NewFrame(base, runtime.turns), with_kwargs=True))
+    handles.append(base.register_forward_pre_hook(_NewFrame(base, runtime.turns, _one_kind(model, a)), with_kwargs=True))
     handles.append(base.register_forward_hook(_EndFrame(base), with_kwargs=True))
     for name in a.attentions:
         attention = model.get_submodule(name)
@@ -786,6 +797,12 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
     switch_attention(model, bool(anchored))
     model._kvsink_runtime = runtime  # type: ignore[assignment]
     model._kvsink_handles = handles  # type: ignore[assignment]
+
+
+def _one_kind(model: nn.Module, where: Anatomy) -> nn.Module | None:
+    """The rotary module of a model whose layers all turn by the same angles, or None."""
+    rotary = model.get_submodule(where.rotary) if where.rotary else None
+    return None if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters else rotary
 
 
 def detach(model: nn.Module) -> None:

@@ -208,6 +208,11 @@ def check_cache(model: nn.Module, runtime: Runtime, stream: Stream | None = None
         given = [(ids[:, at:end].to(device), mask[:, :end].to(device), positions[:, at:end].to(device), c) for c in caches]
         for found, logits in zip(rows, _run(model, where, stream, given), strict=True):
             found.append(logits)
+        if any(int(layer.length) != end for layer in caches[1].packed_layers() if not layer.is_sliding):
+            raise UnsupportedError(
+                f"self-check: {type(model).__name__} stores other rows than those of its tokens, such as prompts of its own; it is left "
+                "as it is"
+            )
         if not at:
             _check_rows(runtime, caches[0], caches[1], mask[:, :end].bool().to(device), check)
         at = end
@@ -318,15 +323,24 @@ def _names(model: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def check_step(model: nn.Module, runtime: Runtime) -> float:
+def check_step(model: nn.Module, runtime: Runtime, notes: list[str]) -> float | None:
     """Steps of the compiled model against the same steps uncompiled, over two caches of a fixed length filled alike.
 
     The graph runs operator by operator: what is checked is what the passes made of it. It holds the first layers of the model, as
-    many as it takes to have one of every kind. Raises UnsupportedError.
+    many as it takes to have one of every kind. Where it cannot be run at all, a note is left. Raises UnsupportedError.
     """
     dtype = number_of(model).dtype
     with _first_layers(model, runtime.anatomy, _one_of_each(runtime)):
-        plain, compiled = _steps(model)
+        try:
+            plain, compiled = _steps(model)
+        except KvsinkError:
+            raise
+        except Exception as error:  # a model that wants a mask of its own over a cache of a fixed length
+            notes.append(
+                f"a compiled step was not checked: {type(error).__name__}: {' '.join(str(error).split())[:160]}; leave "
+                "compile_config and torch.compile out"
+            )
+            return None
     apart = off(compiled, plain)
     bound = max(rounding(dtype) * len(runtime.plans) ** 0.5, 1e-3 if dtype == torch.float32 else 0.0)
     if not apart <= bound:

@@ -400,7 +400,8 @@ def needs(model: Any, checkpoint: Checkpoint, tokens: int, window: int) -> Needs
     layer = max(sum(s for n, s in sizes.items() if n.startswith(b + ".")) for b in where.blocks)
     largest = max((e.nbytes for n, e in checkpoint.entries.items() if n.startswith(where.blocks)), default=0)
     embedding = max((e.nbytes for e in checkpoint.entries.values()), default=0)
-    hidden, width = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    width = max(inner) if isinstance(inner, list | tuple) else inner  # of each layer, where they differ
     busy = 4 * window * (4 * hidden + 4 * width)  # of the window that is in a layer
     stats = 8 * len(where.blocks) * where.kv_heads * where.head_dim * (2 * where.head_dim + 64)
     base = 600 << 20  # Python, torch and transformers

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvsink.cache import KVSinkCache
+from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels import native, packed
 from kvsink.kernels.append import append_tiles
 from kvsink.kernels.attend import attend_packed, attend_ref
@@ -48,7 +49,7 @@ def test_append_stores_the_codes_of_the_definition(index: int, batch: int, lengt
     append_tiles(lib, layer.codec, k.cuda(), v.cuda(), positions.cuda(), gpu, state, params)
     sums = CODECS[index][0] == "klt-even"
     for name, mine in layer.codec.named(state).items():
-        wanted = getattr(layer, name) if name != "positions" else layer.shared.positions
+        wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
         assert wanted is not None
         if name in ("k_codes", "k_scale") and sums:
             assert (mine.cpu() == wanted).float().mean() >= 0.998

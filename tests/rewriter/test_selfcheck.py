@@ -111,10 +111,10 @@ def test_a_mask_off_by_one_is_found(monkeypatch: Any) -> None:
 
 def test_a_compiled_graph_that_skips_a_stage_is_found(monkeypatch: Any) -> None:
     model = rewritten(protect="none")
-    assert check_step(model, runtime_of(model)) < 1e-5
+    assert check_step(model, runtime_of(model), []) < 1e-5
     monkeypatch.setattr("kvsink.passes.attach._before_rope", lambda site, cos, sin: site.k_rope)
     with pytest.raises(UnsupportedError, match="self-check: a compiled step gives logits"):
-        check_step(model, runtime_of(model))
+        check_step(model, runtime_of(model), [])
 
 
 def test_every_codec_is_compared_with_rows_that_it_codes() -> None:
