@@ -210,8 +210,8 @@ def check_cache(model: nn.Module, runtime: Runtime, stream: Stream | None = None
             found.append(logits)
         if any(int(layer.length) != end for layer in caches[1].packed_layers() if not layer.is_sliding):
             raise UnsupportedError(
-                f"self-check: {type(model).__name__} stores other rows than those of its tokens, such as prompts of its own; it is left "
-                "as it is"
+                f"self-check: {type(model).__name__} stores other rows than those of its tokens, such as a prompt of its own; "
+                "it is left as it is"
             )
         if not at:
             _check_rows(runtime, caches[0], caches[1], mask[:, :end].bool().to(device), check)
