@@ -246,7 +246,7 @@ def _unfoldable(attention: nn.Module, shared: frozenset[int], streamed: bool) ->
     return None
 
 
-def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
+def _refusal(config: Any, where: Anatomy, layer: int, sliding: bool = False) -> str:
     """Why a layer is not packed, or an empty string. sliding: whether sliding-window layers are to be packed."""
     kind = where.layer_types[layer] if layer < len(where.layer_types) else "full_attention"
     if where.absent[layer]:
@@ -255,7 +255,10 @@ def _refusal(where: Anatomy, layer: int, sliding: bool = False) -> str:
         return f"{kind.replace('_', ' ')}: its state does not grow with the length, passed through"
     if kind in ("full_attention", "attention", "hybrid") or (kind in WINDOWED and sliding):
         return ""
-    return f"{kind.replace('_', ' ')}: its window already bounds its size, kept in 16 bit"
+    named = kind.replace("_", " ")
+    if kind in WINDOWED:
+        return f"{named}: its window of {window_of(config, kind)} tokens already bounds its size, kept in 16 bit"
+    return f"{named}: its cache holds something else than every token's keys and values, kept in 16 bit"
 
 
 def _rope_refusal(config: Any, where: Anatomy, layer: int) -> str:
@@ -345,11 +348,11 @@ def rewrite(
     notes += [unread] if unread else []
     choices = _with_patterns(model, m, choices, calibration, protect is not None, notes)
     if sliding is None:
-        sliding = all(_refusal(where, i) for i in range(n)) and any(not _refusal(where, i, True) for i in range(n))
+        sliding = all(_refusal(config, where, i) for i in range(n)) and any(not _refusal(config, where, i, True) for i in range(n))
     wanted: list[tuple[SideSpec, SideSpec] | None] = []
     samples: dict[int, SampleNeed] = {}
     for i, choice in enumerate(choices):
-        if _refusal(where, i, sliding):
+        if _refusal(config, where, i, sliding):
             wanted.append(None)
             continue
         if choice.pattern == "tsa" and visual_tokens(model.config):
@@ -377,7 +380,7 @@ def rewrite(
         wanted.append((key, value))
     if all(w is None for w in wanted):
         raise UnsupportedError(
-            f"{type(model).__name__}: every layer is left alone ({_refusal(where, 0)}); there is nothing to rewrite"
+            f"{type(model).__name__}: every layer is left alone ({_refusal(config, where, 0)}); there is nothing to rewrite"
         )
     policies = [parse_policies(c.protect) for c in choices]
     uses_stages = any(p.kind in ("kvsink", "pivots") for ps in policies for p in ps)
@@ -463,7 +466,7 @@ def rewrite(
     tables: dict[str, Tensor] = {}
     for i in range(n):
         if i not in designed:
-            plans.append(LayerPlan(None, (), _refusal(where, i)))
+            plans.append(LayerPlan(None, (), _refusal(config, where, i)))
             continue
         key_design, value_design = designed[i]
         value_spec, value_tables = value_design.spec, dict(value_design.tables)

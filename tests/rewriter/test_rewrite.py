@@ -260,7 +260,7 @@ def test_the_report_says_what_was_done() -> None:
 def test_the_report_names_what_is_left_alone() -> None:
     report = kvsink.rewrite(build("gemma3"), "klt", calibration=IDS)
     left = report.layers[0]
-    assert not left.packed and left.reason.startswith("sliding attention: its window already bounds its size")
+    assert not left.packed and left.reason.startswith("sliding attention: its window of 8 tokens already bounds its size")
     assert (left.key_bits, left.value_bits) == (16.0, 16.0) and report.layers[1].packed
     assert left.reason in report.to_markdown() and "no massive activation was found" in report.to_markdown()
 
