@@ -19,6 +19,7 @@ from kvsink.export.errors import ExportError
 from kvsink.methods import get_method, methods
 from kvsink.protect import Segment, anchors_for_layer, parse_policies
 from kvsink.runtime import Runtime, rope_types, visual_tokens
+from kvsink.sliding import WINDOWED
 
 __all__ = [
     "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",
@@ -165,12 +166,22 @@ def check_expressible(
         kinds = runtime.anatomy.layer_types
         if reason := lean_refusal(plan.codec, kinds[i] if kinds else ""):
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa in float16: {reason}")
-    for i, kind in enumerate(runtime.anatomy.layer_types):
+    where = runtime.anatomy
+    if not where.even:
+        found = ", ".join(dict.fromkeys(f"{h.kv} x {h.key_dim}/{h.value_dim}" for h in where.layers))
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported to ONNX: its layers have KV heads of several shapes (heads x key/value "
+            f"width: {found}), and the graph holds one for all; its PyTorch folder works, leave --onnx out"
+        )
+    for i, kind in enumerate(where.layer_types):
+        if kind.startswith("hybrid") or where.absent[i].startswith(("shared", "cross")):
+            what = "a recurrent state beside keys" if kind.startswith("hybrid") else where.absent[i]
+            raise ExportError(f"layer {i} cannot be exported to ONNX: {what}, which the graph does not carry")
         packed = runtime.plans[i].codec is not None
         if kind in ("linear_attention", "mamba", "conv"):
             state = kind.replace("_", " ")
             raise ExportError(f"layer {i} cannot be exported to ONNX: the graph does not carry the state of its {state}")
-        if kind == "sliding_attention" and packed:
+        if kind in WINDOWED and packed:
             raise ExportError(f"layer {i} cannot be exported to ONNX: its packed sliding window moves; rewrite with sliding=False")
 
 

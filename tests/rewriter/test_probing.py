@@ -94,3 +94,22 @@ def test_probe_tokens_stand_for_no_pictures() -> None:
     model = build_family("llama")
     model.config.image_token_id = 5
     assert 5 not in probe_ids(model, 64, 8).tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gemma4", "its layers have KV heads of several shapes"),
+        ("falcon-h1", "a recurrent state beside keys, which the graph does not carry"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused_before_it_is_traced(family: str, words: str, tmp_path: Any) -> None:
+    pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
+    from kvsink.export import onnx
+    from tests.models import tokens
+
+    model = build_family(family)
+    kvsink.rewrite(model, "rtn", protect="none", calibration=tokens(4, 32, seed=1))
+    with pytest.raises(kvsink.errors.KvsinkError, match=words) as raised:
+        onnx(model, tmp_path / "model.onnx")
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
