@@ -64,7 +64,10 @@ def test_pictures_and_steps_are_those_of_the_torch_model(family: str, method: st
             for name in past_names(layer.codec):
                 if name in ("key", "value", "key_scale", "value_scale"):
                     there = getattr(layer, STATE_OF[name])[:, :, : held.shape[1]].transpose(1, 2)[held]
-                    assert np.array_equal(past[f"{i}.{name}"].numpy().swapaxes(1, 2)[held.numpy()], there.numpy())
+                    mine = past[f"{i}.{name}"].numpy().swapaxes(1, 2)[held.numpy()].astype(np.float32)
+                    # Codes are equal; a scale is rounded to float16 from float32 numbers that differ in their last bits.
+                    step = 2.0**-10 if name.endswith("scale") else 0.0
+                    assert (np.abs(mine - there.float().numpy()) <= step * there.float().abs().numpy()).all(), (i, name)
             assert np.array_equal(past[f"{i}.exact_slot"].numpy(), layer.exact_slot.numpy())
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
         told, rows, positions = {"input_ids": token}, table(token).detach(), positions[:, -1:] + 1

@@ -33,6 +33,17 @@ def test_a_family_is_held_against_its_stock_model(family: str) -> None:
     assert all(outcome.startswith("right (0.0") for outcome in found.values()), found
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3-5", "gemma4", "gpt-oss", "cohere2", "exaone4", "smollm3", "falcon-h1", "diffllama", "lfm2-moe", "mllama", "llama4"],
+)
+def test_layers_unlike_llamas_are_right_compiled_too(family: str) -> None:
+    """Gates, several head sizes, other spellings of RoPE and layers without, recurrent states, attention called twice."""
+    found = check_family(family, ("8 bits", "compiled"))
+    assert found["8 bits"].startswith("right (0.0"), found
+    assert found["compiled"].startswith(("right (0.0", "declined (0.0")), found
+
+
 @pytest.mark.parametrize("family", ["llama-dynamic", "deepseek-v3", "mamba"])
 def test_a_refusal_is_no_wrong_cell(family: str) -> None:
     found = check_family(family, QUICK)
