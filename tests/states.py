@@ -101,7 +101,7 @@ def read_codes(
 def append_arguments(layer: KVSinkLayer, k: Tensor, v: Tensor, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of `append_` for rows that follow the ones held."""
     positions = torch.arange(k.shape[2])[None] + layer.length
-    cos, sin = layer.shared.runtime.angles(1, positions)
+    cos, sin = layer.shared.runtime.angles(layer.layer, positions)
     return dict(
         k=k, v=v, positions=positions, cos=cos, sin=sin, candidates=candidates(layer, k.shape[0], k.shape[2], seed),
         state=layer.state(), params=layer.params, codec=layer.codec_text, roped=True,
