@@ -427,6 +427,13 @@ def calibrate(
             attach(model, earlier)
     if collector is not None:
         out.samples = collector.samples(out.tokens)
+    for (layer, _), keys in out.keys.items():
+        rows, least = int(keys.count.sum()), 2 * where.layers[layer].key_dim
+        if rows < least:
+            raise CalibrationError(
+                f"layer {layer}: {rows} rows are left to calibrate on beside those that are kept exact, fewer than {least}; give "
+                "more calibration tokens, or protect fewer rows"
+            )
     every: list[tuple[object, KeyStats | ValueStats]] = [*out.keys.items(), *out.values.items()]
     for name, stats in every:
         if not torch.isfinite(stats.second).all():

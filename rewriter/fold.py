@@ -44,11 +44,23 @@ def is_plain(weight: Any) -> bool:
 
 
 def shared_weights(model: nn.Module) -> frozenset[int]:
-    """ids of the weights that stand under more than one name: what turns one would turn the others."""
+    """ids of the weights that stand under more than one name, or in memory that another stands in too: what turns one would turn
+    the others."""
     seen: dict[int, int] = {}
+    spans: list[tuple[int, int, int]] = []
     for _, p in model.named_parameters(remove_duplicate=False):
         seen[id(p)] = seen.get(id(p), 0) + 1
-    return frozenset(key for key, count in seen.items() if count > 1)
+        if seen[id(p)] == 1 and type(p) is nn.Parameter and not p.is_meta and p.numel() and p.layout == torch.strided:
+            reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1
+            spans.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), id(p)))
+    shared = {key for key, count in seen.items() if count > 1}
+    end, last = 0, 0
+    for start, stop, key in sorted(spans):
+        if start < end:
+            shared |= {key, last}
+        if stop > end:
+            end, last = stop, key
+    return frozenset(shared)
 
 
 @torch.no_grad()

@@ -152,7 +152,12 @@ def anatomy(model: nn.Module) -> Anatomy:
     rotary = _rotary_of(model, base)
     turned = not getattr(config, "alibi", False)  # Falcon makes angles that its attention does not use with ALiBi
     heads = _global(config, "num_attention_heads") or 1
-    dim = _global(config, "head_dim") or config.hidden_size // heads
+    dim = _global(config, "head_dim") or (_global(config, "hidden_size") or 0) // heads
+    if not dim:
+        raise UnsupportedError(
+            f"{type(model).__name__}: its {type(config).__name__} gives neither head_dim nor hidden_size, so nothing is known of "
+            "its attention; it is left as it is"
+        )
     one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
     shared = 1 if one else _global(config, "num_key_value_heads") or _global(config, "num_kv_heads") or heads
     kinds_ = tuple(getattr(config, "layer_types", None) or ())
@@ -193,7 +198,8 @@ def _global(config: Any, name: str) -> Any:
 
 def _of_layers(config: Any, name: str) -> Any:
     """The first value of an attribute that differs from layer to layer, or None."""
-    return next((v for c in getattr(config, "per_layer_config", ()) if (v := getattr(c, name, None))), None)
+    layers = getattr(config, "per_layer_config", ()) if hasattr(config, "num_hidden_layers") else ()
+    return next((v for c in layers if (v := getattr(c, name, None))), None)
 
 
 def _heads_of(attention: nn.Module, usual: Heads) -> Heads:
@@ -314,6 +320,18 @@ class Runtime:
             return empty, empty
         cos, sin = rotary_tables(self.rotary.to(positions.device), positions, self._kind(layer))
         return self.canonical(layer, cos.float(), sin.float())
+
+    def frequencies(self) -> dict[str, list[float]]:
+        """Radians per token of every pair of channels, and the scaling of angles, by kind of layer whose codec takes them back."""
+        out: dict[str, list[float]] = {}
+        for layer, plan in enumerate(self.plans):
+            kind = self._kind(layer)
+            if plan.codec is None or kind in out or not turns_back(plan.codec):
+                continue
+            cos, sin = (t[0, 0, : t.shape[-1] // 2].double() for t in self.angles(layer, torch.ones(1, 1, dtype=torch.int64)))
+            if len(cos):
+                out[kind] = [round(float(f), 12) for f in torch.cat((torch.atan2(sin, cos), torch.hypot(sin, cos)))]
+        return out
 
     def canonical(self, layer: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own tables for a layer as canonical ones."""
@@ -574,7 +592,7 @@ def real_rows(mask: Any, batch: int, new: int, cache: Any) -> Tensor | None:
     if seen.shape[-1] > new:
         first = _first_slot(cache)
         slots = torch.arange(new, device=mask.device) + first
-        seen = seen.index_select(2, slots)
+        seen = seen.index_select(2, slots.clamp_max(seen.shape[2] - 1))  # rows that do not fit are refused where they are stored
     if seen.dtype != torch.bool:
         seen = seen > _HIDDEN
     if seen.shape[1] > 1:  # a row that sees everything, though the last one does not, stands for one that sees nothing

@@ -40,6 +40,7 @@ __all__ = ["Check", "at_eight_bits", "check_cache", "check_step", "refused_folds
 
 CHUNKS = (20, 6, 1)  # the first grows with the rows that a codec keeps as they came
 PADDING = 5
+MOST_KEPT = 512  # protected rows that the prompt is made longer for, so that coded ones stand behind them
 ROWS_OFF = 0.05  # of keys and values at 8 bits: the step of a range of 6 to 10 deviations gives 0.007 to 0.012
 LOGITS_OFF = 0.15  # at 8 bits; a wrong turning, head or mask gives 0.3 and more
 
@@ -187,7 +188,8 @@ def check_cache(model: nn.Module, runtime: Runtime, stream: Stream | None = None
     """Compare the packed cache of a rewritten model with transformers' own. Raises UnsupportedError at the first fault."""
     where, check = runtime.anatomy, Check()
     ring = max((p.codec.ring for p in runtime.plans if p.codec is not None), default=0)
-    chunks = (CHUNKS[0] + 2 * ring, *CHUNKS[1:])
+    kept = max((p.codec.exact_rows for p in runtime.plans if p.codec is not None), default=0)
+    chunks = (CHUNKS[0] + 2 * ring + min(kept, MOST_KEPT), *CHUNKS[1:])
     limit = getattr(runtime.config.get_text_config(decoder=True), "max_position_embeddings", None) or sum(chunks)
     if where.rotary is None:  # positions may stand in a table that ends
         chunks = (min(chunks[0], max(1, limit - sum(CHUNKS[1:]))), *CHUNKS[1:])

@@ -32,7 +32,7 @@ SIDECAR_JSON = "kvsink.json"
 SIDECAR_TENSORS = "kvsink_calibration.safetensors"
 FORMAT = 1
 AGAIN = "run kvsink-rewrite again, on the model it was made from"
-_OURS = ("format", "method", "stages", "layers", "layer_types", "apart", "class", DIGEST)
+_OURS = ("format", "method", "stages", "layers", "layer_types", "apart", "frequencies", "class", DIGEST)
 
 
 def write_sidecar(
@@ -57,6 +57,7 @@ def write_sidecar(
         ],
         "layer_types": list(a.layer_types),
         "apart": sorted(a.apart),
+        "frequencies": runtime.frequencies(),
         **extra,
         "class": type(model).__name__,
     }
@@ -111,7 +112,22 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
     runtime.extra = {name: value for name, value in plan.items() if name not in _OURS}
     check_runtime(runtime, json_path)
     check_digest({**tensors, **prints}, plan, f"{json_path} with {Path(tensors_path).name}", SidecarError, again)
+    _check_frequencies(runtime, plan.get("frequencies", {}), json_path)
     return runtime
+
+
+def _check_frequencies(runtime: Runtime, saved: dict[str, list[float]], source: str | Path) -> None:
+    """Raise SidecarError where the model turns its keys by other angles than the tables were made for."""
+    if not saved or (runtime.rotary is not None and any(b.is_meta for b in runtime.rotary.buffers())):
+        return
+    for kind, found in runtime.frequencies().items():
+        held = saved.get(kind, [])
+        if len(held) != len(found) or any(abs(a - b) > 0.02 * abs(b) + 1e-9 for a, b in zip(found, held, strict=True)):
+            raise SidecarError(
+                f"{source} was made for other RoPE angles in its {kind.replace('_', ' ')} layers than the model was loaded with "
+                "(rope parameters of its config, or of the call); load it with those of its config.json as written, or rewrite the "
+                "model with the new ones"
+            )
 
 
 def _fits(model: nn.Module, prints: dict[str, Tensor]) -> bool:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import kvsink
 from kvsink import codecs
-from kvsink.errors import UnsupportedError
+from kvsink.errors import CalibrationError, KvsinkError, SidecarError, UnsupportedError
 from kvsink.kernels import stages
+from kvsink.passing import given_cache
 from kvsink.runtime import anatomy, runtime_of
 from kvsink.selfcheck import Check, check_cache, check_step, refused_folds
+from kvsink.tools.tiny_models import build_family
 from kvsink.turning import Turning
 from tests.models import build, tokens
 
@@ -128,3 +131,51 @@ def test_every_codec_is_compared_with_rows_that_it_codes() -> None:
 def test_the_words_of_a_check() -> None:
     assert str(Check(skipped="why")) == "NOT CHECKED (why)"
     assert "compiled step 0.5" in str(Check(step=0.5))
+
+
+def test_weights_in_one_memory_are_not_folded() -> None:
+    """Two parameters over one storage: what turns one turns the other."""
+    model = build("llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.v_proj.weight = nn.Parameter(first.v_proj.weight.data, requires_grad=False)
+    x = tokens(1, 12, seed=2)
+    with torch.no_grad():
+        wanted = model(x, use_cache=False).logits
+        report = kvsink.rewrite(model, "klt", key_bits=4, value_bits=4, calibration=ids)
+        assert torch.equal(model(x, use_cache=False).logits, wanted)
+    assert "shared with another module" in report.check.online[0] and "shared with another module" in report.check.online[1]
+
+
+@pytest.mark.parametrize("method", ["klt", "centred"])
+def test_too_few_rows_beside_the_protected_ones_are_refused(method: str) -> None:
+    with pytest.raises(CalibrationError, match="rows are left to calibrate on beside those that are kept exact, fewer than 32"):
+        rewritten(method=method, protect="first:63")
+    rewritten(method=method, protect="first:56")
+
+
+def test_the_prompt_of_the_check_reaches_behind_protected_rows() -> None:
+    model = rewritten(method="rtn", protect="first:40")
+    found = check_cache(model, runtime_of(model))
+    assert found.keys and found.keys > 1e-4
+
+
+def test_a_full_cache_of_a_fixed_length_is_said_by_generate() -> None:
+    model = rewritten(method="rtn")
+    cache = kvsink.KVSinkCache.for_model(model, 2, max_length=12)
+    with pytest.raises(KvsinkError, match="rows do not fit behind 12 of max_length=12"):
+        model.generate(tokens(2, 10, seed=2), max_new_tokens=8, do_sample=False, eos_token_id=None, **given_cache(model, cache))
+
+
+def test_a_model_without_layers_to_count_is_declined() -> None:
+    with pytest.raises(KvsinkError) as raised:
+        kvsink.rewrite(build_family("blt"), "rtn", calibration=ids)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_loaded_with_other_angles_is_refused(tmp_path: Any) -> None:
+    model = rewritten(protect="first:1")
+    model.save_pretrained(tmp_path)
+    hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for rope in ({"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}):
+        with pytest.raises(SidecarError, match="made for other RoPE angles in its full attention layers"):
+            hf.AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=rope)

@@ -28,8 +28,8 @@ __all__ = ["Reuse", "generate_long", "reuse"]
 
 
 def _bytes_due(cache: KVSinkCache, batch: int, slots: int) -> int:
-    """Bytes a cache of so many slots has to hold, from the layouts of its codecs and the positions."""
-    due = batch * slots * 4
+    """Bytes a cache of so many slots has to hold, from the layouts of its codecs, the positions and what is real."""
+    due = batch * slots * 5
     for layer in cache.packed_layers():
         held = layer.codec.layout(batch, layer.num_heads, layer.head_dim, layer.value_dim, slots, layer.dtype)
         for shape, dtype, _ in held.values():
