@@ -76,7 +76,8 @@ def page(record: dict[str, dict[str, str]]) -> str:
     lines += [f"- {FAMILIES[f][0]}: {record[f][CELLS[0]].removeprefix('not judged (').removesuffix(')')}" for f in left]
     lines += [
         "", "## What stays in 16 bit", "",
-        f"Of the cache of one sequence of {TOKENS:,} tokens, by the layers that each model's published configuration gives it. "
+        f"Of the cache of one sequence of {TOKENS:,} tokens, by the layers that each model's published configuration gives it, "
+        "as `tools/cache_share.py` has them: typed in, not read from the files. "
         "Layers that slide over a window are packed with `--sliding`, or where a model has no others; recurrent states never "
         f"are. Of the packed cache: of its bytes, where the other layers take {BITS:g} bits, the default of `klt`.", "", *table(),
     ]  # fmt: skip
