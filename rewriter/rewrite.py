@@ -49,7 +49,7 @@ from kvsink.runtime import (
     towers,
     visual_tokens,
 )
-from kvsink.selfcheck import Check, check_cache, refused_folds
+from kvsink.selfcheck import Check, check_cache, check_fold, refused_folds
 from kvsink.sliding import WINDOWED, sliding_refusal, window_of
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
@@ -458,7 +458,7 @@ def rewrite(
             progress("learning codebooks", i + 1, n)
         designed[i] = key_design, value_design
     orders = {i: v.spec.order for i, (_, v) in designed.items() if v.spec.transform == "hadamard" and v.spec.heads_per_group == 1}
-    online, checked = _online(model, where, orders if fold else {}, storage_dtype, stream, check)
+    online, checked, logits = _online(model, where, orders if fold else {}, storage_dtype, stream, check)
     if online:
         some = "" if len(online) == len(orders) else f" in layers {sorted(online)}"
         notes.append(f"value rotation runs online{some}: {online[min(online)]}")
@@ -490,7 +490,8 @@ def rewrite(
         attach(model, runtime)
         try:
             if check:
-                checked = replace(_checked(model, runtime, stream, notes), fold=checked.fold, online=online)
+                whole = check_fold(model, where, logits, storage_dtype) if logits is not None and folded_layers else None
+                checked = replace(_checked(model, runtime, stream, notes), fold=checked.fold, folded=whole, online=online)
         except BaseException:
             detach(model)
             raise
@@ -507,8 +508,9 @@ def rewrite(
 
 def _online(
     model: nn.Module, where: Anatomy, orders: Mapping[int, int], storage: torch.dtype | None, stream: Stream | None, check: bool
-) -> tuple[dict[int, str], Check]:
-    """Layers whose value rotation cannot go into the weights, each with the reason: by what their modules are, then by trial."""
+) -> tuple[dict[int, str], Check, Tensor | None]:
+    """Layers whose value rotation cannot go into the weights, each with the reason: by what their modules are, then by trial; and
+    the logits of the model before any does."""
     shared = shared_weights(model)
     found: dict[int, str] = {}
     for i in orders:
@@ -516,9 +518,9 @@ def _online(
             found[i] = reason
     left = {i: order for i, order in orders.items() if i not in found}
     if not left or not check:
-        return found, Check()
-    refused, worst = refused_folds(model, where, left, storage, stream)
-    return {**found, **refused}, Check(fold=worst if len(refused) < len(left) else None)
+        return found, Check(), None
+    refused, worst, logits = refused_folds(model, where, left, storage, stream)
+    return {**found, **refused}, Check(fold=worst if len(refused) < len(left) else None), logits
 
 
 def _checked(model: nn.Module, runtime: Runtime, stream: Stream | None, notes: list[str]) -> Check:

@@ -1,6 +1,7 @@
 """A rewrite proves itself before anything is kept: against the stock model and its stock cache, in seconds.
 
-Formula    fold    every attention module puts out the same with its value rotation folded into its weights as without
+Formula    fold    every attention module puts out the same with its value rotation folded into its weights as without, and the
+                   whole model, without a cache, the same logits with all of them
            keys    the codec of each layer with 8-bit codes in place of its own, fed one prompt, reads back the stock cache's rows
            exact   the packed cache with nothing coded gives the stock cache's logits, for a prompt in chunks, one row left-padded
            coded   the same with 8-bit codes
@@ -36,7 +37,7 @@ from kvsink.probing import probe_ids
 from kvsink.runtime import Anatomy, Runtime, number_of
 from kvsink.streaming import Job, Stream
 
-__all__ = ["Check", "at_eight_bits", "check_cache", "check_step", "refused_folds", "rounding"]
+__all__ = ["Check", "at_eight_bits", "check_cache", "check_fold", "check_step", "refused_folds", "rounding"]
 
 CHUNKS = (20, 6, 1)  # the first grows with the rows that a codec keeps as they came
 PADDING = 5
@@ -50,6 +51,7 @@ class Check:
     """What a rewrite showed of itself; differences relative to the stock model, None where a part did not run."""
 
     fold: float | None = None
+    folded: float | None = None
     keys: float | None = None
     values: float | None = None
     exact: float | None = None
@@ -66,7 +68,8 @@ class Check:
         if self.skipped:
             return f"NOT CHECKED ({self.skipped})"
         names = {
-            "fold": "attention with folded values", "keys": "keys at 8 bits", "values": "values at 8 bits",
+            "fold": "attention with folded values", "folded": "logits with all of them, without a cache",
+            "keys": "keys at 8 bits", "values": "values at 8 bits",
             "exact": "logits with nothing coded", "coded": "logits at 8 bits", "step": "compiled step",
         }  # fmt: skip
         parts = [f"{text} {found:.2g}" for name, text in names.items() if (found := getattr(self, name)) is not None]
@@ -91,9 +94,10 @@ def off(found: Tensor, wanted: Tensor) -> float:
 @torch.no_grad()
 def refused_folds(
     model: nn.Module, where: Anatomy, orders: Mapping[int, int], storage: torch.dtype | None, stream: Stream | None = None
-) -> tuple[dict[int, str], float]:
-    """Layers whose value rotation of order `orders[layer]` cannot go into the weights, each with the reason, and the largest
-    difference of the others. Every layer is tried on its own: folded, run again on the same input, and put back."""
+) -> tuple[dict[int, str], float, Tensor | None]:
+    """Layers whose value rotation of order `orders[layer]` cannot go into the weights, each with the reason, the largest
+    difference of the others, and the logits [2, 12, V] of the model as it is (None by layers), for `check_fold`. Every layer is
+    tried on its own: folded, run again on the same input, and put back."""
     refused: dict[int, str] = {i: "other layers read its values" for i in orders if i in where.apart}
     worst = 0.0
 
@@ -114,8 +118,21 @@ def refused_folds(
         for layer in orders.keys() - refused.keys():
             module = model.get_submodule(where.attentions[layer])
             stack.callback(module.register_forward_hook(tried(layer), with_kwargs=True).remove)
-        _run(model, where, stream, [(probe_ids(model, 2, 12, 1), None, None, None)], logits=False)
-    return refused, worst
+        logits = _run(model, where, stream, [(probe_ids(model, 2, 12, 1), None, None, None)], logits=stream is None)
+    return refused, worst, logits[0] if logits else None
+
+
+@torch.no_grad()
+def check_fold(model: nn.Module, where: Anatomy, before: Tensor, storage: torch.dtype | None) -> float:
+    """The logits of `refused_folds` against those of the model with every rotation in its weights. Raises UnsupportedError."""
+    after = _run(model, where, None, [(probe_ids(model, 2, 12, 1), None, None, None)])[0]
+    bound = rounding(_coarsest(model, storage)) * len(where.blocks) ** 0.5
+    if torch.isfinite(before).all() and not (found := off(after, before)) <= bound:
+        raise UnsupportedError(
+            f"self-check: with value rotations in its weights the model's own logits, without a cache, change by {found:.2g} of "
+            f"their size ({bound:.2g} would be rounding); rewrite with fold=False"
+        )
+    return off(after, before)
 
 
 def _tried(

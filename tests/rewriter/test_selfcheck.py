@@ -39,6 +39,7 @@ def test_what_is_right_passes_and_is_reported() -> None:
     report = kvsink.rewrite(build("llama"), "klt", key_bits=4, value_bits=4, calibration=ids)
     found = report.check
     assert found.fold is not None and 0 < found.fold < 1e-5
+    assert found.folded is not None and 0 < found.folded < 1e-5
     assert 1e-4 < found.keys < 0.02 and 1e-4 < found.values < 0.02
     assert found.exact < 1e-5 < found.coded < 0.1
     assert "keys at 8 bits" in report.to_markdown()
@@ -69,7 +70,8 @@ def test_a_fold_past_a_gate_is_refused_and_runs_online() -> None:
 def test_trials_leave_the_weights_as_they_were() -> None:
     model = build("llama")
     before = weights(model)
-    refused, worst = refused_folds(model, anatomy(model), {0: 16, 1: 16}, torch.float16)
+    refused, worst, logits = refused_folds(model, anatomy(model), {0: 16, 1: 16}, torch.float16)
+    assert logits is not None and logits.shape == (2, 12, 97)
     assert refused == {} and 0 < worst < 8e-3
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -179,3 +181,15 @@ def test_a_folder_loaded_with_other_angles_is_refused(tmp_path: Any) -> None:
     for rope in ({"rope_type": "default", "rope_theta": 1e6}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}):
         with pytest.raises(SidecarError, match="made for other RoPE angles in its full attention layers"):
             hf.AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=rope)
+
+
+def test_folds_that_are_right_alone_and_wrong_together_are_found(monkeypatch: Any) -> None:
+    """Weights in one memory, were they not noticed."""
+    model = build("llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.v_proj.weight = nn.Parameter(first.v_proj.weight.data, requires_grad=False)
+    before = weights(model)
+    monkeypatch.setattr(importlib.import_module("kvsink.rewrite"), "shared_weights", lambda model: frozenset())
+    with pytest.raises(UnsupportedError, match="self-check: with value rotations in its weights the model's own logits"):
+        rewritten(model=model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
