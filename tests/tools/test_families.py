@@ -44,6 +44,12 @@ def test_layers_unlike_llamas_are_right_compiled_too(family: str) -> None:
     assert found["compiled"].startswith(("right (0.0", "declined (0.0")), found
 
 
+def test_a_graph_takes_keys_as_turned_where_the_cache_knows_no_angles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotary module that is not found: the graph shows RoPE, and the codec must not code the keys before it."""
+    monkeypatch.setattr("kvsink.runtime._rotary_of", lambda model, base: None)
+    assert check_family("llama", ("compiled",))["compiled"].startswith("right (0.0")
+
+
 @pytest.mark.parametrize("family", ["llama-dynamic", "deepseek-v3", "mamba"])
 def test_a_refusal_is_no_wrong_cell(family: str) -> None:
     found = check_family(family, QUICK)
