@@ -95,6 +95,7 @@ def append_ref(
     _keep_exact(c, st, full_k, v, candidates)
     if c.tiles:
         c.store_tiles(full_k, v, slots, st, p)
+        _keep_recent(c, st, slots, full_k, v)
         return
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
@@ -216,7 +217,7 @@ def append(
 ) -> None:  # fmt: skip
     """The op outside graphs, without what a dispatcher costs for every tensor of the state."""
     c = resolve_codec(codec)
-    if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k)) is not None:
+    if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k, params)) is not None:
         append_tiles(lib, c, k if roped else rope_rows(k, cos, sin), v, positions, candidates, state, params)
     elif k.device.type == "cuda" and not append_triton.why_not(c, k, candidates):
         append_triton.append_one(k, v, positions, cos, sin, candidates, state, params, c, roped)

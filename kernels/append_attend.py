@@ -77,7 +77,7 @@ def append_attend(
 ) -> Tensor:  # fmt: skip
     """The op outside graphs; its result may have any strides."""
     c = resolve_codec(codec)
-    lib = packed.usable(c, q.shape[1], k)
+    lib = packed.usable(c, q.shape[1], k, params)
     if lib is not None:
         p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
         if q.shape[2] == 1:

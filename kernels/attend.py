@@ -181,7 +181,7 @@ def attend_packed(
         )
 
     def past(start: int, end: int) -> tuple[Tensor, Tensor]:
-        return packed.decode_rows(lib, c, st, p, start, end, k.dtype)
+        return packed.decode_rows(lib, c, st, p, start, end, k.dtype, first + q.shape[2])
 
     return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
 
@@ -192,7 +192,7 @@ def attend(
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
     c = resolve_codec(codec)
-    if c.tiles and (lib := packed.usable(c, q.shape[1], k)) is not None:
+    if c.tiles and (lib := packed.usable(c, q.shape[1], k, params)) is not None:
         out = attend_packed(lib, c, q, k, v, state, params, mask, scale, is_causal)
         if out is not None:
             return out.contiguous()

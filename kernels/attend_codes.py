@@ -205,7 +205,7 @@ def kernels_for(variant: CodesVariant, device: torch.device) -> CodesKernels | N
         try:
             if reason := too_old(device):
                 raise NativeError(reason)
-            names = ("primitives.cuh", "codes.cuh")
+            names = ("arch.cuh", "channels.cuh", "codes.cuh")
             _LOADED[at] = CodesKernels(variant, module_of(variant.defines(), names, device))
         except NativeError as error:
             _LOADED[at] = error

@@ -115,14 +115,14 @@ def test_a_code_of_a_known_slot_stands_where_the_matrix_unit_reads_it() -> None:
 def test_refusals_name_the_reason() -> None:
     codec = layer_of(0).codec
     assert tiles.refuse(codec, 8, 2, 128, 128, 128) is None
-    assert "head_dim is 64" in str(tiles.refuse(codec, 8, 2, 64, 64, 64))
-    assert "more than 4 each" in str(tiles.refuse(codec, 64, 8, 128, 128, 128))
-    assert "64 of 128 channels" in str(tiles.refuse(codec, 8, 2, 128, 128, 64))
-    wide = replace(codec, value=replace(codec.value, bits=8, widths=(8,) * 16))
+    assert "head_dim is 48" in str(tiles.refuse(codec, 8, 2, 48, 48, 48))
+    assert "more than 32 each" in str(tiles.refuse(codec, 64, 1, 128, 128, 128))
+    assert "24 of 128 channels" in str(tiles.refuse(codec, 8, 2, 128, 128, 24))
+    wide = replace(codec, value=replace(codec.value, bits=6, widths=(6,) * 16))
     assert "outside 1 to 4" in str(tiles.refuse(wide, 8, 2, 128, 128, 128))
     odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
     assert "whole words" in str(tiles.refuse(odd, 8, 2, 128, 128, 128))
-    assert "recent rows" in str(tiles.refuse(replace(codec, window=4), 8, 2, 128, 128, 128))
+    assert "recent rows" in str(tiles.refuse(replace(codec, window=513), 8, 2, 128, 128, 128))
 
 
 @pytest.mark.parametrize(("method", "bits", "reason"), [
@@ -148,7 +148,7 @@ def test_rows_beside_the_codes_are_refused() -> None:
     normed = replace(codec, key=replace(codec.key, axis="channel", center=False, group_tokens=32, flush=32, norm=True))
     for other, reason in (
         (replace(codec, anchors=Anchors(rows=2)), "anchors"),
-        (replace(codec, window=4), "a window"),
+        (replace(codec, window=600), "a window"),
         (replace(codec, value=replace(codec.value, newest=8)), "recent values"),
         (normed, "keys with a norm of each token"),
     ):
@@ -306,7 +306,7 @@ def test_the_decode_kernel_reads_what_the_definition_reads(index: int) -> None:
     layer.length.fill_(200)
     layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
     st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
-    got = packed.decode_rows(library(layer), layer.codec, st, p, 37, 199, torch.float16)
+    got = packed.decode_rows(library(layer), layer.codec, st, p, 37, 199, torch.float16, 300)
     nothing = rows(2, 0, 0)
     wanted = read_ref(nothing, nothing, layer.state(), layer.params, layer.codec_text)
     for a, b in zip(got, wanted, strict=True):
@@ -397,8 +397,8 @@ def test_a_chunk_attends_over_past_and_new_rows(strict: bool, masked: bool, monk
 @pytest.mark.parametrize("index", range(len(CODECS)))
 def test_shared_memory_is_what_the_source_takes(index: int) -> None:
     variant = packed.variant_of(layer_of(index).codec, 4)
-    items = int(variant.defines()["ITEM_PAIRS"])
-    assert library(layer_of(index)).lib.smem_bytes() == variant.shared_bytes(items) <= native.SHARED_LIMIT
+    shape = variant.shape(native.Card())
+    assert library(layer_of(index)).lib.smem_bytes() == variant.shared_bytes(shape) <= native.SHARED_LIMIT
 
 
 def test_a_tiled_cache_is_saved_and_read_again(tmp_path: Any) -> None:
