@@ -65,12 +65,12 @@ def _batches(text: str, sides: list[str]) -> dict[str, int]:
     return found
 
 
-def _sides(text: str) -> list[str]:
+def _sides(text: str, sixteen: tuple[str, ...] | None = None) -> list[str]:
     from kvsink.tools.bench_model import SIXTEEN, declared
 
     sides = [s for s in text.split(",") if s]
     for side in sides:
-        if side not in SIXTEEN:
+        if side not in (SIXTEEN if sixteen is None else sixteen):
             declared(side)
     return sides
 
@@ -177,6 +177,39 @@ def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -
     for t in lengths:
         _write(vision_rows(model, baseline, chosen, t, backends, _say), out)
     return 0
+
+
+@bench.command(
+    help="generate() as a user calls it, on a LLaMA-3-8B shape with random weights: first call, prefill and decoding apart."
+)
+@click.option(
+    "--sides", default="dynamic,static,default,klt-even-2", show_default=True,
+    help="dynamic, static: transformers' caches in 16 bit, the second compiled; default: kvsink.rewrite(model); METHOD-BITS.",
+)  # fmt: skip
+@click.option("--prompts", default="1x1000,1x32000,16x4000", show_default=True, help="BATCHxLENGTH, comma-separated.")
+@click.option("--steps", default=128, show_default=True, help="Tokens decoded after the first.")
+@click.option("--layers", default=8, show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+@click.option(
+    "--profile", type=click.Path(path_type=Path, dir_okay=False), default=None,
+    help="Append a profile of every row's prefill to this file: operators by time on GPU and CPU, CUDA calls, Python functions.",
+)  # fmt: skip
+@_out
+def generate(sides: str, prompts: str, steps: int, layers: int, repeats: int, profile: Path | None, out: Path | None) -> int:
+    from kvsink.tools.bench_generate import CACHES, generate_rows, generate_table
+
+    pairs, chosen = _pairs(prompts), _sides(sides, CACHES)
+    if min(steps, layers, repeats, *(n for pair in pairs for n in pair)) < 1:
+        raise click.BadParameter("--steps, --layers, --repeats, batches and lengths must be at least 1")
+    _gpu()
+    from kvsink.tools.bench_model import llama
+
+    rows = []
+    for row in generate_rows(llama(layers), chosen, pairs, steps, repeats, _say, profile):
+        rows.append(row)
+        _write([row], out)
+    _say(generate_table(rows))
+    return 0 if all("decode_ms" in row for row in rows) else 2
 
 
 @bench.command(help="Seconds of one long prompt in one piece, against 16 bit.")

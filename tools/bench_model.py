@@ -8,6 +8,7 @@ Differs    codes are random bits under plausible scales where only the time coun
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import re
 import time
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import kvsink
 from kvsink.passing import given_cache
 from kvsink.tools.timing import event_times
 
@@ -85,10 +87,14 @@ _records: dict[Any, Any] = {}
 def declared(side: str) -> tuple[Any, float, float]:
     """Method, bits of keys and bits of values of "METHOD", "METHOD-BITS" or "METHOD-BITS/BITS"; without bits 2.
 
-    "klt-dense" is `klt` with keys coded before RoPE (block=1), whose basis must be undone key by key.
+    "default" is what `kvsink.rewrite(model)` does. "klt-dense" is `klt` with keys coded before RoPE (block=1), whose basis
+    must be undone key by key.
     """
     from kvsink.methods import get_method
 
+    if side == "default":
+        method = get_method(inspect.signature(kvsink.rewrite).parameters["method"].default)
+        return method, method.key_bits, method.value_bits
     name, dash, bits = side.rpartition("-")
     if not dash or not re.fullmatch(r"[\d.]*\d(/[\d.]*\d)?", bits):
         name, bits = side, "2"
@@ -104,7 +110,6 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1") -> Calla
 
     A method with bits by modality keeps its own exact rows, and its first two layers look at text, as those of LLaVA-1.5 do.
     """
-    import kvsink
     from kvsink.calibration import calibrate
     from kvsink.design import gather_needs
     from kvsink.protect import SinkStage

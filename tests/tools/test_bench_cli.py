@@ -19,7 +19,7 @@ from kvsink.tools.bench_sdpa import Baseline, index_copies, updated
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
-@pytest.mark.parametrize("command", ["kernels", "decode", "prefill", "capacity", "vlm"])
+@pytest.mark.parametrize("command", ["kernels", "decode", "generate", "prefill", "capacity", "vlm"])
 def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 2
     said = capsys.readouterr().err
