@@ -19,7 +19,7 @@ from kvsink.tools.bench_sdpa import Baseline, index_copies, updated
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
-@pytest.mark.parametrize("command", ["kernels", "decode", "generate", "prefill", "capacity", "vlm"])
+@pytest.mark.parametrize("command", ["kernels", "shapes", "decode", "generate", "prefill", "capacity", "vlm"])
 def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 2
     said = capsys.readouterr().err
@@ -75,10 +75,13 @@ def test_a_row_counts_the_write_of_either_side() -> None:
     assert (row["speedup"], row["with_append_ms"]) == (2.0, 5.0)
     assert (row["speedup_with_append"], row["speedup_with_both_writes"]) == (1.6, 2.0)
     assert (row["limit_ms"], row["of_limit"], row["byte_limit_speedup"]) == (6.0, 1.5, 1.33)
-    named = {"B": 1, "T": 1024, "method": "m", "bits": 2, "sdpa_ms": 0.008, "fp16_with_update_ms": 0.010}
+    named = {
+        "model": "a", "B": 1, "T": 1024, "method": "m", "bits": 2, "exact": 1, "window": 0, "kernel": "k", "sdpa_ms": 0.008,
+        "fp16_with_update_ms": 0.010,
+    }  # fmt: skip
     text = ops_table([{**named, **row}, {**named, "p50_ms": None, "note": "wrong, not timed"}]).splitlines()
     assert "| 8.00 | 10.00 | 4000.00 | 2.00x | 5000.00 | 1.60x | 2.00x |" in text[2] and "wrong, not timed" in text[3]
-    assert {line.count("|") for line in text} == {10}
+    assert {line.count("|") for line in text} == {11}
 
 
 def written(t: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
