@@ -355,13 +355,14 @@ def onnx_(out: Path | None, **options: Any) -> int:
     return 0 if all(row["verdict"] == "ok" for row in rows) else 2
 
 
-@bench.command(help="Draw the rows of `kernels` from a JSON-lines file; needs no GPU.")
+@bench.command(help="Draw the rows of `kernels`, or those of `shapes` by model, from a JSON-lines file; needs no GPU.")
 @click.argument("rows", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("image", type=click.Path(path_type=Path, dir_okay=False))
 def plot(rows: Path, image: Path) -> int:
-    from kvsink.tools.bench_plot import plot_kernels, read_rows
+    from kvsink.tools.bench_plot import plot_kernels, plot_shapes, read_rows
 
-    plot_kernels(read_rows(rows), image)
+    found = read_rows(rows)
+    (plot_shapes if len({r.get("model") for r in found}) > 1 else plot_kernels)(found, image)
     return 0
 
 

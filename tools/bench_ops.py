@@ -67,14 +67,15 @@ def ops_rows(
             if name not in made:
                 made[name] = llama(layers=1, dtype=dtype, vocabulary=512, shape=shape, device=device)
             for side in sides:
-                plain = None
-                for rows in kept:
+                plain: float | None = None
+                for i, rows in enumerate(kept):
                     if (name, side, rows) not in made:
                         made[name, side, rows] = rewritten(made[name], side, rows.protect, rows.window)
                     row = _one(made[name, side, rows](), name, side, rows, b, t, base, bandwidth, in_turn)
-                    if plain and row["p50_ms"]:
-                        row["of_plain"] = round(row["p50_ms"] / plain, 3)
-                    plain = plain or row["p50_ms"]
+                    if i == 0:
+                        plain = row["p50_ms"]
+                    else:
+                        row["of_plain"] = round(row["p50_ms"] / plain, 3) if plain and row["p50_ms"] else None
                     say("  " + "  ".join(f"{k}={row[k]}" for k in _SAID if row.get(k) not in (None, "")))
                     yield row
                     _free()

@@ -40,10 +40,10 @@ def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.Captu
     assert main(["cpu", "--steps", "2"]) == 2 and "at least 1 and 3" in capsys.readouterr().err
 
 
-def row(method: str, speedup: float | None) -> str:
+def row(method: str, speedup: float | None, **more: object) -> str:
     return json.dumps({
         "kind": "kernel", "method": method, "bits": 2, "B": 1, "T": 1024, "speedup": speedup, "byte_limit_speedup": 7.0,
-        "device": "x",
+        "device": "x", **more,
     })  # fmt: skip
 
 
@@ -52,6 +52,15 @@ def test_rows_become_a_picture(tmp_path: Path) -> None:
     assert main(["plot", str(tmp_path / "rows.jsonl"), str(tmp_path / "out.svg")]) == 0
     text = (tmp_path / "out.svg").read_text()
     assert "a, 2 bit" in text and "b, 2 bit" not in text  # an op that was not timed has no bar
+
+
+def test_rows_of_several_models_are_drawn_by_model(tmp_path: Path) -> None:
+    first, second = {"model": "first"}, {"model": "second"}
+    lines = [row("a", 3.0, **first), row("a", 2.0, **second), row("a", 9.0, **first, T=8), row("b", 1.0, **first)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert main(["plot", str(tmp_path / "rows.jsonl"), str(tmp_path / "out.svg")]) == 0
+    text = (tmp_path / "out.svg").read_text()
+    assert all(f"<!-- {name} -->" in text for name in ("first", "second", "3.0", "2.0")) and "<!-- 9.0 -->" not in text
 
 
 @pytest.mark.parametrize(("text", "said"), [("{}\nno json\n", "line 2"), ("{}\n", "no rows")])
