@@ -74,11 +74,12 @@ class Card:
 
 @cache
 def card_of(device: torch.device) -> Card:
-    """The card at hand. $KVSINK_CUDA_TARGET (80, ...) and $KVSINK_CUDA_SHARED (bytes) name a smaller one, whose code it then runs."""
+    """The card at hand. $KVSINK_CUDA_TARGET (compute_80, ...) and $KVSINK_CUDA_SHARED (bytes) name a smaller one, whose code it then runs."""
     major, minor = torch.cuda.get_device_capability(device)
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_LIMIT)
-    found, target = 10 * major + minor, os.environ.get("KVSINK_CUDA_TARGET")
-    return Card(int(target or found), int(os.environ.get("KVSINK_CUDA_SHARED", shared)), bool(target) and int(target) != found)
+    found = 10 * major + minor
+    target = int("".join(c for c in os.environ.get("KVSINK_CUDA_TARGET", "") if c.isdigit()) or found)
+    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found)
 
 
 @dataclass(frozen=True)

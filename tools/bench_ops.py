@@ -135,7 +135,7 @@ class Case:
 
     def served(self) -> tuple[str, str]:
         """Which kernels attend, and why those over tiles do not."""
-        if packed.usable(self.codec, self.heads, self.k) is not None:
+        if packed.usable(self.codec, self.heads, self.k, self.first.params) is not None:
             return "cuda", ""
         runtime, x = runtime_of(self.model), self.first
         heads = runtime.anatomy.layers[0]

@@ -193,7 +193,7 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
         q, k, v = (
             torch.randn(1, n, 1, dim, device=model.device, dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads)
         )
-        lib = packed.usable(x.codec, heads, k)
+        lib = packed.usable(x.codec, heads, k, x.params)
         if lib is None:
             return None
         p, st = dict(zip(x.codec.param_names(), x.params, strict=True)), x.codec.named(x.state())

@@ -70,7 +70,7 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
     g = torch.Generator(device).manual_seed(1)
     heads = (HEADS, kv_heads, kv_heads)
     q, k, v = (torch.randn(b, n, 1, 128, device=device, dtype=torch.float16, generator=g) for n in heads)
-    lib = packed.usable(codec, HEADS, k)
+    lib = packed.usable(codec, HEADS, k, layer.params)
     if lib is None:
         raise RuntimeError("the CUDA kernels are not to be had here")
     slots = torch.arange(layer.k_codes.shape[2], device=device)
