@@ -118,82 +118,60 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
   const bool tail = (last_row + 1) * each > rows.range.u1;      // the last row goes on in later blocks: send what we have of it
   float* parts = p.partial + ((long long)CTA_Y * p.share + c) * COLUMNS * SLOT;   // of this block; those of others, COLUMNS * SLOT apart
 
-  if (warp >= WARPS) {                               // service warps, TURNS query heads each
+  if (warp >= WARPS) {                               // service warps, one query head each
     if constexpr (SHIFTS) fewer_registers<SERVICE_REGISTERS>();
-    const int h0 = warp - WARPS;
-    const bool waits = first_row * each < rows.range.u0 && !(first_row == last_row && tail);
-    Partial held[TURNS], held_exact[TURNS];
-    Raw qv[TURNS];
+    const int h = warp - WARPS;
+    const bool waits = first_row * each < rows.range.u0 && !(first_row == last_row && tail), own = h < place.heads;
+    Partial held = nothing(), held_exact = held;
     bool held_enters = false, entering = false;
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) {                // before any other load: they would queue behind everybody's packed rows
-      held[k] = held_exact[k] = nothing();
-      qv[k] = query_of(p, first_row, place, h0 + SERVICE * k, lane);
-      prepare_query(p, qv[k], first_row, h0 + SERVICE * k, lane, smem, 0);
-    }
+    Raw qv = query_of(p, first_row, place, h, lane); // before any other load: they would queue behind everybody's packed rows
+    prepare_query(p, qv, first_row, h, lane, smem, 0);
     sync_warp();
     if (lane == 0) barrier_arrive(ready);
     if (!(first_row == last_row && tail)) prefetch_exact(p, first_row, kv, lane);
     for (int b = first_row, n = 0;; b++, n++) {
-      Partial a[TURNS], exact[TURNS];
+      Partial a, exact = nothing();
       int out = b;
       if (b <= last_row) {
         const bool send = b == last_row && tail;
-        Raw next[TURNS];
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) next[k] = qv[k];
+        Raw next = qv;
         if (b < last_row) {
-#pragma unroll
-          for (int k = 0; k < TURNS; k++) {
-            next[k] = query_of(p, b + 1, place, h0 + SERVICE * k, lane);
-            prepare_query(p, next[k], b + 1, h0 + SERVICE * k, lane, smem, (n + 1) & 1);
-          }
+          next = query_of(p, b + 1, place, h, lane);
+          prepare_query(p, next, b + 1, h, lane, smem, (n + 1) & 1);
           sync_warp();
           if (lane == 0) barrier_arrive(ready + ((n + 1) & 1));
         }
-        const bool enters = h0 == 0 && !send && fresh.segments && may_enter(fresh, b, lane);
+        const bool enters = h == 0 && !send && fresh.segments && may_enter(fresh, b, lane);
         ExactRows side;
         if (!send) load_exact(side, p, b, kv, lane, 0);
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) {
-          exact[k] = send ? nothing() : attend_exact(side, k == 0, qv[k], p, b, kv, lane);
-          qv[k] = next[k];
-        }
+        if (!send) exact = attend_exact(side, qv, p, b, kv, lane);
+        qv = next;
         barrier_wait(done, n & 1);
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) a[k] = merge_warps((const float*)(smem + OFF_PART), h0 + SERVICE * k, lane);
+        a = merge_warps((const float*)(smem + OFF_PART), h, lane);
         sync_warp();
         if (lane == 0) barrier_arrive(emptied);
-        if (h0 == 0 && fresh.segments) barrier_wait(emptied, n & 1);   // every warp has read the exact rows
+        if (h == 0 && fresh.segments) barrier_wait(emptied, n & 1);   // every warp has read the exact rows
         if (send) {
-#pragma unroll
-          for (int k = 0; k < TURNS; k++)
-            if (h0 + SERVICE * k < place.heads) send_partial(parts + (h0 + SERVICE * k) * SLOT, a[k], lane);
+          if (own) send_partial(parts + h * SLOT, a, lane);
           continue;
         }
         if (n == 0 && waits) {                       // wait for the others at the end only
-#pragma unroll
-          for (int k = 0; k < TURNS; k++) { held[k] = a[k]; held_exact[k] = exact[k]; }
+          held = a;
+          held_exact = exact;
           held_enters = enters;
           continue;
         }
         entering = enters;
       } else {
-        if (!waits) break;
+        if (!waits || !own) break;
         const u32 origin = ((u32)(first_row * each + 1) * nc - 1) / total;   // the block that holds the row's first superblock
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) {
-          const int h = h0 + SERVICE * k;
-          a[k] = held[k];
-          exact[k] = held_exact[k];
-          if (h < place.heads) receive_partials(a[k], parts - (long long)(c - origin) * COLUMNS * SLOT + h * SLOT, COLUMNS * SLOT, c - origin, lane);
-        }
+        a = held;
+        exact = held_exact;
+        receive_partials(a, parts - (long long)(c - origin) * COLUMNS * SLOT + h * SLOT, COLUMNS * SLOT, c - origin, lane);
         out = first_row;
         entering = held_enters;
       }
-#pragma unroll
-      for (int k = 0; k < TURNS; k++)
-        if (h0 + SERVICE * k < place.heads) finish(p, out, kv, place.first + h0 + SERVICE * k, lane, a[k], exact[k]);
+      if (own) finish(p, out, kv, place.first + h, lane, a, exact);
       if (entering) enter_new(p, fresh, out, kv, lane);          // nobody of this block reads the exact rows of the sequence any more
       if (b > last_row) break;
     }
@@ -254,14 +232,14 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
 // -- one short sequence ---------------------------------------------------------------------------------------------------
 //
 // Latency is all, so everything that does not depend on the length is asked for before the length is known. Warps 0-3 attend to a
-// tile pair each, warps 4-7 see to query heads; block KLT: all eight turn the query into the basis, rows of its tiles each, straight
+// tile pair each, the others see to a query head each; block KLT: all turn the query into the basis, rows of its tiles each, straight
 // from the L2 cache. Needs B = 1 and as many blocks as superblocks can be held; those behind the last token end early.
-constexpr int SINGLE_THREADS = 256;
+constexpr int SINGLE_WARPS = PAIR_WARPS + SERVICE, SINGLE_THREADS = 32 * SINGLE_WARPS;
 
 KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   LAUNCH_MEMORY
   constexpr int BLOCKS = WIDE ? 2 : 1;               // of 64 tokens, whose queries stand apart
-  const int lane = TID & 31, warp = TID >> 5, c = CTA_X, h0 = warp - PAIR_WARPS;
+  const int lane = TID & 31, warp = TID >> 5, c = CTA_X, h = warp - PAIR_WARPS;
   const Place place = place_of(CTA_Y);
   const int kv = place.kv;
   const bool attends = warp < PAIR_WARPS;
@@ -291,15 +269,13 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   if (MODE == 2 || (MODE == 1 && attends))
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) load_rotation(rot[i], p.rotation + c * (ROT_BYTES / 4), WIDE ? i : lane >> 4, lane);
-  Raw qv[TURNS];
+  Raw qv = {};
   ExactRows side;
   bool better = false;                               // the new row than some exact one, for the warp that sees to it
-  if (!attends)
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-      qv[k] = query_of(p, 0, place, h0 + SERVICE * k, lane);
-      prepare_query(p, qv[k], 0, h0 + SERVICE * k, lane, smem, 0);
-    }
+  if (!attends) {
+    qv = query_of(p, 0, place, h, lane);
+    prepare_query(p, qv, 0, h, lane, smem, 0);
+  }
   sync_cta();
   const int end = end_of(p, 0), each = superblocks(end);
   if (c >= each) {
@@ -309,7 +285,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   const bool last = c == each - 1;
   if (!attends && last) {
     load_exact(side, p, 0, kv, lane, 0);
-    better = h0 == 0 && fresh.segments && may_enter(fresh, 0, lane);
+    better = h == 0 && fresh.segments && may_enter(fresh, 0, lane);
   }
   u32 rq[BLOCKS][RUNS];
   if (MODE == 2 || (MODE == 1 && attends))
@@ -317,7 +293,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     for (int i = 0; i < BLOCKS; i++) rotate_query(rq[i], rot[i], smem, lane, 0);
   if (MODE == 2) {
 #pragma unroll 1
-    for (int m = warp; m < K_STEPS; m += 8) {
+    for (int m = warp; m < K_STEPS; m += SINGLE_WARPS) {
       if (m != warp)
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) basis[k] = rows[(m * K_STEPS + k) * 32];
@@ -335,9 +311,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     }
     sync_cta();
   }
-  Partial exact[TURNS];
-#pragma unroll
-  for (int k = 0; k < TURNS; k++) exact[k] = nothing();
+  Partial exact = nothing();
   if (attends) {
     State st;
     begin_softmax(st);
@@ -369,25 +343,19 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     }
     write_warp_partial(st, (float*)(smem + OFF_PART) + warp * COLUMNS * PART, lane);
   } else if (last) {
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) exact[k] = attend_exact(side, k == 0, qv[k], p, 0, kv, lane);
+    exact = attend_exact(side, qv, p, 0, kv, lane);
   }
   sync_cta();
-  if (attends) return;
-  float* slots = p.partial + (long long)CTA_Y * p.share * COLUMNS * SLOT;
-#pragma unroll
-  for (int k = 0; k < TURNS; k++) {
-    const int h = h0 + SERVICE * k;
-    if (h >= place.heads) continue;
-    Partial a = merge_warps<PAIR_WARPS>((const float*)(smem + OFF_PART), h, lane);
-    if (!last) {
-      send_partial(slots + ((long long)c * COLUMNS + h) * SLOT, a, lane);
-      continue;
-    }
-    receive_partials(a, slots + h * SLOT, COLUMNS * SLOT, c, lane);
-    finish(p, 0, kv, place.first + h, lane, a, exact[k]);
+  if (attends || h >= place.heads) return;
+  float* slots = p.partial + (long long)CTA_Y * p.share * COLUMNS * SLOT + h * SLOT;
+  Partial a = merge_warps<PAIR_WARPS>((const float*)(smem + OFF_PART), h, lane);
+  if (!last) {
+    send_partial(slots + (long long)c * COLUMNS * SLOT, a, lane);
+    return;
   }
-  if (last && better) enter_new(p, fresh, 0, kv, lane);          // nobody of this block reads the exact rows any more
+  receive_partials(a, slots, COLUMNS * SLOT, c, lane);
+  finish(p, 0, kv, place.first + h, lane, a, exact);
+  if (better) enter_new(p, fresh, 0, kv, lane);      // nobody of this block reads the exact rows any more
 }
 
 // -- many short rows --------------------------------------------------------------------------------------------------------
@@ -476,7 +444,8 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
         u64* bars = tables + 1 + w * WARP_BARS + (n & 1);
         const bool enters = hq == 0 && fresh.segments && may_enter(fresh, b, lane);
         ExactRows side;
-        const Partial exact = attend_exact(side, false, query_of(p, b, place, hq, lane), p, b, kv, lane);
+        load_exact(side, p, b, kv, lane, 0);
+        const Partial exact = attend_exact(side, query_of(p, b, place, hq, lane), p, b, kv, lane);
         barrier_wait(bars + IN_FLIGHT, n >> 1 & 1);
         const float* part = (const float*)(smem + OFF_PART + (w * IN_FLIGHT + (n & 1)) * ROW_PART) + hq * PART;
         Partial a;
