@@ -310,7 +310,9 @@ def enter_kernel(
                 new = tl.load(score_3 + b * score_b3).to(tl.float32)
             mine = (e >= low) & (e < end)
             least = tl.min(tl.where(mine, score, float("inf")), 0)
-            place = tl.max(tl.where(mine & (score == least), e, -1), 0)
+            worst = mine & (score == least)  # of them the row of the latest slot leaves, as in selection.py
+            last = tl.max(tl.where(worst, slot, -1), 0)
+            place = tl.max(tl.where(worst & (slot == last), e, -1), 0)
             if (new > least) & (place >= 0):
                 score = tl.where(e == place, new, score)
                 slot = tl.where(e == place, first.to(tl.int32), slot)

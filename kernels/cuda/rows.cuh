@@ -342,8 +342,9 @@ DEVICE void enter_exact(const RowParams& p, uint2 k, uint2 v, int b, int head, i
     const bool inside = lane >= from && lane < from + p.capacity[i];
     const float low = -warp_max(inside ? -score : -3.4e38f);
     if (!(mine > low)) continue;
-    const u32 lowest = ballot_warp(inside && score <= low);
-    const int at = popcount((lowest & (0u - lowest)) - 1u);    // the first of them
+    const u32 late = inside && score <= low ? (u32)(named + 2) : 0u, last = most_in_warp(late);
+    const u32 lowest = ballot_warp(late == last);              // of equally low rows the latest leaves (kernels/selection.py)
+    const int at = popcount((lowest & (0u - lowest)) - 1u);
     changed = true;
     if (lane == at) { named = slot; score = mine; }
     *(uint2*)(rows_k + at * D) = k;
