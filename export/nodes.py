@@ -100,7 +100,7 @@ def preserve_sinks(
     slot: Tensor, score: Tensor, exact_k: Tensor, exact_v: Tensor, k: Tensor, v: Tensor, past_positions: Tensor,
     candidates: Sequence[Tensor], segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The running selection of `kvsink.kernels.selection.merge_exact`; the chunk begins at the slot behind past_positions [B, P]."""
+    """`kvsink.kernels.selection.merge_exact`; the chunk begins at the slot behind past_positions [B, P]."""
     first = torch.tensor(past_positions.shape[1])
     return merge_exact(slot, score, (exact_k, exact_v), (k, v), candidates, segments, first)
 

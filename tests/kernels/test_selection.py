@@ -289,6 +289,6 @@ def test_candidates_of_a_chunk_are_its_best_rows_the_earlier_of_equal_ones(seed:
         size = hidden[b].abs()
         wanted = sorted(seen, key=lambda i: (-max(float(size[i, 1]), float(size[i, 4]) / 2), i))[:9]
         assert by_channel[1][b].tolist() == wanted
-        entries = sorted(((-float(size[i, c]), i) for i in seen for c in range(6)))[:9]
+        entries = sorted((-float(size[i, c]), i) for i in seen for c in range(6))[:9]
         assert by_entry[1][b].tolist() == [i for _, i in entries]
         assert by_place[1][b].tolist() == sorted((i for i in seen if order[b, i] < 2), key=lambda i: (int(order[b, i]), i))[:2]
