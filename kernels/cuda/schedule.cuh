@@ -32,19 +32,27 @@ DEVICE void settle(Work& w, const Rows& r, int warp) {
 DEVICE void ask(const Params& p, int b, int kv, int i, int part, int shift, int lane, unsigned char* stage, u64* bar) {
   const long long tile = tile_of(p, b, kv, i);
   const u32 kb = K_BYTES >> shift, vb = V_BYTES >> shift, ks = KS_BYTES >> shift, vs = VS_BYTES >> shift;
-  unsigned char* scales = stage + KI_BYTES;
+  const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_BYTES, *values = (const unsigned char*)p.v_codes + tile * V_BYTES;
+  unsigned char *scales = stage + KI_BYTES, *value_scales = scales + KS_BYTES;
+  const auto numbers = [&](int ka, u32 kn, int va, u32 vn) {
+    copy(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, kn, bar, lane);
+    copy(value_scales + va, (const char*)p.v_scale + tile * VS_BYTES + va, vn, bar, lane);
+  };
   copies_begin(bar, kb + vb + ks + vs + ROT_BYTES + (p.mask ? 128 : 0), lane);
-  copy(stage, (const char*)p.k_codes + tile * K_BYTES + part * kb, kb, bar, lane);
-  copy(stage + IN_VALUES, (const char*)p.v_codes + tile * V_BYTES + part * vb, vb, bar, lane);
-  if (shift == 0) {
-    copy(scales, (const char*)p.k_scale + tile * KS_BYTES, KS_BYTES, bar, lane);
-    copy(scales + KS_BYTES, (const char*)p.v_scale + tile * VS_BYTES, VS_BYTES, bar, lane);
-  } else {                                           // the even tiles' tokens, then the odd tiles'
-    for (int half = 0; half < 2; half++) {
-      const int ka = half * (KS_BYTES / 2) + part * (ks / 2), va = half * (VS_BYTES / 2) + part * (vs / 2);
-      copy(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, ks / 2, bar, lane);
-      copy(scales + KS_BYTES + va, (const char*)p.v_scale + tile * VS_BYTES + va, vs / 2, bar, lane);
+  if (WIDE && shift) {                               // tiles of one block, which stand between those of the other
+    const Item item = item_of(part, shift);
+    for (int n = 0; n < item.pairs; n++) {
+      const int from = 2 * (item.first + n) + item.block;
+      copy(stage + n * K_TILE * 4, keys + from * K_TILE * 4, K_TILE * 4, bar, lane);
+      copy(stage + IN_VALUES + n * V_TILE * 4, values + from * V_TILE * 4, V_TILE * 4, bar, lane);
     }
+    numbers(part * ks, ks, part * vs, vs);
+  } else {
+    copy(stage, keys + part * kb, kb, bar, lane);
+    copy(stage + IN_VALUES, values + part * vb, vb, bar, lane);
+    if (shift == 0) numbers(0, ks, 0, vs);
+    else                                             // the even tiles' tokens, then the odd tiles'
+      for (int half = 0; half < 2; half++) numbers(half * (KS_BYTES / 2) + part * (ks / 2), ks / 2, half * (VS_BYTES / 2) + part * (vs / 2), vs / 2);
   }
   if (p.mask) copy(stage + IN_MASK, p.mask + b * p.mask_row + i * 128, 128, bar, lane);
   if (ROT_BYTES) copy(stage + IN_ROT, p.rotation + (long long)i * (ROT_BYTES / 4), ROT_BYTES, bar, lane);
@@ -211,13 +219,13 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     for (; work.i < work.items; work.i += WARPS) {
       unsigned char* stage = stages + slot * STAGE_BYTES;
       const int base = (work.first + (work.i >> work.shift)) * 128;
-      const int np = 4 >> work.shift, pr0 = (work.i & ((1 << work.shift) - 1)) * np;
+      const Item item = item_of(work.i & ((1 << work.shift) - 1), work.shift);
       u32 valid = ALL_SEEN;
       if (base + 128 > end || any_lane(meets(excluded, base))) valid = seen_tokens(excluded, base, end, lane);
       barrier_wait(full + slot, parity >> slot & 1);
       parity ^= 1u << slot;
       if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-      attend_item<Queries, STEP_PAIRS>(st, q, shift, stage, smem, pr0, np, valid, at, lane);
+      attend_item<Queries, STEP_PAIRS>(st, q, shift, stage, smem, item, valid, at, lane);
       sync_warp();
       request(p, fetch, rows, kv, warp, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -238,7 +246,7 @@ constexpr int SINGLE_WARPS = PAIR_WARPS + SERVICE, SINGLE_THREADS = 32 * SINGLE_
 
 KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   LAUNCH_MEMORY
-  constexpr int BLOCKS = WIDE ? 2 : 1;               // of 64 tokens, whose queries stand apart
+  constexpr int BLOCKS = WIDE ? 2 : 1, TILES_ALONE = WIDE ? 2 : 1;             // of 64 tokens, whose queries stand apart; units of a warp
   const int lane = TID & 31, warp = TID >> 5, c = CTA_X, h = warp - PAIR_WARPS;
   const Place place = place_of(CTA_Y);
   const int kv = place.kv;
@@ -254,8 +262,10 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     sync_warp();
     ask(p, 0, kv, c, warp, 2, lane, stage, full);
     if (MODE != 0) {                                 // the pair's part of the table of the mean's logit
-      copies_begin(full, MEAN_BYTES / 4, lane);
-      copy(smem + OFF_MEAN + warp * (MEAN_BYTES / 4), p.mean + kv * (MEAN_BYTES / 4) + warp * (MEAN_BYTES / 16), MEAN_BYTES / 4, full, lane);
+      const Item item = item_of(warp, 2);            // two warps write the same where they share pairs
+      const u32 size = item.pairs * (MEAN_BYTES / 4);
+      copies_begin(full, size, lane);
+      copy(smem + OFF_MEAN + item.first * (MEAN_BYTES / 4), p.mean + kv * (MEAN_BYTES / 4) + item.first * (MEAN_BYTES / 16), size, full, lane);
       copies_end(full);
     }
   }
@@ -313,34 +323,32 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   }
   Partial exact = nothing();
   if (attends) {
+    const Item item = item_of(warp, 2);
+    const int mine = WIDE ? item.block : 0;
     State st;
     begin_softmax(st);
-    u32 valid = ALL_SEEN;
-    if (c * 128 + 128 > end || any_lane(meets(excluded, c * 128))) valid = seen_tokens(excluded, c * 128, end, lane);
-    u32 q[RUNS];
+    u32 q[RUNS], turned[RUNS], valid = ALL_SEEN;
     float shift[2] = {0, 0};
-    if (MODE != 2) load_query(q, shift, smem, lane, 0);
+    if (c * 128 + 128 > end || any_lane(meets(excluded, c * 128))) valid = seen_tokens(excluded, c * 128, end, lane);
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++) {
-      if (MODE == 2) {
-        shift[0] = shift[1] = 0;
+    for (int r = 0; r < RUNS; r++) turned[r] = WIDE && mine ? rq[BLOCKS - 1][r] : rq[0][r];
+    if (MODE == 2) {
 #pragma unroll
-        for (int m = 0; m < K_STEPS; m++) {
-          const uint2 pair = *(const uint2*)(smem + OFF_TURNED + ((i * K_STEPS + m) * 32 + lane) * 8);
-          const float2 sum = *(const float2*)(smem + OFF_TURNED + BLOCKS * K_STEPS * 256 + ((i * K_STEPS + m) * 4 + (lane & 3)) * 8);
-          q[2 * m] = pair.x; q[2 * m + 1] = pair.y;
-          shift[0] -= sum.x; shift[1] -= sum.y;
-        }
-        shift[0] *= SUBNORMAL;
-        shift[1] *= SUBNORMAL;
+      for (int m = 0; m < K_STEPS; m++) {
+        const uint2 pair = *(const uint2*)(smem + OFF_TURNED + ((mine * K_STEPS + m) * 32 + lane) * 8);
+        const float2 sum = *(const float2*)(smem + OFF_TURNED + BLOCKS * K_STEPS * 256 + ((mine * K_STEPS + m) * 4 + (lane & 3)) * 8);
+        q[2 * m] = pair.x; q[2 * m + 1] = pair.y;
+        shift[0] -= sum.x; shift[1] -= sum.y;
       }
-      if (i == 0) {
-        barrier_wait(full, 0);
-        if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-      }
-      if (any_lane(valid != ALL_SEEN)) step<true, 1>(st, stage, smem, q, rq[i], shift, warp, warp, i, valid, lane);
-      else step<false, 1>(st, stage, smem, q, rq[i], shift, warp, warp, i, valid, lane);
+      shift[0] *= SUBNORMAL;
+      shift[1] *= SUBNORMAL;
+    } else {
+      load_query(q, shift, smem, lane, 0);
     }
+    barrier_wait(full, 0);
+    if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
+    if (any_lane(valid != ALL_SEEN)) step<true, TILES_ALONE>(st, stage, smem, q, turned, shift, item, item.first, mine, valid, lane);
+    else step<false, TILES_ALONE>(st, stage, smem, q, turned, shift, item, item.first, mine, valid, lane);
     write_warp_partial(st, (float*)(smem + OFF_PART) + warp * COLUMNS * PART, lane);
   } else if (last) {
     exact = attend_exact(side, qv, p, 0, kv, lane);
@@ -496,13 +504,13 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
 #pragma unroll 1
     for (int i = 0; i < items; i++) {
       unsigned char* stage = stages + slot * STAGE_BYTES;
-      const int base = i / PARTS * 128, pr0 = i % PARTS * ITEM_PAIRS;
+      const int base = i / PARTS * 128;
       u32 valid = ALL_SEEN;
       if (base + 128 > end || any_lane(meets(excluded, base))) valid = seen_tokens(excluded, base, end, lane);
       barrier_wait(full + slot, parity >> slot & 1);
       parity ^= 1u << slot;
       if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-      attend_item<WarpQueries, STEP_PAIRS>(st, q, shift, stage, smem, pr0, ITEM_PAIRS, valid, at, lane);
+      attend_item<WarpQueries, STEP_PAIRS>(st, q, shift, stage, smem, item_of(i % PARTS, halvings(ITEM_PAIRS)), valid, at, lane);
       sync_warp();
       ask_item(p, fetch, items, kv, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;

@@ -134,7 +134,7 @@ def test_refusals_name_the_reason() -> None:
     ("kvquant", (3, 3), "keys with free code points"),
     ("kvquant-1%", (3, 3), "keys with sparse outliers"),
     ("rotatekv", (2, 2), "uniform-int keys before RoPE"),
-    ("akvq-vl", (2, 2), "a window of recent rows"),
+    ("akvq-vl", (2, 2), "uniform-int keys after RoPE"),
 ])  # fmt: skip
 def test_what_holds_more_than_codes_per_row_is_refused(method: str, bits: tuple[int, int], reason: str) -> None:
     declared = get_method(method)
