@@ -678,9 +678,6 @@ DEVICE void append_lone(const RowParams& p, unsigned char* smem) {
   if (p.segments) enter_exact(p, fresh(p.k, p.k_stride), fresh(p.v, p.v_stride), b, head, slot, lane);
 }
 
-#ifndef KVSINK_EMULATE
-extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS, COLUMNS * SLOT};   // what the host must ask for
-#endif
 KERNEL(LONE_THREADS) append_row(ARGUMENT(RowParams) p) {
   BLOCK_MEMORY(LONE_SMEM)
   if constexpr (LONE) append_lone(p, smem);
