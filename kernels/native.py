@@ -150,8 +150,7 @@ class Variant:
 
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others."""
-        wide = self.dim > 128
-        return (shape.warps == 4 or (card.target in (90, 100) and not wide)) and (not wide or shape.steps == 1)
+        return (shape.warps == 4 or card.target in (90, 100)) and (self.dim <= 128 or shape.steps == 1)
 
     def defines(self, card: Card) -> dict[str, str]:
         """Macros of the source."""

@@ -311,7 +311,11 @@ template <int N> DEVICE void project_rows(float* xs, float* sums, const float* m
   float acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) acc[r] = 0;
-  if (first == last) {
+  if (per == 1) {                                    // latency is all: many loads on their way
+    const float* matrix = matrices + (long long)first * D * D;
+#pragma unroll 32
+    for (int d = from; d < to; d++) acc[0] += xs[d] * matrix[d * D + c];
+  } else if (first == last) {
     const float* matrix = matrices + (long long)first * D * D;
 #pragma unroll 8
     for (int d = from; d < to; d++) {
