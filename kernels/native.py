@@ -33,7 +33,7 @@ from .scratch import Scratch
 from .tiles import make_fields
 
 __all__ = [
-    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "library", "module_of", "scratch",
+    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "few", "library", "module_of", "scratch",
     "single", "too_old", "unit",
 ]  # fmt: skip
 
@@ -149,7 +149,8 @@ class Variant:
 
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others."""
-        return (shape.warps == 4 or card.target in (90, 100)) and (self.dim <= 128 or shape.steps == 1)
+        eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4)
+        return (shape.warps == 4 or eight) and (self.dim <= 128 or shape.steps == 1)
 
     def defines(self, card: Card) -> dict[str, str]:
         """Macros of the source."""
@@ -172,9 +173,14 @@ def by_warp(batch: int, share: int, tiles: int) -> bool:
     return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
 
 
+def few(argument: Any) -> bool:
+    """Whether exact and recent rows are few enough for one warp of a query head: the rule of `many` in exact.cuh."""
+    return bool(argument.E + argument.window < 9)
+
+
 def single(argument: Any) -> bool:
     """Whether there is one sequence, and a block of each head for every superblock that it can hold: `attend_single`."""
-    return bool(argument.B == 1 and argument.share == argument.tiles)
+    return bool(argument.B == 1 and argument.share == argument.tiles) and few(argument)
 
 
 def too_old(device: torch.device) -> str | None:
@@ -365,7 +371,7 @@ class Cubin:
             self._module.launch(self._single, argument.share, heads, self._single_threads, self._shared, argument, fresh)
             return
         whole = by_warp(argument.B, argument.share, argument.tiles) if BY_WARP is None else BY_WARP
-        if whole and self.whole_rows:
+        if whole and self.whole_rows and few(argument):
             self._module.launch(self._attend_rows, argument.share, heads, self._threads, self._shared_rows, argument, fresh)
             return
         self._module.launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)
