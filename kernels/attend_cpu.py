@@ -7,7 +7,7 @@ Source     FlashAttention, arXiv 2205.14135 (online softmax); the query carries 
            a rotated query, arXiv 2501.16383
 Shapes     as `kvsink::attend` with S = 1
 Exact      equals the definition up to float32 rounding and an exponential of relative error 3e-7
-Raises     nothing: `why_not` says in words what it does not serve, and the caller takes another path
+Declines   `declines` says in words what it does not serve
 Cost       reads the codes once; 2·Hq·L·D flops for the keys and as many for the values
 
 The C file beside this one is built at first use, see `c_library`.
@@ -16,19 +16,20 @@ The C file beside this one is built at first use, see `c_library`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends import Call, Device, LayerFormat, LayerState, Shape, unread
 from .c_library import FLOAT_TYPES, LOOSE, Plan, c_library
 from .hadamard import hadamard_matrix
 from .levels import even_levels, lloyd_max
 from .quantize import SIGMA_KINDS, segments
 
-__all__ = ["attend_one", "unread", "why_not"]
+__all__ = ["attend", "attend_one", "declines"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
@@ -79,39 +80,19 @@ def _library() -> ctypes.CDLL | None:
     return c_library("attend_cpu", LOOSE, sizes, "packed attention on the CPU runs in PyTorch, several times slower")
 
 
-def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
+def declines(f: LayerFormat, s: Shape, d: Device) -> str:
     """What keeps a call from the C kernel, in words; empty when it serves it."""
-    s = codec.key
-    if q.device.type != "cpu" or q.dtype == torch.float64:
-        return "not float32 or narrower on the CPU"
-    if q.shape[2] != 1:
+    if d.type != "cpu":
+        return f"the device is {d.type}"
+    if s.dtype == torch.float64:
+        return f"{s.dtype} is not float32 or narrower"
+    if s.rows > 1:
         return "more than one new row"
-    if reason := unread(codec, _KIND):
+    if reason := unread(f, tuple(_KIND)):
         return reason
-    if s.domain == "block" and s.block < _SMALLEST_BLOCK:
-        return f"blocks of {s.block} tokens"
-    return "" if _library() is not None else "no C compiler"
-
-
-def unread(codec: Any, kinds: Container[str]) -> str:
-    """What keeps a codec from kernels that look codes up row by row and head by head, in words; empty when nothing does."""
-    for side in (codec.key, codec.value):
-        if not side.packed or side.kind not in kinds:
-            return f"rows of kind {side.kind}"
-        if side.by_token_block:
-            return "ranges along tokens"
-        if side.outliers:
-            return "sparse outliers"
-        if side.exponent:
-            return "rows beyond the range of float16"
-    if codec.ring > codec.window:
-        return "rows that stay exact on one side alone"
-    if codec.tiles:
-        return "codes in the order of a GPU kernel"
-    k, v = codec.key, codec.value
-    if k.reorder or k.heads_per_group > 1 or (v.heads_per_group > 1 and not v.folded):
-        return "a rotation across heads"
-    return ""
+    if f.key.domain == "block" and f.key.block < _SMALLEST_BLOCK:
+        return f"blocks of {f.key.block} tokens"
+    return "no C compiler" if d.place is not None and _library() is None else ""
 
 
 @cache
@@ -142,13 +123,12 @@ class _AttendPlan(Plan):
     """What calls over one state have in common."""
 
     def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
-         recent_k, recent_v, recent_slot, _, positions) = state[:13]  # fmt: skip
         super().__init__(c, state, params)
-        p = dict(zip(c.param_names(), params, strict=True))
-        self.call = call = _Call(batch=k_codes.shape[0], heads=k_codes.shape[1], blocks=1, block=1 << 30)
-        call.key = self._side(c.key, k_codes, k_scale, exact_k.shape[3], "k", p)
-        call.value = self._side(c.value, v_codes, v_scale, exact_v.shape[3], "v", p)
+        st, p = LayerState(*state), c.tables(params)
+        self.length, batch = st.length, st.k_codes.shape[0]
+        self.call = call = _Call(batch=batch, heads=st.k_codes.shape[1], blocks=1, block=1 << 30)
+        call.key = self._side(c.key, st.k_codes, st.k_scale, st.exact_k.shape[3], "k", p)
+        call.value = self._side(c.value, st.v_codes, st.v_scale, st.exact_v.shape[3], "v", p)
         call.by_block = c.key.domain == "block"
         if c.key.domain == "block" or c.key.center:
             cos, sin = p["start_cos"], p["start_sin"]
@@ -158,13 +138,13 @@ class _AttendPlan(Plan):
             call.mean = self.pointer(p["k_table"].mT)
         if c.value.center:
             call.value_mean = self.pointer(p["v_mean"])
-        call.positions, call.position_stride = positions.data_ptr(), positions.stride(0)
-        call.rows[0] = _rows(exact_k, exact_v, exact_slot)
+        call.positions, call.position_stride = st.positions.data_ptr(), st.positions.stride(0)
+        call.rows[0] = _rows(st.exact_k, st.exact_v, st.exact_slot)
         if c.window:
-            call.rows[1] = _rows(recent_k, recent_v, recent_slot)
+            call.rows[1] = _rows(st.recent_k, st.recent_v, st.recent_slot)
         self.fresh = call.rows[2]
         call.held = sum(r.count for r in call.rows) + (not c.strict)
-        call.slot = self.pointer(torch.empty(k_codes.shape[0], call.held, dtype=torch.int32))
+        call.slot = self.pointer(torch.empty(batch, call.held, dtype=torch.int32))
 
     def _side(self, spec: Any, codes: Tensor, scale: Tensor, dim: int, prefix: str, p: Mapping[str, Tensor]) -> _Side:
         runs, run, tables, levels, _ = _tables(spec.kind, tuple(spec.widths))
@@ -197,15 +177,20 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def attend(call: Call) -> Tensor:
+    """`kvsink::attend` for a call."""
+    return attend_one(*call.asking(), call.codec)
+
+
 def attend_one(
     q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None, scale: float,
     codec: Any,
 ) -> Tensor:  # fmt: skip
-    """`kvsink::attend` for S = 1 where `why_not` is empty."""
+    """`kvsink::attend` for S = 1 where `declines` is silent."""
     library = _library()
     assert library is not None
     plan = _AttendPlan.of(codec, state, params)
-    call, fresh, first = plan.call, plan.fresh, int(state[11])
+    call, fresh, first = plan.call, plan.fresh, int(plan.length)
     q, k, v = _dense(q), _dense(k), _dense(v)
     b, h, slots, threads = call.batch, call.heads, first + 1, torch.get_num_threads()
     call.repeats, call.slots, call.coded, call.threads, call.scale = q.shape[1] // h, slots, slots, threads, scale

@@ -30,7 +30,7 @@ from .quantize import segments
 from .rope import rope, unrope
 
 __all__ = [
-    "DIM", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "refuse", "restore_keys", "store",
+    "DIM", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "restore_keys", "store",
     "tile_bytes", "transform_keys",
 ]  # fmt: skip
 
@@ -68,65 +68,6 @@ def make_fields(widths: tuple[int, ...]) -> Fields:
 def tile_bytes(widths: Sequence[int]) -> int:
     """Bytes of one slot."""
     return 16 * make_fields(tuple(widths)).bins
-
-
-def refuse(codec: Any, heads: int, kv_heads: int, dim: int, value_dim: int, rotary: int) -> str | None:
-    """Why a codec of this shape cannot be stored in tiles, or None."""
-    k, v = codec.key, codec.value
-    if dim != DIM or value_dim != DIM:
-        return f"head_dim is {dim}, not {DIM}"
-    if heads > 4 * kv_heads or heads % kv_heads:
-        return f"{heads} query heads share {kv_heads} key-value heads: more than 4 each"
-    if rotary not in (0, DIM):
-        return f"{rotary} of {dim} channels carry RoPE"
-    if not k.packed or not v.packed:
-        return "keys or values stay in 16 bit"
-    if reason := _beyond_rows(codec):
-        return reason
-    if codec.exact_rows > 31:
-        return f"{codec.exact_rows} exact rows, more than 31"
-    if k.domain == "block" and not (k.block == BLOCK and k.transform == "klt" and k.kind == "lloyd-even" and k.gain):
-        return f"{k.kind} keys before RoPE, other than klt in blocks of {BLOCK} with equally spaced levels and gain (klt-even)"
-    if k.domain == "post" and not (k.kind == "uniform" and k.group_size == DIM and k.transform in ("none", "hadamard")):
-        return f"{k.kind} keys after RoPE in groups of {k.group_size}"
-    if k.reorder or k.heads_per_group > 1 or k.folded or (k.transform == "hadamard" and k.order != DIM):
-        return "keys reordered or rotated across heads"
-    if v.kind != "uniform" or v.group_size != DIM:
-        return f"{v.kind} values in groups of {v.group_size}"
-    if v.transform == "klt" or v.heads_per_group > 1 or (v.transform == "hadamard" and not v.folded and v.order != DIM):
-        return f"values transformed by {v.transform} across heads or by statistics"
-    for name, side in (("keys", k), ("values", v)):
-        if min(side.widths) < 1 or max(side.widths) > 4:
-            return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 4"
-        if tile_bytes(side.widths) > sum(side.widths):
-            return f"{name} of {sum(side.widths) / RUNS:g} bits do not fill whole words"
-    return None
-
-
-def _beyond_rows(codec: Any) -> str | None:
-    """What a codec holds beside one code and one scale per row and exact rows of a fixed number, or None."""
-    if codec.window:
-        return "a window of recent rows"
-    if codec.anchors is not None:
-        return "anchors, whose number grows with the slots"
-    for name, side in (("keys", codec.key), ("values", codec.value)):
-        if side.norm:
-            return f"{name} with a norm of each token"
-        if side.by_token_block:
-            return f"{name} with ranges along tokens"
-        if side.flush or side.newest:
-            return f"recent {name} that stay exact on one side alone"
-        if side.outliers:
-            return f"{name} with sparse outliers"
-        if side.exponent:
-            return f"{name} beyond the range of float16"
-        if side.visual_bits:
-            return f"{name} of visual rows with levels of their own"
-        if side.kind == "vector":
-            return f"{name} in codebooks"
-        if side.kind == "nuq":
-            return f"{name} with free code points"
-    return None
 
 
 # -- words of a slot ----------------------------------------------------------------------------------------------------

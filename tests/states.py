@@ -12,12 +12,21 @@ from torch import Tensor
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.codecs import STATE_NAMES
 from kvsink.kernels import append_
+from kvsink.kernels.backends import Device, Shape
 from kvsink.methods import get_method
 
 from .graphs import rewritten
 from .models import HEAD_DIM, KV_HEADS
 
 SLOTS = 64
+CPU, GPU = Device("cpu", place=torch.device("cpu")), Device("cuda", (8, 0), triton=True)
+"""This machine's processor, and a GPU that is only asked about."""
+
+
+def shape_of(k: Tensor, heads: int = 0, **more: Any) -> Shape:
+    """The shape of a call whose new keys are k [B, H, S, D], values as wide."""
+    rest = {"rotary": k.shape[3], "dtype": k.dtype, "rows": min(2, k.shape[2])} | more
+    return Shape(heads or k.shape[1], k.shape[1], k.shape[3], k.shape[3], **rest)  # type: ignore[arg-type]
 
 CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", ()),

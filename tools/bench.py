@@ -22,13 +22,15 @@ def _gpu() -> None:
     import torch
 
     from kvsink.errors import KvsinkError
+    from kvsink.kernels.backends import device_of
     from kvsink.kernels.native import too_old
 
     if not torch.cuda.is_available():
         raise KvsinkError(
             "no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine"
         )
-    if reason := too_old(torch.device("cuda", 0)):
+    device = device_of(torch.device("cuda", 0))
+    if reason := too_old(device.capability, device.name):
         raise KvsinkError(f"{reason}; its rows would time the plain operators")
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.kernels import attend_triton, native, packed
+from kvsink.kernels import native
 from kvsink.kernels.append import append_
 from kvsink.kernels.append_attend import append_attend_
-from kvsink.kernels.attend import attend_any, attend_packed, attend_ref
+from kvsink.kernels.attend import attend_ref, attention
+from kvsink.kernels.backends import Call, LayerState
 from kvsink.tools.bench_model import declared, fill, llama, rewritten
 from kvsink.tools.bench_sdpa import DISTINCT, Baseline, sdpa_baseline
 from kvsink.tools.timing import Times, graph_times
@@ -88,7 +89,8 @@ class Case:
                 torch.zeros(b, 1, dtype=torch.int64, device=device),
             ]
         self.cos, self.sin = self.first.shared.runtime.angles(0, self.positions)
-        self.lib = packed.usable(self.codec, self.heads, self.k)
+        call = Call(self.codec, "", self.k, self.v, LayerState(*self.first.state()), self.first.params, self.q)
+        self.kernel = call.choice("attend").name
         self.bytes = packed_bytes(self.codec, b, t, self.kv_heads)
 
     def made(self) -> Any:
@@ -106,12 +108,7 @@ class Case:
 
     def attention(self, x: Any) -> Tensor:
         """Attention of the new row over a cache and itself."""
-        q, k, v = self.q, self.k, self.v
-        if self.lib is None:
-            return attend_any(q, k, v, x.state(), x.params, None, self.scale, False, x.codec_text)
-        out = attend_packed(self.lib, self.codec, q, k, v, x.state(), x.params, None, self.scale, False)
-        assert out is not None  # there is no mask
-        return out
+        return attention(self.q, self.k, self.v, x.state(), x.params, None, self.scale, False, x.codec_text)
 
     def append(self, x: Any) -> None:
         """Code the new row and store it."""
@@ -139,12 +136,11 @@ class Case:
 
 def _one(model: Any, side: str, b: int, t: int, base: Baseline, bandwidth: float) -> dict[str, Any]:
     case = Case(model, b, t)
-    codec, layer, error = case.codec, case.first, case.error()
+    error = case.error()
     method, key_bits, value_bits = declared(side)
     bits = int(key_bits) if key_bits == value_bits else f"{key_bits:g}/{value_bits:g}"
-    served = "cuda" if case.lib is not None else attend_triton.served_by(codec, case.q, case.k, layer.state(), layer.params)
     row: dict[str, Any] = {
-        "kind": "kernel", "method": method.name, "bits": bits, "kernel": served,
+        "kind": "kernel", "method": method.name, "bits": bits, "kernel": case.kernel,
         "counted_bits": round(8 * case.bytes / (b * t * case.kv_heads * 256), 3),
         "B": b, "T": t, "Hq": case.heads, "Hkv": case.kv_heads, "D": 128,
         "error": f"{error:.1e}", "sdpa": base.backend, "sdpa_ms": round(base.times[1], 5),

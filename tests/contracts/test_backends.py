@@ -4,25 +4,22 @@ takes a whole step, and the reason of every faster one that does not. `python -m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import torch
 
 from kvsink.codecs import Anchors, Codec, SideSpec
 from kvsink.errors import UnsupportedError
-from kvsink.kernels import append_cpu, append_triton, attend_codes, attend_cpu, attend_triton, native, packed
+from kvsink.kernels.backends import Device, Shape, plan
 from kvsink.methods import get_method
 
 SERVED = Path(__file__).with_name("served.txt")
 KV_HEADS, SLOTS = 8, 8192
+WHATS = ("attend", "append", "step")
 DIMS, REPEATS = (64, 80, 96, 128, 256), (1, 2, 4, 5, 8, 16)
-_NO_COMPILER = "neither NVRTC nor nvcc is found; pip install nvidia-cuda-nvrtc brings the first"
 DEVICES = ("cpu", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "hip")
 
 RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
@@ -82,115 +79,22 @@ def codec_of(recipe: str, dim: int) -> Codec | str:
     return Codec(key, value, more.get("segments", (5, 1)), window, more.get("strict", False), more.get("anchors"))
 
 
-class Served(NamedTuple):
-    """One cell: who does it, and the reason of each faster backend."""
-
-    by: str
-    why: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        return f"{self.by}" + "".join(f" | {name}: {reason}" for name, reason in self.why)
+def device_of(name: str) -> Device:
+    """A machine that is only asked about, with Triton and compilers."""
+    if name in ("cpu", "hip"):
+        return Device(name, (9, 4) if name == "hip" else (0, 0), triton=True)
+    major, _, minor = name.partition(".")
+    return Device("cuda", (int(major), int(minor)), triton=True)
 
 
-def _capability(device: str) -> tuple[int, int]:
-    return (9, 4) if device == "hip" else tuple(int(n) for n in device.split("."))  # type: ignore[return-value]
-
-
-def _machine(device: str) -> ExitStack:
-    """The predicates see a machine with that device, a C compiler and Triton."""
-
-    class Cubin:
-        def __init__(self, variant: Any, place: Any) -> None:
-            variant.defines()
-            if device == "hip":
-                raise native.NativeError(_NO_COMPILER)
-
-    stack = ExitStack()
-    for target, name, new in (
-        (torch.cuda, "get_device_capability", lambda _: _capability(device)),
-        (torch.cuda, "get_device_name", lambda _: "this GPU"),
-        (native, "Cubin", Cubin),
-        (native, "_LOADED", {}),
-        (attend_triton, "here", lambda: True),
-        (append_triton, "here", lambda: True),
-        (attend_triton, "interpreted", lambda: False),
-        (append_triton, "interpreted", lambda: False),
-        (attend_cpu, "_library", lambda: object()),
-        (append_cpu, "_library", lambda: object()),
-    ):
-        stack.enter_context(mock.patch.object(target, name, new))
-    return stack
-
-
-def _rows_of_bytes(codec: Codec, repeats: int, dim: int, rotary: int, dtype: torch.dtype, device: str) -> str:
-    made = attend_codes.variant_of(codec, repeats, dim, rotary, dtype)
-    if isinstance(made, str):
-        return made
-    return native.too_old(torch.device("cuda", 0)) or (_NO_COMPILER if device == "hip" else "")
-
-
-def _coded_in_c(codec: Codec) -> str:
-    """Why the C kernel does not code rows: `append_cpu.serves`, in words."""
-    if append_cpu._knows.__wrapped__(codec) and not codec.modal:
-        return ""
-    for side in (codec.key, codec.value):
-        if not side.packed or side.kind not in append_cpu._KIND:
-            return f"rows of kind {side.kind}"
-        if side.by_token_block:
-            return "ranges along tokens"
-        if side.outliers:
-            return "sparse outliers"
-        if side.kind == "vector" and side.couple > 64:
-            return f"{side.couple} coupled channels"
-        if side.kind in ("uniform", "uniform-int", "gauss"):
-            return f"groups of {side.group_size} channels"
-    return "rows by modality"
-
-
-def cell(recipe: str, dim: int, repeats: int, device: str) -> dict[str, Served]:
-    """Who attends, appends and steps."""
+def cell(recipe: str, dim: int, repeats: int, device: str) -> dict[str, str]:
+    """Who attends, appends and steps, and the reason of everybody faster."""
     codec = codec_of(recipe, dim)
     if isinstance(codec, str):
-        return dict.fromkeys(("attend", "append", "step"), Served("nothing", (("codec", codec),)))
-    place = torch.device("cpu") if device == "cpu" else torch.device("cuda", 0)
+        return dict.fromkeys(WHATS, f"nothing | codec: {codec}")
     dtype = torch.float32 if device == "cpu" else torch.float16
-    heads, rotary = repeats * KV_HEADS, dim
-    with _machine(device):
-        tiles = packed.serves(codec, heads, KV_HEADS, dim, dim, rotary, dtype, place)
-        if tiles is None:
-            apart = "new rows are read back from their codes" if codec.strict else ""
-            apart = apart or (f"{len(codec.segments)} protection segments" if len(codec.segments) > 4 else "")
-            why = (("cuda (tiles)", apart), ("cuda (rows of bytes)", "codes in the order of a GPU kernel"))
-            step = Served("append, then attend", why) if apart else Served("cuda (tiles)", ())
-            return {"attend": Served("cuda (tiles)", ()), "append": Served("cuda (tiles)", ()), "step": step}
-        q, k = (SimpleNamespace(device=place, dtype=dtype, shape=(1, n, 1, dim)) for n in (heads, KV_HEADS))
-        first: list[tuple[str, str]] = [("cuda (tiles)", tiles)]
-        if device == "cpu":
-            rows = triton = coding = "the device is cpu"
-            inner = attend_cpu.why_not(codec, q, k)
-            coded = _coded_in_c(codec)
-        else:
-            triton = attend_triton.why_not(codec, q, k, None, codec.exact_places(SLOTS))
-            has_start = "start_cos" in codec.param_names()
-            rows = triton or _rows_of_bytes(codec, repeats, dim, rotary if has_start else 0, dtype, device)
-            coding = append_triton.why_not(codec, k, [])
-            inner = coded = "the device is cuda"
-    attend = _first(("cuda (rows of bytes)", rows), ("triton", triton), ("cpu (C)", inner), first=first)
-    append = _first(("triton", coding), ("cpu (C)", coded), first=first)
-    beside = rows or coding or ("new rows are read back from their codes" if codec.strict else "")
-    step = Served("cuda (rows of bytes)", tuple(first))
-    if beside:
-        step = Served("append, then attend", (*first, ("cuda (rows of bytes)", beside)))
-    return {"attend": attend, "append": append, "step": step}
-
-
-def _first(*asked: tuple[str, str], first: list[tuple[str, str]]) -> Served:
-    why = list(first)
-    for name, reason in asked:
-        if not reason:
-            return Served(name, tuple(why))
-        why.append((name, reason))
-    return Served("torch", tuple(why))
+    shape = Shape(repeats * KV_HEADS, KV_HEADS, dim, dim, dim, dtype, codec.exact_places(SLOTS))
+    return {what: str(plan(what, codec.format, shape, device_of(device))) for what in WHATS}
 
 
 def _cells(found: dict[tuple[int, str], tuple[int, ...]]) -> Iterator[str]:
@@ -216,8 +120,8 @@ def text() -> str:
     for recipe, *_ in RECIPES:
         lines.append(f"\n{recipe}")
         cells = {(d, v, r): cell(recipe, d, r, v) for d in DIMS for v in DEVICES for r in REPEATS}
-        for what in ("attend", "append", "step"):
-            groups: dict[Served, dict[tuple[int, str], tuple[int, ...]]] = {}
+        for what in WHATS:
+            groups: dict[str, dict[tuple[int, str], tuple[int, ...]]] = {}
             for (dim, device, repeats), found in cells.items():
                 at = groups.setdefault(found[what], {})
                 at[dim, device] = (*at.get((dim, device), ()), repeats)

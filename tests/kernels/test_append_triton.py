@@ -56,7 +56,7 @@ def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: 
         call["positions"] = call["positions"].expand(2, -1) - torch.tensor([[0], [3]])  # row 1 is padded on the left
         call["cos"], call["sin"] = layer.shared.runtime.angles(1, call["positions"])
         call["roped"] = roped
-        assert append_triton.why_not(codec, new[0], call["candidates"]) == ""
+        assert append_triton.declines(codec.format, states.shape_of(new[0]), states.GPU) == ""
         mine = [x.clone() for x in call["state"]]
         for name, x in codec.named(mine).items():  # what is not written must not pass for right
             if name in ("k_codes", "v_codes", "k_scale", "v_scale"):
@@ -92,13 +92,10 @@ def test_in_the_interpreter() -> None:
         ("klt", (("protect", "anchors:2"),), "rows by modality, or anchors"),
     ],
 )
-def test_what_it_does_not_serve_is_named(
-    method: str, options: tuple, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: str) -> None:
     layer, k, _ = states.filled(method, options, batch=1, lengths=(5,))
-    monkeypatch.setattr(append_triton, "here", lambda: True)
-    monkeypatch.setattr(append_triton, "interpreted", lambda: True)
-    assert append_triton.why_not(Codec.parse(layer.codec_text), k[:, :, :1], []) == reason
+    f = Codec.parse(layer.codec_text).format
+    assert append_triton.declines(f, states.shape_of(k[:, :, :1]), states.GPU) == reason
 
 
 @pytest.mark.gpu

@@ -58,8 +58,7 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, b
     held = ("exact_k", "exact_v", "recent_k", "recent_v")
     st = {n: x.to(q.dtype) if n in held else x.clone() for n, x in codec.named(layer.state()).items()}
     p = dict(zip(codec.param_names(), layer.params, strict=True))
-    cos = p.get("start_cos")
-    made = attend_codes.variant_of(codec, q.shape[1] // k.shape[1], 128, 0 if cos is None else 128, q.dtype)
+    made = attend_codes.variant_of(codec.format, states.shape_of(k, q.shape[1]))
     assert not isinstance(made, str), made
     assert attend_codes.misplaced(st) == ""
     wide = [x.float() for x in (q, k, v)]
@@ -108,7 +107,7 @@ def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
     st = {n: x.half() if n.startswith("exact_") and x.dtype == torch.float32 and x.dim() == 4 else x.clone()
           for n, x in codec.named(layer.state()).items()}  # fmt: skip
     p = dict(zip(codec.param_names(), layer.params, strict=True))
-    made = attend_codes.variant_of(codec, 2, 128, 128, q.dtype)
+    made = attend_codes.variant_of(codec.format, states.shape_of(k, q.shape[1]))
     assert not isinstance(made, str)
     first, calls = int(layer.length), []
     wanted = attend_codes.attend_one(EmulatedCodes(made), made, codec, q, k, v, st, p, None, SCALE, 3)
@@ -132,7 +131,8 @@ def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
 
 def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
     codec = Codec.parse(KVSinkCache.for_model(codes_of("klt-2/4", 4)(), 1, SLOTS).packed_layers()[0].codec_text)
-    assert not isinstance(attend_codes.variant_of(codec, 4, 128, 128, torch.float16), str)
+    shape = states.shape_of(torch.zeros(1, KV, 1, 128, dtype=torch.float16), 4 * KV)
+    assert not isinstance(attend_codes.variant_of(codec.format, shape), str)
     for change in ({"transform": "klt"}, {"transform": "klt", "folded": True}, {"order": 64}):
         other = replace(codec, value=replace(codec.value, **change))
-        assert "values of kind" in str(attend_codes.variant_of(other, 4, 128, 128, torch.float16))
+        assert "values of kind" in str(attend_codes.variant_of(other.format, shape))

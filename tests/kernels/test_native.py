@@ -11,8 +11,8 @@ import torch
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels import native, packed
-from kvsink.kernels.append import append_tiles
-from kvsink.kernels.attend import attend_packed, attend_ref
+from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.cuda_tiles import append_tiles, attend_packed
 from kvsink.kernels.read import read_ref
 
 from .test_tiles import CODECS, HEADS, SLOTS, append, layer_of, model_of, rows

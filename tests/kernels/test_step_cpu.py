@@ -21,7 +21,7 @@ from kvsink.kernels.attend import attend_ref
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
 from tests.models import VOCAB
-from tests.states import candidates
+from tests.states import CPU, candidates, shape_of
 
 SCALE = 0.25
 
@@ -95,7 +95,7 @@ def _held(name: str, dim: int, rotary: int | None = None) -> Any:
 def _asks(h: Any, repeats: int, mask: Tensor | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The definition's attention and that of the C code."""
     batch, heads, dim, _ = h.shape
-    assert attend_cpu.why_not(h.c, torch.zeros(1, 1, 1, 1), h.k) == ""
+    assert attend_cpu.declines(h.c.format, shape_of(h.k), CPU) == ""
     q = torch.randn(batch, heads * repeats, 1, dim, generator=h.g)
     rest = [q, h.k, h.v]
     rest = [t.to(dtype) for t in rest]

@@ -16,9 +16,11 @@ import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.codecs import Anchors, Codec
 from kvsink.errors import UnsupportedError
-from kvsink.kernels import native, packed, tiles
-from kvsink.kernels.append import append_ref, append_tiles
+from kvsink.kernels import cuda_tiles, native, packed, tiles
+from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.backends import Shape
+from kvsink.kernels.cuda_tiles import append_tiles
 from kvsink.kernels.read import read_ref
 from kvsink.methods import get_method
 
@@ -112,17 +114,25 @@ def test_a_code_of_a_known_slot_stands_where_the_matrix_unit_reads_it() -> None:
     assert words.nonzero().tolist() == [[0, 2 * 4 + 1, 2]] and int(words[0, 9, 2]) == 3 << 16
 
 
+def refusal(codec: Codec, heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM, rotary: int = DIM) -> str:
+    """Why the kernels do not serve a codec on any device."""
+    return cuda_tiles.declines(codec.format.in_tiles(), Shape(heads, kv_heads, dim, dim, rotary, torch.float16), None)
+
+
 def test_refusals_name_the_reason() -> None:
     codec = layer_of(0).codec
-    assert tiles.refuse(codec, 8, 2, 128, 128, 128) is None
-    assert "head_dim is 64" in str(tiles.refuse(codec, 8, 2, 64, 64, 64))
-    assert "more than 4 each" in str(tiles.refuse(codec, 64, 8, 128, 128, 128))
-    assert "64 of 128 channels" in str(tiles.refuse(codec, 8, 2, 128, 128, 64))
+    assert refusal(codec) == ""
+    assert refusal(codec, dim=64, rotary=64) == "head_dim is 64, not 128"
+    assert "more than 4 each" in refusal(codec, 64, 8)
+    assert "64 of 128 channels" in refusal(codec, rotary=64)
     wide = replace(codec, value=replace(codec.value, bits=8, widths=(8,) * 16))
-    assert "outside 1 to 4" in str(tiles.refuse(wide, 8, 2, 128, 128, 128))
+    assert "outside 1 to 4" in refusal(wide)
     odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
-    assert "whole words" in str(tiles.refuse(odd, 8, 2, 128, 128, 128))
-    assert "recent rows" in str(tiles.refuse(replace(codec, window=4), 8, 2, 128, 128, 128))
+    assert "whole words" in refusal(odd)
+    assert "recent rows" in refusal(replace(codec, window=4))
+    assert "32 exact rows, more than 31" in refusal(replace(codec, segments=(32,)))
+    rows_of_bytes = cuda_tiles.declines(codec.format, Shape(8, 2, 128, 128, 128, torch.float16), None)
+    assert rows_of_bytes == "codes in rows of bytes"
 
 
 @pytest.mark.parametrize(("method", "bits", "reason"), [
@@ -139,12 +149,12 @@ def test_refusals_name_the_reason() -> None:
 def test_what_holds_more_than_codes_per_row_is_refused(method: str, bits: tuple[int, int], reason: str) -> None:
     declared = get_method(method)
     sides = [declared.side(name, b).resolved(KV_HEADS, DIM) for name, b in zip(("key", "value"), bits, strict=True)]
-    assert str(tiles.refuse(Codec(*sides, window=declared.window), HEADS, KV_HEADS, DIM, DIM, DIM)).startswith(reason)
+    assert refusal(Codec(*sides, window=declared.window)).startswith(reason)
 
 
 def test_rows_beside_the_codes_are_refused() -> None:
     codec = layer_of(3).codec
-    assert tiles.refuse(codec, HEADS, KV_HEADS, DIM, DIM, DIM) is None
+    assert refusal(codec) == ""
     normed = replace(codec, key=replace(codec.key, axis="channel", center=False, group_tokens=32, flush=32, norm=True))
     for other, reason in (
         (replace(codec, anchors=Anchors(rows=2)), "anchors"),
@@ -152,7 +162,7 @@ def test_rows_beside_the_codes_are_refused() -> None:
         (replace(codec, value=replace(codec.value, newest=8)), "recent values"),
         (normed, "keys with a norm of each token"),
     ):
-        assert str(tiles.refuse(other, HEADS, KV_HEADS, DIM, DIM, DIM)).startswith(reason)
+        assert refusal(other).startswith(reason)
 
 
 @pytest.mark.parametrize("new", [1, 4])

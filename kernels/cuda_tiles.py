@@ -1,0 +1,214 @@
+"""The backend over codes in tiles: kernels in CUDA C++ that read codes as a matrix unit takes them, and what they serve.
+
+Formula    as `kvsink.kernels.append` and `kvsink.kernels.attend`; see `kvsink.kernels.tiles` and `kvsink.kernels.packed`
+Source     ours
+Differs    in a step, a new row enters the exact rows after attention: the row it drives out is exact one step longer
+Shapes     as the ops'
+Exact      codes equal the definition's up to ties that the order of sums decides; output: relative error of a 16-bit result
+Declines   `declines` holds every limit of these kernels, in words
+Cost       one launch for `append_`, one for `attend` of one new row; no copy from the host, no synchronisation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native, packed, tiles
+from .append import merge_exact
+from .attend import attend_plain
+from .backends import Call, Device, LayerFormat, Shape, tell_once
+from .stages import rope_rows
+
+__all__ = ["append", "append_tiles", "attend", "attend_packed", "declines", "library", "step"]
+
+DTYPES = (torch.float16, torch.bfloat16)
+REPEATS = 4  # query heads that share a key-value head
+EXACT = 31  # rows
+SEGMENTS = 4  # of exact rows that a step sees to
+WIDTHS = (1, 4)  # bits of a code
+TESTED = ((9, 0),)  # compute capabilities on which the tests have run
+
+
+def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:
+    """What keeps a layer from the kernels, in words; empty when they serve it. d: None for any device. Compiles them when nothing
+    else speaks against it."""
+    if d is not None and d.type != "cuda":
+        return "the GPU is not one of NVIDIA's" if d.gpu else f"the device is {d.type}"
+    if d is not None and s.dtype not in DTYPES:
+        return f"the model computes in {str(s.dtype).removeprefix('torch.')}"
+    if f.order != "mma":
+        return "codes in rows of bytes"
+    if s.dim != tiles.DIM or s.value_dim != tiles.DIM:
+        return f"head_dim is {s.dim}, not {tiles.DIM}"
+    if s.heads > REPEATS * s.kv_heads or s.heads % s.kv_heads:
+        return f"{s.heads} query heads share {s.kv_heads} key-value heads: more than {REPEATS} each"
+    if s.rotary not in (0, tiles.DIM):
+        return f"{s.rotary} of {s.dim} channels carry RoPE"
+    if not f.key.packed or not f.value.packed:
+        return "keys or values stay in 16 bit"
+    if reason := _beyond_rows(f):
+        return reason
+    if f.exact > EXACT:
+        return f"{f.exact} exact rows, more than {EXACT}"
+    if reason := _unread(f):
+        return reason
+    return "" if d is None else _compiled(f, s, d)
+
+
+def _beyond_rows(f: LayerFormat) -> str:
+    """What a layer holds beside one code and one scale per row and exact rows of a fixed number."""
+    if f.window:
+        return "a window of recent rows"
+    if f.anchored:
+        return "anchors, whose number grows with the slots"
+    for name, side in (("keys", f.key), ("values", f.value)):
+        for held, what in (
+            (side.norm, f"{name} with a norm of each token"),
+            (side.by_token_block, f"{name} with ranges along tokens"),
+            (side.flush or side.newest, f"recent {name} that stay exact on one side alone"),
+            (side.outliers, f"{name} with sparse outliers"),
+            (side.exponent, f"{name} beyond the range of float16"),
+            (side.visual_bits, f"{name} of visual rows with levels of their own"),
+            (side.kind == "vector", f"{name} in codebooks"),
+            (side.kind == "nuq", f"{name} with free code points"),
+        ):
+            if held:
+                return what
+    return ""
+
+
+def _unread(f: LayerFormat) -> str:
+    """What the kernels do not read of one code and one scale per row."""
+    k, v, dim, block = f.key, f.value, tiles.DIM, tiles.BLOCK
+    if k.domain == "block" and not (k.block == block and k.transform == "klt" and k.kind == "lloyd-even" and k.gain):
+        return f"{k.kind} keys before RoPE, other than klt in blocks of {block} with equally spaced levels and gain (klt-even)"
+    if k.domain == "post" and not (k.kind == "uniform" and k.group_size == dim and k.transform in ("none", "hadamard")):
+        return f"{k.kind} keys after RoPE in groups of {k.group_size}"
+    if k.reorder or k.heads_per_group > 1 or k.folded or (k.transform == "hadamard" and k.order != dim):
+        return "keys reordered or rotated across heads"
+    if v.kind != "uniform" or v.group_size != dim:
+        return f"{v.kind} values in groups of {v.group_size}"
+    if v.transform == "klt" or v.heads_per_group > 1 or (v.transform == "hadamard" and not v.folded and v.order != dim):
+        return f"values transformed by {v.transform} across heads or by statistics"
+    for name, side in (("keys", k), ("values", v)):
+        low, high = min(side.widths), max(side.widths)
+        if low < WIDTHS[0] or high > WIDTHS[1]:
+            return f"{name} of {low} to {high} bits, outside {WIDTHS[0]} to {WIDTHS[1]}"
+        if tiles.tile_bytes(side.widths) > sum(side.widths):
+            return f"{name} of {sum(side.widths) / tiles.RUNS:g} bits do not fill whole words"
+    return ""
+
+
+def _compiled(f: LayerFormat, s: Shape, d: Device) -> str:
+    """Why the kernels cannot be had on a GPU; they are compiled and loaded where they can."""
+    if reason := native.too_old(d.capability, d.name):
+        return reason
+    try:
+        if d.place is None:
+            packed.variant_of(f, s.repeats).defines()
+        else:
+            library(f, s.repeats, d.place)
+    except native.NativeError as error:
+        return str(error)
+    if d.capability not in TESTED:
+        tell_once(f"{d.name}: compute capability {d.capability[0]}.{d.capability[1]} is one on which no test has run")
+    return ""
+
+
+def declines_mask(f: LayerFormat, s: Shape, d: Device | None) -> str:
+    """The same for attention."""
+    if s.mask == "other" and s.rows == 1:
+        return "a mask that is not one of visible slots"
+    return declines(f, s, d)
+
+
+def declines_step(f: LayerFormat, s: Shape, d: Device | None) -> str:
+    """The same for `step`."""
+    if reason := declines_mask(f, s, d):
+        return reason
+    if s.rows > 1:
+        return "more than one new row"
+    if f.strict:
+        return "new rows are read back from their codes"
+    if len(f.segments) > SEGMENTS:
+        return f"{len(f.segments)} protection segments"
+    return "" if s.offered else "several new candidates for one exact row"
+
+
+def library(f: Any, repeats: int, place: torch.device) -> packed.Library:
+    """The kernels for a format or codec. repeats: query heads per key-value head, or 0 where any will do: coding rows does not
+    depend on them. Raises NativeError."""
+    for n in () if repeats else range(REPEATS, 0, -1):
+        if (held := native.loaded(packed.variant_of(f, n), place)) is not None:
+            return held
+    return native.library(packed.variant_of(f, repeats or 1), place)
+
+
+def _library(call: Call) -> packed.Library:
+    return library(call.codec, 0 if call.q is None else call.q.shape[1] // call.k.shape[1], call.k.device)
+
+
+def append(call: Call) -> None:
+    """`append_`."""
+    k, v, positions, cos, sin, candidates, state, params = call.coding()
+    k = k if call.roped else rope_rows(k, cos, sin)
+    append_tiles(_library(call), call.codec, k, v, positions, candidates, state, params)
+
+
+def append_tiles(
+    lib: packed.Library, c: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor],
+    state: Sequence[Tensor], params: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """The same, k after RoPE: one launch for one new row; the exact rows of more are chosen by plain operators."""
+    p, st = c.tables(params), c.named(state)
+    if packed.append_rows(lib, c, k, v, positions, candidates, st, p) or not c.exact_rows:
+        return
+    held = st["exact_slot"], st["exact_score"], (st["exact_k"], st["exact_v"])
+    merged = merge_exact(*held, (k, v), candidates, c.segments, st["length"])
+    for name, new in zip(("exact_slot", "exact_score", "exact_k", "exact_v"), merged, strict=True):
+        st[name].copy_(new)
+
+
+def attend(call: Call) -> Tensor:
+    """`attend`."""
+    q, k, v, state, params, mask, scale = call.asking()
+    out = attend_packed(_library(call), call.codec, q, k, v, state, params, mask, scale, call.causal)
+    return attend_plain(call) if out is None else out
+
+
+def attend_packed(
+    lib: packed.Library, c: Any, q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor],
+    mask: Tensor | None, scale: float, is_causal: bool,
+) -> Tensor | None:  # fmt: skip
+    """The same; None for several rows under the capture of a graph, and for a mask of one row that is not one of visible slots."""
+    p, st = c.tables(params), c.named(state)
+    if q.shape[2] == 1:
+        return packed.attend_one(lib, c, q, k, v, st, p, mask, scale)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return None  # the length decides what runs, and a graph under capture cannot read it
+    first = int(st["length"])
+    if first + q.shape[2] > st["k_codes"].shape[2]:
+        raise IndexError(
+            f"{q.shape[2]} rows do not fit behind {first} of {st['k_codes'].shape[2]} slots; make the cache longer"
+        )
+
+    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
+        return packed.decode_rows(lib, c, st, p, start, end, k.dtype)
+
+    return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
+
+
+def step(call: Call) -> Tensor:
+    """Both, of one new row per sequence: in one launch, or side by side in a CUDA graph."""
+    q, k, v, _, _, mask, scale = call.asking()
+    assert call.positions is not None
+    rest = call.positions, call.candidates, call.st, call.p, mask, scale
+    out = packed.step(_library(call), call.codec, q, k, v, *rest)
+    if out is None:  # more sequences than the kernels see to
+        append(call)
+        return attend(call)
+    return out
