@@ -35,7 +35,7 @@ from .sparse import merge_sparse
 from .stages import rope_rows
 from .tokens import touched, window_rows
 
-__all__ = ["append", "append_", "append_cpu", "append_in_c", "append_plain", "append_ref", "merge_exact"]
+__all__ = ["append", "append_", "append_cpu", "append_in_c", "append_plain", "append_ref", "keep_exact", "merge_exact"]
 
 EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
@@ -91,7 +91,7 @@ def append_ref(
     slots = st["length"] + torch.arange(s, device=k.device)
     st["positions"].index_copy_(1, slots, positions.expand(b, s).to(st["positions"].dtype))
     full_k = k if roped else rope_rows(k, cos, sin)
-    _keep_exact(c, st, full_k, v, candidates)
+    keep_exact(c, st, full_k, v, candidates)
     if c.tiles:
         c.store_tiles(full_k, v, slots, st, p)
         return
@@ -135,14 +135,15 @@ def append_cpu(
     if s == 1 and c.exact_rows and c.anchors is None:
         select_one(c, full_k, v, candidates, st, first)
     else:
-        _keep_exact(c, st, full_k, v, candidates)
+        keep_exact(c, st, full_k, v, candidates)
     store_rows(c, c.transform_keys(k, cos, sin, positions, p, roped), c.transform_values(v, p), first, st, p)
     if c.ring:
         _keep_recent(c, st, torch.arange(first, first + s), full_k, v)
     return True
 
 
-def _keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
+def keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
+    """The running selection, in place."""
     if not c.exact_rows:
         return
     held = [st[name].narrow(dim, 0, c.exact_rows) for name, dim in EXACT]  # anchors stand behind

@@ -33,7 +33,6 @@ _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
 _COUPLED = 64  # channels
-_brought: dict[int, tuple[LayerFormat, bool]] = {}  # answers of `_brings`, by the identity of a format
 _defined: list[None] = []  # one entry for every `by_definition` that is open
 
 
@@ -233,13 +232,12 @@ class _AppendPlan(Plan):
         self.select = _selection(c, st) if c.exact_rows else _Select()
 
 
+@cache
 def _brings(f: LayerFormat) -> bool:
     """Whether the C file does all that one new row needs: it knows the stages as well as the quantizers."""
-    if id(f) not in _brought:
-        sides = [s for s in (f.key, f.value) if not s.reorder and not s.exponent]
-        plain = len(sides) == 2 and all(s.transform != "hadamard" or s.folded or _plain(s) for s in sides)
-        _brought[id(f)] = f, plain and not f.anchored
-    return _brought[id(f)][1]
+    return not f.anchored and all(
+        not (s.reorder or s.exponent) and (s.transform != "hadamard" or s.folded or _plain(s)) for s in (f.key, f.value)
+    )
 
 
 def _plain(s: Any) -> bool:

@@ -17,16 +17,18 @@ import ctypes
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import attend_triton
-from .attend_triton import derived, levels_of, per_head, same, transform
+from .attend_triton import derived, per_head, same, transform
 from .backends import Call as Question
 from .backends import Device, LayerFormat, Shape, SideFormat
 from .lasting import kept
+from .levels import levels_of, levels_of_bytes
 from .native import SHARED_LIMIT, Module, NativeError, module_of, too_old
 from .quantize import SIGMA_KINDS
 from .tiles import TileTables
@@ -112,7 +114,7 @@ def declines(f: LayerFormat, s: Shape, d: Device) -> str:
         return "the GPU is not one of NVIDIA's"
     if reason := attend_triton.declines(f, s, d):
         return reason
-    made = _variant(f, s)
+    made = variant_of(f, s)
     if isinstance(made, str):
         return made
     if reason := too_old(d.capability, d.name):
@@ -123,17 +125,6 @@ def declines(f: LayerFormat, s: Shape, d: Device) -> str:
         except NativeError as error:
             return str(error)
     return ""
-
-
-_VARIANTS: dict[tuple[int, Shape], tuple[LayerFormat, CodesVariant | str]] = {}
-
-
-def _variant(f: LayerFormat, s: Shape) -> CodesVariant | str:
-    """`variant_of`, found again by the identity of a format."""
-    key = id(f), s
-    if key not in _VARIANTS:
-        _VARIANTS[key] = f, variant_of(f, s)
-    return _VARIANTS[key][1]
 
 
 def _bytes_of(spec: SideFormat) -> tuple[int, bool] | str:
@@ -148,6 +139,7 @@ def _bytes_of(spec: SideFormat) -> tuple[int, bool] | str:
     return 8 // width, False
 
 
+@cache
 def variant_of(f: LayerFormat, s: Shape) -> CodesVariant | str:
     """The kernel for a format that `attend_triton` serves, or why there is none."""
     key, value = f.key, f.value
@@ -294,11 +286,7 @@ def _run_levels(kind: str) -> Tensor:
 
 @kept
 def _scalar_levels(kind: str, width: int, runs: bool, device: str) -> Tensor:
-    if runs:
-        return _run_levels(kind).to(device)
-    byte = torch.arange(256)
-    codes = torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], -1)
-    return levels_of(kind, width)[codes].half().contiguous().to(device)
+    return (_run_levels(kind) if runs else levels_of_bytes(kind, width).half()).to(device)
 
 
 def _levels(spec: Any, book: Tensor | None, runs: bool, device: torch.device) -> tuple[Tensor, int]:
@@ -425,7 +413,7 @@ def attend(call: Question, beside: Beside | None = None) -> Tensor:
     if misplaced(call.st):
         return attend_triton.attend(call)
     q, k, v, *_ = call.asking()
-    variant = _variant(call.codec.format, call.shape)
+    variant = variant_of(call.codec.format, call.shape)
     assert not isinstance(variant, str)
     kernels = kernels_for(variant, k.device)
     return attend_one(kernels, variant, call.codec, q, k, v, call.st, call.p, call.mask, call.scale, kernels.blocks, beside)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .backends import Call, Device, LayerFormat, LayerState, Shape, unread
 from .c_library import FLOAT_TYPES, LOOSE, Plan, c_library
 from .hadamard import hadamard_matrix
-from .levels import even_levels, lloyd_max
+from .levels import levels_of, levels_of_bytes
 from .quantize import SIGMA_KINDS, segments
 
 __all__ = ["attend", "attend_one", "declines"]
@@ -103,20 +103,11 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, lis
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
     held, plain = [], []
     for *_, width in runs:
-        levels = _levels(kind, width)
-        plain.append(levels.float().repeat(-(-16 // len(levels))))
-        if 8 % width == 0:
-            byte = torch.arange(256)
-            levels = levels[torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)]
-        held.append(levels.float().contiguous())
+        levels = levels_of(kind, width)
+        plain.append(levels.repeat(-(-16 // len(levels))))
+        held.append(levels if 8 % width else levels_of_bytes(kind, width))
     pointers = [(_pointer * len(runs))(*[t.data_ptr() for t in tables]) for tables in (held, plain)]
     return len(runs), numbers, pointers[0], pointers[1], [*held, *plain]
-
-
-def _levels(kind: str, width: int) -> Tensor:
-    if kind.startswith("uniform"):
-        return torch.arange(2.0**width)
-    return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
 
 
 class _AttendPlan(Plan):

@@ -25,7 +25,7 @@ from torch import Tensor
 from .backends import GROWS, Call, Device, LayerFormat, Shape, SideFormat, unread
 from .hadamard import hadamard_ref
 from .lasting import kept, lasting
-from .levels import even_levels, lloyd_max
+from .levels import levels_of, levels_of_bytes
 from .quantize import segments
 
 __all__ = ["attend", "attend_one", "declines", "power", "transform"]
@@ -93,9 +93,7 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
     """form, meta, levels, wide and multiple of a scalar quantizer."""
     padded, width = power(8 * len(widths)), widths[0]
     if len(set(widths)) == 1 and width and 8 % width == 0:
-        byte = torch.arange(256)
-        codes = torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)
-        levels = levels_of(kind, width)[codes].to(device, dtype)
+        levels = levels_of_bytes(kind, width).to(device, dtype)
         none = torch.zeros(padded, dtype=torch.int32, device=device)
         return (3, none, levels, False, width) if kind.startswith("uniform") else (0, none, levels, False, 8 // width)
     tables, at = [torch.zeros(2)], 2  # the first levels stand for channels without bits
@@ -119,14 +117,6 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
         wide = wide or bool((bit % 8 + w > 8).any())
     meta[1] = (meta[0] + 1).clamp_max(sum(widths) - 1)
     return 2, meta.to(device), levels, wide, 1
-
-
-def levels_of(kind: str, width: int) -> Tensor:
-    if kind == "static":
-        return torch.arange(2.0**width) - 2.0 ** (width - 1)
-    if kind.startswith("uniform"):
-        return torch.arange(2.0**width)
-    return (even_levels(width) if kind == "lloyd-even" else lloyd_max(width)).float()
 
 
 @kept

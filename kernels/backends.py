@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from .quantize import SIGMA_KINDS
 
 __all__ = [
     "GROWS", "Backend", "Call", "Choice", "Device", "LayerFormat", "LayerState", "Part", "Shape", "SideFormat", "choose",
-    "device_of", "interned", "plan", "table", "tell_once", "unread",
+    "device_of", "layer_format", "plan", "table", "tell_once", "unread",
 ]  # fmt: skip
 
 GROWS = -1  # exact rows whose number grows with the slots
@@ -69,11 +69,13 @@ class SideFormat:
         return _STEP.get(self.kind, int(self.gain and self.kind in (*SIGMA_KINDS, "vector")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerFormat:
-    """How one layer is stored. segments: exact rows of each protection segment; ring: recent rows held, of which `window` are
-    read as they came on both sides; tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read
-    back from their codes."""
+    """How one layer is stored; made by `layer_format`, so that equal ones are one object.
+
+    segments: exact rows of each protection segment; ring: recent rows held, of which `window` are read as they came on both sides;
+    tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read back from their codes.
+    """
 
     key: SideFormat
     value: SideFormat
@@ -97,7 +99,11 @@ class LayerFormat:
 
     def in_tiles(self) -> LayerFormat:
         """The same in the order of the tile kernels."""
-        return replace(self, order="mma")
+        return layer_format(*(getattr(self, f.name) for f in fields(self)[:-1]), "mma")
+
+
+layer_format = cache(LayerFormat)
+"""The one object of equal formats: choices are found again by it, without a look into it."""
 
 
 class LayerState(NamedTuple):
@@ -146,7 +152,7 @@ class Shape(NamedTuple):
         return self.heads // self.kv_heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Device:
     """Where a call runs. type: "cpu", "cuda", "hip" for a GPU that PyTorch reaches through ROCm, or another of PyTorch's; place:
     the device itself, on which kernels can be compiled, or None for one that is only asked about."""
@@ -155,7 +161,7 @@ class Device:
     capability: tuple[int, int] = (0, 0)
     name: str = "this GPU"
     triton: bool = False
-    place: torch.device | None = field(default=None, compare=False)
+    place: torch.device | None = None
 
     @property
     def gpu(self) -> bool:
@@ -193,6 +199,7 @@ class Call:
     coded: Tensor | None = None
     turn: Sequence[Tensor] = ()
     roped: bool = True
+    shape: Shape = field(init=False)  # what `choice` was asked for
 
     @cached_property
     def st(self) -> dict[str, Tensor]:
@@ -221,23 +228,20 @@ class Call:
         assert self.q is not None
         return self.q, self.k, self.v, self.state, self.params, self.mask, self.scale
 
-    @cached_property
-    def shape(self) -> Shape:
-        """What the call works on."""
-        k, mask, visible = self.k, self.mask, ""
+    def choice(self, what: str) -> Choice:
+        """Who serves this call."""
+        k, q, mask, visible = self.k, self.q, self.mask, ""
         if mask is not None:
             plain = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
             visible = "slots" if plain else "other"
         scores = self.candidates[: 2 * len(self.codec.segments) : 2]
-        heads, dtype = (0, k.dtype) if self.q is None else (self.q.shape[1], self.q.dtype)
-        return Shape(
-            heads, k.shape[1], k.shape[3], self.v.shape[3], self.codec.rotary(self.params), dtype, self.state.exact_k.shape[2],
-            min(k.shape[2], 2), visible, all(x.shape[1] == 1 for x in scores),
+        heads, dtype = (0, k.dtype) if q is None else (q.shape[1], q.dtype)
+        _, kv_heads, rows, dim = k.shape
+        self.shape = Shape(
+            heads, kv_heads, dim, self.v.shape[3], self.codec.rotary(self.params), dtype, self.state.exact_k.shape[2],
+            min(rows, 2), visible, not scores or all(x.shape[1] == 1 for x in scores),
         )  # fmt: skip
-
-    def choice(self, what: str) -> Choice:
-        """Who serves this call."""
-        return choose(what, self.codec.format, self.shape, device_of(self.k.device))
+        return choose(what, self.codec.format, self.shape, device_of(k.device))
 
 
 class Part(NamedTuple):
@@ -295,26 +299,12 @@ def _nobody(f: LayerFormat, s: Shape, d: Device) -> str:
     return ""
 
 
-_CHOICES: dict[tuple[Any, ...], tuple[LayerFormat, Choice]] = {}
-_FORMATS: dict[LayerFormat, LayerFormat] = {}
 _TOLD: set[str] = set()
 
 
-def interned(f: LayerFormat) -> LayerFormat:
-    """The one object of equal formats, by which choices are found again."""
-    return _FORMATS.setdefault(f, f)
-
-
+@cache
 def choose(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
     """Who does `what`, one of "append", "attend" and "step", for a layer of format `f`, and why nobody faster does."""
-    key = what, id(f), s, d
-    held = _CHOICES.get(key)
-    if held is None:
-        held = _CHOICES[key] = f, _chosen(what, f, s, d)  # the format lives as long as its choices: no other takes its id
-    return held[1]
-
-
-def _chosen(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
     why: list[tuple[str, str]] = []
     for backend in table():
         part: Part | None = getattr(backend, what)
@@ -329,7 +319,7 @@ def _chosen(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
 def plan(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
     """`choose` for a layer that is not stored yet: in tiles where their kernels serve it, else in rows of bytes."""
     tiles = table()[0]
-    tiled = interned(f.in_tiles())
+    tiled = f.in_tiles()
     assert tiles.attend is not None
     if reason := tiles.attend.declines(tiled, s, d):
         found = choose(what, f, s, d)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import native, packed, tiles
-from .append import merge_exact
+from .append import keep_exact
 from .attend import attend_plain
 from .backends import Call, Device, LayerFormat, Shape, tell_once
 from .stages import rope_rows
@@ -165,12 +165,8 @@ def append_tiles(
 ) -> None:  # fmt: skip
     """The same, k after RoPE: one launch for one new row; the exact rows of more are chosen by plain operators."""
     p, st = c.tables(params), c.named(state)
-    if packed.append_rows(lib, c, k, v, positions, candidates, st, p) or not c.exact_rows:
-        return
-    held = st["exact_slot"], st["exact_score"], (st["exact_k"], st["exact_v"])
-    merged = merge_exact(*held, (k, v), candidates, c.segments, st["length"])
-    for name, new in zip(("exact_slot", "exact_score", "exact_k", "exact_v"), merged, strict=True):
-        st[name].copy_(new)
+    if not packed.append_rows(lib, c, k, v, positions, candidates, st, p):
+        keep_exact(c, st, k, v, candidates)
 
 
 def attend(call: Call) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -63,11 +64,13 @@ def tiles_serve(runtime: Runtime, dtype: torch.dtype, place: torch.device) -> bo
     return any(choice.name == "cuda (tiles)" for choice in found)
 
 
-def served_lines(runtime: Runtime, dtype: torch.dtype, device: Device) -> list[str]:
-    """The table as text: one line for every run of layers that are served alike."""
-    lines = []
-    for words, run in groupby(served(runtime, dtype, device).items(), lambda pair: (str(pair[1][0]), pair[1][1].name)):
+def served_lines(runtime: Runtime, dtype: torch.dtype, place: torch.device, compiled: bool = True) -> list[str]:
+    """The table as text: one line for every run of layers that are served alike. compiled: kernels are compiled to see whether
+    they can be."""
+    device, lines = device_of(place), []
+    table = served(runtime, dtype, device if compiled else replace(device, place=None))
+    for (attends, codes), run in groupby(table.items(), lambda row: (str(row[1][0]), row[1][1].name)):
         layers = [layer for layer, _ in run]
         which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-        lines.append(f"{which}: rows coded by {words[1]}, attention by {words[0]}")
+        lines.append(f"{which} on {place.type}: rows coded by {codes}, attention by {attends}")
     return lines

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.kernels import stages, tiles
-from kvsink.kernels.backends import LayerFormat, LayerState, SideFormat, interned
+from kvsink.kernels.backends import LayerFormat, LayerState, SideFormat, layer_format
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
@@ -107,7 +107,7 @@ class Codec:
         """The same as kernels see it; one object for equal formats."""
         key, value = (SideFormat(**{f.name: getattr(s, f.name) for f in fields(SideFormat)}) for s in (self.key, self.value))
         rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None
-        return interned(LayerFormat(key, value, *rest, "mma" if self.tiles else "row"))
+        return layer_format(key, value, *rest, "mma" if self.tiles else "row")
 
     def text(self) -> str:
         """Canonical JSON; equal codecs have equal text."""

@@ -79,6 +79,7 @@ def codec_of(recipe: str, dim: int) -> Codec | str:
     return Codec(key, value, more.get("segments", (5, 1)), window, more.get("strict", False), more.get("anchors"))
 
 
+@cache
 def device_of(name: str) -> Device:
     """A machine that is only asked about, with Triton and compilers."""
     if name in ("cpu", "hip"):

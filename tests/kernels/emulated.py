@@ -98,7 +98,7 @@ def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any]
     )  # fmt: skip
     monkeypatch.setattr(cuda_tiles, "library", library)
     monkeypatch.setattr(backends, "table", lambda: (tiles, *rest))
-    monkeypatch.setattr(backends, "_CHOICES", {})
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
 
 
 class EmulatedCodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def _refused(variant: native.Variant, device: torch.device) -> Any:
 def test_a_refusal_is_told_once_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", _refused)
     monkeypatch.setattr(backends, "_TOLD", set())
-    monkeypatch.setattr(backends, "_CHOICES", {})
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
     card = Device("cuda", (9, 0), "a GPU", False, GPU)
     monkeypatch.setattr(served, "device_of", lambda place: card)
     runtime = runtime_of(model_of(0))

@@ -131,8 +131,8 @@ def test_refusals_name_the_reason() -> None:
     assert "whole words" in refusal(odd)
     assert "recent rows" in refusal(replace(codec, window=4))
     assert "32 exact rows, more than 31" in refusal(replace(codec, segments=(32,)))
-    rows_of_bytes = cuda_tiles.declines(codec.format, Shape(8, 2, 128, 128, 128, torch.float16), None)
-    assert rows_of_bytes == "codes in rows of bytes"
+    in_rows = replace(codec, tiles=False).format
+    assert cuda_tiles.declines(in_rows, Shape(8, 2, 128, 128, 128, torch.float16), None) == "codes in rows of bytes"
 
 
 @pytest.mark.parametrize(("method", "bits", "reason"), [
