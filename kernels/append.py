@@ -94,6 +94,7 @@ def append_ref(
     keep_exact(c, st, full_k, v, candidates)
     if c.tiles:
         c.store_tiles(full_k, v, slots, st, p)
+        _keep_recent(c, st, slots, full_k, v)
         return
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))

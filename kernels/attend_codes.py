@@ -29,13 +29,14 @@ from .backends import Call as Question
 from .backends import Device, LayerFormat, Shape, SideFormat
 from .lasting import kept
 from .levels import levels_of, levels_of_bytes
-from .native import SHARED_LIMIT, Module, NativeError, module_of, too_old
+from .native import SHARED_LIMIT, Module, NativeError, module_of
 from .quantize import SIGMA_KINDS
 from .tiles import TileTables
 
 __all__ = ["Beside", "Call", "CodesVariant", "attend", "attend_one", "declines", "kernels_for", "misplaced", "variant_of"]
 
 DIM, WINDOW, BLOCK = 128, 64, 64
+CAPABILITY = 9  # compute capability, before the point
 REPEATS = 4  # query heads that share a key-value head
 DTYPES = (torch.float16, torch.bfloat16)
 _COUPLES = (2, 4, 8)
@@ -117,8 +118,8 @@ def declines(f: LayerFormat, s: Shape, d: Device) -> str:
     made = variant_of(f, s)
     if isinstance(made, str):
         return made
-    if reason := too_old(d.capability, d.name):
-        return reason
+    if d.capability[0] != CAPABILITY:
+        return f"{d.name} has compute capability {d.capability[0]}.{d.capability[1]}; these kernels are for {CAPABILITY}.0"
     if d.place is not None:
         try:
             kernels_for(made, d.place)
@@ -233,7 +234,7 @@ def kernels_for(variant: CodesVariant, place: torch.device) -> CodesKernels:
     at = (variant, str(place))
     if at not in _LOADED:
         try:
-            _LOADED[at] = CodesKernels(variant, module_of(variant.defines(), ("primitives.cuh", "codes.cuh"), place))
+            _LOADED[at] = CodesKernels(variant, module_of(variant.defines(), ("arch.cuh", "channels.cuh", "codes.cuh"), place))
         except NativeError as error:
             _LOADED[at] = error
     held = _LOADED[at]

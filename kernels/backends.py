@@ -154,14 +154,16 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """Where a call runs. type: "cpu", "cuda", "hip" for a GPU that PyTorch reaches through ROCm, or another of PyTorch's; place:
-    the device itself, on which kernels can be compiled, or None for one that is only asked about."""
+    """Where a call runs. type: "cpu", "cuda", "hip" for a GPU that PyTorch reaches through ROCm, or another of PyTorch's; shared:
+    bytes of shared memory that a block can have; place: the device itself, on which kernels can be compiled, or None for one that
+    is only asked about."""
 
     type: str
     capability: tuple[int, int] = (0, 0)
     name: str = "this GPU"
     triton: bool = False
     place: torch.device | None = None
+    shared: int = 232448
 
     @property
     def gpu(self) -> bool:
@@ -176,7 +178,9 @@ def device_of(place: torch.device) -> Device:
         return Device(place.type, place=place)
     kind = "cuda" if torch.version.hip is None else "hip"
     triton = importlib.util.find_spec("triton") is not None
-    return Device(kind, torch.cuda.get_device_capability(place), torch.cuda.get_device_name(place), triton, place)
+    facts = torch.cuda.get_device_properties(place)
+    shared = getattr(facts, "shared_memory_per_block_optin", Device.shared)
+    return Device(kind, (facts.major, facts.minor), facts.name, triton, place, shared)
 
 
 @dataclass

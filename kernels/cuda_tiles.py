@@ -26,10 +26,11 @@ from .stages import rope_rows
 __all__ = ["append", "append_tiles", "attend", "attend_packed", "declines", "library", "step"]
 
 DTYPES = (torch.float16, torch.bfloat16)
-REPEATS = 4  # query heads that share a key-value head
-EXACT = 31  # rows
+DIMS = (64, 128, 256)  # channels of a head
+REPEATS = 32  # query heads that share a key-value head
+EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
-WIDTHS = (1, 4)  # bits of a code
+WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
 TESTED = ((9, 0),)  # compute capabilities on which the tests have run
 
 
@@ -42,11 +43,12 @@ def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:
         return f"the model computes in {str(s.dtype).removeprefix('torch.')}"
     if f.order != "mma":
         return "codes in rows of bytes"
-    if s.dim != tiles.DIM or s.value_dim != tiles.DIM:
-        return f"head_dim is {s.dim}, not {tiles.DIM}"
+    if s.dim not in DIMS or s.value_dim != s.dim:
+        found = f"{s.dim}" if s.value_dim == s.dim else f"{s.dim} of keys and {s.value_dim} of values"
+        return f"head_dim is {found}, not one of {', '.join(map(str, DIMS))}"
     if s.heads > REPEATS * s.kv_heads or s.heads % s.kv_heads:
         return f"{s.heads} query heads share {s.kv_heads} key-value heads: more than {REPEATS} each"
-    if s.rotary not in (0, tiles.DIM):
+    if s.rotary % 16 or s.rotary > s.dim:
         return f"{s.rotary} of {s.dim} channels carry RoPE"
     if not f.key.packed or not f.value.packed:
         return "keys or values stay in 16 bit"
@@ -54,15 +56,15 @@ def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:
         return reason
     if f.exact > EXACT:
         return f"{f.exact} exact rows, more than {EXACT}"
-    if reason := _unread(f):
+    if reason := _unread(f, s.dim):
         return reason
     return "" if d is None else _compiled(f, s, d)
 
 
 def _beyond_rows(f: LayerFormat) -> str:
     """What a layer holds beside one code and one scale per row and exact rows of a fixed number."""
-    if f.window:
-        return "a window of recent rows"
+    if f.window > WINDOW:
+        return f"a window of {f.window} recent rows, more than {WINDOW}"
     if f.anchored:
         return "anchors, whose number grows with the slots"
     for name, side in (("keys", f.key), ("values", f.value)):
@@ -81,9 +83,9 @@ def _beyond_rows(f: LayerFormat) -> str:
     return ""
 
 
-def _unread(f: LayerFormat) -> str:
+def _unread(f: LayerFormat, dim: int) -> str:
     """What the kernels do not read of one code and one scale per row."""
-    k, v, dim, block = f.key, f.value, tiles.DIM, tiles.BLOCK
+    k, v, block = f.key, f.value, tiles.BLOCK
     if k.domain == "block" and not (k.block == block and k.transform == "klt" and k.kind == "lloyd-even" and k.gain):
         return f"{k.kind} keys before RoPE, other than klt in blocks of {block} with equally spaced levels and gain (klt-even)"
     if k.domain == "post" and not (k.kind == "uniform" and k.group_size == dim and k.transform in ("none", "hadamard")):
@@ -95,11 +97,10 @@ def _unread(f: LayerFormat) -> str:
     if v.transform == "klt" or v.heads_per_group > 1 or (v.transform == "hadamard" and not v.folded and v.order != dim):
         return f"values transformed by {v.transform} across heads or by statistics"
     for name, side in (("keys", k), ("values", v)):
-        low, high = min(side.widths), max(side.widths)
-        if low < WIDTHS[0] or high > WIDTHS[1]:
-            return f"{name} of {low} to {high} bits, outside {WIDTHS[0]} to {WIDTHS[1]}"
+        if not set(side.widths) <= set(WIDTHS) or (8 in side.widths and side.kind != "uniform"):
+            return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 4 and 8"
         if tiles.tile_bytes(side.widths) > sum(side.widths):
-            return f"{name} of {sum(side.widths) / tiles.RUNS:g} bits do not fill whole words"
+            return f"{name} of {sum(side.widths) / len(side.widths):g} bits in {dim} channels do not fill whole words"
     return ""
 
 
@@ -107,14 +108,15 @@ def _compiled(f: LayerFormat, s: Shape, d: Device) -> str:
     """Why the kernels cannot be had on a GPU; they are compiled and loaded where they can."""
     if reason := native.too_old(d.capability, d.name):
         return reason
+    variant = packed.variant_of(f, s.repeats or 1, s.rotary)
     try:
         if d.place is None:
-            packed.variant_of(f, s.repeats).defines()
+            variant.shape(native.Card(10 * d.capability[0] + d.capability[1], d.shared))
         else:
-            library(f, s.repeats, d.place)
+            library(f, s.repeats, s.rotary, d.place)
     except native.NativeError as error:
         return str(error)
-    if d.capability not in TESTED:
+    if d.place is not None and d.capability not in TESTED:
         tell_once(f"{d.name}: compute capability {d.capability[0]}.{d.capability[1]} is one on which no test has run")
     return ""
 
@@ -139,17 +141,17 @@ def declines_step(f: LayerFormat, s: Shape, d: Device | None) -> str:
     return "" if s.offered else "several new candidates for one exact row"
 
 
-def library(f: Any, repeats: int, place: torch.device) -> packed.Library:
+def library(f: Any, repeats: int, rotary: int, place: torch.device) -> packed.Library:
     """The kernels for a format or codec. repeats: query heads per key-value head, or 0 where any will do: coding rows does not
     depend on them. Raises NativeError."""
     for n in () if repeats else range(REPEATS, 0, -1):
-        if (held := native.loaded(packed.variant_of(f, n), place)) is not None:
+        if (held := native.loaded(packed.variant_of(f, n, rotary), place)) is not None:
             return held
-    return native.library(packed.variant_of(f, repeats or 1), place)
+    return native.library(packed.variant_of(f, repeats or 1, rotary), place)
 
 
 def _library(call: Call) -> packed.Library:
-    return library(call.codec, 0 if call.q is None else call.q.shape[1] // call.k.shape[1], call.k.device)
+    return library(call.codec, call.shape.repeats, call.shape.rotary, call.k.device)
 
 
 def append(call: Call) -> None:
@@ -193,7 +195,7 @@ def attend_packed(
         )
 
     def past(start: int, end: int) -> tuple[Tensor, Tensor]:
-        return packed.decode_rows(lib, c, st, p, start, end, k.dtype)
+        return packed.decode_rows(lib, c, st, p, start, end, k.dtype, first + q.shape[2])
 
     return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
 

@@ -38,12 +38,13 @@ _FOLDER = Path(__file__).parent / "cuda"
 BESIDE = True  # in a CUDA graph, new rows are coded on a second stream while attention runs
 LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
 BY_WARP: bool | None = None  # let warps of attention take whole rows, where that can be; None: where it is expected to be faster
-_WARPS = 8  # that compute, in a block
+_WARPS = 8  # that compute, in a block where rows may be taken whole
 _SINGLE_THREADS = 256
 _ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _MOST_ROWS = 65536  # sequences whose exact rows the kernels see to
-_PART_WORDS = 132  # 128 channels, largest logit, sum of weights, padding: see PART in attend.cuh
+_PART_WORDS = 8 * 260  # the most that a block leaves for another: see COLUMNS and SLOT in attend.cuh
+FILES = ("arch.cuh", "channels.cuh", "read.cuh", "attend.cuh", "query.cuh", "softmax.cuh", "exact.cuh", "merge.cuh", "rows.cuh", "schedule.cuh")
 
 
 def unit(defines: Mapping[str, str], names: Sequence[str]) -> str:
@@ -57,36 +58,117 @@ class NativeError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Card:
+    """What code is made for: compute capability times ten, the bytes of shared memory that one block can have, and whether the
+    driver's own compiler finishes it, as the code of another card must be."""
+
+    target: int = 90
+    shared: int = SHARED_LIMIT
+    portable: bool = False
+
+    @property
+    def arch(self) -> str:
+        """The compiler's name of the target; with the features of one generation where the kernels use them."""
+        return f"compute_{self.target}" if self.portable else f"sm_{self.target}{'a' if self.target in (90, 100) else ''}"
+
+
+@cache
+def card_of(device: torch.device) -> Card:
+    """The card at hand. $KVSINK_CUDA_TARGET (compute_80, ...) and $KVSINK_CUDA_SHARED (bytes) name a smaller one, whose code it then runs."""
+    major, minor = torch.cuda.get_device_capability(device)
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_LIMIT)
+    found = 10 * major + minor
+    target = int("".join(c for c in os.environ.get("KVSINK_CUDA_TARGET", "") if c.isdigit()) or found)
+    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a block works: warps that compute, stages of each, tile pairs of a stage, units of one softmax step."""
+
+    warps: int
+    stages: int
+    items: int
+    steps: int
+
+
+_SHAPES = (
+    Shape(8, 2, 4, 2), Shape(8, 2, 2, 2), Shape(8, 2, 1, 1), Shape(8, 1, 2, 2), Shape(8, 1, 1, 1), Shape(4, 2, 4, 2), Shape(4, 2, 2, 2),
+    Shape(4, 2, 1, 1), Shape(4, 1, 1, 1),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Variant:
-    """What is compiled in: mode (0 plain, 1 with the mean's logit, 2 block KLT), widths, query heads per key-value head."""
+    """What is compiled in: mode (0 plain, 1 with the mean's logit, 2 block KLT), widths of runs of 8 channels, query heads per
+    key-value head, channels that carry RoPE."""
 
     mode: int
     key_widths: tuple[int, ...]
     value_widths: tuple[int, ...]
     repeats: int
+    rotary: int = 128
 
-    def shared_bytes(self, item_pairs: int) -> int:
+    @property
+    def dim(self) -> int:
+        """Channels of a head."""
+        return 8 * len(self.key_widths)
+
+    @property
+    def groups(self) -> int:
+        """Rows of the grid that share a key-value head."""
+        return 1 if self.repeats <= 4 else -(-self.repeats // 8)
+
+    @property
+    def columns(self) -> int:
+        """Query heads of a product."""
+        return 4 if self.repeats <= 4 else 8
+
+    @property
+    def lone(self) -> bool:
+        """Whether `append_row` codes a new row by a block of its own."""
+        return self.mode != 2 or (self.dim == 128 and self.rotary in (0, 128))
+
+    def shared_bytes(self, shape: Shape) -> int:
         """SMEM_BYTES of attend.cuh for this variant."""
+        d, columns, runs = self.dim, self.columns, self.dim // 8
         k, v = (128 * 16 * make_fields(w).bins for w in (self.key_widths, self.value_widths))
-        stage = (k + v) * item_pairs // 4 + (256 if self.mode == 2 else 512) + 512 + (512 if self.mode else 0) + 128
-        tables = (16384 if self.mode else 0) + (32768 if self.mode == 2 else 0)
-        query = 2 * 16 * 20 * 4 + (0 if self.mode == 2 else 2 * 4 * 128 * 2) + 64
-        return 8 * 2 * stage + tables + 8 * 4 * _PART_WORDS * 4 + query + 8 * (8 * 2 + 8)
+        klt, turned = self.mode == 2, 0
+        stage = (k + v) * shape.items // 4 + (256 if klt else 512) + 512 + (4 * self.rotary if self.mode else 0) + 128
+        tables = (128 * d if self.mode else 0) + (2 * d * d if klt else 0)
+        if klt:
+            turned = (2 if columns == 8 else 1) * d // 16 * 288
+        parts = max(shape.warps * columns * (d + 4) * 4, 4 * columns * (d + 4) * 4 + turned)
+        raw = columns * 4 * (-(-runs // 4) * 4 + 4) * 4 if self.mode else 0
+        query = 2 * raw + 2 * (0 if klt else columns * d * 2) + 64
+        return shape.warps * shape.stages * stage + tables + parts + query + 8 * (shape.warps * shape.stages + 8)
 
-    def defines(self) -> dict[str, str]:
+    def shape(self, card: Card) -> Shape:
+        """How a block works on a card. Raises NativeError when no way fits its shared memory."""
+        fits = [s for s in _SHAPES if self._suits(s, card) and self.shared_bytes(s) <= card.shared]
+        if not fits:
+            least = min(self.shared_bytes(s) for s in _SHAPES)
+            raise NativeError(f"{least} bytes of shared memory, more than the {card.shared} that a block can have")
+        return fits[0]
+
+    def _suits(self, shape: Shape, card: Card) -> bool:
+        """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others."""
+        wide = self.dim > 128
+        return (shape.warps == 4 or (card.target in (90, 100) and not wide)) and (not wide or shape.steps == 1)
+
+    def defines(self, card: Card) -> dict[str, str]:
         """Macros of the source."""
-        items = next((n for n in (4, 2) if self.shared_bytes(n) <= SHARED_LIMIT), None)
-        if items is None:
-            raise NativeError(f"{self.shared_bytes(2)} bytes of shared memory, more than a block can have")
+        shape = self.shape(card)
         return {
             "MODE": str(self.mode), "KW": ", ".join(map(str, self.key_widths)), "VW": ", ".join(map(str, self.value_widths)),
-            "HEADS_PER_KV": str(self.repeats), "ITEM_PAIRS": str(items),
-            "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
+            "HEADS_PER_KV": str(self.repeats), "HEAD_DIM": str(self.dim), "ROTARY": str(self.rotary), "WARPS": str(shape.warps),
+            "STAGES": str(shape.stages), "ITEM_PAIRS": str(shape.items), "STEP_PAIRS": str(shape.steps),
+            "TARGET": str(card.target), "SHARED_MOST": str(card.shared), "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
         }  # fmt: skip
 
-    def source(self) -> str:
+    def source(self, card: Card) -> str:
         """One translation unit without includes."""
-        return unit(self.defines(), ("primitives.cuh", "attend.cuh", "rows.cuh", "step.cuh", "single.cuh", "rows_by_warp.cuh"))
+        return unit(self.defines(card), FILES)
 
 
 def by_warp(batch: int, share: int, tiles: int) -> bool:
@@ -103,7 +185,7 @@ def single(argument: Any) -> bool:
 def too_old(capability: tuple[int, int], name: str) -> str:
     """Why a GPU cannot run the kernels; empty when it can."""
     major, minor = capability
-    return f"{name} has compute capability {major}.{minor}; the kernel is for 9.0" if major != 9 else ""
+    return f"{name} has compute capability {major}.{minor}; the kernels need 8.0" if major < 8 else ""
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
@@ -144,9 +226,10 @@ def _by_nvrtc(lib: ctypes.CDLL, source: str, arch: str) -> bytes:
         lib.nvrtcGetProgramLog(program, log)
         raise NativeError(f"NVRTC error {code}: {log.value.decode(errors='replace')[:400]}")
     size = ctypes.c_size_t()
-    check(lib.nvrtcGetCUBINSize(program, ctypes.byref(size)), "measured the code")
+    kind = "PTX" if arch.startswith("compute") else "CUBIN"
+    check(getattr(lib, f"nvrtcGet{kind}Size")(program, ctypes.byref(size)), "measured the code")
     image = ctypes.create_string_buffer(size.value)
-    check(lib.nvrtcGetCUBIN(program, image), "handed the code over")
+    check(getattr(lib, f"nvrtcGet{kind}")(program, image), "handed the code over")
     lib.nvrtcDestroyProgram(ctypes.byref(program))
     return image.raw
 
@@ -155,9 +238,9 @@ def _by_nvcc(nvcc: str, source: str, arch: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         unit, out = Path(folder) / "kvsink.cu", Path(folder) / "kvsink.cubin"
         unit.write_text(source)
-        target = f"-gencode=arch=compute_{arch[3:]},code={arch}"
+        what = ["-ptx", f"-arch={arch}"] if arch.startswith("compute") else ["-cubin", f"-gencode=arch=compute_{arch[3:]},code={arch}"]
         done = subprocess.run(
-            [nvcc, "-std=c++17", "-O3", target, "-cubin", str(unit), "-o", str(out)],
+            [nvcc, "-std=c++17", "-O3", *what, str(unit), "-o", str(out)],
             capture_output=True,
             text=True,
             check=False,
@@ -210,8 +293,7 @@ class Module:
         self.device = device
         with torch.cuda.device(device):
             torch.zeros(1, device=device)  # makes the context current
-            major, minor = torch.cuda.get_device_capability(device)
-            image = compile_cubin(source, f"sm_{major}{minor}a")
+            image = compile_cubin(source, card_of(device).arch)
             self._module = ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), image), "loading the kernel")
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -259,7 +341,7 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device, count = device, 2 * self.MOST
-        words = 2 * torch.cuda.get_device_properties(device).multi_processor_count * 4 * _PART_WORDS
+        words = torch.cuda.get_device_properties(device).multi_processor_count * _PART_WORDS
         self._partial = torch.full((count, words), -1, dtype=torch.int32, device=device)
         self._arrived = torch.zeros(count, _MOST_ROWS, dtype=torch.int32, device=device)
         self._streams: dict[int, int] = {}
@@ -294,12 +376,12 @@ class Cubin:
     def __init__(self, variant: Variant, device: torch.device) -> None:
         self.variant, self.device = variant, device
         with torch.cuda.device(device):
-            self._module = Module(variant.source(), device)
+            self._module = Module(variant.source(card_of(device)), device)
             self._attend, self._single, self._append, self._lone, self._decode = (
                 self._module.function(name)
                 for name in ("attend_packed", "attend_single", "append_rows", "append_row", "decode_rows")
             )
-            self._threads, self._shared, self._row_threads, self._lone_threads = self._module.numbers("kvsink_launch", 4)
+            self._threads, self._shared, self._row_threads, self._lone_threads, _ = self._module.numbers("kvsink_launch", 5)
             self._module.allow_shared(self._attend, self._shared)
             self._module.allow_shared(self._single, self._shared)
             (self._shared_rows,) = self._module.numbers("kvsink_by_warp", 1)
@@ -338,7 +420,7 @@ class Cubin:
 
     def append(self, argument: Any) -> None:
         """Launch `append_row`, where latency is all, or `append_rows`."""
-        if argument.S == 1 and argument.B <= LONE_ROWS:
+        if argument.S == 1 and argument.B <= LONE_ROWS and self.variant.lone:
             self._module.launch(self._lone, argument.Hkv, argument.B, self._lone_threads, 0, argument)
             return
         pairs = argument.B * argument.S * argument.Hkv

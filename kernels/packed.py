@@ -47,11 +47,13 @@ class AttendArguments(ctypes.Structure):
 
     _fields_ = [
         *((n, _pointer) for n in (
-            "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "anchor_cos", "anchor_sin", "length",
-            "mask", "exact_k", "exact_v", "exact_slot", "new_k", "new_v", "value_mean", "out", "partial",
+            "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "origin_cos", "origin_sin", "length",
+            "pages", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v", "value_mean", "out", "partial",
         )),
-        ("mask_row", _long),
-        *((n, _int) for n in ("B", "Hkv", "share", "tiles", "E", "N", "extra", "q_bf16", "key_hadamard", "value_hadamard")),
+        *((n, _long) for n in ("mask_row", "length_row", "page_row")),
+        *((n, _int) for n in (
+            "B", "Hkv", "share", "tiles", "E", "N", "extra", "window", "q_bf16", "key_hadamard", "value_hadamard",
+        )),
         ("scale", _float),
     ]  # fmt: skip
 
@@ -62,14 +64,16 @@ class RowArguments(ctypes.Structure):
     _fields_ = [
         ("k", _pointer), ("v", _pointer), ("k_stride", _long * 3), ("v_stride", _long * 3),
         *((n, _pointer) for n in (
-            "table", "start_cos", "start_sin", "anchor_cos", "anchor_sin", "basis", "sigma", "v_mean", "length", "positions",
+            "table", "start_cos", "start_sin", "origin_cos", "origin_sin", "basis", "sigma", "v_mean", "length", "positions", "pages",
         )),
-        ("position_row", _long),
+        *((n, _long) for n in ("position_row", "length_row", "page_row")),
         *((n, _pointer) for n in (
             "stored_positions", "k_codes", "v_codes", "k_scale", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
         )),
-        ("score", _pointer * _SEGMENTS), ("arrived", _pointer), ("capacity", _int * _SEGMENTS),
-        *((n, _int) for n in ("segments", "E", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first")),
+        ("score", _pointer * _SEGMENTS),
+        *((n, _pointer) for n in ("recent_k", "recent_v", "recent_slot", "arrived", "group_arrived")),
+        ("capacity", _int * _SEGMENTS),
+        *((n, _int) for n in ("segments", "E", "window", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first")),
         ("key_clip", _float), ("value_clip", _float),
     ]  # fmt: skip
 
@@ -77,6 +81,8 @@ class RowArguments(ctypes.Structure):
 class Library(Protocol):
     """Who runs the kernels: `native.Cubin`, or an emulation."""
 
+    @property
+    def variant(self) -> native.Variant: ...
     @property
     def partial(self) -> Tensor: ...
     @property
@@ -88,11 +94,12 @@ class Library(Protocol):
     def decode(self, argument: Any, rows: int, heads: int) -> None: ...
 
 
-def variant_of(codec: Any, repeats: int) -> native.Variant:
-    """What the kernels must be compiled for."""
+def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> native.Variant:
+    """What the kernels must be compiled for; rotary: channels that carry RoPE, None for all of a head."""
     k = codec.key
     mode = 2 if k.transform == "klt" else 1 if k.center else 0
-    return native.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats)
+    turned = 8 * len(k.widths) if rotary is None or not mode else rotary
+    return native.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, turned)
 
 
 def _rotates(side: Any) -> int:
@@ -107,17 +114,18 @@ def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis
     return RowArguments(
         k=at(k), v=at(v), k_stride=(_long * 3)(*k.stride()[:3]), v_stride=(_long * 3)(*v.stride()[:3]),
         table=at(p.get("k_table")), start_cos=at(p.get("start_cos")), start_sin=at(p.get("start_sin")),
-        anchor_cos=at(p.get("anchor_cos")), anchor_sin=at(p.get("anchor_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
+        origin_cos=at(p.get("anchor_cos")), origin_sin=at(p.get("anchor_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
         v_mean=at(p.get("v_mean")), k_codes=at(st["k_codes"]), v_codes=at(st["v_codes"]), k_scale=at(st["k_scale"]),
-        v_scale=at(st["v_scale"]), B=k.shape[0], Hkv=k.shape[1], S=k.shape[2], L=st["k_codes"].shape[2],
+        v_scale=at(st["v_scale"]), recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), recent_slot=at(st["recent_slot"]),
+        window=codec.ring, B=k.shape[0], Hkv=k.shape[1], S=k.shape[2], L=st["k_codes"].shape[2],
         bf16=int(k.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key), value_hadamard=_rotates(codec.value),
         key_clip=codec.key.clip, value_clip=codec.value.clip,
     )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A tensor whose rows of 128 channels lie together and 8-byte aligned."""
-    aligned = x.stride(-1) == 1 and all(n % 4 == 0 for n in x.stride()[:3]) and x.data_ptr() % 8 == 0
+    """A tensor whose rows lie together and 16-byte aligned."""
+    aligned = x.stride(-1) == 1 and all(n % 8 == 0 for n in x.stride()[:3]) and x.data_ptr() % 16 == 0
     return x if aligned else x.contiguous()
 
 
@@ -143,10 +151,11 @@ def _fresh_rows(
     a.position_row = positions.stride(0) if positions.shape[0] > 1 else 0
     # One new row has one candidate per segment: the kernel enters it itself.
     whole = k.shape[2] == 1 and len(codec.segments) <= _SEGMENTS and all(s.shape[1] == 1 for s in candidates[::2])
-    whole = whole and k.shape[0] <= lib.arrived.numel()
+    whole = whole and k.shape[0] * (k.shape[1] + 1) <= lib.arrived.numel()
     scores = [s.float().expand(k.shape[0], 1).contiguous() for s in candidates[::2]] if whole else []
     if whole:
-        a.segments, a.E, a.arrived = len(codec.segments), codec.exact_rows, at(lib.arrived)
+        counts = lib.arrived
+        a.segments, a.E, a.arrived, a.group_arrived = len(codec.segments), codec.exact_rows, at(counts), at(counts[k.shape[0] :])
         a.exact_k, a.exact_v = at(st["exact_k"]), at(st["exact_v"])
         a.exact_slot, a.exact_score = at(st["exact_slot"]), at(st["exact_score"])
         for i, (score, capacity) in enumerate(zip(scores, codec.segments, strict=True)):
@@ -164,25 +173,28 @@ def append_rows(
     st: State,
     p: Params,
 ) -> bool:
-    """Code and store new rows [B, H, S, 128], keys after RoPE. True when the exact rows have been seen to as well."""
+    """Code and store new rows [B, H, S, D], keys after RoPE. True when the exact rows have been seen to as well."""
     a, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
     lib.append(a)
     return whole
 
 
 def decode_rows(
-    lib: Library, codec: Any, st: State, p: Params, start: int, end: int, dtype: torch.dtype
+    lib: Library, codec: Any, st: State, p: Params, start: int, end: int, dtype: torch.dtype, total: int
 ) -> tuple[Tensor, Tensor]:
-    """Slots start … end - 1 as keys after RoPE and values [B, H, end - start, 128], exact rows laid over them."""
+    """Slots start … end - 1 of `total` as keys after RoPE and values [B, H, end - start, D], recent and exact rows laid over them."""
     b, h = st["k_codes"].shape[:2]
-    k, v = (torch.empty(b, h, end - start, tiles.DIM, dtype=dtype, device=st["k_codes"].device) for _ in range(2))
+    k, v = (torch.empty(b, h, end - start, 8 * len(codec.key.widths), dtype=dtype, device=st["k_codes"].device) for _ in range(2))
     a = _row_arguments(codec, k, v, st, p, p.get("tile_rows"))
     a.first = start
     lib.decode(a, b * (end - start), h)
-    slot = st["exact_slot"]
-    inside = (slot >= start) & (slot < end)
-    for full, prefix in ((k, "k"), (v, "v")):
-        put_rows(full, st[f"exact_{prefix}"], torch.where(inside, slot - start, -1))
+    for full, side, prefix in ((k, codec.key, "k"), (v, codec.value, "v")):
+        places = [(f"exact_{prefix}", st["exact_slot"])]
+        if codec.ring:
+            places.insert(0, (f"recent_{prefix}", codec.exact_recent(side, st["recent_slot"], total)[None].expand(b, -1)))
+        for name, slot in places:
+            inside = (slot >= start) & (slot < end)
+            put_rows(full, st[name], torch.where(inside, slot - start, -1))
     return k, v
 
 
@@ -216,37 +228,46 @@ def step(
 
 def attend_one(
     lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, st: State, p: Params, mask: Tensor | None, scale: float,
-    fresh: RowArguments | None = None,
+    fresh: RowArguments | None = None, pages: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """`attend` of one new row per sequence, which `fresh` stores too; None when the mask is not one of visible slots."""
-    slots = st["k_codes"].shape[2]
+    """`attend` of one new row per sequence, which `fresh` stores too; None when the mask is not one of visible slots.
+
+    pages: int32 [B, n], the page of every 128 slots of a row, where codes and scales are pages [P, H, 128, ...] of a pool. The
+    length may be one of each row, int64 [B].
+    """
+    slots = st["k_codes"].shape[2] if pages is None else pages.shape[1] * tiles.TILE_SLOTS
     visible = None if mask is None else _mask_rows(mask, slots)
     if mask is not None and visible is None:
         return None
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     at = native.pointer
-    native.contiguous([st[n] for n in ("k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot")])
+    native.contiguous([st[n] for n in (
+        "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v",
+    )])  # fmt: skip
+    groups = lib.variant.groups
     new = 0 if codec.strict else 1
     # No more blocks than tiles: one without work would fetch its tables all the same.
-    share = min(lib.share(k.shape[1]), q.shape[0] * (slots // tiles.TILE_SLOTS))
+    share = min(lib.share(k.shape[1] * groups), q.shape[0] * (slots // tiles.TILE_SLOTS))
     a = AttendArguments(
         q=at(q), k_codes=at(st["k_codes"]), k_scale=at(st["k_scale"]), v_codes=at(st["v_codes"]), v_scale=at(st["v_scale"]),
         mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
-        anchor_cos=at(p.get("anchor_cos")), anchor_sin=at(p.get("anchor_sin")), length=at(st["length"]), mask=at(visible),
+        origin_cos=at(p.get("anchor_cos")), origin_sin=at(p.get("anchor_sin")), length=at(st["length"]), mask=at(visible),
         exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
+        recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), window=codec.ring,
         value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
+        pages=at(pages), page_row=0 if pages is None else pages.stride(0), length_row=int(st["length"].dim() > 0),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
         B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
         N=new, extra=1 - new, q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key),
         value_hadamard=_rotates(codec.value), scale=scale * math.log2(math.e),
     )  # fmt: skip
     if fresh is None:
-        lib.attend(a, RowArguments(), k.shape[1])
+        lib.attend(a, RowArguments(), k.shape[1] * groups)
     else:  # attention sees to the exact rows, the coding does not
         coded = RowArguments.from_buffer_copy(fresh)
         coded.segments = 0
-        lib.step(a, fresh, coded, k.shape[1])
+        lib.step(a, fresh, coded, k.shape[1] * groups)
     return out
 
 

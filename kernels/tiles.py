@@ -30,11 +30,11 @@ from .quantize import segments
 from .rope import rope, unrope
 
 __all__ = [
-    "DIM", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "restore_keys", "store",
+    "DIMS", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "restore_keys", "store",
     "tile_bytes", "transform_keys",
 ]  # fmt: skip
 
-DIM, TILE_SLOTS, RUNS, BLOCK = 128, 128, 16, 64
+DIMS, TILE_SLOTS, BLOCK = (64, 128, 256), 128, 64
 Params = Mapping[str, Tensor]
 
 
@@ -52,10 +52,10 @@ class Fields:
 @cache
 def make_fields(widths: tuple[int, ...]) -> Fields:
     """First fit. A code is read in place as a 16-bit float, which is linear up to 2047: bits from 11 on are moved down."""
-    fill, cut = [0] * RUNS, [-1] * RUNS
+    fill, cut = [0] * len(widths), [-1] * len(widths)
     bins, offset, pos = [], [], []
     for w in widths:
-        b = next(i for i in range(RUNS) if fill[i] + w <= 16)
+        b = next(i for i in range(len(widths)) if fill[i] + w <= 16)
         if fill[b] + w > 11 and cut[b] < 0:
             cut[b] = fill[b]
         bins.append(b)
@@ -74,9 +74,9 @@ def tile_bytes(widths: Sequence[int]) -> int:
 
 
 def _codes(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Packed bytes [..., sum(widths)] → codes uint8 [..., 16, 8]."""
+    """Packed bytes [..., sum(widths)] → codes uint8 [..., runs, 8]."""
     parts = [unpack_bits(natural[..., byte : byte + (b - a) * w // 8], w, b - a) for a, b, byte, w in segments(widths)]
-    return torch.cat(parts, dim=-1).unflatten(-1, (RUNS, 8))
+    return torch.cat(parts, dim=-1).unflatten(-1, (len(widths), 8))
 
 
 def _natural(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -86,9 +86,9 @@ def _natural(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
 
 def key_words(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Packed bytes [..., sum(widths)] → int32 [..., 4 · bins], word (t, b)."""
-    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int64).unflatten(-1, (4, 2))  # [..., 16, t, hi]
+    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int64).unflatten(-1, (4, 2))  # [..., run, t, hi]
     words = torch.zeros((*codes.shape[:-3], 4, f.bins), dtype=torch.int64, device=codes.device)
-    for r in range(RUNS):
+    for r in range(len(widths)):
         for hi in range(2):
             words[..., f.bin[r]] |= codes[..., r, :, hi] << (16 * hi + f.offset[r])
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(-2)
@@ -96,9 +96,9 @@ def key_words(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
 
 def value_words(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Packed bytes [..., sum(widths)] → int16 [..., 8 · bins], half word (g, b)."""
-    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int32)  # [..., 16, g]
+    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int32)  # [..., run, g]
     words = torch.zeros((*codes.shape[:-2], 8, f.bins), dtype=torch.int32, device=codes.device)
-    for r in range(RUNS):
+    for r in range(len(widths)):
         words[..., f.bin[r]] |= codes[..., r, :] << f.offset[r]
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16).flatten(-2)
 
@@ -110,7 +110,7 @@ def key_bytes(words: Tensor, widths: tuple[int, ...]) -> Tensor:
         torch.stack(
             [(w[..., f.bin[r]] >> (16 * hi + f.offset[r])) & ((1 << f.width[r]) - 1) for hi in range(2)], dim=-1
         )
-        for r in range(RUNS)
+        for r in range(len(widths))
     ]
     return _natural(torch.stack(codes, dim=-3).flatten(-2).to(torch.uint8), widths)
 
@@ -118,7 +118,7 @@ def key_bytes(words: Tensor, widths: tuple[int, ...]) -> Tensor:
 def value_bytes(words: Tensor, widths: tuple[int, ...]) -> Tensor:
     """The inverse of `value_words`."""
     f, w = make_fields(widths), words.unflatten(-1, (8, -1))
-    codes = [(w[..., f.bin[r]] >> f.offset[r]) & ((1 << f.width[r]) - 1) for r in range(RUNS)]
+    codes = [(w[..., f.bin[r]] >> f.offset[r]) & ((1 << f.width[r]) - 1) for r in range(len(widths))]
     return _natural(torch.stack(codes, dim=-2).to(torch.uint8), widths)
 
 
@@ -244,20 +244,21 @@ class TileTables:
 
     @staticmethod
     def mean(table: Tensor) -> Tensor:
-        """[H, 64, 128] → int32 [H, 4, 8, 32, 4]; rows g and g + 8 are slots 2 g and 2 g + 1."""
-        x = table.view(-1, 4, 8, 2, 8, 2, 4, 2).permute(0, 1, 4, 2, 6, 5, 3, 7)  # pair, step, g, t, half, row, hi
-        return _pairs(x).reshape(table.shape[0], 4, 8, 32, 4)
+        """[H, 64, D] → int32 [H, 4, D / 16, 32, 4]; rows g and g + 8 are slots 2 g and 2 g + 1."""
+        steps = table.shape[-1] // 16
+        x = table.view(-1, 4, 8, 2, steps, 2, 4, 2).permute(0, 1, 4, 2, 6, 5, 3, 7)  # pair, step, g, t, half, row, hi
+        return _pairs(x).reshape(table.shape[0], 4, steps, 32, 4)
 
     @staticmethod
     def basis(rows: Tensor) -> Tensor:
-        """[H, 128 components, 128 channels] → int32 [H, 8, 8, 32, 4]."""
-        x = rows.reshape(-1, 8, 2, 8, 8, 2, 4, 2).permute(0, 1, 4, 3, 6, 5, 2, 7)  # m, step, g, t, half, row, hi
-        return _pairs(x).reshape(rows.shape[0], 8, 8, 32, 4)
+        """[H, D components, D channels] → int32 [H, D / 16, D / 16, 32, 4]."""
+        steps = rows.shape[-1] // 16
+        x = rows.reshape(-1, steps, 2, 8, steps, 2, 4, 2).permute(0, 1, 4, 3, 6, 5, 2, 7)  # m, step, g, t, half, row, hi
+        return _pairs(x).reshape(rows.shape[0], steps, steps, 32, 4)
 
     @staticmethod
     def turn(cos: Tensor, sin: Tensor) -> Tensor:
-        """Angles of block starts [P, 128 or 0] → int32 [P, 4, 4, 4]: cosines then sines, B operand order."""
-        if cos.shape[-1] == 0:
-            cos, sin = cos.new_ones(cos.shape[0], DIM), cos.new_zeros(cos.shape[0], DIM)
-        both = torch.stack([cos[:, :64], sin[:, :64]], 1).view(-1, 2, 2, 4, 4, 2)  # cos|sin, run / 4, run % 4, t, hi
-        return _pairs(both.permute(0, 1, 2, 4, 3, 5)).reshape(-1, 4, 4, 4)
+        """Angles of block starts [P, R] → int32 [P, 2, 4, R / 16]: cosines then sines of the first half, B operand order."""
+        half = cos.shape[-1] // 2
+        both = torch.stack([cos[:, :half], sin[:, :half]], 1).view(-1, 2, half // 8, 4, 2)  # cos|sin, run, t, hi
+        return _pairs(both.transpose(2, 3))

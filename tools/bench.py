@@ -7,6 +7,8 @@ Ratios hold within one run. An op whose result is outside its bound of the defin
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,11 @@ def _gpu() -> None:
     import torch
 
     from kvsink.errors import KvsinkError
-    from kvsink.kernels.backends import device_of
-    from kvsink.kernels.native import too_old
 
     if not torch.cuda.is_available():
         raise KvsinkError(
             "no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine"
         )
-    device = device_of(torch.device("cuda", 0))
-    if reason := too_old(device.capability, device.name):
-        raise KvsinkError(f"{reason}; its rows would time the plain operators")
 
 
 def _write(rows: list[dict[str, Any]], out: Path | None) -> None:
@@ -67,12 +64,12 @@ def _batches(text: str, sides: list[str]) -> dict[str, int]:
     return found
 
 
-def _sides(text: str) -> list[str]:
+def _sides(text: str, sixteen: tuple[str, ...] | None = None) -> list[str]:
     from kvsink.tools.bench_model import SIXTEEN, declared
 
     sides = [s for s in text.split(",") if s]
     for side in sides:
-        if side not in SIXTEEN:
+        if side not in (SIXTEEN if sixteen is None else sixteen):
             declared(side)
     return sides
 
@@ -82,29 +79,69 @@ def bench() -> None:
     pass
 
 
+_METHODS_HELP = "METHOD-BITS or METHOD-BITS/BITS of keys and values, comma-separated; default: kvsink.rewrite(model); klt-dense: \
+keys coded before RoPE."
 _out = click.option("--out", type=click.Path(path_type=Path), default=None, help="Append rows to this JSON-lines file.")
 
 
-@bench.command(help="Decode attention and append_ of one layer against the fastest SDPA backend.")
-@click.option(
-    "--methods",
-    default=",".join((*_METHODS, "centred-even-4")),
-    show_default=True,
-    help="METHOD-BITS or METHOD-BITS/BITS of keys and values, comma-separated; klt-dense codes keys before RoPE.",
-)
+@bench.command(help="Decode attention and append_ of one layer of LLaMA-3-8B, against the fastest 16-bit backend.")
+@click.option("--methods", default=",".join((*_METHODS, "centred-even-4")), show_default=True, help=_METHODS_HELP)
 @click.option(
     "--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated."
 )
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
+    pairs, chosen = _pairs(shapes), _sides(methods, ())
+    from kvsink.tools.bench_model import LLAMA_3_8B
+
+    return _measured({"llama-3-8b": LLAMA_3_8B}, chosen, pairs, out)
+
+
+@bench.command(
+    help="The same for the layers of other models, by name or config.json: which kernels serve, why faster ones do not, and times "
+    "against the fastest of PyTorch's backends and FlashInfer, where it is installed.",
+)
+@click.option("--models", default=None, help="Names or paths of config.json, comma-separated.  [default: all nine]")
+@click.option("--methods", default="centred-even-2,klt-even-2,default,centred-even-4", show_default=True, help=_METHODS_HELP)
+@click.option("--shapes", default="16x8192,1x131072,1x1024", show_default=True, help="BATCHxLENGTH, comma-separated.")
+@click.option("--exact", default=0, show_default=True, help="Time every method a second time with so many first rows exact.")
+@click.option("--window", default=0, show_default=True, help="And with so many recent rows exact.")
+@click.option("--arch", default=None, help="Build the CUDA kernels for this target, such as compute_80, and run that on this GPU.")
+@click.option("--shared", default=None, type=click.IntRange(1), help="Bytes of shared memory they may use, such as 101376.")
+@_out
+def shapes(
+    models: str | None, methods: str, shapes: str, exact: int, window: int, arch: str | None, shared: int | None, out: Path | None
+) -> int:
+    from kvsink.tools.bench_shapes import MODELS, shapes_of
+
+    found, pairs, chosen = shapes_of(",".join(MODELS) if models is None else models), _pairs(shapes), _sides(methods, ())
+    if min(exact, window) < 0:
+        raise click.BadParameter(f"--exact {exact} and --window {window} are numbers of rows")
+    if arch is not None and not re.fullmatch(r"(compute|sm)_\d+[af]?", arch):
+        raise click.BadParameter(f"{arch!r} is no target of a CUDA compiler, such as compute_80 or sm_90a", param_hint="--arch")
+    for variable, value in (("KVSINK_CUDA_TARGET", arch), ("KVSINK_CUDA_SHARED", shared)):
+        if value is not None:  # read where kernels are built: before the first of them
+            os.environ[variable] = str(value)
+    return _measured(found, chosen, pairs, out, exact, window, False)
+
+
+def _measured(
+    models: dict[str, Any], methods: list[str], pairs: list[tuple[int, int]], out: Path | None, exact: int = 0, window: int = 0,
+    in_turn: bool = True,
+) -> int:  # fmt: skip
+    if not methods or min(n for pair in pairs for n in pair) < 1:
+        raise click.BadParameter("a method, a batch and a length of at least 1 are needed")
     _gpu()
-    from kvsink.tools.bench_ops import ops_rows, ops_table
+    from kvsink.tools.bench_ops import Kept, ops_rows, ops_table
     from kvsink.tools.timing import copy_bandwidth, read_bandwidth
 
     read, copy = read_bandwidth(), copy_bandwidth()
     _say(f"read {read / 1e12:.3f} TB/s, copy {copy / 1e12:.3f} TB/s")
-    rows = ops_rows(_sides(methods), _pairs(shapes), max(read, copy), _say)
-    _write([{**r, "read_tb_s": round(read / 1e12, 3), "copy_tb_s": round(copy / 1e12, 3)} for r in rows], out)
+    kept = [Kept(), *([Kept(f"first:{exact}" if exact else Kept.protect, window)] if exact or window else [])]
+    rows = []
+    for row in ops_rows(models, methods, pairs, max(read, copy), _say, kept, in_turn):
+        rows.append({**row, "read_tb_s": round(read / 1e12, 3), "copy_tb_s": round(copy / 1e12, 3)})
+        _write(rows[-1:], out)
     _say(ops_table(rows))
     return 0 if all(r["p50_ms"] is not None for r in rows) else 2
 
@@ -179,6 +216,39 @@ def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -
     for t in lengths:
         _write(vision_rows(model, baseline, chosen, t, backends, _say), out)
     return 0
+
+
+@bench.command(
+    help="generate() as a user calls it, on a LLaMA-3-8B shape with random weights: first call, prefill and decoding apart."
+)
+@click.option(
+    "--sides", default="dynamic,static,default,klt-even-2", show_default=True,
+    help="dynamic, static: transformers' caches in 16 bit, the second compiled; default: kvsink.rewrite(model); METHOD-BITS.",
+)  # fmt: skip
+@click.option("--prompts", default="1x1000,1x32000,16x4000", show_default=True, help="BATCHxLENGTH, comma-separated.")
+@click.option("--steps", default=128, show_default=True, help="Tokens decoded after the first.")
+@click.option("--layers", default=8, show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+@click.option(
+    "--profile", type=click.Path(path_type=Path, dir_okay=False), default=None,
+    help="Append a profile of every row's prefill to this file: operators by time on GPU and CPU, CUDA calls, Python functions.",
+)  # fmt: skip
+@_out
+def generate(sides: str, prompts: str, steps: int, layers: int, repeats: int, profile: Path | None, out: Path | None) -> int:
+    from kvsink.tools.bench_generate import CACHES, generate_rows, generate_table
+
+    pairs, chosen = _pairs(prompts), _sides(sides, CACHES)
+    if min(steps, layers, repeats, *(n for pair in pairs for n in pair)) < 1:
+        raise click.BadParameter("--steps, --layers, --repeats, batches and lengths must be at least 1")
+    _gpu()
+    from kvsink.tools.bench_model import llama
+
+    rows = []
+    for row in generate_rows(llama(layers), chosen, pairs, steps, repeats, _say, profile):
+        rows.append(row)
+        _write([row], out)
+    _say(generate_table(rows))
+    return 0 if all("decode_ms" in row for row in rows) else 2
 
 
 @bench.command(help="Seconds of one long prompt in one piece, against 16 bit.")
@@ -285,13 +355,14 @@ def onnx_(out: Path | None, **options: Any) -> int:
     return 0 if all(row["verdict"] == "ok" for row in rows) else 2
 
 
-@bench.command(help="Draw the rows of `kernels` from a JSON-lines file; needs no GPU.")
+@bench.command(help="Draw the rows of `kernels`, or those of `shapes` by model, from a JSON-lines file; needs no GPU.")
 @click.argument("rows", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("image", type=click.Path(path_type=Path, dir_okay=False))
 def plot(rows: Path, image: Path) -> int:
-    from kvsink.tools.bench_plot import plot_kernels, read_rows
+    from kvsink.tools.bench_plot import plot_kernels, plot_shapes, read_rows
 
-    plot_kernels(read_rows(rows), image)
+    found = read_rows(rows)
+    (plot_shapes if len({r.get("model") for r in found}) > 1 else plot_kernels)(found, image)
     return 0
 
 

@@ -8,6 +8,7 @@ Differs    codes are random bits under plausible scales where only the time coun
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import re
 import time
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import kvsink
 from kvsink.passing import given_cache
 from kvsink.tools.timing import event_times
 
@@ -49,6 +51,7 @@ class Shape:
     hidden: int = 4096
     heads: int = 32
     head_dim: int = 128
+    rotary: float = 1.0  # share of a head's channels that RoPE turns
 
 
 LLAMA_3_8B = Shape(vocabulary=128256, inner=14336, kv_heads=8, theta=500000.0)
@@ -62,16 +65,18 @@ def llama(
     """A decoder of a known shape with random weights on the GPU, or its first layers."""
     import transformers
 
-    config = transformers.LlamaConfig(
+    whole = shape.rotary == 1.0  # Nemotron is a Llama that can leave channels unturned
+    rope = {"rope_type": "default", "rope_theta": shape.theta, **({} if whole else {"partial_rotary_factor": shape.rotary})}
+    config = (transformers.LlamaConfig if whole else transformers.NemotronConfig)(
         vocab_size=vocabulary or shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
         num_hidden_layers=layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        max_position_embeddings=positions, rope_theta=shape.theta, pad_token_id=0,
+        max_position_embeddings=positions, rope_parameters=rope, pad_token_id=0,
     )  # fmt: skip
     held = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device), torch.no_grad():
-            model = transformers.LlamaForCausalLM(config)
+            model = (transformers.LlamaForCausalLM if whole else transformers.NemotronForCausalLM)(config)
     finally:
         torch.set_default_dtype(held)
     for weight in model.parameters():
@@ -85,10 +90,14 @@ _records: dict[Any, Any] = {}
 def declared(side: str) -> tuple[Any, float, float]:
     """Method, bits of keys and bits of values of "METHOD", "METHOD-BITS" or "METHOD-BITS/BITS"; without bits 2.
 
-    "klt-dense" is `klt` with keys coded before RoPE (block=1), whose basis must be undone key by key.
+    "default" is what `kvsink.rewrite(model)` does. "klt-dense" is `klt` with keys coded before RoPE (block=1), whose basis
+    must be undone key by key.
     """
     from kvsink.methods import get_method
 
+    if side == "default":
+        method = get_method(inspect.signature(kvsink.rewrite).parameters["method"].default)
+        return method, method.key_bits, method.value_bits
     name, dash, bits = side.rpartition("-")
     if not dash or not re.fullmatch(r"[\d.]*\d(/[\d.]*\d)?", bits):
         name, bits = side, "2"
@@ -99,12 +108,12 @@ def declared(side: str) -> tuple[Any, float, float]:
     return method, float(key), float(value or key)
 
 
-def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1") -> Callable[[], Any]:
-    """Rewrite the model as `declared` says and return a function that attaches this rewrite again and returns the model.
+def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: int = 0) -> Callable[[], Any]:
+    """Rewrite the model as `declared` says, without its check, and return a function that attaches this rewrite again and returns
+    the model.
 
     A method with bits by modality keeps its own exact rows, and its first two layers look at text, as those of LLaVA-1.5 do.
     """
-    import kvsink
     from kvsink.calibration import calibrate
     from kvsink.design import gather_needs
     from kvsink.protect import SinkStage
@@ -127,8 +136,9 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1") -> Calla
         _records[known] = replace(record, stages=(stage,))
     modal = method.modality is not None
     kvsink.rewrite(
-        model, method, key_bits=key_bits, value_bits=value_bits, protect=None if modal else protect, calibration=_records[known],
-        fold=False, layers=f"0-{min(1, layers - 2)}:pattern=tsa" if modal and layers > 1 else "",
+        model, method, key_bits=key_bits, value_bits=value_bits, protect=None if modal else protect, window=window or None,
+        calibration=_records[known], fold=False, check=False,
+        layers=f"0-{min(1, layers - 2)}:pattern=tsa" if modal and layers > 1 else "",
     )  # fmt: skip
     runtime = runtime_of(model)
 
@@ -151,6 +161,11 @@ def fill(cache: Any, length: int) -> None:
             held.copy_(torch.rand(held.shape[2:], device=layer.device, generator=g) * 0.4 + 0.1)
         for name in ("exact_k", "exact_v"):
             getattr(layer, name).normal_(generator=g)
+        if ring := layer.recent_slot.shape[0]:
+            layer.recent_k.normal_(generator=g)
+            layer.recent_v.normal_(generator=g)
+            slots = torch.arange(max(0, length - ring), length, device=layer.device)
+            layer.recent_slot[slots % ring] = slots.to(layer.recent_slot.dtype)
         rows = layer.exact_slot.shape[1]
         layer.exact_slot.copy_(torch.arange(rows, device=layer.device, dtype=torch.int32)[None])
         layer.exact_score.fill_(1e30)

@@ -197,11 +197,11 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
         call = Call(x.codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q)
         if call.choice("attend").name != "cuda (tiles)":
             return None
-        lib = cuda_tiles.library(x.codec, heads // kv_heads, k.device)
+        lib = cuda_tiles.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
         p, st = call.p, call.st
 
         def past(start: int, end: int, x: Any = x, p: Any = p, st: Any = st, lib: Any = lib) -> tuple[Tensor, Tensor]:
-            return packed.decode_rows(lib, x.codec, st, p, start, end, dtype)
+            return packed.decode_rows(lib, x.codec, st, p, start, end, dtype, held + 1)
 
         out = attention(q, k, v, x.state(), x.params, None, dim**-0.5, False, x.codec_text)
         wanted = packed.attend_chunk(past, q, k, v, held, None, dim**-0.5, False, x.codec.strict).float()

@@ -1,18 +1,16 @@
-"""Write README's table from the rows of the comparison in docs/compare.jsonl: `python -m kvsink.tools.readme_table`.
+"""README's table of methods, from the rows of the comparison in docs/compare.jsonl; `kvsink.tools.pages` writes it.
 
 The rows themselves are measured by `python -m kvsink.tools.compare`; nothing is measured here.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "WANTED", "main", "table", "written"]
+__all__ = ["ROOT", "WANTED", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"
 OURS = "kvsink:5+first:1"
 WANTED: tuple[tuple[str, float, float, str], ...] = (
     ("klt", 4, 4, OURS), ("klt", 3, 4, OURS), ("klt", 2, 4, OURS), ("klt", 2, 2, OURS), ("klt", 1.25, 1, OURS),
@@ -42,22 +40,3 @@ def table(records: list[dict[str, Any]]) -> str:
             f"{16 / r['bits']:.1f}x | {r['perplexity']:.2f} ({r['gap']:+.1%}) | {r['kl']:.4f} | {r['top1']:.1%} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def written(readme: str, block: str) -> str:
-    """README with the block between its markers."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + block + END + rest.split(END)[1]
-
-
-def main() -> None:
-    """Rewrite the block in README.md."""
-    lines = (ROOT / "docs" / "compare.jsonl").read_text(encoding="utf-8").splitlines()
-    readme = ROOT / "README.md"
-    readme.write_text(
-        written(readme.read_text(encoding="utf-8"), table([json.loads(line) for line in lines])), encoding="utf-8"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-__all__ = ["captured", "copy_bandwidth", "device_facts", "event_times", "graph_times", "read_bandwidth"]
+__all__ = ["ASKED", "captured", "copy_bandwidth", "device_facts", "event_times", "graph_times", "read_bandwidth"]
+
+ASKED = {"target": "KVSINK_CUDA_TARGET", "shared_bytes": "KVSINK_CUDA_SHARED"}
+"""What a row calls the build that was asked of `kvsink.kernels.native`, and the variables that ask."""
 
 Times = tuple[float, float, float]
 """p20, p50, p80 in ms."""
@@ -37,7 +42,9 @@ def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def graph_times(calls: Sequence[Callable[[], object]], replays: int = 30) -> Times:
-    """Time of one call, from replays of one graph that holds all calls."""
+    """Time of one call, from replays of one graph that holds all calls; without a GPU, of the calls themselves."""
+    if not torch.cuda.is_available():
+        return _quantiles([t / len(calls) for t in _wall_times(lambda: [call() for call in calls], min(replays, 3))])
     graph = captured(calls)
     return _quantiles([t / len(calls) for t in event_times(graph.replay, replays)])
 
@@ -51,6 +58,15 @@ def event_times(call: Callable[[], object], repeats: int) -> list[float]:
         b.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in events]
+
+
+def _wall_times(call: Callable[[], object], repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return times
 
 
 def copy_bandwidth(gib: float = 2.0) -> float:
@@ -72,4 +88,8 @@ def device_facts() -> dict[str, str]:
     import transformers
 
     p = torch.cuda.get_device_properties(0)
-    return {"device": p.name, "torch": torch.__version__, "transformers": transformers.__version__}
+    asked = {name: os.environ[variable] for name, variable in ASKED.items() if variable in os.environ}
+    return {
+        "device": p.name, "capability": f"{p.major}.{p.minor}", **asked, "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }  # fmt: skip

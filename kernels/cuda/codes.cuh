@@ -93,7 +93,7 @@ struct Codes {
   float scale;                // softmax scale times log2(e)
 };
 
-constexpr int D = 128, R = HEADS_PER_KV, WINDOW = 64, THREADS = WARPS * 32;
+constexpr int R = HEADS_PER_KV, WINDOW = 64, THREADS = WARPS * 32;
 constexpr int RUN_WIDTH[16] = {KW};
 BOTH constexpr int sum_of(const int (&w)[16], int n) { int s = 0; for (int i = 0; i < n; i++) s += w[i]; return s; }
 constexpr int KEY_BYTES = KEY_RUNS ? sum_of(RUN_WIDTH, 16) : D / KEY_COUPLE, VALUE_BYTES = D / VALUE_COUPLE;
@@ -116,7 +116,7 @@ constexpr int AT_END = WARPS * R * PART * 4;    // the warps' parts, where the s
 constexpr int STAGES_BYTES = WARPS * STAGES * STAGE > AT_END ? WARPS * STAGES * STAGE : AT_END;
 constexpr int OFF_BARRIERS = (OFF_STAGES + STAGES_BYTES + 7) / 8 * 8;
 constexpr int SHARED_BYTES = OFF_BARRIERS + 8 * (WARPS * STAGES + 1);
-static_assert(SHARED_BYTES <= 232448, "more shared memory than a block can have");
+static_assert(SHARED_BYTES <= SHARED_MOST, "more shared memory than a block can have");
 
 constexpr float LIFT = 4.0f;                    // log2: how far a logit may pass the reference of its softmax
 
@@ -282,9 +282,9 @@ DEVICE void attend_held(const Codes& p, int b, int head, int hq, int lane) {
   const long long pair = (long long)b * p.Hkv + head;
   const int first = (int)*p.length, rows = p.E + p.ring + (p.strict ? 0 : 1);
   float q[4], o[4] = {0, 0, 0, 0}, top = NEG_INF, mass = 0;
-  widen(q, load4(p.q, (pair * R + hq) * D + 4 * lane), p.q_bf16);
+  widen(q, load_raw(p.q, (pair * R + hq) * D + 4 * lane), p.q_bf16);
   for (int r0 = 0; r0 < rows; r0 += MANY) {
-    uint2 k[MANY], v[MANY];
+    Raw k[MANY], v[MANY];
     bool seen[MANY];
 #pragma unroll
     for (int j = 0; j < MANY; j++) {
@@ -297,11 +297,11 @@ DEVICE void attend_held(const Codes& p, int b, int head, int hq, int lane) {
       if (!exact && seen[j])
         for (int e = 0; e < p.E; e++) seen[j] = seen[j] && p.exact_slot[b * p.E + e] != slot;
       if (p.mask && seen[j]) seen[j] = p.mask[b * p.mask_row + slot];
-      k[j] = v[j] = uint2{0, 0};
+      k[j] = v[j] = Raw{};
       if (seen[j]) {
         const long long at = (exact ? pair * p.E + r : recent ? pair * p.ring + r - p.E : pair) * D + 4 * lane;
-        k[j] = load4(exact ? p.exact_k : recent ? p.recent_k : p.new_k, at);
-        v[j] = load4(exact ? p.exact_v : recent ? p.recent_v : p.new_v, at);
+        k[j] = load_raw(exact ? p.exact_k : recent ? p.recent_k : p.new_k, at);
+        v[j] = load_raw(exact ? p.exact_v : recent ? p.recent_v : p.new_v, at);
       }
     }
 #pragma unroll
@@ -332,14 +332,14 @@ struct Source {
   const unsigned short *ks, *vs;
 };
 DEVICE void request(const Codes& p, const Source& from, int window, int lane, unsigned char* stage, u64* bar) {
-  if (lane) return;
   const int left = p.slots - window * WINDOW, rows = left < WINDOW ? left : WINDOW;
-  barrier_expect(bar, rows * (KEY_BYTES + VALUE_BYTES + 2 * KEY_NUMBERS + 2 * VALUE_NUMBERS));
+  copies_begin(bar, rows * (KEY_BYTES + VALUE_BYTES + 2 * KEY_NUMBERS + 2 * VALUE_NUMBERS), lane);
   const long long at = (long long)window * WINDOW;
-  bulk_load(stage, from.k + at * KEY_BYTES, rows * KEY_BYTES, bar);
-  bulk_load(stage + IN_VALUES, from.v + at * VALUE_BYTES, rows * VALUE_BYTES, bar);
-  if (KEY_NUMBERS) bulk_load(stage + IN_KEY_SCALES, from.ks + at * KEY_NUMBERS, rows * KEY_NUMBERS * 2, bar);
-  if (VALUE_NUMBERS) bulk_load(stage + IN_VALUE_SCALES, from.vs + at * VALUE_NUMBERS, rows * VALUE_NUMBERS * 2, bar);
+  copy(stage, from.k + at * KEY_BYTES, rows * KEY_BYTES, bar, lane);
+  copy(stage + IN_VALUES, from.v + at * VALUE_BYTES, rows * VALUE_BYTES, bar, lane);
+  if (KEY_NUMBERS) copy(stage + IN_KEY_SCALES, from.ks + at * KEY_NUMBERS, rows * KEY_NUMBERS * 2, bar, lane);
+  if (VALUE_NUMBERS) copy(stage + IN_VALUE_SCALES, from.vs + at * VALUE_NUMBERS, rows * VALUE_NUMBERS * 2, bar, lane);
+  copies_end(bar);
 }
 
 // Values of 16 slots, weighted.
@@ -542,8 +542,8 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
   u64* tables = (u64*)(smem + OFF_BARRIERS);
   u64* full = tables + 1 + warp * STAGES;
   if (TID == 0) {
-    barrier_init(tables, 1);
-    for (int i = 0; i < WARPS * STAGES; i++) barrier_init(tables + 1 + i, 1);
+    barrier_init(tables, COPIERS);
+    for (int i = 0; i < WARPS * STAGES; i++) barrier_init(tables + 1 + i, COPIERS);
     barrier_init_fence();
   }
   const int first = (int)*p.length, past = p.strict ? first + 1 : first;
@@ -555,13 +555,14 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
   unsigned char* stages = smem + OFF_STAGES + warp * STAGES * STAGE;
   for (int i = 0; i < STAGES; i++)
     if (from + warp + WARPS * i < to) request(p, source, from + warp + WARPS * i, lane, stages + i * STAGE, full + i);
-  if (TID == 0 && from < to) {
-    barrier_expect(tables, KEY_TABLE + (VALUE_COPIES == 1 ? VALUE_SOURCE : 0) + (DENSE && BASIS ? 32768 : 0) + (MEAN ? 16384 : 0) + (DENSE ? 16384 : 0));
-    bulk_load(smem + OFF_KEYS, (const char*)p.k_levels + head * p.k_levels_h, KEY_TABLE, tables);
-    if (VALUE_COPIES == 1) bulk_load(smem + OFF_VALUES, (const char*)p.v_levels + head * p.v_levels_h, VALUE_SOURCE, tables);
-    if (DENSE && BASIS) bulk_load(smem + OFF_BASIS, p.basis + head * p.basis_h, 32768, tables);
-    if (MEAN) bulk_load(smem + OFF_MEAN, p.mean + head * 4096, 16384, tables);
-    if (DENSE) bulk_load(smem + OFF_OFFSETS, p.offsets, 16384, tables);
+  if (warp == 0 && from < to) {
+    copies_begin(tables, KEY_TABLE + (VALUE_COPIES == 1 ? VALUE_SOURCE : 0) + (DENSE && BASIS ? 32768 : 0) + (MEAN ? 16384 : 0) + (DENSE ? 16384 : 0), lane);
+    copy(smem + OFF_KEYS, (const char*)p.k_levels + head * p.k_levels_h, KEY_TABLE, tables, lane);
+    if (VALUE_COPIES == 1) copy(smem + OFF_VALUES, (const char*)p.v_levels + head * p.v_levels_h, VALUE_SOURCE, tables, lane);
+    if (DENSE && BASIS) copy(smem + OFF_BASIS, p.basis + head * p.basis_h, 32768, tables, lane);
+    if (MEAN) copy(smem + OFF_MEAN, p.mean + head * 4096, 16384, tables, lane);
+    if (DENSE) copy(smem + OFF_OFFSETS, p.offsets, 16384, tables, lane);
+    copies_end(tables);
   }
   if (VALUE_COPIES > 1 && from < to)
     for (int i = TID; i < VALUE_TABLE / 16; i += THREADS) {

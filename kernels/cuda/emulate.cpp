@@ -1,14 +1,18 @@
 // Shared library around the emulated kernels: one fiber per thread, blocks one after another. For tests without a GPU.
 #define KVSINK_EMULATE
-#include "primitives.cuh"
+#include "arch.cuh"
+#include "channels.cuh"
 #ifdef KVSINK_CODES_ALONE
 #include "codes.cuh"
 #else
+#include "read.cuh"
 #include "attend.cuh"
+#include "query.cuh"
+#include "softmax.cuh"
+#include "exact.cuh"
+#include "merge.cuh"
 #include "rows.cuh"
-#include "step.cuh"
-#include "single.cuh"
-#include "rows_by_warp.cuh"
+#include "schedule.cuh"
 #endif
 
 static const void *params, *fresh;
@@ -64,16 +68,16 @@ extern "C" int smem_bytes() { return SHARED_BYTES; }
 #else
 extern "C" void run_attend(const Params* p, const RowParams* n) {
   fresh = n;
-  run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, SMEM_BYTES);
+  run([] { attend_packed(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv * GROUPS, THREADS, SMEM_BYTES);
 }
 extern "C" void run_attend_single(const Params* p, const RowParams* n) {
   fresh = n;
-  run([] { attend_single(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, SINGLE_THREADS, SMEM_BYTES);
+  run([] { attend_single(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv * GROUPS, SINGLE_THREADS, SMEM_BYTES);
 }
 #if HEADS_PER_KV <= 2
 extern "C" void run_attend_rows(const Params* p, const RowParams* n) {
   fresh = n;
-  run([] { attend_rows(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv, THREADS, WARP_SMEM);
+  run([] { attend_rows(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv * GROUPS, THREADS, WARP_SMEM);
 }
 extern "C" int rows_smem_bytes() { return WARP_SMEM; }
 #endif
@@ -89,4 +93,5 @@ extern "C" void run_decode(const RowParams* p, int grid_x) {
 extern "C" int attend_bytes() { return (int)sizeof(Params); }
 extern "C" int row_bytes() { return (int)sizeof(RowParams); }
 extern "C" int smem_bytes() { return SMEM_BYTES; }
+extern "C" int slot_words() { return COLUMNS * SLOT; }
 #endif

@@ -1,4 +1,4 @@
-// Runs attend_packed.cuh on a CPU: one fiber per thread, warp-wide instructions as meeting points. For correctness only.
+// Runs the kernels on a CPU: one fiber per thread, warp-wide instructions as meeting points. For correctness only.
 #include <ucontext.h>
 
 #include <cmath>
@@ -117,9 +117,6 @@ DEVICE float half_hi(u32 v) { return emu::h2f(v >> 16); }
 DEVICE u32 hmul2(u32 a, u32 b) { return pack_half2(half_lo(a) * half_lo(b), half_hi(a) * half_hi(b)); }
 DEVICE u32 hfma2(u32 a, u32 b, u32 c) { return pack_half2(half_lo(a) * half_lo(b) + half_lo(c), half_hi(a) * half_hi(b) + half_hi(c)); }
 DEVICE void prefetch(const void*) {}
-DEVICE void prefetch_bulk(const void* p, u32 bytes) {
-  if ((size_t)p % 16 || bytes % 16) { fprintf(stderr, "unaligned bulk prefetch\n"); abort(); }
-}
 DEVICE u32 ballot_warp(bool p) {
   u32 in = p, out;
   emu::meet(&in, 1, &out, 1, [](emu::Meet& w) {
@@ -180,6 +177,18 @@ DEVICE void bulk_load(void* dst, const void* src, u32 bytes, u64* b) {
   memset(dst, 0xff, bytes);                          // data arrives when somebody waits for it
   barrier(b).copies.push_back({dst, src, bytes});
   barrier(b).got += bytes;
+}
+// Below 9.0: what this thread has asked for since it last arrived, counted by the barrier at which it then arrives.
+static std::vector<emu::Copy> asked[emu::MAX_THREADS];
+DEVICE void copy16(void* dst, const void* src) {
+  if ((size_t)dst % 16 || (size_t)src % 16) { fprintf(stderr, "unaligned copy\n"); abort(); }
+  memset(dst, 0xff, 16);
+  asked[emu::tid].push_back({dst, src, 16});
+}
+DEVICE void arrive_when_copied(u64* b) {
+  for (auto& c : asked[emu::tid]) barrier(b).copies.push_back(c);
+  asked[emu::tid].clear();
+  barrier_arrive(b);
 }
 DEVICE void barrier_wait(u64* b, u32 parity) {
   emu::Barrier& x = barrier(b);

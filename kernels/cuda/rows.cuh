@@ -3,8 +3,8 @@
 //
 // Formula    kernels/tiles.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
 // Layout     as attend.cuh, in whose translation unit this file stands: KW, VW and MODE are shared
-// Shapes     half the warps of a block take the keys of one (row, KV head) each, the other half the values, 4 channels per lane;
-//            append_row: KEY_WARPS warps the key, one the value, the others the product with the basis
+// Shapes     half the warps of a block take the keys of one (row, KV head) each, the other half the values;
+//            append_row: KEY_WARPS warps the key, one the value, the others the product with the basis (128 channels then)
 // Exact      every product, difference and quotient is rounded on its own, as the plain operators do; only sums differ in order
 #ifndef KVSINK_ROWS
 #define KVSINK_ROWS
@@ -13,35 +13,39 @@
 #define KSTEP 1.5957691f, 0.9956867f, 0.5860194f, 0.3352006f  // spacing of 1- to 4-bit levels (kernels/levels.py)
 #endif
 constexpr int ROW_THREADS = 512, SEGMENTS = 4, Z_STRIDE = D + 4;
-constexpr float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1], 1.0f / STEPS[2], 1.0f / STEPS[3]};
+TABLE float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1], 1.0f / STEPS[2], 1.0f / STEPS[3]};
 #ifndef LONE_FIRST
 #define LONE_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
 #endif
+constexpr bool LONE = MODE != 2 || (D == 128 && (ROTARY == D || ROTARY == 0));           // whether append_row serves
 constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, LONE_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
 constexpr float HALF_MAX = 65504.0f, HALF_TINY = 6.0e-8f;
 
 struct RowParams {
-  const void *k, *v;                            // [B, Hkv, S, 128] new rows, keys after RoPE; decode_rows: where to write rows
+  const void *k, *v;                            // [B, Hkv, S, D] new rows, keys after RoPE; decode_rows: where to write rows
   long long k_stride[3], v_stride[3];           // in elements: batch, head, row
-  const float* table;                           // [Hkv, 64, 128] mean by slot, or null
-  const float *start_cos, *start_sin;           // [P, 128] rotation of block starts, or null
-  const float *anchor_cos, *anchor_sin;         // [B, 128]
-  const float* basis;                           // block KLT: [Hkv, 128, 128] eigenvectors in columns; decode_rows: in rows
-  const float* sigma;                           // block KLT: [Hkv, 128]
-  const float* v_mean;                          // [Hkv, 128] or null
-  const long long *length, *positions;          // positions [B or 1, S], rows position_row apart
-  long long position_row;
+  const float* table;                           // [Hkv, 64, D] mean by slot, or null
+  const float *start_cos, *start_sin;           // [P, ROTARY] rotation of block starts, or null
+  const float *origin_cos, *origin_sin;         // [B, ROTARY]
+  const float* basis;                           // block KLT: [Hkv, D, D] eigenvectors in columns; decode_rows: in rows
+  const float* sigma;                           // block KLT: [Hkv, D]
+  const float* v_mean;                          // [Hkv, D] or null
+  const long long *length, *positions;          // [B or 1], length_row apart; [B or 1, S], rows position_row apart
+  const int* pages;                             // as Params
+  long long position_row, length_row, page_row;
   int* stored_positions;                        // [B, L]
   unsigned char *k_codes, *v_codes;
   void* k_scale;
   u32* v_scale;
-  void *exact_k, *exact_v;                      // side store [B, Hkv, E, 128]; one new row per sequence may enter it
+  void *exact_k, *exact_v;                      // side store [B, Hkv, E, D]; one new row per sequence may enter it
   int* exact_slot;                              // [B, E]
   float* exact_score;
   const float* score[SEGMENTS];                 // [B] score of the new row in each segment
-  u32* arrived;                                 // [B] zero
+  void *recent_k, *recent_v;                    // [B, Hkv, window, D] newest rows, at slot mod window
+  int* recent_slot;                             // [window], or null
+  u32 *arrived, *group_arrived;                 // [B] and [B, Hkv] zero
   int capacity[SEGMENTS];
-  int segments, E, B, Hkv, S, L, bf16, key_hadamard, value_hadamard;
+  int segments, E, window, B, Hkv, S, L, bf16, key_hadamard, value_hadamard;
   int per;                                      // (head, row) pairs of a block, at most half its warps
   int first;                                    // decode_rows: first slot, S slots are read
   float key_clip, value_clip;
@@ -59,15 +63,15 @@ DEVICE float warp_max(float v) {
   for (int m = 16; m; m >>= 1) v = fmaxf(v, shfl_xor(v, m));
   return v;
 }
-// As the processor divides, but with one branch for four quotients: its own sequence, whose check for extreme exponents and
-// branch after every quotient would put the four one after the other.
+// As the processor divides, but with one branch for all quotients: its own sequence, whose check for extreme exponents and
+// branch after every quotient would put them one after the other.
 DEVICE bool ordinary(float a) { return (float_bits(a) >> 23 & 255u) - 67u < 120u; }   // 2^-60 <= |a| < 2^60
 static __device__ __noinline__ float any_quotient(float a, float b) { return __fdiv_rn(a, b); }
-DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
-  float x[4];
+template <int N> DEVICE void quotients(float (&q)[N], const float (&a)[N], const float (&b)[N]) {
+  float x[N];
   bool plain = true;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < N; i++) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b[i]));
     r = __fmaf_rn(r, __fmaf_rn(-b[i], r, 1.0f), r);
@@ -77,9 +81,9 @@ DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
   }
   if (__builtin_expect(!plain, 0))
 #pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = any_quotient(a[i], b[i]);
+    for (int i = 0; i < N; i++) x[i] = any_quotient(a[i], b[i]);
 #pragma unroll
-  for (int i = 0; i < 4; i++) q[i] = x[i];
+  for (int i = 0; i < N; i++) q[i] = x[i];
 }
 // Barrier ID among N threads of the block; who arrives does not wait.
 template <int ID, int N> DEVICE void sync_part() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
@@ -87,8 +91,8 @@ template <int ID, int N> DEVICE void arrive_part() { asm volatile("bar.arrive %0
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
-DEVICE void quotients(float (&q)[4], const float (&a)[4], const float (&b)[4]) {
-  for (int i = 0; i < 4; i++) q[i] = a[i] / b[i];
+template <int N> DEVICE void quotients(float (&q)[N], const float (&a)[N], const float (&b)[N]) {
+  for (int i = 0; i < N; i++) q[i] = a[i] / b[i];
 }
 DEVICE float mul(float a, float b) { return a * b; }
 DEVICE float add(float a, float b) { return a + b; }
@@ -107,10 +111,6 @@ DEVICE u32 arrive_one(u32* at, u32 last) { u32 old = *at; *at = old >= last ? 0 
 DEVICE float through_half(float x) {            // rounded to float16 and back
   return half_lo(pack_half2(fminf(fmaxf(x, -HALF_MAX), HALF_MAX), 0.0f));
 }
-DEVICE void load_float4(float (&x)[4], const float* p) {
-  const float4 v = *(const float4*)p;
-  x[0] = v.x; x[1] = v.y; x[2] = v.z; x[3] = v.w;
-}
 DEVICE void warp_sums(float& a, float& b) {       // two sums whose shuffles wait for each other's results side by side
 #pragma unroll
   for (int m = 16; m; m >>= 1) {
@@ -120,54 +120,60 @@ DEVICE void warp_sums(float& a, float& b) {       // two sums whose shuffles wai
   }
 }
 
-// Half-split rotations of 128 channels, 4 per lane: by a row's anchor and by the start of its block, or neither.
+// Half-split rotations of a row: by its origin and by the start of its block, or neither.
 struct Turn {
-  float anchor_cos[4], anchor_sin[4], start_cos[4], start_sin[4];
+  float origin_cos[CH], origin_sin[CH], start_cos[CH], start_sin[CH];
 };
-DEVICE void load_anchor(Turn& t, const RowParams& p, int b, int lane) {
+DEVICE void load_origin(Turn& t, const RowParams& p, int b, int lane) {
   if (!p.start_cos) return;
-  load_float4(t.anchor_cos, p.anchor_cos + (long long)b * D + 4 * lane);
-  load_float4(t.anchor_sin, p.anchor_sin + (long long)b * D + 4 * lane);
+  load_channels(t.origin_cos, p.origin_cos + (long long)b * ROTARY, lane, ROTARY, 1.0f);
+  load_channels(t.origin_sin, p.origin_sin + (long long)b * ROTARY, lane, ROTARY);
 }
 DEVICE void load_start(Turn& t, const RowParams& p, int slot, int lane) {
   if (!p.start_cos) return;
-  load_float4(t.start_cos, p.start_cos + (long long)(slot / 64) * D + 4 * lane);
-  load_float4(t.start_sin, p.start_sin + (long long)(slot / 64) * D + 4 * lane);
+  load_channels(t.start_cos, p.start_cos + (long long)(slot / 64) * ROTARY, lane, ROTARY, 1.0f);
+  load_channels(t.start_sin, p.start_sin + (long long)(slot / 64) * ROTARY, lane, ROTARY);
 }
-DEVICE void rotate(float (&x)[4], const float (&c)[4], const float (&s)[4], int lane) {
+DEVICE void rotate(float (&x)[CH], const float (&c)[CH], const float (&s)[CH], int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float z = shfl_xor(x[i], 16);
-    x[i] = lane < 16 ? sub(mul(x[i], c[i]), mul(z, s[i])) : add(mul(x[i], c[i]), mul(z, s[i]));
+  for (int i = 0; i < CH; i++) {
+    const float z = shfl_float(x[i], partner(lane));
+    if (lane < HALF_LANES) x[i] = sub(mul(x[i], c[i]), mul(z, s[i]));
+    else if (lane < 2 * HALF_LANES) x[i] = add(mul(x[i], c[i]), mul(z, s[i]));
   }
 }
-DEVICE void invert(float (&c)[4], float (&s)[4]) {   // divides by the squared length of (cos, sin)
-  float norm[4], minus[4];
+DEVICE void invert(float (&c)[CH], float (&s)[CH]) {   // divides by the squared length of (cos, sin)
+  float norm[CH], minus[CH];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < CH; i++) {
     norm[i] = fmaxf(add(mul(c[i], c[i]), mul(s[i], s[i])), 1e-12f);
     minus[i] = -s[i];
   }
   quotients(c, c, norm);
   quotients(s, minus, norm);
 }
-DEVICE void turn_row(float (&x)[4], Turn& t, const RowParams& p, bool back, int lane) {
+DEVICE void turn_row(float (&x)[CH], Turn& t, const RowParams& p, bool back, int lane) {
   if (!p.start_cos) return;
   if (back) {
     invert(t.start_cos, t.start_sin);
     rotate(x, t.start_cos, t.start_sin, lane);
-    rotate(x, t.anchor_cos, t.anchor_sin, lane);
+    rotate(x, t.origin_cos, t.origin_sin, lane);
   } else {
-    invert(t.anchor_cos, t.anchor_sin);
-    rotate(x, t.anchor_cos, t.anchor_sin, lane);
+    invert(t.origin_cos, t.origin_sin);
+    rotate(x, t.origin_cos, t.origin_sin, lane);
     rotate(x, t.start_cos, t.start_sin, lane);
   }
 }
 
 // One scale and minimum per row. Returns them as two float16.
-DEVICE u32 encode_uniform(u32 (&code)[4], const float (&x)[4], float clip, int width) {
-  const float top = (float)((1 << width) - 1);
-  float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])), least = fmaxf(fmaxf(-x[0], -x[1]), fmaxf(-x[2], -x[3]));
+DEVICE u32 encode_uniform(u32 (&code)[CH], const float (&x)[CH], float clip, int width, int lane) {
+  const float top = (float)((1 << width) - 1), far = -3.4e38f;
+  float most = far, least = far;                   // least: of the negatives
+#pragma unroll
+  for (int i = 0; i < CH; i++) {
+    most = fmaxf(most, holds(lane) ? x[i] : far);
+    least = fmaxf(least, holds(lane) ? -x[i] : far);
+  }
 #pragma unroll
   for (int m = 16; m; m >>= 1) {                   // both at a time: each waits for its shuffle
     const float a = shfl_xor(most, m), b = shfl_xor(least, m);
@@ -176,26 +182,33 @@ DEVICE u32 encode_uniform(u32 (&code)[4], const float (&x)[4], float clip, int w
   }
   const float hi = mul(clip, most), lo = mul(clip, -least);
   const float s = through_half(quotient(sub(hi, lo), top)), base = through_half(lo), step = fmaxf(s, HALF_TINY);
-  float y[4];
+  float y[CH], under[CH];
 #pragma unroll
-  for (int i = 0; i < 4; i++) y[i] = sub(x[i], base);
-  const float under[4] = {step, step, step, step};
+  for (int i = 0; i < CH; i++) { y[i] = sub(x[i], base); under[i] = step; }
   quotients(y, y, under);
 #pragma unroll
-  for (int i = 0; i < 4; i++) code[i] = (u32)fminf(fmaxf(nearest_even(y[i]), 0.0f), top);
+  for (int i = 0; i < CH; i++) code[i] = (u32)fminf(fmaxf(nearest_even(y[i]), 0.0f), top);
   return pack_half2(s, base);
 }
 
 // Numbers of 4 bits, one per run of 8 components: compile-time words, where a table indexed by lane would be a load.
-BOTH constexpr u64 nibbles(const int (&x)[16], const int (&y)[16]) {
+BOTH constexpr u64 nibbles(const int (&x)[RUNS], const int (&y)[RUNS], int from) {
   u64 all = 0;
-  for (int i = 0; i < 16; i++) all |= (u64)(x[i] + y[i]) << (4 * i);
+  for (int i = from; i < RUNS && i < from + 16; i++) all |= (u64)(x[i] + y[i]) << (4 * (i - from));
   return all;
 }
-constexpr int NOTHING[16] = {};
-constexpr u64 K_WIDTHS = nibbles(KF.width, NOTHING), K_PLACES = nibbles(KF.shift, KF.pos), K_BINS = nibbles(KF.bin, NOTHING);
-constexpr u64 V_PLACES = nibbles(VF.shift, VF.pos), V_BINS = nibbles(VF.bin, NOTHING);
-DEVICE int nibble(u64 all, int i) { return (int)(all >> (4 * i)) & 15; }
+constexpr int NOTHING[RUNS] = {};
+template <u64 LO, u64 HI> struct OfRun { DEVICE_STATIC int at(int run) { return (int)((RUNS > 16 && run >= 16 ? HI : LO) >> (4 * (run & 15))) & 15; } };
+using KeyWidth = OfRun<nibbles(KF.width, NOTHING, 0), nibbles(KF.width, NOTHING, 16)>;
+using KeyPlace = OfRun<nibbles(KF.shift, KF.pos, 0), nibbles(KF.shift, KF.pos, 16)>;
+using KeyPosition = OfRun<nibbles(KF.pos, NOTHING, 0), nibbles(KF.pos, NOTHING, 16)>;
+using KeyBin = OfRun<nibbles(KF.bin, NOTHING, 0), nibbles(KF.bin, NOTHING, 16)>;
+using ValuePlace = OfRun<nibbles(VF.shift, VF.pos, 0), nibbles(VF.shift, VF.pos, 16)>;
+using ValueBin = OfRun<nibbles(VF.bin, NOTHING, 0), nibbles(VF.bin, NOTHING, 16)>;
+DEVICE u32 center_of(int run) {                    // 2^pos (2^w - 1) / 2 of a run, twice, as fp16 bits: `Center` of a run known at run time
+  const float x = 0.5f * (float)(((1 << KeyWidth::at(run)) - 1) << KeyPosition::at(run));
+  return pack_half2(x, x);
+}
 DEVICE float step_of(int width) { return width == 1 ? STEPS[0] : width == 2 ? STEPS[1] : width == 3 ? STEPS[2] : STEPS[3]; }
 DEVICE float levels_per_unit(int width) {
   return width == 1 ? PER_UNIT[0] : width == 2 ? PER_UNIT[1] : width == 3 ? PER_UNIT[2] : PER_UNIT[3];
@@ -208,19 +221,20 @@ DEVICE u32 even_code(float x, int width) {
   const float m = fminf(fmaxf(nearest_even(mul(x, levels_per_unit(width))), -last), last);   // in this order a NaN has the code 0
   return (u32)(m + last) + (x > mul(step_of(width), m) ? 1u : 0u);
 }
-DEVICE void encode_even(u32 (&code)[4], const float (&y)[4], float g, int width) {
-  const float under[4] = {g, g, g, g};
-  float x[4];
+DEVICE void encode_even(u32 (&code)[CH], const float (&y)[CH], float g, int width) {
+  float x[CH], under[CH];
+#pragma unroll
+  for (int i = 0; i < CH; i++) under[i] = g;
   quotients(x, y, under);
 #pragma unroll
-  for (int i = 0; i < 4; i++) code[i] = even_code(x[i], width);
+  for (int i = 0; i < CH; i++) code[i] = even_code(x[i], width);
 }
 
 // The gain for which gain * sigma * level comes closest to x.
-DEVICE float fit(const float (&x)[4], const float (&sigma)[4], const u32 (&code)[4], int width) {
+DEVICE float fit(const float (&x)[CH], const float (&sigma)[CH], const u32 (&code)[CH], int width) {
   float dot = 0, square = 0;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < CH; i++) {
     const float level = mul(even_level(code[i], width), sigma[i]);
     dot += x[i] * level;
     square += level * level;
@@ -229,56 +243,71 @@ DEVICE float fit(const float (&x)[4], const float (&sigma)[4], const u32 (&code)
   return through_half(quotient(dot, fmaxf(square, 1e-30f)));
 }
 
-// Codes of one row, 4 channels per lane, into the words of its slot: word t * bins + b holds the runs of bin b, of each the
-// codes of channels 2 t and 2 t + 1 in its halves. Lane i gets word i.
-template <int BINS> DEVICE u32 gather_words(const u32 (&c)[4], int place, int bin, int lane) {
-  const u32 pair[2] = {(c[0] | c[1] << 16) << place, (c[2] | c[3] << 16) << place};
-  u32 mine = 0;
+// Codes of one row into the words of its slot: word t * bins + b holds the runs of bin b, of each the codes of channels 2 t and
+// 2 t + 1 in its halves. Lane i gets words i and i + 32.
+template <int BINS> struct Words { u32 w[(4 * BINS + 31) / 32]; };
+template <int BINS> DEVICE Words<BINS> gather_words(const u32 (&c)[CH], int place, int bin, int lane) {
+  constexpr int EACH = CH / 2;                     // pairs of channels a lane has, from t = first on
+  const int first = (CH * lane & 7) / 2;
+  u32 pair[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) pair[i] = (c[2 * i] | c[2 * i + 1] << 16) << place;
+  Words<BINS> mine = {};
 #pragma unroll
   for (int i = 0; i < 4 * BINS; i++) {
     const int t = i / BINS, b = i % BINS;
-    const u32 word = or_in_warp((lane & 1) == t >> 1 && bin == b ? pair[t & 1] : 0u);
-    if (lane == i) mine = word;
+    const u32 word = or_in_warp(holds(lane) && t / EACH * EACH == first && bin == b ? pair[t % EACH] : 0u);
+    if (lane == i % 32) mine.w[i / 32] = word;
   }
   return mine;
 }
-template <bool KEYS> DEVICE int word_place(int slot, int word, int lane, int bins) {
+DEVICE int word_place(int slot, int word, int lane, int bins) {
   const int q = slot & 127, sub_tile = (q & 63) / 16 * 2 + q / 64, n = 2 * bins, wide = n % 4 == 0 ? 4 : 2;
   return sub_tile * 128 * n + word / wide * 128 * wide + lane * 4 * wide + word % wide * 4;
 }
-DEVICE void store_key_words(unsigned char* tile, const u32 (&c)[4], int slot, int lane) {
+DEVICE void store_key_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
   constexpr int bins = KF.bins;
-  const u32 word = gather_words<bins>(c, nibble(K_PLACES, lane >> 1), nibble(K_BINS, lane >> 1), lane);
-  const int t = lane / bins, b = lane % bins, r = slot & 15;
-  if (lane < 4 * bins) *(u32*)(tile + word_place<true>(slot, (r & 1) * bins + b, (r >> 1) * 4 + t, bins)) = word;
-}
-DEVICE void store_value_words(unsigned char* tile, const u32 (&c)[4], int slot, int lane) {
-  constexpr int bins = VF.bins;
-  const u32 word = gather_words<bins>(c, nibble(V_PLACES, lane >> 1), nibble(V_BINS, lane >> 1), lane);
-  const int t = lane / bins, b = lane % bins, r = slot & 15;
-  if (lane >= 4 * bins) return;
+  const Words<bins> words = gather_words<bins>(c, KeyPlace::at(CH * lane >> 3), KeyBin::at(CH * lane >> 3), lane);
+  const int r = slot & 15;
 #pragma unroll
-  for (int hi = 0; hi < 2; hi++)                   // channels 2 t and 2 t + 1 of a run
-    *(unsigned short*)(tile + word_place<false>(slot, (r & 1) * bins + b, (2 * t + hi) * 4 + (r >> 2), bins) + 2 * (r >> 1 & 1)) =
-        (unsigned short)(word >> (16 * hi));
+  for (int i = 0; i < (4 * bins + 31) / 32; i++) {
+    const int t = (lane + 32 * i) / bins, b = (lane + 32 * i) % bins;
+    if (t < 4) *(u32*)(tile + word_place(slot, (r & 1) * bins + b, (r >> 1) * 4 + t, bins)) = words.w[i];
+  }
+}
+DEVICE void store_value_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
+  constexpr int bins = VF.bins;
+  const Words<bins> words = gather_words<bins>(c, ValuePlace::at(CH * lane >> 3), ValueBin::at(CH * lane >> 3), lane);
+  const int r = slot & 15;
+#pragma unroll
+  for (int i = 0; i < (4 * bins + 31) / 32; i++) {
+    const int t = (lane + 32 * i) / bins, b = (lane + 32 * i) % bins;
+    if (t >= 4) continue;
+#pragma unroll
+    for (int hi = 0; hi < 2; hi++)                 // channels 2 t and 2 t + 1 of a run
+      *(unsigned short*)(tile + word_place(slot, (r & 1) * bins + b, (2 * t + hi) * 4 + (r >> 2), bins) + 2 * (r >> 1 & 1)) =
+          (unsigned short)(words.w[i] >> (16 * hi));
+  }
 }
 DEVICE u32 read_key_code(const unsigned char* tile, int slot, int channel) {
   const int k = channel >> 3, t = (channel & 7) >> 1, r = slot & 15;
-  const u32 word = *(const u32*)(tile + word_place<true>(slot, (r & 1) * KF.bins + KF.bin[k], (r >> 1) * 4 + t, KF.bins));
+  const u32 word = *(const u32*)(tile + word_place(slot, (r & 1) * KF.bins + KF.bin[k], (r >> 1) * 4 + t, KF.bins));
   return word >> (16 * (channel & 1) + KF.shift[k] + KF.pos[k]) & ((1u << KF.width[k]) - 1u);
 }
 DEVICE u32 read_value_code(const unsigned char* tile, int slot, int channel) {
   const int k = channel >> 3, g = channel & 7, r = slot & 15;
-  const u32 word = *(const unsigned short*)(tile + word_place<false>(slot, (r & 1) * VF.bins + VF.bin[k], g * 4 + (r >> 2), VF.bins) + 2 * (r >> 1 & 1));
+  const u32 word = *(const unsigned short*)(tile + word_place(slot, (r & 1) * VF.bins + VF.bin[k], g * 4 + (r >> 2), VF.bins) + 2 * (r >> 1 & 1));
   return word >> (VF.shift[k] + VF.pos[k]) & ((1u << VF.width[k]) - 1u);
 }
 
 // y[r] = x[r] M for the rows in shared memory: every thread one column, a part of the inner sum. Rows may be of several heads,
 // `first` being that of row 0; `index` counts (head, row).
+template <int N> struct Product { static constexpr int ROWS = N / 64, PARTS = N / D, LENGTH = (D + PARTS - 1) / PARTS; };
 template <int N> DEVICE void project_rows(float* xs, float* sums, const float* matrices, int index, int rows, int heads, int per) {
-  constexpr int ROWS = N / 64, PARTS = N / 128, LENGTH = (D + PARTS - 1) / PARTS;
-  const int c = TID & 127, part = TID >> 7, from = part * LENGTH, to = from + LENGTH < D ? from + LENGTH : D;
+  constexpr int ROWS = Product<N>::ROWS, PARTS = Product<N>::PARTS, LENGTH = Product<N>::LENGTH;
+  const int c = TID % D, part = TID / D, from = part * LENGTH, to = from + LENGTH < D ? from + LENGTH : D;
   const int first = index / rows, last = (index + per - 1) / rows;
+  if (part >= PARTS) return;
   float acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) acc[r] = 0;
@@ -304,117 +333,142 @@ template <int N> DEVICE void project_rows(float* xs, float* sums, const float* m
 #pragma unroll
   for (int r = 0; r < ROWS; r++) sums[(part * ROWS + r) * Z_STRIDE + c] = acc[r];
 }
-template <int N> DEVICE void collect_row(float (&x)[4], const float* sums, int r, int lane) {
-  constexpr int ROWS = N / 64, PARTS = N / 128;
+template <int N> DEVICE void collect_row(float (&x)[CH], const float* sums, int r, int lane) {
+  constexpr int ROWS = Product<N>::ROWS, PARTS = Product<N>::PARTS;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < CH; i++) {
     x[i] = 0;
+    if (!holds(lane)) continue;
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) x[i] += sums[(part * ROWS + r) * Z_STRIDE + 4 * lane + i];
+    for (int part = 0; part < PARTS; part++) x[i] += sums[(part * ROWS + r) * Z_STRIDE + CH * lane + i];
   }
 }
 
-DEVICE void write4(void* base, long long at, const float (&x)[4], int bf16) {
-  const uint2 v = {bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]), bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3])};
-  *(uint2*)((unsigned short*)base + at) = v;
-}
-
-// Whether the new row of sequence b is better than the worst exact row of some segment.
+// Whether the new row of sequence b is better than the worst exact row of some segment. A lane sees to places lane and lane + 32.
 DEVICE bool may_enter(const RowParams& p, int b, int lane) {
-  const float score = lane < p.E ? p.exact_score[b * p.E + lane] : 0.0f;
   bool better = false;
-  for (int i = 0, from = 0; i < p.segments; from += p.capacity[i], i++)
-    better = better || (lane >= from && lane < from + p.capacity[i] && p.score[i][b] > score);
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const int place = lane + 32 * k;
+    const float score = place < p.E ? p.exact_score[b * p.E + place] : 0.0f;
+    for (int i = 0, from = 0; i < p.segments; from += p.capacity[i], i++)
+      better = better || (place >= from && place < from + p.capacity[i] && p.score[i][b] > score);
+  }
   return any_lane(better);
+}
+DEVICE bool last_to_come(u32* count, int all, int lane) {      // of `all` warps, when each has read what it must
+  fence_device();
+  int last = 0;
+  sync_warp();
+  if (lane == 0) last = arrive_one(count, all - 1) == (u32)all - 1;
+  return shfl_int(last, 0);
 }
 
 // The new row of sequence b takes the place of a segment's worst exact row if it is better. Every head decides alike; the
 // last one to come writes slots and scores, when no other reads them any more.
-DEVICE void enter_exact(const RowParams& p, uint2 k, uint2 v, int b, int head, int slot, int lane) {
-  const int held = lane < p.E ? p.exact_slot[b * p.E + lane] : -1;
-  int named = held < -1 ? -held - 2 : held;
-  float score = lane < p.E ? p.exact_score[b * p.E + lane] : 0.0f;
+DEVICE void enter_exact(const RowParams& p, Raw k, Raw v, int b, int head, int slot, int lane) {
+  int named[2];
+  float score[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int place = lane + 32 * i, held = place < p.E ? p.exact_slot[b * p.E + place] : -1;
+    named[i] = held < -1 ? -held - 2 : held;
+    score[i] = place < p.E ? p.exact_score[b * p.E + place] : 0.0f;
+  }
   bool changed = false;
-  unsigned short *rows_k = (unsigned short*)p.exact_k + ((long long)b * p.Hkv + head) * p.E * D + 4 * lane;
-  unsigned short *rows_v = (unsigned short*)p.exact_v + ((long long)b * p.Hkv + head) * p.E * D + 4 * lane;
+  const long long rows = ((long long)b * p.Hkv + head) * p.E * D + CH * lane;
   for (int i = 0, from = 0; i < p.segments; from += p.capacity[i], i++) {
     const float mine = p.score[i][b];
-    const bool inside = lane >= from && lane < from + p.capacity[i];
-    const float low = -warp_max(inside ? -score : -3.4e38f);
+    const auto inside = [&](int place) { return place >= from && place < from + p.capacity[i]; };
+    const float low = -warp_max(fmaxf(inside(lane) ? -score[0] : -3.4e38f, inside(lane + 32) ? -score[1] : -3.4e38f));
     if (!(mine > low)) continue;
-    const u32 lowest = ballot_warp(inside && score <= low);
-    const int at = popcount((lowest & (0u - lowest)) - 1u);    // the first of them
+    const u32 first = ballot_warp(inside(lane) && score[0] <= low), second = ballot_warp(inside(lane + 32) && score[1] <= low);
+    const u32 lowest = first ? first : second;
+    const int bit = popcount((lowest & (0u - lowest)) - 1u), at = first ? bit : bit + 32;    // the first of them
     changed = true;
-    if (lane == at) { named = slot; score = mine; }
-    *(uint2*)(rows_k + at * D) = k;
-    *(uint2*)(rows_v + at * D) = v;
+    if (lane == bit) {
+      named[first ? 0 : 1] = slot;
+      score[first ? 0 : 1] = mine;
+    }
+    store_raw(p.exact_k, rows + (long long)at * D, k);
+    store_raw(p.exact_v, rows + (long long)at * D, v);
   }
   if (!changed) return;
-  bool repeat = false;
+  bool repeat[2] = {false, false};
   for (int e = 0; e < p.E; e++) {
-    const int other = shfl_int(named, e);
-    repeat = repeat || (e < lane && other == named && named >= 0);
+    const int other = e < 32 ? shfl_int(named[0], e) : shfl_int(named[1], e - 32);
+#pragma unroll
+    for (int i = 0; i < 2; i++) repeat[i] = repeat[i] || (e < lane + 32 * i && other == named[i] && named[i] >= 0);
   }
-  fence_device();
-  int last = 0;
-  sync_warp();
-  if (lane == 0) last = arrive_one(p.arrived + b, p.Hkv - 1) == (u32)p.Hkv - 1;
-  if (shfl_int(last, 0) && lane < p.E) {
-    p.exact_slot[b * p.E + lane] = repeat ? -named - 2 : named;
-    p.exact_score[b * p.E + lane] = score;
+  if (!last_to_come(p.arrived + b, p.Hkv, lane)) return;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int place = lane + 32 * i;
+    if (place >= p.E) continue;
+    p.exact_slot[b * p.E + place] = repeat[i] ? -named[i] - 2 : named[i];
+    p.exact_score[b * p.E + place] = score[i];
   }
 }
+// The new row into the window. The row it overwrites is not read any more: a window holds the row itself.
+DEVICE void keep_recent(const RowParams& p, const Raw& row, bool values, int b, int head, int slot, int lane) {
+  if (!p.window) return;
+  store_raw(values ? p.recent_v : p.recent_k, (((long long)b * p.Hkv + head) * p.window + slot % p.window) * D + CH * lane, row);
+  if (!values && b == 0 && head == 0 && lane == 0 && p.recent_slot) p.recent_slot[slot % p.window] = slot;
+}
 
-constexpr int ROW_SMEM = ROW_THREADS / 64 * Z_STRIDE * 4 * (MODE == 2 ? 1 + ROW_THREADS / 128 : 0) + 16;
+constexpr int ROW_SMEM = (MODE == 2 ? ROW_THREADS / 64 * Z_STRIDE * 4 * (1 + Product<ROW_THREADS>::PARTS) : 0) + 16;
 constexpr int LONE_STRIDE = 40, LONE_PART = 4 * LONE_STRIDE;   // sums of one warp; two banks of its columns never meet
 constexpr int LONE_SMEM = MODE == 2 ? (D + PROJECT_WARPS * LONE_PART + 5 * KEY_WARPS) * 4 : 16;
 
-DEVICE void code_value(float (&x)[4], const float (&mean)[4], const RowParams& p, long long unit, int slot, int lane) {
-  u32 c[4];
+DEVICE long long superblock_of(const RowParams& p, int b, int head, int slot) {
+  return p.pages ? (long long)p.pages[b * p.page_row + slot / 128] * p.Hkv + head : ((long long)b * p.Hkv + head) * (p.L / 128) + slot / 128;
+}
+DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams& p, long long superblock, int slot, int lane) {
+  u32 c[CH];
   if (p.v_mean)
 #pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = sub(x[i], mean[i]);
+    for (int i = 0; i < CH; i++) x[i] = sub(x[i], mean[i]);
   if (p.value_hadamard) hadamard(x, lane);
-  const u32 scale = encode_uniform(c, x, p.value_clip, VF.width[0]);
-  if (lane == 0) p.v_scale[unit * p.L + slot] = scale;
-  store_value_words(p.v_codes + (unit * (p.L / 128) + slot / 128) * V_BYTES, c, slot, lane);
+  const u32 scale = encode_uniform(c, x, p.value_clip, VF.width[0], lane);
+  if (lane == 0) p.v_scale[superblock * 128 + slot % 128] = scale;
+  store_value_words(p.v_codes + superblock * V_BYTES, c, slot, lane);
 }
-DEVICE void code_key(float (&x)[4], float (&sigma)[4], const RowParams& p, long long unit, int slot, int lane) {
-  u32 c[4];
-  unsigned char* tile = p.k_codes + (unit * (p.L / 128) + slot / 128) * K_BYTES;
+DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, long long superblock, int slot, int lane) {
+  u32 c[CH];
   if (MODE == 2) {
-    float y[4], square = 0;
-    const int width = nibble(K_WIDTHS, lane >> 1);
+    float y[CH], square = 0;
+    const int width = KeyWidth::at(CH * lane >> 3);
 #pragma unroll
-    for (int i = 0; i < 4; i++) sigma[i] = fmaxf(sigma[i], HALF_TINY);
+    for (int i = 0; i < CH; i++) sigma[i] = fmaxf(sigma[i], HALF_TINY);
     quotients(y, x, sigma);
 #pragma unroll
-    for (int i = 0; i < 4; i++) square += y[i] * y[i];
+    for (int i = 0; i < CH; i++) {
+      square += y[i] * y[i];
+      if (!holds(lane)) sigma[i] = 0;
+    }
     float gain = root(warp_sum(square) / (float)D);
 #pragma unroll 1                                       // small code: fetching instructions takes longer than the branch
     for (int n = 0; n < 2; n++) {
       encode_even(c, y, fmaxf(gain, HALF_TINY), width);
       gain = fit(x, sigma, c, width);
     }
-    if (lane == 0) ((unsigned short*)p.k_scale)[unit * p.L + slot] = (unsigned short)pack_half2(gain, 0.0f);
+    if (lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
   } else {
     if (p.key_hadamard) hadamard(x, lane);
-    const u32 scale = encode_uniform(c, x, p.key_clip, KF.width[0]);
-    if (lane == 0) ((u32*)p.k_scale)[unit * p.L + slot] = scale;
+    const u32 scale = encode_uniform(c, x, p.key_clip, KF.width[0], lane);
+    if (lane == 0) ((u32*)p.k_scale)[superblock * 128 + slot % 128] = scale;
   }
-  store_key_words(tile, c, slot, lane);
+  store_key_words(p.k_codes + superblock * K_BYTES, c, slot, lane);
 }
 // The key of a row less the mean of its slot, in the basis of its block.
-DEVICE void center_key(float (&x)[4], float (&t)[4], Turn& turn, const RowParams& p, int lane) {
+DEVICE void center_key(float (&x)[CH], float (&t)[CH], Turn& turn, const RowParams& p, int lane) {
   if (MODE == 0) return;
   if (MODE == 2) turn_row(x, turn, p, true, lane);
   else turn_row(t, turn, p, false, lane);
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = sub(x[i], t[i]);
+  for (int i = 0; i < CH; i++) x[i] = sub(x[i], t[i]);
 }
-DEVICE const float* mean_of_slot(const RowParams& p, int head, int slot, int lane) {
-  return p.table + ((long long)head * 64 + (slot & 63)) * D + 4 * lane;
-}
+DEVICE const float* mean_of_slot(const RowParams& p, int head, int slot) { return p.table + ((long long)head * 64 + (slot & 63)) * D; }
 
 // Codes and stores as many (head, row) as half the warps of a block of N threads.
 template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned char* smem) {
@@ -422,46 +476,47 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   const int lane = TID & 31, warp = TID >> 5, r = warp % ROWS, rows = p.B * p.S, index = unit * p.per + r;
   const bool values = warp >= ROWS, inside = r < p.per && index < p.Hkv * rows;
   const int head = inside ? index / rows : 0, row_index = inside ? index - head * rows : 0;
-  const int b = row_index / p.S, s = row_index - b * p.S, slot = (int)*p.length + s;
+  const int b = row_index / p.S, s = row_index - b * p.S, slot = (int)p.length[b * p.length_row] + s;
   const bool live = inside && slot < p.L;         // what does not fit is dropped; the cache says so beforehand
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
-  uint2 row = {0, 0};
-  float x[4] = {0, 0, 0, 0}, t[4] = {0, 0, 0, 0};
+  Raw row = {};
+  float x[CH] = {}, t[CH] = {};
   Turn turn = {};
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;
-    row = load4(values ? p.v : p.k, b * st[0] + head * st[1] + s * st[2] + 4 * lane);
+    row = load_raw(values ? p.v : p.k, b * st[0] + head * st[1] + s * st[2] + CH * lane);
     if (values) {
-      if (p.v_mean) load_float4(t, p.v_mean + head * D + 4 * lane);
+      load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
     } else if (MODE != 0) {
-      load_anchor(turn, p, b, lane);
+      load_origin(turn, p, b, lane);
       load_start(turn, p, slot, lane);
-      load_float4(t, mean_of_slot(p, head, slot, lane));
+      load_channels(t, mean_of_slot(p, head, slot), lane);
     }
     widen(x, row, p.bf16);
   }
   if (live && !values) center_key(x, t, turn, p, lane);
   if (MODE == 2) {
-    if (!values)
+    if (!values && holds(lane))
 #pragma unroll
-      for (int i = 0; i < 4; i++) xs[r * Z_STRIDE + 4 * lane + i] = x[i];
+      for (int i = 0; i < CH; i++) xs[r * Z_STRIDE + CH * lane + i] = x[i];
     sync_cta();
     project_rows<N>(xs, sums, p.basis, unit * p.per, rows, p.Hkv, p.per);
     sync_cta();
     if (!values) collect_row<N>(x, sums, r, lane);
   }
   if (!live) return;
-  const long long stored = (long long)b * p.Hkv + head;
+  const long long superblock = superblock_of(p, b, head, slot);
+  if (s + p.window >= p.S) keep_recent(p, row, values, b, head, slot, lane);
   if (values) {
-    code_value(x, t, p, stored, slot, lane);
+    code_value(x, t, p, superblock, slot, lane);
     return;
   }
-  float sigma[4];
-  if (MODE == 2) load_float4(sigma, p.sigma + head * D + 4 * lane);
-  code_key(x, sigma, p, stored, slot, lane);
+  float sigma[CH] = {};
+  if (MODE == 2) load_channels(sigma, p.sigma + head * D, lane);
+  code_key(x, sigma, p, superblock, slot, lane);
   if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
   if (p.segments) {
-    const uint2 v = load4(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + 4 * lane);
+    const Raw v = load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + CH * lane);
     enter_exact(p, row, v, b, head, slot, lane);
   }
 }
@@ -479,7 +534,7 @@ template <int N> DEVICE void key_sums(float (&v)[N], float* part, int warp, int 
 #pragma unroll
   for (int n = 0; n < N; n++) {
     float sums[4];
-    load_float4(sums, part + n * KEY_WARPS);
+    load_floats(sums, part + n * KEY_WARPS);
     v[n] = sums[0] + sums[1] + (sums[2] + sums[3]);
   }
 }
@@ -487,14 +542,14 @@ template <int N> DEVICE void key_sums(float (&v)[N], float* part, int warp, int 
 // Block KLT: the key by four warps with one channel per lane, 8 (lane / 2) + 2 warp + lane % 2, so that a warp's words are its own.
 DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live, float* xs, float* sums, int warp, int lane) {
   constexpr int BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS), BINS = KF.bins;
-  const int c = 8 * (lane >> 1) + 2 * warp + (lane & 1), width = nibble(K_WIDTHS, lane >> 1);
+  const int c = 8 * (lane >> 1) + 2 * warp + (lane & 1), width = KeyWidth::at(lane >> 1);
   const u32 bits = ((const unsigned short*)p.k)[b * p.k_stride[0] + head * p.k_stride[1] + c];
   const float sigma = fmaxf(p.sigma[head * D + c], HALF_TINY);
   const bool turns = p.start_cos != 0;
   float ac = 1, as = 0, sc = 1, ss = 0, mean = 0;
   if (turns) {
-    ac = p.anchor_cos[b * D + c];
-    as = p.anchor_sin[b * D + c];
+    ac = p.origin_cos[b * D + c];
+    as = p.origin_sin[b * D + c];
   }
   if (live) {
     mean = p.table[((long long)head * 64 + (slot & 63)) * D + c];
@@ -535,18 +590,18 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
     key_sums(fitted, over, warp, lane);
     gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
   }
-  const long long unit = (long long)b * p.Hkv + head;
-  if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[unit * p.L + slot] = (unsigned short)pack_half2(gain, 0.0f);
-  const int bin = nibble(K_BINS, lane >> 1), r = slot & 15;
+  const long long superblock = superblock_of(p, b, head, slot);
+  if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
+  const int bin = KeyBin::at(lane >> 1), r = slot & 15;
   u32 mine = 0;
-  code <<= nibble(K_PLACES, lane >> 1) + 16 * (lane & 1);
+  code <<= KeyPlace::at(lane >> 1) + 16 * (lane & 1);
 #pragma unroll
   for (int i = 0; i < BINS; i++) {
     const u32 word = or_in_warp(bin == i ? code : 0u);
     if (lane == i) mine = word;
   }
-  unsigned char* tile = p.k_codes + (unit * (p.L / 128) + slot / 128) * K_BYTES;
-  if (lane < BINS) *(u32*)(tile + word_place<true>(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, BINS)) = mine;
+  unsigned char* tile = p.k_codes + superblock * K_BYTES;
+  if (lane < BINS) *(u32*)(tile + word_place(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, BINS)) = mine;
 }
 
 // Its product with the basis: rows 8 i … 8 i + 7 by warp i, four columns per lane, into the order of `append_key`.
@@ -557,7 +612,7 @@ DEVICE void project_lone(const float* matrix, const float* xs, float* sums, int 
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     if (i == LONE_FIRST) sync_part<3, BOTH_SIDES>();
-    load_float4(u[i], matrix + (from + i) * D + 4 * lane);
+    load_floats(u[i], matrix + (from + i) * D + 4 * lane);
   }
   if (LONE_FIRST >= EACH) sync_part<3, BOTH_SIDES>();
   sync_part<1, BOTH_SIDES>();
@@ -577,50 +632,55 @@ DEVICE void project_lone(const float* matrix, const float* xs, float* sums, int 
 // what depends on the length; the basis, 64 KB, is on its way while the key is turned.
 DEVICE void append_lone(const RowParams& p, unsigned char* smem) {
   const int lane = TID & 31, warp = TID >> 5, head = CTA_X, b = CTA_Y;
-  float *xs = (float*)smem, *sums = xs + D;
-  if (MODE == 2 && warp > KEY_WARPS) {
-    project_lone(p.basis + (long long)head * D * D, xs, sums, warp - KEY_WARPS - 1, lane);
-    return;
+  if constexpr (MODE == 2) {
+    float *xs = (float*)smem, *sums = xs + D;
+    if (warp > KEY_WARPS) {
+      project_lone(p.basis + (long long)head * D * D, xs, sums, warp - KEY_WARPS - 1, lane);
+      return;
+    }
   }
-  const int slot = (int)*p.length;
+  const int slot = (int)p.length[b * p.length_row];
   const bool live = slot < p.L;                      // what does not fit is dropped; the cache says so beforehand
-  const long long stored = (long long)b * p.Hkv + head;
-  const auto fresh = [&](const void* rows, const long long* stride) { return load4(rows, b * stride[0] + head * stride[1] + 4 * lane); };
-  float x[4], t[4] = {0, 0, 0, 0};
+  const long long superblock = live ? superblock_of(p, b, head, slot) : 0;
+  const auto fresh = [&](const void* rows, const long long* stride) { return load_raw(rows, b * stride[0] + head * stride[1] + CH * lane); };
+  float x[CH], t[CH];
   if (warp == KEY_WARPS) {
-    const uint2 row = fresh(p.v, p.v_stride);
-    if (p.v_mean) load_float4(t, p.v_mean + head * D + 4 * lane);
+    const Raw row = fresh(p.v, p.v_stride);
+    load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
     widen(x, row, p.bf16);
     if (!live) return;
-    code_value(x, t, p, stored, slot, lane);
+    keep_recent(p, row, true, b, head, slot, lane);
+    code_value(x, t, p, superblock, slot, lane);
     if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
     return;
   }
-  if (MODE == 2) {
-    append_key(p, head, b, slot, live, xs, sums, warp, lane);
+  if constexpr (MODE == 2) {
+    append_key(p, head, b, slot, live, (float*)smem, (float*)smem + D, warp, lane);
     if (!live || warp) return;
+    if (p.window) keep_recent(p, fresh(p.k, p.k_stride), false, b, head, slot, lane);
   } else {
     Turn turn = {};
-    const uint2 row = fresh(p.k, p.k_stride);
-    if (MODE != 0) load_anchor(turn, p, b, lane);
+    const Raw row = fresh(p.k, p.k_stride);
+    if (MODE != 0) load_origin(turn, p, b, lane);
     if (!live) return;
     if (MODE != 0) {
       load_start(turn, p, slot, lane);
-      load_float4(t, mean_of_slot(p, head, slot, lane));
+      load_channels(t, mean_of_slot(p, head, slot), lane);
     }
     widen(x, row, p.bf16);
     center_key(x, t, turn, p, lane);
-    code_key(x, t, p, stored, slot, lane);
+    code_key(x, t, p, superblock, slot, lane);
+    keep_recent(p, row, false, b, head, slot, lane);
   }
   if (p.segments) enter_exact(p, fresh(p.k, p.k_stride), fresh(p.v, p.v_stride), b, head, slot, lane);
 }
 
 #ifndef KVSINK_EMULATE
-extern "C" __device__ const int kvsink_launch[4] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS};   // what the host must ask for
+extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS, COLUMNS * SLOT};   // what the host must ask for
 #endif
 KERNEL(LONE_THREADS) append_row(ARGUMENT(RowParams) p) {
   BLOCK_MEMORY(LONE_SMEM)
-  append_lone(p, smem);
+  if constexpr (LONE) append_lone(p, smem);
 }
 
 KERNEL(ROW_THREADS, 2) append_rows(ARGUMENT(RowParams) p) {
@@ -635,36 +695,39 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
   const bool values = warp >= ROWS, live = index < p.B * p.S;
   const int b = live ? index / p.S : 0, s = live ? index - b * p.S : 0, slot = p.first + s;
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
-  const long long at = ((long long)b * p.Hkv + head) * p.L + slot, tile = ((long long)b * p.Hkv + head) * (p.L / 128) + slot / 128;
-  float x[4], t[4] = {0, 0, 0, 0};
+  const long long tile = superblock_of(p, b, head, slot), at = tile * 128 + slot % 128;
+  float x[CH] = {}, t[CH] = {};
   Turn turn = {};
   if (values) {
     const u32 scale = p.v_scale[at];
+    if (holds(lane))
 #pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = add(mul((float)read_value_code(p.v_codes + tile * V_BYTES, slot, 4 * lane + i), half_lo(scale)), half_hi(scale));
+      for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_value_code(p.v_codes + tile * V_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
     if (p.value_hadamard) hadamard(x, lane);
-    if (p.v_mean) load_float4(t, p.v_mean + head * D + 4 * lane);
+    load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
   } else {
     if (MODE != 0) {
-      load_float4(t, mean_of_slot(p, head, slot, lane));
+      load_channels(t, mean_of_slot(p, head, slot), lane);
       if (MODE == 1) {
-        load_anchor(turn, p, b, lane);
+        load_origin(turn, p, b, lane);
         load_start(turn, p, slot, lane);
       }
     }
     if (MODE == 2) {
       const float gain = half_lo(((const unsigned short*)p.k_scale)[at]);
-      float sigma[4];
-      load_float4(sigma, p.sigma + head * D + 4 * lane);
+      float sigma[CH];
+      load_channels(sigma, p.sigma + head * D, lane);
+      if (holds(lane))
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const u32 code = read_key_code(p.k_codes + tile * K_BYTES, slot, 4 * lane + i);
-        xs[r * Z_STRIDE + 4 * lane + i] = mul(mul(even_level(code, nibble(K_WIDTHS, lane >> 1)), sigma[i]), gain);
-      }
+        for (int i = 0; i < CH; i++) {
+          const u32 code = read_key_code(p.k_codes + tile * K_BYTES, slot, CH * lane + i);
+          xs[r * Z_STRIDE + CH * lane + i] = mul(mul(even_level(code, KeyWidth::at(CH * lane >> 3)), sigma[i]), gain);
+        }
     } else {
       const u32 scale = ((const u32*)p.k_scale)[at];
+      if (holds(lane))
 #pragma unroll
-      for (int i = 0; i < 4; i++) x[i] = add(mul((float)read_key_code(p.k_codes + tile * K_BYTES, slot, 4 * lane + i), half_lo(scale)), half_hi(scale));
+        for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_key_code(p.k_codes + tile * K_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
       if (p.key_hadamard) hadamard(x, lane);
       if (MODE == 1) turn_row(t, turn, p, false, lane);
     }
@@ -676,15 +739,15 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
     if (!values) collect_row<ROW_THREADS>(x, sums, r, lane);
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = add(x[i], t[i]);
+  for (int i = 0; i < CH; i++) x[i] = add(x[i], t[i]);
   if (MODE == 2 && !values) {
-    load_anchor(turn, p, b, lane);
+    load_origin(turn, p, b, lane);
     load_start(turn, p, slot, lane);
     turn_row(x, turn, p, false, lane);
   }
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;
-    write4((void*)(values ? p.v : p.k), b * st[0] + head * st[1] + s * st[2] + 4 * lane, x, p.bf16);
+    store_raw((void*)(values ? p.v : p.k), b * st[0] + head * st[1] + s * st[2] + CH * lane, narrow(x, p.bf16));
   }
 }
 #endif

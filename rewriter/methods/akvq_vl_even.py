@@ -7,7 +7,7 @@ Differs    see `source.differs`
 from kvsink.codecs import SideSpec
 from kvsink.methods.registry import Method, Modality, Paper, register_method
 
-_SIDE = SideSpec(bits=2, transform="hadamard", kind="uniform")
+_SIDE = SideSpec(bits=2, transform="hadamard", kind="uniform", group_size=256)
 
 AKVQ_VL_EVEN = register_method(
     Method(

@@ -14,7 +14,7 @@ KLT_EVEN = register_method(
         summary="block-KLT keys with gain and equally spaced levels, values alike: served by the CUDA kernel",
         source=Paper("ours"),
         key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="lloyd-even", gain=True),
-        value=SideSpec(bits=2, center=True, transform="hadamard", kind="uniform"),
+        value=SideSpec(bits=2, center=True, transform="hadamard", kind="uniform", group_size=256),
         key_bits=2,
         value_bits=2,
         protect="kvsink:5+first:1",

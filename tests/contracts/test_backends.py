@@ -20,6 +20,8 @@ SERVED = Path(__file__).with_name("served.txt")
 KV_HEADS, SLOTS = 8, 8192
 WHATS = ("attend", "append", "step")
 DIMS, REPEATS = (64, 80, 96, 128, 256), (1, 2, 4, 5, 8, 16)
+SHARED = {"8.0": 166912, "8.6": 101376, "8.9": 101376, "9.0": 232448, "10.0": 232448, "12.0": 101376}
+"""Bytes of shared memory that a block can have, by compute capability: CUDA's programming guide, table of technical data."""
 DEVICES = ("cpu", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "hip")
 
 RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
@@ -85,7 +87,7 @@ def device_of(name: str) -> Device:
     if name in ("cpu", "hip"):
         return Device(name, (9, 4) if name == "hip" else (0, 0), triton=True)
     major, _, minor = name.partition(".")
-    return Device("cuda", (int(major), int(minor)), triton=True)
+    return Device("cuda", (int(major), int(minor)), triton=True, shared=SHARED[name])
 
 
 def cell(recipe: str, dim: int, repeats: int, device: str) -> dict[str, str]:

@@ -24,11 +24,12 @@ FOLDER = Path(native.__file__).parent / "cuda"
 
 
 @cache
-def _library(variant: native.Variant | CodesVariant) -> ctypes.CDLL:
+def _library(variant: native.Variant | CodesVariant, card: native.Card = native.Card()) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler to emulate the CUDA kernels with")
-    flags = [f"-D{name}={text.replace(' ', '')}" for name, text in variant.defines().items()]
+    defines = variant.defines() if isinstance(variant, CodesVariant) else variant.defines(card)
+    flags = [f"-D{name}={text.replace(' ', '')}" for name, text in defines.items()]
     if isinstance(variant, CodesVariant):
         flags.append("-DKVSINK_CODES_ALONE")
     text = "".join(p.read_text() for p in sorted(FOLDER.iterdir()) if p.is_file()) + "".join(flags)
@@ -49,9 +50,13 @@ class Emulated:
     lone_rows is `native.LONE_ROWS`.
     """
 
-    def __init__(self, variant: native.Variant, blocks: int = 3, by_warp: bool = False, lone_rows: int = 0) -> None:
-        self.lib, self.blocks, self.by_warp, self.lone_rows = _library(variant), blocks, by_warp, lone_rows
-        self.partial = torch.full((64 * blocks * 4 * 132,), -1, dtype=torch.int32)
+    def __init__(
+        self, variant: native.Variant, blocks: int = 3, by_warp: bool = False, lone_rows: int = 0,
+        card: native.Card = native.Card(),
+    ) -> None:  # fmt: skip
+        self.lib, self.blocks, self.by_warp, self.lone_rows = _library(variant, card), blocks, by_warp, lone_rows
+        self.variant = variant
+        self.partial = torch.full((64 * blocks * self.lib.slot_words(),), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
 
     def share(self, heads: int) -> int:
@@ -69,7 +74,7 @@ class Emulated:
 
     def append(self, argument: Any) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
-        if argument.S == 1 and self.lone_rows >= argument.B:
+        if argument.S == 1 and self.lone_rows >= argument.B and self.variant.lone:
             self.lib.run_append_row(ctypes.byref(argument))
             return
         self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))

@@ -101,7 +101,7 @@ def test_a_chunk_equals_the_definition(index: int, masked: bool, monkeypatch: py
     st, p = layer.codec.named(state), dict(zip(layer.codec.param_names(), params, strict=True))
     nothing = rows(2, 0, 0)
     full = read_ref(nothing, nothing, layer.state(), layer.params, layer.codec_text)
-    for a, b in zip(packed.decode_rows(lib, layer.codec, st, p, 7, 300, torch.float16), full, strict=True):
+    for a, b in zip(packed.decode_rows(lib, layer.codec, st, p, 7, 300, torch.float16, 300), full, strict=True):
         assert (a.float().cpu() - b[:, :, 7:300].float()).abs().max() <= 2e-3 * b.abs().max()
     monkeypatch.setattr(packed, "_DECODED_BYTES", 1)
     q, k, v = (

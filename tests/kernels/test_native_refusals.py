@@ -20,7 +20,7 @@ from .test_tiles import CODECS, layer_of, model_of
 GPU = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(("capability", "reason"), [((8, 6), "8.6"), ((12, 0), "12.0")])
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((6, 1), "6.1")])
 def test_a_gpu_of_another_generation_is_named(capability: tuple[int, int], reason: str) -> None:
     assert reason in native.too_old(capability, "a GPU") and native.too_old((9, 0), "a GPU") == ""
 
@@ -98,4 +98,4 @@ def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypa
 
 def test_widths_that_need_more_memory_than_a_block_has_are_refused() -> None:
     with pytest.raises(native.NativeError, match="shared memory"):
-        native.Variant(2, (8,) * 16, (8,) * 16, 4).defines()
+        native.Variant(2, (8,) * 32, (8,) * 32, 8).defines(native.Card())

@@ -122,15 +122,15 @@ def refusal(codec: Codec, heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int
 def test_refusals_name_the_reason() -> None:
     codec = layer_of(0).codec
     assert refusal(codec) == ""
-    assert refusal(codec, dim=64, rotary=64) == "head_dim is 64, not 128"
-    assert "more than 4 each" in refusal(codec, 64, 8)
-    assert "64 of 128 channels" in refusal(codec, rotary=64)
-    wide = replace(codec, value=replace(codec.value, bits=8, widths=(8,) * 16))
+    assert refusal(codec, dim=48, rotary=48) == "head_dim is 48, not one of 64, 128, 256"
+    assert "more than 32 each" in refusal(codec, 64, 1)
+    assert "24 of 128 channels" in refusal(codec, rotary=24)
+    wide = replace(codec, value=replace(codec.value, bits=6, widths=(6,) * 16))
     assert "outside 1 to 4" in refusal(wide)
     odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
     assert "whole words" in refusal(odd)
-    assert "recent rows" in refusal(replace(codec, window=4))
-    assert "32 exact rows, more than 31" in refusal(replace(codec, segments=(32,)))
+    assert refusal(replace(codec, window=513)) == "a window of 513 recent rows, more than 512"
+    assert refusal(replace(codec, segments=(65,))) == "65 exact rows, more than 64"
     in_rows = replace(codec, tiles=False).format
     assert cuda_tiles.declines(in_rows, Shape(8, 2, 128, 128, 128, torch.float16), None) == "codes in rows of bytes"
 
@@ -144,7 +144,7 @@ def test_refusals_name_the_reason() -> None:
     ("kvquant", (3, 3), "keys with free code points"),
     ("kvquant-1%", (3, 3), "keys with sparse outliers"),
     ("rotatekv", (2, 2), "uniform-int keys before RoPE"),
-    ("akvq-vl", (2, 2), "a window of recent rows"),
+    ("akvq-vl", (2, 2), "uniform-int keys after RoPE"),
 ])  # fmt: skip
 def test_what_holds_more_than_codes_per_row_is_refused(method: str, bits: tuple[int, int], reason: str) -> None:
     declared = get_method(method)
@@ -158,7 +158,7 @@ def test_rows_beside_the_codes_are_refused() -> None:
     normed = replace(codec, key=replace(codec.key, axis="channel", center=False, group_tokens=32, flush=32, norm=True))
     for other, reason in (
         (replace(codec, anchors=Anchors(rows=2)), "anchors"),
-        (replace(codec, window=4), "a window"),
+        (replace(codec, window=600), "a window"),
         (replace(codec, value=replace(codec.value, newest=8)), "recent values"),
         (normed, "keys with a norm of each token"),
     ):
@@ -316,7 +316,7 @@ def test_the_decode_kernel_reads_what_the_definition_reads(index: int) -> None:
     layer.length.fill_(200)
     layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
     st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
-    got = packed.decode_rows(library(layer), layer.codec, st, p, 37, 199, torch.float16)
+    got = packed.decode_rows(library(layer), layer.codec, st, p, 37, 199, torch.float16, 300)
     nothing = rows(2, 0, 0)
     wanted = read_ref(nothing, nothing, layer.state(), layer.params, layer.codec_text)
     for a, b in zip(got, wanted, strict=True):
@@ -407,8 +407,8 @@ def test_a_chunk_attends_over_past_and_new_rows(strict: bool, masked: bool, monk
 @pytest.mark.parametrize("index", range(len(CODECS)))
 def test_shared_memory_is_what_the_source_takes(index: int) -> None:
     variant = packed.variant_of(layer_of(index).codec, 4)
-    items = int(variant.defines()["ITEM_PAIRS"])
-    assert library(layer_of(index)).lib.smem_bytes() == variant.shared_bytes(items) <= native.SHARED_LIMIT
+    shape = variant.shape(native.Card())
+    assert library(layer_of(index)).lib.smem_bytes() == variant.shared_bytes(shape) <= native.SHARED_LIMIT
 
 
 def test_a_tiled_cache_is_saved_and_read_again(tmp_path: Any) -> None:

@@ -31,8 +31,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """CPU layers in tiles act as on a GPU; the list counts the rows of every question they are asked."""
     asked: list[int] = []
 
-    def library(codec: Any, repeats: int, place: torch.device) -> Any:
-        return Emulated(packed.variant_of(codec, repeats), 2)
+    def library(codec: Any, repeats: int, rotary: int, place: torch.device) -> Any:
+        return Emulated(packed.variant_of(codec, repeats, rotary), 2)
 
     act_as_on_a_gpu(monkeypatch, library, lambda call: asked.append(call.k.shape[2]))
     monkeypatch.setattr(KVSinkLayer, "_defers", lambda self, frame: self.codec.tiles and frame.cos is not None)

@@ -30,13 +30,13 @@ def test_reports_and_explain_print_the_same_lines() -> None:
 
 def test_a_line_names_the_layers_that_are_served_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = runtime_of(model_of(0))
-    monkeypatch.setattr(served, "device_of", lambda place: Device("cuda", (8, 0), "a GPU", True))
+    monkeypatch.setattr(served, "device_of", lambda place: Device("cuda", (7, 5), "a GPU", True))
     (line,) = served.served_lines(runtime, torch.float16, HERE)
     assert line.startswith("layers 0 to 1 on cpu: rows coded by triton, attention by triton | cuda (tiles): a GPU has compute")
-    changed = replace(runtime.plans[0], codec=replace(runtime.plans[0].codec, window=4))
+    changed = replace(runtime.plans[0], codec=replace(runtime.plans[0].codec, window=600))
     monkeypatch.setattr(runtime, "plans", (changed, runtime.plans[1]))
     first, second = served.served_lines(runtime, torch.float16, HERE)
-    assert first.startswith("layer 0 on") and "cuda (tiles): a window of recent rows" in first and second.startswith("layer 1 on")
+    assert first.startswith("layer 0 on") and "cuda (tiles): a window of 600 recent rows" in first and second.startswith("layer 1 on")
 
 
 def test_what_a_model_forbids_is_said_in_place_of_what_kernels_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from kvsink.tools.bench_sdpa import Baseline, index_copies, updated
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
-@pytest.mark.parametrize("command", ["kernels", "decode", "prefill", "capacity", "vlm"])
+@pytest.mark.parametrize("command", ["kernels", "shapes", "decode", "generate", "prefill", "capacity", "vlm"])
 def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 2
     said = capsys.readouterr().err
@@ -40,10 +40,10 @@ def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.Captu
     assert main(["cpu", "--steps", "2"]) == 2 and "at least 1 and 3" in capsys.readouterr().err
 
 
-def row(method: str, speedup: float | None) -> str:
+def row(method: str, speedup: float | None, **more: object) -> str:
     return json.dumps({
         "kind": "kernel", "method": method, "bits": 2, "B": 1, "T": 1024, "speedup": speedup, "byte_limit_speedup": 7.0,
-        "device": "x",
+        "device": "x", **more,
     })  # fmt: skip
 
 
@@ -52,6 +52,15 @@ def test_rows_become_a_picture(tmp_path: Path) -> None:
     assert main(["plot", str(tmp_path / "rows.jsonl"), str(tmp_path / "out.svg")]) == 0
     text = (tmp_path / "out.svg").read_text()
     assert "a, 2 bit" in text and "b, 2 bit" not in text  # an op that was not timed has no bar
+
+
+def test_rows_of_several_models_are_drawn_by_model(tmp_path: Path) -> None:
+    first, second = {"model": "first"}, {"model": "second"}
+    lines = [row("a", 3.0, **first), row("a", 2.0, **second), row("a", 9.0, **first, T=8), row("b", 1.0, **first)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert main(["plot", str(tmp_path / "rows.jsonl"), str(tmp_path / "out.svg")]) == 0
+    text = (tmp_path / "out.svg").read_text()
+    assert all(f"<!-- {name} -->" in text for name in ("first", "second", "3.0", "2.0")) and "<!-- 9.0 -->" not in text
 
 
 @pytest.mark.parametrize(("text", "said"), [("{}\nno json\n", "line 2"), ("{}\n", "no rows")])
@@ -75,10 +84,13 @@ def test_a_row_counts_the_write_of_either_side() -> None:
     assert (row["speedup"], row["with_append_ms"]) == (2.0, 5.0)
     assert (row["speedup_with_append"], row["speedup_with_both_writes"]) == (1.6, 2.0)
     assert (row["limit_ms"], row["of_limit"], row["byte_limit_speedup"]) == (6.0, 1.5, 1.33)
-    named = {"B": 1, "T": 1024, "method": "m", "bits": 2, "sdpa_ms": 0.008, "fp16_with_update_ms": 0.010}
+    named = {
+        "model": "a", "B": 1, "T": 1024, "method": "m", "bits": 2, "exact": 1, "window": 0, "kernel": "k", "sdpa_ms": 0.008,
+        "fp16_with_update_ms": 0.010,
+    }  # fmt: skip
     text = ops_table([{**named, **row}, {**named, "p50_ms": None, "note": "wrong, not timed"}]).splitlines()
     assert "| 8.00 | 10.00 | 4000.00 | 2.00x | 5000.00 | 1.60x | 2.00x |" in text[2] and "wrong, not timed" in text[3]
-    assert {line.count("|") for line in text} == {10}
+    assert {line.count("|") for line in text} == {11}
 
 
 def written(t: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from kvsink.tools.readme_table import ROOT, WANTED, table, written
+from kvsink.tools.readme_table import ROOT, WANTED, table
 
 RECORDS = [json.loads(line) for line in (ROOT / "docs" / "compare.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_table_in_readme_is_that_of_the_records() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert written(readme, table(RECORDS)) == readme
+    assert table(RECORDS) in readme
     assert len(table(RECORDS).splitlines()) == 3 + len(WANTED)
 
 

@@ -71,7 +71,7 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
     g = torch.Generator(device).manual_seed(1)
     heads = (HEADS, kv_heads, kv_heads)
     q, k, v = (torch.randn(b, n, 1, 128, device=device, dtype=torch.float16, generator=g) for n in heads)
-    lib = library(codec, HEADS // kv_heads, k.device)
+    lib = library(codec, HEADS // kv_heads, codec.rotary(layer.params), k.device)
     slots = torch.arange(layer.k_codes.shape[2], device=device)
     mask = (slots < t)[None, None, None] if masked else None
     positions = torch.full((1, 1), t - 1, device=device)

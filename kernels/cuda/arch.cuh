@@ -1,6 +1,14 @@
-// What the kernels are written in: warp-wide matrix products, exchanges, 16-bit pairs, bulk copies; on a CPU `emulate.h` has the same.
-#ifndef KVSINK_PRIMITIVES
-#define KVSINK_PRIMITIVES
+// What the kernels are written in: warp-wide matrix products, exchanges, 16-bit pairs, copies into shared memory that a barrier counts.
+// TARGET is the compute capability that is compiled for, times ten; on a CPU `emulate.h` has the same words.
+#ifndef KVSINK_ARCH
+#define KVSINK_ARCH
+
+#ifndef TARGET
+#define TARGET 90
+#endif
+#ifndef SHARED_MOST
+#define SHARED_MOST 232448    // bytes of shared memory that one block of the card can have
+#endif
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -42,7 +50,6 @@ DEVICE bool any_lane(bool p) { return __any_sync(0xffffffffu, p); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-DEVICE void prefetch_bulk(const void* p, u32 bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes)); }
 DEVICE u32 ballot_warp(bool p) { return __ballot_sync(0xffffffffu, p); }
 DEVICE int popcount(u32 v) { return __popc(v); }
 // Words other blocks write or poll: past L1, never reordered with each other's arrival, each word checked on its own.
@@ -54,14 +61,18 @@ DEVICE uint4 load_polled(const void* p) {
 DEVICE void store_polled(void* p, uint4 v) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+#if TARGET == 90 || TARGET == 100                      // elsewhere a thread has what it was compiled with
 template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+#else
+template <int N> DEVICE void more_registers() {}
+template <int N> DEVICE void fewer_registers() {}
+#endif
 DEVICE u32 float_bits(float v) { return __float_as_uint(v); }
 DEVICE float bits_float(u32 v) { return __uint_as_float(v); }
 DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void barrier_init(u64* bar, u32 n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(n) : "memory"); }
-DEVICE void barrier_arrive(u64* bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory"); }
-DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_arrive(u64* bar) { asm volatile("{.reg .b64 s; mbarrier.arrive.shared::cta.b64 s, [%0];}" ::"r"(smem_address(bar)) : "memory"); }
 DEVICE void barrier_expect(u64* bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
 }
@@ -69,6 +80,14 @@ DEVICE void bulk_load(void* dst, const void* src, u32 bytes, u64* bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(smem_address(dst)), "l"(src), "r"(bytes), "r"(smem_address(bar)) : "memory");
 }
+DEVICE void copy16(void* dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(dst)), "l"(src) : "memory");
+}
+DEVICE void arrive_when_copied(u64* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
+}
+#if TARGET >= 90
+DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Suspended by the hardware, not spinning: four waiting service warps would take issue slots from the arithmetic.
 DEVICE void barrier_wait(u64* bar, u32 parity) {
   u32 done;
@@ -77,6 +96,18 @@ DEVICE void barrier_wait(u64* bar, u32 parity) {
                  : "=r"(done) : "r"(smem_address(bar)), "r"(parity), "r"(10000000u) : "memory");
   } while (!done);
 }
+#else
+DEVICE void barrier_init_fence() { __threadfence_block(); }
+DEVICE void barrier_wait(u64* bar, u32 parity) {
+  for (u32 n = 0;; n++) {
+    u32 done;
+    asm volatile("{.reg .pred P; mbarrier.test_wait.parity.shared::cta.b64 P, [%1], %2; selp.u32 %0, 1, 0, P;}"
+                 : "=r"(done) : "r"(smem_address(bar)), "r"(parity) : "memory");
+    if (done) return;
+    if (n > 4) __nanosleep(64);                      // waiting warps must not take issue slots from the arithmetic
+  }
+}
+#endif
 // A value that the compiler can neither foresee nor move.
 DEVICE void in_place(u32& v) { asm volatile("" : "+r"(v)); }
 DEVICE u32 funnel_right(u32 lo, u32 hi, u32 n) { return __funnelshift_r(lo, hi, n); }
@@ -86,6 +117,7 @@ DEVICE u32 most_in_warp(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 DEVICE u32 or_in_warp(u32 v) { return __reduce_or_sync(0xffffffffu, v); }
 // y [64 rows, 128] = a [64 rows, 128] B of four warps, 16 rows each; B [128 columns, 128] of 16-bit numbers in blocks of 8 columns by
 // 8 rows of a's channels, those of a column following each other, columns 2048 bytes apart (no swizzle).
+#if TARGET == 90
 DEVICE void wide_product(float (&y)[16][4], const u32 (&a)[8][4], const void* b) {
   const u64 at = (u64)(smem_address(b) & 0x3ffffu) >> 4 | 128ull / 16 << 16 | 2048ull / 16 << 32;
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -105,42 +137,46 @@ DEVICE void wide_product(float (&y)[16][4], const u32 (&a)[8][4], const void* b)
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
+#else
+DEVICE void wide_product(float (&y)[16][4], const u32 (&a)[8][4], const void* b) {
+  const int lane = TID & 31;
+#pragma unroll
+  for (int n = 0; n < 16; n++) {
+    const u32* column = (const u32*)((const char*)b + n * 2048 + (lane >> 2) * 16) + (lane & 3);
+#pragma unroll
+    for (int i = 0; i < 4; i++) y[n][i] = 0;
+#pragma unroll
+    for (int k = 0; k < 8; k++) mma(y[n], a[k][0], a[k][1], a[k][2], a[k][3], column[k * 64], column[k * 64 + 32]);
+  }
+}
+#endif
 #endif
 
 constexpr float NEG_INF = -1e30f;
 
-DEVICE void widen(float (&x)[4], uint2 v, int bf16) {
-  if (bf16) {
-    x[0] = bits_float(v.x << 16); x[1] = bits_float(v.x & 0xffff0000u); x[2] = bits_float(v.y << 16); x[3] = bits_float(v.y & 0xffff0000u);
-  } else {
-    x[0] = half_lo(v.x); x[1] = half_hi(v.x); x[2] = half_lo(v.y); x[3] = half_hi(v.y);
+// Copies of one warp, all of whose lanes call, that barrier `bar` counts: the copy engine from 9.0 on, 16 bytes a lane below.
+// The barrier is made for COPIERS arrivals.
+constexpr bool BULK = TARGET >= 90;
+constexpr u32 COPIERS = BULK ? 1 : 32;
+DEVICE void copies_begin(u64* bar, u32 bytes, int lane) {
+  if constexpr (BULK) {
+    if (lane == 0) barrier_expect(bar, bytes);
   }
 }
-DEVICE uint2 load4(const void* p, long long i) { return *(const uint2*)((const unsigned short*)p + i); }   // 4 numbers at element i
+DEVICE void copy(void* dst, const void* src, u32 bytes, u64* bar, int lane) {
+  if constexpr (BULK) {
+    if (lane == 0) bulk_load(dst, src, bytes, bar);
+  } else {
+    for (u32 i = 16 * lane; i < bytes; i += 512) copy16((char*)dst + i, (const char*)src + i);
+  }
+}
+DEVICE void copies_end(u64* bar) {
+  if constexpr (!BULK) arrive_when_copied(bar);
+}
 DEVICE float warp_sum(float v) {
 #pragma unroll
   for (int m = 16; m; m >>= 1) v += shfl_xor(v, m);
   return v;
 }
-DEVICE void hadamard(float (&x)[4], int lane) {      // 128 points, lane holds 4 lane .. 4 lane + 3, Sylvester order, orthonormal
-  float a = x[0] + x[1], b = x[0] - x[1], c = x[2] + x[3], d = x[2] - x[3];
-  x[0] = a + c; x[1] = b + d; x[2] = a - c; x[3] = b - d;
-#pragma unroll 1                                       // small code: at short contexts fetching instructions is what takes the time
-  for (int m = 1; m < 32; m <<= 1) {
-    const float sign = (lane & m) ? -1.0f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = sign * x[i] + shfl_xor(x[i], m);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) x[i] *= 0.08838834764831845f;
-}
-template <class S> DEVICE void begin_softmax(S& st) {   // no token yet: sums 0, and the first logit seen becomes the reference
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < 4; j++) st.o[i][j] = 0;
-#pragma unroll
-  for (int i = 0; i < 2; i++) st.m[i] = st.l[i] = st.z[i] = 0;
-  st.fresh = true;
-}
+DEVICE float shfl_float(float v, int lane) { return bits_float((u32)shfl_int((int)float_bits(v), lane)); }
 #endif

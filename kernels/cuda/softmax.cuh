@@ -1,0 +1,172 @@
+// One step of the online softmax over packed tiles, the same in every schedule, and which tokens of a superblock it sees.
+#ifndef KVSINK_SOFTMAX
+#define KVSINK_SOFTMAX
+
+// Which of this lane's eight tokens of a block of 64 of the superblock at `base` are seen: those before `end` that are not among
+// the exact rows, up to two of which each lane names. Bit 2 i + j is token 16 i + 2 g + j of the block.
+struct Slots { int a, b; };
+DEVICE bool meets(const Slots& x, int base) { return (x.a >= base && x.a < base + 128) || (x.b >= base && x.b < base + 128); }
+DEVICE void hidden_tokens(u32 (&hidden)[4], const Slots& x, int base) {
+  const int a = x.a - base, b = x.b - base;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    hidden[i] = or_in_warp((a >= 32 * i && a < 32 * i + 32 ? 1u << (a & 31) : 0u) | (b >= 32 * i && b < 32 * i + 32 ? 1u << (b & 31) : 0u));
+}
+DEVICE u32 seen_in_block(const u32 (&hidden)[4], int block, int base, int end, int g) {
+  const int rest = end - base - block * 64;
+  u32 lo = block ? hidden[2] : hidden[0], hi = block ? hidden[3] : hidden[1];
+  if (rest < 32) lo |= rest <= 0 ? 0xffffffffu : 0xffffffffu << rest;
+  if (rest < 64) hi |= rest <= 32 ? 0xffffffffu : 0xffffffffu << (rest - 32);
+  lo >>= 2 * g;
+  hi >>= 2 * g;
+  return ((lo & 3) | (lo >> 14 & 12) | (hi & 3) << 4 | (hi >> 14 & 12) << 4) ^ 0xff;
+}
+constexpr u32 ALL_SEEN = WIDE ? 0xffff : 0xff;       // WIDE: the second block's bits behind the first's
+DEVICE u32 seen_tokens(const Slots& excluded, int base, int end, int lane) {
+  u32 hidden[4];
+  hidden_tokens(hidden, excluded, base);
+  if (!WIDE) return seen_in_block(hidden, lane >> 1 & 1, base, end, lane >> 2);
+  return seen_in_block(hidden, 0, base, end, lane >> 2) | seen_in_block(hidden, 1, base, end, lane >> 2) << 8;
+}
+DEVICE u32 masked_tokens(u32 valid, const unsigned char* mask, int lane) {     // the mask's bytes of a superblock over them
+#pragma unroll
+  for (int block = 0; block < (WIDE ? 2 : 1); block++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const u32 m = *(const unsigned short*)(mask + (WIDE ? block : lane >> 1 & 1) * 64 + 16 * i + 2 * (lane >> 2));
+      valid &= ~((((m & 1) ^ 1) << (2 * i) | (~m >> 8 & 1) << (2 * i + 1)) << 8 * block);
+    }
+  return valid;
+}
+
+constexpr int LAST = R == 1 ? 0 : 1;                 // of this lane's two columns the last that holds a head of its own: one head fills all
+constexpr int ROWS_FROM = WIDE ? 4 : 2;              // lane bits from here on stand for tokens of the same head
+
+// One softmax step over NP units from pair `pr` of the superblock in `stage`; `block` is theirs when WIDE, `pr0` the stage's first pair.
+template <bool MASKED, int NP>
+DEVICE void step(State& st, const unsigned char* stage, const unsigned char* smem, const u32 (&q)[RUNS], const u32 (&rq)[RUNS],
+                 const float (&shift)[2], int pr0, int pr, int block, u32 valid, int lane) {
+  const int g = lane >> 2, half = WIDE ? block : lane >> 1 & 1;
+  const int token = half * 64 + 16 * pr + 2 * g;     // this lane's rows of unit j are tokens token + 16 j and the next
+  if (WIDE && block) valid >>= 8;
+  const unsigned char *keys[NP], *values[NP], *key_scales[NP], *value_scales[NP];
+#pragma unroll
+  for (int j = 0; j < NP; j++) {
+    keys[j] = stage + (pr + j - pr0) * PAIR_K + (WIDE ? block * K_TILE * 4 : 0);
+    values[j] = stage + IN_VALUES + (pr + j - pr0) * PAIR_V + (WIDE ? block * V_TILE * 4 : 0);
+    key_scales[j] = stage + KI_BYTES + (token + 16 * j) * K_SCALE;
+    value_scales[j] = stage + KI_BYTES + KS_BYTES + (token + 16 * j) * V_SCALE;
+  }
+  float x[NP][4], s[NP][TILES][4], u[NP][4];
+  u32 w[NP][TILES][K_WORDS];
+#pragma unroll
+  for (int j = 0; j < NP; j++)
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+      load_words(w[j][i], (const u32*)keys[j] + i * K_TILE, lane);
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[j][i][e] = MODE == 2 ? shift[e & 1] : 0.0f;
+    }
+#pragma unroll
+  for (int j = 0; j < NP; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) u[j][e] = -st.m[e & LAST];
+  KeySteps<K_STEPS, NP, TILES>::run(s, u, w, q, rq, (const uint4*)(smem + OFF_MEAN) + pr * 32 * K_STEPS + lane);
+#pragma unroll
+  for (int j = 0; j < NP; j++) {
+    float sa, sb, za = 0, zb = 0;
+    if (MODE == 2) {
+      const u32 a = *(const u32*)key_scales[j];
+      sa = half_lo(a); sb = half_hi(a);
+    } else {
+      const uint2 a = *(const uint2*)key_scales[j];
+      sa = half_lo(a.x); za = half_hi(a.x); sb = half_lo(a.y); zb = half_hi(a.y);
+    }
+    constexpr float unit = (float)(1 << (24 - Q_SHIFT));
+    sa *= unit; sb *= unit;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (R == 1 && (i & 1)) { x[j][i] = x[j][i - 1]; continue; }
+      if (MODE != 2) u[j][i] += (i < 2 ? za : zb) * shift[i & 1];
+      x[j][i] = (i < 2 ? sa : sb) * (TILES == 2 && half ? s[j][TILES - 1][i] : s[j][0][i]) + u[j][i];
+      if (MASKED && !(valid >> (2 * (pr + j) + (i >> 1)) & 1)) x[j][i] = NEG_INF;
+    }
+  }
+  float top0 = x[0][0], top1 = x[0][1];
+#pragma unroll
+  for (int j = 0; j < NP; j++) {
+    top0 = fmaxf(top0, fmaxf(x[j][0], x[j][2]));
+    top1 = fmaxf(top1, fmaxf(x[j][1], x[j][3]));
+  }
+  if (st.fresh || any_lane(fmaxf(top0, top1) > LAZY_HIGH)) {
+#pragma unroll
+    for (int mask = ROWS_FROM; mask < 32; mask <<= 1) {
+      top0 = fmaxf(top0, shfl_xor(top0, mask));
+      top1 = R == 1 ? top0 : fmaxf(top1, shfl_xor(top1, mask));
+    }
+    float d0 = (st.fresh || top0 > LAZY_HIGH) ? top0 - LAZY_LOW : 0.0f, d1 = (st.fresh || top1 > LAZY_HIGH) ? top1 - LAZY_LOW : 0.0f;
+    float f0 = exp2_fast(-d0), f1 = exp2_fast(-d1);
+    bool empty = MASKED && top0 < -1e29f;            // nothing visible yet: stay fresh
+    if (empty) d0 = d1 = 0.0f;
+    if (st.fresh) f0 = f1 = 0.0f;
+    st.fresh = st.fresh && empty;
+    st.m[0] += d0; st.m[1] += d1;
+    st.l[0] *= f0; st.l[1] *= f1; st.z[0] *= f0; st.z[1] *= f1;
+#pragma unroll
+    for (int i = 0; i < K_STEPS; i++) {
+      st.o[i][0] *= f0; st.o[i][2] *= f0;
+      if (R > 1) { st.o[i][1] *= f1; st.o[i][3] *= f1; }
+    }
+#pragma unroll
+    for (int j = 0; j < NP; j++) { x[j][0] -= d0; x[j][1] -= d1; x[j][2] -= d0; x[j][3] -= d1; }
+  }
+#pragma unroll
+  for (int j = 0; j < NP; j++) {
+    const uint2 a = *(const uint2*)value_scales[j];
+    float sa = half_lo(a.x), za = half_hi(a.x), sb = half_lo(a.y), zb = half_hi(a.y);
+    if (MASKED) {
+      if (!(valid >> (2 * (pr + j)) & 1)) sa = za = 0;
+      if (!(valid >> (2 * (pr + j) + 1) & 1)) sb = zb = 0;
+    }
+    float e[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (R == 1 && (i & 1)) { e[i] = e[i - 1]; continue; }
+      e[i] = exp2_fast(x[j][i]);
+      st.l[i & 1] += e[i];
+      st.z[i & 1] += e[i] * (i < 2 ? za : zb);
+      e[i] *= i < 2 ? sa : sb;
+    }
+    const u32 b0 = transpose8x8(pack_half2(e[0], e[1])), b1 = transpose8x8(pack_half2(e[2], e[3]));
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {                // columns 0-3 belong to the even tile, 4-7 to the odd one
+      u32 v[V_WORDS];
+      load_words(v, (const u32*)values[j] + i * V_TILE, lane);
+      const u32 mine = WIDE || (g < 4) == (i == 0) ? 0xffffffffu : 0u;
+      ValueSteps<K_STEPS>::run(st.o, v, b0 & mine, b1 & mine);
+    }
+  }
+}
+
+// All of an item: its `pairs` pairs from pr0 on, the query turned (and taken to the basis) for their blocks.
+template <class Q, int NP>
+DEVICE void attend_item(State& st, u32 (&q)[RUNS], float (&shift)[2], const unsigned char* stage, const unsigned char* smem, int pr0, int pairs,
+                        u32 valid, int at, int lane) {
+  u32 rq[RUNS];
+#pragma unroll 1
+  for (int block = 0; block < (WIDE ? 2 : 1); block++) {
+    if (MODE != 0) {
+      Rotation rot;
+      load_rotation(rot, stage + IN_ROT, WIDE ? block : lane >> 4, lane);
+      rotate_query<Q>(rq, rot, smem, lane, at);
+    }
+    if (MODE == 2) transform_query(q, shift, rq, smem, lane);
+    if (!any_lane(valid != ALL_SEEN))
+#pragma unroll 1
+      for (int pr = pr0; pr < pr0 + pairs; pr += NP) step<false, NP>(st, stage, smem, q, rq, shift, pr0, pr, block, valid, lane);
+    else
+#pragma unroll 1
+      for (int pr = pr0; pr < pr0 + pairs; pr += NP) step<true, NP>(st, stage, smem, q, rq, shift, pr0, pr, block, valid, lane);
+  }
+}
+#endif
