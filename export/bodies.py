@@ -420,14 +420,18 @@ def _preserve_sinks(
     slot = b.cast(slot, "INT64")
     held = b.Where(b.Less(slot, b.ints(-1)), b.Sub(b.Neg(slot), b.ints(2)), slot)  # a place marked as a repeat
     out: dict[str, list[str]] = {"slot": [], "score": [], "k": [], "v": []}
-    at = 0
+    at, lowest = 0, b.const(-np.inf)
     for i, capacity in enumerate(a["segments"]):
         new_score, new_index = candidates[2 * i], candidates[2 * i + 1]
         every_score = b.Concat(b.slice(score, at, at + capacity, 1), new_score, axis=1)
+        every_score = b.Where(b.Greater(every_score, lowest), every_score, lowest)  # what is no number never enters
         every_slot = b.Concat(b.slice(held, at, at + capacity, 1), b.Add(new_index, first), axis=1)
-        best, order = b.TopK(every_score, b.ints(capacity), axis=1, outputs=2)
+        # TopK gives equal scores in the order they come in: that of their slots.
+        every_slot, by_slot = b.TopK(every_slot, b.size(every_slot, 1), axis=1, largest=0, outputs=2)
+        best, order = b.TopK(b.GatherElements(every_score, by_slot, axis=1), b.ints(capacity), axis=1, outputs=2)
         chosen = b.GatherElements(every_slot, order, axis=1)
-        out["slot"].append(b.Where(b.Equal(best, b.const(-np.inf)), b.ints(-1), chosen))
+        order = b.GatherElements(by_slot, order, axis=1)
+        out["slot"].append(b.Where(b.Equal(best, lowest), b.ints(-1), chosen))
         out["score"].append(best)
         places = b.Expand(b.ints(*range(capacity)), b.Concat(b.size(score, 0), b.ints(capacity), axis=0))
         row = b.GatherElements(b.Concat(places, b.Add(new_index, b.ints(capacity)), axis=1), order, axis=1)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kvsink.kernels import hadamard, stages
-from kvsink.kernels.append import merge_exact
 from kvsink.kernels.base import resolve_codec
+from kvsink.kernels.selection import merge_exact, top_rows
 
 __all__ = [
     "Steps", "attend", "attend_packed", "center_roped", "channel_reorder", "first_rows", "mean_rows", "preserve_sinks",
@@ -86,8 +86,7 @@ def first_rows(positions: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Te
     """Candidates of `first:N`: rows of the chunk whose position is below `count`, as score and index [B, min(count, S)]."""
     inside = (positions >= 0) & (positions < count) & valid
     score = torch.where(inside, FIRST_SCORE * (1.0 - positions * 1e-6), float("-inf"))
-    best, index = score.topk(min(count, score.shape[1]), dim=1)
-    return best.float(), index
+    return top_rows(score, count)
 
 
 @first_rows.register_fake
@@ -101,7 +100,7 @@ def preserve_sinks(
     slot: Tensor, score: Tensor, exact_k: Tensor, exact_v: Tensor, k: Tensor, v: Tensor, past_positions: Tensor,
     candidates: Sequence[Tensor], segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The running selection of `kvsink.kernels.append.merge_exact`; the chunk begins at the slot behind past_positions [B, P]."""
+    """`kvsink.kernels.selection.merge_exact`; the chunk begins at the slot behind past_positions [B, P]."""
     first = torch.tensor(past_positions.shape[1])
     return merge_exact(slot, score, (exact_k, exact_v), (k, v), candidates, segments, first)
 

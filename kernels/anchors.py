@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .append import merge_exact
 from .base import resolve_codec
+from .selection import merge_exact, top_rows
 
 __all__ = ["release_", "release_ref", "settle_", "settle_ref"]
 
@@ -44,7 +44,7 @@ def _compete(
     old_slot, old_score = exact_slot[:, fixed:], exact_score[:, fixed:]
     if c.anchors.normalize:
         score, old_score = score / (total - slots), old_score / (total - old_slot)
-    best, index = score.topk(min(places, score.shape[1]), dim=1)
+    best, index = top_rows(score, places)
     slot, rank, new_k, new_v = merge_exact(
         old_slot, old_score, (exact_k[:, :, fixed:], exact_v[:, :, fixed:]), (k, v), (best, index), (places,), start
     )

@@ -2,8 +2,8 @@
 
 Formula    slots = length .. length + S - 1
            codes[slots], scale[slots] = encode(k), encode(v);  recent[slot mod W] = last W rows, unchanged
-           per protection segment: the best `capacity` of (stored rows ∪ candidates) by score stay exact; a row named by
-           several candidates is held once (the other places are marked empty as -(slot + 2))
+           per protection segment: the best `capacity` of (stored rows ∪ candidates) by score stay exact, as
+           `kvsink.kernels.selection` says
            a side that is coded by blocks of R tokens: every block the new rows touch is coded anew from the recent rows
            and the new ones; ranges leave out padding (slots that the caller has marked as not `real`) and rows now kept exact
            a side with outliers: the new entries compete for the records of their blocks, see `kvsink.kernels.sparse`
@@ -31,51 +31,14 @@ from torch import Tensor
 from .append_cpu import append_one, defined, select_one, store_rows
 from .backends import Call, LayerState
 from .base import resolve_codec
+from .selection import merge_exact
 from .sparse import merge_sparse
 from .stages import rope_rows
 from .tokens import touched, window_rows
 
-__all__ = ["append", "append_", "append_cpu", "append_in_c", "append_plain", "append_ref", "keep_exact", "merge_exact"]
+__all__ = ["append", "append_", "append_cpu", "append_in_c", "append_plain", "append_ref", "keep_exact"]
 
 EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
-
-
-def merge_exact(
-    slot: Tensor, score: Tensor, rows: tuple[Tensor, Tensor], chunk: tuple[Tensor, Tensor], candidates: Sequence[Tensor],
-    segments: Sequence[int], first: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The running selection: stored rows [B, E] against the candidates of a chunk that begins at slot `first`.
-
-    rows are the stored exact keys and values [B, H, E, D], chunk the new ones [B, H, S, D]. Returns the new slot [B, E],
-    score [B, E], exact keys and values.
-    """
-    out_slot: list[Tensor] = []
-    out_score: list[Tensor] = []
-    out_k: list[Tensor] = []
-    out_v: list[Tensor] = []
-    at = 0
-    for i, capacity in enumerate(segments):
-        part = slice(at, at + capacity)
-        at += capacity
-        new_score, new_index = candidates[2 * i], candidates[2 * i + 1]
-        held = slot[:, part].to(torch.int64)
-        held = torch.where(held < -1, -held - 2, held)  # a place marked as a repeat still names its row
-        every_score = torch.cat([score[:, part], new_score], dim=1)
-        every_slot = torch.cat([held, new_index + first], dim=1)
-        best, order = every_score.topk(capacity, dim=1)
-        chosen = every_slot.gather(1, order).masked_fill(best == float("-inf"), -1)
-        for stored, new, out in ((rows[0], chunk[0], out_k), (rows[1], chunk[1], out_v)):
-            wide = new_index[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-            pool = torch.cat([stored[:, :, part], new.gather(2, wide).to(stored.dtype)], dim=2)
-            out.append(pool.gather(2, order[:, None, :, None].expand(-1, pool.shape[1], -1, pool.shape[3])))
-        out_slot.append(chosen)
-        out_score.append(best)
-    merged = torch.cat(out_slot, dim=1)
-    place = torch.arange(merged.shape[1], device=merged.device)
-    earlier = place[:, None] > place
-    repeat = ((merged[:, :, None] == merged[:, None, :]) & earlier).any(-1) & (merged >= 0)
-    merged = torch.where(repeat, -merged - 2, merged)
-    return merged.to(slot.dtype), torch.cat(out_score, dim=1), torch.cat(out_k, dim=2), torch.cat(out_v, dim=2)
 
 
 def append_ref(

@@ -316,11 +316,17 @@ static void move(const Select *s, int64_t b, int64_t at, int64_t to, uint8_t *ro
         }
 }
 
-/* The new row of a sequence among places from … end - 1, best first, where its score beats one that stands there. */
+/* The rule of selection.py: whether place `a` of a sequence goes before place `c`. */
+static int precedes(const float *score, const int32_t *slot, int64_t a, int64_t c) {
+    return score[a] > score[c] || (score[a] == score[c] && slot[a] < slot[c]);
+}
+
+/* The new row of a sequence among places from … end - 1, best first, where its score beats one that stands there. No row that
+ * stands there is later than it. */
 static void insert(const Select *s, int64_t b, int64_t from, int64_t end, float fresh, uint8_t *room) {
     float *score = s->score + b * s->places;
     int64_t at = end;
-    while (at > from && !(score[at - 1] >= fresh)) at--;
+    while (at > from && fresh > score[at - 1]) at--;
     if (at == end) return;
     move(s, b, end - 1, at, room);
     score[at] = fresh;
@@ -333,7 +339,7 @@ static void insert(const Select *s, int64_t b, int64_t from, int64_t end, float 
         }
 }
 
-/* One new row against the places of every segment, best first; an equal score stays behind the stored one. */
+/* One new row against the places of every segment, which it leaves in the order of the rule. */
 void kvsink_select(const Select *s) {
     const int64_t e = s->places;
     uint8_t *room = malloc(s->bytes[0] > s->bytes[1] ? s->bytes[0] : s->bytes[1]);
@@ -344,9 +350,9 @@ void kvsink_select(const Select *s) {
             if (slot[i] < -1) slot[i] = -slot[i] - 2; /* a place marked as a repeat still names its row */
         for (int64_t k = 0, from = 0; k < s->segments; from += s->capacity[k++]) {
             const int64_t end = from + s->capacity[k];
-            for (int64_t at = from + 1; at < end; at++) { /* a crop leaves places empty between others */
+            for (int64_t at = from + 1; at < end; at++) { /* a crop leaves places empty between others, kernels an order of theirs */
                 int64_t to = at;
-                while (to > from && score[to - 1] < score[at]) to--;
+                while (to > from && precedes(score, slot, at, to - 1)) to--;
                 if (to < at) move(s, b, at, to, room);
             }
             for (int64_t i = 0; i < s->scores[k]; i++) insert(s, b, from, end, s->candidate[k][b * s->scores[k] + i], room);

@@ -314,7 +314,7 @@ static void hide(const Call *c, int64_t b, int64_t query, int64_t start, int64_t
 }
 
 /* Logits [R, TILE], LOWEST behind the last row, become weights of rows; the running state of each query follows. */
-static void soften(const Call *c, Room *o, float *work) {
+static void online_softmax(const Call *c, Room *o, float *work) {
     const int64_t dv = c->value.dim, vg = c->value.groups, state = 2 + dv;
     for (int64_t i = 0; i < c->repeats; i++) {
         float *restrict p = o->p + i * TILE, *held = work + i * state, peak = held[0], high[LANES];
@@ -398,7 +398,7 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
             if (memchr(skip + start - begin, 1, n))
                 for (int64_t t = 0; t < n; t++) p[t] = skip[start - begin + t] ? LOWEST : p[t];
         }
-        soften(c, o, work);
+        online_softmax(c, o, work);
         decode(v, v->codes + b * v->stride_b + h * v->stride_h + start * v->row_bytes, n, h, o->rows);
         affine(v, v->scale + b * v->scale_b + h * v->scale_h + start * v->scales, n, o->a, o->z);
         for (int64_t g = 0; g < vg; g++) {

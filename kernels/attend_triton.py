@@ -1,8 +1,8 @@
 """Decode attention over packed rows on any GPU that Triton serves: one new query row per sequence, codes only looked up.
 
 Formula    keys coded after RoPE or by blocks of tokens: logit = a_t (w · level_t) + b_t sum(w) + t · mean_d, with t the query
-           turned back to the start of the block and w that in the basis of the codec; keys coded before RoPE: the row is restored,
-           and the query turned to its token;  out = restore(sum p_t (a_t level_t + b_t)) + rows held as they came
+           rotated back to the start of the block and w that in the basis of the codec; keys coded before RoPE: the row is restored,
+           and the query rotated to its token;  out = restore(sum p_t (a_t level_t + b_t)) + exact rows
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
 Exact      products in float16 for 16-bit models (relative error of the output below 2e-3), in float32 for float32 models
@@ -35,10 +35,10 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DIMS = 16, 256
 _MOST_EXACT = 64  # exact rows that every tile is compared with
 _SMALLEST_BLOCK = 16  # tokens; below it a query per block costs more than restoring keys
-_OFFSETS = 64  # positions whose angles stand in a table of their own, where the query is turned to every key
+_OFFSETS = 64  # positions whose angles stand in a table of their own, where the query is rotated to every key
 _BY_QUERY, _BY_KEY = (32, 2, 16), (64, 4, 8)  # slots of a step, warps, programs per multiprocessor; best of 12 on an H100
 _MOST_SPLITS = 128
-_TURNED = 64  # rows that one program of the first launch turns
+_ROTATED = 64  # rows that one program of the first launch rotates
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def attend_one(
 
     scale *= math.log2(math.e)
     blocks = -(-slots // block) + 1
-    turned = logits = unit_cos = unit_sin = None
+    rotated = logits = unit_cos = unit_sin = None
     shape = dict(H=h, R=r, RP=power(r), D=d, DP=power(d), ROTARY=rotary, DT=dt[half], PER_KEY=per_key, BLOCK=block,
                  BY_BLOCK=by_block, BASIS=basis is not None, SIGMA=sigma is not None, MEAN=mean is not None)  # fmt: skip
     if starts:
@@ -277,14 +277,14 @@ def attend_one(
         if per_key:
             unit_cos, unit_sin = _offsets((cos, sin), d, half)
         if per_key or by_block:
-            turned = torch.empty(b * h, blocks, r * (2 if per_key else 1), d, dtype=half, device=device)
+            rotated = torch.empty(b * h, blocks, r * (2 if per_key else 1), d, dtype=half, device=device)
         if mean is not None and not per_key:
             logits = torch.empty(b * h, r, blocks * block, dtype=torch.float32, device=device)
         together = 1 << (r - 1).bit_length()
-        m = max(1, _TURNED // together)
-        kernels.turn_kernel[(-(-blocks // m), b * h)](
+        m = max(1, _ROTATED // together)
+        kernels.rotate_query_kernel[(-(-blocks // m), b * h)](
             q, held(basis), held(sigma), held(None if mean is None else derived(mean, half, same)), cos, sin, st["positions"],
-            st["length"], held(turned), held(logits), scale, basis_h, cos.shape[0] - 1, blocks, st["positions"].stride(0), M=m,
+            st["length"], held(rotated), held(logits), scale, basis_h, cos.shape[0] - 1, blocks, st["positions"].stride(0), M=m,
             RQ=together, **shape,
         )  # fmt: skip
     splits = splits_of(b * h, slots, tile, waves, device)
@@ -298,11 +298,11 @@ def attend_one(
         q, st["k_codes"], st["k_scale"], st["v_codes"], st["v_scale"], st["positions"], st["length"], held(visible),
         exact, st["exact_v"], st["exact_slot"], recent, st["recent_v"], st["recent_slot"], k, v,
         key.meta, key.levels, value.meta, value.levels, held(sigma), held(basis), held(mean),
-        held(unit_cos), held(unit_sin), held(turned), held(logits), acc, top, mass,
+        held(unit_cos), held(unit_sin), held(rotated), held(logits), acc, top, mass,
         *st["k_codes"].stride()[:2], *st["k_scale"].stride()[:2], *st["v_codes"].stride()[:2], *st["v_scale"].stride()[:2],
         st["positions"].stride(0), 0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
         per_head(p.get("k_book")), per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
-        scale, splits, blocks, N=tile, HELD_DT=dt[q.dtype], STARTS=starts,
+        scale, splits, blocks, N=tile, EXACT_DT=dt[q.dtype], STARTS=starts,
         K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_KIND=key.kind,
         K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
         V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_KIND=value.kind,
@@ -314,7 +314,7 @@ def attend_one(
 
 
 def _merged(acc: Tensor, top: Tensor, mass: Tensor, splits: int, q: Tensor, c: Any, p: dict[str, Tensor]) -> Tensor:
-    """The output of parts [B·H, splits + 1, R, D], the last of which are rows held as they came."""
+    """The output of parts [B·H, splits + 1, R, D], the last of which is that of exact rows."""
     from . import triton_attend as kernels
 
     heads, _, r, d = acc.shape

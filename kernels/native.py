@@ -25,11 +25,15 @@ import torch
 from torch import Tensor
 
 from .base import cache_folder
+from .driver import NativeError
+from .driver import check as _check
+from .driver import driver as _driver
 from .levels import EVEN_STEP
+from .scratch import Scratch
 from .tiles import make_fields
 
 __all__ = [
-    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Scratch", "Variant", "by_warp", "library", "module_of", "scratch",
+    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "library", "module_of", "scratch",
     "single", "too_old", "unit",
 ]  # fmt: skip
 
@@ -51,10 +55,6 @@ def unit(defines: Mapping[str, str], names: Sequence[str]) -> str:
     """One translation unit without includes: macros, then files of `kernels/cuda`."""
     head = "".join(f"#define {name} {text}\n" for name, text in defines.items())
     return head + "".join((_FOLDER / name).read_text() for name in names)
-
-
-class NativeError(RuntimeError):
-    """Why a kernel cannot be had here."""
 
 
 @dataclass(frozen=True)
@@ -273,19 +273,6 @@ def compile_cubin(source: str, arch: str) -> bytes:
 # -- loading and launching ----------------------------------------------------------------------------------------------
 
 
-@cache
-def _driver() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise NativeError("libcuda.so.1 is not found") from error
-
-
-def _check(code: int, what: str) -> None:
-    if code:
-        raise NativeError(f"CUDA driver error {code} in {what}")
-
-
 class Module:
     """Machine code on one GPU: its functions and how to launch them."""
 
@@ -329,45 +316,11 @@ def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.de
     return Module(unit(defines, names), device)
 
 
-class Scratch:
-    """What blocks of a launch leave for each other on one GPU: parts of rows, and how many heads have come.
-
-    Launches find the words empty and leave them so. Those that may overlap must not share them: each stream takes the next of
-    `MOST` places, and each captured graph the next of as many others, so that as many of either may run at a time. All are made at
-    once, as none can be during a capture.
-    """
-
-    MOST = 8
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, count = device, 2 * self.MOST
-        words = torch.cuda.get_device_properties(device).multi_processor_count * _PART_WORDS
-        self._partial = torch.full((count, words), -1, dtype=torch.int32, device=device)
-        self._arrived = torch.zeros(count, _MOST_ROWS, dtype=torch.int32, device=device)
-        self._streams: dict[int, int] = {}
-
-    def now(self) -> tuple[Tensor, Tensor]:
-        """Words for parts and counts of heads, for a launch on the current stream."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        if torch.cuda.is_current_stream_capturing():
-            status, graph = ctypes.c_int(), ctypes.c_uint64()
-            where = ctypes.c_void_p(stream)
-            code = _driver().cuStreamGetCaptureInfo_v2(where, ctypes.byref(status), ctypes.byref(graph), None, None, None)
-            _check(code, "naming a captured graph")
-            at = self.MOST + graph.value % self.MOST
-        else:
-            at = self._streams.setdefault(stream, len(self._streams)) % self.MOST
-        return self._partial[at], self._arrived[at]
-
-    def clean(self) -> bool:
-        """Whether all words are empty, as they are between launches."""
-        return bool((self._partial == -1).all()) and not bool(self._arrived.any())
-
-
 @cache
 def scratch(device: torch.device) -> Scratch:
     """The scratch memory of a GPU."""
-    return Scratch(device)
+    words = torch.cuda.get_device_properties(device).multi_processor_count * _PART_WORDS
+    return Scratch(device, words, _MOST_ROWS)
 
 
 class Cubin:

@@ -2,7 +2,7 @@
 
 Formula    by "channel": score_t = max over the given channels c of |H[t, c]| · weight_c, top `count` tokens
            by "entries": the `count` largest entries of |H| over all tokens and channels, each mapped to its token; a
-           token may then appear more than once
+           token may then appear more than once; of equal scores the earlier row (kernels/selection.py)
 Source     "channel": KVSink, arXiv 2508.04257 section 4; "entries": RotateKV, arXiv 2501.16383 (attention-sink-aware)
 Differs    runs over chunks: a cache keeps the best of all chunks seen; invalid (padding) rows score -inf
 Shapes     hidden [B, S, E], valid bool [B, S], channels int64 [C], weights float32 [C] →
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .base import Cost, OpSpec, nbytes, register_op
+from .selection import top_rows
 
 __all__ = ["select_sinks", "select_sinks_ref"]
 
@@ -30,14 +31,14 @@ def select_sinks_ref(
 ) -> tuple[Tensor, Tensor]:
     """The definition. `entries` ranks single entries over all channels, else rows by their marked channels."""
     if entries:
-        score = hidden.float().abs().masked_fill(~valid[..., None], float("-inf")).flatten(1)  # [B, S·E]
-        best, flat = score.topk(min(count, score.shape[1]), dim=1)
-        return best, flat // hidden.shape[-1]
+        score = hidden.float().abs().masked_fill(~valid[..., None], float("-inf"))
+        each = score.topk(min(count, score.shape[2]), dim=2).values  # [B, S, n]: no more of one token can be chosen
+        best, flat = top_rows(each.flatten(1), count)
+        return best, flat // each.shape[2]
     score = (hidden[..., channels].float().abs() * weights).amax(-1).masked_fill(~valid, float("-inf"))  # [B, S]
     if score.shape[1] == 1:
         return score, torch.zeros_like(score, dtype=torch.int64)  # one new row: nothing to choose from
-    best, index = score.topk(min(count, score.shape[1]), dim=1)
-    return best, index
+    return top_rows(score, count)
 
 
 @torch.library.custom_op("kvsink::select_sinks", mutates_args=())

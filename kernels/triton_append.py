@@ -252,10 +252,10 @@ def code_kernel(
 
 @triton.jit
 def _moved(
-    rows, out, place, b, row_b, row_h, held_b, held_h, cos, sin, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
+    rows, out, place, b, row_b, row_h, out_b, out_h, cos, sin, H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
-    """The new row of all heads of one sequence, turned to its position, to a place of held rows; as PyTorch rounds it."""
+    """The new row of all heads of one sequence, rotated to its position, to a place of exact rows; as PyTorch rounds it."""
     h, c = tl.arange(0, HP), tl.arange(0, DP)
     inside = (h < H)[:, None] & (c < D)[None, :]
     row = rows + b * row_b + h[:, None] * row_h
@@ -269,7 +269,7 @@ def _moved(
         p = (x.to(tl.float32) * tl.load(cos + c, mask=turns, other=1.0).to(x.dtype).to(tl.float32)[None, :]).to(x.dtype)
         q = (y.to(tl.float32) * tl.load(sin + c, mask=turns, other=0.0).to(x.dtype).to(tl.float32)[None, :]).to(x.dtype)
         x = tl.where(turns[None, :], (p.to(tl.float32) + sign * q.to(tl.float32)).to(x.dtype), x)
-    tl.store(out + b * held_b + h[:, None] * held_h + place * D + c[None, :], x.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + b * out_b + h[:, None] * out_h + place * D + c[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -310,7 +310,9 @@ def enter_kernel(
                 new = tl.load(score_3 + b * score_b3).to(tl.float32)
             mine = (e >= low) & (e < end)
             least = tl.min(tl.where(mine, score, float("inf")), 0)
-            place = tl.max(tl.where(mine & (score == least), e, -1), 0)
+            worst = mine & (score == least)  # of them the row of the latest slot leaves, as in selection.py
+            last = tl.max(tl.where(worst, slot, -1), 0)
+            place = tl.max(tl.where(worst & (slot == last), e, -1), 0)
             if (new > least) & (place >= 0):
                 score = tl.where(e == place, new, score)
                 slot = tl.where(e == place, first.to(tl.int32), slot)

@@ -2,12 +2,12 @@
 
 Formula    as `kvsink.kernels.attend_cpu`: the query goes to the basis and to the start of a block, codes are only looked up
 Source     FlashAttention, arXiv 2205.14135 (online softmax over splits); the query that carries the transform: ours
-Shapes     one program per (split of the slots, sequence and key-value head); the last split takes rows held as they came
+Shapes     one program per (split of the slots, sequence and key-value head); the last split takes exact rows
 Exact      logits in float32, products in the dtype of the model (float16 for bfloat16 models)
 Cost       every code and scale is read once per key-value head
 
 Imported only where Triton is there. Names in capitals are constants of the compilation. RP, DP: query heads and channels
-padded to powers of two; PER_KEY: keys are restored and the query turned to their tokens, else the query alone moves.
+padded to powers of two; PER_KEY: keys are restored and the query rotated to their tokens, else the query alone moves.
 """
 
 import triton
@@ -125,8 +125,8 @@ def _side(
 
 
 @triton.jit
-def _fold(top, mass, acc, offset, s, seen, y, factor, shift, SHIFTED: tl.constexpr, DT: tl.constexpr):
-    """One more tile into the running softmax: logits s [RP, N] in powers of two, rows y [N, DP] = factor · levels + shift."""
+def _online_softmax(top, mass, acc, offset, s, seen, y, factor, shift, SHIFTED: tl.constexpr, DT: tl.constexpr):
+    """One more tile into the online softmax: logits s [RP, N] in powers of two, rows y [N, DP] = factor · levels + shift."""
     s = tl.where(seen[None, :], s, float("-inf"))
     peak = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(peak == float("-inf"), 0.0, peak)
@@ -172,15 +172,15 @@ def _base(positions, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def turn_kernel(
-    q_ptr, basis, sigma, mean, start_cos, start_sin, positions, length, turned, logits, scale, basis_h, last_block, blocks,
+def rotate_query_kernel(
+    q_ptr, basis, sigma, mean, start_cos, start_sin, positions, length, rotated, logits, scale, basis_h, last_block, blocks,
     position_b,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr,
     DT: tl.constexpr, PER_KEY: tl.constexpr, BLOCK: tl.constexpr, BY_BLOCK: tl.constexpr, BASIS: tl.constexpr,
     SIGMA: tl.constexpr, MEAN: tl.constexpr, M: tl.constexpr, RQ: tl.constexpr,
 ):  # fmt: skip
     """The query of every block of positions: in the basis of the codec (BY_BLOCK), or with its other half (PER_KEY), and the
-    logits of the mean. M blocks a program, from `_base` on; turned [BH, blocks, R or 2R, D], logits [BH, R, blocks · BLOCK]."""
+    logits of the mean. M blocks a program, from `_base` on; rotated [BH, blocks, R or 2R, D], logits [BH, R, blocks · BLOCK]."""
     bh = tl.program_id(1).to(tl.int64)
     h = bh % H
     x, c = tl.arange(0, M * RQ), tl.arange(0, DP)
@@ -194,7 +194,7 @@ def turn_kernel(
     b = tl.load(start_sin + angle, mask=turns, other=0.0)
     t = q * a + q_side * b
     if PER_KEY:
-        out = turned + ((bh * blocks + block) * 2 * R + r)[:, None] * D + c[None, :]
+        out = rotated + ((bh * blocks + block) * 2 * R + r)[:, None] * D + c[None, :]
         tl.store(out, t.to(DT), mask=inside)
         tl.store(out + R * D, (q_side * a - q * b).to(DT), mask=inside)
     else:
@@ -206,29 +206,29 @@ def turn_kernel(
             tl.store(logits + place, found, mask=((r < R) & (block < blocks))[:, None])
         if BY_BLOCK:
             w = _to_basis(t, basis + h * basis_h, sigma + h * D, c, D, BASIS, SIGMA, DT)
-            tl.store(turned + ((bh * blocks + block) * R + r)[:, None] * D + c[None, :], w.to(DT), mask=inside)
+            tl.store(rotated + ((bh * blocks + block) * R + r)[:, None] * D + c[None, :], w.to(DT), mask=inside)
 
 
 @triton.jit
-def _held_tile(top, mass, acc, offset, q, keys, values, seen, n, c, D: tl.constexpr, DT: tl.constexpr):
-    """Rows in 16 bit [N] of one head at `keys`, `values`."""
+def _exact_tile(top, mass, acc, offset, q, keys, values, seen, n, c, D: tl.constexpr, DT: tl.constexpr):
+    """Exact rows [N] of one head at `keys`, `values`: protected ones, the window or the new row."""
     inside = seen[:, None] & (c < D)[None, :]
     k = tl.load(keys + n[:, None] * D + c[None, :], mask=inside, other=0.0).to(DT)
     v = tl.load(values + n[:, None] * D + c[None, :], mask=inside, other=0.0).to(DT)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     one = tl.full(n.shape, 1.0, tl.float32)
-    return _fold(top, mass, acc, offset, s, seen, v, one, one, False, DT)
+    return _online_softmax(top, mass, acc, offset, s, seen, v, one, one, False, DT)
 
 
 @triton.jit
 def attend_kernel(
     q_ptr, k_codes, k_scale, v_codes, v_scale, positions, length, mask, exact_k, exact_v, exact_slot, recent_k, recent_v,
     recent_slot, new_k, new_v, k_meta, k_levels, v_meta, v_levels, sigma, basis, mean, unit_cos, unit_sin,
-    turned, logits, part_acc, part_top, part_mass,
+    rotated, logits, part_acc, part_top, part_mass,
     k_codes_b, k_codes_h, k_scale_b, k_scale_h, v_codes_b, v_codes_h, v_scale_b, v_scale_h, position_b, mask_b,
     k_levels_h, v_levels_h, exact_b, exact_h, recent_b, recent_h, basis_h, scale, splits, blocks,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
-    ROTARY: tl.constexpr, HELD_DT: tl.constexpr, DT: tl.constexpr,
+    ROTARY: tl.constexpr, EXACT_DT: tl.constexpr, DT: tl.constexpr,
     PER_KEY: tl.constexpr, BLOCK: tl.constexpr, STARTS: tl.constexpr, BY_BLOCK: tl.constexpr, BASIS: tl.constexpr,
     SIGMA: tl.constexpr, MEAN: tl.constexpr,
     K_BYTES: tl.constexpr, K_FORM: tl.constexpr, K_WIDE: tl.constexpr, K_MULTIPLE: tl.constexpr, K_KIND: tl.constexpr,
@@ -255,16 +255,16 @@ def attend_kernel(
     acc = tl.zeros((RP, DP), tl.float32)
     if split == splits:
         qh = tl.load(q_ptr + (bh * R + r)[:, None] * D + c[None, :], mask=inside, other=0.0).to(tl.float32) * scale
-        qh = qh.to(HELD_DT)
+        qh = qh.to(EXACT_DT)
         for at in tl.static_range(0, E, 16):
             row = at + tl.arange(0, 16)
             slot = tl.load(exact_slot + b * E + row, mask=row < E, other=-1)
             seen = slot >= 0
             if MASKED:
                 seen = seen & (tl.load(mask + b * mask_b + slot, mask=seen, other=0) != 0)
-            top, mass, acc, offset = _held_tile(
+            top, mass, acc, offset = _exact_tile(
                 top, mass, acc, offset, qh, exact_k + b * exact_b + h * exact_h, exact_v + b * exact_b + h * exact_h,
-                seen, row, c, D, HELD_DT,
+                seen, row, c, D, EXACT_DT,
             )  # fmt: skip
         for at in range(0, RING, 16):
             row = at + tl.arange(0, 16)
@@ -276,9 +276,9 @@ def attend_kernel(
                 seen = seen & (tl.sum((slot[:, None] == exact[None, :]).to(tl.int32), 1) == 0)
             if MASKED:
                 seen = seen & (tl.load(mask + b * mask_b + slot, mask=seen, other=0) != 0)
-            top, mass, acc, offset = _held_tile(
+            top, mass, acc, offset = _exact_tile(
                 top, mass, acc, offset, qh, recent_k + b * recent_b + h * recent_h, recent_v + b * recent_b + h * recent_h,
-                seen, row, c, D, HELD_DT,
+                seen, row, c, D, EXACT_DT,
             )  # fmt: skip
         if not STRICT:
             row = tl.arange(0, 16)
@@ -288,8 +288,8 @@ def attend_kernel(
                 seen = seen & (tl.sum((slot[:, None] == exact[None, :]).to(tl.int32), 1) == 0)
             if MASKED:
                 seen = seen & (tl.load(mask + b * mask_b + slot, mask=seen, other=0) != 0)
-            top, mass, acc, offset = _held_tile(
-                top, mass, acc, offset, qh, new_k + bh * D, new_v + bh * D, seen, row, c, D, HELD_DT
+            top, mass, acc, offset = _exact_tile(
+                top, mass, acc, offset, qh, new_k + bh * D, new_v + bh * D, seen, row, c, D, EXACT_DT
             )
     else:
         k_codes += b * k_codes_b + h * k_codes_h
@@ -306,7 +306,7 @@ def attend_kernel(
         base = 0
         if STARTS:
             base = _base(positions + b * position_b, length, BLOCK)
-            turned += bh * blocks * D * (2 * R if PER_KEY else R)
+            rotated += bh * blocks * D * (2 * R if PER_KEY else R)
             logits += bh * R * blocks * BLOCK
         total = tl.cdiv(past, N)
         per = tl.cdiv(total, splits)
@@ -350,19 +350,19 @@ def attend_kernel(
                 high = tl.max(tl.where(live, block, -1), 0)
                 if PER_KEY:
                     inner = (place % BLOCK)[:, None] * DP + c[None, :]
-                    turned_x = (x * tl.load(unit_cos + inner)).to(DT)
+                    rotated_x = (x * tl.load(unit_cos + inner)).to(DT)
                     across_x = (x * tl.load(unit_sin + inner)).to(DT)
                 s = tl.full((N, RP), float("nan"), tl.float32)  # positions that run ahead of their slots are not served
                 for at in range(low, tl.minimum(high + 1, blocks)):
                     if PER_KEY:
-                        row = turned + (at * 2 * R + r)[:, None] * D + c[None, :]
+                        row = rotated + (at * 2 * R + r)[:, None] * D + c[None, :]
                         t = tl.load(row, mask=inside, other=0.0)
                         across = tl.load(row + R * D, mask=inside, other=0.0)
-                        found = tl.dot(turned_x, tl.trans(t), input_precision="ieee")
+                        found = tl.dot(rotated_x, tl.trans(t), input_precision="ieee")
                         found = tl.dot(across_x, tl.trans(across), found, input_precision="ieee")
                     else:
                         if BY_BLOCK:
-                            w = tl.load(turned + (at * R + r)[:, None] * D + c[None, :], mask=inside, other=0.0)
+                            w = tl.load(rotated + (at * R + r)[:, None] * D + c[None, :], mask=inside, other=0.0)
                         found = tl.dot(x.to(DT), tl.trans(w), input_precision="ieee") * gain[:, None]
                         if K_KIND >= 2:
                             found += tl.sum(w.to(tl.float32), 1)[None, :] * shift[:, None]
@@ -377,7 +377,9 @@ def attend_kernel(
                     s = tl.dot(x.to(DT), tl.trans(w), input_precision="ieee") * gain[:, None]
                     if K_KIND >= 2:
                         s += tl.sum(w.to(tl.float32), 1)[None, :] * shift[:, None]
-            top, mass, acc, offset = _fold(top, mass, acc, offset, tl.trans(s), live, y.to(DT), v_gain, v_shift, V_KIND >= 2, DT)
+            top, mass, acc, offset = _online_softmax(
+                top, mass, acc, offset, tl.trans(s), live, y.to(DT), v_gain, v_shift, V_KIND >= 2, DT
+            )
     acc = acc + offset[:, None]
     out = (bh * (splits + 1) + split) * R + r
     tl.store(part_top + out, top, mask=r < R)
@@ -396,10 +398,10 @@ def merge_kernel(
     h = bh % H
     c, s = tl.arange(0, DP), tl.arange(0, SP)
     part = (bh * (splits + 1) + s) * R + r
-    held = (bh * (splits + 1) + splits) * R + r
+    exact = (bh * (splits + 1) + splits) * R + r
     tops = tl.load(part_top + part, mask=s < splits, other=float("-inf"))
-    held_top = tl.load(part_top + held)
-    peak = tl.maximum(tl.max(tops, 0), held_top)
+    exact_top = tl.load(part_top + exact)
+    peak = tl.maximum(tl.max(tops, 0), exact_top)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     weight = tl.exp2(tops - peak)
     mass = tl.sum(tl.load(part_mass + part, mask=s < splits, other=0.0) * weight, 0)
@@ -413,8 +415,8 @@ def merge_kernel(
         x = tl.sum(x[:, None] * u, 0)
     if MEAN:
         x = x + mass * tl.load(value_mean + h * D + c, mask=c < D, other=0.0)
-    share = tl.exp2(held_top - peak)
-    x = x + share * tl.load(part_acc + held * D + c, mask=c < D, other=0.0)
-    mass = mass + share * tl.load(part_mass + held)
+    share = tl.exp2(exact_top - peak)
+    x = x + share * tl.load(part_acc + exact * D + c, mask=c < D, other=0.0)
+    mass = mass + share * tl.load(part_mass + exact)
     x = x / tl.maximum(mass, 1e-30)
     tl.store(out_ptr + (bh * R + r) * D + c, x.to(out_ptr.dtype.element_ty), mask=c < D)

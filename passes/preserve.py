@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvsink.kernels import stages
-from kvsink.kernels.append import merge_exact
 from kvsink.kernels.read import put_rows
+from kvsink.kernels.selection import merge_exact
 from kvsink.passes.base import Declined, RewritePass, Work, insert_tensor, register_pass
 from kvsink.passes.chain import Chain
 from kvsink.sites import AttentionSite

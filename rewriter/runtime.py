@@ -20,6 +20,7 @@ from kvsink.attention import causal_mask
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels import select_sinks
+from kvsink.kernels.selection import top_rows
 from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.offload import place_of
@@ -711,8 +712,7 @@ class _Pivots(_Hook):
             score = torch.full(hidden.shape[:2], float("-inf"), device=hidden.device)
         else:
             score = pivot_scores(hidden, cache.shared.frame.valid, self.least, self.ratio)
-        best, index = score.topk(min(self.count, hidden.shape[1]), dim=1)
-        cache.shared.frame.candidates[self.key] = best, index  # dynamo of torch 2.11 does not join the result of topk to a list
+        cache.shared.frame.candidates[self.key] = top_rows(score, self.count)
 
 
 def pivot_scores(hidden: Tensor, valid: Tensor | None, least: float, ratio: float) -> Tensor:
@@ -758,8 +758,7 @@ def order_candidates(frame: Frame, order: Tensor, batch: int, segment: Segment) 
     score = torch.where(inside, score, float("-inf"))
     if score.shape[1] == 1:
         return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from
-    best, index = score.topk(min(segment.count, score.shape[1]), dim=1)
-    return best.float(), index
+    return top_rows(score, segment.count)
 
 
 def position_hash(positions: Tensor) -> Tensor:

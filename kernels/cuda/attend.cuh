@@ -14,10 +14,6 @@
 #ifndef ITEM_PAIRS
 #define ITEM_PAIRS 4  // tile pairs that one warp loads at a time: 4 (a superblock), 2 or 1, not fewer than STEP_PAIRS
 #endif
-#ifndef COMPUTE_REGISTERS
-#define COMPUTE_REGISTERS 200
-#define SERVICE_REGISTERS 104
-#endif
 #ifndef WARPS
 #define WARPS 8
 #endif
@@ -61,8 +57,7 @@ struct Params {
 
 constexpr int GROUPS = HEADS_PER_KV <= 4 ? 1 : (HEADS_PER_KV + 7) / 8, R = (HEADS_PER_KV + GROUPS - 1) / GROUPS;
 constexpr bool WIDE = R > 4;
-constexpr int COLUMNS = WIDE ? 8 : 4, TILES = WIDE ? 1 : 2, SERVICE = 4, THREADS = (WARPS + SERVICE) * 32;
-constexpr int TURNS = COLUMNS / SERVICE;             // heads that a service warp sees to, one after another
+constexpr int COLUMNS = WIDE ? 8 : 4, TILES = WIDE ? 1 : 2, SERVICE = COLUMNS, THREADS = (WARPS + SERVICE) * 32;
 
 constexpr int KS_BYTES = MODE == 2 ? 256 : 512, VS_BYTES = 512, HALF_RUNS = ROTARY / 16, ROT_BYTES = MODE == 0 ? 0 : 64 * HALF_RUNS;
 constexpr int KI_BYTES = K_BYTES * ITEM_PAIRS / 4, VI_BYTES = V_BYTES * ITEM_PAIRS / 4;   // codes of one item
@@ -89,8 +84,9 @@ constexpr int SMEM_BYTES = OFF_BAR + 8 * (WARPS * STAGES + 8);
 static_assert(SMEM_BYTES <= SHARED_MOST, "more shared memory than a block can have");
 static_assert(WARPS * STAGES >= PAIR_WARPS && HEADS_PER_KV <= 32, "warps, heads");
 
-// The block owns what it was launched with; asking for more than that waits for ever. Few warps have all they can use.
-constexpr bool SHIFTS = WARPS > 4;
+// Registers move from service warps to those that compute. The block owns what it was launched with; asking for more waits for ever.
+constexpr bool SHIFTS = THREADS > 256;
+constexpr int COMPUTE_REGISTERS = WARPS == 4 ? 240 : WIDE ? 168 : 200, SERVICE_REGISTERS = WARPS == 4 ? 128 : WIDE ? 88 : 104;
 static_assert(!SHIFTS || WARPS * 32 * COMPUTE_REGISTERS + SERVICE * 32 * SERVICE_REGISTERS <= 65536 / THREADS / 8 * 8 * THREADS, "registers");
 static_assert(WARPS % 4 == 0, "register counts change per four warps");
 

@@ -22,10 +22,11 @@ DEVICE void prefetch_exact(const Params& p, int b, int kv, int lane) {
 
 // Rows e0, e0 + 1, ... of exact, recent and new ones of sequence b, and whether they count: each slot does once, and obeys the mask.
 DEVICE void load_exact(ExactRows& r, const Params& p, int b, int kv, int lane, int e0) {
-  const int length = (int)p.length[b * p.length_row], recent = recent_of(p, length), W = recent_rows(p, length), mine = e0 + lane;
-  int slot = -1;
-  if (lane < CHUNK && mine < p.E + W + p.N) {
-    slot = mine < p.E ? p.exact_slot[b * p.E + mine] : mine < p.E + W ? recent + mine - p.E : length + mine - p.E - W;
+  const int length = (int)p.length[b * p.length_row], recent = recent_of(p, length), old = p.E + recent_rows(p, length), mine = e0 + lane;
+  int slot = -1, row = 0;                            // of row `lane` of the chunk, in its store
+  if (lane < CHUNK && mine < old + p.N) {
+    slot = mine < p.E ? p.exact_slot[b * p.E + mine] : mine < old ? recent + mine - p.E : length + mine - old;
+    row = mine < p.E ? mine : mine < old ? slot % p.window : mine - old;
     if (mine < p.E && slot >= (p.window ? recent : p.N ? length : length + 1)) slot = -1;   // among the recent or the new rows too
     if (p.mask && slot >= 0 && !p.mask[b * p.mask_row + slot]) slot = -1;
   }
@@ -33,23 +34,22 @@ DEVICE void load_exact(ExactRows& r, const Params& p, int b, int kv, int lane, i
   const long long unit = (long long)b * p.Hkv + kv;
 #pragma unroll
   for (int j = 0; j < CHUNK; j++) {
-    const int e = e0 + j;
     r.k[j] = r.v[j] = Raw{};
-    if (e >= p.E + W + p.N) continue;
-    const bool side = e < p.E, old = e < p.E + W;
-    const long long row = side ? unit * p.E + e : old ? unit * p.window + (recent + e - p.E) % p.window : unit * p.N + e - p.E - W;
-    r.k[j] = load_raw(side ? p.exact_k : old ? p.recent_k : p.new_k, row * D + CH * lane);
-    r.v[j] = load_raw(side ? p.exact_v : old ? p.recent_v : p.new_v, row * D + CH * lane);
+    if (e0 + j >= old + p.N) continue;
+    const bool side = e0 + j < p.E, held = e0 + j < old;
+    const long long at = (unit * (side ? p.E : held ? p.window : p.N) + shfl_int(row, j)) * D + CH * lane;
+    r.k[j] = load_raw(side ? p.exact_k : held ? p.recent_k : p.new_k, at);
+    r.v[j] = load_raw(side ? p.exact_v : held ? p.recent_v : p.new_v, at);
   }
 }
 
-// All of them for one query head, in the values' own basis; `r` holds the first chunk when `loaded`.
-DEVICE Partial attend_exact(ExactRows& r, bool loaded, const Raw& qv, const Params& p, int b, int kv, int lane) {
+// All of them for one query head, in the values' own basis; `r` holds the first chunk.
+DEVICE Partial attend_exact(ExactRows& r, const Raw& qv, const Params& p, int b, int kv, int lane) {
   Partial a = nothing();
   const int count = p.E + recent_rows(p, (int)p.length[b * p.length_row]) + p.N;
 #pragma unroll 1
   for (int e0 = 0; e0 < count; e0 += CHUNK) {
-    if (e0 || !loaded) load_exact(r, p, b, kv, lane, e0);
+    if (e0) load_exact(r, p, b, kv, lane, e0);
     float q[CH], d[CHUNK];
     widen(q, qv, p.q_bf16);
 #pragma unroll

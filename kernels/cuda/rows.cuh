@@ -382,9 +382,12 @@ DEVICE void enter_exact(const RowParams& p, Raw k, Raw v, int b, int head, int s
     const auto inside = [&](int place) { return place >= from && place < from + p.capacity[i]; };
     const float low = -warp_max(fmaxf(inside(lane) ? -score[0] : -3.4e38f, inside(lane + 32) ? -score[1] : -3.4e38f));
     if (!(mine > low)) continue;
-    const u32 first = ballot_warp(inside(lane) && score[0] <= low), second = ballot_warp(inside(lane + 32) && score[1] <= low);
-    const u32 lowest = first ? first : second;
-    const int bit = popcount((lowest & (0u - lowest)) - 1u), at = first ? bit : bit + 32;    // the first of them
+    u32 late[2];                                     // of equally low rows the latest leaves (kernels/selection.py)
+#pragma unroll
+    for (int k = 0; k < 2; k++) late[k] = inside(lane + 32 * k) && score[k] <= low ? (u32)(named[k] + 2) : 0u;
+    const u32 latest = most_in_warp(late[0] > late[1] ? late[0] : late[1]);
+    const u32 first = ballot_warp(late[0] == latest), leaving = first ? first : ballot_warp(late[1] == latest);
+    const int bit = popcount((leaving & (0u - leaving)) - 1u), at = first ? bit : bit + 32;
     changed = true;
     if (lane == bit) {
       named[first ? 0 : 1] = slot;

@@ -32,19 +32,27 @@ DEVICE void settle(Work& w, const Rows& r, int warp) {
 DEVICE void ask(const Params& p, int b, int kv, int i, int part, int shift, int lane, unsigned char* stage, u64* bar) {
   const long long tile = tile_of(p, b, kv, i);
   const u32 kb = K_BYTES >> shift, vb = V_BYTES >> shift, ks = KS_BYTES >> shift, vs = VS_BYTES >> shift;
-  unsigned char* scales = stage + KI_BYTES;
+  const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_BYTES, *values = (const unsigned char*)p.v_codes + tile * V_BYTES;
+  unsigned char *scales = stage + KI_BYTES, *value_scales = scales + KS_BYTES;
+  const auto numbers = [&](int ka, u32 kn, int va, u32 vn) {
+    copy(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, kn, bar, lane);
+    copy(value_scales + va, (const char*)p.v_scale + tile * VS_BYTES + va, vn, bar, lane);
+  };
   copies_begin(bar, kb + vb + ks + vs + ROT_BYTES + (p.mask ? 128 : 0), lane);
-  copy(stage, (const char*)p.k_codes + tile * K_BYTES + part * kb, kb, bar, lane);
-  copy(stage + IN_VALUES, (const char*)p.v_codes + tile * V_BYTES + part * vb, vb, bar, lane);
-  if (shift == 0) {
-    copy(scales, (const char*)p.k_scale + tile * KS_BYTES, KS_BYTES, bar, lane);
-    copy(scales + KS_BYTES, (const char*)p.v_scale + tile * VS_BYTES, VS_BYTES, bar, lane);
-  } else {                                           // the even tiles' tokens, then the odd tiles'
-    for (int half = 0; half < 2; half++) {
-      const int ka = half * (KS_BYTES / 2) + part * (ks / 2), va = half * (VS_BYTES / 2) + part * (vs / 2);
-      copy(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, ks / 2, bar, lane);
-      copy(scales + KS_BYTES + va, (const char*)p.v_scale + tile * VS_BYTES + va, vs / 2, bar, lane);
+  if (WIDE && shift) {                               // tiles of one block, which stand between those of the other
+    const Item item = item_of(part, shift);
+    for (int n = 0; n < item.pairs; n++) {
+      const int from = 2 * (item.first + n) + item.block;
+      copy(stage + n * K_TILE * 4, keys + from * K_TILE * 4, K_TILE * 4, bar, lane);
+      copy(stage + IN_VALUES + n * V_TILE * 4, values + from * V_TILE * 4, V_TILE * 4, bar, lane);
     }
+    numbers(part * ks, ks, part * vs, vs);
+  } else {
+    copy(stage, keys + part * kb, kb, bar, lane);
+    copy(stage + IN_VALUES, values + part * vb, vb, bar, lane);
+    if (shift == 0) numbers(0, ks, 0, vs);
+    else                                             // the even tiles' tokens, then the odd tiles'
+      for (int half = 0; half < 2; half++) numbers(half * (KS_BYTES / 2) + part * (ks / 2), ks / 2, half * (VS_BYTES / 2) + part * (vs / 2), vs / 2);
   }
   if (p.mask) copy(stage + IN_MASK, p.mask + b * p.mask_row + i * 128, 128, bar, lane);
   if (ROT_BYTES) copy(stage + IN_ROT, p.rotation + (long long)i * (ROT_BYTES / 4), ROT_BYTES, bar, lane);
@@ -118,82 +126,60 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
   const bool tail = (last_row + 1) * each > rows.range.u1;      // the last row goes on in later blocks: send what we have of it
   float* parts = p.partial + ((long long)CTA_Y * p.share + c) * COLUMNS * SLOT;   // of this block; those of others, COLUMNS * SLOT apart
 
-  if (warp >= WARPS) {                               // service warps, TURNS query heads each
+  if (warp >= WARPS) {                               // service warps, one query head each
     if constexpr (SHIFTS) fewer_registers<SERVICE_REGISTERS>();
-    const int h0 = warp - WARPS;
-    const bool waits = first_row * each < rows.range.u0 && !(first_row == last_row && tail);
-    Partial held[TURNS], held_exact[TURNS];
-    Raw qv[TURNS];
+    const int h = warp - WARPS;
+    const bool waits = first_row * each < rows.range.u0 && !(first_row == last_row && tail), own = h < place.heads;
+    Partial held = nothing(), held_exact = held;
     bool held_enters = false, entering = false;
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) {                // before any other load: they would queue behind everybody's packed rows
-      held[k] = held_exact[k] = nothing();
-      qv[k] = query_of(p, first_row, place, h0 + SERVICE * k, lane);
-      prepare_query(p, qv[k], first_row, h0 + SERVICE * k, lane, smem, 0);
-    }
+    Raw qv = query_of(p, first_row, place, h, lane); // before any other load: they would queue behind everybody's packed rows
+    prepare_query(p, qv, first_row, h, lane, smem, 0);
     sync_warp();
     if (lane == 0) barrier_arrive(ready);
     if (!(first_row == last_row && tail)) prefetch_exact(p, first_row, kv, lane);
     for (int b = first_row, n = 0;; b++, n++) {
-      Partial a[TURNS], exact[TURNS];
+      Partial a, exact = nothing();
       int out = b;
       if (b <= last_row) {
         const bool send = b == last_row && tail;
-        Raw next[TURNS];
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) next[k] = qv[k];
+        Raw next = qv;
         if (b < last_row) {
-#pragma unroll
-          for (int k = 0; k < TURNS; k++) {
-            next[k] = query_of(p, b + 1, place, h0 + SERVICE * k, lane);
-            prepare_query(p, next[k], b + 1, h0 + SERVICE * k, lane, smem, (n + 1) & 1);
-          }
+          next = query_of(p, b + 1, place, h, lane);
+          prepare_query(p, next, b + 1, h, lane, smem, (n + 1) & 1);
           sync_warp();
           if (lane == 0) barrier_arrive(ready + ((n + 1) & 1));
         }
-        const bool enters = h0 == 0 && !send && fresh.segments && may_enter(fresh, b, lane);
+        const bool enters = h == 0 && !send && fresh.segments && may_enter(fresh, b, lane);
         ExactRows side;
         if (!send) load_exact(side, p, b, kv, lane, 0);
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) {
-          exact[k] = send ? nothing() : attend_exact(side, k == 0, qv[k], p, b, kv, lane);
-          qv[k] = next[k];
-        }
+        if (!send) exact = attend_exact(side, qv, p, b, kv, lane);
+        qv = next;
         barrier_wait(done, n & 1);
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) a[k] = merge_warps((const float*)(smem + OFF_PART), h0 + SERVICE * k, lane);
+        a = merge_warps((const float*)(smem + OFF_PART), h, lane);
         sync_warp();
         if (lane == 0) barrier_arrive(emptied);
-        if (h0 == 0 && fresh.segments) barrier_wait(emptied, n & 1);   // every warp has read the exact rows
+        if (h == 0 && fresh.segments) barrier_wait(emptied, n & 1);   // every warp has read the exact rows
         if (send) {
-#pragma unroll
-          for (int k = 0; k < TURNS; k++)
-            if (h0 + SERVICE * k < place.heads) send_partial(parts + (h0 + SERVICE * k) * SLOT, a[k], lane);
+          if (own) send_partial(parts + h * SLOT, a, lane);
           continue;
         }
         if (n == 0 && waits) {                       // wait for the others at the end only
-#pragma unroll
-          for (int k = 0; k < TURNS; k++) { held[k] = a[k]; held_exact[k] = exact[k]; }
+          held = a;
+          held_exact = exact;
           held_enters = enters;
           continue;
         }
         entering = enters;
       } else {
-        if (!waits) break;
+        if (!waits || !own) break;
         const u32 origin = ((u32)(first_row * each + 1) * nc - 1) / total;   // the block that holds the row's first superblock
-#pragma unroll
-        for (int k = 0; k < TURNS; k++) {
-          const int h = h0 + SERVICE * k;
-          a[k] = held[k];
-          exact[k] = held_exact[k];
-          if (h < place.heads) receive_partials(a[k], parts - (long long)(c - origin) * COLUMNS * SLOT + h * SLOT, COLUMNS * SLOT, c - origin, lane);
-        }
+        a = held;
+        exact = held_exact;
+        receive_partials(a, parts - (long long)(c - origin) * COLUMNS * SLOT + h * SLOT, COLUMNS * SLOT, c - origin, lane);
         out = first_row;
         entering = held_enters;
       }
-#pragma unroll
-      for (int k = 0; k < TURNS; k++)
-        if (h0 + SERVICE * k < place.heads) finish(p, out, kv, place.first + h0 + SERVICE * k, lane, a[k], exact[k]);
+      if (own) finish(p, out, kv, place.first + h, lane, a, exact);
       if (entering) enter_new(p, fresh, out, kv, lane);          // nobody of this block reads the exact rows of the sequence any more
       if (b > last_row) break;
     }
@@ -233,13 +219,13 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     for (; work.i < work.items; work.i += WARPS) {
       unsigned char* stage = stages + slot * STAGE_BYTES;
       const int base = (work.first + (work.i >> work.shift)) * 128;
-      const int np = 4 >> work.shift, pr0 = (work.i & ((1 << work.shift) - 1)) * np;
+      const Item item = item_of(work.i & ((1 << work.shift) - 1), work.shift);
       u32 valid = ALL_SEEN;
       if (base + 128 > end || any_lane(meets(excluded, base))) valid = seen_tokens(excluded, base, end, lane);
       barrier_wait(full + slot, parity >> slot & 1);
       parity ^= 1u << slot;
       if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-      attend_item<Queries, STEP_PAIRS>(st, q, shift, stage, smem, pr0, np, valid, at, lane);
+      attend_item<Queries, STEP_PAIRS>(st, q, shift, stage, smem, item, valid, at, lane);
       sync_warp();
       request(p, fetch, rows, kv, warp, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
@@ -254,14 +240,14 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
 // -- one short sequence ---------------------------------------------------------------------------------------------------
 //
 // Latency is all, so everything that does not depend on the length is asked for before the length is known. Warps 0-3 attend to a
-// tile pair each, warps 4-7 see to query heads; block KLT: all eight turn the query into the basis, rows of its tiles each, straight
+// tile pair each, the others see to a query head each; block KLT: all turn the query into the basis, rows of its tiles each, straight
 // from the L2 cache. Needs B = 1 and as many blocks as superblocks can be held; those behind the last token end early.
-constexpr int SINGLE_THREADS = 256;
+constexpr int SINGLE_WARPS = PAIR_WARPS + SERVICE, SINGLE_THREADS = 32 * SINGLE_WARPS;
 
 KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   LAUNCH_MEMORY
-  constexpr int BLOCKS = WIDE ? 2 : 1;               // of 64 tokens, whose queries stand apart
-  const int lane = TID & 31, warp = TID >> 5, c = CTA_X, h0 = warp - PAIR_WARPS;
+  constexpr int BLOCKS = WIDE ? 2 : 1, TILES_ALONE = WIDE ? 2 : 1;             // of 64 tokens, whose queries stand apart; units of a warp
+  const int lane = TID & 31, warp = TID >> 5, c = CTA_X, h = warp - PAIR_WARPS;
   const Place place = place_of(CTA_Y);
   const int kv = place.kv;
   const bool attends = warp < PAIR_WARPS;
@@ -276,8 +262,10 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     sync_warp();
     ask(p, 0, kv, c, warp, 2, lane, stage, full);
     if (MODE != 0) {                                 // the pair's part of the table of the mean's logit
-      copies_begin(full, MEAN_BYTES / 4, lane);
-      copy(smem + OFF_MEAN + warp * (MEAN_BYTES / 4), p.mean + kv * (MEAN_BYTES / 4) + warp * (MEAN_BYTES / 16), MEAN_BYTES / 4, full, lane);
+      const Item item = item_of(warp, 2);            // two warps write the same where they share pairs
+      const u32 size = item.pairs * (MEAN_BYTES / 4);
+      copies_begin(full, size, lane);
+      copy(smem + OFF_MEAN + item.first * (MEAN_BYTES / 4), p.mean + kv * (MEAN_BYTES / 4) + item.first * (MEAN_BYTES / 16), size, full, lane);
       copies_end(full);
     }
   }
@@ -291,15 +279,13 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   if (MODE == 2 || (MODE == 1 && attends))
 #pragma unroll
     for (int i = 0; i < BLOCKS; i++) load_rotation(rot[i], p.rotation + c * (ROT_BYTES / 4), WIDE ? i : lane >> 4, lane);
-  Raw qv[TURNS];
+  Raw qv = {};
   ExactRows side;
   bool better = false;                               // the new row than some exact one, for the warp that sees to it
-  if (!attends)
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) {
-      qv[k] = query_of(p, 0, place, h0 + SERVICE * k, lane);
-      prepare_query(p, qv[k], 0, h0 + SERVICE * k, lane, smem, 0);
-    }
+  if (!attends) {
+    qv = query_of(p, 0, place, h, lane);
+    prepare_query(p, qv, 0, h, lane, smem, 0);
+  }
   sync_cta();
   const int end = end_of(p, 0), each = superblocks(end);
   if (c >= each) {
@@ -309,7 +295,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   const bool last = c == each - 1;
   if (!attends && last) {
     load_exact(side, p, 0, kv, lane, 0);
-    better = h0 == 0 && fresh.segments && may_enter(fresh, 0, lane);
+    better = h == 0 && fresh.segments && may_enter(fresh, 0, lane);
   }
   u32 rq[BLOCKS][RUNS];
   if (MODE == 2 || (MODE == 1 && attends))
@@ -317,7 +303,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     for (int i = 0; i < BLOCKS; i++) rotate_query(rq[i], rot[i], smem, lane, 0);
   if (MODE == 2) {
 #pragma unroll 1
-    for (int m = warp; m < K_STEPS; m += 8) {
+    for (int m = warp; m < K_STEPS; m += SINGLE_WARPS) {
       if (m != warp)
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) basis[k] = rows[(m * K_STEPS + k) * 32];
@@ -335,59 +321,49 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     }
     sync_cta();
   }
-  Partial exact[TURNS];
-#pragma unroll
-  for (int k = 0; k < TURNS; k++) exact[k] = nothing();
+  Partial exact = nothing();
   if (attends) {
+    const Item item = item_of(warp, 2);
+    const int mine = WIDE ? item.block : 0;
     State st;
     begin_softmax(st);
-    u32 valid = ALL_SEEN;
-    if (c * 128 + 128 > end || any_lane(meets(excluded, c * 128))) valid = seen_tokens(excluded, c * 128, end, lane);
-    u32 q[RUNS];
+    u32 q[RUNS], turned[RUNS], valid = ALL_SEEN;
     float shift[2] = {0, 0};
-    if (MODE != 2) load_query(q, shift, smem, lane, 0);
+    if (c * 128 + 128 > end || any_lane(meets(excluded, c * 128))) valid = seen_tokens(excluded, c * 128, end, lane);
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++) {
-      if (MODE == 2) {
-        shift[0] = shift[1] = 0;
+    for (int r = 0; r < RUNS; r++) turned[r] = WIDE && mine ? rq[BLOCKS - 1][r] : rq[0][r];
+    if (MODE == 2) {
 #pragma unroll
-        for (int m = 0; m < K_STEPS; m++) {
-          const uint2 pair = *(const uint2*)(smem + OFF_TURNED + ((i * K_STEPS + m) * 32 + lane) * 8);
-          const float2 sum = *(const float2*)(smem + OFF_TURNED + BLOCKS * K_STEPS * 256 + ((i * K_STEPS + m) * 4 + (lane & 3)) * 8);
-          q[2 * m] = pair.x; q[2 * m + 1] = pair.y;
-          shift[0] -= sum.x; shift[1] -= sum.y;
-        }
-        shift[0] *= SUBNORMAL;
-        shift[1] *= SUBNORMAL;
+      for (int m = 0; m < K_STEPS; m++) {
+        const uint2 pair = *(const uint2*)(smem + OFF_TURNED + ((mine * K_STEPS + m) * 32 + lane) * 8);
+        const float2 sum = *(const float2*)(smem + OFF_TURNED + BLOCKS * K_STEPS * 256 + ((mine * K_STEPS + m) * 4 + (lane & 3)) * 8);
+        q[2 * m] = pair.x; q[2 * m + 1] = pair.y;
+        shift[0] -= sum.x; shift[1] -= sum.y;
       }
-      if (i == 0) {
-        barrier_wait(full, 0);
-        if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-      }
-      if (any_lane(valid != ALL_SEEN)) step<true, 1>(st, stage, smem, q, rq[i], shift, warp, warp, i, valid, lane);
-      else step<false, 1>(st, stage, smem, q, rq[i], shift, warp, warp, i, valid, lane);
+      shift[0] *= SUBNORMAL;
+      shift[1] *= SUBNORMAL;
+    } else {
+      load_query(q, shift, smem, lane, 0);
     }
+    barrier_wait(full, 0);
+    if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
+    if (any_lane(valid != ALL_SEEN)) step<true, TILES_ALONE>(st, stage, smem, q, turned, shift, item, item.first, mine, valid, lane);
+    else step<false, TILES_ALONE>(st, stage, smem, q, turned, shift, item, item.first, mine, valid, lane);
     write_warp_partial(st, (float*)(smem + OFF_PART) + warp * COLUMNS * PART, lane);
   } else if (last) {
-#pragma unroll
-    for (int k = 0; k < TURNS; k++) exact[k] = attend_exact(side, k == 0, qv[k], p, 0, kv, lane);
+    exact = attend_exact(side, qv, p, 0, kv, lane);
   }
   sync_cta();
-  if (attends) return;
-  float* slots = p.partial + (long long)CTA_Y * p.share * COLUMNS * SLOT;
-#pragma unroll
-  for (int k = 0; k < TURNS; k++) {
-    const int h = h0 + SERVICE * k;
-    if (h >= place.heads) continue;
-    Partial a = merge_warps<PAIR_WARPS>((const float*)(smem + OFF_PART), h, lane);
-    if (!last) {
-      send_partial(slots + ((long long)c * COLUMNS + h) * SLOT, a, lane);
-      continue;
-    }
-    receive_partials(a, slots + h * SLOT, COLUMNS * SLOT, c, lane);
-    finish(p, 0, kv, place.first + h, lane, a, exact[k]);
+  if (attends || h >= place.heads) return;
+  float* slots = p.partial + (long long)CTA_Y * p.share * COLUMNS * SLOT + h * SLOT;
+  Partial a = merge_warps<PAIR_WARPS>((const float*)(smem + OFF_PART), h, lane);
+  if (!last) {
+    send_partial(slots + (long long)c * COLUMNS * SLOT, a, lane);
+    return;
   }
-  if (last && better) enter_new(p, fresh, 0, kv, lane);          // nobody of this block reads the exact rows any more
+  receive_partials(a, slots, COLUMNS * SLOT, c, lane);
+  finish(p, 0, kv, place.first + h, lane, a, exact);
+  if (better) enter_new(p, fresh, 0, kv, lane);      // nobody of this block reads the exact rows any more
 }
 
 // -- many short rows --------------------------------------------------------------------------------------------------------
@@ -476,7 +452,8 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
         u64* bars = tables + 1 + w * WARP_BARS + (n & 1);
         const bool enters = hq == 0 && fresh.segments && may_enter(fresh, b, lane);
         ExactRows side;
-        const Partial exact = attend_exact(side, false, query_of(p, b, place, hq, lane), p, b, kv, lane);
+        load_exact(side, p, b, kv, lane, 0);
+        const Partial exact = attend_exact(side, query_of(p, b, place, hq, lane), p, b, kv, lane);
         barrier_wait(bars + IN_FLIGHT, n >> 1 & 1);
         const float* part = (const float*)(smem + OFF_PART + (w * IN_FLIGHT + (n & 1)) * ROW_PART) + hq * PART;
         Partial a;
@@ -527,13 +504,13 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
 #pragma unroll 1
     for (int i = 0; i < items; i++) {
       unsigned char* stage = stages + slot * STAGE_BYTES;
-      const int base = i / PARTS * 128, pr0 = i % PARTS * ITEM_PAIRS;
+      const int base = i / PARTS * 128;
       u32 valid = ALL_SEEN;
       if (base + 128 > end || any_lane(meets(excluded, base))) valid = seen_tokens(excluded, base, end, lane);
       barrier_wait(full + slot, parity >> slot & 1);
       parity ^= 1u << slot;
       if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-      attend_item<WarpQueries, STEP_PAIRS>(st, q, shift, stage, smem, pr0, ITEM_PAIRS, valid, at, lane);
+      attend_item<WarpQueries, STEP_PAIRS>(st, q, shift, stage, smem, item_of(i % PARTS, halvings(ITEM_PAIRS)), valid, at, lane);
       sync_warp();
       ask_item(p, fetch, items, kv, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;

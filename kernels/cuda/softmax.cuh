@@ -42,18 +42,27 @@ DEVICE u32 masked_tokens(u32 valid, const unsigned char* mask, int lane) {     /
 constexpr int LAST = R == 1 ? 0 : 1;                 // of this lane's two columns the last that holds a head of its own: one head fills all
 constexpr int ROWS_FROM = WIDE ? 4 : 2;              // lane bits from here on stand for tokens of the same head
 
-// One softmax step over NP units from pair `pr` of the superblock in `stage`; `block` is theirs when WIDE, `pr0` the stage's first pair.
+// Where the tiles of an item stand in its stage: WIDE, those of one block alone when the superblock is divided; else pairs of tiles.
+struct Item { int first, pairs, block, blocks; };    // first pair and how many, first block and how many
+DEVICE Item item_of(int part, int shift) {
+  if (!WIDE || shift == 0) return {part * (4 >> shift), 4 >> shift, 0, WIDE ? 2 : 1};
+  const int n = 8 >> shift;
+  return {shift == 1 ? 0 : (part & 1) * n, n, shift == 1 ? part : part >> 1, 1};
+}
+
+// One softmax step over NP units of an item from pair `pr` on; `block` is theirs when WIDE.
 template <bool MASKED, int NP>
 DEVICE void step(State& st, const unsigned char* stage, const unsigned char* smem, const u32 (&q)[RUNS], const u32 (&rq)[RUNS],
-                 const float (&shift)[2], int pr0, int pr, int block, u32 valid, int lane) {
+                 const float (&shift)[2], const Item& item, int pr, int block, u32 valid, int lane) {
   const int g = lane >> 2, half = WIDE ? block : lane >> 1 & 1;
   const int token = half * 64 + 16 * pr + 2 * g;     // this lane's rows of unit j are tokens token + 16 j and the next
   if (WIDE && block) valid >>= 8;
   const unsigned char *keys[NP], *values[NP], *key_scales[NP], *value_scales[NP];
 #pragma unroll
   for (int j = 0; j < NP; j++) {
-    keys[j] = stage + (pr + j - pr0) * PAIR_K + (WIDE ? block * K_TILE * 4 : 0);
-    values[j] = stage + IN_VALUES + (pr + j - pr0) * PAIR_V + (WIDE ? block * V_TILE * 4 : 0);
+    const int at = pr + j - item.first, tile = !WIDE ? 2 * at : item.blocks == 2 ? 2 * at + block : at;
+    keys[j] = stage + tile * K_TILE * 4;
+    values[j] = stage + IN_VALUES + tile * V_TILE * 4;
     key_scales[j] = stage + KI_BYTES + (token + 16 * j) * K_SCALE;
     value_scales[j] = stage + KI_BYTES + KS_BYTES + (token + 16 * j) * V_SCALE;
   }
@@ -148,13 +157,13 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
 }
 
-// All of an item: its `pairs` pairs from pr0 on, the query turned (and taken to the basis) for their blocks.
+// All of an item, the query turned (and taken to the basis) for its blocks.
 template <class Q, int NP>
-DEVICE void attend_item(State& st, u32 (&q)[RUNS], float (&shift)[2], const unsigned char* stage, const unsigned char* smem, int pr0, int pairs,
+DEVICE void attend_item(State& st, u32 (&q)[RUNS], float (&shift)[2], const unsigned char* stage, const unsigned char* smem, const Item& item,
                         u32 valid, int at, int lane) {
   u32 rq[RUNS];
 #pragma unroll 1
-  for (int block = 0; block < (WIDE ? 2 : 1); block++) {
+  for (int block = item.block; block < item.block + item.blocks; block++) {
     if (MODE != 0) {
       Rotation rot;
       load_rotation(rot, stage + IN_ROT, WIDE ? block : lane >> 4, lane);
@@ -163,10 +172,10 @@ DEVICE void attend_item(State& st, u32 (&q)[RUNS], float (&shift)[2], const unsi
     if (MODE == 2) transform_query(q, shift, rq, smem, lane);
     if (!any_lane(valid != ALL_SEEN))
 #pragma unroll 1
-      for (int pr = pr0; pr < pr0 + pairs; pr += NP) step<false, NP>(st, stage, smem, q, rq, shift, pr0, pr, block, valid, lane);
+      for (int pr = item.first; pr < item.first + item.pairs; pr += NP) step<false, NP>(st, stage, smem, q, rq, shift, item, pr, block, valid, lane);
     else
 #pragma unroll 1
-      for (int pr = pr0; pr < pr0 + pairs; pr += NP) step<true, NP>(st, stage, smem, q, rq, shift, pr0, pr, block, valid, lane);
+      for (int pr = item.first; pr < item.first + item.pairs; pr += NP) step<true, NP>(st, stage, smem, q, rq, shift, item, pr, block, valid, lane);
   }
 }
 #endif

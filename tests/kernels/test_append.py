@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvsink.kernels import append_
-from kvsink.kernels.append import append_ref, merge_exact
+from kvsink.kernels.append import append_ref
+from kvsink.kernels.selection import merge_exact
 from tests.states import CODECS, SLOTS, append_arguments, filled, layer_of, rows
 
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options)}" for name, options in CODECS]

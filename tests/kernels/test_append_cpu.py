@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
-from kvsink.kernels.append import append_cpu, merge_exact
+from kvsink.kernels.append import append_cpu
 from kvsink.kernels.append_cpu import by_definition, declines, select_one, store_rows
 from kvsink.kernels.c_library import c_library
+from kvsink.kernels.selection import merge_exact
 from tests.states import CPU, append_arguments, layer_of, rows, shape_of
 
 SLOTS, FIRST = 12, 3
@@ -98,8 +99,8 @@ def test_the_running_selection_is_that_of_the_definition(
     g = torch.Generator().manual_seed(len(scores))
     for first, score in enumerate(scores):
         k, v = torch.randn(2, 1, 2, 8, generator=g).transpose(1, 2), torch.randn(2, 2, 1, 4, generator=g)
-        # A row may stand several times among the candidates, as one with several large channels does. No ties: any may win.
-        new = torch.tensor([[score], [-score if score != -float("inf") else 3.0]]) + 0.001 * first - 0.3 * torch.arange(times)
+        # A row may stand several times among the candidates, as one with several large channels does.
+        new = torch.tensor([[score], [-score if score != -float("inf") else 3.0]]) - 0.5 * torch.arange(times)
         candidates = [t for _ in capacities for t in (new, torch.zeros(2, times, dtype=torch.int64))]
         select_one(codec, k, v, candidates, one, first)
         names = ("exact_slot", "exact_score", "exact_k", "exact_v")

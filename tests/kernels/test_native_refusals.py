@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvsink import served
-from kvsink.kernels import backends, cuda_tiles, native
+from kvsink.kernels import backends, cuda_tiles, driver, native
 from kvsink.kernels.backends import Device, Shape, plan
 from kvsink.runtime import runtime_of
 
@@ -88,8 +88,8 @@ def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypa
     def touched(*_: Any) -> Any:
         raise AssertionError("the CUDA driver or its compiler was asked for")
 
-    for name in ("_driver", "_nvrtc", "compile_cubin"):
-        monkeypatch.setattr(native, name, touched)
+    for module, name in ((driver, "driver"), (native, "_driver"), (native, "_nvrtc"), (native, "compile_cubin")):
+        monkeypatch.setattr(module, name, touched)
     shape, card = Shape(8, 2, 128, 128, 128, torch.float16), Device("hip", (9, 4), "an MI300X", True, GPU)
     for what, wanted in (("attend", "triton"), ("append", "triton"), ("step", "append, then attend")):
         found = plan(what, layer_of(index, tiled=False).codec.format, shape, card)

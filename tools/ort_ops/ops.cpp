@@ -421,11 +421,15 @@ struct MeanRows : Kernel {
 
 // -- sinks -----------------------------------------------------------------------------------------------------------------
 
-// places of the `count` largest, equal ones by place
-std::vector<int64_t> top(const float* score, int64_t size, int64_t count) {
+// places of the `count` largest, equal ones by their slot, or by place; what is no number comes last (kernels/selection.py)
+std::vector<int64_t> top(const float* score, int64_t size, int64_t count, const int64_t* slot = nullptr) {
   std::vector<int64_t> order(size);
   std::iota(order.begin(), order.end(), int64_t{0});
-  const auto larger = [score](int64_t a, int64_t b) { return score[a] > score[b] || (score[a] == score[b] && a < b); };
+  const auto number = [score](int64_t a) { return score[a] == score[a] ? score[a] : -std::numeric_limits<float>::infinity(); };
+  const auto larger = [number, slot](int64_t a, int64_t b) {
+    const float x = number(a), y = number(b);
+    return x > y || (x == y && (slot ? std::make_pair(slot[a], a) < std::make_pair(slot[b], b) : a < b));
+  };
   std::partial_sort(order.begin(), order.begin() + std::min(count, size), order.end(), larger);
   order.resize(std::min(count, size));
   return order;
@@ -500,13 +504,17 @@ struct PreserveSinks : Kernel {
       for (int64_t b = 0; b < batch; b++) {
         std::vector<float> every(score.floats() + b * places + at, score.floats() + b * places + at + capacity);
         every.insert(every.end(), best.floats() + b * more, best.floats() + (b + 1) * more);
-        const auto order = top(every.data(), capacity + more, capacity);
+        std::vector<int64_t> named(capacity + more);
+        for (int64_t j = 0; j < capacity + more; j++) {
+          named[j] = j < capacity ? slot.integer(b * places + at + j) : index.integer(b * more + j - capacity) + first;
+          if (named[j] < -1) named[j] = -named[j] - 2;  // a place marked as a repeat
+        }
+        const auto order = top(every.data(), capacity + more, capacity, named.data());
         for (int64_t j = 0; j < capacity; j++) {
           const int64_t from = order[j], to = b * places + at + j;
-          int64_t named = from < capacity ? slot.integer(b * places + at + from) : index.integer(b * more + from - capacity) + first;
-          if (from < capacity && named < -1) named = -named - 2;  // a place marked as a repeat
-          out_score[to] = every[from];
-          out_slot[to] = static_cast<int32_t>(every[from] == -std::numeric_limits<float>::infinity() ? -1 : named);
+          const bool enters = every[from] > -std::numeric_limits<float>::infinity();
+          out_score[to] = enters ? every[from] : -std::numeric_limits<float>::infinity();
+          out_slot[to] = static_cast<int32_t>(enters ? named[from] : -1);
           for (int side = 0; side < 2; side++) {
             const int64_t dim = old[side].dims[3], rows = fresh[side].dims[2];
             const int64_t row = from < capacity ? at + from : index.integer(b * more + from - capacity);
