@@ -36,7 +36,7 @@ from .sparse import merge_sparse
 from .stages import rope_rows
 from .tokens import touched, window_rows
 
-__all__ = ["append", "append_", "append_cpu", "append_in_c", "append_plain", "append_ref", "keep_exact"]
+__all__ = ["append", "append_", "append_in_c", "append_plain", "append_ref", "keep_exact"]
 
 EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
@@ -78,32 +78,24 @@ def append_ref(
     _keep_recent(c, st, slots, full_k, v)
 
 
-def append_cpu(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], c: Any, roped: bool,
-) -> bool:  # fmt: skip
-    """The same with rows coded in C, for codecs that `append_cpu.declines` is silent on; whether it was done: rows that do not fit
-    are for the definition to say, and within `by_definition` nothing is."""
-    if defined():
-        return False
-    if k.shape[2] == 1 and roped and append_one(c, k, v, positions, cos, sin, candidates, state, params):
-        if c.ring:
-            _keep_recent(c, c.named(state), LayerState(*state).length[None], k, v)
-        return True
-    p, st = c.tables(params), c.named(state)
-    s, first = k.shape[2], int(st["length"])
-    if first + s > st["positions"].shape[1]:
-        return False
-    st["positions"][:, first : first + s] = positions
-    full_k = k if roped else rope_rows(k, cos, sin)
-    if s == 1 and c.exact_rows and c.anchors is None:
-        select_one(c, full_k, v, candidates, st, first)
-    else:
-        keep_exact(c, st, full_k, v, candidates)
-    store_rows(c, c.transform_keys(k, cos, sin, positions, p, roped), c.transform_values(v, p), first, st, p)
+def append_in_c(call: Call) -> None:
+    """The same with rows coded in C, where `append_cpu.declines` is silent; rows that do not fit are for the definition to say."""
+    k, v, positions, cos, sin, candidates, _, _ = call.coding()
+    c, s, first = call.codec, k.shape[2], int(call.state.length)
+    if defined() or first + s > call.state.positions.shape[1]:
+        append_plain(call)
+        return
+    full_k = k if call.roped else rope_rows(k, cos, sin)
+    if s > 1 or not call.roped or not append_one(call, first):
+        st, p = call.st, call.p
+        st["positions"][:, first : first + s] = positions
+        if s == 1 and c.exact_rows and c.anchors is None:
+            select_one(c, full_k, v, candidates, st, first)
+        else:
+            keep_exact(c, st, full_k, v, candidates)
+        store_rows(c, c.transform_keys(k, cos, sin, positions, p, call.roped), c.transform_values(v, p), first, st, p)
     if c.ring:
-        _keep_recent(c, st, torch.arange(first, first + s), full_k, v)
-    return True
+        _keep_recent(c, call.st, torch.arange(first, first + s), full_k, v)
 
 
 def keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
@@ -171,12 +163,6 @@ def _store_outliers(c: Any, prefix: str, x: Tensor, st: dict[str, Tensor], p: di
     value, index = st[f"{prefix}_sparse"], st[f"{prefix}_sparse_at"]
     offset, extent = c.dense_range(prefix, scale, p)
     merge_sparse(value, index, rows, length, valid, offset, extent, n)
-
-
-def append_in_c(call: Call) -> None:
-    """`append_` on the CPU, see `append_cpu`."""
-    if not append_cpu(*call.coding(), call.codec, call.roped):
-        append_plain(call)
 
 
 def append_plain(call: Call) -> None:

@@ -63,8 +63,8 @@ def declines_beside(f: LayerFormat, s: Shape, d: Device) -> str:
 
 def side_by_side(call: Call) -> Tensor:
     """One new row per sequence: its codes are stored while attention runs, and it enters the exact rows behind it."""
-    coding = call.coding()
-    return attend_codes.attend(call, _Beside(coding[2], append_triton.launches(*coding, call.codec, call.roped)))
+    assert call.positions is not None
+    return attend_codes.attend(call, _Beside(call.positions, append_triton.launches(call)))
 
 
 def in_turn(call: Call) -> Tensor:

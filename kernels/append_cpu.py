@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Device, LayerFormat, Shape
+from .backends import Call, Device, LayerFormat, Shape
 from .c_library import EXACT, FLOAT_TYPES, Plan, c_library
 from .hadamard import hadamard_core
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
@@ -203,11 +203,10 @@ class _AppendPlan(Plan):
     def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         super().__init__(c, state, params)
         st, p = c.named(state), c.tables(params)
-        self.length = st["length"]
         self.exact = {n: st[n] for n in ("exact_k", "exact_v")}
         positions = st["positions"]
         self.call = call = _Append(*st["k_codes"].shape[:2], 1)
-        call.positions, call.positions_b, self.slots = positions.data_ptr(), positions.stride(0), positions.shape[1]
+        call.positions, call.positions_b = positions.data_ptr(), positions.stride(0)
         self.sides = call.sides[0], call.sides[1]
         for side, s, n in zip(self.sides, (c.key, c.value), "kv", strict=True):
             dim = self.exact[f"exact_{n}"].shape[-1]
@@ -244,28 +243,24 @@ def _plain(s: Any) -> bool:
     return s.heads_per_group == 1 and hadamard_core(s.order) == 1
 
 
-def append_one(
-    c: Any, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor],
-) -> bool:  # fmt: skip
-    """All of `append_` but the ring for one new row per sequence, k after RoPE; whether it was done."""
+def append_one(call: Call, first: int) -> bool:
+    """All of `append_` but the ring for one new row per sequence, k after RoPE, at slot `first`; whether it was done."""
+    k, v, positions, cos, sin, candidates, state, params = call.coding()
+    c = call.codec
     if not _brings(c.format):
         return False
     library = _library()
     assert library is not None
     plan = _AppendPlan.of(c, state, params)
-    call, first = plan.call, int(plan.length)
-    if first >= plan.slots:
-        return False  # the definition says what is wrong
-    positions = positions.to(torch.int64)
+    a, positions = plan.call, positions.to(torch.int64)
     angles = [t if t.dtype in FLOAT_TYPES and t.stride(-1) == 1 else t.float().contiguous() for t in (cos, sin)]
-    call.slot, call.position, call.position_b = first, positions.data_ptr(), positions.stride(0) * (positions.shape[0] > 1)
-    call.cos, call.sin, call.angle_type = angles[0].data_ptr(), angles[1].data_ptr(), FLOAT_TYPES[angles[0].dtype]
-    call.rotary, call.angle_b = angles[0].shape[-1], angles[0].stride(0) * (angles[0].shape[0] > 1)
+    a.slot, a.position, a.position_b = first, positions.data_ptr(), positions.stride(0) * (positions.shape[0] > 1)
+    a.cos, a.sin, a.angle_type = angles[0].data_ptr(), angles[1].data_ptr(), FLOAT_TYPES[angles[0].dtype]
+    a.rotary, a.angle_b = angles[0].shape[-1], angles[0].stride(0) * (angles[0].shape[0] > 1)
     rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (k, v)]
     for side, t in zip(plan.sides, rows, strict=True):
         side.row, side.type, side.row_b, side.row_h = t.data_ptr(), FLOAT_TYPES[t.dtype], t.stride(0), t.stride(1)
     kept = _offer(plan.select, c, rows[0], rows[1], candidates, plan.exact, first) if c.exact_rows else None
-    library.kvsink_append_one(ctypes.byref(call), ctypes.byref(plan.select))
+    library.kvsink_append_one(ctypes.byref(a), ctypes.byref(plan.select))
     del kept
     return True

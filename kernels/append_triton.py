@@ -25,7 +25,7 @@ from .lasting import kept
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .quantize import segments
 
-__all__ = ["append", "append_one", "declines", "launches"]
+__all__ = ["append", "declines", "launches"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 1, "gauss": 2, "uniform": 3, "uniform-int": 4, "static": 5}
 _SEGMENTS = 4
@@ -72,27 +72,17 @@ def _tables(kind: str, widths: tuple[int, ...], device: str) -> tuple[Tensor, Te
 
 
 def append(call: Call) -> None:
-    """`kvsink::append_` for a call."""
-    append_one(*call.coding(), call.codec, call.roped)
-
-
-def append_one(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: Any, roped: bool,
-) -> None:  # fmt: skip
     """`kvsink::append_` for S = 1 where `declines` is silent."""
-    for launch in launches(k, v, positions, cos, sin, candidates, state, params, codec, roped):
+    for launch in launches(call):
         launch()
 
 
-def launches(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: Any, roped: bool,
-) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:  # fmt: skip
+def launches(call: Call) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:
     """The same in three parts, which may run at the same time: codes of keys, codes of values, exact rows and positions."""
     from . import triton_append as kernels
 
-    p, st = codec.tables(params), codec.named(state)
+    k, v, positions, cos, sin, candidates, _, _ = call.coding()
+    codec, st, p, roped = call.codec, call.st, call.p, call.roped
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     angles = cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0

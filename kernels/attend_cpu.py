@@ -29,7 +29,7 @@ from .hadamard import hadamard_matrix
 from .levels import levels_of, levels_of_bytes
 from .quantize import SIGMA_KINDS, segments
 
-__all__ = ["attend", "attend_one", "declines"]
+__all__ = ["attend", "declines"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
@@ -169,36 +169,29 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def attend(call: Call) -> Tensor:
-    """`kvsink::attend` for a call."""
-    return attend_one(*call.asking(), call.codec)
-
-
-def attend_one(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None, scale: float,
-    codec: Any,
-) -> Tensor:  # fmt: skip
     """`kvsink::attend` for S = 1 where `declines` is silent."""
+    q, k, v, state, params, mask, scale = call.asking()
     library = _library()
     assert library is not None
-    plan = _AttendPlan.of(codec, state, params)
-    call, fresh, first = plan.call, plan.fresh, int(plan.length)
+    plan = _AttendPlan.of(call.codec, state, params)
+    c, fresh, first = plan.call, plan.fresh, int(plan.length)
     q, k, v = _dense(q), _dense(k), _dense(v)
-    b, h, slots, threads = call.batch, call.heads, first + 1, torch.get_num_threads()
-    call.repeats, call.slots, call.coded, call.threads, call.scale = q.shape[1] // h, slots, slots, threads, scale
-    call.pieces = pieces = max(1, min(-(-8 * threads // (b * h)), slots // 128))
-    call.q, call.q_type, call.q_b, call.q_h = q.data_ptr(), FLOAT_TYPES[q.dtype], q.stride(0), q.stride(1)
-    call.mask = None
+    b, h, slots, threads = c.batch, c.heads, first + 1, torch.get_num_threads()
+    c.repeats, c.slots, c.coded, c.threads, c.scale = q.shape[1] // h, slots, slots, threads, scale
+    c.pieces = pieces = max(1, min(-(-8 * threads // (b * h)), slots // 128))
+    c.q, c.q_type, c.q_b, c.q_h = q.data_ptr(), FLOAT_TYPES[q.dtype], q.stride(0), q.stride(1)
+    c.mask = None
     if mask is not None:
         if mask.shape[-1] < slots:
             raise ValueError(f"a mask {tuple(mask.shape)} does not reach the {slots} slots held")
         mask = _dense(mask if mask.dtype in (torch.bool, torch.float32) else mask.float())
-        call.mask, call.mask_bool = mask.data_ptr(), mask.dtype == torch.bool
-        call.mask_b, call.mask_h = mask.stride(0) * (mask.shape[0] > 1), mask.stride(1) * (mask.shape[1] > 1)
-    if not codec.strict:
+        c.mask, c.mask_bool = mask.data_ptr(), mask.dtype == torch.bool
+        c.mask_b, c.mask_h = mask.stride(0) * (mask.shape[0] > 1), mask.stride(1) * (mask.shape[1] > 1)
+    if not call.codec.strict:
         fresh.k, fresh.v, fresh.only, fresh.count, fresh.type = k.data_ptr(), v.data_ptr(), first, 1, FLOAT_TYPES[k.dtype]
         fresh.k_b, fresh.k_h, fresh.v_b, fresh.v_h = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
     out = torch.empty(b, q.shape[1], 1, v.shape[3], dtype=q.dtype)
     work = torch.empty(b * pieces * q.shape[1] * (2 + v.shape[3]), dtype=torch.float32)
-    call.out, call.work = out.data_ptr(), work.data_ptr()
-    library.kvsink_attend(ctypes.byref(call))
+    c.out, c.work = out.data_ptr(), work.data_ptr()
+    library.kvsink_attend(ctypes.byref(c))
     return out

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -28,7 +28,7 @@ from .lasting import kept, lasting
 from .levels import levels_of, levels_of_bytes
 from .quantize import segments
 
-__all__ = ["attend", "attend_one", "declines", "power", "transform"]
+__all__ = ["attend", "declines", "power", "transform"]
 
 _KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -230,19 +230,11 @@ def splits_of(heads: int, slots: int, tile: int, waves: int, device: torch.devic
 
 
 def attend(call: Call) -> Tensor:
-    """The same for a call."""
-    return attend_one(*call.asking(), call.codec)
-
-
-def attend_one(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None, scale: float,
-    codec: Any,
-) -> Tensor:  # fmt: skip
     """`kvsink::attend` for S = 1 where `declines` is silent."""
     from . import triton_attend as kernels
 
-    c, tl = codec, kernels.tl
-    p, st = c.tables(params), c.named(state)
+    q, k, v, _, _, mask, scale = call.asking()
+    c, st, p, tl = call.codec, call.st, call.p, kernels.tl
     b, h, _, d = k.shape
     r, slots, device = q.shape[1] // h, st["k_codes"].shape[2], q.device
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

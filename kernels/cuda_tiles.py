@@ -11,7 +11,6 @@ Cost       one launch for `append_`, one for `attend` of one new row; no copy fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .attend import attend_plain
 from .backends import Call, Device, LayerFormat, Shape, tell_once
 from .stages import rope_rows
 
-__all__ = ["append", "append_tiles", "attend", "attend_packed", "declines", "library", "step"]
+__all__ = ["append", "attend", "declines", "library", "step"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 128, 256)  # channels of a head
@@ -154,50 +153,32 @@ def _library(call: Call) -> packed.Library:
     return library(call.codec, call.shape.repeats, call.shape.rotary, call.k.device)
 
 
-def append(call: Call) -> None:
-    """`append_`."""
-    k, v, positions, cos, sin, candidates, state, params = call.coding()
+def append(call: Call, lib: packed.Library | None = None) -> None:
+    """`append_`: one launch for one new row; the exact rows of more are chosen by plain operators. lib: kernels, if others."""
+    k, v, positions, cos, sin, candidates, _, _ = call.coding()
     k = k if call.roped else rope_rows(k, cos, sin)
-    append_tiles(_library(call), call.codec, k, v, positions, candidates, state, params)
+    if not packed.append_rows(lib or _library(call), call.codec, k, v, positions, candidates, call.st, call.p):
+        keep_exact(call.codec, call.st, k, v, candidates)
 
 
-def append_tiles(
-    lib: packed.Library, c: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """The same, k after RoPE: one launch for one new row; the exact rows of more are chosen by plain operators."""
-    p, st = c.tables(params), c.named(state)
-    if not packed.append_rows(lib, c, k, v, positions, candidates, st, p):
-        keep_exact(c, st, k, v, candidates)
-
-
-def attend(call: Call) -> Tensor:
-    """`attend`."""
-    q, k, v, state, params, mask, scale = call.asking()
-    out = attend_packed(_library(call), call.codec, q, k, v, state, params, mask, scale, call.causal)
-    return attend_plain(call) if out is None else out
-
-
-def attend_packed(
-    lib: packed.Library, c: Any, q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor],
-    mask: Tensor | None, scale: float, is_causal: bool,
-) -> Tensor | None:  # fmt: skip
-    """The same; None for several rows under the capture of a graph, and for a mask of one row that is not one of visible slots."""
-    p, st = c.tables(params), c.named(state)
+def attend(call: Call, lib: packed.Library | None = None) -> Tensor:
+    """`attend`: one launch for one new row, pieces of the decoded past for more."""
+    q, k, v, _, _, mask, scale = call.asking()
+    lib, c, st, p = lib or _library(call), call.codec, call.st, call.p
     if q.shape[2] == 1:
-        return packed.attend_one(lib, c, q, k, v, st, p, mask, scale)
+        out = packed.attend_one(lib, c, q, k, v, st, p, mask, scale)
+        assert out is not None  # masks of another kind are declined
+        return out
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None  # the length decides what runs, and a graph under capture cannot read it
-    first = int(st["length"])
-    if first + q.shape[2] > st["k_codes"].shape[2]:
-        raise IndexError(
-            f"{q.shape[2]} rows do not fit behind {first} of {st['k_codes'].shape[2]} slots; make the cache longer"
-        )
+        return attend_plain(call)  # the length decides what runs, and a graph under capture cannot read it
+    first, slots = int(call.state.length), st["k_codes"].shape[2]
+    if first + q.shape[2] > slots:
+        raise IndexError(f"{q.shape[2]} rows do not fit behind {first} of {slots} slots; make the cache longer")
 
     def past(start: int, end: int) -> tuple[Tensor, Tensor]:
         return packed.decode_rows(lib, c, st, p, start, end, k.dtype, first + q.shape[2])
 
-    return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
+    return packed.attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
 
 
 def step(call: Call) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
-from kvsink.kernels.append import append_cpu
+from kvsink.kernels import append, append_
 from kvsink.kernels.append_cpu import by_definition, declines, select_one, store_rows
 from kvsink.kernels.c_library import c_library
 from kvsink.kernels.selection import merge_exact
@@ -130,10 +130,13 @@ def test_what_it_does_not_serve_takes_the_definition(monkeypatch: pytest.MonkeyP
     ):  # fmt: skip
         assert declines(Codec.parse(layer_of(method).codec_text).format, shape, CPU) == reason
     assert declines(codec.format, shape._replace(dtype=torch.float64), CPU) == "torch.float64 is not float32 or narrower"
-    given_rows = append_arguments(layer, k, v) | {"codec": codec}
+    coded: list[int] = []
+    monkeypatch.setattr(append, "store_rows", lambda *_: coded.append(1))
     with by_definition():
-        assert not append_cpu(*given_rows.values())
-    assert append_cpu(*given_rows.values())
+        append_(**append_arguments(layer, k, v))
+    assert not coded and layer.k_codes[:, :, :2].any()
+    append_(**append_arguments(layer, k, v))
+    assert coded
     monkeypatch.setenv("KVSINK_CPU_KERNEL", "0")
     c_library.cache_clear()
     try:

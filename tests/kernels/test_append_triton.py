@@ -61,7 +61,7 @@ def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: 
         for name, x in codec.named(mine).items():  # what is not written must not pass for right
             if name in ("k_codes", "v_codes", "k_scale", "v_scale"):
                 x[:, :, int(layer.length)] = 77
-        append_triton.append_one(**{**call, "state": mine, "codec": codec})
+        append_triton.append(states.coding(**{**call, "state": mine}))
         append_ref(**call)
         a, b = codec.named(mine), codec.named(call["state"])
         for name in a:
@@ -120,7 +120,7 @@ def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype) -> N
                      for n, x in codec.named(call["state"]).items()]  # fmt: skip
     there = {n: [t.cuda() for t in x] if isinstance(x, list | tuple) else x.cuda() if isinstance(x, Tensor) else x
              for n, x in call.items()}  # fmt: skip
-    append_triton.append_one(**{**there, "codec": codec})
+    append_triton.append(states.coding(**there))
     append_ref(**call)
     mine, wanted = codec.named([x.cpu() for x in there["state"]]), codec.named(call["state"])
     for name, a in mine.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import Codec
-from kvsink.kernels import attend_codes
+from kvsink.kernels import append_attend, attend_codes
 from kvsink.kernels.attend import attend_ref
 from kvsink.tools.bench_model import Shape, llama, rewritten
 from tests import states
@@ -136,3 +136,33 @@ def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
     for change in ({"transform": "klt"}, {"transform": "klt", "folded": True}, {"order": 64}):
         other = replace(codec, value=replace(codec.value, **change))
         assert "values of kind" in str(attend_codes.variant_of(other.format, shape))
+
+
+def test_a_call_reaches_the_kernels_with_its_coding_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the arguments of the op on: the kernels of the call's own variant, and the three launches of the coding at their times."""
+    layer, q, k, v = filled("klt-2/4", 4, 1, 150, (0,), torch.float16)
+    codec = Codec.parse(layer.codec_text)
+    held = {n: x.half() if n.startswith(("exact_k", "exact_v")) else x for n, x in codec.named(layer.state()).items()}
+    call = states.asking(q, k, v, list(held.values()), layer.params, None, SCALE, codec)
+    assert call.choice("attend").name != "cuda (rows of bytes)" and call.shape.repeats == 4  # there is no GPU
+    made, calls = attend_codes.variant_of(codec.format, call.shape), []
+    assert not isinstance(made, str)
+    kernels: Any = EmulatedCodes(made)
+    kernels.blocks = 3
+    monkeypatch.setattr(attend_codes, "kernels_for", lambda variant, place: calls.append(variant) or kernels)
+    wanted = attend_ref(*(x.float() for x in (q, k, v)), layer.state(), layer.params, None, SCALE, True, layer.codec_text)
+    got = attend_codes.attend(call)
+    assert calls == [made] and (got.float() - wanted).norm() <= BOUND[torch.float16] * wanted.norm()
+
+    class Beside:
+        def __init__(self, positions: Tensor, launches: Any) -> None:
+            self.positions = positions
+            calls.append(len(launches))
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda: calls.append(name)
+
+    monkeypatch.setattr(append_attend, "_Beside", Beside)
+    call.positions, call.candidates = torch.full((1, 1), 150), states.candidates(layer, 1, 1)
+    assert torch.equal(append_attend.side_by_side(call), got)
+    assert calls == [made, 3, made, "code", "enter", "join"]

@@ -16,11 +16,11 @@ import kvsink
 from kvsink.codecs import Codec
 from kvsink.kernels import attend_cpu, backends
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.attend_cpu import attend_one, declines
+from kvsink.kernels.attend_cpu import attend, declines
 from kvsink.kernels.c_library import FOLDER, c_library
 from tests.close import FUSED_FLOAT32
 from tests.kernels.test_attend import MASKS, SCALE, make_mask
-from tests.states import CPU, GPU, SLOTS, filled, shape_of
+from tests.states import CPU, GPU, SLOTS, asking, filled, shape_of
 
 OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", (("protect", "first:2+massive:3"), ("window", 5))),
@@ -48,7 +48,7 @@ def test_c_equals_the_definition(method: str, options: tuple, kind: str) -> None
         mask = make_mask(kind, 2, q.shape[1], int(layer.length), 1, SLOTS)
         rest = (q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, SCALE)
         wanted = attend_ref(*rest, mask is None, layer.codec_text)
-        got = attend_one(*rest, codec)
+        got = attend(asking(*rest, codec))
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
         assert (got - wanted).abs().max() <= FUSED_FLOAT32 * v.abs().max()
 
@@ -59,7 +59,7 @@ def test_large_logits_and_rows_that_see_nothing_stay_finite() -> None:
     mask = torch.ones(2, 1, 1, SLOTS, dtype=torch.bool)
     mask[1] = False
     rest = (q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, 1.0)
-    got, wanted = attend_one(*rest, Codec.parse(layer.codec_text)), attend_ref(*rest, False, layer.codec_text)
+    got, wanted = attend(asking(*rest, Codec.parse(layer.codec_text))), attend_ref(*rest, False, layer.codec_text)
     assert torch.isfinite(got).all() and (got[1] == 0).all()
     # Logits of some hundred: their rounding, not that of the values, is what differs.
     assert (got[0] - wanted[0]).abs().max() <= 1e-3 * v.abs().max()

@@ -57,7 +57,7 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
     assert attend_triton.declines(codec.format, shape, states.GPU) == ""
     held = ("exact_k", "exact_v", "recent_k", "recent_v")
     state = [x.to(dtype) if n in held else x for n, x in codec.named(layer.state()).items()]
-    got = attend_triton.attend_one(q, k, v, state, layer.params, mask, SCALE, codec)
+    got = attend_triton.attend(states.asking(q, k, v, state, layer.params, mask, SCALE, codec))
     wanted = attend_ref(q.float(), k.float(), v.float(), state, layer.params, mask, SCALE, mask is None, layer.codec_text)
     assert got.shape == q.shape and got.dtype == dtype and torch.isfinite(got).all()
     return float((got.float() - wanted).norm() / wanted.norm())
@@ -110,7 +110,7 @@ def test_positions_that_begin_late_and_rows_that_see_nothing() -> None:
     mask = torch.ones(2, 1, 1, states.SLOTS, dtype=torch.bool)
     mask[1] = False
     codec = Codec.parse(layer.codec_text)
-    got = attend_triton.attend_one(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, SCALE, codec)
+    got = attend_triton.attend(states.asking(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, SCALE, codec))
     assert torch.isfinite(got).all() and (got[1] == 0).all() and (got[0] != 0).any()
 
 
@@ -122,7 +122,7 @@ def test_positions_that_run_ahead_of_the_slots_are_never_a_wrong_number() -> Non
     layer.shared.positions[:, 40] = 40
     q = torch.randn(1, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
     codec = Codec.parse(layer.codec_text)
-    got = attend_triton.attend_one(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, None, SCALE, codec)
+    got = attend_triton.attend(states.asking(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, None, SCALE, codec))
     assert got.isnan().all()
 
 
@@ -195,7 +195,7 @@ def test_natively_on_a_gpu(side: str, dtype: torch.dtype) -> None:
         pytest.skip("the CUDA kernel serves it")
     mask = torch.ones(2, 1, 1, 1024, dtype=torch.bool, device="cuda")
     mask[1, ..., :37] = False
-    got = attend_triton.attend_one(q, k[:, :, last], v[:, :, last], layer.state(), layer.params, mask, 0.09, codec)
+    got = attend_triton.attend(states.asking(q, k[:, :, last], v[:, :, last], layer.state(), layer.params, mask, 0.09, codec))
     state = [x.float() if x.dtype == dtype else x for x in layer.state()]
     wanted = attend_ref(
         q.float(), k[:, :, last].float(), v[:, :, last].float(), state, layer.params, mask, 0.09, False, layer.codec_text

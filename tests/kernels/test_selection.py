@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from kvsink.codecs import STATE_NAMES, Codec
-from kvsink.kernels import append_triton, packed
+from kvsink.kernels import append_triton, cuda_tiles, packed
 from kvsink.kernels.append import append_
 from kvsink.kernels.append_cpu import by_definition, declines, select_one
-from kvsink.kernels.cuda_tiles import append_tiles
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
 from kvsink.runtime import Frame, order_candidates
@@ -206,7 +205,7 @@ def test_triton() -> None:
         if k.shape[2] > 1:
             return layer.append(k, v, candidates, first)
         assert append_triton.declines(layer.codec.format, states.shape_of(k), states.GPU) == ""
-        return append_triton.append_one(**{**layer.arguments(k, v, candidates, first), "codec": layer.codec})
+        return append_triton.append(states.coding(**layer.arguments(k, v, candidates, first)))
 
     play(layer.st, offer, False, 40)
 
@@ -232,7 +231,7 @@ def test_cuda(kernel: str) -> None:
         if kernel == "attend" and k.shape[2] == 1:
             assert packed.step(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
         else:
-            append_tiles(lib, layer.codec, *given, layer.state, layer.params)
+            cuda_tiles.append(states.coding(**a), lib)
 
     play(layer.st, offer, False, 20)
 

@@ -20,9 +20,9 @@ from kvsink.kernels import cuda_tiles, native, packed, tiles
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import Shape
-from kvsink.kernels.cuda_tiles import append_tiles
 from kvsink.kernels.read import read_ref
 from kvsink.methods import get_method
+from tests.states import coding
 
 from .emulated import Emulated
 
@@ -84,7 +84,7 @@ def append(
         angles = (none, none) if layer.codec.tiles else layer.shared.runtime.angles(1, positions)
         append_ref(k, v, positions, *angles, scores, layer.state(), layer.params, layer.codec_text, True)
     else:
-        append_tiles(lib, layer.codec, k, v, positions, scores, layer.state(), layer.params)
+        cuda_tiles.append(coding(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec, True), lib)
 
 
 def library(layer: KVSinkLayer, blocks: int = 3, lone_rows: int = 0) -> Emulated:

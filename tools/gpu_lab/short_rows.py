@@ -24,7 +24,8 @@ from torch import Tensor
 from kvsink.kernels import native
 from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.cuda_tiles import attend_packed, library
+from kvsink.kernels.backends import Call, LayerState
+from kvsink.kernels.cuda_tiles import attend, library
 from kvsink.tools.bench_model import LLAMA_3_8B, LLAVA_15_7B, fill, llama, rewritten
 from kvsink.tools.bench_ops import BOUND, packed_bytes
 from kvsink.tools.bench_sdpa import sdpa_best
@@ -80,9 +81,8 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
         scores += [torch.full((b, 1), float("-inf"), device=device), torch.zeros(b, 1, dtype=torch.int64, device=device)]
 
     def attention(x: Any) -> Tensor:
-        out = attend_packed(lib, codec, q, k, v, x.state(), x.params, mask, SCALE, False)
-        assert out is not None
-        return out
+        call = Call(codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q, mask=mask, scale=SCALE)
+        return attend(call, lib)
 
     def step(x: Any) -> Tensor:
         return append_attend_(q, k, v, positions, scores, x.state(), x.params, mask, SCALE, False, x.codec_text, [])
