@@ -43,7 +43,6 @@ BESIDE = True  # in a CUDA graph, new rows are coded on a second stream while at
 LONE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
 BY_WARP: bool | None = None  # let warps of attention take whole rows, where that can be; None: where it is expected to be faster
 _WARPS = 8  # that compute, in a block where rows may be taken whole
-_SINGLE_THREADS = 256
 _ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
 _MOST_ROWS = 65536  # sequences whose exact rows the kernels see to
@@ -133,12 +132,10 @@ class Variant:
         """SMEM_BYTES of attend.cuh for this variant."""
         d, columns, runs = self.dim, self.columns, self.dim // 8
         k, v = (128 * 16 * make_fields(w).bins for w in (self.key_widths, self.value_widths))
-        klt, turned = self.mode == 2, 0
+        klt = self.mode == 2
         stage = (k + v) * shape.items // 4 + (256 if klt else 512) + 512 + (4 * self.rotary if self.mode else 0) + 128
         tables = (128 * d if self.mode else 0) + (2 * d * d if klt else 0)
-        if klt:
-            turned = (2 if columns == 8 else 1) * d // 16 * 288
-        parts = max(shape.warps * columns * (d + 4) * 4, 4 * columns * (d + 4) * 4 + turned)
+        parts = shape.warps * columns * (d + 4) * 4
         raw = columns * 4 * (-(-runs // 4) * 4 + 4) * 4 if self.mode else 0
         query = 2 * raw + 2 * (0 if klt else columns * d * 2) + 64
         return shape.warps * shape.stages * stage + tables + parts + query + 8 * (shape.warps * shape.stages + 8)
@@ -153,8 +150,7 @@ class Variant:
 
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others."""
-        wide = self.dim > 128
-        return (shape.warps == 4 or (card.target in (90, 100) and not wide)) and (not wide or shape.steps == 1)
+        return (shape.warps == 4 or card.target in (90, 100)) and (self.dim <= 128 or shape.steps == 1)
 
     def defines(self, card: Card) -> dict[str, str]:
         """Macros of the source."""
@@ -334,7 +330,8 @@ class Cubin:
                 self._module.function(name)
                 for name in ("attend_packed", "attend_single", "append_rows", "append_row", "decode_rows")
             )
-            self._threads, self._shared, self._row_threads, self._lone_threads, _ = self._module.numbers("kvsink_launch", 5)
+            launch = self._module.numbers("kvsink_launch", 5)
+            self._threads, self._shared, self._row_threads, self._lone_threads, self._single_threads = launch
             self._module.allow_shared(self._attend, self._shared)
             self._module.allow_shared(self._single, self._shared)
             (self._shared_rows,) = self._module.numbers("kvsink_by_warp", 1)
@@ -363,7 +360,7 @@ class Cubin:
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         """Launch the kernel for these rows; `fresh` names the new ones that may enter the exact ones, or none."""
         if single(argument):
-            self._module.launch(self._single, argument.share, heads, _SINGLE_THREADS, self._shared, argument, fresh)
+            self._module.launch(self._single, argument.share, heads, self._single_threads, self._shared, argument, fresh)
             return
         whole = by_warp(argument.B, argument.share, argument.tiles) if BY_WARP is None else BY_WARP
         if whole and self.whole_rows:

@@ -154,18 +154,17 @@ DEVICE void wide_product(float (&y)[16][4], const u32 (&a)[8][4], const void* b)
 
 constexpr float NEG_INF = -1e30f;
 
-// Copies of one warp, all of whose lanes call, that barrier `bar` counts: the copy engine from 9.0 on, 16 bytes a lane below.
-// The barrier is made for COPIERS arrivals.
+// Copies that barrier `bar`, made for COPIERS arrivals, counts: by the copy engine from 9.0 on, 16 bytes a lane below. The lanes of
+// a warp for which `copies` holds call: one lane of the first kind, all of the second.
 constexpr bool BULK = TARGET >= 90;
 constexpr u32 COPIERS = BULK ? 1 : 32;
-DEVICE void copies_begin(u64* bar, u32 bytes, int lane) {
-  if constexpr (BULK) {
-    if (lane == 0) barrier_expect(bar, bytes);
-  }
+DEVICE bool copies(int lane) { return !BULK || lane == 0; }
+DEVICE void copies_begin(u64* bar, u32 bytes) {
+  if constexpr (BULK) barrier_expect(bar, bytes);
 }
 DEVICE void copy(void* dst, const void* src, u32 bytes, u64* bar, int lane) {
   if constexpr (BULK) {
-    if (lane == 0) bulk_load(dst, src, bytes, bar);
+    bulk_load(dst, src, bytes, bar);
   } else {
     for (u32 i = 16 * lane; i < bytes; i += 512) copy16((char*)dst + i, (const char*)src + i);
   }

@@ -67,15 +67,14 @@ constexpr int STAGE_BYTES = IN_MASK + 128;
 constexpr int PART = D + 4;                                                    // floats per head of a warp's partial: channels, max, sum
 constexpr int QUADS = CH <= 4 ? 1 : CH / 4, SLOT = 128 * QUADS + 4;           // of one that goes to another block: four a lane, max, sum
 constexpr int MEAN_BYTES = MODE == 0 ? 0 : 128 * D, BASIS_BYTES = MODE == 2 ? 2 * D * D : 0;
-constexpr int PAIR_WARPS = 4, TURNED_BYTES = MODE == 2 ? (WIDE ? 2 : 1) * K_STEPS * (256 + 32) : 0;   // of attend_single
+constexpr int PAIR_WARPS = 4;                        // that attend in attend_single
 
 constexpr int OFF_MEAN = WARPS * STAGES * STAGE_BYTES;
 constexpr int OFF_BASIS = OFF_MEAN + MEAN_BYTES;
 constexpr int OFF_PART = OFF_BASIS + BASIS_BYTES;
-constexpr int OFF_TURNED = OFF_PART + PAIR_WARPS * COLUMNS * PART * 4;         // query in the basis, and its sums: where more warps' parts are
-constexpr int END_PART = OFF_PART + WARPS * COLUMNS * PART * 4, END_TURNED = OFF_TURNED + TURNED_BYTES;
+constexpr int OFF_TURNED = OFF_BASIS;                // attend_single: query in the basis, and its sums; it reads the basis from L2
 constexpr int RAW_ROW = (RUNS + 3) / 4 * 4 + 4, RAW_BYTES = MODE == 0 ? 0 : COLUMNS * 4 * RAW_ROW * 4, QT_BYTES = MODE == 2 ? 0 : COLUMNS * D * 2;
-constexpr int OFF_RAW = END_PART > END_TURNED ? END_PART : END_TURNED;         // query, B-fragment order; two rows of the batch
+constexpr int OFF_RAW = OFF_PART + WARPS * COLUMNS * PART * 4;                  // query, B-fragment order; two rows of the batch
 constexpr int OFF_QT = OFF_RAW + 2 * RAW_BYTES;                                // transformed query, COLUMNS x D fp16; two rows of the batch
 constexpr int OFF_SUM = OFF_QT + 2 * QT_BYTES;                                 // sums of the transformed query, 2 x COLUMNS
 struct Queries { static constexpr int HEADS = COLUMNS, RAW = OFF_RAW, QT = OFF_QT, SUM = OFF_SUM, RAW_STEP = RAW_BYTES, QT_STEP = QT_BYTES; };

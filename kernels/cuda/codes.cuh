@@ -332,8 +332,9 @@ struct Source {
   const unsigned short *ks, *vs;
 };
 DEVICE void request(const Codes& p, const Source& from, int window, int lane, unsigned char* stage, u64* bar) {
+  if (!copies(lane)) return;
   const int left = p.slots - window * WINDOW, rows = left < WINDOW ? left : WINDOW;
-  copies_begin(bar, rows * (KEY_BYTES + VALUE_BYTES + 2 * KEY_NUMBERS + 2 * VALUE_NUMBERS), lane);
+  copies_begin(bar, rows * (KEY_BYTES + VALUE_BYTES + 2 * KEY_NUMBERS + 2 * VALUE_NUMBERS));
   const long long at = (long long)window * WINDOW;
   copy(stage, from.k + at * KEY_BYTES, rows * KEY_BYTES, bar, lane);
   copy(stage + IN_VALUES, from.v + at * VALUE_BYTES, rows * VALUE_BYTES, bar, lane);
@@ -555,8 +556,8 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
   unsigned char* stages = smem + OFF_STAGES + warp * STAGES * STAGE;
   for (int i = 0; i < STAGES; i++)
     if (from + warp + WARPS * i < to) request(p, source, from + warp + WARPS * i, lane, stages + i * STAGE, full + i);
-  if (warp == 0 && from < to) {
-    copies_begin(tables, KEY_TABLE + (VALUE_COPIES == 1 ? VALUE_SOURCE : 0) + (DENSE && BASIS ? 32768 : 0) + (MEAN ? 16384 : 0) + (DENSE ? 16384 : 0), lane);
+  if (warp == 0 && from < to && copies(lane)) {
+    copies_begin(tables, KEY_TABLE + (VALUE_COPIES == 1 ? VALUE_SOURCE : 0) + (DENSE && BASIS ? 32768 : 0) + (MEAN ? 16384 : 0) + (DENSE ? 16384 : 0));
     copy(smem + OFF_KEYS, (const char*)p.k_levels + head * p.k_levels_h, KEY_TABLE, tables, lane);
     if (VALUE_COPIES == 1) copy(smem + OFF_VALUES, (const char*)p.v_levels + head * p.v_levels_h, VALUE_SOURCE, tables, lane);
     if (DENSE && BASIS) copy(smem + OFF_BASIS, p.basis + head * p.basis_h, 32768, tables, lane);

@@ -311,7 +311,11 @@ template <int N> DEVICE void project_rows(float* xs, float* sums, const float* m
   float acc[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) acc[r] = 0;
-  if (first == last) {
+  if (per == 1) {                                    // latency is all: many loads on their way
+    const float* matrix = matrices + (long long)first * D * D;
+#pragma unroll 32
+    for (int d = from; d < to; d++) acc[0] += xs[d] * matrix[d * D + c];
+  } else if (first == last) {
     const float* matrix = matrices + (long long)first * D * D;
 #pragma unroll 8
     for (int d = from; d < to; d++) {
@@ -678,9 +682,6 @@ DEVICE void append_lone(const RowParams& p, unsigned char* smem) {
   if (p.segments) enter_exact(p, fresh(p.k, p.k_stride), fresh(p.v, p.v_stride), b, head, slot, lane);
 }
 
-#ifndef KVSINK_EMULATE
-extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS, COLUMNS * SLOT};   // what the host must ask for
-#endif
 KERNEL(LONE_THREADS) append_row(ARGUMENT(RowParams) p) {
   BLOCK_MEMORY(LONE_SMEM)
   if constexpr (LONE) append_lone(p, smem);

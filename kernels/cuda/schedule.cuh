@@ -30,6 +30,7 @@ DEVICE void settle(Work& w, const Rows& r, int warp) {
 
 // Part `part` of 1 << shift of superblock i of row b into a stage.
 DEVICE void ask(const Params& p, int b, int kv, int i, int part, int shift, int lane, unsigned char* stage, u64* bar) {
+  if (!copies(lane)) return;
   const long long tile = tile_of(p, b, kv, i);
   const u32 kb = K_BYTES >> shift, vb = V_BYTES >> shift, ks = KS_BYTES >> shift, vs = VS_BYTES >> shift;
   const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_BYTES, *values = (const unsigned char*)p.v_codes + tile * V_BYTES;
@@ -38,7 +39,7 @@ DEVICE void ask(const Params& p, int b, int kv, int i, int part, int shift, int 
     copy(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, kn, bar, lane);
     copy(value_scales + va, (const char*)p.v_scale + tile * VS_BYTES + va, vn, bar, lane);
   };
-  copies_begin(bar, kb + vb + ks + vs + ROT_BYTES + (p.mask ? 128 : 0), lane);
+  copies_begin(bar, kb + vb + ks + vs + ROT_BYTES + (p.mask ? 128 : 0));
   if (WIDE && shift) {                               // tiles of one block, which stand between those of the other
     const Item item = item_of(part, shift);
     for (int n = 0; n < item.pairs; n++) {
@@ -66,8 +67,8 @@ DEVICE void request(const Params& p, Work& w, const Rows& r, int kv, int warp, i
 }
 // The tables of a KV head, by one warp. Nothing is on its way to a block that has ended: who leaves early waits for them.
 DEVICE void ask_tables(const Params& p, int kv, int lane, unsigned char* smem, u64* bar) {
-  if (MODE == 0) return;
-  copies_begin(bar, MEAN_BYTES + BASIS_BYTES, lane);
+  if (MODE == 0 || !copies(lane)) return;
+  copies_begin(bar, MEAN_BYTES + BASIS_BYTES);
   copy(smem + OFF_MEAN, p.mean + kv * (MEAN_BYTES / 4), MEAN_BYTES, bar, lane);
   if (MODE == 2) copy(smem + OFF_BASIS, p.basis + kv * (BASIS_BYTES / 4), BASIS_BYTES, bar, lane);
   copies_end(bar);
@@ -244,6 +245,9 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
 // from the L2 cache. Needs B = 1 and as many blocks as superblocks can be held; those behind the last token end early.
 constexpr int SINGLE_WARPS = PAIR_WARPS + SERVICE, SINGLE_THREADS = 32 * SINGLE_WARPS;
 
+#ifndef KVSINK_EMULATE
+extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS, SINGLE_THREADS};   // what the host must ask for
+#endif
 KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   LAUNCH_MEMORY
   constexpr int BLOCKS = WIDE ? 2 : 1, TILES_ALONE = WIDE ? 2 : 1;             // of 64 tokens, whose queries stand apart; units of a warp
@@ -261,10 +265,10 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   if (attends) {
     sync_warp();
     ask(p, 0, kv, c, warp, 2, lane, stage, full);
-    if (MODE != 0) {                                 // the pair's part of the table of the mean's logit
+    if (MODE != 0 && copies(lane)) {                 // the pair's part of the table of the mean's logit
       const Item item = item_of(warp, 2);            // two warps write the same where they share pairs
       const u32 size = item.pairs * (MEAN_BYTES / 4);
-      copies_begin(full, size, lane);
+      copies_begin(full, size);
       copy(smem + OFF_MEAN + item.first * (MEAN_BYTES / 4), p.mean + kv * (MEAN_BYTES / 4) + item.first * (MEAN_BYTES / 16), size, full, lane);
       copies_end(full);
     }
