@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import append_triton, packed
-from .append_cpu import append_one, select_one, serves, store_rows
+from .append_cpu import append_one, defined, select_one, store_rows
+from .backends import Call, LayerState
 from .base import resolve_codec
 from .selection import merge_exact
 from .sparse import merge_sparse
 from .stages import rope_rows
 from .tokens import touched, window_rows
 
-__all__ = ["append", "append_", "append_cpu", "append_ref"]
+__all__ = ["append", "append_", "append_in_c", "append_plain", "append_ref", "keep_exact"]
 
 EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
@@ -47,15 +47,14 @@ def append_ref(
 ) -> None:  # fmt: skip
     """The definition, for any device."""
     c = resolve_codec(codec)
-    p = dict(zip(c.param_names(), params, strict=True))
-    st = c.named(state)
+    p, st = c.tables(params), c.named(state)
     if c.modal:
         p["visual"] = candidates[-1]
     b, _, s, _ = k.shape
     slots = st["length"] + torch.arange(s, device=k.device)
     st["positions"].index_copy_(1, slots, positions.expand(b, s).to(st["positions"].dtype))
     full_k = k if roped else rope_rows(k, cos, sin)
-    _keep_exact(c, st, full_k, v, candidates)
+    keep_exact(c, st, full_k, v, candidates)
     if c.tiles:
         c.store_tiles(full_k, v, slots, st, p)
         _keep_recent(c, st, slots, full_k, v)
@@ -79,36 +78,28 @@ def append_ref(
     _keep_recent(c, st, slots, full_k, v)
 
 
-def append_cpu(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], c: Any, roped: bool,
-) -> bool:  # fmt: skip
-    """The same with rows coded in C; whether it was done, that is, whether the C kernel serves these tensors."""
-    if k.device.type != "cpu" or k.dtype == torch.float64:
-        return False
-    if k.shape[2] == 1 and roped and append_one(c, k, v, positions, cos, sin, candidates, state, params):
-        if c.ring:
-            _keep_recent(c, c.named(state), state[11][None], k, v)
-        return True
-    if c.modal or not serves(c):
-        return False
-    p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
-    s, first = k.shape[2], int(st["length"])
-    if first + s > st["positions"].shape[1]:
-        return False  # the definition says what is wrong
-    st["positions"][:, first : first + s] = positions
-    full_k = k if roped else rope_rows(k, cos, sin)
-    if s == 1 and c.exact_rows and c.anchors is None:
-        select_one(c, full_k, v, candidates, st, first)
-    else:
-        _keep_exact(c, st, full_k, v, candidates)
-    store_rows(c, c.transform_keys(k, cos, sin, positions, p, roped), c.transform_values(v, p), first, st, p)
+def append_in_c(call: Call) -> None:
+    """The same with rows coded in C, where `append_cpu.declines` is silent; rows that do not fit are for the definition to say."""
+    k, v, positions, cos, sin, candidates, _, _ = call.coding()
+    c, s, first = call.codec, k.shape[2], int(call.state.length)
+    if defined() or first + s > call.state.positions.shape[1]:
+        append_plain(call)
+        return
+    full_k = k if call.roped else rope_rows(k, cos, sin)
+    if s > 1 or not call.roped or not append_one(call, first):
+        st, p = call.st, call.p
+        st["positions"][:, first : first + s] = positions
+        if s == 1 and c.exact_rows and c.anchors is None:
+            select_one(c, full_k, v, candidates, st, first)
+        else:
+            keep_exact(c, st, full_k, v, candidates)
+        store_rows(c, c.transform_keys(k, cos, sin, positions, p, call.roped), c.transform_values(v, p), first, st, p)
     if c.ring:
-        _keep_recent(c, st, torch.arange(first, first + s), full_k, v)
-    return True
+        _keep_recent(c, call.st, torch.arange(first, first + s), full_k, v)
 
 
-def _keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
+def keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
+    """The running selection, in place."""
     if not c.exact_rows:
         return
     held = [st[name].narrow(dim, 0, c.exact_rows) for name, dim in EXACT]  # anchors stand behind
@@ -174,18 +165,21 @@ def _store_outliers(c: Any, prefix: str, x: Tensor, st: dict[str, Tensor], p: di
     merge_sparse(value, index, rows, length, valid, offset, extent, n)
 
 
+def append_plain(call: Call) -> None:
+    """`append_` by its definition."""
+    append_ref(*call.coding(), call.text, call.roped)
+
+
 def append(
     k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
     state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
 ) -> None:  # fmt: skip
     """The op outside graphs, without what a dispatcher costs for every tensor of the state."""
-    c = resolve_codec(codec)
-    if c.tiles and k.device.type == "cuda" and (lib := packed.usable_rows(c, k, params)) is not None:
-        append_tiles(lib, c, k if roped else rope_rows(k, cos, sin), v, positions, candidates, state, params)
-    elif k.device.type == "cuda" and not append_triton.why_not(c, k, candidates):
-        append_triton.append_one(k, v, positions, cos, sin, candidates, state, params, c, roped)
-    elif not append_cpu(k, v, positions, cos, sin, candidates, state, params, c, roped):
-        append_ref(k, v, positions, cos, sin, candidates, state, params, codec, roped)
+    call = Call(
+        resolve_codec(codec), codec, k, v, LayerState(*state), params, positions=positions, candidates=candidates, turn=(cos, sin),
+        roped=roped,
+    )  # fmt: skip
+    call.choice("append").run(call)
 
 
 @torch.library.custom_op("kvsink::append_", mutates_args=("state",))
@@ -194,20 +188,6 @@ def append_(
     state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
 ) -> None:  # fmt: skip
     append(k, v, positions, cos, sin, candidates, state, params, codec, roped)
-
-
-def append_tiles(
-    lib: packed.Library, c: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """The same by the kernel: one launch for one new row; the exact rows of more are chosen by plain operators."""
-    p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
-    if packed.append_rows(lib, c, k, v, positions, candidates, st, p) or not c.exact_rows:
-        return
-    held = st["exact_slot"], st["exact_score"], (st["exact_k"], st["exact_v"])
-    merged = merge_exact(*held, (k, v), candidates, c.segments, st["length"])
-    for name, new in zip(("exact_slot", "exact_score", "exact_k", "exact_v"), merged, strict=True):
-        st[name].copy_(new)
 
 
 @append_.register_fake

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import append_triton, attend_triton, native, packed
-from .append import append, append_cpu, append_ref, append_tiles
-from .attend import attend_any, attend_packed
+from . import append_triton, attend_codes, native
+from .backends import Call, Device, LayerFormat, LayerState, Shape
 from .base import resolve_codec
 
 __all__ = ["append_attend", "append_attend_"]
@@ -56,19 +54,24 @@ class _Beside:
             self._here.wait_stream(stream)
 
 
-def _side_by_side(
-    c: Any, q: Tensor, k: Tensor, v: Tensor, coded: tuple[Tensor, Tensor, Tensor], positions: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None, scale: float, roped: bool,
-) -> Tensor | None:  # fmt: skip
-    """One new row per sequence where kernels in CUDA C++ attend and Triton codes; else None."""
-    if q.device.type != "cuda" or q.shape[2] != 1 or c.strict or append_triton.why_not(c, coded[0], candidates):
-        return None
-    st = c.named(state)
-    if attend_triton.why_not(c, q, k, mask, st["exact_k"].shape[2]):
-        return None
-    p = dict(zip(c.param_names(), params, strict=True))
-    launches = append_triton.launches(coded[0], v, positions, *coded[1:], candidates, state, params, c, roped)
-    return attend_triton.by_cuda(c, q, k, v, st, p, mask, scale, _Beside(positions, launches))
+def declines_beside(f: LayerFormat, s: Shape, d: Device) -> str:
+    """What keeps a step from being attention in CUDA C++ with the coding by Triton beside it, in words."""
+    if reason := attend_codes.declines(f, s, d) or append_triton.declines(f, s, d):
+        return reason
+    return "new rows are read back from their codes" if f.strict else ""
+
+
+def side_by_side(call: Call) -> Tensor:
+    """One new row per sequence: its codes are stored while attention runs, and it enters the exact rows behind it."""
+    assert call.positions is not None
+    return attend_codes.attend(call, _Beside(call.positions, append_triton.launches(call)))
+
+
+def in_turn(call: Call) -> Tensor:
+    """New rows are stored, then attended to with all others."""
+    call.choice("append").run(call)
+    out: Tensor = call.choice("attend").run(call)
+    return out
 
 
 def append_attend(
@@ -76,29 +79,11 @@ def append_attend(
     params: Sequence[Tensor], mask: Tensor | None, scale: float, is_causal: bool, codec: str, before: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """The op outside graphs; its result may have any strides."""
-    c = resolve_codec(codec)
-    lib = packed.usable(c, q.shape[1], k, params)
-    if lib is not None:
-        p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
-        if q.shape[2] == 1:
-            out = packed.step(lib, c, q, k, v, positions, candidates, st, p, mask, scale)
-            if out is not None:
-                return out
-        append_tiles(lib, c, k, v, positions, candidates, state, params)
-        found = attend_packed(lib, c, q, k, v, state, params, mask, scale, is_causal)
-        if found is not None:
-            return found
-    elif c.tiles:
-        none = k.new_empty(1, k.shape[2], 0)
-        if not append_cpu(k, v, positions, none, none, candidates, state, params, c, True):
-            append_ref(k, v, positions, none, none, candidates, state, params, codec, True)
-    else:
-        rows, cos, sin = before or (k, *[k.new_empty(1, k.shape[2], 0)] * 2)
-        beside = _side_by_side(c, q, k, v, (rows, cos, sin), positions, candidates, state, params, mask, scale, not before)
-        if beside is not None:
-            return beside
-        append(rows, v, positions, cos, sin, candidates, state, params, codec, not before)
-    return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
+    coded, *turn = before or (None,)
+    rest = positions, candidates, mask, scale, is_causal, coded, turn, not before
+    call = Call(resolve_codec(codec), codec, k, v, LayerState(*state), params, q, *rest)
+    out: Tensor = call.choice("step").run(call)
+    return out
 
 
 @torch.library.custom_op("kvsink::append_attend_", mutates_args=("state",))

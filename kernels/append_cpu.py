@@ -6,7 +6,7 @@ Formula    codes and scales as `quantize` and `vector_encode` define them: the s
            and `transform_values`, but for x U, whose sums are taken in float64
 Source     ours
 Shapes     as `kvsink::append_`
-Raises     nothing: `serves` says whether it does a codec
+Declines   `declines` says in words what it does not code
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import Call, Device, LayerFormat, Shape
 from .c_library import EXACT, FLOAT_TYPES, Plan, c_library
 from .hadamard import hadamard_core
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .quantize import segments
 
-__all__ = ["append_one", "by_definition", "select_one", "serves", "store_rows"]
+__all__ = ["append_one", "by_definition", "declines", "defined", "select_one", "store_rows"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "uniform": 1, "uniform-int": 2, "gauss": 3, "vector": 4}
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
-_known: dict[int, tuple[Any, bool]] = {}  # answers of `_brings`: the hash of a codec takes as long as coding a row
+_COUPLED = 64  # channels
 _defined: list[None] = []  # one entry for every `by_definition` that is open
 
 
@@ -88,23 +89,31 @@ def _library() -> ctypes.CDLL | None:
     return c_library("append_cpu", EXACT, sizes, "coding new rows on the CPU runs in PyTorch, several times slower")
 
 
-def serves(c: Any) -> bool:
-    """Whether both sides of a codec are coded row by row by a quantizer that the C file knows, and it is asked to."""
-    return not _defined and _knows(c)
+def defined() -> bool:
+    """Whether a `by_definition` is open."""
+    return bool(_defined)
 
 
-@cache
-def _knows(c: Any) -> bool:
-    if c.tiles:
-        return False
-    for side in (c.key, c.value):
-        if not side.packed or side.kind not in _KIND or side.by_token_block or side.outliers:
-            return False
-        if side.kind == "vector" and side.couple > 64:
-            return False
+def declines(f: LayerFormat, s: Shape, d: Device) -> str:
+    """What keeps new rows from being coded in C, in words; empty when both sides are coded row by row by a known quantizer."""
+    if d.type != "cpu":
+        return f"the device is {d.type}"
+    if s.dtype == torch.float64:
+        return f"{s.dtype} is not float32 or narrower"
+    if f.order == "mma":
+        return "codes in the order of a GPU kernel"
+    for side in (f.key, f.value):
+        if side.kind not in _KIND:
+            return f"rows of kind {side.kind}"
+        if side.by_token_block:
+            return "ranges along tokens"
+        if side.outliers:
+            return "sparse outliers"
+        if side.kind == "vector" and side.couple > _COUPLED:
+            return f"{side.couple} coupled channels"
         if side.kind in ("uniform", "uniform-int", "gauss") and (side.group_size % 8 or len(set(side.widths)) != 1):
-            return False
-    return _library() is not None
+            return f"groups of {side.group_size} channels"
+    return "no C compiler" if d.place is not None and _library() is None else ""
 
 
 @cache
@@ -193,11 +202,11 @@ class _AppendPlan(Plan):
 
     def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         super().__init__(c, state, params)
-        st, p = c.named(state), dict(zip(c.param_names(), params, strict=True))
+        st, p = c.named(state), c.tables(params)
         self.exact = {n: st[n] for n in ("exact_k", "exact_v")}
         positions = st["positions"]
-        self.call = call = _Append(*state[0].shape[:2], 1)
-        call.positions, call.positions_b, self.slots = positions.data_ptr(), positions.stride(0), positions.shape[1]
+        self.call = call = _Append(*st["k_codes"].shape[:2], 1)
+        call.positions, call.positions_b = positions.data_ptr(), positions.stride(0)
         self.sides = call.sides[0], call.sides[1]
         for side, s, n in zip(self.sides, (c.key, c.value), "kv", strict=True):
             dim = self.exact[f"exact_{n}"].shape[-1]
@@ -222,40 +231,36 @@ class _AppendPlan(Plan):
         self.select = _selection(c, st) if c.exact_rows else _Select()
 
 
-def _brings(c: Any) -> bool:
+@cache
+def _brings(f: LayerFormat) -> bool:
     """Whether the C file does all that one new row needs: it knows the stages as well as the quantizers."""
-    known = _known.get(id(c))
-    if known is None or known[0] is not c:
-        sides = [s for s in (c.key, c.value) if not s.reorder and not s.exponent]
-        plain = len(sides) == 2 and all(s.transform != "hadamard" or s.folded or _plain(s) for s in sides)
-        known = _known[id(c)] = c, plain and c.anchors is None and not c.modal and _knows(c)
-    return known[1] and not _defined
+    return not f.anchored and all(
+        not (s.reorder or s.exponent) and (s.transform != "hadamard" or s.folded or _plain(s)) for s in (f.key, f.value)
+    )
 
 
 def _plain(s: Any) -> bool:
     return s.heads_per_group == 1 and hadamard_core(s.order) == 1
 
 
-def append_one(
-    c: Any, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor],
-) -> bool:  # fmt: skip
-    """All of `append_` but the ring for one new row per sequence, k after RoPE; whether it was done."""
-    if (library := _library()) is None or not _brings(c):
+def append_one(call: Call, first: int) -> bool:
+    """All of `append_` but the ring for one new row per sequence, k after RoPE, at slot `first`; whether it was done."""
+    k, v, positions, cos, sin, candidates, state, params = call.coding()
+    c = call.codec
+    if not _brings(c.format):
         return False
+    library = _library()
+    assert library is not None
     plan = _AppendPlan.of(c, state, params)
-    call, first = plan.call, int(state[11])
-    if first >= plan.slots:
-        return False  # the definition says what is wrong
-    positions = positions.to(torch.int64)
+    a, positions = plan.call, positions.to(torch.int64)
     angles = [t if t.dtype in FLOAT_TYPES and t.stride(-1) == 1 else t.float().contiguous() for t in (cos, sin)]
-    call.slot, call.position, call.position_b = first, positions.data_ptr(), positions.stride(0) * (positions.shape[0] > 1)
-    call.cos, call.sin, call.angle_type = angles[0].data_ptr(), angles[1].data_ptr(), FLOAT_TYPES[angles[0].dtype]
-    call.rotary, call.angle_b = angles[0].shape[-1], angles[0].stride(0) * (angles[0].shape[0] > 1)
+    a.slot, a.position, a.position_b = first, positions.data_ptr(), positions.stride(0) * (positions.shape[0] > 1)
+    a.cos, a.sin, a.angle_type = angles[0].data_ptr(), angles[1].data_ptr(), FLOAT_TYPES[angles[0].dtype]
+    a.rotary, a.angle_b = angles[0].shape[-1], angles[0].stride(0) * (angles[0].shape[0] > 1)
     rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (k, v)]
     for side, t in zip(plan.sides, rows, strict=True):
         side.row, side.type, side.row_b, side.row_h = t.data_ptr(), FLOAT_TYPES[t.dtype], t.stride(0), t.stride(1)
     kept = _offer(plan.select, c, rows[0], rows[1], candidates, plan.exact, first) if c.exact_rows else None
-    library.kvsink_append_one(ctypes.byref(call), ctypes.byref(plan.select))
+    library.kvsink_append_one(ctypes.byref(a), ctypes.byref(plan.select))
     del kept
     return True

@@ -5,25 +5,27 @@ Source     ours
 Shapes     as `kvsink::append_` with S = 1
 Exact      codes equal the definition's up to ties that the order of float32 sums in the transform decides; exact rows are the
            same rows, in places of their own order
-Declines   `why_not` says in words what it does not serve, and the plain operators run
+Declines   `declines` says in words what it does not serve, and the plain operators run
 Cost       three launches: the codes of keys, those of values, and exact rows with positions
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attend_triton import here, interpreted, power, refuse, transform
+from . import attend_triton
+from .attend_triton import power, transform
+from .backends import Call, Device, LayerFormat, Shape
 from .lasting import kept
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .quantize import segments
 
-__all__ = ["append_one", "launches", "why_not"]
+__all__ = ["append", "declines", "launches"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 1, "gauss": 2, "uniform": 3, "uniform-int": 4, "static": 5}
 _SEGMENTS = 4
@@ -32,28 +34,21 @@ _WARPS = 4  # more of them wait for each other: 8 take 1.3 to 1.6 times as long,
 _TILE = 128 * 256  # numbers of a basis or of codebooks in registers at a time; a half or a quarter takes up to twice as long
 
 
-def why_not(codec: Any, k: Tensor, candidates: Sequence[Tensor]) -> str:
+def declines(f: LayerFormat, s: Shape, d: Device) -> str:
     """What keeps new rows from the Triton kernels, in words; empty when they serve them."""
-    if not here():
-        return "Triton is not installed"
-    if k.device.type != "cuda" and not interpreted():
-        return f"the device is {k.device.type}"
-    if k.shape[2] != 1 or any(x.shape[1] != 1 for x in candidates[: 2 * len(codec.segments) : 2]):
-        return "more than one new row"
-    return refuse(codec, k.dtype, k.shape[3], codec.exact_rows) or _unserved(codec, k.shape[3])
-
-
-@cache
-def _unserved(codec: Any, dim: int) -> str:
-    if codec.modal or codec.anchors is not None:
+    if reason := attend_triton.declines(f, s._replace(mask="", exact=f.exact), d):
+        return reason
+    if not s.offered:
+        return "several new candidates for one exact row"
+    if f.modal or f.anchored:
         return "rows by modality, or anchors"
-    if len(codec.segments) > _SEGMENTS:
-        return f"{len(codec.segments)} protection segments"
-    for side in (codec.key, codec.value):
-        if side.kind == "vector" and (side.couple & (side.couple - 1) or dim % side.couple):
+    if len(f.segments) > _SEGMENTS:
+        return f"{len(f.segments)} protection segments"
+    for side in (f.key, f.value):
+        if side.kind == "vector" and (side.couple & (side.couple - 1) or s.dim % side.couple):
             return f"{side.couple} coupled channels"
-        if side.kind in ("gauss", "uniform", "uniform-int") and side.group_size != dim and power(dim) != dim:
-            return f"groups of {side.group_size} of {dim} channels"
+        if side.kind in ("gauss", "uniform", "uniform-int") and side.group_size != s.dim and power(s.dim) != s.dim:
+            return f"groups of {side.group_size} of {s.dim} channels"
     return ""
 
 
@@ -76,23 +71,18 @@ def _tables(kind: str, widths: tuple[int, ...], device: str) -> tuple[Tensor, Te
     return meta.to(device), torch.cat(levels).to(device), torch.cat(edges).to(device)
 
 
-def append_one(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: Any, roped: bool,
-) -> None:  # fmt: skip
-    """`kvsink::append_` for S = 1 where `why_not` is empty."""
-    for launch in launches(k, v, positions, cos, sin, candidates, state, params, codec, roped):
+def append(call: Call) -> None:
+    """`kvsink::append_` for S = 1 where `declines` is silent."""
+    for launch in launches(call):
         launch()
 
 
-def launches(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: Any, roped: bool,
-) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:  # fmt: skip
+def launches(call: Call) -> tuple[Callable[[], None], Callable[[], None], Callable[[], None]]:
     """The same in three parts, which may run at the same time: codes of keys, codes of values, exact rows and positions."""
     from . import triton_append as kernels
 
-    p, st = dict(zip(codec.param_names(), params, strict=True)), codec.named(state)
+    k, v, positions, cos, sin, candidates, _, _ = call.coding()
+    codec, st, p, roped = call.codec, call.st, call.p, call.roped
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     angles = cos, sin, cos.stride(0) if cos.shape[0] > 1 else 0

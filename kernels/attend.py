@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attend_triton, packed
-from .attend_cpu import attend_one, why_not
+from . import packed
+from .backends import Call, LayerState, tell_once
 from .base import resolve_codec
 from .read import TILE, put_rows, read_ref
 
-__all__ = ["TILE", "attend", "attend_ref"]
+__all__ = ["TILE", "attend", "attend_plain", "attend_ref", "attention"]
 
 
 def _additive(mask: Tensor | None, is_causal: bool, first: Tensor, s: int, slots: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def attend_ref(
         full_k, full_v = full_k[:, :, : mask.shape[-1]], full_v[:, :, : mask.shape[-1]]
     b, h, slots, d = full_k.shape
     s, r = q.shape[2], q.shape[1] // h
-    bias = _additive(mask, is_causal, state[11], s, torch.arange(slots, device=q.device))
+    bias = _additive(mask, is_causal, LayerState(*state).length, s, torch.arange(slots, device=q.device))
     wide = _wide(q)
     logits = q.to(wide).reshape(b, h, r * s, d) @ full_k.to(wide).mT * scale  # [B, H, R·S, L]
     logits = (logits.reshape(b, h, r, s, slots) + _grouped(bias, h, r)).reshape(b, h, r * s, slots)
@@ -78,8 +78,7 @@ def _attend_tiles(
 ) -> Tensor:  # fmt: skip
     """The same in tiles of slots up to the length: what runs on the CPU."""
     c = resolve_codec(codec)
-    p = dict(zip(c.param_names(), params, strict=True))
-    st = c.named(state)
+    p, st = c.tables(params), c.named(state)
     b, h, s, d = k.shape
     r, length = q.shape[1] // h, st["length"]
     first = int(length)
@@ -126,64 +125,32 @@ def _past_rows(
     return out[0], out[1]
 
 
-def _attend_cuda(
+def attend_plain(call: Call) -> Tensor:
+    """The same by plain operators: tile by tile on the CPU; several new rows on a GPU over pieces of the decoded past."""
+    q, k, v, state, params, mask, scale = call.asking()
+    c, device, several = call.codec, q.device.type, q.shape[2] > 1
+    if device == "cpu":
+        return _attend_tiles(q, k, v, state, params, mask, scale, call.causal, call.text)
+    if c.tiles and not several:
+        tell_once(f"attention over packed codes runs on the plain operators: {call.choice('attend').why[0][1]}")
+    if device != "cuda" or not several or q.dtype == torch.float64 or torch.cuda.is_current_stream_capturing():
+        return attend_ref(q, k, v, state, params, mask, scale, call.causal, call.text)
+    first = int(call.state.length)
+
+    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
+        return _past_rows(c, call.st, call.p, first + q.shape[2], start, end, k.dtype)
+
+    return packed.attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
+
+
+def attention(
     q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
-    """The same on a GPU for codecs not in tiles: one new row by the Triton kernel, more over pieces of the decoded past."""
-    c = resolve_codec(codec)
-    st = c.named(state)
-    if not attend_triton.why_not(c, q, k, mask, st["exact_k"].shape[2]):
-        return attend_triton.attend_one(q, k, v, state, params, mask, scale, c)
-    if q.shape[2] == 1 or q.dtype == torch.float64 or torch.cuda.is_current_stream_capturing():
-        return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
-    p, first = dict(zip(c.param_names(), params, strict=True)), int(st["length"])
-
-    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
-        return _past_rows(c, st, p, first + q.shape[2], start, end, k.dtype)
-
-    return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
-
-
-def attend_any(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
-    scale: float, is_causal: bool, codec: str,
-) -> Tensor:  # fmt: skip
-    """The same for codecs not in tiles: in C or tile by tile on the CPU, by Triton or by pieces on a GPU."""
-    if q.device.type == "cuda":
-        return _attend_cuda(q, k, v, state, params, mask, scale, is_causal, codec)
-    if q.device.type != "cpu":
-        return attend_ref(q, k, v, state, params, mask, scale, is_causal, codec)
-    if not why_not(resolve_codec(codec), q, k):
-        return attend_one(q, k, v, state, params, mask, scale, resolve_codec(codec))
-    return _attend_tiles(q, k, v, state, params, mask, scale, is_causal, codec)
-
-
-def attend_packed(
-    lib: packed.Library, c: Any, q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor],
-    mask: Tensor | None, scale: float, is_causal: bool,
-) -> Tensor | None:  # fmt: skip
-    """The same by the kernels; None where they do not serve a call, which is told once."""
-    p, st = dict(zip(c.param_names(), params, strict=True)), c.named(state)
-    if q.shape[2] == 1:
-        out = packed.attend_one(lib, c, q, k, v, st, p, mask, scale)
-        if out is None and mask is not None:
-            packed.tell_once(
-                f"a mask {tuple(mask.shape)} of {mask.dtype} is not one of visible slots: the plain operators run, slowly"
-            )
-        return out
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None  # the length decides what runs, and a graph under capture cannot read it
-    first = int(st["length"])
-    if first + q.shape[2] > st["k_codes"].shape[2]:
-        raise IndexError(
-            f"{q.shape[2]} rows do not fit behind {first} of {st['k_codes'].shape[2]} slots; make the cache longer"
-        )
-
-    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
-        return packed.decode_rows(lib, c, st, p, start, end, k.dtype, first + q.shape[2])
-
-    return packed.attend_chunk(past, q, k, v, first, mask, scale, is_causal, c.strict)
+    """The op outside graphs; its result may have any strides."""
+    call = Call(resolve_codec(codec), codec, k, v, LayerState(*state), params, q, mask=mask, scale=scale, causal=is_causal)
+    out: Tensor = call.choice("attend").run(call)
+    return out
 
 
 @torch.library.custom_op("kvsink::attend", mutates_args=())
@@ -191,12 +158,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
     scale: float, is_causal: bool, codec: str,
 ) -> Tensor:  # fmt: skip
-    c = resolve_codec(codec)
-    if c.tiles and (lib := packed.usable(c, q.shape[1], k, params)) is not None:
-        out = attend_packed(lib, c, q, k, v, state, params, mask, scale, is_causal)
-        if out is not None:
-            return out.contiguous()
-    return attend_any(q, k, v, state, params, mask, scale, is_causal, codec)
+    return attention(q, k, v, state, params, mask, scale, is_causal, codec).contiguous()
 
 
 @attend.register_fake

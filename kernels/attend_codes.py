@@ -5,8 +5,8 @@ Formula    as `attend_triton`: the query goes to the basis and to the start of a
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
 Exact      products in float16, sums in float32: relative error of the output below 2e-3
-Declines   `variant_of` returns a reason in words: other widths, block sizes, head dimensions than 128, more than four query
-           heads per key-value head; Triton serves those, and GPUs other than Hopper
+Declines   `declines` says in words: other widths, block sizes, head dimensions than 128, more than four query heads per key-value
+           head; Triton serves those, and GPUs other than Hopper
 Cost       reads codes and scales once per key-value head; a launch that turns queries to blocks (not for dense keys), one that
            attends, one that merges
 """
@@ -23,15 +23,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attend_triton import derived, levels_of, per_head, same, step_kind, transform
+from . import attend_triton
+from .attend_triton import derived, per_head, same, transform
+from .backends import Call as Question
+from .backends import Device, LayerFormat, Shape, SideFormat
 from .lasting import kept
-from .native import SHARED_LIMIT, Module, NativeError, module_of, too_old
+from .levels import levels_of, levels_of_bytes
+from .native import SHARED_LIMIT, Module, NativeError, module_of
 from .quantize import SIGMA_KINDS
 from .tiles import TileTables
 
-__all__ = ["Beside", "Call", "CodesVariant", "attend_one", "kernels_for", "misplaced", "variant_of"]
+__all__ = ["Beside", "Call", "CodesVariant", "attend", "attend_one", "declines", "kernels_for", "misplaced", "variant_of"]
 
 DIM, WINDOW, BLOCK = 128, 64, 64
+CAPABILITY = 9  # compute capability, before the point
+REPEATS = 4  # query heads that share a key-value head
+DTYPES = (torch.float16, torch.bfloat16)
 _COUPLES = (2, 4, 8)
 _TURNED = 16  # blocks that a launched block of `turn_queries` turns to at a time: TURN_BLOCKS of codes.cuh
 _MERGE_WARPS = 8  # of a launched block of `merge_codes`
@@ -102,7 +109,26 @@ class CodesVariant:
         }  # fmt: skip
 
 
-def _bytes_of(spec: Any) -> tuple[int, bool] | str:
+def declines(f: LayerFormat, s: Shape, d: Device) -> str:
+    """What keeps a call from the kernels, in words; empty when they serve it. Compiles them when nothing else speaks against it."""
+    if d.type == "hip":
+        return "the GPU is not one of NVIDIA's"
+    if reason := attend_triton.declines(f, s, d):
+        return reason
+    made = variant_of(f, s)
+    if isinstance(made, str):
+        return made
+    if d.capability[0] != CAPABILITY:
+        return f"{d.name} has compute capability {d.capability[0]}.{d.capability[1]}; these kernels are for {CAPABILITY}.0"
+    if d.place is not None:
+        try:
+            kernels_for(made, d.place)
+        except NativeError as error:
+            return str(error)
+    return ""
+
+
+def _bytes_of(spec: SideFormat) -> tuple[int, bool] | str:
     """Channels that share a byte and whether groups have tables of their own, or why a byte is not that."""
     if spec.kind == "vector":
         if spec.code_bits != 8 or spec.couple not in _COUPLES:
@@ -115,17 +141,22 @@ def _bytes_of(spec: Any) -> tuple[int, bool] | str:
 
 
 @cache
-def variant_of(codec: Any, repeats: int, dim: int, rotary: int, dtype: torch.dtype) -> CodesVariant | str:
-    """The kernel for a codec that `attend_triton.refuse` accepts, or why there is none. rotary: channels, 0 for none."""
-    key, value = codec.key, codec.value
-    if dim != DIM or repeats > 4 or dtype not in (torch.float16, torch.bfloat16):
-        return f"{dim} channels, {repeats} query heads per key-value head in {dtype}"
+def variant_of(f: LayerFormat, s: Shape) -> CodesVariant | str:
+    """The kernel for a format that `attend_triton` serves, or why there is none."""
+    key, value = f.key, f.value
+    if s.dim != DIM:
+        return f"{s.dim} channels, not {DIM}"
+    if s.repeats > REPEATS:
+        return f"{s.repeats} query heads per key-value head, more than {REPEATS}"
+    if s.dtype not in DTYPES:
+        return f"the model computes in {str(s.dtype).removeprefix('torch.')}"
     dense = key.domain == "block" and key.block == 1
+    rotary = s.rotary if key.domain == "block" or key.center else 0
     if (rotary not in (0, DIM)) or (rotary == 0 and (dense or key.center)):
         return f"{rotary} rotary channels"
-    if rotary and not dense and codec.table_tokens != BLOCK:
-        return f"blocks of {codec.table_tokens} tokens"
-    kinds = step_kind(key), step_kind(value)
+    if rotary and not dense and f.tokens != BLOCK:
+        return f"blocks of {f.tokens} tokens"
+    kinds = key.numbers, value.numbers
     for side, kind in zip((key, value), kinds, strict=True):
         if kind > 1 and side.group_size != DIM:
             return "groups within a head"
@@ -147,7 +178,7 @@ def variant_of(codec: Any, repeats: int, dim: int, rotary: int, dtype: torch.dty
             return reason
     basis = dense and (key.transform == "klt" or (key.transform == "hadamard" and not key.folded))
     made = CodesVariant(
-        repeats=repeats, key_runs=runs, key_couple=key_bytes[0], key_books=key_bytes[1], key_scales=kinds[0],
+        repeats=s.repeats, key_runs=runs, key_couple=key_bytes[0], key_books=key_bytes[1], key_scales=kinds[0],
         value_couple=value_bytes[0], value_books=value_bytes[1], value_scales=kinds[1], dense=dense, basis=basis,
         mean=key.center, starts=rotary > 0,
     )  # fmt: skip
@@ -198,19 +229,18 @@ class CodesKernels:
 _LOADED: dict[tuple[CodesVariant, str], CodesKernels | NativeError] = {}
 
 
-def kernels_for(variant: CodesVariant, device: torch.device) -> CodesKernels | None:
-    """The kernels of a variant on a device, compiled and loaded once; None where that does not work here."""
-    at = (variant, str(device))
+def kernels_for(variant: CodesVariant, place: torch.device) -> CodesKernels:
+    """The kernels of a variant on a device, compiled and loaded once. Raises NativeError, the same one every time."""
+    at = (variant, str(place))
     if at not in _LOADED:
         try:
-            if reason := too_old(device):
-                raise NativeError(reason)
-            names = ("arch.cuh", "channels.cuh", "codes.cuh")
-            _LOADED[at] = CodesKernels(variant, module_of(variant.defines(), names, device))
+            _LOADED[at] = CodesKernels(variant, module_of(variant.defines(), ("arch.cuh", "channels.cuh", "codes.cuh"), place))
         except NativeError as error:
             _LOADED[at] = error
     held = _LOADED[at]
-    return held if isinstance(held, CodesKernels) else None
+    if isinstance(held, NativeError):
+        raise held
+    return held
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------------
@@ -257,11 +287,7 @@ def _run_levels(kind: str) -> Tensor:
 
 @kept
 def _scalar_levels(kind: str, width: int, runs: bool, device: str) -> Tensor:
-    if runs:
-        return _run_levels(kind).to(device)
-    byte = torch.arange(256)
-    codes = torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], -1)
-    return levels_of(kind, width)[codes].half().contiguous().to(device)
+    return (_run_levels(kind) if runs else levels_of_bytes(kind, width).half()).to(device)
 
 
 def _levels(spec: Any, book: Tensor | None, runs: bool, device: torch.device) -> tuple[Tensor, int]:
@@ -381,6 +407,17 @@ def splits_of(heads: int, slots: int, multiprocessors: int) -> int:
         if blocks >= 2 * multiprocessors:
             break
     return best
+
+
+def attend(call: Question, beside: Beside | None = None) -> Tensor:
+    """`kvsink::attend` for S = 1 where `declines` is silent; `beside` stores the new rows meanwhile."""
+    if misplaced(call.st):
+        return attend_triton.attend(call)
+    q, k, v, *_ = call.asking()
+    variant = variant_of(call.codec.format, call.shape)
+    assert not isinstance(variant, str)
+    kernels = kernels_for(variant, k.device)
+    return attend_one(kernels, variant, call.codec, q, k, v, call.st, call.p, call.mask, call.scale, kernels.blocks, beside)
 
 
 def attend_one(

@@ -7,7 +7,7 @@ Source     FlashAttention, arXiv 2205.14135 (online softmax); the query carries 
            a rotated query, arXiv 2501.16383
 Shapes     as `kvsink::attend` with S = 1
 Exact      equals the definition up to float32 rounding and an exponential of relative error 3e-7
-Raises     nothing: `why_not` says in words what it does not serve, and the caller takes another path
+Declines   `declines` says in words what it does not serve
 Cost       reads the codes once; 2·Hq·L·D flops for the keys and as many for the values
 
 The C file beside this one is built at first use, see `c_library`.
@@ -16,19 +16,20 @@ The C file beside this one is built at first use, see `c_library`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends import Call, Device, LayerFormat, LayerState, Shape, unread
 from .c_library import FLOAT_TYPES, LOOSE, Plan, c_library
 from .hadamard import hadamard_matrix
-from .levels import even_levels, lloyd_max
+from .levels import levels_of, levels_of_bytes
 from .quantize import SIGMA_KINDS, segments
 
-__all__ = ["attend_one", "unread", "why_not"]
+__all__ = ["attend", "declines"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
@@ -79,39 +80,19 @@ def _library() -> ctypes.CDLL | None:
     return c_library("attend_cpu", LOOSE, sizes, "packed attention on the CPU runs in PyTorch, several times slower")
 
 
-def why_not(codec: Any, q: Tensor, k: Tensor) -> str:
+def declines(f: LayerFormat, s: Shape, d: Device) -> str:
     """What keeps a call from the C kernel, in words; empty when it serves it."""
-    s = codec.key
-    if q.device.type != "cpu" or q.dtype == torch.float64:
-        return "not float32 or narrower on the CPU"
-    if q.shape[2] != 1:
+    if d.type != "cpu":
+        return f"the device is {d.type}"
+    if s.dtype == torch.float64:
+        return f"{s.dtype} is not float32 or narrower"
+    if s.rows > 1:
         return "more than one new row"
-    if reason := unread(codec, _KIND):
+    if reason := unread(f, tuple(_KIND)):
         return reason
-    if s.domain == "block" and s.block < _SMALLEST_BLOCK:
-        return f"blocks of {s.block} tokens"
-    return "" if _library() is not None else "no C compiler"
-
-
-def unread(codec: Any, kinds: Container[str]) -> str:
-    """What keeps a codec from kernels that look codes up row by row and head by head, in words; empty when nothing does."""
-    for side in (codec.key, codec.value):
-        if not side.packed or side.kind not in kinds:
-            return f"rows of kind {side.kind}"
-        if side.by_token_block:
-            return "ranges along tokens"
-        if side.outliers:
-            return "sparse outliers"
-        if side.exponent:
-            return "rows beyond the range of float16"
-    if codec.ring > codec.window:
-        return "rows that stay exact on one side alone"
-    if codec.tiles:
-        return "codes in the order of a GPU kernel"
-    k, v = codec.key, codec.value
-    if k.reorder or k.heads_per_group > 1 or (v.heads_per_group > 1 and not v.folded):
-        return "a rotation across heads"
-    return ""
+    if f.key.domain == "block" and f.key.block < _SMALLEST_BLOCK:
+        return f"blocks of {f.key.block} tokens"
+    return "no C compiler" if d.place is not None and _library() is None else ""
 
 
 @cache
@@ -122,33 +103,23 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, lis
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
     held, plain = [], []
     for *_, width in runs:
-        levels = _levels(kind, width)
-        plain.append(levels.float().repeat(-(-16 // len(levels))))
-        if 8 % width == 0:
-            byte = torch.arange(256)
-            levels = levels[torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)]
-        held.append(levels.float().contiguous())
+        levels = levels_of(kind, width)
+        plain.append(levels.repeat(-(-16 // len(levels))))
+        held.append(levels if 8 % width else levels_of_bytes(kind, width))
     pointers = [(_pointer * len(runs))(*[t.data_ptr() for t in tables]) for tables in (held, plain)]
     return len(runs), numbers, pointers[0], pointers[1], [*held, *plain]
-
-
-def _levels(kind: str, width: int) -> Tensor:
-    if kind.startswith("uniform"):
-        return torch.arange(2.0**width)
-    return even_levels(width) if kind == "lloyd-even" else lloyd_max(width)
 
 
 class _AttendPlan(Plan):
     """What calls over one state have in common."""
 
     def __init__(self, c: Any, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        (k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, exact_slot, _,
-         recent_k, recent_v, recent_slot, _, positions) = state[:13]  # fmt: skip
         super().__init__(c, state, params)
-        p = dict(zip(c.param_names(), params, strict=True))
-        self.call = call = _Call(batch=k_codes.shape[0], heads=k_codes.shape[1], blocks=1, block=1 << 30)
-        call.key = self._side(c.key, k_codes, k_scale, exact_k.shape[3], "k", p)
-        call.value = self._side(c.value, v_codes, v_scale, exact_v.shape[3], "v", p)
+        st, p = LayerState(*state), c.tables(params)
+        self.length, batch = st.length, st.k_codes.shape[0]
+        self.call = call = _Call(batch=batch, heads=st.k_codes.shape[1], blocks=1, block=1 << 30)
+        call.key = self._side(c.key, st.k_codes, st.k_scale, st.exact_k.shape[3], "k", p)
+        call.value = self._side(c.value, st.v_codes, st.v_scale, st.exact_v.shape[3], "v", p)
         call.by_block = c.key.domain == "block"
         if c.key.domain == "block" or c.key.center:
             cos, sin = p["start_cos"], p["start_sin"]
@@ -158,13 +129,13 @@ class _AttendPlan(Plan):
             call.mean = self.pointer(p["k_table"].mT)
         if c.value.center:
             call.value_mean = self.pointer(p["v_mean"])
-        call.positions, call.position_stride = positions.data_ptr(), positions.stride(0)
-        call.rows[0] = _rows(exact_k, exact_v, exact_slot)
+        call.positions, call.position_stride = st.positions.data_ptr(), st.positions.stride(0)
+        call.rows[0] = _rows(st.exact_k, st.exact_v, st.exact_slot)
         if c.window:
-            call.rows[1] = _rows(recent_k, recent_v, recent_slot)
+            call.rows[1] = _rows(st.recent_k, st.recent_v, st.recent_slot)
         self.fresh = call.rows[2]
         call.held = sum(r.count for r in call.rows) + (not c.strict)
-        call.slot = self.pointer(torch.empty(k_codes.shape[0], call.held, dtype=torch.int32))
+        call.slot = self.pointer(torch.empty(batch, call.held, dtype=torch.int32))
 
     def _side(self, spec: Any, codes: Tensor, scale: Tensor, dim: int, prefix: str, p: Mapping[str, Tensor]) -> _Side:
         runs, run, tables, levels, _ = _tables(spec.kind, tuple(spec.widths))
@@ -197,32 +168,30 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def attend_one(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None, scale: float,
-    codec: Any,
-) -> Tensor:  # fmt: skip
-    """`kvsink::attend` for S = 1 where `why_not` is empty."""
+def attend(call: Call) -> Tensor:
+    """`kvsink::attend` for S = 1 where `declines` is silent."""
+    q, k, v, state, params, mask, scale = call.asking()
     library = _library()
     assert library is not None
-    plan = _AttendPlan.of(codec, state, params)
-    call, fresh, first = plan.call, plan.fresh, int(state[11])
+    plan = _AttendPlan.of(call.codec, state, params)
+    c, fresh, first = plan.call, plan.fresh, int(plan.length)
     q, k, v = _dense(q), _dense(k), _dense(v)
-    b, h, slots, threads = call.batch, call.heads, first + 1, torch.get_num_threads()
-    call.repeats, call.slots, call.coded, call.threads, call.scale = q.shape[1] // h, slots, slots, threads, scale
-    call.pieces = pieces = max(1, min(-(-8 * threads // (b * h)), slots // 128))
-    call.q, call.q_type, call.q_b, call.q_h = q.data_ptr(), FLOAT_TYPES[q.dtype], q.stride(0), q.stride(1)
-    call.mask = None
+    b, h, slots, threads = c.batch, c.heads, first + 1, torch.get_num_threads()
+    c.repeats, c.slots, c.coded, c.threads, c.scale = q.shape[1] // h, slots, slots, threads, scale
+    c.pieces = pieces = max(1, min(-(-8 * threads // (b * h)), slots // 128))
+    c.q, c.q_type, c.q_b, c.q_h = q.data_ptr(), FLOAT_TYPES[q.dtype], q.stride(0), q.stride(1)
+    c.mask = None
     if mask is not None:
         if mask.shape[-1] < slots:
             raise ValueError(f"a mask {tuple(mask.shape)} does not reach the {slots} slots held")
         mask = _dense(mask if mask.dtype in (torch.bool, torch.float32) else mask.float())
-        call.mask, call.mask_bool = mask.data_ptr(), mask.dtype == torch.bool
-        call.mask_b, call.mask_h = mask.stride(0) * (mask.shape[0] > 1), mask.stride(1) * (mask.shape[1] > 1)
-    if not codec.strict:
+        c.mask, c.mask_bool = mask.data_ptr(), mask.dtype == torch.bool
+        c.mask_b, c.mask_h = mask.stride(0) * (mask.shape[0] > 1), mask.stride(1) * (mask.shape[1] > 1)
+    if not call.codec.strict:
         fresh.k, fresh.v, fresh.only, fresh.count, fresh.type = k.data_ptr(), v.data_ptr(), first, 1, FLOAT_TYPES[k.dtype]
         fresh.k_b, fresh.k_h, fresh.v_b, fresh.v_h = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
     out = torch.empty(b, q.shape[1], 1, v.shape[3], dtype=q.dtype)
     work = torch.empty(b * pieces * q.shape[1] * (2 + v.shape[3]), dtype=torch.float32)
-    call.out, call.work = out.data_ptr(), work.data_ptr()
-    library.kvsink_attend(ctypes.byref(call))
+    c.out, c.work = out.data_ptr(), work.data_ptr()
+    library.kvsink_attend(ctypes.byref(c))
     return out

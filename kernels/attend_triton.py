@@ -6,53 +6,39 @@ Formula    keys coded after RoPE or by blocks of tokens: logit = a_t (w · level
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
 Exact      products in float16 for 16-bit models (relative error of the output below 2e-3), in float32 for float32 models
-Declines   `why_not` says in words what it does not serve, and the caller takes another path
+Declines   `declines` says in words what it does not serve
 Cost       reads codes and scales once per key-value head; three launches, two for codes after RoPE without a mean
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attend_cpu import unread
+from .backends import GROWS, Call, Device, LayerFormat, Shape, SideFormat, unread
 from .hadamard import hadamard_ref
 from .lasting import kept, lasting
-from .levels import even_levels, lloyd_max
-from .quantize import SIGMA_KINDS, segments
+from .levels import levels_of, levels_of_bytes
+from .quantize import segments
 
-if TYPE_CHECKING:
-    from . import attend_codes
-
-__all__ = ["attend_one", "by_cuda", "here", "interpreted", "power", "refuse", "served_by", "transform", "why_not"]
+__all__ = ["attend", "declines", "power", "transform"]
 
 _KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
-_STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DIMS = 16, 256
 _MOST_EXACT = 64  # exact rows that every tile is compared with
 _SMALLEST_BLOCK = 16  # tokens; below it a query per block costs more than restoring keys
 _OFFSETS = 64  # positions whose angles stand in a table of their own, where the query is rotated to every key
 _BY_QUERY, _BY_KEY = (32, 2, 16), (64, 4, 8)  # slots of a step, warps, programs per multiprocessor; best of 12 on an H100
 _MOST_SPLITS = 128
-NATIVE = True  # let the kernel in CUDA C++ (attend_codes) do what it serves
 _ROTATED = 64  # rows that one program of the first launch rotates
-
-
-@cache
-def here() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
@@ -72,41 +58,30 @@ class _Side:
     scales: int
 
 
-def why_not(codec: Any, q: Tensor, k: Tensor, mask: Tensor | None, exact: int) -> str:
-    """What keeps a call from the Triton kernel, in words; empty when it serves it. exact: places of the exact rows."""
-    if not here():
+def declines(f: LayerFormat, s: Shape, d: Device) -> str:
+    """What keeps a call from the kernel, in words; empty when it serves it."""
+    if not d.gpu:
+        return f"the device is {d.type}"
+    if not d.triton:
         return "Triton is not installed"
-    if q.device.type != "cuda" and not interpreted():
-        return f"the device is {q.device.type}"
-    if q.shape[2] != 1:
+    if s.rows > 1:
         return "more than one new row"
-    if mask is not None and not _plain(mask):
+    if s.mask == "other":
         return "a mask that is not one of visible slots"
-    return refuse(codec, q.dtype, k.shape[3], exact)
-
-
-@cache
-def refuse(codec: Any, dtype: torch.dtype, dim: int, exact: int) -> str:
-    """What keeps a layer's codec from the kernel, whatever the call; empty when nothing does."""
-    s = codec.key
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{dtype} is not float32 or a 16-bit type"
-    if reason := unread(codec, _KINDS):
+    if s.dtype not in _DTYPES:
+        return f"{s.dtype} is not float32 or a 16-bit type"
+    if reason := unread(f, _KINDS):
         return reason
-    for side in (codec.key, codec.value):
+    for side in (f.key, f.value):
         if side.kind == "vector" and any(_bit(g, side.code_bits) + side.code_bits > 16 for g in range(8)):
             return f"codes of {side.code_bits} bits"
-    if s.domain == "block" and 1 < s.block < _SMALLEST_BLOCK:
-        return f"blocks of {s.block} tokens"
-    if exact > _MOST_EXACT:
-        return f"{exact} exact rows, more than {_MOST_EXACT}"
-    if not 16 <= dim <= 256:
-        return f"{dim} channels, not 16 to 256"
-    return ""
-
-
-def _plain(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
+    if f.key.domain == "block" and 1 < f.key.block < _SMALLEST_BLOCK:
+        return f"blocks of {f.key.block} tokens"
+    if s.exact == GROWS:
+        return "exact rows whose number grows with the slots"
+    if s.exact > _MOST_EXACT:
+        return f"{s.exact} exact rows, more than {_MOST_EXACT}"
+    return "" if _DIMS[0] <= s.dim <= _DIMS[1] else f"{s.dim} channels, not {_DIMS[0]} to {_DIMS[1]}"
 
 
 def _bit(group: int, bits: int) -> int:
@@ -118,9 +93,7 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
     """form, meta, levels, wide and multiple of a scalar quantizer."""
     padded, width = power(8 * len(widths)), widths[0]
     if len(set(widths)) == 1 and width and 8 % width == 0:
-        byte = torch.arange(256)
-        codes = torch.stack([(byte >> (i * width)) & (2**width - 1) for i in range(8 // width)], dim=-1)
-        levels = levels_of(kind, width)[codes].to(device, dtype)
+        levels = levels_of_bytes(kind, width).to(device, dtype)
         none = torch.zeros(padded, dtype=torch.int32, device=device)
         return (3, none, levels, False, width) if kind.startswith("uniform") else (0, none, levels, False, 8 // width)
     tables, at = [torch.zeros(2)], 2  # the first levels stand for channels without bits
@@ -146,14 +119,6 @@ def _scalar(kind: str, widths: tuple[int, ...], device: str, dtype: torch.dtype)
     return 2, meta.to(device), levels, wide, 1
 
 
-def levels_of(kind: str, width: int) -> Tensor:
-    if kind == "static":
-        return torch.arange(2.0**width) - 2.0 ** (width - 1)
-    if kind.startswith("uniform"):
-        return torch.arange(2.0**width)
-    return (even_levels(width) if kind == "lloyd-even" else lloyd_max(width)).float()
-
-
 @kept
 def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tuple[int, Tensor, bool]:
     """form, meta and wide of coupled codes."""
@@ -172,18 +137,13 @@ def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tu
     return 2, meta.to(device), bool((bit % 8 + bits > 8).any())
 
 
-def step_kind(spec: Any) -> int:
-    """Numbers beside a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero."""
-    return _STEP.get(spec.kind, int(spec.gain and spec.kind in (*SIGMA_KINDS, "vector")))
-
-
-def _side(spec: Any, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None, dtype: torch.dtype) -> _Side:
+def _side(spec: SideFormat, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None, dtype: torch.dtype) -> _Side:
     row_bytes, scales, device = codes.shape[-1], scale.shape[-1], str(codes.device)
     if book is not None:
         form, meta, wide = _vector(dim, spec.couple, spec.code_bits, row_bytes, device)
-        return _Side(form, meta, derived(book, dtype, same), wide, spec.couple, int(spec.gain), row_bytes, scales)
-    form, meta, levels, wide, multiple = _scalar(spec.kind, tuple(spec.widths), device, dtype)
-    return _Side(form, meta, levels, wide, multiple, step_kind(spec), row_bytes, scales)
+        return _Side(form, meta, derived(book, dtype, same), wide, spec.couple, spec.numbers, row_bytes, scales)
+    form, meta, levels, wide, multiple = _scalar(spec.kind, spec.widths, device, dtype)
+    return _Side(form, meta, levels, wide, multiple, spec.numbers, row_bytes, scales)
 
 
 _made: dict[tuple[int, torch.dtype, str], tuple[weakref.ref[Tensor], Tensor]] = {}
@@ -269,24 +229,18 @@ def splits_of(heads: int, slots: int, tile: int, waves: int, device: torch.devic
     return max(1, min(wanted, -(-slots // (2 * tile)), _MOST_SPLITS))
 
 
-def attend_one(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None, scale: float,
-    codec: Any,
-) -> Tensor:  # fmt: skip
-    """`kvsink::attend` for S = 1 where `why_not` is empty."""
+def attend(call: Call) -> Tensor:
+    """`kvsink::attend` for S = 1 where `declines` is silent."""
     from . import triton_attend as kernels
 
-    c, tl = codec, kernels.tl
-    p = dict(zip(c.param_names(), params, strict=True))
-    st = c.named(state)
+    q, k, v, _, _, mask, scale = call.asking()
+    c, st, p, tl = call.codec, call.st, call.p, kernels.tl
     b, h, _, d = k.shape
     r, slots, device = q.shape[1] // h, st["k_codes"].shape[2], q.device
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if (out := by_cuda(c, q, k, v, st, p, mask, scale)) is not None:
-        return out
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
-    key = _side(c.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
-    value = _side(c.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
+    key = _side(c.format.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
+    value = _side(c.format.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
     basis, basis_h = transform(c.key, d, p.get("k_basis"), device)
     per_key = c.key.domain == "block" and c.key.block == 1
     block = _OFFSETS if per_key else c.table_tokens
@@ -349,39 +303,6 @@ def attend_one(
         MASKED=visible is not None, num_warps=warps, num_stages=2, **shape,
     )  # fmt: skip
     return _merged(acc, top, mass, splits, q, c, p)
-
-
-def _codes_kernels(c: Any, q: Tensor, k: Tensor, st: Mapping[str, Tensor], p: Mapping[str, Tensor]) -> Any:
-    """The variant and the kernels in CUDA C++ that serve a call, or None."""
-    from . import attend_codes
-
-    if q.device.type != "cuda" or not NATIVE:
-        return None
-    cos = p.get("start_cos")
-    variant = attend_codes.variant_of(c, q.shape[1] // k.shape[1], k.shape[3], 0 if cos is None else cos.shape[-1], q.dtype)
-    if isinstance(variant, str) or attend_codes.misplaced(st):
-        return None
-    kernels = attend_codes.kernels_for(variant, q.device)
-    return None if kernels is None else (variant, kernels)
-
-
-def served_by(codec: Any, q: Tensor, k: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]) -> str:
-    """Which kernel attends for a codec not in tiles, for reports."""
-    p = dict(zip(codec.param_names(), params, strict=True))
-    return "triton" if _codes_kernels(codec, q, k, codec.named(state), p) is None else "cuda, rows of bytes"
-
-
-def by_cuda(
-    c: Any, q: Tensor, k: Tensor, v: Tensor, st: dict[str, Tensor], p: dict[str, Tensor], mask: Tensor | None, scale: float,
-    beside: attend_codes.Beside | None = None,
-) -> Tensor | None:  # fmt: skip
-    """The output by the kernels in CUDA C++, where they serve the call."""
-    from . import attend_codes
-
-    if (made := _codes_kernels(c, q, k, st, p)) is None:
-        return None
-    variant, kernels = made
-    return attend_codes.attend_one(kernels, variant, c, q, k, v, st, p, mask, scale, kernels.blocks, beside)
 
 
 def _merged(acc: Tensor, top: Tensor, mass: Tensor, splits: int, q: Tensor, c: Any, p: dict[str, Tensor]) -> Tensor:

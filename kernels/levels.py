@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .lasting import lasting
 
-__all__ = ["EVEN_STEP", "distortion", "even_levels", "even_thresholds", "lloyd_max", "thresholds"]
+__all__ = ["EVEN_STEP", "distortion", "even_levels", "even_thresholds", "levels_of", "levels_of_bytes", "lloyd_max", "thresholds"]
 
 EVEN_STEP = {
     1: 1.5957691, 2: 0.9956867, 3: 0.5860194, 4: 0.3352006, 5: 0.1881388, 6: 0.104063, 7: 0.0568677, 8: 0.0307624,
@@ -92,6 +92,19 @@ def even_levels(bits: int, device: torch.device | str = "cpu") -> Tensor:
     """Levels float32 [2**bits], ascending, equally spaced."""
     middle = (2**bits - 1) / 2
     return _shared("even", bits, device, lambda: _even(bits, [i - middle for i in range(2**bits)]))
+
+
+def levels_of(kind: str, bits: int) -> Tensor:
+    """What the codes of a quantizer of `kvsink.kernels.quantize`, or of "static", stand for: float32 [2**bits]."""
+    if kind.startswith(("uniform", "static")):
+        return torch.arange(2.0**bits) - (2.0 ** (bits - 1) if kind == "static" else 0.0)
+    return even_levels(bits) if kind == "lloyd-even" else lloyd_max(bits)
+
+
+def levels_of_bytes(kind: str, bits: int) -> Tensor:
+    """The same for every byte of 8 / bits codes, lowest first: float32 [256, 8 / bits]."""
+    byte = torch.arange(256)[:, None] >> torch.arange(0, 8, bits)
+    return levels_of(kind, bits)[byte & (2**bits - 1)].contiguous()
 
 
 def even_thresholds(bits: int, device: torch.device | str = "cpu") -> Tensor:

@@ -183,12 +183,10 @@ def single(argument: Any) -> bool:
     return bool(argument.B == 1 and argument.share == argument.tiles) and few(argument)
 
 
-def too_old(device: torch.device) -> str | None:
-    """Why this GPU cannot run the kernels, or None."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; the kernels need 8.0"
-    return None
+def too_old(capability: tuple[int, int], name: str) -> str:
+    """Why a GPU cannot run the kernels; empty when it can."""
+    major, minor = capability
+    return f"{name} has compute capability {major}.{minor}; the kernels need 8.0" if major < 8 else ""
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
@@ -411,9 +409,6 @@ def library(variant: Variant, device: torch.device) -> Cubin:
     held = _LOADED.get(key)
     if held is None:
         try:
-            reason = too_old(device)
-            if reason:
-                raise NativeError(reason)
             held = Cubin(variant, device)
         except NativeError as error:
             held = error

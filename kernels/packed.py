@@ -1,4 +1,4 @@
-"""The GPU side of `append_` and `attend` for codecs in tiles: arguments of the CUDA kernels, and when they are taken.
+"""The GPU side of `append_` and `attend` for codecs in tiles: arguments of the CUDA kernels.
 
 Formula    see `kvsink.kernels.append`, `kvsink.kernels.attend`; several new rows: softmax over [decoded past | new rows], the past
            a few thousand slots at a time, merged by their log-sum-exp
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -30,9 +29,7 @@ __all__ = [
     "append_rows",
     "attend_chunk",
     "attend_one",
-    "serves",
     "step",
-    "usable",
     "variant_of",
 ]
 
@@ -97,72 +94,12 @@ class Library(Protocol):
     def decode(self, argument: Any, rows: int, heads: int) -> None: ...
 
 
-_told: set[str] = set()
-
-
-def tell_once(text: str) -> None:
-    """Warn once per process."""
-    if text not in _told:
-        _told.add(text)
-        warnings.warn(f"kvsink: {text}", stacklevel=3)
-
-
 def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> native.Variant:
     """What the kernels must be compiled for; rotary: channels that carry RoPE, None for all of a head."""
     k = codec.key
     mode = 2 if k.transform == "klt" else 1 if k.center else 0
     turned = 8 * len(k.widths) if rotary is None or not mode else rotary
     return native.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, turned)
-
-
-def rotary_of(codec: Any, params: Sequence[Tensor]) -> int | None:
-    """Channels that carry RoPE, by the tables of a layer; None where no table says so."""
-    names = codec.param_names()
-    return params[names.index("start_cos")].shape[-1] if "start_cos" in names else None
-
-
-def serves(
-    codec: Any,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    value_dim: int,
-    rotary: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str | None:
-    """Why the kernels cannot serve a layer, or None. Compiles them when nothing else speaks against it."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the model computes in {str(dtype).removeprefix('torch.')}"
-    if reason := tiles.refuse(codec, heads, kv_heads, dim, value_dim, rotary):
-        return reason
-    try:
-        native.library(variant_of(codec, heads // kv_heads, rotary), device)
-    except native.NativeError as error:
-        return str(error)
-    return None
-
-
-def usable(codec: Any, q_heads: int, k: Tensor, params: Sequence[Tensor]) -> native.Cubin | None:
-    """The kernels for rows of this layer, or None when the plain operators must run."""
-    if not codec.tiles or k.device.type != "cuda" or k.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    try:
-        return native.library(variant_of(codec, q_heads // k.shape[1], rotary_of(codec, params)), k.device)
-    except native.NativeError as error:
-        tell_once(f"attention over packed codes runs on the plain operators: {error}")
-        return None
-
-
-def usable_rows(codec: Any, k: Tensor, params: Sequence[Tensor]) -> native.Cubin | None:
-    """Any kernels loaded for this codec: coding rows does not depend on the number of query heads."""
-    for repeats in range(tiles.MOST_HEADS, 0, -1):
-        held = native.loaded(variant_of(codec, repeats, rotary_of(codec, params)), k.device)
-        if held is not None and k.dtype in (torch.float16, torch.bfloat16):
-            return held
-    return usable(codec, k.shape[1], k, params)
 
 
 def _rotates(side: Any) -> int:

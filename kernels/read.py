@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backends import LayerState
 from .base import resolve_codec
 
 __all__ = ["TILE", "put_rows", "read", "read_ref"]
@@ -44,8 +45,7 @@ def read_ref(
 ) -> tuple[Tensor, Tensor]:
     """The definition, for any device."""
     c = resolve_codec(codec)
-    p = dict(zip(c.param_names(), params, strict=True))
-    st = c.named(state)
+    p, st = c.tables(params), c.named(state)
     s, slots = k.shape[2], st["k_codes"].shape[2]
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     full_k, full_v = (x.new_zeros((*x.shape[:2], slots, x.shape[3])) for x in (k, v))
@@ -77,7 +77,7 @@ def read(k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]
 def _outputs(
     k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str
 ) -> tuple[Tensor, Tensor]:
-    slots = state[0].shape[2]
+    slots = LayerState(*state).k_codes.shape[2]
     return (
         k.new_empty((k.shape[0], k.shape[1], slots, k.shape[3])),
         v.new_empty((v.shape[0], v.shape[1], slots, v.shape[3])),

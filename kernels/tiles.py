@@ -30,12 +30,11 @@ from .quantize import segments
 from .rope import rope, unrope
 
 __all__ = [
-    "DIMS", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "refuse", "restore_keys", "store",
+    "DIMS", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "restore_keys", "store",
     "tile_bytes", "transform_keys",
 ]  # fmt: skip
 
 DIMS, TILE_SLOTS, BLOCK = (64, 128, 256), 128, 64
-MOST_HEADS, MOST_EXACT, MOST_WINDOW = 32, 64, 512  # query heads per key-value head, exact rows, recent rows
 Params = Mapping[str, Tensor]
 
 
@@ -69,65 +68,6 @@ def make_fields(widths: tuple[int, ...]) -> Fields:
 def tile_bytes(widths: Sequence[int]) -> int:
     """Bytes of one slot."""
     return 16 * make_fields(tuple(widths)).bins
-
-
-def refuse(codec: Any, heads: int, kv_heads: int, dim: int, value_dim: int, rotary: int) -> str | None:
-    """Why a codec of this shape cannot be stored in tiles, or None."""
-    k, v = codec.key, codec.value
-    if dim not in DIMS or value_dim != dim:
-        return f"head_dim is {dim if dim not in DIMS else f'{dim} and {value_dim}'}, not one of {', '.join(map(str, DIMS))}"
-    if heads > MOST_HEADS * kv_heads or heads % kv_heads:
-        return f"{heads} query heads share {kv_heads} key-value heads: more than {MOST_HEADS} each"
-    if rotary % 16 or rotary > dim:
-        return f"{rotary} of {dim} channels carry RoPE"
-    if not k.packed or not v.packed:
-        return "keys or values stay in 16 bit"
-    if reason := _beyond_rows(codec):
-        return reason
-    if codec.exact_rows > MOST_EXACT:
-        return f"{codec.exact_rows} exact rows, more than {MOST_EXACT}"
-    if k.domain == "block" and not (k.block == BLOCK and k.transform == "klt" and k.kind == "lloyd-even" and k.gain):
-        return f"{k.kind} keys before RoPE, other than klt in blocks of {BLOCK} with equally spaced levels and gain (klt-even)"
-    if k.domain == "post" and not (k.kind == "uniform" and k.group_size == dim and k.transform in ("none", "hadamard")):
-        return f"{k.kind} keys after RoPE in groups of {k.group_size}"
-    if k.reorder or k.heads_per_group > 1 or k.folded or (k.transform == "hadamard" and k.order != dim):
-        return "keys reordered or rotated across heads"
-    if v.kind != "uniform" or v.group_size != dim:
-        return f"{v.kind} values in groups of {v.group_size}"
-    if v.transform == "klt" or v.heads_per_group > 1 or (v.transform == "hadamard" and not v.folded and v.order != dim):
-        return f"values transformed by {v.transform} across heads or by statistics"
-    for name, side in (("keys", k), ("values", v)):
-        if not set(side.widths) <= {1, 2, 3, 4, 8} or (8 in side.widths and side.kind != "uniform"):
-            return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 4 and 8"
-        if tile_bytes(side.widths) > sum(side.widths):
-            return f"{name} of {sum(side.widths) / len(side.widths):g} bits in {dim} channels do not fill whole words"
-    return None
-
-
-def _beyond_rows(codec: Any) -> str | None:
-    """What a codec holds beside one code and one scale per row and exact rows of a fixed number, or None."""
-    if codec.window > MOST_WINDOW:
-        return f"a window of {codec.window} recent rows, more than {MOST_WINDOW}"
-    if codec.anchors is not None:
-        return "anchors, whose number grows with the slots"
-    for name, side in (("keys", codec.key), ("values", codec.value)):
-        if side.norm:
-            return f"{name} with a norm of each token"
-        if side.by_token_block:
-            return f"{name} with ranges along tokens"
-        if side.flush or side.newest:
-            return f"recent {name} that stay exact on one side alone"
-        if side.outliers:
-            return f"{name} with sparse outliers"
-        if side.exponent:
-            return f"{name} beyond the range of float16"
-        if side.visual_bits:
-            return f"{name} of visual rows with levels of their own"
-        if side.kind == "vector":
-            return f"{name} in codebooks"
-        if side.kind == "nuq":
-            return f"{name} with free code points"
-    return None
 
 
 # -- words of a slot ----------------------------------------------------------------------------------------------------

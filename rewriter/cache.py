@@ -28,16 +28,16 @@ from kvsink.codecs import ANCHOR_NAMES, SHARED_NAMES, STATE_NAMES, Codec
 from kvsink.digest import DIGEST, check_digest, digest
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.joining import joined_shared, joined_state, pads_of
-from kvsink.kernels import append_, attend, attend_triton, observe, read, release_, settle_
+from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
-from kvsink.kernels.attend import attend_any
-from kvsink.kernels.packed import serves, tell_once
-from kvsink.kernels.tiles import TILE_SLOTS, refuse
+from kvsink.kernels.attend import attention
+from kvsink.kernels.tiles import TILE_SLOTS
 from kvsink.offload import place_of
 from kvsink.protect import Segment
 from kvsink.ranges import check_range
 from kvsink.runtime import Frame, Runtime, number_of, order_candidates, runtime_of, turns_back
+from kvsink.served import in_tiles, tiles_serve
 from kvsink.sliding import WINDOWED, SlidingWindow, check_crop, window_of
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
@@ -47,37 +47,6 @@ _HELD = tuple(n for n in (*STATE_NAMES, *ANCHOR_NAMES) if n not in SHARED_NAMES)
 _BATCHED = tuple(n for n in _HELD if n not in ("recent_slot", "length"))
 _EXACT = ("exact_k", "exact_v", "exact_slot", "exact_score")
 _ANCHOR_STATE = (*_EXACT, "recent_k", "recent_v", "recent_slot", "recent_score")
-
-
-def why_not_tiles(runtime: Runtime, layer: int) -> str | None:
-    """Why the codes of a layer cannot stand in tiles, or None."""
-    a, codec = runtime.anatomy, runtime.plans[layer].codec
-    if codec is None:
-        return "the layer is left alone"
-    turnings = [t for t, p in zip(a.turnings, runtime.plans, strict=True) if p.codec is not None]
-    if a.turnings[layer] != turnings[0]:
-        return "the layer turns its keys otherwise than the first, whose anchors all share"
-    if layer in a.apart:
-        return "its keys and values are read by more than one call of its own attention"
-    return refuse(codec, *a.layers[layer], runtime.rotary_channels(layer))
-
-
-def kernel_serves(runtime: Runtime, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether codes should stand in tiles: on a GPU whose kernel serves a layer. Says once why it does not serve others."""
-    if device.type != "cuda":
-        return False
-    a, served = runtime.anatomy, False
-    for i, plan in enumerate(runtime.plans):
-        if plan.codec is None:
-            continue
-        reason = why_not_tiles(runtime, i) or serves(plan.codec, *a.layers[i], runtime.rotary_channels(i), dtype, device)
-        served = served or reason is None
-        if reason is None:
-            continue
-        exact = plan.codec.exact_rows if plan.codec.anchors is None else 1 << 30
-        if portable := attend_triton.refuse(plan.codec, dtype, a.layers[i].key_dim, exact):
-            tell_once(f"attention over packed codes runs on the plain operators: {reason}; {portable}")
-    return served
 
 
 def _differentiated(*tensors: Tensor) -> bool:
@@ -342,7 +311,7 @@ class KVSinkLayer(CacheLayerMixin):
                 q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
             )
         else:
-            run = attend if _differentiated(q, k, v) else attend_any
+            run = attend if _differentiated(q, k, v) else attention
             out = run(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         self._advance(k.shape[2])
         return out
@@ -691,7 +660,7 @@ class KVSinkCache(Cache):
                     self.sliding = SlidingWindow(self.shared, runtime, window_of(config, kinds[i]), max_length)
                 layers.append(KVSinkSlidingLayer(self.sliding, i, plan.codec, plan.segments, max_length))
             else:
-                codec = replace(plan.codec, tiles=tiles and why_not_tiles(runtime, i) is None)
+                codec = replace(plan.codec, tiles=tiles and not in_tiles(runtime, i))
                 kind = KVSinkHybridLayer if kinds[i] == "hybrid" else KVSinkLayer
                 layers.append(kind(self.shared, i, codec, plan.segments, max_length))
         super().__init__(layers=layers)
@@ -711,7 +680,7 @@ class KVSinkCache(Cache):
         runtime = runtime_of(model)
         weight = number_of(model)
         if tiles is None:
-            tiles = kernel_serves(runtime, weight.dtype, weight.device)
+            tiles = tiles_serve(runtime, weight.dtype, weight.device)
         cache = cls(runtime, max_length, tiles)
         if strict:
             cache._make_strict()

@@ -1,4 +1,5 @@
-"""`kvsink.explain(model)`: one attention site before and after the passes, then every layer left alone and why, as text."""
+"""`kvsink.explain(model)`: one attention site before and after the passes, which kernels serve every layer and why no faster ones
+do, then every layer left alone and why, as text."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from kvsink.capture import capture_all
 from kvsink.offload import place_of
 from kvsink.passing import given_cache
 from kvsink.pipeline import explain_graph
+from kvsink.runtime import number_of
+from kvsink.served import served_lines
 
 __all__ = ["explain"]
 
@@ -35,6 +38,7 @@ def explain(model: nn.Module, onnx: bool = False) -> str:
     lines = [explain_graph(gm) for gm in capture_all(model, ids[:, :1], cache)]
     torch._dynamo.reset()
     if runtime is not None:
+        lines += served_lines(runtime, number_of(model).dtype, device)
         for layer, plan in enumerate(runtime.plans):
             if plan.codec is None:
                 lines.append(f"left alone: {runtime.anatomy.attentions[layer]}: {plan.reason}")

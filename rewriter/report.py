@@ -63,6 +63,7 @@ class Report:
     table_bytes: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
+    served: list[str] = field(default_factory=list)  # which kernels serve the layers here, and why no faster ones do
     versions: dict[str, str] = field(default_factory=dict)
     check: Any = None  # a kvsink.selfcheck.Check
 
@@ -118,4 +119,5 @@ class Report:
                 f"| {r.layer} `{r.path}` | {r.key} | {r.value} | {r.key_bits:.3f} | {r.value_bits:.3f} | {r.protect or '-'} | "
                 f"{r.reason or '-'} |"
             )
-        return "\n".join(lines) + "\n"
+        lines += ["", *(f"- {line}" for line in self.served)]
+        return "\n".join(lines).rstrip() + "\n"

@@ -45,11 +45,13 @@ from kvsink.runtime import (
     attach,
     check_kind,
     detach,
+    number_of,
     rope_types,
     towers,
     visual_tokens,
 )
 from kvsink.selfcheck import Check, check_cache, check_fold, refused_folds
+from kvsink.served import served_lines
 from kvsink.sliding import WINDOWED, sliding_refusal, window_of
 from kvsink.streaming import Stream
 from kvsink.texts import builtin_text
@@ -626,6 +628,7 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
             f"{len(windowed)} layers with windows stay in 16 bit and hold {100 * share:.0f} % of the cache at {STATED_LENGTH} "
             "tokens; --sliding packs them too"
         )
+    report.served = served_lines(runtime, number_of(model).dtype, place_of(model), compiled=False)
     return report
 
 

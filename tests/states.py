@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 from kvsink.cache import KVSinkCache, KVSinkLayer
-from kvsink.codecs import STATE_NAMES
+from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.kernels import append_
+from kvsink.kernels.backends import Call, Device, LayerState, Shape
 from kvsink.methods import get_method
 
 from .graphs import rewritten
 from .models import HEAD_DIM, KV_HEADS
 
 SLOTS = 64
+CPU, GPU = Device("cpu", place=torch.device("cpu")), Device("cuda", (8, 0), triton=True)
+"""This machine's processor, and a GPU that is only asked about."""
+
+
+def shape_of(k: Tensor, heads: int = 0, **more: Any) -> Shape:
+    """The shape of a call whose new keys are k [B, H, S, D], values as wide."""
+    rest = {"rotary": k.shape[3], "dtype": k.dtype, "rows": min(2, k.shape[2])} | more
+    return Shape(heads or k.shape[1], k.shape[1], k.shape[3], k.shape[3], **rest)  # type: ignore[arg-type]
 
 CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", ()),
@@ -38,6 +47,23 @@ CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("kvquant-10%/8", (("protect", "first:2"),)),
 )
 """Every method, both ways of leaving a side in 16 bit, exact rows with and without a window, blocks of 8 tokens."""
+
+
+def asking(
+    q: Tensor, k: Tensor, v: Tensor, state: Any, params: Any, mask: Tensor | None, scale: float, codec: Codec
+) -> Call:
+    """A call that attends, of the arguments of `attend`."""
+    return Call(codec, codec.text(), k, v, LayerState(*state), params, q, mask=mask, scale=scale, causal=mask is None)
+
+
+def coding(
+    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Any, state: Any, params: Any, codec: Any,
+    roped: bool,
+) -> Call:  # fmt: skip
+    """A call that stores new rows, of the arguments of `append_`; codec: one, or its text."""
+    codec = Codec.parse(codec) if isinstance(codec, str) else codec
+    rest = {"positions": positions, "candidates": candidates, "turn": (cos, sin), "roped": roped}
+    return Call(codec, codec.text(), k, v, LayerState(*state), params, **rest)
 
 
 def method_named(name: str) -> Any:

@@ -300,12 +300,13 @@ def _run(
 
 def _held_bytes(model: Any, length: int) -> int:
     """Bytes that the cache of one sequence takes, of a model as it is rewritten now."""
-    from kvsink.cache import KVSinkCache, kernel_serves
+    from kvsink.cache import KVSinkCache
     from kvsink.runtime import runtime_of
+    from kvsink.served import tiles_serve
 
     runtime, weight = runtime_of(model), next(model.parameters())
     a = runtime.anatomy
-    empty = KVSinkCache(runtime, length, kernel_serves(runtime, weight.dtype, weight.device))
+    empty = KVSinkCache(runtime, length, tiles_serve(runtime, weight.dtype, weight.device))
     shape = a.kv_heads, a.head_dim, a.head_dim
     layouts = (i.codec.layout(1, *shape, i.get_max_length(), weight.dtype) for i in empty.packed_layers())
     return sum(math.prod(size) * dtype.itemsize for held in layouts for size, dtype, _ in held.values())

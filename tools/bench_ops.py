@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache, why_not_tiles
-from kvsink.kernels import append_, append_attend_, attend, attend_triton, native, packed
+from kvsink.cache import KVSinkCache
+from kvsink.kernels import append_, append_attend_, attend, native
 from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.backends import device_of
 from kvsink.runtime import runtime_of
+from kvsink.served import served
 from kvsink.tools.bench_model import Shape, declared, fill, llama, rewritten
 from kvsink.tools.bench_sdpa import DISTINCT, Baseline, sdpa_baseline
 from kvsink.tools.timing import Times, graph_times
@@ -135,16 +137,8 @@ class Case:
 
     def served(self) -> tuple[str, str]:
         """Which kernels attend, and why those over tiles do not."""
-        if packed.usable(self.codec, self.heads, self.k, self.first.params) is not None:
-            return "cuda", ""
-        runtime, x = runtime_of(self.model), self.first
-        heads = runtime.anatomy.layers[0]
-        why = why_not_tiles(runtime, 0) or packed.serves(
-            self.codec, *heads, runtime.rotary_channels(0), self.k.dtype, self.k.device
-        )
-        if attend_triton.why_not(self.codec, self.q, self.k, None, x.exact_k.shape[2]):
-            return "plain operators", why or ""
-        return attend_triton.served_by(self.codec, self.q, self.k, x.state(), x.params), why or ""
+        choice = served(runtime_of(self.model), self.k.dtype, device_of(self.k.device))[0][0]
+        return choice.name.removesuffix(" (tiles)"), choice.why[0][1] if choice.why else ""
 
     def error(self) -> float:
         """Relative error of the first two sequences against the definition."""

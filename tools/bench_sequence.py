@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import KvsinkError
-from kvsink.kernels import packed
-from kvsink.kernels.attend import attend_packed
+from kvsink.kernels import cuda_tiles, packed
+from kvsink.kernels.attend import attention
+from kvsink.kernels.backends import Call, LayerState
 from kvsink.passing import given_cache
 from kvsink.tools.bench_model import fill, rewritten
 
@@ -193,16 +194,16 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
         q, k, v = (
             torch.randn(1, n, 1, dim, device=model.device, dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads)
         )
-        lib = packed.usable(x.codec, heads, k, x.params)
-        if lib is None:
+        call = Call(x.codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q)
+        if call.choice("attend").name != "cuda (tiles)":
             return None
-        p, st = dict(zip(x.codec.param_names(), x.params, strict=True)), x.codec.named(x.state())
+        lib = cuda_tiles.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
+        p, st = call.p, call.st
 
         def past(start: int, end: int, x: Any = x, p: Any = p, st: Any = st, lib: Any = lib) -> tuple[Tensor, Tensor]:
-            return packed.decode_rows(lib, x.codec, st, p, start, end, dtype)
+            return packed.decode_rows(lib, x.codec, st, p, start, end, dtype, held + 1)
 
-        out = attend_packed(lib, x.codec, q, k, v, x.state(), x.params, None, dim**-0.5, False)
-        assert out is not None
+        out = attention(q, k, v, x.state(), x.params, None, dim**-0.5, False, x.codec_text)
         wanted = packed.attend_chunk(past, q, k, v, held, None, dim**-0.5, False, x.codec.strict).float()
         error = float((out.float() - wanted).norm() / wanted.norm())
         worst = max(worst, error) if error == error else float("nan")

@@ -201,8 +201,8 @@ def print_report(
     for row in report.layers:
         if not row.packed:
             console.print(f"layer {row.layer} ({row.path}) left alone: {row.reason}", highlight=False, markup=False)
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+    for line in (*(f"note: {note}" for note in report.notes), *report.served):
+        console.print(line, highlight=False, markup=False)
     if report.check is not None:
         console.print(str(report.check), highlight=False, markup=False, style="bold red" if report.check.skipped else "")
     if dry_run:

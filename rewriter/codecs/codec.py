@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, fields
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.kernels import stages, tiles
+from kvsink.kernels.backends import LayerFormat, LayerState, SideFormat, layer_format
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
@@ -41,11 +42,7 @@ Params = Mapping[str, Tensor]
 
 TABLE_TOKENS = 64  # rows of the mean table of a "post" codec: its blocks exist only to make the table finite
 
-STATE_NAMES = (
-    "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
-    "recent_k", "recent_v", "recent_slot", "length", "positions", "k_norm",
-    "k_sparse", "k_sparse_at", "v_sparse", "v_sparse_at", "real",
-)  # fmt: skip
+STATE_NAMES = LayerState._fields
 
 SHARED_NAMES = ("positions", "real")  # of all layers: int32 and bool [B, L]; real is False where a slot holds padding
 
@@ -105,6 +102,13 @@ class Codec:
         """Tokens of a block: the period of the mean table and of the start angles."""
         return self.key.block if self.key.domain == "block" else TABLE_TOKENS
 
+    @cached_property
+    def format(self) -> LayerFormat:
+        """The same as kernels see it; one object for equal formats."""
+        key, value = (SideFormat(**{f.name: getattr(s, f.name) for f in fields(SideFormat)}) for s in (self.key, self.value))
+        rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None
+        return layer_format(key, value, *rest, "mma" if self.tiles else "row")
+
     def text(self) -> str:
         """Canonical JSON; equal codecs have equal text."""
         record = {
@@ -161,6 +165,19 @@ class Codec:
                 names += ["v_basis"]
             names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
+
+    def tables(self, params: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The constant tables, as ops receive them, by name."""
+        return dict(zip(self.param_names(), params, strict=True))
+
+    @cached_property
+    def _starts(self) -> int:
+        names = self.param_names()
+        return names.index("start_cos") if "start_cos" in names else -1
+
+    def rotary(self, params: Sequence[Tensor]) -> int:
+        """Channels of the table of block starts; 0 where there is none."""
+        return params[self._starts].shape[-1] if self._starts >= 0 else 0
 
     def _tile_param_names(self) -> tuple[str, ...]:
         """The tables of a codec in tiles: those of its reference, and `tile_` ones in the order a kernel reads them."""

@@ -7,6 +7,8 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 import kvsink.kernels.native as native
+from kvsink.kernels import backends, cuda_tiles
 from kvsink.kernels.attend_codes import CodesVariant
 
 FOLDER = Path(native.__file__).parent / "cuda"
@@ -78,6 +81,29 @@ class Emulated:
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         self.lib.run_decode(ctypes.byref(argument), -(-rows // 8))
+
+
+def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any], seen: Callable[[Any], None]) -> None:
+    """Layers in tiles on the CPU are served as on a GPU, by `library` in place of `cuda_tiles.library`; seen: told of every call
+    that attends."""
+
+    def part(held: backends.Part, said: Callable[..., str], attends: bool = True) -> backends.Part:
+        def run(call: Any) -> Any:
+            if attends:
+                seen(call)
+            return held.run(call)
+
+        return backends.Part(lambda f, s, d: said(f, s, None), run)
+
+    tiles, *rest = backends.table()
+    assert tiles.append is not None and tiles.attend is not None and tiles.step is not None
+    tiles = replace(
+        tiles, append=part(tiles.append, cuda_tiles.declines, False), attend=part(tiles.attend, cuda_tiles.declines_mask),
+        step=part(tiles.step, cuda_tiles.declines_step),
+    )  # fmt: skip
+    monkeypatch.setattr(cuda_tiles, "library", library)
+    monkeypatch.setattr(backends, "table", lambda: (tiles, *rest))
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
 
 
 class EmulatedCodes:

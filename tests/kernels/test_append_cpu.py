@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
-from kvsink.kernels.append import append_cpu
-from kvsink.kernels.append_cpu import _knows, by_definition, select_one, serves, store_rows
+from kvsink.kernels import append, append_
+from kvsink.kernels.append_cpu import by_definition, declines, select_one, store_rows
 from kvsink.kernels.c_library import c_library
 from kvsink.kernels.selection import merge_exact
-from tests.states import append_arguments, layer_of, rows
+from tests.states import CPU, append_arguments, layer_of, rows, shape_of
 
 SLOTS, FIRST = 12, 3
 SIDES = (
@@ -122,17 +122,24 @@ def test_the_running_selection_is_that_of_the_definition(
 
 def test_what_it_does_not_serve_takes_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of("klt")
-    codec = Codec.parse(layer.codec_text)
-    assert serves(codec) and not any(serves(Codec.parse(layer_of(m).codec_text)) for m in ("kivi", "kvquant", "oscar"))
+    codec, (k, v) = Codec.parse(layer.codec_text), rows(1, 2)
+    shape = shape_of(k)
+    assert declines(codec.format, shape, CPU) == ""
+    for method, reason in (
+        ("kivi", "ranges along tokens"), ("kvquant", "rows of kind nuq"), ("oscar", "ranges along tokens"),
+    ):  # fmt: skip
+        assert declines(Codec.parse(layer_of(method).codec_text).format, shape, CPU) == reason
+    assert declines(codec.format, shape._replace(dtype=torch.float64), CPU) == "torch.float64 is not float32 or narrower"
+    coded: list[int] = []
+    monkeypatch.setattr(append, "store_rows", lambda *_: coded.append(1))
     with by_definition():
-        assert not serves(codec)
-    assert serves(codec)
-    k, v = rows(1, 2)
-    given_rows = append_arguments(layer, k, v)
-    assert not append_cpu(*(given_rows | {"k": k.double(), "v": v.double(), "codec": codec}).values())
+        append_(**append_arguments(layer, k, v))
+    assert not coded and layer.k_codes[:, :, :2].any()
+    append_(**append_arguments(layer, k, v))
+    assert coded
     monkeypatch.setenv("KVSINK_CPU_KERNEL", "0")
-    _knows.cache_clear(), c_library.cache_clear()
+    c_library.cache_clear()
     try:
-        assert not append_cpu(*(given_rows | {"codec": codec}).values())
+        assert declines(codec.format, shape, CPU) == "no C compiler"
     finally:
-        _knows.cache_clear(), c_library.cache_clear()
+        c_library.cache_clear()

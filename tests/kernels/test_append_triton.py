@@ -56,12 +56,12 @@ def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: 
         call["positions"] = call["positions"].expand(2, -1) - torch.tensor([[0], [3]])  # row 1 is padded on the left
         call["cos"], call["sin"] = layer.shared.runtime.angles(1, call["positions"])
         call["roped"] = roped
-        assert append_triton.why_not(codec, new[0], call["candidates"]) == ""
+        assert append_triton.declines(codec.format, states.shape_of(new[0]), states.GPU) == ""
         mine = [x.clone() for x in call["state"]]
         for name, x in codec.named(mine).items():  # what is not written must not pass for right
             if name in ("k_codes", "v_codes", "k_scale", "v_scale"):
                 x[:, :, int(layer.length)] = 77
-        append_triton.append_one(**{**call, "state": mine, "codec": codec})
+        append_triton.append(states.coding(**{**call, "state": mine}))
         append_ref(**call)
         a, b = codec.named(mine), codec.named(call["state"])
         for name in a:
@@ -92,13 +92,10 @@ def test_in_the_interpreter() -> None:
         ("klt", (("protect", "anchors:2"),), "rows by modality, or anchors"),
     ],
 )
-def test_what_it_does_not_serve_is_named(
-    method: str, options: tuple, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: str) -> None:
     layer, k, _ = states.filled(method, options, batch=1, lengths=(5,))
-    monkeypatch.setattr(append_triton, "here", lambda: True)
-    monkeypatch.setattr(append_triton, "interpreted", lambda: True)
-    assert append_triton.why_not(Codec.parse(layer.codec_text), k[:, :, :1], []) == reason
+    f = Codec.parse(layer.codec_text).format
+    assert append_triton.declines(f, states.shape_of(k[:, :, :1]), states.GPU) == reason
 
 
 @pytest.mark.gpu
@@ -123,7 +120,7 @@ def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype) -> N
                      for n, x in codec.named(call["state"]).items()]  # fmt: skip
     there = {n: [t.cuda() for t in x] if isinstance(x, list | tuple) else x.cuda() if isinstance(x, Tensor) else x
              for n, x in call.items()}  # fmt: skip
-    append_triton.append_one(**{**there, "codec": codec})
+    append_triton.append(states.coding(**there))
     append_ref(**call)
     mine, wanted = codec.named([x.cpu() for x in there["state"]]), codec.named(call["state"])
     for name, a in mine.items():

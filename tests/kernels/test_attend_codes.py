@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import Codec
-from kvsink.kernels import attend_codes
+from kvsink.kernels import append_attend, attend_codes
 from kvsink.kernels.attend import attend_ref
 from kvsink.tools.bench_model import Shape, llama, rewritten
 from tests import states
@@ -58,8 +58,7 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, b
     held = ("exact_k", "exact_v", "recent_k", "recent_v")
     st = {n: x.to(q.dtype) if n in held else x.clone() for n, x in codec.named(layer.state()).items()}
     p = dict(zip(codec.param_names(), layer.params, strict=True))
-    cos = p.get("start_cos")
-    made = attend_codes.variant_of(codec, q.shape[1] // k.shape[1], 128, 0 if cos is None else 128, q.dtype)
+    made = attend_codes.variant_of(codec.format, states.shape_of(k, q.shape[1]))
     assert not isinstance(made, str), made
     assert attend_codes.misplaced(st) == ""
     wide = [x.float() for x in (q, k, v)]
@@ -108,7 +107,7 @@ def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
     st = {n: x.half() if n.startswith("exact_") and x.dtype == torch.float32 and x.dim() == 4 else x.clone()
           for n, x in codec.named(layer.state()).items()}  # fmt: skip
     p = dict(zip(codec.param_names(), layer.params, strict=True))
-    made = attend_codes.variant_of(codec, 2, 128, 128, q.dtype)
+    made = attend_codes.variant_of(codec.format, states.shape_of(k, q.shape[1]))
     assert not isinstance(made, str)
     first, calls = int(layer.length), []
     wanted = attend_codes.attend_one(EmulatedCodes(made), made, codec, q, k, v, st, p, None, SCALE, 3)
@@ -132,7 +131,38 @@ def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
 
 def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
     codec = Codec.parse(KVSinkCache.for_model(codes_of("klt-2/4", 4)(), 1, SLOTS).packed_layers()[0].codec_text)
-    assert not isinstance(attend_codes.variant_of(codec, 4, 128, 128, torch.float16), str)
+    shape = states.shape_of(torch.zeros(1, KV, 1, 128, dtype=torch.float16), 4 * KV)
+    assert not isinstance(attend_codes.variant_of(codec.format, shape), str)
     for change in ({"transform": "klt"}, {"transform": "klt", "folded": True}, {"order": 64}):
         other = replace(codec, value=replace(codec.value, **change))
-        assert "values of kind" in str(attend_codes.variant_of(other, 4, 128, 128, torch.float16))
+        assert "values of kind" in str(attend_codes.variant_of(other.format, shape))
+
+
+def test_a_call_reaches_the_kernels_with_its_coding_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the arguments of the op on: the kernels of the call's own variant, and the three launches of the coding at their times."""
+    layer, q, k, v = filled("klt-2/4", 4, 1, 150, (0,), torch.float16)
+    codec = Codec.parse(layer.codec_text)
+    held = {n: x.half() if n.startswith(("exact_k", "exact_v")) else x for n, x in codec.named(layer.state()).items()}
+    call = states.asking(q, k, v, list(held.values()), layer.params, None, SCALE, codec)
+    assert call.choice("attend").name != "cuda (rows of bytes)" and call.shape.repeats == 4  # there is no GPU
+    made, calls = attend_codes.variant_of(codec.format, call.shape), []
+    assert not isinstance(made, str)
+    kernels: Any = EmulatedCodes(made)
+    kernels.blocks = 3
+    monkeypatch.setattr(attend_codes, "kernels_for", lambda variant, place: calls.append(variant) or kernels)
+    wanted = attend_ref(*(x.float() for x in (q, k, v)), layer.state(), layer.params, None, SCALE, True, layer.codec_text)
+    got = attend_codes.attend(call)
+    assert calls == [made] and (got.float() - wanted).norm() <= BOUND[torch.float16] * wanted.norm()
+
+    class Beside:
+        def __init__(self, positions: Tensor, launches: Any) -> None:
+            self.positions = positions
+            calls.append(len(launches))
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda: calls.append(name)
+
+    monkeypatch.setattr(append_attend, "_Beside", Beside)
+    call.positions, call.candidates = torch.full((1, 1), 150), states.candidates(layer, 1, 1)
+    assert torch.equal(append_attend.side_by_side(call), got)
+    assert calls == [made, 3, made, "code", "enter", "join"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 
 import kvsink
 from kvsink.codecs import Codec
-from kvsink.kernels import attend_cpu
+from kvsink.kernels import attend_cpu, backends
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.attend_cpu import attend_one, why_not
+from kvsink.kernels.attend_cpu import attend, declines
 from kvsink.kernels.c_library import FOLDER, c_library
 from tests.close import FUSED_FLOAT32
 from tests.kernels.test_attend import MASKS, SCALE, make_mask
-from tests.states import SLOTS, filled
+from tests.states import CPU, GPU, SLOTS, asking, filled, shape_of
 
 OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", (("protect", "first:2+massive:3"), ("window", 5))),
@@ -43,11 +44,11 @@ def test_c_equals_the_definition(method: str, options: tuple, kind: str) -> None
         codec = Codec.parse(layer.codec_text)
         if codec.value.folded:
             assert codec.value.transform == "hadamard"
-        assert why_not(codec, q, k) == ""
+        assert declines(codec.format, shape_of(q), CPU) == ""
         mask = make_mask(kind, 2, q.shape[1], int(layer.length), 1, SLOTS)
         rest = (q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, SCALE)
         wanted = attend_ref(*rest, mask is None, layer.codec_text)
-        got = attend_one(*rest, codec)
+        got = attend(asking(*rest, codec))
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
         assert (got - wanted).abs().max() <= FUSED_FLOAT32 * v.abs().max()
 
@@ -58,7 +59,7 @@ def test_large_logits_and_rows_that_see_nothing_stay_finite() -> None:
     mask = torch.ones(2, 1, 1, SLOTS, dtype=torch.bool)
     mask[1] = False
     rest = (q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, 1.0)
-    got, wanted = attend_one(*rest, Codec.parse(layer.codec_text)), attend_ref(*rest, False, layer.codec_text)
+    got, wanted = attend(asking(*rest, Codec.parse(layer.codec_text))), attend_ref(*rest, False, layer.codec_text)
     assert torch.isfinite(got).all() and (got[1] == 0).all()
     # Logits of some hundred: their rounding, not that of the values, is what differs.
     assert (got[0] - wanted[0]).abs().max() <= 1e-3 * v.abs().max()
@@ -74,14 +75,15 @@ def test_large_logits_and_rows_that_see_nothing_stay_finite() -> None:
 def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: str) -> None:
     layer, k, _ = filled(method, options, batch=1, lengths=(5, 1))
     codec = Codec.parse(layer.codec_text)
-    assert why_not(codec, torch.zeros(1, 4, 1, 16), k) == reason
+    assert declines(codec.format, shape_of(k[:, :, :1]), CPU) == reason
 
 
 def test_several_rows_and_float64_take_another_path() -> None:
     layer, k, _ = filled("klt", (), batch=1, lengths=(5, 1))
     codec = Codec.parse(layer.codec_text)
-    assert why_not(codec, torch.zeros(1, 4, 2, 16), k) == "more than one new row"
-    assert "float32" in why_not(codec, torch.zeros(1, 4, 1, 16, dtype=torch.float64), k)
+    assert declines(codec.format, shape_of(k[:, :, :2]), CPU) == "more than one new row"
+    assert "float32" in declines(codec.format, shape_of(k[:, :, :1], dtype=torch.float64), CPU)
+    assert declines(codec.format, shape_of(k[:, :, :1]), GPU) == "the device is cuda"
 
 
 def test_without_a_compiler_one_warning_and_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,6 +93,7 @@ def test_without_a_compiler_one_warning_and_the_same_numbers(monkeypatch: pytest
     wanted = kvsink.kernels.attend(*call)
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
     c_library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no C compiler found"):
@@ -98,6 +101,7 @@ def test_without_a_compiler_one_warning_and_the_same_numbers(monkeypatch: pytest
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             kvsink.kernels.attend(*call)
+        assert declines(layer.codec.format, shape_of(k[:, :, -1:]), CPU) == "no C compiler"
     finally:
         c_library.cache_clear()
     assert (got - wanted).abs().max() <= FUSED_FLOAT32 * v.abs().max()

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvsink.cache import KVSinkCache
 from kvsink.codecs import Codec
 from kvsink.kernels import attend_triton
 from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.backends import GROWS
 from kvsink.tools.bench_model import Shape, llama, rewritten
 from tests import states
 from tests.close import FUSED_FLOAT32
@@ -51,10 +53,11 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
     """Relative error of the kernel for one new row, in `dtype`, against the definition in float32 of the same numbers."""
     codec = Codec.parse(layer.codec_text)
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    assert attend_triton.why_not(codec, q, k, mask, layer.exact_k.shape[2]) == ""
+    shape = states.shape_of(k, q.shape[1], mask="" if mask is None else "slots", exact=layer.exact_k.shape[2])
+    assert attend_triton.declines(codec.format, shape, states.GPU) == ""
     held = ("exact_k", "exact_v", "recent_k", "recent_v")
     state = [x.to(dtype) if n in held else x for n, x in codec.named(layer.state()).items()]
-    got = attend_triton.attend_one(q, k, v, state, layer.params, mask, SCALE, codec)
+    got = attend_triton.attend(states.asking(q, k, v, state, layer.params, mask, SCALE, codec))
     wanted = attend_ref(q.float(), k.float(), v.float(), state, layer.params, mask, SCALE, mask is None, layer.codec_text)
     assert got.shape == q.shape and got.dtype == dtype and torch.isfinite(got).all()
     return float((got.float() - wanted).norm() / wanted.norm())
@@ -107,7 +110,7 @@ def test_positions_that_begin_late_and_rows_that_see_nothing() -> None:
     mask = torch.ones(2, 1, 1, states.SLOTS, dtype=torch.bool)
     mask[1] = False
     codec = Codec.parse(layer.codec_text)
-    got = attend_triton.attend_one(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, SCALE, codec)
+    got = attend_triton.attend(states.asking(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, mask, SCALE, codec))
     assert torch.isfinite(got).all() and (got[1] == 0).all() and (got[0] != 0).any()
 
 
@@ -119,7 +122,7 @@ def test_positions_that_run_ahead_of_the_slots_are_never_a_wrong_number() -> Non
     layer.shared.positions[:, 40] = 40
     q = torch.randn(1, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
     codec = Codec.parse(layer.codec_text)
-    got = attend_triton.attend_one(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, None, SCALE, codec)
+    got = attend_triton.attend(states.asking(q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, None, SCALE, codec))
     assert got.isnan().all()
 
 
@@ -146,21 +149,26 @@ def test_in_the_interpreter() -> None:
     ],
 )
 def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: str) -> None:
-    layer, _, _ = states.filled(method, options, batch=1, lengths=(5, 1))
-    assert attend_triton.refuse(Codec.parse(layer.codec_text), torch.float16, 16, 6) == reason
+    layer, k, _ = states.filled(method, options, batch=1, lengths=(5, 1))
+    shape = states.shape_of(k[:, :, :1].half(), exact=6)
+    assert attend_triton.declines(Codec.parse(layer.codec_text).format, shape, states.GPU) == reason
 
 
 def test_limits_are_named() -> None:
     layer, k, _ = states.filled("klt", (), batch=1, lengths=(5, 1))
     codec = Codec.parse(layer.codec_text)
-    assert "65 exact rows" in attend_triton.refuse(codec, torch.float16, 16, 65)
-    assert "float64" in attend_triton.refuse(codec, torch.float64, 16, 6)
-    assert "512 channels" in attend_triton.refuse(codec, torch.float16, 512, 6)
-    q = torch.zeros(1, 4, 1, 16)
-    if importlib.util.find_spec("triton") is None:
-        assert attend_triton.why_not(codec, q, k, None, 6) == "Triton is not installed"
-    elif not INTERPRETED:
-        assert attend_triton.why_not(codec, q, k, None, 6) == "the device is cpu"
+    f, shape = codec.format, states.shape_of(k[:, :, :1].half(), exact=6)
+    for change, reason in (
+        ({"exact": 65}, "65 exact rows, more than 64"),
+        ({"exact": GROWS}, "exact rows whose number grows with the slots"),
+        ({"dtype": torch.float64}, "torch.float64 is not float32 or a 16-bit type"),
+        ({"dim": 512}, "512 channels, not 16 to 256"),
+        ({"rows": 2}, "more than one new row"),
+        ({"mask": "other"}, "a mask that is not one of visible slots"),
+    ):
+        assert attend_triton.declines(f, shape._replace(**change), states.GPU) == reason
+    assert attend_triton.declines(f, shape, replace(states.GPU, triton=False)) == "Triton is not installed"
+    assert attend_triton.declines(f, shape, states.CPU) == "the device is cpu"
 
 
 @pytest.mark.gpu
@@ -187,7 +195,7 @@ def test_natively_on_a_gpu(side: str, dtype: torch.dtype) -> None:
         pytest.skip("the CUDA kernel serves it")
     mask = torch.ones(2, 1, 1, 1024, dtype=torch.bool, device="cuda")
     mask[1, ..., :37] = False
-    got = attend_triton.attend_one(q, k[:, :, last], v[:, :, last], layer.state(), layer.params, mask, 0.09, codec)
+    got = attend_triton.attend(states.asking(q, k[:, :, last], v[:, :, last], layer.state(), layer.params, mask, 0.09, codec))
     state = [x.float() if x.dtype == dtype else x for x in layer.state()]
     wanted = attend_ref(
         q.float(), k[:, :, last].float(), v[:, :, last].float(), state, layer.params, mask, 0.09, False, layer.codec_text

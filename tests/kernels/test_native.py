@@ -10,10 +10,10 @@ import torch
 
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import SHARED_NAMES
-from kvsink.kernels import native, packed
-from kvsink.kernels.append import append_tiles
-from kvsink.kernels.attend import attend_packed, attend_ref
+from kvsink.kernels import cuda_tiles, native, packed
+from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.read import read_ref
+from tests.states import asking, coding
 
 from .test_tiles import CODECS, HEADS, SLOTS, append, layer_of, model_of, rows
 
@@ -46,7 +46,9 @@ def test_append_stores_the_codes_of_the_definition(index: int, batch: int, lengt
         scores += list(torch.randn(batch, length, generator=g).topk(min(segment.count, length), dim=1))
     append(layer, k, v, positions)
     gpu = [t.cuda() for t in scores]
-    append_tiles(lib, layer.codec, k.cuda(), v.cuda(), positions.cuda(), gpu, state, params)
+    none = torch.empty(1, k.shape[2], 0, device="cuda")
+    given = k.cuda(), v.cuda(), positions.cuda(), none, none, gpu, state, params, layer.codec, True
+    cuda_tiles.append(coding(*given), lib)
     sums = CODECS[index][0] == "klt-even"
     for name, mine in layer.codec.named(state).items():
         wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
@@ -82,7 +84,7 @@ def test_attend_equals_the_definition(
         mask = (torch.rand(batch, 1, 1, SLOTS, generator=torch.Generator().manual_seed(3)) > 0.4) & (slots <= length)
     gpu = [t.cuda() for t in (q, k, v)]
     for _ in range(3):  # a later launch finds the scratch words as the first did
-        got = attend_packed(lib, layer.codec, *gpu, state, params, None if mask is None else mask.cuda(), 0.09, False)
+        got = cuda_tiles.attend(asking(*gpu, state, params, None if mask is None else mask.cuda(), 0.09, layer.codec), lib)
         wide = [x.float() for x in (q, k, v)]
         wanted = attend_ref(*wide, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
         assert got is not None
@@ -114,7 +116,7 @@ def test_a_chunk_equals_the_definition(index: int, masked: bool, monkeypatch: py
         slots = torch.arange(SLOTS)
         mask = ((slots <= torch.arange(300, 366)[:, None]) & (slots >= 9))[None, None].expand(2, -1, -1, -1)
     gpu = [t.cuda() for t in (q, k, v)]
-    got = attend_packed(lib, layer.codec, *gpu, state, params, None if mask is None else mask.cuda(), 0.09, False)
+    got = cuda_tiles.attend(asking(*gpu, state, params, None if mask is None else mask.cuda(), 0.09, layer.codec), lib)
     wide = [x.float() for x in (q, k, v)]
     wanted = attend_ref(*wide, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
     assert got is not None
@@ -170,7 +172,7 @@ def test_launches_that_overlap_do_not_meet(captured: bool) -> None:
     calls = [[rows(3, 1, 5 * i, n, torch.float16).cuda() for n in (HEADS, 2, 2)] for i in (1, 2)]
 
     def attend(x: list[torch.Tensor]) -> torch.Tensor:
-        out = attend_packed(lib, layer.codec, *x, state, params, None, 0.09, False)
+        out = cuda_tiles.attend(asking(*x, state, params, None, 0.09, layer.codec), lib)
         assert out is not None
         return out
 

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kvsink.kernels import native, packed
+from kvsink import served
+from kvsink.kernels import backends, cuda_tiles, driver, native
+from kvsink.kernels.backends import Device, Shape, plan
+from kvsink.runtime import runtime_of
 
-from .test_tiles import layer_of
+from .test_tiles import CODECS, layer_of, model_of
 
 GPU = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(("capability", "reason"), [((8, 6), "8.6"), ((12, 0), "12.0"), ((9, 0), None)])
-def test_a_gpu_of_another_generation_is_named(
-    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    said = native.too_old(GPU)
-    assert said is None if reason is None else reason in str(said)
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((6, 1), "6.1")])
+def test_a_gpu_of_another_generation_is_named(capability: tuple[int, int], reason: str) -> None:
+    assert reason in native.too_old(capability, "a GPU") and native.too_old((9, 0), "a GPU") == ""
 
 
 def test_without_a_compiler_the_reason_names_what_brings_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,24 +48,54 @@ def test_code_is_compiled_once_per_source_and_architecture(tmp_path: Path, monke
     assert made == [("a", "sm_90a"), ("b", "sm_90a"), ("a", "sm_100a")] and len(list(tmp_path.rglob("*.cubin"))) == 3
 
 
-def test_a_refusal_is_told_once_and_the_plain_operators_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def library(variant: native.Variant, device: torch.device) -> Any:
-        raise native.NativeError("this GPU is a toaster")
+def _refused(variant: native.Variant, device: torch.device) -> Any:
+    raise native.NativeError("this GPU is a toaster")
 
-    monkeypatch.setattr(native, "library", library)
-    monkeypatch.setattr(packed, "_told", set())
-    codec = layer_of(0).codec
-    rows: Any = SimpleNamespace(device=GPU, dtype=torch.float16, shape=(1, 2, 1, 128))
-    with pytest.warns(UserWarning, match="plain operators: this GPU is a toaster"):
-        assert packed.usable(codec, 8, rows) is None
+
+def test_a_refusal_is_told_once_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", _refused)
+    monkeypatch.setattr(backends, "_TOLD", set())
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
+    card = Device("cuda", (9, 0), "a GPU", False, GPU)
+    monkeypatch.setattr(served, "device_of", lambda place: card)
+    runtime = runtime_of(model_of(0))
+    with pytest.warns(UserWarning, match="plain operators .*this GPU is a toaster.*Triton is not installed"):
+        assert not served.tiles_serve(runtime, torch.float16, GPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert packed.usable(codec, 8, rows) is None
-    assert packed.serves(codec, 8, 2, 128, 128, 128, torch.float16, GPU) == "this GPU is a toaster"
-    assert packed.serves(codec, 8, 2, 128, 128, 128, torch.float32, GPU) == "the model computes in float32"
-    assert packed.serves(codec, 8, 2, 128, 128, 128, torch.float16, torch.device("cpu")) == "the device is cpu"
+        assert not served.tiles_serve(runtime, torch.float16, GPU)
+    codec = layer_of(0).codec
+    f, shape = codec.format.in_tiles(), Shape(8, 2, 128, 128, 128, torch.float16)
+    assert cuda_tiles.declines(f, shape, card) == "this GPU is a toaster"
+    assert cuda_tiles.declines(f, shape._replace(dtype=torch.float32), card) == "the model computes in float32"
+    assert cuda_tiles.declines(f, shape, Device("cpu")) == "the device is cpu"
+
+
+def test_a_gpu_on_which_no_test_has_run_is_used_and_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda variant, device: object())
+    monkeypatch.setattr(backends, "_TOLD", set())
+    f, shape = layer_of(0).codec.format.in_tiles(), Shape(8, 2, 128, 128, 128, torch.float16)
+    with pytest.warns(UserWarning, match=r"a new GPU: compute capability 9\.7 is one on which no test has run"):
+        assert cuda_tiles.declines(f, shape, Device("cuda", (9, 7), "a new GPU", True, GPU)) == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cuda_tiles.declines(f, shape, Device("cuda", (9, 7), "a new GPU", True, GPU)) == ""
+        assert cuda_tiles.declines(f, shape, Device("cuda", (9, 0), "a GPU", True, GPU)) == ""
+
+
+@pytest.mark.parametrize("index", range(len(CODECS)))
+def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*_: Any) -> Any:
+        raise AssertionError("the CUDA driver or its compiler was asked for")
+
+    for module, name in ((driver, "driver"), (native, "_driver"), (native, "_nvrtc"), (native, "compile_cubin")):
+        monkeypatch.setattr(module, name, touched)
+    shape, card = Shape(8, 2, 128, 128, 128, torch.float16), Device("hip", (9, 4), "an MI300X", True, GPU)
+    for what, wanted in (("attend", "triton"), ("append", "triton"), ("step", "append, then attend")):
+        found = plan(what, layer_of(index, tiled=False).codec.format, shape, card)
+        assert found.name == wanted and found.why[0] == ("cuda (tiles)", "the GPU is not one of NVIDIA's")
 
 
 def test_widths_that_need_more_memory_than_a_block_has_are_refused() -> None:
     with pytest.raises(native.NativeError, match="shared memory"):
-        native.Variant(2, (8,) * 16, (8,) * 16, 4).defines()
+        native.Variant(2, (8,) * 32, (8,) * 32, 8).defines(native.Card())

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kvsink.codecs import STATE_NAMES, Codec
-from kvsink.kernels import append_triton, packed
-from kvsink.kernels.append import append_, append_tiles
-from kvsink.kernels.append_cpu import by_definition, select_one, serves
+from kvsink.kernels import append_triton, cuda_tiles, packed
+from kvsink.kernels.append import append_
+from kvsink.kernels.append_cpu import by_definition, declines, select_one
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
 from kvsink.runtime import Frame, order_candidates
@@ -184,7 +184,7 @@ def test_plain_operators() -> None:
 def test_c(seed: int, alone: bool) -> None:
     """The selection alone, and within the code that does all of one new row."""
     layer = rows_of_bytes()
-    if not serves(layer.codec):
+    if declines(layer.codec.format, states.shape_of(layer.st["exact_k"]), states.CPU):
         pytest.skip("no C compiler")
 
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
@@ -204,8 +204,8 @@ def test_triton() -> None:
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
         if k.shape[2] > 1:
             return layer.append(k, v, candidates, first)
-        assert append_triton.why_not(layer.codec, k, candidates) == ""
-        return append_triton.append_one(**{**layer.arguments(k, v, candidates, first), "codec": layer.codec})
+        assert append_triton.declines(layer.codec.format, states.shape_of(k), states.GPU) == ""
+        return append_triton.append(states.coding(**layer.arguments(k, v, candidates, first)))
 
     play(layer.st, offer, False, 40)
 
@@ -231,7 +231,7 @@ def test_cuda(kernel: str) -> None:
         if kernel == "attend" and k.shape[2] == 1:
             assert packed.step(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
         else:
-            append_tiles(lib, layer.codec, *given, layer.state, layer.params)
+            cuda_tiles.append(states.coding(**a), lib)
 
     play(layer.st, offer, False, 20)
 

@@ -15,13 +15,12 @@ from kvsink.cache import KVSinkCache
 from kvsink.codecs import STATE_NAMES, Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.kernels import append_cpu, attend_cpu, c_library, stages
-from kvsink.kernels.append import append_cpu as append_in_c
-from kvsink.kernels.append import append_ref
+from kvsink.kernels.append import append_in_c, append_ref
 from kvsink.kernels.attend import attend_ref
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
 from tests.models import VOCAB
-from tests.states import candidates
+from tests.states import CPU, asking, candidates, coding, shape_of
 
 SCALE = 0.25
 
@@ -95,12 +94,12 @@ def _held(name: str, dim: int, rotary: int | None = None) -> Any:
 def _asks(h: Any, repeats: int, mask: Tensor | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The definition's attention and that of the C code."""
     batch, heads, dim, _ = h.shape
-    assert attend_cpu.why_not(h.c, torch.zeros(1, 1, 1, 1), h.k) == ""
+    assert attend_cpu.declines(h.c.format, shape_of(h.k), CPU) == ""
     q = torch.randn(batch, heads * repeats, 1, dim, generator=h.g)
     rest = [q, h.k, h.v]
     rest = [t.to(dtype) for t in rest]
     wanted = attend_ref(*(t.float() for t in rest), h.state, h.params, mask, SCALE, mask is None, h.text)
-    return wanted.to(dtype), attend_cpu.attend_one(*rest, h.state, h.params, mask, SCALE, h.c)
+    return wanted.to(dtype), attend_cpu.attend(asking(*rest, h.state, h.params, mask, SCALE, h.c))
 
 
 def _agree(wanted: Tensor, got: Tensor) -> bool:
@@ -124,8 +123,8 @@ def test_attention_in_16_bit(name: str, dtype: torch.dtype) -> None:
     h = _held(name, 64)
     q = torch.randn(2, 6, 1, 64, generator=h.g).to(dtype)
     rest = [q, h.k.to(dtype), h.v.to(dtype)]
-    wanted = attend_cpu.attend_one(*(t.float() for t in rest), h.state, h.params, None, SCALE, h.c)
-    assert torch.equal(attend_cpu.attend_one(*rest, h.state, h.params, None, SCALE, h.c), wanted.to(dtype))
+    wanted = attend_cpu.attend(asking(*(t.float() for t in rest), h.state, h.params, None, SCALE, h.c))
+    assert torch.equal(attend_cpu.attend(asking(*rest, h.state, h.params, None, SCALE, h.c)), wanted.to(dtype))
     assert _agree(*_asks(h, 2, dtype=dtype))
     for i in (4, 5, 8, 9):  # rows that are held as they came, in the same dtype
         h.state[i] = h.state[i].to(dtype)
@@ -162,9 +161,9 @@ def test_attention_says_what_it_cannot_read_and_keeps_what_is_no_number() -> Non
     q = torch.randn(2, 6, 1, 32, generator=h.g)
     call = (h.k, h.v, h.state, h.params)
     with pytest.raises(ValueError, match="does not reach the 290 slots"):
-        attend_cpu.attend_one(q, *call, torch.ones(1, 1, 1, 289, dtype=torch.bool), SCALE, h.c)
+        attend_cpu.attend(asking(q, *call, torch.ones(1, 1, 1, 289, dtype=torch.bool), SCALE, h.c))
     q[1, 2] = float("nan")
-    out = attend_cpu.attend_one(q, *call, None, SCALE, h.c)
+    out = attend_cpu.attend(asking(q, *call, None, SCALE, h.c))
     bad = torch.zeros(2, 6, dtype=torch.bool)
     bad[1, 2] = True
     assert torch.equal(out.isnan().any(-1)[..., 0], bad) and torch.equal(out.isnan().all(-1)[..., 0], bad)
@@ -187,7 +186,7 @@ def _append(h: Any, dtype: torch.dtype, positions: Tensor, in_c: bool) -> tuple[
     k, v = h.k.to(dtype), h.v.to(dtype)
     rest = (k, v, positions, cos, sin, candidates(layer, h.shape[0], 1), state, h.params)
     if in_c:
-        assert append_in_c(*rest, h.c, True)
+        append_in_c(coding(*rest, h.c, True))
         assert append_cpu._AppendPlan.kept[id(state[0])][0]() is state[0]
     else:
         append_ref(*rest, h.text, True)

@@ -14,10 +14,11 @@ from torch import Tensor
 import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.codecs import SHARED_NAMES
-from kvsink.kernels import native, packed
-from kvsink.kernels.append import append_ref, append_tiles
+from kvsink.kernels import cuda_tiles, native, packed
+from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.read import read_ref
+from tests.states import coding
 
 from .emulated import Emulated
 
@@ -137,7 +138,7 @@ def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor)
 
 def kernels(layer: KVSinkLayer, index: int, blocks: int) -> Emulated:
     kind = KINDS[index]
-    variant = packed.variant_of(layer.codec, kind.repeats, packed.rotary_of(layer.codec, layer.params))
+    variant = packed.variant_of(layer.codec, kind.repeats, layer.codec.rotary(layer.params))
     return Emulated(variant, blocks, card=kind.card)
 
 
@@ -187,7 +188,8 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: in
     halves = {n: getattr(other, n).to(torch.float16) for n in ("exact_k", "exact_v", "recent_k", "recent_v")}
     for name, t in halves.items():
         setattr(other, name, t)
-    append_tiles(kernels(other, index, 2), other.codec, k.half(), v.half(), positions, scores, other.state(), other.params)
+    given = k.half(), v.half(), positions, none, none, scores, other.state(), other.params, other.codec, True
+    cuda_tiles.append(coding(*given), kernels(other, index, 2))
     for name, mine in other.codec.named(other.state()).items():
         wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
         if name in ("k_codes", "k_scale") and kind.method == "klt-even":

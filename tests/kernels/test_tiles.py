@@ -16,11 +16,13 @@ import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.codecs import Anchors, Codec
 from kvsink.errors import UnsupportedError
-from kvsink.kernels import native, packed, tiles
-from kvsink.kernels.append import append_ref, append_tiles
+from kvsink.kernels import cuda_tiles, native, packed, tiles
+from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.backends import Shape
 from kvsink.kernels.read import read_ref
 from kvsink.methods import get_method
+from tests.states import coding
 
 from .emulated import Emulated
 
@@ -82,7 +84,7 @@ def append(
         angles = (none, none) if layer.codec.tiles else layer.shared.runtime.angles(1, positions)
         append_ref(k, v, positions, *angles, scores, layer.state(), layer.params, layer.codec_text, True)
     else:
-        append_tiles(lib, layer.codec, k, v, positions, scores, layer.state(), layer.params)
+        cuda_tiles.append(coding(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec, True), lib)
 
 
 def library(layer: KVSinkLayer, blocks: int = 3, lone_rows: int = 0) -> Emulated:
@@ -112,17 +114,25 @@ def test_a_code_of_a_known_slot_stands_where_the_matrix_unit_reads_it() -> None:
     assert words.nonzero().tolist() == [[0, 2 * 4 + 1, 2]] and int(words[0, 9, 2]) == 3 << 16
 
 
+def refusal(codec: Codec, heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM, rotary: int = DIM) -> str:
+    """Why the kernels do not serve a codec on any device."""
+    return cuda_tiles.declines(codec.format.in_tiles(), Shape(heads, kv_heads, dim, dim, rotary, torch.float16), None)
+
+
 def test_refusals_name_the_reason() -> None:
     codec = layer_of(0).codec
-    assert tiles.refuse(codec, 8, 2, 128, 128, 128) is None
-    assert "head_dim is 48" in str(tiles.refuse(codec, 8, 2, 48, 48, 48))
-    assert "more than 32 each" in str(tiles.refuse(codec, 64, 1, 128, 128, 128))
-    assert "24 of 128 channels" in str(tiles.refuse(codec, 8, 2, 128, 128, 24))
+    assert refusal(codec) == ""
+    assert refusal(codec, dim=48, rotary=48) == "head_dim is 48, not one of 64, 128, 256"
+    assert "more than 32 each" in refusal(codec, 64, 1)
+    assert "24 of 128 channels" in refusal(codec, rotary=24)
     wide = replace(codec, value=replace(codec.value, bits=6, widths=(6,) * 16))
-    assert "outside 1 to 4" in str(tiles.refuse(wide, 8, 2, 128, 128, 128))
+    assert "outside 1 to 4" in refusal(wide)
     odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
-    assert "whole words" in str(tiles.refuse(odd, 8, 2, 128, 128, 128))
-    assert "recent rows" in str(tiles.refuse(replace(codec, window=513), 8, 2, 128, 128, 128))
+    assert "whole words" in refusal(odd)
+    assert refusal(replace(codec, window=513)) == "a window of 513 recent rows, more than 512"
+    assert refusal(replace(codec, segments=(65,))) == "65 exact rows, more than 64"
+    in_rows = replace(codec, tiles=False).format
+    assert cuda_tiles.declines(in_rows, Shape(8, 2, 128, 128, 128, torch.float16), None) == "codes in rows of bytes"
 
 
 @pytest.mark.parametrize(("method", "bits", "reason"), [
@@ -139,12 +149,12 @@ def test_refusals_name_the_reason() -> None:
 def test_what_holds_more_than_codes_per_row_is_refused(method: str, bits: tuple[int, int], reason: str) -> None:
     declared = get_method(method)
     sides = [declared.side(name, b).resolved(KV_HEADS, DIM) for name, b in zip(("key", "value"), bits, strict=True)]
-    assert str(tiles.refuse(Codec(*sides, window=declared.window), HEADS, KV_HEADS, DIM, DIM, DIM)).startswith(reason)
+    assert refusal(Codec(*sides, window=declared.window)).startswith(reason)
 
 
 def test_rows_beside_the_codes_are_refused() -> None:
     codec = layer_of(3).codec
-    assert tiles.refuse(codec, HEADS, KV_HEADS, DIM, DIM, DIM) is None
+    assert refusal(codec) == ""
     normed = replace(codec, key=replace(codec.key, axis="channel", center=False, group_tokens=32, flush=32, norm=True))
     for other, reason in (
         (replace(codec, anchors=Anchors(rows=2)), "anchors"),
@@ -152,7 +162,7 @@ def test_rows_beside_the_codes_are_refused() -> None:
         (replace(codec, value=replace(codec.value, newest=8)), "recent values"),
         (normed, "keys with a norm of each token"),
     ):
-        assert str(tiles.refuse(other, HEADS, KV_HEADS, DIM, DIM, DIM)).startswith(reason)
+        assert refusal(other).startswith(reason)
 
 
 @pytest.mark.parametrize("new", [1, 4])

@@ -10,8 +10,8 @@ import torch
 from kvsink.attention import causal_mask, install_attention, is_plain_causal
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.kernels import packed
-from tests.kernels.emulated import Emulated
-from tests.kernels.test_tiles import HEADS, KV_HEADS, model_of
+from tests.kernels.emulated import Emulated, act_as_on_a_gpu
+from tests.kernels.test_tiles import model_of
 
 
 def run(
@@ -31,11 +31,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """CPU layers in tiles act as on a GPU; the list counts the rows of every question they are asked."""
     asked: list[int] = []
 
-    def usable(codec: Any, heads: int, k: torch.Tensor) -> Any:
-        asked.append(k.shape[2])
-        return Emulated(packed.variant_of(codec, HEADS // KV_HEADS), 2)
+    def library(codec: Any, repeats: int, rotary: int, place: torch.device) -> Any:
+        return Emulated(packed.variant_of(codec, repeats, rotary), 2)
 
-    monkeypatch.setattr(packed, "usable", usable)
+    act_as_on_a_gpu(monkeypatch, library, lambda call: asked.append(call.k.shape[2]))
     monkeypatch.setattr(KVSinkLayer, "_defers", lambda self, frame: self.codec.tiles and frame.cos is not None)
     monkeypatch.setattr(KVSinkCache, "attends_itself", lambda self: self.packed_layers()[0].codec.tiles)
     return asked

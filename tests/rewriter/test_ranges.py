@@ -13,12 +13,14 @@ import kvsink
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
-from kvsink.kernels import attend_cpu, attend_triton, tiles
+from kvsink.kernels import attend_cpu, attend_triton, cuda_tiles
+from kvsink.kernels.backends import Shape
 from kvsink.passing import given_cache
 from kvsink.ranges import exponent
 from kvsink.runtime import runtime_of
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens
+from tests.states import CPU, GPU, shape_of
 
 _PAIRS = {"k": ("k_proj", "q_proj"), "v": ("v_proj", "o_proj")}
 _EIGHT_BITS = 0.05  # of the largest logit, at any size
@@ -102,9 +104,10 @@ def test_kernels_decline_other_units_in_words() -> None:
     codec: Codec = plan.codec
     row = torch.zeros(1, KV_HEADS, 1, HEAD_DIM)
     assert codec.value.exponent and codec.opaque
-    assert attend_cpu.why_not(codec, row, row) == "rows beyond the range of float16"
-    assert attend_triton.refuse(codec, torch.float16, 128, 0) == "rows beyond the range of float16"
-    assert tiles.refuse(codec, 4, 2, 128, 128, 128) == "values beyond the range of float16"
+    assert attend_cpu.declines(codec.format, shape_of(row), CPU) == "rows beyond the range of float16"
+    assert attend_triton.declines(codec.format, shape_of(row), GPU) == "rows beyond the range of float16"
+    shape = Shape(4, 2, 128, 128, 128, torch.float16)
+    assert cuda_tiles.declines(codec.format.in_tiles(), shape, None) == "values beyond the range of float16"
 
 
 @pytest.mark.parametrize(("factor", "words"), [(1e7, r"\S+e\+07, above the 6.55e\+04"), (1e-8, r"\S+e-08, below the 7.63e-06")])

@@ -174,8 +174,8 @@ def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.Mo
     from types import SimpleNamespace
 
     from kvsink.cache import KVSinkCache
-    from kvsink.kernels import packed
     from kvsink.tools import bench_sequence
+    from tests.kernels.emulated import act_as_on_a_gpu
     from tests.kernels.test_tiles import HEADS, append, library, model_of, rows
 
     model = model_of(0)
@@ -186,10 +186,10 @@ def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.Mo
         layer.length.fill_(200)
     half = SimpleNamespace(config=model.config, device=model.device, dtype=torch.float16)
     assert bench_sequence.attention_error(cache, half, 200) is None  # no kernel on this device
-    monkeypatch.setattr(packed, "usable", lambda codec, heads, k: library(cache.packed_layers()[0]))
+    act_as_on_a_gpu(monkeypatch, lambda *_: library(cache.packed_layers()[0]), lambda call: None)
     error = bench_sequence.attention_error(cache, half, 200)
     assert error is not None and error <= bench_sequence.ATTENTION_BOUND
-    monkeypatch.setattr(bench_sequence, "attend_packed", lambda lib, c, q, *rest: torch.zeros(1, HEADS, 1, 128))
+    monkeypatch.setattr(bench_sequence, "attention", lambda *_: torch.zeros(1, HEADS, 1, 128))
     error = bench_sequence.attention_error(cache, half, 200)
     assert error is not None and error > bench_sequence.ATTENTION_BOUND
 

@@ -72,7 +72,7 @@ def test_rows_come_by_shape_then_model_then_method_then_rows_kept() -> None:
         for b, t in ((2, 200), (1, 130)) for name in SMALL for method in ("centred-even", "klt") for exact in ((1, 0), (16, 64))
     ]  # fmt: skip
     assert all(float(r["error"]) < 1e-5 and r["p50_ms"] > 0 and r["kernel"] and "in_turn_ms" not in r for r in rows)
-    assert rows[0]["why"] == "head_dim is 64, not 128" and (rows[0]["Hq"], rows[0]["Hkv"], rows[0]["D"]) == (4, 2, 64)
+    assert rows[0]["why"] == "the device is cpu" and (rows[0]["Hq"], rows[0]["Hkv"], rows[0]["D"]) == (4, 2, 64)
     for plain, more in zip(rows[::2], rows[1::2], strict=True):
         assert "of_plain" not in plain and more["of_plain"] == pytest.approx(more["p50_ms"] / plain["p50_ms"], rel=0.1)
 

@@ -21,9 +21,11 @@ import click
 import torch
 from torch import Tensor
 
-from kvsink.kernels import native, packed
+from kvsink.kernels import native
 from kvsink.kernels.append_attend import append_attend_
-from kvsink.kernels.attend import attend_packed, attend_ref
+from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.backends import Call, LayerState
+from kvsink.kernels.cuda_tiles import attend, library
 from kvsink.tools.bench_model import LLAMA_3_8B, LLAVA_15_7B, fill, llama, rewritten
 from kvsink.tools.bench_ops import BOUND, packed_bytes
 from kvsink.tools.bench_sdpa import sdpa_best
@@ -70,9 +72,7 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
     g = torch.Generator(device).manual_seed(1)
     heads = (HEADS, kv_heads, kv_heads)
     q, k, v = (torch.randn(b, n, 1, 128, device=device, dtype=torch.float16, generator=g) for n in heads)
-    lib = packed.usable(codec, HEADS, k, layer.params)
-    if lib is None:
-        raise RuntimeError("the CUDA kernels are not to be had here")
+    lib = library(codec, HEADS // kv_heads, codec.rotary(layer.params), k.device)
     slots = torch.arange(layer.k_codes.shape[2], device=device)
     mask = (slots < t)[None, None, None] if masked else None
     positions = torch.full((1, 1), t - 1, device=device)
@@ -81,9 +81,8 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
         scores += [torch.full((b, 1), float("-inf"), device=device), torch.zeros(b, 1, dtype=torch.int64, device=device)]
 
     def attention(x: Any) -> Tensor:
-        out = attend_packed(lib, codec, q, k, v, x.state(), x.params, mask, SCALE, False)
-        assert out is not None
-        return out
+        call = Call(codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q, mask=mask, scale=SCALE)
+        return attend(call, lib)
 
     def step(x: Any) -> Tensor:
         return append_attend_(q, k, v, positions, scores, x.state(), x.params, mask, SCALE, False, x.codec_text, [])
