@@ -33,7 +33,7 @@ from .scratch import Scratch
 from .tiles import make_fields
 
 __all__ = [
-    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "library", "module_of", "scratch",
+    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "few", "library", "module_of", "scratch",
     "single", "too_old", "unit",
 ]  # fmt: skip
 
@@ -83,17 +83,26 @@ def card_of(device: torch.device) -> Card:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a block works: warps that compute, stages of each, tile pairs of a stage, units of one softmax step."""
+    """How a block works: warps that compute, stages of each, tile pairs of a stage, units of one softmax step, most query heads."""
 
     warps: int
     stages: int
     items: int
     steps: int
+    heads: int = 8
+
+    def groups(self, repeats: int) -> int:
+        """Rows of the grid that share a key-value head of `repeats` query heads."""
+        return 1 if repeats <= 4 else -(-repeats // self.heads)
+
+    def columns(self, repeats: int) -> int:
+        """Query heads of a product."""
+        return 4 if -(-repeats // self.groups(repeats)) <= 4 else 8
 
 
 _SHAPES = (
     Shape(8, 2, 4, 2), Shape(8, 2, 2, 2), Shape(8, 2, 1, 1), Shape(8, 1, 2, 2), Shape(8, 1, 1, 1), Shape(4, 2, 4, 2), Shape(4, 2, 2, 2),
-    Shape(4, 2, 1, 1), Shape(4, 1, 1, 1),
+    Shape(4, 2, 1, 1), Shape(4, 1, 1, 1), Shape(4, 2, 1, 1, heads=4), Shape(4, 1, 1, 1, heads=4),
 )  # fmt: skip
 
 
@@ -114,23 +123,13 @@ class Variant:
         return 8 * len(self.key_widths)
 
     @property
-    def groups(self) -> int:
-        """Rows of the grid that share a key-value head."""
-        return 1 if self.repeats <= 4 else -(-self.repeats // 8)
-
-    @property
-    def columns(self) -> int:
-        """Query heads of a product."""
-        return 4 if self.repeats <= 4 else 8
-
-    @property
     def lone(self) -> bool:
         """Whether `append_row` codes a new row by a block of its own."""
         return self.mode != 2 or (self.dim == 128 and self.rotary in (0, 128))
 
     def shared_bytes(self, shape: Shape) -> int:
         """SMEM_BYTES of attend.cuh for this variant."""
-        d, columns, runs = self.dim, self.columns, self.dim // 8
+        d, columns, runs = self.dim, shape.columns(self.repeats), self.dim // 8
         k, v = (128 * 16 * make_fields(w).bins for w in (self.key_widths, self.value_widths))
         klt = self.mode == 2
         stage = (k + v) * shape.items // 4 + (256 if klt else 512) + 512 + (4 * self.rotary if self.mode else 0) + 128
@@ -150,7 +149,8 @@ class Variant:
 
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others."""
-        return (shape.warps == 4 or card.target in (90, 100)) and (self.dim <= 128 or shape.steps == 1)
+        eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4)
+        return (shape.warps == 4 or eight) and (self.dim <= 128 or shape.steps == 1)
 
     def defines(self, card: Card) -> dict[str, str]:
         """Macros of the source."""
@@ -158,7 +158,7 @@ class Variant:
         return {
             "MODE": str(self.mode), "KW": ", ".join(map(str, self.key_widths)), "VW": ", ".join(map(str, self.value_widths)),
             "HEADS_PER_KV": str(self.repeats), "HEAD_DIM": str(self.dim), "ROTARY": str(self.rotary), "WARPS": str(shape.warps),
-            "STAGES": str(shape.stages), "ITEM_PAIRS": str(shape.items), "STEP_PAIRS": str(shape.steps),
+            "STAGES": str(shape.stages), "ITEM_PAIRS": str(shape.items), "STEP_PAIRS": str(shape.steps), "MOST_HEADS": str(shape.heads),
             "TARGET": str(card.target), "SHARED_MOST": str(card.shared), "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
         }  # fmt: skip
 
@@ -173,9 +173,14 @@ def by_warp(batch: int, share: int, tiles: int) -> bool:
     return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
 
 
+def few(argument: Any) -> bool:
+    """Whether exact and recent rows are few enough for one warp of a query head: the rule of `many` in exact.cuh."""
+    return bool(argument.E + argument.window < 9)
+
+
 def single(argument: Any) -> bool:
     """Whether there is one sequence, and a block of each head for every superblock that it can hold: `attend_single`."""
-    return bool(argument.B == 1 and argument.share == argument.tiles)
+    return bool(argument.B == 1 and argument.share == argument.tiles) and few(argument)
 
 
 def too_old(capability: tuple[int, int], name: str) -> str:
@@ -339,6 +344,7 @@ class Cubin:
             if self.whole_rows:
                 self._attend_rows = self._module.function("attend_rows")
                 self._module.allow_shared(self._attend_rows, self._shared_rows)
+        self.groups = variant.shape(card_of(device)).groups(variant.repeats)
         self.blocks = self._module.multiprocessors
         self.scratch = scratch(device)
         self._side = torch.cuda.Stream(device)
@@ -363,7 +369,7 @@ class Cubin:
             self._module.launch(self._single, argument.share, heads, self._single_threads, self._shared, argument, fresh)
             return
         whole = by_warp(argument.B, argument.share, argument.tiles) if BY_WARP is None else BY_WARP
-        if whole and self.whole_rows:
+        if whole and self.whole_rows and few(argument):
             self._module.launch(self._attend_rows, argument.share, heads, self._threads, self._shared_rows, argument, fresh)
             return
         self._module.launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)

@@ -81,8 +81,8 @@ class RowArguments(ctypes.Structure):
 class Library(Protocol):
     """Who runs the kernels: `native.Cubin`, or an emulation."""
 
-    @property
-    def variant(self) -> native.Variant: ...
+    groups: int  # rows of the grid that share a key-value head
+
     @property
     def partial(self) -> Tensor: ...
     @property
@@ -245,7 +245,7 @@ def attend_one(
     native.contiguous([st[n] for n in (
         "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v",
     )])  # fmt: skip
-    groups = lib.variant.groups
+    groups = lib.groups
     new = 0 if codec.strict else 1
     # No more blocks than tiles: one without work would fetch its tables all the same.
     share = min(lib.share(k.shape[1] * groups), q.shape[0] * (slots // tiles.TILE_SLOTS))

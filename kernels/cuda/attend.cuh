@@ -23,6 +23,9 @@
 #ifndef HEADS_PER_KV
 #define HEADS_PER_KV 4
 #endif
+#ifndef MOST_HEADS
+#define MOST_HEADS 8  // query heads of a group: 8, or 4 where shared memory is short
+#endif
 
 struct Params {
   const void* q;            // [B, Hkv * HEADS_PER_KV, D] fp16 or bf16, rotary applied
@@ -55,7 +58,7 @@ struct Params {
   float scale;              // softmax scale times log2(e)
 };
 
-constexpr int GROUPS = HEADS_PER_KV <= 4 ? 1 : (HEADS_PER_KV + 7) / 8, R = (HEADS_PER_KV + GROUPS - 1) / GROUPS;
+constexpr int GROUPS = HEADS_PER_KV <= 4 ? 1 : (HEADS_PER_KV + MOST_HEADS - 1) / MOST_HEADS, R = (HEADS_PER_KV + GROUPS - 1) / GROUPS;
 constexpr bool WIDE = R > 4;
 constexpr int COLUMNS = WIDE ? 8 : 4, TILES = WIDE ? 1 : 2, SERVICE = COLUMNS, THREADS = (WARPS + SERVICE) * 32;
 

@@ -53,16 +53,17 @@ static u32 asu(float v) { u32 f; memcpy(&f, &v, 4); return f; }
 #define GRID_X emu::grid_x
 #define EMULATED_SMEM emu::smem
 
-DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+static float b2f(u32 v) { return emu::asf(v << 16); }
+template <class F> void product(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, F widened) {
   u32 in[6] = {a0, a1, a2, a3, b0, b1}, out[4];
-  emu::meet(in, 6, out, 4, [](emu::Meet& w) {
+  emu::meet(in, 6, out, 4, [=](emu::Meet& w) {
     float A[16][16], B[16][8];
     for (int l = 0; l < 32; l++) {
       int g = l >> 2, t = l & 3;
       for (int i = 0; i < 4; i++)
-        for (int h = 0; h < 2; h++) A[g + 8 * (i & 1)][2 * t + h + 8 * (i >> 1)] = emu::h2f(w.in[l][i] >> (16 * h));
+        for (int h = 0; h < 2; h++) A[g + 8 * (i & 1)][2 * t + h + 8 * (i >> 1)] = widened(w.in[l][i] >> (16 * h) & 0xffff);
       for (int i = 0; i < 2; i++)
-        for (int h = 0; h < 2; h++) B[2 * t + h + 8 * i][g] = emu::h2f(w.in[l][4 + i] >> (16 * h));
+        for (int h = 0; h < 2; h++) B[2 * t + h + 8 * i][g] = widened(w.in[l][4 + i] >> (16 * h) & 0xffff);
     }
     for (int l = 0; l < 32; l++)
       for (int i = 0; i < 4; i++) {
@@ -73,6 +74,8 @@ DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   });
   for (int i = 0; i < 4; i++) d[i] += emu::asf(out[i]);
 }
+DEVICE void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { product(d, a0, a1, a2, a3, b0, b1, emu::h2f); }
+DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { product(d, a0, a1, a2, a3, b0, b1, b2f); }
 DEVICE u32 transpose8x8(u32 a) {
   u32 r;
   emu::meet(&a, 1, &r, 1, [](emu::Meet& w) {

@@ -97,4 +97,92 @@ DEVICE Partial attend_exact(ExactRows& r, const Raw& qv, const Params& p, int b,
   }
   return a;
 }
+
+// -- many of them -----------------------------------------------------------------------------------------------------------
+//
+// More than a service warp should see to (`many`): 16 rows at a time by the warps that compute, as products in the dtype of the rows.
+// A lane loads 8 neighbouring channels of rows g and g + 8, so that word i of chunk j holds channels 32 j + 8 t + 2 i and the next:
+// the query stands in the same order, and so do the rows of the output.
+DEVICE bool many(const Params& p) { return p.E + p.window >= CHUNK; }
+
+struct ExactRow { const unsigned short *k, *v; bool seen; };
+DEVICE ExactRow exact_row(const Params& p, int b, int kv, int e, int length, int recent, int old) {
+  const long long unit = (long long)b * p.Hkv + kv;
+  int slot = -1;
+  if (e < old + p.N) slot = e < p.E ? p.exact_slot[b * p.E + e] : e < old ? recent + e - p.E : length + e - old;
+  if (e < p.E && slot >= (p.window ? recent : p.N ? length : length + 1)) slot = -1;
+  if (p.mask && slot >= 0 && !p.mask[b * p.mask_row + slot]) slot = -1;
+  const long long row = e < p.E ? unit * p.E + e : e < old ? unit * p.window + slot % (p.window ? p.window : 1) : unit * p.N + e - old;
+  const void *k = e < p.E ? p.exact_k : e < old ? p.recent_k : p.new_k, *v = e < p.E ? p.exact_v : e < old ? p.recent_v : p.new_v;
+  return {(const unsigned short*)k + row * D, (const unsigned short*)v + row * D, slot >= 0};
+}
+template <bool BF16> DEVICE void product_of(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if (BF16) mma_bf16(d, a0, a1, a2, a3, b0, b1);
+  else mma(d, a0, a1, a2, a3, b0, b1);
+}
+DEVICE uint4 load_row(const unsigned short* row, bool seen, int at) { return seen ? *(const uint4*)(row + at) : uint4{0, 0, 0, 0}; }
+
+template <bool BF16>
+DEVICE void attend_many(const Params& p, const Place& place, int b, int warp, int lane, float* dst) {
+  const int g = lane >> 2, t = lane & 3, head = g & (COLUMNS - 1);
+  const int length = (int)p.length[b * p.length_row], recent = recent_of(p, length), old = p.E + recent_rows(p, length);
+  const unsigned short* query = (const unsigned short*)p.q +
+      (((long long)b * p.Hkv + place.kv) * HEADS_PER_KV + place.first + (head < place.heads ? head : place.heads - 1)) * D + 8 * t;
+  uint4 q[D / 32];
+#pragma unroll
+  for (int j = 0; j < D / 32; j++) q[j] = *(const uint4*)(query + 32 * j);
+  float o[K_STEPS][4] = {}, m[2] = {NEG_INF, NEG_INF}, l[2] = {0, 0};
+#pragma unroll 1
+  for (int e0 = 16 * warp; e0 < old + p.N; e0 += 16 * WARPS) {
+    const ExactRow x = exact_row(p, b, place.kv, e0 + g, length, recent, old), y = exact_row(p, b, place.kv, e0 + g + 8, length, recent, old);
+    float s[4] = {};
+#pragma unroll
+    for (int j = 0; j < D / 32; j++) {
+      const uint4 u = load_row(x.k, x.seen, 32 * j + 8 * t), w = load_row(y.k, y.seen, 32 * j + 8 * t);
+      product_of<BF16>(s, u.x, w.x, u.y, w.y, q[j].x, q[j].y);
+      product_of<BF16>(s, u.z, w.z, u.w, w.w, q[j].z, q[j].w);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) s[i] = (i < 2 ? x.seen : y.seen) ? s[i] * p.scale : NEG_INF;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float top = fmaxf(m[i], fmaxf(s[i], s[i + 2]));
+#pragma unroll
+      for (int mask = 4; mask < 32; mask <<= 1) top = fmaxf(top, shfl_xor(top, mask));
+      const float f = exp2_fast(m[i] - top);
+      m[i] = top;
+      l[i] *= f;
+#pragma unroll
+      for (int k = 0; k < K_STEPS; k++) { o[k][i] *= f; o[k][i + 2] *= f; }
+#pragma unroll
+      for (int r = 0; r < 4; r += 2) {
+        s[i + r] = s[i + r] <= NEG_INF ? 0.0f : exp2_fast(s[i + r] - top);
+        l[i] += s[i + r];
+      }
+    }
+    const u32 b0 = transpose8x8(BF16 ? pack_bf2(s[0], s[1]) : pack_half2(s[0], s[1]));
+    const u32 b1 = transpose8x8(BF16 ? pack_bf2(s[2], s[3]) : pack_half2(s[2], s[3]));
+#pragma unroll
+    for (int j = 0; j < D / 32; j++) {
+      const uint4 u = load_row(x.v, x.seen, 32 * j + 8 * t), w = load_row(y.v, y.seen, 32 * j + 8 * t);
+      product_of<BF16>(o[2 * j], transpose8x8(u.x), transpose8x8(u.y), transpose8x8(w.x), transpose8x8(w.y), b0, b1);
+      product_of<BF16>(o[2 * j + 1], transpose8x8(u.z), transpose8x8(u.w), transpose8x8(w.z), transpose8x8(w.w), b0, b1);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int mask = 4; mask < 32; mask <<= 1) l[i] += shfl_xor(l[i], mask);
+#pragma unroll
+  for (int k = 0; k < K_STEPS; k++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (2 * t + (i & 1) < COLUMNS) dst[(2 * t + (i & 1)) * PART + 32 * (k >> 1) + 8 * (g >> 1) + 2 * (2 * (k & 1) + (i >> 1)) + (g & 1)] = o[k][i];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (g == 0 && 2 * t + i < COLUMNS) {
+      dst[(2 * t + i) * PART + D] = l[i] > 0 ? m[i] : NEG_INF;
+      dst[(2 * t + i) * PART + D + 1] = l[i];
+    }
+}
 #endif

@@ -138,7 +138,8 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     sync_warp();
     if (lane == 0) barrier_arrive(ready);
     if (!(first_row == last_row && tail)) prefetch_exact(p, first_row, kv, lane);
-    for (int b = first_row, n = 0;; b++, n++) {
+    const bool few = !many(p);
+    for (int b = first_row, n = 0, round = 0;; b++, n++) {       // round: parts that the warps have handed over
       Partial a, exact = nothing();
       int out = b;
       if (b <= last_row) {
@@ -152,14 +153,22 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
         }
         const bool enters = h == 0 && !send && fresh.segments && may_enter(fresh, b, lane);
         ExactRows side;
-        if (!send) load_exact(side, p, b, kv, lane, 0);
-        if (!send) exact = attend_exact(side, qv, p, b, kv, lane);
+        if (!send && few) {
+          load_exact(side, p, b, kv, lane, 0);
+          exact = attend_exact(side, qv, p, b, kv, lane);
+        }
         qv = next;
-        barrier_wait(done, n & 1);
-        a = merge_warps((const float*)(smem + OFF_PART), h, lane);
-        sync_warp();
-        if (lane == 0) barrier_arrive(emptied);
-        if (h == 0 && fresh.segments) barrier_wait(emptied, n & 1);   // every warp has read the exact rows
+        const auto taken = [&] {
+          barrier_wait(done, round & 1);
+          const Partial merged = merge_warps((const float*)(smem + OFF_PART), h, lane);
+          sync_warp();
+          if (lane == 0) barrier_arrive(emptied);
+          round++;
+          return merged;
+        };
+        a = taken();
+        if (!send && !few) exact = taken();
+        if (h == 0 && fresh.segments) barrier_wait(emptied, (round - 1) & 1);   // every warp has read the exact rows
         if (send) {
           if (own) send_partial(parts + h * SLOT, a, lane);
           continue;
@@ -200,7 +209,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
   int slot = 0;
   u32 parity = 0;
 
-  for (int b = first_row, n = 0; b <= last_row; b++, n++) {
+  for (int b = first_row, n = 0, round = 0; b <= last_row; b++, n++) {
     Work work;
     work.row = work.last = b;
     enter_row(work, rows, warp);
@@ -231,10 +240,18 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
       request(p, fetch, rows, kv, warp, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
-    if (n) barrier_wait(emptied, (n - 1) & 1);
+    if (round) barrier_wait(emptied, (round - 1) & 1);
     write_warp_partial(st, part, lane);
     sync_warp();
     if (lane == 0) barrier_arrive(done);
+    round++;
+    if (!many(p) || (b == last_row && tail)) continue;
+    barrier_wait(emptied, (round - 1) & 1);
+    if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part);
+    else attend_many<false>(p, place, b, warp, lane, part);
+    sync_warp();
+    if (lane == 0) barrier_arrive(done);
+    round++;
   }
 }
 

@@ -55,7 +55,7 @@ class Emulated:
         card: native.Card = native.Card(),
     ) -> None:  # fmt: skip
         self.lib, self.blocks, self.by_warp, self.lone_rows = _library(variant, card), blocks, by_warp, lone_rows
-        self.variant = variant
+        self.variant, self.groups = variant, variant.shape(card).groups(variant.repeats)
         self.partial = torch.full((64 * blocks * self.lib.slot_words(),), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
 

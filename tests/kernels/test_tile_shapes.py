@@ -66,6 +66,7 @@ KINDS = (
     Kind("centred-even", 256, 4, (4, 4), card=GEFORCE, rotary=0.25),
     Kind("klt-even", 64, 8, card=GEFORCE, window=20),
     Kind("centred-even", 128, 1, (4, 4), card=GEFORCE),
+    Kind("centred-even", 256, 8, rotary=0.25, card=GEFORCE),
 )
 NAMES = [
     f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}" for k in KINDS
