@@ -249,7 +249,7 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
         q: Any, k: Any, v: Any, mask: Any, positions: Any, codes: Any, exact: Any, params: Any, scale: float, codec: str
     ) -> Any:
         c = Codec.parse(codec)
-        p = dict(zip(c.param_names(), params, strict=True))
+        p = c.tables(params)
         _, attributes, _ = attend(q, k, v, mask, scale)
         attributes |= {"span": c.table_tokens, "in_block": int(c.key.domain == "block")}
         starts = p.get("start_cos")

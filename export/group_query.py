@@ -251,7 +251,7 @@ class GroupQueryModel(nn.Module):
             c, own = plan.codec, {}
             if c is not None and c.key.packed:
                 wanted = [n for n in c.param_names() if n in ("k_mean", "v_mean", "k_step", "v_step")]
-                given = dict(zip(c.param_names(), self.runtime.params(i, c, tokens, torch.device("cpu")), strict=True))
+                given = c.tables(self.runtime.params(i, c, tokens, torch.device("cpu")))
                 for name in wanted:
                     self.register_buffer(f"{name}_{i}", given[name].float(), persistent=False)
                     own[name] = getattr(self, f"{name}_{i}")

@@ -52,7 +52,7 @@ def attend_packed(
     rows kept exact, or nothing; params in the order of the codec's names.
     """
     c = resolve_codec(codec)
-    p = dict(zip(c.param_names(), params, strict=True))
+    p = c.tables(params)
     keys = c.decode_keys(codes[0], codes[1], positions, p).to(k.dtype)
     values = c.decode_values(codes[2], codes[3], p).to(v.dtype)
     if exact:

@@ -182,17 +182,5 @@ def append(
     call.choice("append").run(call)
 
 
-@torch.library.custom_op("kvsink::append_", mutates_args=("state",))
-def append_(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
-) -> None:  # fmt: skip
-    append(k, v, positions, cos, sin, candidates, state, params, codec, roped)
-
-
-@append_.register_fake
-def _outputs(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
-) -> None:  # fmt: skip
-    return None
+append_ = torch.library.custom_op("kvsink::append_", append, mutates_args=("state",))
+append_.register_fake(lambda *_: None)

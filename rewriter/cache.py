@@ -455,7 +455,7 @@ class KVSinkLayer(CacheLayerMixin):
         gone = [slot for slot in range(start, keep) if slot not in held]
         if not gone:
             return
-        params = dict(zip(self.codec.param_names(), self.params, strict=True))
+        params = self.codec.tables(self.params)
         state = self.codec.named(self.state())
         slots = torch.tensor(gone, device=self.device)
         place = slots % self.codec.ring

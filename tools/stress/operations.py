@@ -365,7 +365,7 @@ class Twin:
 
     def _learn_outliers(self, i: int, layer: Any, dense: DenseLayer, length: int | None = None) -> None:
         """Where outliers compete for room, a stored entry is its float16 value or its dense code: take which, check it is one."""
-        st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+        st, p = layer.codec.named(layer.state()), layer.codec.tables(layer.params)
         for name, side, spec in (("k", dense.k, layer.codec.key), ("v", dense.v, layer.codec.value)):
             if not spec.packed or not spec.outliers or not dense.length:
                 continue
