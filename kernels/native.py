@@ -33,10 +33,11 @@ from .scratch import Scratch
 from .tiles import tile_bytes
 
 __all__ = [
-    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "few", "library", "module_of", "scratch",
+    "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "FEW", "by_warp", "library", "module_of", "scratch",
     "single", "too_old", "unit",
 ]  # fmt: skip
 
+FEW = 8  # exact rows that a warp of each query head sees to
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent / "cuda"
 BESIDE = True  # in a CUDA graph, new rows are coded on a second stream while attention runs
@@ -109,13 +110,14 @@ _SHAPES = (
 @dataclass(frozen=True)
 class Variant:
     """What is compiled in: mode (0 plain, 1 with the mean's logit, 2 block KLT), widths of runs of 8 channels, query heads per
-    key-value head, channels that carry RoPE."""
+    key-value head, channels that carry RoPE, and whether rows read as they came are many: a window, or more than `FEW` exact ones."""
 
     mode: int
     key_widths: tuple[int, ...]
     value_widths: tuple[int, ...]
     repeats: int
     rotary: int = 128
+    many: bool = False
 
     @property
     def dim(self) -> int:
@@ -157,7 +159,7 @@ class Variant:
         shape = self.shape(card)
         return {
             "MODE": str(self.mode), "KW": ", ".join(map(str, self.key_widths)), "VW": ", ".join(map(str, self.value_widths)),
-            "HEADS_PER_KV": str(self.repeats), "HEAD_DIM": str(self.dim), "ROTARY": str(self.rotary), "WARPS": str(shape.warps),
+            "HEADS_PER_KV": str(self.repeats), "HEAD_DIM": str(self.dim), "ROTARY": str(self.rotary), "MANY": str(int(self.many)), "WARPS": str(shape.warps),
             "STAGES": str(shape.stages), "ITEM_PAIRS": str(shape.items), "STEP_PAIRS": str(shape.steps), "MOST_HEADS": str(shape.heads),
             "TARGET": str(card.target), "SHARED_MOST": str(card.shared), "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
         }  # fmt: skip
@@ -173,14 +175,9 @@ def by_warp(batch: int, share: int, tiles: int) -> bool:
     return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
 
 
-def few(argument: Any) -> bool:
-    """Whether exact and recent rows are few enough for one warp of a query head: the rule of `many` in exact.cuh."""
-    return bool(argument.E + argument.window < 9)
-
-
 def single(argument: Any) -> bool:
     """Whether there is one sequence, and a block of each head for every superblock that it can hold: `attend_single`."""
-    return bool(argument.B == 1 and argument.share == argument.tiles) and few(argument)
+    return bool(argument.B == 1 and argument.share == argument.tiles and not argument.window and argument.E <= FEW)
 
 
 def too_old(capability: tuple[int, int], name: str) -> str:
@@ -369,7 +366,7 @@ class Cubin:
             self._module.launch(self._single, argument.share, heads, self._single_threads, self._shared, argument, fresh)
             return
         whole = by_warp(argument.B, argument.share, argument.tiles) if BY_WARP is None else BY_WARP
-        if whole and self.whole_rows and few(argument):
+        if whole and self.whole_rows and not self.variant.many:
             self._module.launch(self._attend_rows, argument.share, heads, self._threads, self._shared_rows, argument, fresh)
             return
         self._module.launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)

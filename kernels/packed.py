@@ -95,11 +95,12 @@ class Library(Protocol):
 
 
 def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> native.Variant:
-    """What the kernels must be compiled for; rotary: channels that carry RoPE, None for all of a head."""
+    """What the kernels must be compiled for, by a codec or a format; rotary: channels that carry RoPE, None for all of a head."""
     k = codec.key
     mode = 2 if k.transform == "klt" else 1 if k.center else 0
     turned = 8 * len(k.widths) if rotary is None or not mode else rotary
-    return native.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, turned)
+    many = codec.window > 0 or sum(codec.segments) > native.FEW
+    return native.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, turned, many)
 
 
 def _rotates(side: Any) -> int:

@@ -23,6 +23,9 @@
 #ifndef HEADS_PER_KV
 #define HEADS_PER_KV 4
 #endif
+#ifndef MANY
+#define MANY 0        // 1: a window of recent rows, or more than 8 exact ones, up to 64: those are products of the warps that compute
+#endif
 #ifndef MOST_HEADS
 #define MOST_HEADS 8  // query heads of a group: 8, or 4 where shared memory is short
 #endif
@@ -104,8 +107,9 @@ DEVICE long long tile_of(const Params& p, int b, int kv, int i) {      // superb
   return p.pages ? (long long)p.pages[b * p.page_row + i] * p.Hkv + kv : ((long long)b * p.Hkv + kv) * p.tiles + i;
 }
 DEVICE int recent_of(const Params& p, int length) {  // first slot that is read as it came
+  if (!MANY || !p.window) return length + 1;
   const int first = length + 1 - p.window;
-  return p.window && first > 0 ? first : p.window ? 0 : length + 1;
+  return first > 0 ? first : 0;
 }
 DEVICE int end_of(const Params& p, int b) {          // one past the last slot whose codes are read
   const int length = (int)p.length[b * p.length_row], held = length + p.extra, recent = recent_of(p, length), most = p.tiles * 128;

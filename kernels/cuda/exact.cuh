@@ -5,7 +5,7 @@
 constexpr int CHUNK = 9;                             // rows that a warp has on their way at a time
 struct ExactRows { Raw k[CHUNK], v[CHUNK]; bool kept; };   // kept: row `lane` of the chunk counts
 
-DEVICE int recent_rows(const Params& p, int length) { return p.window ? (p.N ? length : length + 1) - recent_of(p, length) : 0; }
+DEVICE int recent_rows(const Params& p, int length) { return MANY && p.window ? (p.N ? length : length + 1) - recent_of(p, length) : 0; }
 
 // Into L2 without waiting, one lane per 128-byte line.
 DEVICE void prefetch_exact(const Params& p, int b, int kv, int lane) {
@@ -14,7 +14,7 @@ DEVICE void prefetch_exact(const Params& p, int b, int kv, int lane) {
     prefetch((const unsigned short*)p.exact_k + unit * p.E * D + i * 64);
     prefetch((const unsigned short*)p.exact_v + unit * p.E * D + i * 64);
   }
-  for (int i = lane; i < p.window * D / 64; i += 32) {
+  for (int i = lane; MANY && i < p.window * D / 64; i += 32) {
     prefetch((const unsigned short*)p.recent_k + unit * p.window * D + i * 64);
     prefetch((const unsigned short*)p.recent_v + unit * p.window * D + i * 64);
   }
@@ -26,8 +26,8 @@ DEVICE void load_exact(ExactRows& r, const Params& p, int b, int kv, int lane, i
   int slot = -1, row = 0;                            // of row `lane` of the chunk, in its store
   if (lane < CHUNK && mine < old + p.N) {
     slot = mine < p.E ? p.exact_slot[b * p.E + mine] : mine < old ? recent + mine - p.E : length + mine - old;
-    row = mine < p.E ? mine : mine < old ? slot % p.window : mine - old;
-    if (mine < p.E && slot >= (p.window ? recent : p.N ? length : length + 1)) slot = -1;   // among the recent or the new rows too
+    row = mine < p.E ? mine : MANY && mine < old ? slot % p.window : mine - old;
+    if (mine < p.E && slot >= (MANY && p.window ? recent : p.N ? length : length + 1)) slot = -1;   // among the recent or the new rows too
     if (p.mask && slot >= 0 && !p.mask[b * p.mask_row + slot]) slot = -1;
   }
   r.kept = slot >= 0;
@@ -36,7 +36,7 @@ DEVICE void load_exact(ExactRows& r, const Params& p, int b, int kv, int lane, i
   for (int j = 0; j < CHUNK; j++) {
     r.k[j] = r.v[j] = Raw{};
     if (e0 + j >= old + p.N) continue;
-    const bool side = e0 + j < p.E, held = e0 + j < old;
+    const bool side = e0 + j < p.E, held = MANY && e0 + j < old;
     const long long at = (unit * (side ? p.E : held ? p.window : p.N) + shfl_int(row, j)) * D + CH * lane;
     r.k[j] = load_raw(side ? p.exact_k : held ? p.recent_k : p.new_k, at);
     r.v[j] = load_raw(side ? p.exact_v : held ? p.recent_v : p.new_v, at);
@@ -100,10 +100,10 @@ DEVICE Partial attend_exact(ExactRows& r, const Raw& qv, const Params& p, int b,
 
 // -- many of them -----------------------------------------------------------------------------------------------------------
 //
-// More than a service warp should see to (`many`): 16 rows at a time by the warps that compute, as products in the dtype of the rows.
+// More than a service warp should see to (MANY): 16 rows at a time by the warps that compute, as products in the dtype of the rows.
 // A lane loads 8 neighbouring channels of rows g and g + 8, so that word i of chunk j holds channels 32 j + 8 t + 2 i and the next:
 // the query stands in the same order, and so do the rows of the output.
-DEVICE bool many(const Params& p) { return D % 32 == 0 && p.E + p.window >= CHUNK; }
+constexpr bool BY_WARPS = MANY && D % 32 == 0;
 
 struct ExactRow { const unsigned short *k, *v; bool seen; };
 DEVICE ExactRow exact_row(const Params& p, int b, int kv, int e, int length, int recent, int old) {
@@ -122,25 +122,38 @@ template <bool BF16> DEVICE void product_of(float (&d)[4], u32 a0, u32 a1, u32 a
 }
 DEVICE uint4 load_row(const unsigned short* row, bool seen, int at) { return seen ? *(const uint4*)(row + at) : uint4{0, 0, 0, 0}; }
 
-template <bool BF16>
-DEVICE void attend_many(const Params& p, const Place& place, int b, int warp, int lane, float* dst) {
+template <bool BF16, class F>
+DEVICE void attend_many(const Params& p, const Place& place, int b, int warp, int lane, float* dst, F free) {   // free: waits for `dst`
+  constexpr int CHUNKS = D / 32;
+  constexpr bool AHEAD = D <= 128;                   // values are asked for with the keys
   const int g = lane >> 2, t = lane & 3, head = g & (COLUMNS - 1);
   const int length = (int)p.length[b * p.length_row], recent = recent_of(p, length), old = p.E + recent_rows(p, length);
   const unsigned short* query = (const unsigned short*)p.q +
       (((long long)b * p.Hkv + place.kv) * HEADS_PER_KV + place.first + (head < place.heads ? head : place.heads - 1)) * D + 8 * t;
-  uint4 q[D / 32];
+  uint4 q[CHUNKS];
 #pragma unroll
-  for (int j = 0; j < D / 32; j++) q[j] = *(const uint4*)(query + 32 * j);
+  for (int j = 0; j < CHUNKS; j++) q[j] = *(const uint4*)(query + 32 * j);
   float o[K_STEPS][4] = {}, m[2] = {NEG_INF, NEG_INF}, l[2] = {0, 0};
 #pragma unroll 1
   for (int e0 = 16 * warp; e0 < old + p.N; e0 += 16 * WARPS) {
     const ExactRow x = exact_row(p, b, place.kv, e0 + g, length, recent, old), y = exact_row(p, b, place.kv, e0 + g + 8, length, recent, old);
+    uint4 k0[CHUNKS], k1[CHUNKS], v0[CHUNKS], v1[CHUNKS];
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) {
+      k0[j] = load_row(x.k, x.seen, 32 * j + 8 * t);
+      k1[j] = load_row(y.k, y.seen, 32 * j + 8 * t);
+    }
+    if (AHEAD)
+#pragma unroll
+      for (int j = 0; j < CHUNKS; j++) {
+        v0[j] = load_row(x.v, x.seen, 32 * j + 8 * t);
+        v1[j] = load_row(y.v, y.seen, 32 * j + 8 * t);
+      }
     float s[4] = {};
 #pragma unroll
-    for (int j = 0; j < D / 32; j++) {
-      const uint4 u = load_row(x.k, x.seen, 32 * j + 8 * t), w = load_row(y.k, y.seen, 32 * j + 8 * t);
-      product_of<BF16>(s, u.x, w.x, u.y, w.y, q[j].x, q[j].y);
-      product_of<BF16>(s, u.z, w.z, u.w, w.w, q[j].z, q[j].w);
+    for (int j = 0; j < CHUNKS; j++) {
+      product_of<BF16>(s, k0[j].x, k1[j].x, k0[j].y, k1[j].y, q[j].x, q[j].y);
+      product_of<BF16>(s, k0[j].z, k1[j].z, k0[j].w, k1[j].w, q[j].z, q[j].w);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) s[i] = (i < 2 ? x.seen : y.seen) ? s[i] * p.scale : NEG_INF;
@@ -163,12 +176,13 @@ DEVICE void attend_many(const Params& p, const Place& place, int b, int warp, in
     const u32 b0 = transpose8x8(BF16 ? pack_bf2(s[0], s[1]) : pack_half2(s[0], s[1]));
     const u32 b1 = transpose8x8(BF16 ? pack_bf2(s[2], s[3]) : pack_half2(s[2], s[3]));
 #pragma unroll
-    for (int j = 0; j < D / 32; j++) {
-      const uint4 u = load_row(x.v, x.seen, 32 * j + 8 * t), w = load_row(y.v, y.seen, 32 * j + 8 * t);
+    for (int j = 0; j < CHUNKS; j++) {
+      const uint4 u = AHEAD ? v0[j] : load_row(x.v, x.seen, 32 * j + 8 * t), w = AHEAD ? v1[j] : load_row(y.v, y.seen, 32 * j + 8 * t);
       product_of<BF16>(o[2 * j], transpose8x8(u.x), transpose8x8(u.y), transpose8x8(w.x), transpose8x8(w.y), b0, b1);
       product_of<BF16>(o[2 * j + 1], transpose8x8(u.z), transpose8x8(u.w), transpose8x8(w.z), transpose8x8(w.w), b0, b1);
     }
   }
+  free();
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll

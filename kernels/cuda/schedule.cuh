@@ -74,7 +74,7 @@ DEVICE void ask_tables(const Params& p, int kv, int lane, unsigned char* smem, u
   copies_end(bar);
 }
 DEVICE Slots exclusions(const Params& p, int b, int lane) {
-  return {lane < p.E ? p.exact_slot[b * p.E + lane] : -1, lane + 32 < p.E ? p.exact_slot[b * p.E + lane + 32] : -1};
+  return {lane < p.E ? p.exact_slot[b * p.E + lane] : -1, MANY && lane + 32 < p.E ? p.exact_slot[b * p.E + lane + 32] : -1};
 }
 DEVICE int longest(const Params& p, int lane) {      // superblocks of the longest row
   if (!p.length_row) return superblocks(end_of(p, 0));
@@ -138,7 +138,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     sync_warp();
     if (lane == 0) barrier_arrive(ready);
     if (!(first_row == last_row && tail)) prefetch_exact(p, first_row, kv, lane);
-    const bool few = !many(p);
+    constexpr bool few = !BY_WARPS;
     for (int b = first_row, n = 0, round = 0;; b++, n++) {       // round: parts that the warps have handed over
       Partial a, exact = nothing();
       int out = b;
@@ -245,15 +245,15 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     sync_warp();
     if (lane == 0) barrier_arrive(done);
     round++;
-    if (!many(p) || (b == last_row && tail)) continue;
-    barrier_wait(emptied, (round - 1) & 1);
-    if constexpr (D % 32 == 0) {
-      if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part);
-      else attend_many<false>(p, place, b, warp, lane, part);
+    if constexpr (BY_WARPS) {
+      if (b == last_row && tail) continue;
+      const auto free = [&] { barrier_wait(emptied, (round - 1) & 1); };
+      if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part, free);
+      else attend_many<false>(p, place, b, warp, lane, part, free);
+      sync_warp();
+      if (lane == 0) barrier_arrive(done);
+      round++;
     }
-    sync_warp();
-    if (lane == 0) barrier_arrive(done);
-    round++;
   }
 }
 

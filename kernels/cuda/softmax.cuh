@@ -4,13 +4,13 @@
 
 // Which of this lane's eight tokens of a block of 64 of the superblock at `base` are seen: those before `end` that are not among
 // the exact rows, up to two of which each lane names. Bit 2 i + j is token 16 i + 2 g + j of the block.
-struct Slots { int a, b; };
-DEVICE bool meets(const Slots& x, int base) { return (x.a >= base && x.a < base + 128) || (x.b >= base && x.b < base + 128); }
+struct Slots { int a, b; };                          // b: where there are many
+DEVICE bool meets(const Slots& x, int base) { return (x.a >= base && x.a < base + 128) || (MANY && x.b >= base && x.b < base + 128); }
 DEVICE void hidden_tokens(u32 (&hidden)[4], const Slots& x, int base) {
   const int a = x.a - base, b = x.b - base;
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    hidden[i] = or_in_warp((a >= 32 * i && a < 32 * i + 32 ? 1u << (a & 31) : 0u) | (b >= 32 * i && b < 32 * i + 32 ? 1u << (b & 31) : 0u));
+    hidden[i] = or_in_warp((a >= 32 * i && a < 32 * i + 32 ? 1u << (a & 31) : 0u) | (MANY && b >= 32 * i && b < 32 * i + 32 ? 1u << (b & 31) : 0u));
 }
 DEVICE u32 seen_in_block(const u32 (&hidden)[4], int block, int base, int end, int g) {
   const int rest = end - base - block * 64;

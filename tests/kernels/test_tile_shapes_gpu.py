@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from kvsink.codecs import SHARED_NAMES
-from kvsink.kernels import native, packed
-from kvsink.kernels.append import append_ref, append_tiles
+from kvsink.kernels import cuda_tiles, native, packed
+from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
+from tests.states import coding
 
 from .test_tile_shapes import KINDS, KV_HEADS, NAMES, SLOTS, fill, layer_of, rows, scores_of
 
@@ -31,7 +32,7 @@ HELD = ("exact_k", "exact_v", "recent_k", "recent_v")
 
 def kernels(index: int, layer: Any, card: native.Card | None = None) -> native.Cubin:
     device = torch.device("cuda", 0)
-    variant = packed.variant_of(layer.codec, KINDS[index].repeats, packed.rotary_of(layer.codec, layer.params))
+    variant = packed.variant_of(layer.codec, KINDS[index].repeats, layer.codec.rotary(layer.params))
     try:
         return native.library(variant, device) if card is None else native.Cubin(variant, device, card)
     except native.NativeError as error:
@@ -84,9 +85,10 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int) -> None:
         state = [t.cuda() for t in other.state()]
         named = other.codec.named(state)
         half = [named[n].half() if n in HELD else named[n] for n in named]
-        gpu = [t.cuda() for t in (k.half(), v.half(), positions)]
+        gpu = [t.cuda() for t in (k.half(), v.half(), positions, none, none)]
         lib = kernels(index, other)
-        append_tiles(lib, other.codec, *gpu, [t.cuda() for t in scores], half, [t.cuda() for t in other.params])
+        given = [t.cuda() for t in scores], half, [t.cuda() for t in other.params], other.codec, True
+        cuda_tiles.append(coding(*gpu, *given), lib)
         for name, mine in other.codec.named(half).items():
             wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
             if name in ("k_codes", "k_scale", "v_codes", "v_scale"):
@@ -109,7 +111,9 @@ def test_the_code_of_a_smaller_card_reads_and_writes_the_same_bytes() -> None:
         state = [t.half() if n in HELD else t for n, t in layer.codec.named(state).items()]
         out = packed.attend_one(lib, layer.codec, q, k, v, layer.codec.named(state), p, None, 0.09)
         scores = [t.cuda() for t in scores_of(layer, 2, 1, 3, better=9.0)]
-        append_tiles(lib, layer.codec, k, v, torch.full((2, 1), 130).cuda(), scores, state, params)
+        none = torch.empty(1, 1, 0, device="cuda")
+        positions = torch.full((2, 1), 130).cuda()
+        cuda_tiles.append(coding(k, v, positions, none, none, scores, state, params, layer.codec, True), lib)
         found.append((out, state))
     assert (found[0][0].float() - found[1][0].float()).norm() <= 1e-3 * found[0][0].float().norm()
     for a, b in zip(found[0][1], found[1][1], strict=True):
