@@ -30,7 +30,7 @@ from .driver import check as _check
 from .driver import driver as _driver
 from .levels import EVEN_STEP
 from .scratch import Scratch
-from .tiles import make_fields
+from .tiles import tile_bytes
 
 __all__ = [
     "SHARED_LIMIT", "Cubin", "Module", "NativeError", "Variant", "by_warp", "few", "library", "module_of", "scratch",
@@ -125,12 +125,12 @@ class Variant:
     @property
     def lone(self) -> bool:
         """Whether `append_row` codes a new row by a block of its own."""
-        return self.mode != 2 or (self.dim == 128 and self.rotary in (0, 128))
+        return self.mode != 2 or (self.dim == 128 and tile_bytes(self.key_widths) % 16 == 0 and self.rotary in (0, 128))
 
     def shared_bytes(self, shape: Shape) -> int:
         """SMEM_BYTES of attend.cuh for this variant."""
         d, columns, runs = self.dim, shape.columns(self.repeats), self.dim // 8
-        k, v = (128 * 16 * make_fields(w).bins for w in (self.key_widths, self.value_widths))
+        k, v = (128 * tile_bytes(w) for w in (self.key_widths, self.value_widths))
         klt = self.mode == 2
         stage = (k + v) * shape.items // 4 + (256 if klt else 512) + 512 + (4 * self.rotary if self.mode else 0) + 128
         tables = (128 * d if self.mode else 0) + (2 * d * d if klt else 0)

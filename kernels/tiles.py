@@ -1,16 +1,15 @@
 """Codes stored in the order in which a GPU's matrix unit reads them, inside tiles of 128 slots; scales stay in order.
 
 Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits in bin b_r at bit o_r (first fit into 16-bit bins)
-           keys    word (t, b) of a slot, 32 bit: channels 8 r + 2 t (low half) and 8 r + 2 t + 1 (high half) of the runs in bin b
-           values  half word (g, b) of a slot, 16 bit: channel 8 r + g of the runs in bin b
-           inside a tile the words of 16 slots stand as the A operand of mma.m16n8k16: lane 4 g + t, see `key_index`
+           unit (x, b) of a slot, 16 bit: channel 8 r + x of the runs in bin b; of a last bin with 8 bits at most, the low byte
+           inside a tile the units of 16 slots stand as the A operand of mma.m16n8k16, see `byte_index`
            keys are told apart by slot, not by position: with j0 = slot - slot mod n and s the row's anchor,
            z = T (R_s R_{j0}^-1 k - M[slot mod n]),  k^ = R_{j0} R_s^-1 (T^-1 z^ + M[slot mod n])     (block keys; `post`
            keys leave the rotation off and subtract R_{j0} R_s^-1 M instead)
 Source     ours; the fragment order is that of the PTX manual, section on mma.m16n8k16
 Differs    the anchor is slot minus position of a row's first token, so regular rows are coded as without tiles; for other
            positions the mean fits worse, never wrongly
-Shapes     codes uint8 [B, H, L, 16 · bins], L a multiple of 128; anchor_cos, anchor_sin float32 [B, 128]
+Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin], L a multiple of 128; anchor_cos, anchor_sin float32 [B, R]
 Exact      yes: `unpermute(permute(x)) = x`
 """
 
@@ -22,31 +21,35 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .lasting import kept
 from .levels import EVEN_STEP
 from .packing import pack_bits, unpack_bits
 from .quantize import segments
 from .rope import rope, unrope
 
 __all__ = [
-    "DIMS", "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "restore_keys", "store",
+    "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "restore_keys", "store",
     "tile_bytes", "transform_keys",
 ]  # fmt: skip
 
-DIMS, TILE_SLOTS, BLOCK = (64, 128, 256), 128, 64
+TILE_SLOTS, BLOCK = 128, 64
 Params = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where the code of each run of 8 channels sits inside 16-bit bins. pos: its bit after a bin's second half moved down."""
+    """Where the code of each run of 8 channels sits inside 16-bit bins. pos: its bit after a bin's second half moved down; half: the
+    last bin has 8 bits at most, and two slots share its words."""
 
     width: tuple[int, ...]
     bin: tuple[int, ...]
     offset: tuple[int, ...]
     pos: tuple[int, ...]
     bins: int
+    half: bool
 
 
 @cache
@@ -62,12 +65,14 @@ def make_fields(widths: tuple[int, ...]) -> Fields:
         offset.append(fill[b])
         pos.append(fill[b] - max(cut[b], 0))
         fill[b] += w
-    return Fields(tuple(widths), tuple(bins), tuple(offset), tuple(pos), max(bins) + 1)
+    count = max(bins) + 1
+    return Fields(tuple(widths), tuple(bins), tuple(offset), tuple(pos), count, fill[count - 1] <= 8)
 
 
 def tile_bytes(widths: Sequence[int]) -> int:
     """Bytes of one slot."""
-    return 16 * make_fields(tuple(widths)).bins
+    f = make_fields(tuple(widths))
+    return 16 * f.bins - 8 * f.half
 
 
 # -- words of a slot ----------------------------------------------------------------------------------------------------
@@ -84,109 +89,82 @@ def _natural(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
     return torch.cat([pack_bits(flat[..., a:b].contiguous(), w) for a, b, _, w in segments(widths)], dim=-1)
 
 
-def key_words(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Packed bytes [..., sum(widths)] → int32 [..., 4 · bins], word (t, b)."""
-    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int64).unflatten(-1, (4, 2))  # [..., run, t, hi]
-    words = torch.zeros((*codes.shape[:-3], 4, f.bins), dtype=torch.int64, device=codes.device)
+def slot_units(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """Packed bytes [..., sum(widths)] → int16 [..., 8, bins]: unit (x, b) holds the codes of channel x of every run in bin b."""
+    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int32)  # [..., run, x]
+    units = torch.zeros((*codes.shape[:-2], 8, f.bins), dtype=torch.int32, device=codes.device)
     for r in range(len(widths)):
-        for hi in range(2):
-            words[..., f.bin[r]] |= codes[..., r, :, hi] << (16 * hi + f.offset[r])
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(-2)
+        units[..., f.bin[r]] |= codes[..., r, :] << f.offset[r]
+    return torch.where(units >= 1 << 15, units - (1 << 16), units).to(torch.int16)
 
 
-def value_words(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Packed bytes [..., sum(widths)] → int16 [..., 8 · bins], half word (g, b)."""
-    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int32)  # [..., run, g]
-    words = torch.zeros((*codes.shape[:-2], 8, f.bins), dtype=torch.int32, device=codes.device)
-    for r in range(len(widths)):
-        words[..., f.bin[r]] |= codes[..., r, :] << f.offset[r]
-    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16).flatten(-2)
-
-
-def key_bytes(words: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The inverse of `key_words`."""
-    f, w = make_fields(widths), words.unflatten(-1, (4, -1))
-    codes = [
-        torch.stack(
-            [(w[..., f.bin[r]] >> (16 * hi + f.offset[r])) & ((1 << f.width[r]) - 1) for hi in range(2)], dim=-1
-        )
-        for r in range(len(widths))
-    ]
-    return _natural(torch.stack(codes, dim=-3).flatten(-2).to(torch.uint8), widths)
-
-
-def value_bytes(words: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The inverse of `value_words`."""
-    f, w = make_fields(widths), words.unflatten(-1, (8, -1))
-    codes = [(w[..., f.bin[r]] >> f.offset[r]) & ((1 << f.width[r]) - 1) for r in range(len(widths))]
+def slot_bytes(units: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """The inverse of `slot_units`."""
+    f = make_fields(widths)
+    codes = [(units[..., f.bin[r]] >> f.offset[r]) & ((1 << f.width[r]) - 1) for r in range(len(widths))]
     return _natural(torch.stack(codes, dim=-2).to(torch.uint8), widths)
 
 
-# -- places of words ------------------------------------------------------------------------------------------------------
-
-_INDEX: dict[tuple[str, int, str], Tensor] = {}
+# -- places of units ------------------------------------------------------------------------------------------------------
 
 
-def _index(side: str, bins: int, device: torch.device) -> Tensor:
-    """int64 [128, words]: where the words of each slot of a tile stand, in words from the tile's begin."""
-    key = (side, bins, str(device))
-    held = _INDEX.get(key)
-    if held is None:
-        held = torch.tensor(key_index(bins) if side == "k" else value_index(bins), device=device)
-        if type(held) is Tensor:
-            _INDEX[key] = held
-    return held
-
-
-def _place(slot: int, word: int, lane: int, bins: int) -> int:
+def _place(slot: int, word: int, lane: int, words: int) -> int:
     """Byte of a lane's 32-bit word: 16 slots make a sub-tile; an even one stands beside that of 64 slots later."""
-    sub, n = slot % 64 // 16 * 2 + slot // 64, 2 * bins
-    wide = 4 if n % 4 == 0 else 2  # words a lane loads at a time
-    return sub * 128 * n + word // wide * 128 * wide + lane * 4 * wide + word % wide * 4
+    sub, wide = slot % 64 // 16 * 2 + slot // 64, 4 if words % 4 == 0 else 2 if words % 2 == 0 else 1  # words loaded at a time
+    return sub * 128 * words + word // wide * 128 * wide + lane * 4 * wide + word % wide * 4
 
 
-def key_index(bins: int) -> list[list[int]]:
-    """Slot → places of its 32-bit words (t, b), in 4 bytes: row g or g + 8 of the fragment, slots 2 g and 2 g + 1."""
-    rows = []
+def byte_index(side: str, bins: int, half: bool) -> list[list[int]]:
+    """Slot → places of the bytes of its units (x, b), in their order; a half bin has the low ones alone.
+
+    Keys: slots 2 g and 2 g + 1 are rows g and g + 8 of the fragment, channels 2 t and 2 t + 1 the halves of a word. Values: channel g
+    is row g, slots 4 t + 2 h + j the half h of word j. Half bins of two slots share a word.
+    """
+    full, words, rows = bins - half, 2 * bins - half, []
     for slot in range(TILE_SLOTS):
-        r = slot % 16
-        rows.append([_place(slot, r % 2 * bins + b, r // 2 * 4 + t, bins) // 4 for t in range(4) for b in range(bins)])
+        r, places = slot % 16, []
+        for x in range(8):
+            lane, low = (r // 2 * 4 + x // 2, x % 2) if side == "k" else (x * 4 + r // 4, r // 2 % 2)
+            for b in range(full):
+                at = _place(slot, r % 2 * full + b, lane, words) + 2 * low
+                places += [at, at + 1]
+            if half:
+                places.append(_place(slot, 2 * full, lane, words) + 2 * low + r % 2)
+        rows.append(places)
     return rows
 
 
-def value_index(bins: int) -> list[list[int]]:
-    """Slot → places of its 16-bit words (g, b), in 2 bytes; two slots share a 32-bit word."""
-    rows = []
-    for slot in range(TILE_SLOTS):
-        r = slot % 16
-        t, hi, half = r // 4, r // 2 % 2, r % 2
-        rows.append([_place(slot, half * bins + b, g * 4 + t, bins) // 2 + hi for g in range(8) for b in range(bins)])
-    return rows
+@kept
+def _index(side: str, bins: int, half: bool, device: str) -> Tensor:
+    """int64 [128, bytes of a slot]."""
+    return torch.tensor(byte_index(side, bins, half), device=device)
+
+
+def _held_bytes(units: Tensor, f: Fields) -> Tensor:
+    """Units as bytes [..., bytes of a slot], in the order of `byte_index`."""
+    both = units.contiguous().view(torch.uint8).unflatten(-1, (f.bins, 2))
+    return both.flatten(-3) if not f.half else both.flatten(-2)[..., : 2 * f.bins - 1].flatten(-2)
 
 
 def store(codes: Tensor, natural: Tensor, slots: Tensor, widths: tuple[int, ...], side: str) -> None:
     """Write packed rows [B, H, S, sum(widths)] to their slots int64 [S] of codes uint8 [B, H, L, bytes], in place."""
-    words = key_words(natural, widths) if side == "k" else value_words(natural, widths)
-    flat = codes.flatten(2).view(words.dtype)  # [B, H, L · words]
-    per_tile = TILE_SLOTS * words.shape[-1]
-    at = (
-        slots[:, None] // TILE_SLOTS * per_tile
-        + _index(side, make_fields(widths).bins, codes.device)[slots % TILE_SLOTS]
-    )
-    flat.index_copy_(2, at.flatten(), words.flatten(2))
+    f = make_fields(widths)
+    rows = _held_bytes(slot_units(natural, widths), f)
+    index = _index(side, f.bins, f.half, str(codes.device))
+    at = slots[:, None] // TILE_SLOTS * (TILE_SLOTS * rows.shape[-1]) + index[slots % TILE_SLOTS]
+    codes.flatten(2).index_copy_(2, at.flatten(), rows.flatten(2))
 
 
 def fetch(codes: Tensor, widths: tuple[int, ...], side: str, start: int = 0, count: int | None = None) -> Tensor:
     """Packed rows [B, H, n, sum(widths)] of `count` slots from `start` on (all: None), in their natural order."""
     count = codes.shape[2] - start if count is None else count
-    first, last = start // TILE_SLOTS, -(-(start + count) // TILE_SLOTS)
-    dtype = torch.int32 if side == "k" else torch.int16
-    tiles = codes[:, :, first * TILE_SLOTS : last * TILE_SLOTS].contiguous().flatten(2).view(dtype)
-    tiles = tiles.unflatten(2, (last - first, -1))
-    index = _index(side, make_fields(widths).bins, codes.device)
-    words = tiles[..., index.flatten()].unflatten(-1, index.shape).flatten(2, 3)
-    words = words[:, :, start - first * TILE_SLOTS : start - first * TILE_SLOTS + count]
-    return key_bytes(words, widths) if side == "k" else value_bytes(words, widths)
+    first, last, f = start // TILE_SLOTS, -(-(start + count) // TILE_SLOTS), make_fields(widths)
+    tiles = codes[:, :, first * TILE_SLOTS : last * TILE_SLOTS].contiguous().flatten(2).unflatten(2, (last - first, -1))
+    index = _index(side, f.bins, f.half, str(codes.device))
+    rows = tiles[..., index.flatten()].unflatten(-1, index.shape).flatten(2, 3)
+    rows = rows[:, :, start - first * TILE_SLOTS : start - first * TILE_SLOTS + count].unflatten(-1, (8, -1))
+    units = F.pad(rows, (0, int(f.half))).contiguous().view(torch.int16)
+    return slot_bytes(units, widths)
 
 
 # -- keys by slot -----------------------------------------------------------------------------------------------------------

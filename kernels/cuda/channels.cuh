@@ -74,8 +74,58 @@ DEVICE void load_channels(float (&x)[CH], const float* row, int lane, int count 
 DEVICE int partner(int lane) { return lane < HALF_LANES ? lane + HALF_LANES : lane < 2 * HALF_LANES ? lane - HALF_LANES : lane; }
 DEVICE float partner_sign(int lane) { return lane < HALF_LANES ? -1.0f : lane < 2 * HALF_LANES ? 1.0f : 0.0f; }
 
-constexpr int ORDER = D & -D;                        // of the Sylvester-Hadamard rotations: the largest power of two in D
-DEVICE void hadamard(float (&x)[CH], int lane) {     // runs of ORDER channels, orthonormal
+// The Hadamard rotation of D channels, orthonormal: Sylvester's butterflies, over runs of CORE channels that go through Paley's
+// matrix of that order first where D is no power of two (kernels/hadamard.py). Only that is not symmetric: `back` undoes it.
+constexpr int CORE = D % 3 == 0 ? 12 : D % 5 == 0 ? 20 : 1;
+struct Paley { u32 row[CORE]; };                     // bit j of row i: the entry is negative
+BOTH constexpr Paley make_paley() {
+  Paley p = {};
+  const int n = CORE - 1;
+  for (int i = 0; i < CORE; i++)
+    for (int j = 0; j < CORE; j++) {
+      bool residue = false;
+      const int d = ((j - i) % n + n) % n;
+      for (int k = 1; k < n; k++) residue = residue || k * k % n == d;
+      const bool positive = i == j || (i == 0 ? true : j == 0 ? false : residue);
+      if (!positive) p.row[i] |= 1u << j;
+    }
+  return p;
+}
+TABLE Paley PALEY = CORE > 1 ? make_paley() : Paley{};
+DEVICE void core_product(float (&x)[CH], bool back, int lane) {
+  constexpr int WIDE_RUN = CORE > 1 ? CORE / CH : 1;
+  const int first = lane / WIDE_RUN * WIDE_RUN, own = (lane - first) * CH;
+  float y[CH] = {};
+#pragma unroll 1
+  for (int n = 0; n < WIDE_RUN; n++)
+#pragma unroll
+    for (int k = 0; k < CH; k++) {
+      const float v = shfl_float(x[k], first + n);
+      const int i = n * CH + k;
+#pragma unroll
+      for (int c = 0; c < CH; c++) {
+        const bool negative = back ? PALEY.row[own + c] >> i & 1 : PALEY.row[i] >> (own + c) & 1;
+        y[c] += negative ? -v : v;
+      }
+    }
+#pragma unroll
+  for (int c = 0; c < CH; c++) x[c] = y[c];
+}
+DEVICE void hadamard(float (&x)[CH], int lane, bool back = false) {
+  if constexpr (CORE > 1) {
+    core_product(x, back, lane);
+#pragma unroll 1
+    for (int m = 1; m < D / CORE; m <<= 1) {
+      constexpr int EACH = CORE / CH;
+      const int run = lane / EACH, other = (run ^ m) * EACH + lane % EACH;
+      const float sign = run & m ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < CH; i++) x[i] = sign * x[i] + shfl_float(x[i], other & 31);
+    }
+#pragma unroll
+    for (int i = 0; i < CH; i++) x[i] = holds(lane) ? x[i] * (D == 96 ? 0.10206207261596577f : 0.11180339887498948f) : 0.0f;
+    return;
+  }
 #pragma unroll
   for (int m = 1; m < CH; m <<= 1)
 #pragma unroll
@@ -86,12 +136,12 @@ DEVICE void hadamard(float (&x)[CH], int lane) {     // runs of ORDER channels, 
         x[i + m] = a - b;
       }
 #pragma unroll 1                                     // small code: at short contexts fetching instructions is what takes the time
-  for (int m = 1; m < ORDER / CH; m <<= 1) {
+  for (int m = 1; m < LANES; m <<= 1) {
     const float sign = (lane & m) ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < CH; i++) x[i] = sign * x[i] + shfl_xor(x[i], m);
   }
-  constexpr float unit = ORDER == 256 ? 0.0625f : ORDER == 128 ? 0.08838834764831845f : ORDER == 64 ? 0.125f : ORDER == 32 ? 0.17677669529663687f : 0.25f;
+  constexpr float unit = D == 256 ? 0.0625f : D == 128 ? 0.08838834764831845f : 0.125f;
 #pragma unroll
   for (int i = 0; i < CH; i++) x[i] *= unit;
 }

@@ -103,7 +103,7 @@ DEVICE Partial attend_exact(ExactRows& r, const Raw& qv, const Params& p, int b,
 // More than a service warp should see to (`many`): 16 rows at a time by the warps that compute, as products in the dtype of the rows.
 // A lane loads 8 neighbouring channels of rows g and g + 8, so that word i of chunk j holds channels 32 j + 8 t + 2 i and the next:
 // the query stands in the same order, and so do the rows of the output.
-DEVICE bool many(const Params& p) { return p.E + p.window >= CHUNK; }
+DEVICE bool many(const Params& p) { return D % 32 == 0 && p.E + p.window >= CHUNK; }
 
 struct ExactRow { const unsigned short *k, *v; bool seen; };
 DEVICE ExactRow exact_row(const Params& p, int b, int kv, int e, int length, int recent, int old) {

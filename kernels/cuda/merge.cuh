@@ -54,7 +54,7 @@ template <int N = WARPS> DEVICE Partial merge_warps(const float* parts, int hq, 
 
 // The output of a query head; packed tokens come in the values' transform and without their mean.
 DEVICE void finish(const Params& p, int b, int kv, int head, int lane, Partial a, const Partial& e) {
-  if (p.value_hadamard) hadamard(a.o, lane);
+  if (p.value_hadamard) hadamard(a.o, lane, true);
   const float n = fmaxf(a.m, e.m), f0 = exp2_fast(a.m - n), f1 = exp2_fast(e.m - n), inv = 1.0f / fmaxf(a.l * f0 + e.l * f1, 1e-30f);   // a row that sees nothing gives 0
   const float f = f0 * inv, fe = f1 * inv;
   float x[CH], mean[CH];

@@ -13,8 +13,8 @@
 #endif
 constexpr int RUNS = D / 8, K_STEPS = D / 16;        // a product takes 16 channels, or gives 16, at a time
 
-struct Fields {             // where the w-bit field of each run sits inside 16-bit bins
-  int width[RUNS], bin[RUNS], shift[RUNS], pos[RUNS], bins;
+struct Fields {             // where the w-bit field of each run sits inside 16-bit bins; half: the last has 8 bits at most, for two slots
+  int width[RUNS], bin[RUNS], shift[RUNS], pos[RUNS], bins, half;
 };
 BOTH constexpr Fields make_fields(const int (&w)[RUNS]) {
   Fields f = {};
@@ -30,22 +30,25 @@ BOTH constexpr Fields make_fields(const int (&w)[RUNS]) {
     fill[b] += w[r];
     if (b + 1 > f.bins) f.bins = b + 1;
   }
+  f.half = fill[f.bins - 1] <= 8;
   return f;
 }
 constexpr int K_WIDTH[RUNS] = {KW}, V_WIDTH[RUNS] = {VW};
 TABLE Fields KF = make_fields(K_WIDTH);
 TABLE Fields VF = make_fields(V_WIDTH);
-constexpr int K_WORDS = 2 * KF.bins, V_WORDS = 2 * VF.bins;                   // 32-bit words per lane and tile of 16 tokens
+constexpr int K_WORDS = 2 * KF.bins - KF.half, V_WORDS = 2 * VF.bins - VF.half;                   // 32-bit words per lane and tile of 16 tokens
 constexpr int K_TILE = 32 * K_WORDS, V_TILE = 32 * V_WORDS;                   // words per tile
 constexpr int K_BYTES = 8 * K_TILE * 4, V_BYTES = 8 * V_TILE * 4;             // per superblock of 128 tokens
 
 template <int RUN> DEVICE u32 key_field(const u32 (&w)[K_WORDS], int row) {
   constexpr u32 m = ((1u << KF.width[RUN]) - 1u) << KF.pos[RUN];
-  return (w[row * KF.bins + KF.bin[RUN]] >> KF.shift[RUN]) & (m | m << 16);
+  constexpr bool shared = KF.half && KF.bin[RUN] == KF.bins - 1;
+  return (w[shared ? K_WORDS - 1 : row * (KF.bins - KF.half) + KF.bin[RUN]] >> (KF.shift[RUN] + (shared ? 8 * row : 0))) & (m | m << 16);
 }
 template <int RUN> DEVICE u32 value_field(const u32 (&w)[V_WORDS], int half) {
   constexpr u32 m = ((1u << VF.width[RUN]) - 1u) << VF.pos[RUN];
-  return (w[half * VF.bins + VF.bin[RUN]] >> VF.shift[RUN]) & (m | m << 16);
+  constexpr bool shared = VF.half && VF.bin[RUN] == VF.bins - 1;
+  return (w[shared ? V_WORDS - 1 : half * (VF.bins - VF.half) + VF.bin[RUN]] >> (VF.shift[RUN] + (shared ? 8 * half : 0))) & (m | m << 16);
 }
 // S^T += K Q^T of NT tiles of each of NP units, 16 components per step, and the mean's logits of the same tokens: independent chains
 // side by side. `mean` are its A operands, a pair of tiles 32 * K_STEPS words of 16 bytes on.
@@ -87,12 +90,15 @@ template <int N> DEVICE void load_words(u32 (&w)[N], const u32* tile, int lane) 
       uint4 v = ((const uint4*)tile)[i * 32 + lane];
       w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w;
     }
-  } else {
+  } else if constexpr (N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
       uint2 v = ((const uint2*)tile)[i * 32 + lane];
       w[2 * i] = v.x; w[2 * i + 1] = v.y;
     }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) w[i] = tile[i * 32 + lane];
   }
 }
 #endif

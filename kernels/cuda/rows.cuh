@@ -17,7 +17,7 @@ TABLE float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1],
 #ifndef LONE_FIRST
 #define LONE_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
 #endif
-constexpr bool LONE = MODE != 2 || (D == 128 && (ROTARY == D || ROTARY == 0));           // whether append_row serves
+constexpr bool LONE = MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0));           // whether append_row serves
 constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, LONE_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
 constexpr float HALF_MAX = 65504.0f, HALF_TINY = 6.0e-8f;
 
@@ -261,22 +261,29 @@ template <int BINS> DEVICE Words<BINS> gather_words(const u32 (&c)[CH], int plac
   }
   return mine;
 }
-DEVICE int word_place(int slot, int word, int lane, int bins) {
-  const int q = slot & 127, sub_tile = (q & 63) / 16 * 2 + q / 64, n = 2 * bins, wide = n % 4 == 0 ? 4 : 2;
-  return sub_tile * 128 * n + word / wide * 128 * wide + lane * 4 * wide + word % wide * 4;
+DEVICE int word_place(int slot, int word, int lane, int words) {
+  const int q = slot & 127, sub_tile = (q & 63) / 16 * 2 + q / 64, wide = words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1;
+  return sub_tile * 128 * words + word / wide * 128 * wide + lane * 4 * wide + word % wide * 4;
 }
 DEVICE void store_key_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
-  constexpr int bins = KF.bins;
+  constexpr int bins = KF.bins, full = bins - KF.half;
   const Words<bins> words = gather_words<bins>(c, KeyPlace::at(CH * lane >> 3), KeyBin::at(CH * lane >> 3), lane);
   const int r = slot & 15;
 #pragma unroll
   for (int i = 0; i < (4 * bins + 31) / 32; i++) {
     const int t = (lane + 32 * i) / bins, b = (lane + 32 * i) % bins;
-    if (t < 4) *(u32*)(tile + word_place(slot, (r & 1) * bins + b, (r >> 1) * 4 + t, bins)) = words.w[i];
+    if (t >= 4) continue;
+    unsigned char* at = tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, (r >> 1) * 4 + t, K_WORDS);
+    if (b < full) {
+      *(u32*)at = words.w[i];
+    } else {                                       // the low bytes of its halves, beside those of the next slot
+      at[r & 1] = (unsigned char)words.w[i];
+      at[(r & 1) + 2] = (unsigned char)(words.w[i] >> 16);
+    }
   }
 }
 DEVICE void store_value_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
-  constexpr int bins = VF.bins;
+  constexpr int bins = VF.bins, full = bins - VF.half;
   const Words<bins> words = gather_words<bins>(c, ValuePlace::at(CH * lane >> 3), ValueBin::at(CH * lane >> 3), lane);
   const int r = slot & 15;
 #pragma unroll
@@ -284,20 +291,22 @@ DEVICE void store_value_words(unsigned char* tile, const u32 (&c)[CH], int slot,
     const int t = (lane + 32 * i) / bins, b = (lane + 32 * i) % bins;
     if (t >= 4) continue;
 #pragma unroll
-    for (int hi = 0; hi < 2; hi++)                 // channels 2 t and 2 t + 1 of a run
-      *(unsigned short*)(tile + word_place(slot, (r & 1) * bins + b, (2 * t + hi) * 4 + (r >> 2), bins) + 2 * (r >> 1 & 1)) =
-          (unsigned short)(words.w[i] >> (16 * hi));
+    for (int hi = 0; hi < 2; hi++) {               // channels 2 t and 2 t + 1 of a run
+      unsigned char* at = tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, (2 * t + hi) * 4 + (r >> 2), V_WORDS) + 2 * (r >> 1 & 1);
+      if (b < full) *(unsigned short*)at = (unsigned short)(words.w[i] >> (16 * hi));
+      else at[r & 1] = (unsigned char)(words.w[i] >> (16 * hi));
+    }
   }
 }
 DEVICE u32 read_key_code(const unsigned char* tile, int slot, int channel) {
-  const int k = channel >> 3, t = (channel & 7) >> 1, r = slot & 15;
-  const u32 word = *(const u32*)(tile + word_place(slot, (r & 1) * KF.bins + KF.bin[k], (r >> 1) * 4 + t, KF.bins));
-  return word >> (16 * (channel & 1) + KF.shift[k] + KF.pos[k]) & ((1u << KF.width[k]) - 1u);
+  const int k = channel >> 3, t = (channel & 7) >> 1, r = slot & 15, full = KF.bins - KF.half, b = KF.bin[k];
+  const u32 word = *(const u32*)(tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, (r >> 1) * 4 + t, K_WORDS));
+  return word >> (16 * (channel & 1) + KF.shift[k] + KF.pos[k] + (b < full ? 0 : 8 * (r & 1))) & ((1u << KF.width[k]) - 1u);
 }
 DEVICE u32 read_value_code(const unsigned char* tile, int slot, int channel) {
-  const int k = channel >> 3, g = channel & 7, r = slot & 15;
-  const u32 word = *(const unsigned short*)(tile + word_place(slot, (r & 1) * VF.bins + VF.bin[k], g * 4 + (r >> 2), VF.bins) + 2 * (r >> 1 & 1));
-  return word >> (VF.shift[k] + VF.pos[k]) & ((1u << VF.width[k]) - 1u);
+  const int k = channel >> 3, g = channel & 7, r = slot & 15, full = VF.bins - VF.half, b = VF.bin[k];
+  const u32 word = *(const unsigned short*)(tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, g * 4 + (r >> 2), V_WORDS) + 2 * (r >> 1 & 1));
+  return word >> (VF.shift[k] + VF.pos[k] + (b < full ? 0 : 8 * (r & 1))) & ((1u << VF.width[k]) - 1u);
 }
 
 // y[r] = x[r] M for the rows in shared memory: every thread one column, a part of the inner sum. Rows may be of several heads,
@@ -608,7 +617,7 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
     if (lane == i) mine = word;
   }
   unsigned char* tile = p.k_codes + superblock * K_BYTES;
-  if (lane < BINS) *(u32*)(tile + word_place(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, BINS)) = mine;
+  if (lane < BINS) *(u32*)(tile + word_place(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, K_WORDS)) = mine;
 }
 
 // Its product with the basis: rows 8 i … 8 i + 7 by warp i, four columns per lane, into the order of `append_key`.
@@ -707,7 +716,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
     if (holds(lane))
 #pragma unroll
       for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_value_code(p.v_codes + tile * V_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
-    if (p.value_hadamard) hadamard(x, lane);
+    if (p.value_hadamard) hadamard(x, lane, true);
     load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
   } else {
     if (MODE != 0) {
@@ -732,7 +741,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
       if (holds(lane))
 #pragma unroll
         for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_key_code(p.k_codes + tile * K_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
-      if (p.key_hadamard) hadamard(x, lane);
+      if (p.key_hadamard) hadamard(x, lane, true);
       if (MODE == 1) turn_row(t, turn, p, false, lane);
     }
   }

@@ -247,8 +247,10 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     round++;
     if (!many(p) || (b == last_row && tail)) continue;
     barrier_wait(emptied, (round - 1) & 1);
-    if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part);
-    else attend_many<false>(p, place, b, warp, lane, part);
+    if constexpr (D % 32 == 0) {
+      if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part);
+      else attend_many<false>(p, place, b, warp, lane, part);
+    }
     sync_warp();
     if (lane == 0) barrier_arrive(done);
     round++;

@@ -193,6 +193,8 @@ class Codec:
 
     def row_bytes(self, side: SideSpec, dim: int) -> int:
         """Width of the code tensor of one side: bytes when packed, channels when kept in 16 bit."""
+        if self.tiles:
+            return tiles.tile_bytes(side.widths)
         return QUANTIZERS[side.kind].row_bytes(side, dim) if side.packed else dim
 
     def row_scales(self, side: SideSpec, dim: int) -> int:
@@ -310,7 +312,7 @@ class Codec:
         x = self._stored(st, self.key, p, "k", start, end).to(wide)
         if self.tiles:
             slots = torch.arange(start, end, device=x.device)
-            return tiles.restore_keys(x, slots, self.key, p, self._rotate_keys)
+            return tiles.restore_keys(x, slots, self.key, p, lambda rows: self._rotate_keys(rows, inverse=True))
         return self.restore_keys(x, st["positions"][:, start:end], p)
 
     def read_values(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
@@ -334,8 +336,8 @@ class Codec:
             tiles.store(st[f"{prefix}_codes"], codes, slots, side.widths, prefix)
             st[f"{prefix}_scale"].index_copy_(2, slots, scale)
 
-    def _rotate_keys(self, x: Tensor) -> Tensor:
-        return stages.hadamard_heads(x, self.key.order)
+    def _rotate_keys(self, x: Tensor, inverse: bool = False) -> Tensor:
+        return stages.hadamard_heads(x, self.key.order, inverse=inverse)
 
     def exact_recent(self, side: SideSpec, recent_slot: Tensor, total: Tensor | int) -> Tensor:
         """Slots of the ring that `side` reads as they came when `total` rows are held; -1 for the others."""

@@ -122,7 +122,7 @@ def refusal(codec: Codec, heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int
 def test_refusals_name_the_reason() -> None:
     codec = layer_of(0).codec
     assert refusal(codec) == ""
-    assert refusal(codec, dim=48, rotary=48) == "head_dim is 48, not one of 64, 128, 256"
+    assert refusal(codec, dim=48, rotary=48) == "head_dim is 48, not one of 64, 80, 96, 128, 256"
     assert "more than 32 each" in refusal(codec, 64, 1)
     assert "24 of 128 channels" in refusal(codec, rotary=24)
     wide = replace(codec, value=replace(codec.value, bits=6, widths=(6,) * 16))
