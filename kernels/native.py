@@ -277,11 +277,11 @@ def compile_cubin(source: str, arch: str) -> bytes:
 class Module:
     """Machine code on one GPU: its functions and how to launch them."""
 
-    def __init__(self, source: str, device: torch.device) -> None:
+    def __init__(self, source: str, device: torch.device, card: Card) -> None:
         self.device = device
         with torch.cuda.device(device):
             torch.zeros(1, device=device)  # makes the context current
-            image = compile_cubin(source, card_of(device).arch)
+            image = compile_cubin(source, card.arch)
             self._module = ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(self._module), image), "loading the kernel")
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -314,7 +314,7 @@ class Module:
 
 def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.device) -> Module:
     """The files of `kernels/cuda` of those names behind macros, compiled for a device and loaded."""
-    return Module(unit(defines, names), device)
+    return Module(unit(defines, names), device, card_of(device))
 
 
 @cache
@@ -327,10 +327,10 @@ def scratch(device: torch.device) -> Scratch:
 class Cubin:
     """The kernels of one variant on one GPU."""
 
-    def __init__(self, variant: Variant, device: torch.device) -> None:
-        self.variant, self.device = variant, device
+    def __init__(self, variant: Variant, device: torch.device, card: Card | None = None) -> None:
+        self.variant, self.device, card = variant, device, card or card_of(device)
         with torch.cuda.device(device):
-            self._module = Module(variant.source(card_of(device)), device)
+            self._module = Module(variant.source(card), device, card)
             self._attend, self._single, self._append, self._lone, self._decode = (
                 self._module.function(name)
                 for name in ("attend_packed", "attend_single", "append_rows", "append_row", "decode_rows")
@@ -344,7 +344,7 @@ class Cubin:
             if self.whole_rows:
                 self._attend_rows = self._module.function("attend_rows")
                 self._module.allow_shared(self._attend_rows, self._shared_rows)
-        self.groups = variant.shape(card_of(device)).groups(variant.repeats)
+        self.groups = variant.shape(card).groups(variant.repeats)
         self.blocks = self._module.multiprocessors
         self.scratch = scratch(device)
         self._side = torch.cuda.Stream(device)

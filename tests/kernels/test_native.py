@@ -20,8 +20,8 @@ from .test_tiles import CODECS, HEADS, SLOTS, append, layer_of, model_of, rows
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-        reason="needs a GPU of capability 9.0",
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8,
+        reason="needs an NVIDIA GPU of capability 8.0 or newer",
     ),
 ]
 
