@@ -111,7 +111,7 @@ def _from_markers(site: AttentionSite) -> Chain:
     chain = Chain(
         codec=codec,
         codec_text=text,
-        params=codec.tables(params),
+        params=dict(zip(codec.param_names(), params, strict=True)),
         state=dict(zip(STATE_NAMES, state, strict=True)),
         positions=positions,
         cos=cos,

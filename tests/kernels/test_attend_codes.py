@@ -139,7 +139,7 @@ def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
 
 
 def test_a_call_reaches_the_kernels_with_its_coding_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the arguments of the op on: the kernels of the call's own variant, and the three launches of the coding at their times."""
+    """From the arguments of the op on: the kernels of the call's own variant, and the launches of the coding at their times."""
     layer, q, k, v = filled("klt-2/4", 4, 1, 150, (0,), torch.float16)
     codec = Codec.parse(layer.codec_text)
     held = {n: x.half() if n.startswith(("exact_k", "exact_v")) else x for n, x in codec.named(layer.state()).items()}

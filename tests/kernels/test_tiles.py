@@ -127,8 +127,8 @@ def test_refusals_name_the_reason() -> None:
     assert "24 of 128 channels" in refusal(codec, rotary=24)
     wide = replace(codec, value=replace(codec.value, bits=6, widths=(6,) * 16))
     assert "outside 1 to 4" in refusal(wide)
-    odd = replace(codec, value=replace(codec.value, bits=3, widths=(3,) * 16))
-    assert "whole words" in refusal(odd)
+    odd = replace(codec, key=replace(codec.key, bits=1.0625, widths=(2, *(1,) * 15)))
+    assert refusal(odd) == "keys of 1.0625 bits in 128 channels do not fill whole words"
     assert refusal(replace(codec, window=513)) == "a window of 513 recent rows, more than 512"
     assert refusal(replace(codec, segments=(65,))) == "65 exact rows, more than 64"
     in_rows = replace(codec, tiles=False).format
