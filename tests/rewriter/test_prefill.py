@@ -1,0 +1,114 @@
+"""A prompt enters a cache as on a GPU: rows are attended to as they came, and the device is waited for once, not in every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
+
+from kvsink.cache import KVSinkCache
+from kvsink.errors import KvsinkError
+from kvsink.kernels.append import append_ref
+from tests.close import FUSED_FLOAT32, largest_difference
+from tests.graphs import rewritten
+from tests.models import LAYERS, build, tokens
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read from tensors: on a GPU, each waits for all that is queued."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def far(cache: KVSinkCache) -> KVSinkCache:
+    """A cache of a fixed length that takes its device for one that has to be waited for."""
+    for layer in cache.packed_layers():
+        layer.distant = True
+    return cache
+
+
+def fed(model: Any, cache: Any, *chunks: Tensor, **inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(c, past_key_values=cache, use_cache=True, **inputs).logits for c in chunks]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("method", ["klt", "rtn"])
+def test_a_prompt_is_that_of_the_stock_model_and_steps_read_codes(family: str, method: str) -> None:
+    stock, model = build(family), rewritten(family, "sdpa", method, key_bits=8, value_bits=8)
+    chunks = tokens(2, 19, seed=1), tokens(2, 5, seed=2), tokens(2, 1, seed=3)
+    plain = fed(stock, DynamicCache(config=stock.config), *chunks)
+    near, distant = KVSinkCache.for_model(model, 2, 64), far(KVSinkCache.for_model(model, 2, 64))
+    wanted, got = fed(model, near, *chunks), fed(model, distant, *chunks)
+    bound = FUSED_FLOAT32 * float(plain[0].abs().max())
+    assert largest_difference(got[0], plain[0]) <= bound  # nothing is decoded
+    assert 1e-6 < largest_difference(got[2], plain[2]) <= 0.05 * float(plain[2].abs().max())  # 8 bits
+    assert largest_difference(got, wanted) <= bound
+    for a, b in zip(near.packed_layers(), distant.packed_layers(), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.state(), b.state(), strict=True))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_device_is_read_once_for_all_layers(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvsink.cache.append", append_ref)  # in C, it reads the length
+    model = rewritten("llama", "sdpa", "klt")
+    ids, mask = tokens(2, 19, seed=1), torch.ones(2, 19, dtype=torch.int64)
+    mask[0, : 4 * padded] = 0
+    counts = []
+    near, distant = KVSinkCache.for_model(model, 2, 64), far(KVSinkCache.for_model(model, 2, 64))
+    for of, cache in ((build("llama"), StaticCache(model.config, max_cache_len=64)), (model, distant), (model, near)):
+        with Reads() as reads:
+            fed(of, cache, ids, attention_mask=mask)
+        counts.append(reads.count)
+    stock, once, every = counts
+    assert once <= stock + 3  # what is held, for the mask and for us; how far positions reach
+    assert every >= once + LAYERS  # the count sees what it counts
+
+
+def test_rows_that_codes_do_not_hold_are_refused_at_the_end_of_the_pass() -> None:
+    model = rewritten("llama", "sdpa", "rtn", protect="none")
+    held = model.model.layers[1].self_attn.v_proj.weight
+    cache = far(KVSinkCache.for_model(model, 2, 64))
+    with torch.no_grad():
+        held.mul_(1e7)
+    with pytest.raises(KvsinkError, match=r"layer 1: values of this prompt reach \S+e\+07, above the 6.55e\+04"):
+        fed(model, cache, tokens(2, 9))
+    with pytest.raises(KvsinkError, match="stopped half-way, as when memory runs out; call cache.reset"):
+        fed(model, cache, tokens(2, 1))
+    cache.reset()
+    with torch.no_grad():
+        held.div_(1e7)
+    again, fresh = fed(model, cache, tokens(2, 9)), fed(model, KVSinkCache.for_model(model, 2, 64), tokens(2, 9))
+    assert largest_difference(again, fresh) == 0
+
+
+def test_large_rows_that_stay_exact_are_taken() -> None:
+    model = rewritten("llama", "sdpa", "rtn", protect="first:2")
+    large = {}
+
+    def grown(module: Any, args: Any, out: Tensor) -> Tensor:
+        large["rows"] = out.abs().max()
+        return torch.cat([out[:, :2] * 1e7, out[:, 2:]], 1) if out.shape[1] > 2 else out
+
+    hook = model.model.layers[1].self_attn.v_proj.register_forward_hook(grown)
+    fed(model, far(KVSinkCache.for_model(model, 2, 64)), tokens(2, 9))
+    hook.remove()
+    assert large
+
+
+def test_rows_that_do_not_fit_are_refused_before_any_is_stored() -> None:
+    model = rewritten("llama", "sdpa", "klt")
+    cache = far(KVSinkCache.for_model(model, 1, max_length=8))
+    fed(model, cache, tokens(1, 6))
+    before = [t.clone() for t in cache.tensors().values()]
+    with pytest.raises(KvsinkError, match="layer 0: 3 rows do not fit behind 6 of max_length=8"):
+        fed(model, cache, tokens(1, 3))
+    assert largest_difference(before, list(cache.tensors().values())) == 0
