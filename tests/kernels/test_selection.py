@@ -206,7 +206,7 @@ def test_triton() -> None:
         if k.shape[2] > 1:
             return layer.append(k, v, candidates, first)
         assert append_triton.declines(layer.codec.format, states.shape_of(k), states.GPU) == ""
-        return append_triton.append_one(**{**layer.arguments(k, v, candidates, first), "codec": layer.codec})
+        return append_triton.append_rows(**{**layer.arguments(k, v, candidates, first), "codec": layer.codec})
 
     play(layer.st, offer, False, 40)
 
