@@ -20,19 +20,19 @@ from torch import Tensor
 
 from . import attend_triton
 from .attend_triton import power, transform
-from .backends import Call, Device, LayerFormat, Shape
+from .backends import OFFERED, Call, Device, LayerFormat, Shape, device_of
 from .lasting import kept
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .quantize import segments
 
-__all__ = ["append", "append_rows", "declines", "keep_exact", "launches"]
+__all__ = ["append", "append_rows", "declines", "keep_exact", "keeps", "launches"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 1, "gauss": 2, "uniform": 3, "uniform-int": 4, "static": 5}
 _SEGMENTS = 4
 _FAR = 1 << 20  # a bit that no row has
 _WARPS = 4  # more of them wait for each other: 8 take 1.3 to 1.6 times as long, 16 up to 3 times
 _TILE = 128 * 256  # numbers of a basis or of codebooks in registers at a time; a half or a quarter takes up to twice as long
-_ROWS = 4096  # numbers of the rows that a program codes, of several new ones
+_ROWS = 2048  # numbers of the rows that four warps code, of several new ones: 4096 take all registers there are
 _DEPTH = 32  # rows of a basis that such a program multiplies by at a time
 
 
@@ -106,8 +106,16 @@ def launches(
     return code[0], code[1], partial(_enter, kernels, codec, k, v, positions, step, angles, candidates, st, roped)
 
 
+def keeps(codec: Any, candidates: Sequence[Tensor], place: torch.device) -> bool:
+    """Whether `keep_exact` serves a codec's exact rows."""
+    d, few = device_of(place), max((x.shape[1] for x in candidates[: 2 * len(codec.segments) : 2]), default=0) <= OFFERED
+    return d.gpu and d.triton and few and codec.anchors is None and len(codec.segments) <= _SEGMENTS
+
+
 def keep_exact(codec: Any, st: dict[str, Tensor], k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
-    """The running selection over several new rows, keys after RoPE, in one launch."""
+    """The running selection over new rows, keys after RoPE, in one launch."""
+    if not codec.exact_rows:
+        return
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     _enter_rows(codec, k, v, st["positions"], 0, (k, k, 0), candidates, st, True, False)
 
@@ -117,7 +125,7 @@ def _enter_rows(
     candidates: Sequence[Tensor], st: dict[str, Tensor], roped: bool, whole: bool,
 ) -> None:  # fmt: skip
     """Several new rows into the exact rows and, where they are to be entered as a whole, the window and the positions."""
-    from . import triton_enter as kernels
+    from . import triton_rows as kernels
 
     b, h, s, d = k.shape
     cos, sin, cos_b = angles
@@ -131,8 +139,8 @@ def _enter_rows(
     kernels.enter_rows_kernel[(b, 1 + (h if ring else 0))](
         k, v, positions, st["length"], cos, sin, *score, *index, st["positions"], exact, st["exact_v"], st["exact_slot"],
         st["exact_score"], recent, st["recent_v"], st["recent_slot"],
-        *k.stride()[:3], *v.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *count, *(int(x.shape[0] > 1) for x in score),
-        *(int(x.shape[0] > 1) for x in index), st["positions"].stride(0), exact.shape[2], *exact.stride()[:2], *recent.stride()[:2],
+        *k.stride()[:3], *v.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *count,
+        *(int(x.shape[0] > 1) for x in (*score, *index)), st["positions"].stride(0), exact.shape[2], *exact.stride()[:2], *recent.stride()[:2],
         s, st["positions"].shape[1], H=h, D=d, DP=power(d), EP=power(codec.exact_rows or 1), NP=power(max(count)), W=ring, N=n,
         A=ends[0], B=ends[1], C=ends[2], E=codec.exact_rows, ROTARY=0 if roped else cos.shape[-1], PLACES=whole,
     )  # fmt: skip
@@ -167,8 +175,6 @@ def _code(
     """The codes of one side of the new rows."""
     b, h, s, d = rows.shape
     key, wide = name == "k", power(d)
-    many = 1 if s == 1 else max(16, _ROWS // wide)
-    tiles = -(-s // many)
     cos, sin, cos_b = angles
     basis, basis_h = transform(side, d, p.get(f"{name}_basis"), rows.device)
     book, sigma = p.get(f"{name}_book"), p.get(f"{name}_sigma", p.get(f"{name}_step"))
@@ -182,15 +188,30 @@ def _code(
     def held(x: Tensor | None) -> Tensor:
         return rows if x is None else x  # a pointer that is not followed
 
-    kernels.code_kernel[(tiles * b * h,)](
-        rows, positions, st["length"], cos, sin, held(p.get(f"{name}_mean") if center else None), held(p.get("offset_cos")),
-        held(p.get("offset_sin")), held(p.get("k_mean2")), held(basis), held(sigma), held(book), levels, edges, meta, codes, scale,
-        *rows.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *codes.stride()[:2], *scale.stride()[:2], basis_h,
-        0 if book is None or book.shape[0] == 1 else book.stride(0), s, codes.shape[2], tiles, side.clip,
-        H=h, D=d, DP=wide, R=many, CHUNK=min(_TILE // (2 * wide) if many == 1 else _DEPTH, wide), KEY=key, ROPED=roped,
-        ROTARY=cos.shape[-1] if key else 0, BLOCKED=blocked, OFFSET=offset, BLOCK=side.block if offset else 1, CENTER=center,
-        CENTER2=key and side.transform == "klt", BASIS=basis is not None, KIND=_KIND[side.kind], GAIN=side.gain,
-        WIDEST=max(side.widths, default=0), GROUP=side.group_size, COUPLE=side.couple or 1, BITS=side.code_bits,
-        BYTES=codes.shape[-1], SCALES=scale.shape[-1], STEP=min(_TILE // (many * wide), 1 << side.code_bits), num_warps=_WARPS,
-        num_stages=3 if many == 1 else 1,
+    tables = (
+        held(p.get(f"{name}_mean") if center else None), held(p.get("offset_cos")), held(p.get("offset_sin")), held(p.get("k_mean2")),
+        held(basis), held(sigma), held(book), levels, edges, meta, codes, scale,
+    )  # fmt: skip
+    apart = *codes.stride()[:2], *scale.stride()[:2], basis_h, 0 if book is None or book.shape[0] == 1 else book.stride(0)
+    shape = dict(
+        H=h, D=d, DP=wide, KEY=key, ROPED=roped, ROTARY=cos.shape[-1] if key else 0, BLOCKED=blocked, OFFSET=offset,
+        BLOCK=side.block if offset else 1, CENTER=center, CENTER2=key and side.transform == "klt", BASIS=basis is not None,
+        KIND=_KIND[side.kind], GAIN=side.gain, WIDEST=max(side.widths, default=0), GROUP=side.group_size, COUPLE=side.couple or 1,
+        BITS=side.code_bits, BYTES=codes.shape[-1], SCALES=scale.shape[-1],
+    )  # fmt: skip
+    given = rows, positions, st["length"], cos, sin, *tables
+    if s == 1:
+        kernels.code_kernel[(b * h,)](
+            *given, *rows.stride()[:2], step, cos_b, *apart, side.clip, CHUNK=min(_TILE // (2 * wide), wide),
+            BYTES_P=power(codes.shape[-1]), STEP=min(_TILE // wide, 1 << side.code_bits), num_warps=_WARPS, **shape,
+        )  # fmt: skip
+        return
+    from . import triton_rows
+
+    many = max(16, _ROWS // wide)
+    tiles = -(-s // many)
+    triton_rows.code_rows_kernel[(tiles * b * h,)](
+        *given, *rows.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *apart, s, codes.shape[2], tiles, side.clip,
+        R=many, CHUNK=min(_DEPTH, wide), STEP=min(_TILE // (2 * many * wide), 1 << side.code_bits),
+        num_warps=_WARPS if many * wide <= _ROWS else 2 * _WARPS, num_stages=1, **shape,
     )  # fmt: skip

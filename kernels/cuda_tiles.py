@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, packed, tiles
+from . import append_triton, native, packed, tiles
 from .append import keep_exact
 from .attend import attend_plain
 from .backends import Call, Device, LayerFormat, Shape, tell_once
@@ -165,10 +165,11 @@ def append_tiles(
     lib: packed.Library, c: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor],
     state: Sequence[Tensor], params: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """The same, k after RoPE: one launch for one new row; the exact rows of more are chosen by plain operators."""
+    """The same, k after RoPE: one launch, and one more for the exact rows of several new ones."""
     p, st = c.tables(params), c.named(state)
     if not packed.append_rows(lib, c, k, v, positions, candidates, st, p):
-        keep_exact(c, st, k, v, candidates)
+        keep = append_triton.keep_exact if append_triton.keeps(c, candidates, k.device) else keep_exact
+        keep(c, st, k, v, candidates)
 
 
 def attend(call: Call) -> Tensor:

@@ -1,8 +1,8 @@
-"""Triton code of `append_triton`: new rows through every stage of their codec, and one per sequence into the exact rows.
+"""Triton code of `append_triton`: one new row per sequence through every stage of its codec, and into the exact rows.
 
 Formula    as `kvsink.kernels.append`; a rotary channel and its partner are carried together, so no stage needs a shuffle
 Source     ours
-Shapes     one program per tile of rows, key-value head and side; one per sequence for the exact rows, window and positions
+Shapes     one program per sequence and key-value head and side; one per sequence for the exact rows, window and positions
 Exact      codes equal the definition's up to ties that the order of float32 sums in the transform decides
 
 Imported only where Triton is there. Names in capitals are constants of the compilation.
@@ -96,110 +96,83 @@ def _search(t, width, at, edges, STEPS: tl.constexpr):
 
 @triton.jit
 def _fitted(x, level, live):
-    """The gains of least squares of rows x over levels [R, DP], rounded to float16: [R, 1]."""
-    dot = tl.sum(tl.where(live, x * level, 0.0).to(tl.float64), 1)
-    square = tl.sum(tl.where(live, level * level, 0.0).to(tl.float64), 1)
-    return _half(_divided(dot.to(tl.float32), tl.maximum(square.to(tl.float32), 1e-30)))[:, None]
+    """The gain of least squares of x over levels, rounded to float16."""
+    dot = tl.sum(tl.where(live, x * level, 0.0).to(tl.float64))
+    square = tl.sum(tl.where(live, level * level, 0.0).to(tl.float64))
+    return _half(_divided(dot.to(tl.float32), tl.maximum(square.to(tl.float32), 1e-30)))
 
 
 @triton.jit
-def _nearest(x, book, g, K: tl.constexpr, R: tl.constexpr, GP: tl.constexpr, G: tl.constexpr, COUPLE: tl.constexpr, STEP: tl.constexpr):
-    """Index of the code vector nearest to each run of channels x [R, GP, COUPLE] in book [G, K, COUPLE], the lower one at ties."""
+def _nearest(x, book, g, K: tl.constexpr, GP: tl.constexpr, G: tl.constexpr, COUPLE: tl.constexpr, STEP: tl.constexpr):
+    """Index of the code vector nearest to each run of channels x [GP, COUPLE] in book [G, K, COUPLE], the lower one at ties."""
     j, n = tl.arange(0, COUPLE), tl.arange(0, STEP)
-    best = tl.full((R, GP), float("-inf"), tl.float32)
-    code = tl.zeros((R, GP), tl.int32)
+    best = tl.full((GP,), float("-inf"), tl.float32)
+    code = tl.zeros((GP,), tl.int32)
     for at in range(0, K, STEP):
         place = (g[:, None, None] * K + (at + n)[None, :, None]) * COUPLE + j[None, None, :]
         c = tl.load(book + place, mask=(g < G)[:, None, None], other=0.0).to(tl.float32)
-        score = tl.sum(c[None, :, :, :] * x[:, :, None, :], 3) - (0.5 * tl.sum(c * c, 2))[None, :, :]
-        peak = tl.max(score, 2)
-        first = tl.min(tl.where(score == peak[:, :, None], (at + n)[None, None, :], K), 2)
+        score = tl.sum(c * x[:, None, :], 2) - 0.5 * tl.sum(c * c, 2)
+        peak = tl.max(score, 1)
+        first = tl.min(tl.where(score == peak[:, None], (at + n)[None, :], K), 1)
         code = tl.where(peak > best, first, code)
         best = tl.maximum(peak, best)
     return code
 
 
 @triton.jit
-def _vectors(code, book, g, K: tl.constexpr, R: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, COUPLE: tl.constexpr):
-    """The code vectors of codes [R, GP] as rows [R, DP]."""
+def _vectors(code, book, g, K: tl.constexpr, G: tl.constexpr, COUPLE: tl.constexpr):
     j = tl.arange(0, COUPLE)
-    place = (g[None, :] * K + code)[:, :, None] * COUPLE + j[None, None, :]
-    x = tl.load(book + place, mask=(g < G)[None, :, None], other=0.0).to(tl.float32)
-    return tl.reshape(x, [R, DP])
+    place = (g * K + code)[:, None] * COUPLE + j[None, :]
+    return tl.load(book + place, mask=(g < G)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _stored(
-    out, code, held, first, width, R: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr, MOST: tl.constexpr, BYTES: tl.constexpr
-):  # fmt: skip
-    """Codes [R, RUNS · RUN] as bytes at out [R, 1]: those of a run have `width` [RUNS] <= MOST bits and begin at byte `first`."""
-    i = tl.arange(0, RUN)
-    bit = (i[None, :] * width[:, None])[None, :, :]
-    z = tl.reshape(code, [R, RUNS, RUN]).to(tl.int64)
-    low = tl.sum(tl.where(bit < 64, z << tl.minimum(bit, 63), 0), 2)
-    full = (width * RUN)[None, :]  # bits of a run
-    place = out + first[None, :]
-    for j in tl.static_range(8 if MOST > 8 else MOST):
-        inside = held & (8 * j < full) & (first[None, :] + j < BYTES)
-        tl.store(place + j, ((low >> (8 * j)) & 255).to(tl.uint8), mask=inside)
-    if MOST > 8:
-        across = tl.where(bit + width[None, :, None] > 64, z >> tl.minimum(tl.maximum(64 - bit, 0), 63), 0)
-        high = tl.sum(tl.where(bit >= 64, z << tl.maximum(bit - 64, 0), across), 2)
-        for j in tl.static_range(8, MOST):
-            inside = held & (8 * j < full) & (first[None, :] + j < BYTES)
-            tl.store(place + j, ((high >> (8 * j - 64)) & 255).to(tl.uint8), mask=inside)
+def _stored(out, code, bit, width, BYTES: tl.constexpr, BYTES_P: tl.constexpr):
+    """Codes [n] of `width` bits at their places `bit` of a row, as bytes."""
+    i = tl.arange(0, BYTES_P)
+    up = bit[None, :] - 8 * i[:, None]  # how far a code lies above the byte
+    left, right = tl.minimum(tl.maximum(up, 0), 31), tl.minimum(tl.maximum(-up, 0), 31)
+    part = tl.where(up >= 0, code[None, :] << left, code[None, :] >> right)
+    part = tl.where((up < 8) & (up > -width[None, :]), part & 255, 0)
+    tl.store(out + i, tl.sum(part, 1).to(tl.uint8), mask=i < BYTES)
 
 
-@triton.jit(do_not_specialize=["row_s", "position_b", "position_s", "cos_b", "S", "L", "tiles"])
+@triton.jit
 def code_kernel(
     rows, positions, length, cos, sin, mean, offset_cos, offset_sin, mean2, basis, sigma, book, levels, edges, meta,
     codes, scale,
-    row_b, row_h, row_s, position_b, position_s, cos_b, cos_s, codes_b, codes_h, scale_b, scale_h, basis_h, book_h, S, L, tiles, clip,
-    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, KEY: tl.constexpr,
-    ROPED: tl.constexpr, ROTARY: tl.constexpr, BLOCKED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
-    CENTER: tl.constexpr, CENTER2: tl.constexpr, BASIS: tl.constexpr, KIND: tl.constexpr, GAIN: tl.constexpr,
-    WIDEST: tl.constexpr, GROUP: tl.constexpr, COUPLE: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr,
+    row_b, row_h, position_b, cos_b, codes_b, codes_h, scale_b, scale_h, basis_h, book_h, clip,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, KEY: tl.constexpr, ROPED: tl.constexpr,
+    ROTARY: tl.constexpr, BLOCKED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr,
+    CENTER2: tl.constexpr, BASIS: tl.constexpr, KIND: tl.constexpr, GAIN: tl.constexpr, WIDEST: tl.constexpr,
+    GROUP: tl.constexpr, COUPLE: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, BYTES_P: tl.constexpr,
     SCALES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """R of S rows of one side of one head. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer
-    zero, 5 static."""
-    tile = tl.program_id(0) % tiles
-    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    """One row of one side. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer zero, 5 static."""
+    bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
-    r = tile * R + tl.arange(0, R)
-    slot = tl.load(length) + r
-    held = (r < S) & (slot < L)
-    r = tl.minimum(r, S - 1).to(tl.int64)
-    row = (rows + b * row_b + h * row_h + r * row_s)[:, None]
-    codes = (codes + b * codes_b + h * codes_h + slot * BYTES)[:, None]
-    scale += b * scale_b + h * scale_h + slot * SCALES
-    n = tl.arange(0, DP)
-    c = n[None, :]
-    place = tl.load(positions + b * position_b + r * position_s)
+    first = tl.load(length)
+    row = rows + b * row_b + h * row_h
+    codes += b * codes_b + h * codes_h + first * BYTES
+    scale += b * scale_b + h * scale_h + first * SCALES
+    c = tl.arange(0, DP)
+    place = tl.load(positions + b * position_b)
     place = ((place % BLOCK) + BLOCK) % BLOCK  # the floor modulus
-    offset_cos = (offset_cos + place * ROTARY)[:, None]
-    offset_sin = (offset_sin + place * ROTARY)[:, None]
-    cos = (cos + b * cos_b + r * cos_s)[:, None]
-    sin = (sin + b * cos_b + r * cos_s)[:, None]
+    offset_cos += place * ROTARY
+    offset_sin += place * ROTARY
+    cos += b * cos_b
+    sin += b * cos_b
     mean += h * D
     if BASIS:
-        x = tl.zeros((R, DP), tl.float32)
+        x = tl.zeros((DP,), tl.float32)
         for at in range(0, DP, CHUNK):
             part = at + tl.arange(0, CHUNK)
-            inside = (part < D)[:, None] & (c < D)
-            u = tl.load(basis + h * basis_h + part[:, None] * D + c, mask=inside, other=0.0)
-            if R == 1:  # as a column
-                p = part[:, None]
-            else:
-                p = part[None, :]
-            y = _channels(row, p, mean, cos, sin, offset_cos, offset_sin, D, ROTARY, BLOCKED, OFFSET, ROPED, CENTER, KEY)
+            y = _channels(row, part, mean, cos, sin, offset_cos, offset_sin, D, ROTARY, BLOCKED, OFFSET, ROPED, CENTER, KEY)
             if CENTER2:
-                y = y - tl.load(mean2 + h * D + p, mask=p < D, other=0.0)
-            y = tl.where(p < D, y, 0.0)
-            if R == 1:
-                x += tl.sum(y * u, 0)[None, :]
-            else:
-                x = tl.dot(y, u.to(tl.float32), x, input_precision="ieee")
+                y = y - tl.load(mean2 + h * D + part, mask=part < D, other=0.0)
+            inside = (part < D)[:, None] & (c < D)[None, :]
+            u = tl.load(basis + h * basis_h + part[:, None] * D + c[None, :], mask=inside, other=0.0)
+            x += tl.sum(tl.where(part < D, y, 0.0)[:, None] * u, 0)
     else:
         x = _channels(row, c, mean, cos, sin, offset_cos, offset_sin, D, ROTARY, BLOCKED, OFFSET, ROPED, CENTER, KEY)
     x = tl.where(c < D, x, 0.0)
@@ -207,80 +180,74 @@ def code_kernel(
         G: tl.constexpr = D // COUPLE
         GP: tl.constexpr = DP // COUPLE
         K: tl.constexpr = 1 << BITS
-        RUN: tl.constexpr = 8 if GP > 8 else GP
         g = tl.arange(0, GP)
         book += h * book_h
+        z = tl.reshape(x, [GP, COUPLE])
         if GAIN:
-            live = c < D
-            gain = tl.maximum(tl.sqrt(tl.sum((x * x).to(tl.float64), 1) / D).to(tl.float32), _TINY)[:, None]
-            z = tl.reshape(_divided(x, x * 0.0 + gain), [R, GP, COUPLE])
-            level = _vectors(_nearest(z, book, g, K, R, GP, G, COUPLE, STEP), book, g, K, R, DP, G, COUPLE)
-            gain = tl.maximum(tl.maximum(_fitted(x, level, live), 0.0), _TINY)
-            z = tl.reshape(_divided(x, x * 0.0 + gain), [R, GP, COUPLE])
-            code = _nearest(z, book, g, K, R, GP, G, COUPLE, STEP)
-            gain = tl.maximum(_fitted(x, _vectors(code, book, g, K, R, DP, G, COUPLE), live), 0.0)
-            tl.store(scale[:, None], gain.to(tl.float16), mask=held[:, None])
+            mean_square = tl.sum((x * x).to(tl.float64)) / D
+            gain = tl.maximum(tl.sqrt(mean_square).to(tl.float32), _TINY)
+            level = _vectors(_nearest(_divided(z, z * 0.0 + gain), book, g, K, GP, G, COUPLE, STEP), book, g, K, G, COUPLE)
+            live = (g < G)[:, None] & (level == level)
+            gain = tl.maximum(tl.maximum(_fitted(z, level, live), 0.0), _TINY)
+            code = _nearest(_divided(z, z * 0.0 + gain), book, g, K, GP, G, COUPLE, STEP)
+            gain = tl.maximum(_fitted(z, _vectors(code, book, g, K, G, COUPLE), live), 0.0)
+            tl.store(scale, gain.to(tl.float16))
         else:
-            code = _nearest(tl.reshape(x, [R, GP, COUPLE]), book, g, K, R, GP, G, COUPLE, STEP)
-        run = tl.arange(0, GP // RUN)
-        code = tl.where((g < G)[None, :], code, 0)
-        _stored(codes, code, held[:, None], run * BITS, run * 0 + BITS, R, GP // RUN, RUN, BITS, BYTES)
+            code = _nearest(z, book, g, K, GP, G, COUPLE, STEP)
+        _stored(codes, code, tl.where(g < G, g * BITS, 1 << 20), g * 0 + BITS, BYTES, BYTES_P)
     else:
-        width, at = tl.load(meta + n)[None, :], tl.load(meta + DP + n)[None, :]
-        levels += tl.load(meta + 3 * DP + n)[None, :]
+        width, at, bit = tl.load(meta + c), tl.load(meta + DP + c), tl.load(meta + 2 * DP + c)
+        levels += tl.load(meta + 3 * DP + c)
         live = width > 0
         if KIND == 0:
             deviation = tl.maximum(tl.load(sigma + h * D + c, mask=c < D, other=1.0), _TINY)
-            y = _divided(x, x * 0.0 + deviation)
+            y = _divided(x, deviation)
             if GAIN:
-                mean_square = tl.sum(tl.where(c < D, y * y, 0.0).to(tl.float64), 1) / D
-                gain = tl.maximum(tl.sqrt(mean_square).to(tl.float32), _TINY)[:, None]
+                mean_square = tl.sum(tl.where(c < D, y * y, 0.0).to(tl.float64)) / D
+                gain = tl.maximum(tl.sqrt(mean_square).to(tl.float32), _TINY)
                 code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
                 level = tl.load(levels + code, mask=live, other=0.0) * deviation
                 gain = tl.maximum(_fitted(x, level, live), _TINY)
                 code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
                 level = tl.load(levels + code, mask=live, other=0.0) * deviation
-                tl.store(scale[:, None], _fitted(x, level, live).to(tl.float16), mask=held[:, None])
+                tl.store(scale, _fitted(x, level, live).to(tl.float16))
             else:
                 code = _search(y, width, at, edges, WIDEST)
         elif KIND == 5:
             half: tl.constexpr = 1 << (WIDEST - 1)
             step = tl.load(sigma + h * D + c, mask=c < D, other=1.0)
-            code = tl.minimum(tl.maximum(_rounded(_divided(x, x * 0.0 + step)), -half), half - 1) + half
+            code = tl.minimum(tl.maximum(_rounded(_divided(x, step)), -half), half - 1) + half
             code = code.to(tl.int32)
         else:
             groups: tl.constexpr = D // GROUP
             padded: tl.constexpr = DP // GROUP if D == DP else 1
             wide: tl.constexpr = GROUP if D == DP else DP
-            m = tl.arange(0, padded)[None, :]
-            z = tl.reshape(x, [R, padded, wide])
-            inside = tl.reshape(tl.broadcast_to(c < D, [R, DP]), [R, padded, wide])
+            n = tl.arange(0, padded)
+            z = tl.reshape(x, [padded, wide])
+            inside = tl.reshape(c < D, [padded, wide])
             top: tl.constexpr = (1 << WIDEST) - 1
             if KIND == 2:
-                low = _half((tl.sum(tl.where(inside, z, 0.0).to(tl.float64), 2) / GROUP).to(tl.float32))
-                z = z - low[:, :, None]
-                step = _half(tl.sqrt(tl.sum(tl.where(inside, z * z, 0.0).to(tl.float64), 2) / GROUP).to(tl.float32))
-                t = _divided(z, tl.maximum(step, _TINY)[:, :, None] + z * 0.0)
-                code = _search(tl.reshape(t, [R, DP]), width, at, edges, WIDEST)
+                low = _half((tl.sum(tl.where(inside, z, 0.0).to(tl.float64), 1) / GROUP).to(tl.float32))
+                z = z - low[:, None]
+                step = _half(tl.sqrt(tl.sum(tl.where(inside, z * z, 0.0).to(tl.float64), 1) / GROUP).to(tl.float32))
+                t = _divided(z, tl.maximum(step, _TINY)[:, None] + z * 0.0)
+                code = _search(tl.reshape(t, [DP]), width, at, edges, WIDEST)
             else:
-                high = clip * tl.max(tl.where(inside, z, float("-inf")), 2)
-                low = clip * tl.min(tl.where(inside, z, float("inf")), 2)
+                high = clip * tl.max(tl.where(inside, z, float("-inf")), 1)
+                low = clip * tl.min(tl.where(inside, z, float("inf")), 1)
                 step = _half(_divided(high - low, high * 0.0 + top))
                 if KIND == 4:
                     step = tl.where(step > 0, step, 1.0)
                     zero = _half(_rounded(_divided(-low, step)))
-                    t = _rounded(_divided(z, step[:, :, None] + z * 0.0)) + zero[:, :, None]
+                    t = _rounded(_divided(z, step[:, None] + z * 0.0)) + zero[:, None]
                     low = zero
                 else:
                     low = _half(low)
-                    t = _rounded(_divided(z - low[:, :, None], tl.maximum(step, _TINY)[:, :, None] + z * 0.0))
-                code = tl.reshape(tl.minimum(tl.maximum(t, 0.0), top), [R, DP]).to(tl.int32)
-            stored = held[:, None] & (m < groups)
-            tl.store(scale[:, None] + 2 * m, step.to(tl.float16), mask=stored)
-            tl.store(scale[:, None] + 2 * m + 1, low.to(tl.float16), mask=stored)
-        run = 8 * tl.arange(0, DP // 8)
-        first, bits = tl.load(meta + 2 * DP + run) // 8, tl.load(meta + run)
-        _stored(codes, tl.where(live, code, 0), held[:, None], first, bits, R, DP // 8, 8, WIDEST, BYTES)
+                    t = _rounded(_divided(z - low[:, None], tl.maximum(step, _TINY)[:, None] + z * 0.0))
+                code = tl.reshape(tl.minimum(tl.maximum(t, 0.0), top), [DP]).to(tl.int32)
+            tl.store(scale + 2 * n, step.to(tl.float16), mask=n < groups)
+            tl.store(scale + 2 * n + 1, low.to(tl.float16), mask=n < groups)
+        _stored(codes, tl.where(live, code, 0), bit, width, BYTES, BYTES_P)
 
 
 @triton.jit
