@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,12 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.errors import KvsinkError
+from kvsink.kernels import append_triton, backends
 from kvsink.kernels.append import append_ref
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
 from tests.models import LAYERS, build, tokens
+from tests.states import GPU
 
 
 class Reads(TorchDispatchMode):
@@ -112,3 +117,59 @@ def test_rows_that_do_not_fit_are_refused_before_any_is_stored() -> None:
     with pytest.raises(KvsinkError, match="layer 0: 3 rows do not fit behind 6 of max_length=8"):
         fed(model, cache, tokens(1, 3))
     assert largest_difference(before, list(cache.tensors().values())) == 0
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that would launch a kernel on a GPU."""
+
+    FREE = ("view", "slice", "select", "expand", "transpose", "unsqueeze", "detach", "alias", "as_strided", "empty", "reshape")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not any(free in name for free in self.FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("options", [{}, {"window": 4, "protect": "first:2+kvsink:3"}])
+def test_a_layer_takes_a_prompt_in_few_launches(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvsink.kernels import triton_rows
+
+    model, mode = rewritten("llama", "sdpa", "klt", **options), Launches()
+
+    def counted(name: str) -> Any:
+        return type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **kwargs: mode.names.append(name)})()
+
+    def served(held: backends.Backend) -> backends.Backend:
+        if held.append is None or held.name != "triton":
+            return replace(held, append=None)
+        return replace(held, append=backends.Part(lambda f, s, d: append_triton.declines(f, s, GPU), held.append.run))
+
+    table = tuple(map(served, backends.table()))
+    monkeypatch.setattr(backends, "table", lambda: table)
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
+    for name in ("code_rows_kernel", "enter_rows_kernel"):
+        monkeypatch.setattr(triton_rows, name, counted(name))
+    plain = {name: getattr(KVSinkLayer, name) for name in ("update", "begins")}
+
+    def watched(name: str) -> Any:
+        def run(self: KVSinkLayer, *args: Any, **more: Any) -> Any:
+            if self.layer < LAYERS - 1:
+                mode.names.clear()
+                return plain[name](self, *args, **more)
+            with mode:
+                return plain[name](self, *args, **more)
+
+        return run
+
+    for name in plain:
+        monkeypatch.setattr(KVSinkLayer, name, watched(name))
+    fed(model, far(KVSinkCache.for_model(model, 2, 64)), tokens(2, 30))
+    kernels = [name for name in mode.names if name.endswith("_kernel")]
+    assert sorted(kernels) == ["code_rows_kernel", "code_rows_kernel", "enter_rows_kernel"]
+    assert len(mode.names) <= 3 + 3, mode.names  # and the sizes of both sides and the length
