@@ -140,9 +140,9 @@ def _enter_rows(
         k, v, positions, st["length"], cos, sin, *score, *index, st["positions"], exact, st["exact_v"], st["exact_slot"],
         st["exact_score"], recent, st["recent_v"], st["recent_slot"],
         *k.stride()[:3], *v.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *count,
-        *(int(x.shape[0] > 1) for x in (*score, *index)), st["positions"].stride(0), exact.shape[2], *exact.stride()[:2], *recent.stride()[:2],
-        s, st["positions"].shape[1], H=h, D=d, DP=power(d), EP=power(codec.exact_rows or 1), NP=power(max(count)), W=ring, N=n,
-        A=ends[0], B=ends[1], C=ends[2], E=codec.exact_rows, ROTARY=0 if roped else cos.shape[-1], PLACES=whole,
+        *(int(x.shape[0] > 1) for x in (*score, *index)), st["positions"].stride(0), exact.shape[2], *exact.stride()[:2],
+        *recent.stride()[:2], s, st["positions"].shape[1], H=h, D=d, DP=power(d), EP=power(codec.exact_rows or 1),
+        NP=power(max(count)), W=ring, N=n, A=ends[0], B=ends[1], C=ends[2], E=codec.exact_rows, ROTARY=0 if roped else cos.shape[-1], PLACES=whole,
     )  # fmt: skip
 
 
@@ -189,8 +189,8 @@ def _code(
         return rows if x is None else x  # a pointer that is not followed
 
     tables = (
-        held(p.get(f"{name}_mean") if center else None), held(p.get("offset_cos")), held(p.get("offset_sin")), held(p.get("k_mean2")),
-        held(basis), held(sigma), held(book), levels, edges, meta, codes, scale,
+        held(p.get(f"{name}_mean") if center else None), held(p.get("offset_cos")), held(p.get("offset_sin")),
+        held(p.get("k_mean2")), held(basis), held(sigma), held(book), levels, edges, meta, codes, scale,
     )  # fmt: skip
     apart = *codes.stride()[:2], *scale.stride()[:2], basis_h, 0 if book is None or book.shape[0] == 1 else book.stride(0)
     shape = dict(

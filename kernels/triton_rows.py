@@ -332,6 +332,6 @@ def enter_rows_kernel(
             repeat = tl.sum(again.to(tl.int32), 1) > 0
             tl.store(exact_slot + b * exact_n + e, tl.where(repeat, -slot - 2, slot), mask=e < E)
             tl.store(exact_score + b * exact_n + e, score, mask=e < E)
-            for h in range(0, H):
+            for h in range(H):
                 _copied(k + h * far_k, exact_k + h * far_exact, source, e, source >= 0, k_s, cos, sin, cos_s, D, DP, ROTARY)
                 _copied(v + h * far_v, exact_v + h * far_exact, source, e, source >= 0, v_s, cos, sin, cos_s, D, DP, 0)

@@ -118,8 +118,9 @@ def check_range(prompt: Sequence[RowSizes]) -> None:
             above = most * 2.0**-side.exponent > 1
             bound = (_HALF_MAX if above else _RESOLVED) * 2.0**side.exponent
             raise KvsinkError(
-                f"layer {at.layer}: {name} of this prompt reach {most:.3g}, {'above' if above else 'below'} the {bound:.3g} that the "
-                f"float16 scales of their codes hold; rewrite the model with calibration text like it, or with {name[:-1]}_bits=16"
+                f"layer {at.layer}: {name} of this prompt reach {most:.3g}, {'above' if above else 'below'} the {bound:.3g} that "
+                "the float16 scales of their codes hold; rewrite the model with calibration text like it, or with "
+                f"{name[:-1]}_bits=16"
             )
 
 

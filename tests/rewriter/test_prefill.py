@@ -69,9 +69,9 @@ def test_the_device_is_read_once_for_all_layers(padded: bool, monkeypatch: pytes
     mask[0, : 4 * padded] = 0
     counts = []
     near, distant = KVSinkCache.for_model(model, 2, 64), far(KVSinkCache.for_model(model, 2, 64))
-    for of, cache in ((build("llama"), StaticCache(model.config, max_cache_len=64)), (model, distant), (model, near)):
+    for of, held in ((build("llama"), StaticCache(model.config, max_cache_len=64)), (model, distant), (model, near)):
         with Reads() as reads:
-            fed(of, cache, ids, attention_mask=mask)
+            fed(of, held, ids, attention_mask=mask)
         counts.append(reads.count)
     stock, once, every = counts
     assert once <= stock + 3  # what is held, for the mask and for us; how far positions reach
