@@ -142,7 +142,8 @@ def _enter_rows(
         *k.stride()[:3], *v.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *count,
         *(int(x.shape[0] > 1) for x in (*score, *index)), st["positions"].stride(0), exact.shape[2], *exact.stride()[:2],
         *recent.stride()[:2], s, st["positions"].shape[1], H=h, D=d, DP=power(d), EP=power(codec.exact_rows or 1),
-        NP=power(max(count)), W=ring, N=n, A=ends[0], B=ends[1], C=ends[2], E=codec.exact_rows, ROTARY=0 if roped else cos.shape[-1], PLACES=whole,
+        NP=power(max(count)), W=ring, N=n, A=ends[0], B=ends[1], C=ends[2], E=codec.exact_rows,
+        ROTARY=0 if roped else cos.shape[-1], PLACES=whole,
     )  # fmt: skip
 
 
