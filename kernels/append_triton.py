@@ -131,8 +131,8 @@ def _enter_rows(
     cos, sin, cos_b = angles
     n = len(codec.segments)
     pairs = list(zip(candidates[: 2 * n : 2], candidates[1 : 2 * n : 2], strict=True))
-    score = [x.float().contiguous() for x, _ in pairs] + [k] * (_SEGMENTS - n)  # pointers that are not followed
-    index = [x.contiguous() for _, x in pairs] + [k] * (_SEGMENTS - n)
+    score = [x.float().expand(b, -1).contiguous() for x, _ in pairs] + [k] * (_SEGMENTS - n)  # pointers that are not followed
+    index = [x.expand(b, -1).contiguous() for _, x in pairs] + [k] * (_SEGMENTS - n)
     count = [x.shape[1] for x, _ in pairs] + [0] * (_SEGMENTS - n)
     ends = [sum(codec.segments[: i + 1]) for i in range(_SEGMENTS)]
     exact, recent, ring = st["exact_k"], st["recent_k"], codec.ring if whole else 0
@@ -140,7 +140,7 @@ def _enter_rows(
         k, v, positions, st["length"], cos, sin, *score, *index, st["positions"], exact, st["exact_v"], st["exact_slot"],
         st["exact_score"], recent, st["recent_v"], st["recent_slot"],
         *k.stride()[:3], *v.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *count,
-        *(int(x.shape[0] > 1) for x in (*score, *index)), st["positions"].stride(0), exact.shape[2], *exact.stride()[:2],
+        st["positions"].stride(0), exact.shape[2], *exact.stride()[:2],
         *recent.stride()[:2], s, st["positions"].shape[1], H=h, D=d, DP=power(d), EP=power(codec.exact_rows or 1),
         NP=power(max(count)), W=ring, N=n, A=ends[0], B=ends[1], C=ends[2], E=codec.exact_rows,
         ROTARY=0 if roped else cos.shape[-1], PLACES=whole,

@@ -270,18 +270,17 @@ def _copied(
 
 
 @triton.jit(do_not_specialize=[
-    "k_s", "v_s", "position_b", "position_s", "cos_b", "n0", "n1", "n2", "n3", "score_b0", "score_b1", "score_b2", "score_b3",
-    "index_b0", "index_b1", "index_b2", "index_b3", "stored_b", "exact_n", "S", "L",
+    "k_s", "v_s", "position_b", "position_s", "cos_b", "n0", "n1", "n2", "n3", "stored_b", "exact_n", "S", "L",
 ])  # fmt: skip
 def enter_rows_kernel(
     k, v, positions, length, cos, sin, score_0, score_1, score_2, score_3, index_0, index_1, index_2, index_3, stored_positions,
     exact_k, exact_v, exact_slot, exact_score, recent_k, recent_v, recent_slot,
-    k_b, k_h, k_s, v_b, v_h, v_s, position_b, position_s, cos_b, cos_s, n0, n1, n2, n3, score_b0, score_b1, score_b2, score_b3,
-    index_b0, index_b1, index_b2, index_b3, stored_b, exact_n, exact_b, exact_h, recent_b, recent_h, S, L,
+    k_b, k_h, k_s, v_b, v_h, v_s, position_b, position_s, cos_b, cos_s, n0, n1, n2, n3, stored_b, exact_n,
+    exact_b, exact_h, recent_b, recent_h, S, L,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, NP: tl.constexpr, W: tl.constexpr, N: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, E: tl.constexpr, ROTARY: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """S new rows; segments end at places A, B, C and E of exact_n. score_b and index_b: 1 where every sequence has its own."""
+    """S new rows; segments end at places A, B, C and E of exact_n. n: rows offered to each."""
     b = tl.program_id(0).to(tl.int64)
     first = tl.load(length).to(tl.int32)
     cos += b * cos_b
@@ -320,13 +319,13 @@ def enter_rows_kernel(
                 end = E if i == N - 1 else (A if i == 0 else (B if i == 1 else C))
                 mine = (e >= low) & (e < end)
                 if i == 0:
-                    scores, index, n = score_0 + b * score_b0 * n0, index_0 + b * index_b0 * n0, n0
+                    scores, index, n = score_0 + b * n0, index_0 + b * n0, n0
                 elif i == 1:
-                    scores, index, n = score_1 + b * score_b1 * n1, index_1 + b * index_b1 * n1, n1
+                    scores, index, n = score_1 + b * n1, index_1 + b * n1, n1
                 elif i == 2:
-                    scores, index, n = score_2 + b * score_b2 * n2, index_2 + b * index_b2 * n2, n2
+                    scores, index, n = score_2 + b * n2, index_2 + b * n2, n2
                 else:
-                    scores, index, n = score_3 + b * score_b3 * n3, index_3 + b * index_b3 * n3, n3
+                    scores, index, n = score_3 + b * n3, index_3 + b * n3, n3
                 slot, score, source = _chosen(slot, score, source, mine, end - low, scores, index, n, first, S, EP, NP)
             again = (slot[:, None] == slot[None, :]) & (e[:, None] > e[None, :]) & (slot >= 0)[:, None]
             repeat = tl.sum(again.to(tl.int32), 1) > 0

@@ -31,7 +31,7 @@ from kvsink.joining import joined_shared, joined_state, pads_of
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
-from kvsink.kernels.attend import attention
+from kvsink.kernels.attend import attend_ref, attention
 from kvsink.kernels.tiles import TILE_SLOTS
 from kvsink.offload import place_of
 from kvsink.protect import Segment
@@ -52,6 +52,14 @@ _ANCHOR_STATE = (*_EXACT, "recent_k", "recent_v", "recent_slot", "recent_score")
 def _differentiated(*tensors: Tensor) -> bool:
     """Whether autograd follows any of them: then the registered ops run, which say that they have no gradient."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _reached(positions: Tensor, first: Tensor | int) -> tuple[int, float]:
+    """The largest position plus one, and how far positions [B, S] run ahead of the numbers of their tokens, which begin at `first`:
+    0 where none does, NaN where not all do as far."""
+    offset = positions - torch.arange(positions.shape[-1], device=positions.device) - first
+    top, low, high = torch.stack([positions.amax(), *offset.aminmax()]).tolist()
+    return top + 1, 0 if high <= 0 else high if low == high else math.nan
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
@@ -110,6 +118,7 @@ class KVSinkLayer(CacheLayerMixin):
         self._held = 0  # tokens held, for growing caches only
         self._unseen: tuple[Tensor, Tensor] | None = None  # new rows whose attention has not been observed yet
         self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
+        self._ahead: float | None = None  # how far positions run ahead of tokens; NaN: not all as far, which no GPU kernel reads
         self._reach: int | None = None  # positions below it are in the tables of block starts, where there are any
         self._given: Tensor | None = None  # new values that attention is to ask for
         self._asked = True  # False from an update that left the reading to attention until attention has asked
@@ -348,6 +357,8 @@ class KVSinkLayer(CacheLayerMixin):
             )
         else:
             run = attend if _differentiated(q, k, v) else attention
+            if self.distant and k.shape[2] == 1 and self._ahead is not None and math.isnan(self._ahead):
+                run = attend_ref
             out = run(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         self._advance(k.shape[2])
         return out
@@ -374,13 +385,19 @@ class KVSinkLayer(CacheLayerMixin):
         return self.length
 
     def _check_positions(self, frame: Frame, positions: Tensor, new: int) -> None:
-        """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
-        if torch.compiler.is_compiling() or self._reach is None or (self.distant and new == 1):
+        """Make the table of block starts reach the largest position, and note how far positions run ahead of tokens; only outside
+        compiled code, where they can be read."""
+        if torch.compiler.is_compiling() or self._reach is None:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         if frame.reach is None or not _same(frame.reach[0], positions):
-            frame.reach = positions, int(positions.max()) + 1
-        if frame.reach[1] > self._reach:
-            self._set_params(2 * frame.reach[1])
+            found = _reached(positions, self._first_position()) if self.distant else (int(positions.max()) + 1, 0)
+            frame.reach = positions, *found
+        _, reach, ahead = frame.reach
+        self._ahead = ahead if self._ahead in (None, ahead) else math.nan
+        if reach > self._reach:
+            self._set_params(2 * reach)
 
     def _mark_padding(self, frame: Frame, new: int) -> None:
         """Note which of the new rows are padding, before any of them is coded; once per forward pass, since layers share it."""
@@ -455,6 +472,7 @@ class KVSinkLayer(CacheLayerMixin):
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
         self._held = 0
+        self._ahead = None
         self._unseen, self._asked = None, True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -946,8 +964,9 @@ class KVSinkCache(Cache):
         shared = joined_shared(self.shared, other.shared, pads, slots, pairs[0][0])
         for name, joined in shared.items():
             setattr(self.shared, name, joined)
-        for (layer, _), state in zip(pairs, states, strict=True):
+        for (layer, second), state in zip(pairs, states, strict=True):
             layer._take(state, slots)
+            layer._ahead = math.nan if layer._ahead or second._ahead else 0
         self.shared.frame = self.visual = None
         return pads
 
@@ -1018,6 +1037,7 @@ class KVSinkCache(Cache):
                 both = tuple(slice(min(a, b)) for a, b in zip(saved.shape, held.shape, strict=True))
                 held[both] = saved[both]
             layer._held = length
+            layer._ahead = _reached(tensors["positions"][:, :length], 0)[1] if length else None
         for name in SHARED_NAMES:
             getattr(cache.shared, name)[:, :length] = tensors[name][:, :length]
         for name, held in cache.shared.tables().items():

@@ -57,7 +57,7 @@ class Frame:
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     start: Any = None  # rows held before this pass, int or a tensor; None where nobody asks
     anchored: bool = False  # the anchors of codes in tiles have been seen to
-    reach: tuple[Tensor, int] | None = None  # positions that were looked at, and the largest of them plus one
+    reach: tuple[Tensor, int, float] | None = None  # positions that were looked at, and what a cache found
     asks: bool | None = None  # `Runtime.asks`, looked up once
     before: int | None = None
     begun: set[int] = field(default_factory=set)  # layers that have asked whether they begin

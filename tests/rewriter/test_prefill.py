@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
+import kvsink.cache
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.errors import KvsinkError
 from kvsink.kernels import append_triton, backends
@@ -117,6 +118,26 @@ def test_rows_that_do_not_fit_are_refused_before_any_is_stored() -> None:
     with pytest.raises(KvsinkError, match="layer 0: 3 rows do not fit behind 6 of max_length=8"):
         fed(model, cache, tokens(1, 3))
     assert largest_difference(before, list(cache.tensors().values())) == 0
+
+
+@pytest.mark.parametrize(
+    ("places", "by_kernel"), [((0, 9, 12), True), ((700, 709, 712), True), ((0, 500, 503), False), ((300, 9, 12), False)]
+)
+def test_positions_that_do_not_all_run_ahead_alike_are_read_by_the_definition(
+    places: tuple[int, ...], by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rewritten("llama", "sdpa", "klt")
+    chunks = tokens(1, 9, seed=1), tokens(1, 3, seed=2), tokens(1, 1, seed=3)
+    plain, outs, asked = kvsink.cache.attention, [], []
+    monkeypatch.setattr("kvsink.cache.attention", lambda *given: asked.append(given[1].shape[2]) or plain(*given))
+    for held in (KVSinkCache.for_model(model, 1, 64), far(KVSinkCache.for_model(model, 1, 64))):
+        asked.clear()
+        for chunk, start in zip(chunks, places, strict=True):
+            positions = torch.arange(start, start + chunk.shape[1])[None]
+            out = fed(model, held, chunk, position_ids=positions)
+        outs += out
+    assert largest_difference(outs[0], outs[1]) <= FUSED_FLOAT32 * float(outs[0].abs().max())
+    assert (1 in asked) == by_kernel and 3 in asked
 
 
 class Launches(TorchDispatchMode):
