@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, packed, tiles
+from . import append_triton, native, packed, tiles
 from .append import keep_exact
 from .attend import attend_plain
 from .backends import Call, Device, LayerFormat, Shape, tell_once
@@ -158,7 +158,8 @@ def append(call: Call, lib: packed.Library | None = None) -> None:
     k, v, positions, cos, sin, candidates, _, _ = call.coding()
     k = k if call.roped else rope_rows(k, cos, sin)
     if not packed.append_rows(lib or _library(call), call.codec, k, v, positions, candidates, call.st, call.p):
-        keep_exact(call.codec, call.st, k, v, candidates)
+        keep = append_triton.keep_exact if append_triton.keeps(call.codec, candidates, k.device) else keep_exact
+        keep(call.codec, call.st, k, v, candidates)
 
 
 def attend(call: Call, lib: packed.Library | None = None) -> Tensor:

@@ -202,8 +202,6 @@ def test_triton() -> None:
     layer = rows_of_bytes()
 
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
-        if k.shape[2] > 1:
-            return layer.append(k, v, candidates, first)
         assert append_triton.declines(layer.codec.format, states.shape_of(k), states.GPU) == ""
         return append_triton.append(states.coding(**layer.arguments(k, v, candidates, first)))
 
@@ -211,9 +209,23 @@ def test_triton() -> None:
 
 
 @here
+@interpreter
+@pytest.mark.parametrize("seed", range(3))
+def test_triton_of_exact_rows_alone(seed: int) -> None:
+    layer = rows_of_bytes()
+
+    def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
+        layer.st["length"].fill_(first)
+        append_triton.keep_exact(layer.codec, layer.st, k, v, candidates)
+
+    play(layer.st, offer, True, seed)
+    assert not layer.st["positions"].any() and not layer.st["k_codes"].any()
+
+
+@here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(f"{__file__}::test_triton", 1)
+    run_in_the_interpreter(__file__, 26)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler to emulate the CUDA kernels with")
