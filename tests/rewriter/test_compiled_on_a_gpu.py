@@ -38,7 +38,7 @@ def rewritten(method: str, dim: int, options: dict[str, Any]) -> Any:
         ("klt", {}),
         ("klt", {"key_bits": 2, "value_bits": 4}),
         ("cq", {}),
-        ("rtn", {"key_bits": 8, "value_bits": 8, "protect": "first:2"}),
+        ("rtn", {"key_bits": 6, "value_bits": 6, "protect": "first:2"}),
         ("kivi", {}),
         ("rotatekv", {}),
         ("antkv", {}),
