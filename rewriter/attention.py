@@ -2,7 +2,8 @@
 
 Formula    see `kvsink.kernels.attend`
 Source     ours
-Differs    transformers' "sdpa" attention goes through here, and the first rows of a sequence go on to it as they came; keys that do not come from a kvsink layer pass through unchanged
+Differs    transformers' "sdpa" attention goes through here; the first rows of a sequence pass on to it as they came, and so do keys
+           that do not come from a kvsink layer
 Shapes     query [B, Hq, S, D], key and value the rows just appended [B, Hkv, S, D] → [B, S, Hq, D]
 """
 
