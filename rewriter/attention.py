@@ -1,8 +1,9 @@
-"""How transformers' attention asks a packed cache: outside compiled graphs, layers in tiles attend over their codes themselves.
+"""How transformers' attention asks a packed cache: outside compiled graphs, packed layers attend over their codes themselves.
 
 Formula    see `kvsink.kernels.attend`
 Source     ours
-Differs    transformers' "sdpa" attention goes through here; keys that do not come from a kvsink layer pass through unchanged
+Differs    transformers' "sdpa" attention goes through here; the first rows of a sequence pass on to it as they came, and so do keys
+           that do not come from a kvsink layer
 Shapes     query [B, Hq, S, D], key and value the rows just appended [B, Hkv, S, D] → [B, S, Hq, D]
 """
 

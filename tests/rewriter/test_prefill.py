@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,10 +15,11 @@ from transformers import DynamicCache, StaticCache
 import kvsink.cache
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.errors import KvsinkError
-from kvsink.kernels import append_triton, backends
+from kvsink.kernels import append_triton, attend_triton, backends
 from kvsink.kernels.append import append_ref
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
+from tests.kernels.test_attend_triton import INTERPRETED, here, interpreter, run_in_the_interpreter
 from tests.models import LAYERS, build, tokens
 from tests.states import GPU
 
@@ -140,6 +140,77 @@ def test_positions_that_do_not_all_run_ahead_alike_are_read_by_the_definition(
     assert (1 in asked) == by_kernel and 3 in asked
 
 
+def served_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]]) -> None:
+    """Rows are coded and attended to by Triton where it serves a GPU, else by plain operators. asked: told of its calls."""
+
+    def part(name: str, held: backends.Part | None, declines: Any) -> backends.Part | None:
+        def run(call: Any) -> Any:
+            asked.append((name, call.k.shape[2]))
+            return held.run(call)  # type: ignore[union-attr]
+
+        return held and backends.Part(lambda f, s, d: declines(f, s, GPU), run)
+
+    def served(b: backends.Backend) -> backends.Backend:
+        if b.name != "triton":
+            return b if b.name == "torch" else replace(b, append=None, attend=None)
+        return replace(
+            b, append=part("append", b.append, append_triton.declines), attend=part("attend", b.attend, attend_triton.declines)
+        )
+
+    table = tuple(map(served, backends.table()))
+    monkeypatch.setattr(backends, "table", lambda: table)
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
+
+
+@here
+@interpreter
+@pytest.mark.parametrize(("family", "max_length", "options"), [
+    ("llama", 64, {"window": 4, "protect": "first:2+kvsink:3"}), ("mistral-sliding", None, {}),
+])  # fmt: skip
+def test_a_model_over_the_kernels_of_a_gpu(
+    family: str, max_length: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked = rewritten(family, "sdpa", "klt", **options), list[tuple[str, int]]()
+    mask = torch.ones(2, 36, dtype=torch.int64)
+    mask[1, :5] = 0
+
+    def run() -> tuple[list[Tensor], KVSinkCache]:
+        held, outs, at = KVSinkCache.for_model(model, 2, max_length), [], 0
+        for rows in (29, 6, 1):
+            at += rows
+            outs += fed(model, held, tokens(2, rows, seed=rows), attention_mask=mask[:, :at])
+        return outs, held
+
+    wanted, near = run()
+    served_as_on_a_gpu(monkeypatch, asked)
+    plain = KVSinkLayer.lazy_initialization
+
+    def distant(self: KVSinkLayer, k: Tensor, v: Tensor) -> None:
+        plain(self, k, v)
+        self.distant = True
+
+    monkeypatch.setattr(KVSinkLayer, "lazy_initialization", distant)
+    got, far_off = run()
+    assert set(asked) == {("append", 29), ("append", 6), ("append", 1), ("attend", 1)}
+    for one, two in zip(got, wanted, strict=True):
+        seen = mask[:, -one.shape[1] :].bool() if one.shape[1] < 29 else mask[:, :29].bool()
+        assert largest_difference(one[seen], two[seen]) <= FUSED_FLOAT32 * float(two.abs().max())
+    for a, b in zip(near.packed_layers(), far_off.packed_layers(), strict=True):
+        n = int(a.length)
+        for name in ("k_codes", "v_codes"):  # sums in another order: a tie may fall either way
+            assert (getattr(a, name)[:, :, :n] == getattr(b, name)[:, :, :n]).float().mean() >= 0.998
+        assert torch.equal(a.recent_slot, b.recent_slot) and torch.equal(a.exact_slot.sort().values, b.exact_slot.sort().values)
+        if a.codec.ring:  # the last row came through another attention
+            assert largest_difference(a.recent_k, b.recent_k) <= FUSED_FLOAT32 * float(a.recent_k.abs().max())
+
+
+@pytest.mark.slow
+@here
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(f"{__file__}::test_a_model_over_the_kernels_of_a_gpu", 2)
+
+
 class Launches(TorchDispatchMode):
     """Names of the operators that would launch a kernel on a GPU."""
 
@@ -156,7 +227,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@here
 @pytest.mark.parametrize("options", [{}, {"window": 4, "protect": "first:2+kvsink:3"}])
 def test_a_layer_takes_a_prompt_in_few_launches(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from kvsink.kernels import triton_rows
@@ -166,14 +237,7 @@ def test_a_layer_takes_a_prompt_in_few_launches(options: dict[str, Any], monkeyp
     def counted(name: str) -> Any:
         return type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **kwargs: mode.names.append(name)})()
 
-    def served(held: backends.Backend) -> backends.Backend:
-        if held.append is None or held.name != "triton":
-            return replace(held, append=None)
-        return replace(held, append=backends.Part(lambda f, s, d: append_triton.declines(f, s, GPU), held.append.run))
-
-    table = tuple(map(served, backends.table()))
-    monkeypatch.setattr(backends, "table", lambda: table)
-    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
+    served_as_on_a_gpu(monkeypatch, [])
     for name in ("code_rows_kernel", "enter_rows_kernel"):
         monkeypatch.setattr(triton_rows, name, counted(name))
     plain = {name: getattr(KVSinkLayer, name) for name in ("update", "begins")}
