@@ -17,9 +17,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import append_triton, attend_codes, native
 from .backends import Call, Device, LayerFormat, LayerState, Shape
 from .base import resolve_codec
+from .cuda import module as native
+from .cuda import rows_of_bytes as attend_codes
+from .triton import append as append_triton
 
 __all__ = ["append_attend", "append_attend_"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packed
 from .backends import Call, LayerState, tell_once
 from .base import resolve_codec
+from .cuda import launch as packed
 from .read import TILE, put_rows, read_ref
 
 __all__ = ["TILE", "attend", "attend_plain", "attend_ref", "attention"]

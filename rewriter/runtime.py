@@ -20,8 +20,8 @@ from kvsink.attention import causal_mask
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels import select_sinks
+from kvsink.kernels.layout import TileTables, key_rows
 from kvsink.kernels.selection import top_rows
-from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.offload import place_of
 from kvsink.protect import Segment, SinkStage

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from kvsink.cache import KVSinkCache
-from kvsink.kernels import append_, append_attend_, attend, native
+from kvsink.kernels import append_, append_attend_, attend
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import device_of
+from kvsink.kernels.cuda import module
 from kvsink.runtime import runtime_of
 from kvsink.served import served
 from kvsink.tools.bench_model import Shape, declared, fill, llama, rewritten
@@ -96,7 +97,8 @@ class Case:
         self.model, self.b, self.t = model, b, t
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.dim, device = model.config.head_dim, model.device
-        self.codec, self.scale = runtime_of(model).plans[0].codec, self.dim**-0.5
+        planned: Any = runtime_of(model).plans[0].codec
+        self.codec, self.scale = planned, self.dim**-0.5
         g = torch.Generator(device).manual_seed(1)
         counts = (self.heads, self.kv_heads, self.kv_heads)
         self.q, self.k, self.v = (torch.randn(b, n, 1, self.dim, device=device, dtype=model.dtype, generator=g) for n in counts)
@@ -173,9 +175,9 @@ def _one(
     both = graph_times([partial(case.step, x) for x in caches])
     apart = None
     if in_turn:
-        native.BESIDE, beside = False, native.BESIDE
+        module.BESIDE, beside = False, module.BESIDE
         apart = graph_times([partial(case.step, x) for x in caches])
-        native.BESIDE = beside
+        module.BESIDE = beside
     return {**row, **timed(base, alone, both, apart, case.bytes, bandwidth)}
 
 

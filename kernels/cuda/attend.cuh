@@ -1,7 +1,7 @@
 // Decode attention over packed keys and values: one query row per sequence, split over tokens, merged in the same launch.
 //
-// Formula    out = softmax(scale * q.K^ + mean) V^ over packed tokens, exact rows and the new row (kernels/attend.py, kernels/tiles.py)
-// Layout     token tiles of 16 are stored in the order of mma.m16n8k16 A fragments; a superblock is 128 tokens (kernels/tiles.py)
+// Formula    out = softmax(scale * q.K^ + mean) V^ over packed tokens, exact rows and the new row (kernels/attend.py, kernels/layout.py)
+// Layout     token tiles of 16 are stored in the order of mma.m16n8k16 A fragments; a superblock is 128 tokens (kernels/layout.py)
 // Columns    the 8 of a product are up to 4 query heads, twice: for a tile of the superblock's first block of 64 and for that of its
 //            second; or, WIDE, 5 to 8 heads and one tile. More heads go in groups, a row of the grid each
 // Needs      sm_80. No header is included, so NVRTC compiles it as it is.

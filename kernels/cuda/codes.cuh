@@ -1,4 +1,4 @@
-// Decode attention over codes that are rows of bytes (kernels/attend_codes.py): levels are looked up in shared memory, in 16 bit.
+// Decode attention over codes that are rows of bytes (kernels/cuda/rows_of_bytes.py): levels are looked up in shared memory, in 16 bit.
 //
 // Formula    out = softmax(scale q.K^ + mean) V^ of one split of the slots of one key-value head; parts are merged by another launch
 // Work       a warp takes windows of 64 slots that it copies for itself, two tiles of 16 slots at a time; four warps share a product with

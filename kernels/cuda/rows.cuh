@@ -1,7 +1,7 @@
 // Rows into packed tiles and back: `append_rows` codes new keys and values and stores them, `append_row` does so for one new row
 // per sequence with a block for each (row, KV head), `decode_rows` reads slots as rows.
 //
-// Formula    kernels/tiles.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
+// Formula    kernels/layout.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
 // Layout     as attend.cuh, in whose translation unit this file stands: KW, VW and MODE are shared
 // Shapes     half the warps of a block take the keys of one (row, KV head) each, the other half the values;
 //            append_row: KEY_WARPS warps the key, one the value, the others the product with the basis (128 channels then)

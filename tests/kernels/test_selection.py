@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from kvsink.codecs import STATE_NAMES, Codec
-from kvsink.kernels import append_triton, cuda_tiles, packed
 from kvsink.kernels.append import append_
-from kvsink.kernels.append_cpu import by_definition, declines, select_one
+from kvsink.kernels.cpu.append import by_definition, declines, select_one
+from kvsink.kernels.cuda import backend as cuda_tiles
+from kvsink.kernels.cuda import launch as packed
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
+from kvsink.kernels.triton import append as append_triton
 from kvsink.runtime import Frame, order_candidates
 from tests import states
-from tests.kernels import test_tiles
-from tests.kernels.emulated import Emulated
-from tests.kernels.test_attend_triton import INTERPRETED, here, interpreter, run_in_the_interpreter
+from tests.kernels.cuda import test_tiles
+from tests.kernels.cuda.emulated import Emulated
+from tests.kernels.triton.test_attend import INTERPRETED, here, interpreter, run_in_the_interpreter
 
 BATCH, HEADS, SEGMENTS = 2, 2, (3, 1, 2)
 PLACES, NEVER = sum(SEGMENTS), float("-inf")
