@@ -97,8 +97,8 @@ class Case:
         self.model, self.b, self.t = model, b, t
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.dim, device = model.config.head_dim, model.device
-        planned: Any = runtime_of(model).plans[0].codec
-        self.codec, self.scale = planned, self.dim**-0.5
+        plan: Any = runtime_of(model).plans[0]
+        self.codec, self.scale = plan.codec, self.dim**-0.5
         g = torch.Generator(device).manual_seed(1)
         counts = (self.heads, self.kv_heads, self.kv_heads)
         self.q, self.k, self.v = (torch.randn(b, n, 1, self.dim, device=device, dtype=model.dtype, generator=g) for n in counts)
