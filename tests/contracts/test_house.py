@@ -115,7 +115,7 @@ def test_no_folder_is_imported_by_its_everyday_name(path: Path) -> None:
 
 
 def test_triton_and_extras_are_not_needed_to_import() -> None:
-    extras = {"triton", "onnx", "onnxscript", "onnxruntime", "gguf", "matplotlib", "jinja2", "accelerate", "peft"}
+    extras = {"triton", "onnx", "onnxscript", "onnxruntime", "gguf", "matplotlib", "jinja2", "accelerate", "peft", "flashinfer"}
     for path in FILES:
         found = imports(path, top_level_only=True)
         in_triton = path.parent.name == "triton" and path.name.endswith("_kernels.py")  # which others import where they launch it
