@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .backends import Call, Device, LayerFormat, LayerState, Shape
 from .base import resolve_codec
-from .cuda import module as native
 from .cuda import rows_of_bytes as attend_codes
 from .triton import append as append_triton
 
@@ -37,7 +36,7 @@ class _Beside:
     def __init__(self, positions: Tensor, launches: Sequence[Callable[[], None]]) -> None:
         self.positions, (*self._code, self._enter) = positions.long(), launches
         self._here = torch.cuda.current_stream(positions.device)
-        apart = native.BESIDE and torch.cuda.is_current_stream_capturing()
+        apart = torch.cuda.is_current_stream_capturing()
         self._sides = _streams(positions.device) if apart else (self._here, self._here)
 
     def code(self) -> None:

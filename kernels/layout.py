@@ -3,11 +3,11 @@
 Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits in bin b_r at bit o_r (first fit into 16-bit bins)
            unit (x, b) of a slot, 16 bit: channel 8 r + x of the runs in bin b; of a last bin with 8 bits at most, the low byte
            inside a tile the units of 16 slots stand as the A operand of mma.m16n8k16, see `byte_index`
-           keys are told apart by slot, not by position: with j0 = slot - slot mod n and s the row's anchor,
+           keys are told apart by slot, not by position: with j0 = slot - slot mod n and s the row's origin,
            z = T (R_s R_{j0}^-1 k - M[slot mod n]),  k^ = R_{j0} R_s^-1 (T^-1 z^ + M[slot mod n])     (block keys; `post`
            keys leave the rotation off and subtract R_{j0} R_s^-1 M instead)
 Source     ours; the fragment order is that of the PTX manual, section on mma.m16n8k16
-Differs    the anchor is slot minus position of a row's first token, so regular rows are coded as without tiles; for other
+Differs    the origin is slot minus position of a row's first token, so regular rows are coded as without tiles; for other
            positions the mean fits worse, never wrongly
 Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin], L a multiple of 128; anchor_cos, anchor_sin float32 [B, R]
 Exact      yes: `unpermute(permute(x)) = x`
@@ -41,8 +41,8 @@ Params = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Fields:
-    """Where the code of each run of 8 channels sits inside 16-bit bins. pos: its bit after a bin's second half moved down; half: the
-    last bin has 8 bits at most, and two slots share its words."""
+    """Where the code of each run of 8 channels sits inside 16-bit bins. pos: its bit after a bin's second half moved down; half:
+    the last bin has 8 bits at most, and two slots share its words."""
 
     width: tuple[int, ...]
     bin: tuple[int, ...]
@@ -117,8 +117,8 @@ def _place(slot: int, word: int, lane: int, words: int) -> int:
 def byte_index(side: str, bins: int, half: bool) -> list[list[int]]:
     """Slot → places of the bytes of its units (x, b), in their order; a half bin has the low ones alone.
 
-    Keys: slots 2 g and 2 g + 1 are rows g and g + 8 of the fragment, channels 2 t and 2 t + 1 the halves of a word. Values: channel g
-    is row g, slots 4 t + 2 h + j the half h of word j. Half bins of two slots share a word.
+    Keys: slots 2 g and 2 g + 1 are rows g and g + 8 of the fragment, channels 2 t and 2 t + 1 the halves of a word. Values: channel
+    g is row g, slots 4 t + 2 h + j the half h of word j. Half bins of two slots share a word.
     """
     full, words, rows = bins - half, 2 * bins - half, []
     for slot in range(TILE_SLOTS):
@@ -170,7 +170,7 @@ def fetch(codes: Tensor, widths: tuple[int, ...], side: str, start: int = 0, cou
 # -- keys by slot -----------------------------------------------------------------------------------------------------------
 
 
-def _turn(x: Tensor, slots: Tensor, p: Params, back: bool) -> Tensor:
+def _rotated(x: Tensor, slots: Tensor, p: Params, back: bool) -> Tensor:
     """R_{j0} R_s^-1 x, or its inverse when `back`; x [B or 1, H, S, D], slots [S]."""
     start = p["start_cos"][slots // BLOCK], p["start_sin"][slots // BLOCK]
     cos, sin = p["anchor_cos"][:, None, None], p["anchor_sin"][:, None, None]
@@ -187,17 +187,17 @@ def transform_keys(k: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -
     if s.center:
         table = p["k_table"][:, slots % BLOCK][None]  # [1, H, S, D]
         if s.domain == "block":
-            return (_turn(x, slots, p, back=True) - table) @ p["k_basis"].to(x.dtype)
-        x = x - _turn(table.to(x.dtype), slots, p, back=False)
+            return (_rotated(x, slots, p, back=True) - table) @ p["k_basis"].to(x.dtype)
+        x = x - _rotated(table.to(x.dtype), slots, p, back=False)
     return hadamard(x) if s.transform == "hadamard" else x
 
 
 def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> Tensor:
     """The stages of `transform_keys` taken back; keys after RoPE."""
     if s.domain == "block":
-        return _turn(x @ p["k_basis"].mT.to(x.dtype) + p["k_table"][:, slots % BLOCK][None], slots, p, back=False)
+        return _rotated(x @ p["k_basis"].mT.to(x.dtype) + p["k_table"][:, slots % BLOCK][None], slots, p, back=False)
     x = hadamard(x) if s.transform == "hadamard" else x
-    return x + _turn(p["k_table"][:, slots % BLOCK][None].to(x.dtype), slots, p, back=False) if s.center else x
+    return x + _rotated(p["k_table"][:, slots % BLOCK][None].to(x.dtype), slots, p, back=False) if s.center else x
 
 
 # -- tables of the kernel ---------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ class TileTables:
         return _pairs(x).reshape(rows.shape[0], steps, steps, 32, 4)
 
     @staticmethod
-    def turn(cos: Tensor, sin: Tensor) -> Tensor:
+    def rotation(cos: Tensor, sin: Tensor) -> Tensor:
         """Angles of block starts [P, R] → int32 [P, 2, 4, R / 16]: cosines then sines of the first half, B operand order."""
         half = cos.shape[-1] // 2
         both = torch.stack([cos[:, :half], sin[:, :half]], 1).view(-1, 2, half // 8, 4, 2)  # cos|sin, run, t, hi

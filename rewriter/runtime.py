@@ -404,7 +404,7 @@ class Runtime:
             cos, sin = self.start_angles(layer, n, -(-tokens // n), device)
             key = f"turn.{self._kind(layer)}.{self.anatomy.turnings[layer]}.{n}.{cos.shape[0]}@{device}"
             if key not in self._tiles:
-                self._tiles[key] = TileTables.turn(cos, sin)
+                self._tiles[key] = TileTables.rotation(cos, sin)
             return self._tiles[key]
         key = f"layers.{layer}.{name}@{device}"
         if key not in self._tiles:

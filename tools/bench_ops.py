@@ -21,7 +21,6 @@ from kvsink.cache import KVSinkCache
 from kvsink.kernels import append_, append_attend_, attend
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import device_of
-from kvsink.kernels.cuda import module
 from kvsink.runtime import runtime_of
 from kvsink.served import served
 from kvsink.tools.bench_model import Shape, declared, fill, llama, rewritten
@@ -137,6 +136,11 @@ class Case:
             self.q, self.k, self.v, self.positions, self.scores, x.state(), x.params, None, self.scale, False, x.codec_text, []
         )
 
+    def in_turn(self, x: Any) -> Tensor:
+        """The same by two ops, one after the other."""
+        append_(self.k, self.v, self.positions, *self.angles, self.scores, x.state(), x.params, x.codec_text, True)
+        return self.attention(x)
+
     def served(self) -> tuple[str, str]:
         """Which kernels attend, and why those over tiles do not."""
         choice = served(runtime_of(self.model), self.k.dtype, device_of(self.k.device))[0][0]
@@ -175,9 +179,7 @@ def _one(
     both = graph_times([partial(case.step, x) for x in caches])
     apart = None
     if in_turn:
-        module.BESIDE, beside = False, module.BESIDE
-        apart = graph_times([partial(case.step, x) for x in caches])
-        module.BESIDE = beside
+        apart = graph_times([partial(case.in_turn, x) for x in caches])
     return {**row, **timed(base, alone, both, apart, case.bytes, bandwidth)}
 
 

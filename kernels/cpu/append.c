@@ -32,13 +32,13 @@ typedef struct {
     uint16_t *scale;
     const void *row; /* [B, H, D], of `type`, keys after RoPE */
     int64_t type, row_b, row_h;
-    int64_t turn, order;                 /* what happens to RoPE; channels of a Hadamard rotation, 0 for none */
-    const float *mean, *middle, *basis;  /* [H, D] before the offset is turned to and behind it; [H, D, D]; or NULL */
+    int64_t rope, order;                 /* what happens to RoPE; channels of a Hadamard rotation, 0 for none */
+    const float *mean, *middle, *basis;  /* [H, D] before the offset is rotated to and behind it; [H, D, D]; or NULL */
     const float *offset_cos, *offset_sin; /* [block, rotary] or NULL */
     int64_t block;
 } Side;
 
-enum { AS_IT_IS, BY_BLOCK, TURNED_MEAN }; /* rows whose RoPE stays; whose RoPE is that of the offset; less the mean after RoPE */
+enum { AS_IT_IS, BY_BLOCK, ROTATED_MEAN }; /* rows whose RoPE stays; whose RoPE is that of the offset; less the mean after RoPE */
 
 typedef struct {
     int64_t batch, heads, rows, slot;
@@ -232,11 +232,11 @@ static const float *stages(const Append *a, const Side *s, int64_t b, int64_t h,
     float *x = room, *y = x + d, *cos = y + d, *sin = cos + rotary, *keep;
     const float *mean = s->mean ? s->mean + h * d : NULL, *middle = s->middle ? s->middle + h * d : NULL;
     load(s->row, s->type, b * s->row_b + h * s->row_h, d, x);
-    if (s->turn != AS_IT_IS) {
+    if (s->rope != AS_IT_IS) {
         load(a->cos, a->angle_type, b * a->angle_b, rotary, cos);
         load(a->sin, a->angle_type, b * a->angle_b, rotary, sin);
     }
-    if (s->turn == BY_BLOCK) {
+    if (s->rope == BY_BLOCK) {
         for (int64_t i = 0; i < rotary; i++) {
             const float square = cos[i] * cos[i] + sin[i] * sin[i], norm = square < 1e-12f ? 1e-12f : square;
             cos[i] = cos[i] / norm, sin[i] = -sin[i] / norm;
@@ -249,7 +249,7 @@ static const float *stages(const Append *a, const Side *s, int64_t b, int64_t h,
             rope(x, s->offset_cos + at, s->offset_sin + at, rotary, d, y);
             keep = x, x = y, y = keep;
         }
-    } else if (s->turn == TURNED_MEAN) {
+    } else if (s->rope == ROTATED_MEAN) {
         rope(mean, cos, sin, rotary, d, y);
         for (int64_t i = 0; i < d; i++) x[i] -= y[i];
     } else

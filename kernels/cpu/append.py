@@ -55,7 +55,7 @@ class _Side(ctypes.Structure):
         ("book", _pointer),
         ("clip", ctypes.c_double),
         *((n, _pointer) for n in ("x", "codes", "scale", "row")),
-        *((n, _int) for n in ("type", "row_b", "row_h", "turn", "order")),
+        *((n, _int) for n in ("type", "row_b", "row_h", "rope", "order")),
         *((n, _pointer) for n in ("mean", "middle", "basis", "offset_cos", "offset_sin")),
         ("block", _int),
     )
@@ -220,12 +220,12 @@ class _AppendPlan(Plan):
                 side.mean = self.pointer(p[f"{n}_mean"])
         key, s = self.sides[0], c.key
         if s.domain == "block":
-            key.turn = 1
+            key.rope = 1
             if s.block > 1:
                 key.block = s.block
                 key.offset_cos, key.offset_sin = self.pointer(p["offset_cos"]), self.pointer(p["offset_sin"])
         elif s.center:
-            key.turn = 2
+            key.rope = 2
         if s.transform == "klt":
             key.middle = self.pointer(p["k_mean2"])
         self.select = _selection(c, st) if c.exact_rows else _Select()

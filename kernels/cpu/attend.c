@@ -219,7 +219,7 @@ static void gather_all(
 
 /* What one piece of work holds. */
 typedef struct {
-    float *q, *turned, *w, *sums, *mean; /* [R, dim] three times; sums of w by group [R, groups]; share of the mean [R, block] */
+    float *q, *rotated, *w, *sums, *mean; /* [R, dim] three times; sums of w by group [R, groups]; share of the mean [R, block] */
     float *rows, *p, *part, *a, *z, *base;
     int64_t held; /* the block of the last three */
 } Room;
@@ -237,25 +237,25 @@ static Room room_for(const Call *c, float *from, int64_t *numbers) {
 }
 
 /* The query of a head in the basis of the key codec, as rows of block m see it, and what the mean of the keys adds. */
-static void turn(const Call *c, int64_t h, int64_t m, Room *o) {
+static void rotate(const Call *c, int64_t h, int64_t m, Room *o) {
     const Side *k = &c->key;
     const int64_t r = c->repeats, d = k->dim, rotary = c->rotary, middle = rotary / 2;
     const int64_t first = o->held < 0;
     if (c->by_block || c->mean)
         for (int64_t i = 0; i < r; i++) {
             const float *q = o->q + i * d, *cos = c->start_cos + m * rotary, *sin = c->start_sin + m * rotary;
-            float *restrict t = o->turned + i * d;
+            float *restrict t = o->rotated + i * d;
             for (int64_t x = 0; x < middle; x++) t[x] = q[x] * cos[x] + q[x + middle] * sin[x + middle];
             for (int64_t x = middle; x < rotary; x++) t[x] = q[x] * cos[x] - q[x - middle] * sin[x - middle];
             for (int64_t x = rotary; x < d; x++) t[x] = q[x];
         }
     if (c->mean) {
         memset(o->mean, 0, sizeof(float) * r * c->block);
-        gather_all(r, c->block, d, c->mean + h * d * c->block, c->block, o->turned, d, o->mean, c->block);
+        gather_all(r, c->block, d, c->mean + h * d * c->block, c->block, o->rotated, d, o->mean, c->block);
     }
     o->held = m;
     if (!c->by_block && !first) return; /* the query in the basis is the same for all */
-    const float *from = c->by_block ? o->turned : o->q;
+    const float *from = c->by_block ? o->rotated : o->q;
     if (k->basis) {
         memset(o->w, 0, sizeof(float) * r * d);
         gather_all(r, d, d, k->basis + h * k->basis_h, d, from, d, o->w, d);
@@ -285,7 +285,7 @@ static void logits(const Call *c, int64_t b, int64_t h, int64_t start, int64_t n
         const int64_t first = positions[t] - m * span, at = first >= 0 && first < span ? first : (first % span + span) % span;
         for (end = t + 1; end < n && positions[end] >= low && positions[end] < high; end++)
             if (c->mean && (positions[end] != positions[t] + end - t || at + end - t >= span)) break;
-        if (m != o->held) turn(c, h, m, o);
+        if (m != o->held) rotate(c, h, m, o);
         for (int64_t g = 0; g < k->groups; g++)
             score_all(r, k->group_size, end - t, o->rows + t * d + g * k->group_size, d, o->w + g * k->group_size, d,
                       o->part + g * each + t);
@@ -421,7 +421,7 @@ static void merge(const Call *c, int64_t b, int64_t h) {
     float *decoded = row + d, *held = decoded + dv, *of_value = held + dv;
     for (int64_t i = 0; i < r; i++) {
         const float *pieces = c->work + (bh * c->pieces * r + i) * width;
-        float peak = LOWEST, mass = 0.0f, held_mass = 0.0f;
+        float peak = LOWEST, mass = 0.0f, exact_mass = 0.0f;
         load(c->q, c->q_type, b * c->q_b + (h * r + i) * c->q_h, d, q);
         for (int64_t s = 0; s < c->pieces; s++) peak = pieces[s * r * width] > peak ? pieces[s * r * width] : peak;
         for (int64_t s = 0, at = 0; s < SOURCES; s++)
@@ -448,11 +448,11 @@ static void merge(const Call *c, int64_t b, int64_t h) {
                 if (logit[at] <= LOWEST) continue;
                 const float p = fast_exp(logit[at] - peak);
                 load(rows->v, rows->type, b * rows->v_b + h * rows->v_h + x * rows->v_row, dv, of_value);
-                held_mass += p;
+                exact_mass += p;
                 for (int64_t y = 0; y < dv; y++) held[y] += p * of_value[y];
             }
         for (int64_t x = 0; v->sigma && x < dv; x++) decoded[x] *= v->sigma[h * dv + x];
-        const float all = mass + held_mass, share = 1.0f / (all < 1e-30f ? 1e-30f : all);
+        const float all = mass + exact_mass, share = 1.0f / (all < 1e-30f ? 1e-30f : all);
         for (int64_t x = 0; x < dv; x++) {
             held[x] += v->basis ? dot(decoded, v->basis + h * v->basis_h + x * dv, dv) : decoded[x];
             if (c->value_mean) held[x] += mass * c->value_mean[h * dv + x];

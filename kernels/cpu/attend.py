@@ -1,6 +1,6 @@
 """Decode attention over packed rows on the CPU: one new query row per sequence, in C, without unpacking the cache.
 
-Formula    logit_t = a_t (w_m . level_t) + b_t sum(w_m) + mean_t with w_m the query turned back to the start of block m and
+Formula    logit_t = a_t (w_m . level_t) + b_t sum(w_m) + mean_t with w_m the query rotated back to the start of block m and
            into the basis of the key codec, and mean_t the share of the calibrated mean; out = restore(sum p_t (a_t level_t + b_t))
            exact rows take part as they are; both parts share one softmax
 Source     FlashAttention, arXiv 2205.14135 (online softmax); the query carries the transform: ours (`klt`), RotateKV's idea of

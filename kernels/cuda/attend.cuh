@@ -67,7 +67,7 @@ constexpr int COLUMNS = WIDE ? 8 : 4, TILES = WIDE ? 1 : 2, SERVICE = COLUMNS, T
 
 constexpr int KS_BYTES = MODE == 2 ? 256 : 512, VS_BYTES = 512, HALF_RUNS = ROTARY / 16, ROT_BYTES = MODE == 0 ? 0 : 64 * HALF_RUNS;
 constexpr int KI_BYTES = K_BYTES * ITEM_PAIRS / 4, VI_BYTES = V_BYTES * ITEM_PAIRS / 4;   // codes of one item
-constexpr int PAIR_K = K_BYTES / 4, PAIR_V = V_BYTES / 4, K_SCALE = KS_BYTES / 128, V_SCALE = VS_BYTES / 128;   // bytes per tile pair, per token
+constexpr int K_SCALE = KS_BYTES / 128, V_SCALE = VS_BYTES / 128;              // bytes per token
 constexpr int IN_VALUES = KI_BYTES + KS_BYTES + VS_BYTES, IN_ROT = IN_VALUES + VI_BYTES, IN_MASK = IN_ROT + ROT_BYTES;   // offsets inside a stage
 constexpr int STAGE_BYTES = IN_MASK + 128;
 constexpr int PART = D + 4;                                                    // floats per head of a warp's partial: channels, max, sum
@@ -78,7 +78,7 @@ constexpr int PAIR_WARPS = 4;                        // that attend in attend_si
 constexpr int OFF_MEAN = WARPS * STAGES * STAGE_BYTES;
 constexpr int OFF_BASIS = OFF_MEAN + MEAN_BYTES;
 constexpr int OFF_PART = OFF_BASIS + BASIS_BYTES;
-constexpr int OFF_TURNED = OFF_BASIS;                // attend_single: query in the basis, and its sums; it reads the basis from L2
+constexpr int OFF_ROTATED = OFF_BASIS;                // attend_single: query in the basis, and its sums; it reads the basis from L2
 constexpr int RAW_ROW = (RUNS + 3) / 4 * 4 + 4, RAW_BYTES = MODE == 0 ? 0 : COLUMNS * 4 * RAW_ROW * 4, QT_BYTES = MODE == 2 ? 0 : COLUMNS * D * 2;
 constexpr int OFF_RAW = OFF_PART + WARPS * COLUMNS * PART * 4;                  // query, B-fragment order; two rows of the batch
 constexpr int OFF_QT = OFF_RAW + 2 * RAW_BYTES;                                // transformed query, COLUMNS x D fp16; two rows of the batch

@@ -21,7 +21,7 @@ from ..append import keep_exact
 from ..attend import attend_plain
 from ..backends import Call, Device, LayerFormat, Shape, tell_once
 from ..stages import rope_rows
-from . import launch, module
+from . import launch, module, variants
 
 __all__ = ["append", "attend", "declines", "library", "step"]
 
@@ -106,12 +106,12 @@ def _unread(f: LayerFormat, dim: int) -> str:
 
 def _compiled(f: LayerFormat, s: Shape, d: Device) -> str:
     """Why the kernels cannot be had on a GPU; they are compiled and loaded where they can."""
-    if reason := module.too_old(d.capability, d.name):
+    if reason := variants.too_old(d.capability, d.name):
         return reason
     variant = launch.variant_of(f, s.repeats or 1, s.rotary)
     try:
         if d.place is None:
-            variant.shape(module.Card(10 * d.capability[0] + d.capability[1], d.shared))
+            variant.shape(variants.Card(10 * d.capability[0] + d.capability[1], d.shared))
         else:
             library(f, s.repeats, s.rotary, d.place)
     except module.NativeError as error:

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import layout as tiles
 from ..read import put_rows
 from . import module as native
+from . import variants
 
 __all__ = [
     "AttendArguments",
@@ -95,13 +96,13 @@ class Library(Protocol):
     def decode(self, argument: Any, rows: int, heads: int) -> None: ...
 
 
-def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> native.Variant:
+def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> variants.Variant:
     """What the kernels must be compiled for, by a codec or a format; rotary: channels that carry RoPE, None for all of a head."""
     k = codec.key
     mode = 2 if k.transform == "klt" else 1 if k.center else 0
-    turned = 8 * len(k.widths) if rotary is None or not mode else rotary
-    many = codec.window > 0 or sum(codec.segments) > native.FEW
-    return native.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, turned, many)
+    rotated = 8 * len(k.widths) if rotary is None or not mode else rotary
+    many = codec.window > 0 or sum(codec.segments) > variants.FEW
+    return variants.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, rotated, many)
 
 
 def _rotates(side: Any) -> int:

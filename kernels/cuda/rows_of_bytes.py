@@ -1,13 +1,13 @@
-"""Decode attention over codes in rows of bytes, in CUDA C++: what `kvsink.kernels.triton.attend` serves of 128 channels in 16 bit, faster.
+"""Decode attention over codes in rows of bytes, in CUDA C++: what Triton serves of 128 channels in 16 bit, faster.
 
-Formula    as `kvsink.kernels.triton.attend`: the query goes to the basis and to the start of a block, or keys are restored one by one (dense);
-           codes are looked up in tables of 16-bit levels that stand in shared memory
+Formula    as `kvsink.kernels.triton.attend`: the query goes to the basis and to the start of a block, or keys are restored one by
+           one (dense); codes are looked up in tables of 16-bit levels that stand in shared memory
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
 Exact      products in float16, sums in float32: relative error of the output below 2e-3
 Declines   `declines` says in words: other widths, block sizes, head dimensions than 128, more than four query heads per key-value
            head; Triton serves those, and GPUs other than Hopper
-Cost       reads codes and scales once per key-value head; a launch that turns queries to blocks (not for dense keys), one that
+Cost       reads codes and scales once per key-value head; a launch that rotates queries to blocks (not for dense keys), one that
            attends, one that merges
 """
 
@@ -31,7 +31,8 @@ from ..levels import levels_of, levels_of_bytes
 from ..quantize import SIGMA_KINDS
 from ..triton import attend as triton_attend
 from ..triton.attend import derived, per_head, same, transform
-from .module import SHARED_LIMIT, Module, NativeError, module_of
+from .module import Module, NativeError, module_of
+from .variants import SHARED_LIMIT
 
 __all__ = ["Beside", "Call", "CodesVariant", "attend", "attend_one", "declines", "kernels_for", "misplaced", "variant_of"]
 
@@ -40,7 +41,7 @@ CAPABILITY = 9  # compute capability, before the point
 REPEATS = 4  # query heads that share a key-value head
 DTYPES = (torch.float16, torch.bfloat16)
 _COUPLES = (2, 4, 8)
-_TURNED = 16  # blocks that a launched block of `turn_queries` turns to at a time: TURN_BLOCKS of codes.cuh
+_ROTATED = 16  # blocks that a launched block of `rotate_queries` rotates to at a time: ROTATE_BLOCKS of codes.cuh
 _MERGE_WARPS = 8  # of a launched block of `merge_codes`
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
 
@@ -52,7 +53,7 @@ class Call(ctypes.Structure):
         *((n, _pointer) for n in (
             "q", "k_codes", "k_scale", "v_codes", "v_scale", "positions", "new_positions", "length", "mask", "exact_k", "exact_v",
             "exact_slot", "recent_k", "recent_v", "recent_slot", "new_k", "new_v", "k_levels", "v_levels", "basis", "mean",
-            "offsets", "angles", "turned", "part_acc", "part_top", "part_mass", "value_mean", "out",
+            "offsets", "angles", "rotated", "part_acc", "part_top", "part_mass", "value_mean", "out",
         )),
         *((n, _long) for n in (
             "k_codes_b", "k_codes_h", "k_scale_b", "k_scale_h", "v_codes_b", "v_codes_h", "v_scale_b", "v_scale_h", "position_row",
@@ -190,7 +191,7 @@ def variant_of(f: LayerFormat, s: Shape) -> CodesVariant | str:
 class Kernels(Protocol):
     """Who launches: the GPU's driver, or the emulation of the tests."""
 
-    def turn(self, call: Call, groups: int) -> None: ...
+    def rotate(self, call: Call, groups: int) -> None: ...
     def attend(self, call: Call, heads: int) -> None: ...
     def merge(self, call: Call, groups: int) -> None: ...
 
@@ -210,14 +211,14 @@ class CodesKernels:
 
     def __init__(self, variant: CodesVariant, module: Module) -> None:
         self.variant, self._module = variant, module
-        names = ("attend_codes", "turn_queries", "merge_codes")
-        self._attend, self._turn, self._merge = (module.function(name) for name in names)
+        names = ("attend_codes", "rotate_queries", "merge_codes")
+        self._attend, self._rotate, self._merge = (module.function(name) for name in names)
         self._threads, self._shared = module.numbers("kvsink_launch", 2)
         module.allow_shared(self._attend, self._shared)
         self.blocks = module.multiprocessors
 
-    def turn(self, call: Call, groups: int) -> None:
-        self._module.launch(self._turn, groups, 1, 256, 0, call)
+    def rotate(self, call: Call, groups: int) -> None:
+        self._module.launch(self._rotate, groups, 1, 256, 0, call)
 
     def attend(self, call: Call, heads: int) -> None:
         self._module.launch(self._attend, call.splits, heads, self._threads, self._shared, call)
@@ -327,7 +328,7 @@ def _offset_table(cos: Tensor, sin: Tensor, couple: int) -> Tensor:
 
 
 def _mean_table(mean: Tensor, angles: tuple[Tensor, Tensor] | None, couple: int) -> Tensor:
-    """Means of 64 offsets [H, 64, 128], or one mean [H, 1, 128] to be turned by them; fp16, swizzled."""
+    """Means of 64 offsets [H, 64, 128], or one mean [H, 1, 128] to be rotated by them; fp16, swizzled."""
 
     def table(rows: Tensor) -> Tensor:
         if angles is not None:
@@ -364,7 +365,7 @@ def _operand_order(couple: int, device: str) -> Tensor:
     return torch.tensor(order, device=device)
 
 
-def _turn_basis(basis: Tensor, sigma: Tensor | None, couple: int) -> Tensor:
+def _query_basis(basis: Tensor, sigma: Tensor | None, couple: int) -> Tensor:
     """Rows of (U diag(sigma))^T in the order of the codes, as A fragments [H, 8, 8, 32, 4]."""
 
     def fragments(u: Tensor) -> Tensor:
@@ -372,7 +373,7 @@ def _turn_basis(basis: Tensor, sigma: Tensor | None, couple: int) -> Tensor:
         rows = rows if sigma is None else rows * sigma[:, :, None]
         return TileTables.basis(rows[:, _index(couple, str(u.device))].contiguous())
 
-    fragments.__name__ = f"turn-{couple}"
+    fragments.__name__ = f"query-{couple}"
     return derived(basis if basis.dim() == 3 else basis[None], torch.int32, fragments)
 
 
@@ -479,10 +480,10 @@ def attend_one(
     top, mass = (torch.empty(heads, splits + 1, r, dtype=torch.float32, device=device) for _ in range(2))
     call.part_acc, call.part_top, call.part_mass = at(acc), at(top), at(mass)
     if not variant.dense:
-        table = _turn_basis(_identity(str(device)) if basis is None else basis, sigma, couple if not variant.key_runs else 2)
+        table = _query_basis(_identity(str(device)) if basis is None else basis, sigma, couple if not variant.key_runs else 2)
         call.basis, call.basis_h = at(table), 0 if table.shape[0] == 1 else 8192
-        call.turned = at(torch.empty(heads, call.blocks, 256, dtype=torch.int32, device=device))
-        kernels.turn(call, min(-(-call.blocks // _TURNED) * heads, 3 * multiprocessors))
+        call.rotated = at(torch.empty(heads, call.blocks, 256, dtype=torch.int32, device=device))
+        kernels.rotate(call, min(-(-call.blocks // _ROTATED) * heads, 3 * multiprocessors))
     kernels.attend(call, heads)
     if beside is not None:
         beside.enter()

@@ -92,7 +92,7 @@ class Scratch:
                     raise NativeError(
                         f"no scratch memory is left for this CUDA graph: {len(self._graphs)} graphs own all that was made, and "
                         "none is made during a capture. Run one step outside a graph before you capture, which makes "
-                        f"{self._ahead} places ahead, or ask for more of them by kvsink.kernels.cuda.module.scratch(device).reserve(n)"
+                        f"{self._ahead} places ahead, or ask for more: kvsink.kernels.cuda.module.scratch(device).reserve(n)"
                     )
                 self._graphs[capture] = self._free.pop(), when_gone(graph)
             return self._graphs[capture][0]

@@ -224,7 +224,7 @@ def test_cuda(kernel: str) -> None:
     """The kernels that code rows, and attention, which lets the new row in after it has read the exact ones."""
     made = test_tiles.layer_of(5, BATCH)
     layer = Layer(made, torch.float16)
-    lib = Emulated(packed.variant_of(layer.codec, 1), 1, lone_rows=BATCH if kernel == "append_row" else 0)
+    lib = Emulated(packed.variant_of(layer.codec, 1), 1, single_rows=BATCH if kernel == "append_row" else 0)
 
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
         a = layer.arguments(k, v, candidates, first)

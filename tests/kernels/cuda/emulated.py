@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from kvsink.kernels import backends
-from kvsink.kernels.cuda import backend, module
+from kvsink.kernels.cuda import backend, module, variants
 from kvsink.kernels.cuda.rows_of_bytes import CodesVariant
 
 FOLDER = Path(module.__file__).parent
-HOPPER = module.Card()
+HOPPER = variants.Card()
 
 
 @cache
-def _library(variant: module.Variant | CodesVariant, card: module.Card = HOPPER) -> ctypes.CDLL:
+def _library(variant: variants.Variant | CodesVariant, card: variants.Card = HOPPER) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler to emulate the CUDA kernels with")
@@ -48,14 +48,14 @@ def _library(variant: module.Variant | CodesVariant, card: module.Card = HOPPER)
 class Emulated:
     """Stands in for `module.Cubin`; `blocks` per key-value head take part in an attention, `by_warp`: each warp by whole rows.
 
-    lone_rows is `module.LONE_ROWS`.
+    single_rows is `module.SINGLE_ROWS`.
     """
 
     def __init__(
-        self, variant: module.Variant, blocks: int = 3, by_warp: bool = False, lone_rows: int = 0,
-        card: module.Card = HOPPER,
+        self, variant: variants.Variant, blocks: int = 3, by_warp: bool = False, single_rows: int = 0,
+        card: variants.Card = HOPPER,
     ) -> None:  # fmt: skip
-        self.lib, self.blocks, self.by_warp, self.lone_rows = _library(variant, card), blocks, by_warp, lone_rows
+        self.lib, self.blocks, self.by_warp, self.single_rows = _library(variant, card), blocks, by_warp, single_rows
         self.variant, self.groups = variant, variant.shape(card).groups(variant.repeats)
         self.partial = torch.full((64 * blocks * self.lib.slot_words(),), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
@@ -65,7 +65,7 @@ class Emulated:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         assert self.lib.attend_bytes() == ctypes.sizeof(argument)
-        one = self.lib.run_attend_single if module.single(argument) else self.lib.run_attend
+        one = self.lib.run_attend_single if variants.single(argument) else self.lib.run_attend
         run = self.lib.run_attend_rows if self.by_warp else one
         run(ctypes.byref(argument), ctypes.byref(fresh))
 
@@ -75,7 +75,7 @@ class Emulated:
 
     def append(self, argument: Any) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
-        if argument.S == 1 and self.lone_rows >= argument.B and self.variant.lone:
+        if argument.S == 1 and self.single_rows >= argument.B and self.variant.single_row:
             self.lib.run_append_row(ctypes.byref(argument))
             return
         self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))
@@ -112,11 +112,11 @@ class EmulatedCodes:
 
     def __init__(self, variant: CodesVariant) -> None:
         self.lib = _library(variant)
-        assert self.lib.smem_bytes() <= variant.shared_bytes() <= module.SHARED_LIMIT
+        assert self.lib.smem_bytes() <= variant.shared_bytes() <= variants.SHARED_LIMIT
 
-    def turn(self, call: Any, groups: int) -> None:
+    def rotate(self, call: Any, groups: int) -> None:
         assert self.lib.codes_bytes() == ctypes.sizeof(call)
-        self.lib.run_turn(ctypes.byref(call), groups)
+        self.lib.run_rotate(ctypes.byref(call), groups)
 
     def attend(self, call: Any, heads: int) -> None:
         assert self.lib.codes_bytes() == ctypes.sizeof(call)

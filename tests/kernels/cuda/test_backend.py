@@ -13,7 +13,7 @@ import torch
 from kvsink import served
 from kvsink.kernels import backends
 from kvsink.kernels.backends import Device, Shape, plan
-from kvsink.kernels.cuda import backend, driver, module
+from kvsink.kernels.cuda import backend, driver, module, variants
 from kvsink.runtime import runtime_of
 
 from .test_tiles import CODECS, layer_of, model_of
@@ -23,7 +23,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((6, 1), "6.1")])
 def test_a_gpu_of_another_generation_is_named(capability: tuple[int, int], reason: str) -> None:
-    assert reason in module.too_old(capability, "a GPU") and module.too_old((9, 0), "a GPU") == ""
+    assert reason in variants.too_old(capability, "a GPU") and variants.too_old((9, 0), "a GPU") == ""
 
 
 def test_without_a_compiler_the_reason_names_what_brings_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_code_is_compiled_once_per_source_and_architecture(tmp_path: Path, monke
     assert made == [("a", "sm_90a"), ("b", "sm_90a"), ("a", "sm_100a")] and len(list(tmp_path.rglob("*.cubin"))) == 3
 
 
-def _refused(variant: module.Variant, device: torch.device) -> Any:
+def _refused(variant: variants.Variant, device: torch.device) -> Any:
     raise module.NativeError("this GPU is a toaster")
 
 
@@ -99,4 +99,4 @@ def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypa
 
 def test_widths_that_need_more_memory_than_a_block_has_are_refused() -> None:
     with pytest.raises(module.NativeError, match="shared memory"):
-        module.Variant(2, (8,) * 32, (8,) * 32, 8).defines(module.Card())
+        variants.Variant(2, (8,) * 32, (8,) * 32, 8).defines(variants.Card())

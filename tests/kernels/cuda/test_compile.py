@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kvsink.kernels.cuda import module
+from kvsink.kernels.cuda import module, variants
 
 CARDS = {
-    "8.0": module.Card(80, 166912), "8.6": module.Card(86, 101376), "8.9": module.Card(89, 101376), "9.0": module.Card(),
-    "10.0": module.Card(100), "12.0": module.Card(120, 101376),
+    "8.0": variants.Card(80, 166912), "8.6": variants.Card(86, 101376), "8.9": variants.Card(89, 101376), "9.0": variants.Card(),
+    "10.0": variants.Card(100), "12.0": variants.Card(120, 101376),
 }  # fmt: skip
 """Bytes of shared memory that a block can have: CUDA's programming guide, table of technical data."""
 
@@ -41,7 +41,7 @@ def _cells() -> list[object]:
 @pytest.mark.parametrize(("card", "mode", "bits", "dim", "repeats"), _cells())
 def test_every_cell_compiles_within_its_card(card: str, mode: int, bits: int, dim: int, repeats: int, tmp_path: Path) -> None:
     made, widths = CARDS[card], (bits,) * (dim // 8)
-    variant = module.Variant(mode, widths, widths, repeats, dim)
+    variant = variants.Variant(mode, widths, widths, repeats, dim)
     try:
         shape = variant.shape(made)
     except module.NativeError as error:

@@ -134,11 +134,11 @@ def test_a_step_is_the_same_side_by_side(index: int, batch: int, monkeypatch: py
     zero = torch.zeros(batch, 1, dtype=torch.int64).cuda()
     scores = [t for _ in layer.segments for t in (torch.full((batch, 1), 1e30).cuda(), zero)]
     found = []
-    for beside in (False, True):
+    for overlap in (False, True):
         lib, state, params = on_gpu(layer, torch.float16)
         p, st = dict(zip(layer.codec.param_names(), params, strict=True)), layer.codec.named(state)
         held = [t.clone() for t in state]
-        monkeypatch.setattr(module, "BESIDE", beside)
+        monkeypatch.setattr(lib, "overlap", overlap)
 
         def step(st: Any = st, p: Any = p, lib: Any = lib) -> torch.Tensor:
             out = launch.step(lib, layer.codec, q, k, v, positions, scores, st, p, None, 0.09)

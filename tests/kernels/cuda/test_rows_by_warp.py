@@ -1,4 +1,4 @@
-"""Rows by warp (`attend_rows` of kernels/cuda/schedule.cuh), emulated, and the choice of it: against the definition at every kind of row."""
+"""Rows by warp (`attend_rows` of kernels/cuda/schedule.cuh), emulated, and their choice: against the definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.cuda import launch, module
+from kvsink.kernels.cuda import launch, variants
 
 from .emulated import Emulated
 from .test_tiles import DIM, KV_HEADS, append, rows
@@ -132,9 +132,9 @@ def test_a_step_enters_new_rows_after_every_head_has_read_the_exact_ones(
 
 
 def test_whole_rows_are_chosen_where_they_are_many_and_short() -> None:
-    assert module.by_warp(1416, 4, 4) and module.by_warp(304, 4, 23) and module.by_warp(248, 4, 4)
-    assert not module.by_warp(1, 16, 8) and not module.by_warp(1, 4, 1024) and not module.by_warp(16, 16, 64)
-    assert not module.by_warp(40, 4, 64)  # 40 rows for 32 warps: the second row of eight warps is waited for
+    assert variants.by_warp(1416, 4, 4) and variants.by_warp(304, 4, 23) and variants.by_warp(248, 4, 4)
+    assert not variants.by_warp(1, 16, 8) and not variants.by_warp(1, 4, 1024) and not variants.by_warp(16, 16, 64)
+    assert not variants.by_warp(40, 4, 64)  # 40 rows for 32 warps: the second row of eight warps is waited for
 
 
 @pytest.mark.parametrize("name", list(CODECS))
@@ -142,4 +142,4 @@ def test_whole_rows_are_chosen_where_they_are_many_and_short() -> None:
 def test_shared_memory_suffices(name: str, repeats: int) -> None:
     layer = KVSinkCache.for_model(model_of(name), 1, max_length=128, tiles=True).packed_layers()[1]
     size = Emulated(launch.variant_of(layer.codec, repeats)).lib.rows_smem_bytes()
-    assert 0 < size <= module.SHARED_LIMIT
+    assert 0 < size <= variants.SHARED_LIMIT

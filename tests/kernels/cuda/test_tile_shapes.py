@@ -16,14 +16,14 @@ from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.cuda import backend, launch, module
+from kvsink.kernels.cuda import backend, launch, variants
 from kvsink.kernels.read import read_ref
 from tests.states import coding
 
 from .emulated import Emulated
 
 SLOTS, KV_HEADS = 512, 2
-A100, GEFORCE, HOPPER = module.Card(80, 166912), module.Card(89, 101376), module.Card()
+A100, GEFORCE, HOPPER = variants.Card(80, 166912), variants.Card(89, 101376), variants.Card()
 
 
 class Kind(NamedTuple):
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     rotary: float = 1.0
     protect: str = "first:1"
     window: int = 0
-    card: module.Card = HOPPER
+    card: variants.Card = HOPPER
     fold: bool = True
 
 

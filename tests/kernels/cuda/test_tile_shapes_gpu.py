@@ -13,7 +13,7 @@ import torch
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.cuda import backend, launch, module
+from kvsink.kernels.cuda import backend, launch, module, variants
 from tests.states import coding
 
 from .test_tile_shapes import KINDS, KV_HEADS, NAMES, SLOTS, fill, layer_of, rows, scores_of
@@ -25,12 +25,12 @@ pytestmark = [
         reason="needs an NVIDIA GPU of capability 8.0 or newer",
     ),
 ]
-TRIED = [i for i, kind in enumerate(KINDS) if kind.card == module.Card() and i not in (1, 4, 9, 15)]
+TRIED = [i for i, kind in enumerate(KINDS) if kind.card == variants.Card() and i not in (1, 4, 9, 15)]
 EVERY = [pytest.param(i, id=NAMES[i]) for i in TRIED]
 HELD = ("exact_k", "exact_v", "recent_k", "recent_v")
 
 
-def kernels(index: int, layer: Any, card: module.Card | None = None) -> module.Cubin:
+def kernels(index: int, layer: Any, card: variants.Card | None = None) -> module.Cubin:
     device = torch.device("cuda", 0)
     variant = launch.variant_of(layer.codec, KINDS[index].repeats, layer.codec.rotary(layer.params))
     try:
@@ -106,7 +106,7 @@ def test_the_code_of_a_smaller_card_reads_and_writes_the_same_bytes() -> None:
     q, found = rows(2, 1, 5, KV_HEADS * KINDS[index].repeats, KINDS[index].dim).cuda(), []
     params = [t.cuda() for t in layer.params]
     p = dict(zip(layer.codec.param_names(), params, strict=True))
-    for card in (None, module.Card(80, 101376, portable=True)):
+    for card in (None, variants.Card(80, 101376, portable=True)):
         lib, state = kernels(index, layer, card), [t.cuda() for t in layer.state()]
         state = [t.half() if n in HELD else t for n, t in layer.codec.named(state).items()]
         out = launch.attend_one(lib, layer.codec, q, k, v, layer.codec.named(state), p, None, 0.09)

@@ -20,7 +20,7 @@ from kvsink.kernels import layout
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import Shape
-from kvsink.kernels.cuda import backend, launch, module
+from kvsink.kernels.cuda import backend, launch, variants
 from kvsink.kernels.read import read_ref
 from kvsink.methods import get_method
 from tests.states import coding
@@ -88,8 +88,8 @@ def append(
         backend.append(coding(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec, True), lib)
 
 
-def library(layer: KVSinkLayer, blocks: int = 3, lone_rows: int = 0) -> Emulated:
-    return Emulated(launch.variant_of(layer.codec, HEADS // KV_HEADS), blocks, lone_rows=lone_rows)
+def library(layer: KVSinkLayer, blocks: int = 3, single_rows: int = 0) -> Emulated:
+    return Emulated(launch.variant_of(layer.codec, HEADS // KV_HEADS), blocks, single_rows=single_rows)
 
 
 @pytest.mark.parametrize("widths", [(1,) * 16, (2,) * 16, (4,) * 16, MIXED])
@@ -233,13 +233,13 @@ def decoded(layer: KVSinkLayer, end: int) -> tuple[Tensor, Tensor]:
     return layer.codec.read_keys(st, p, 0, end), layer.codec.read_values(st, p, 0, end)
 
 
-@pytest.mark.parametrize("lone_rows", [0, 2])
+@pytest.mark.parametrize("single_rows", [0, 2])
 @pytest.mark.parametrize("index", range(len(CODECS)))
-def test_the_append_kernels_store_what_the_definition_stores(index: int, lone_rows: int) -> None:
+def test_the_append_kernels_store_what_the_definition_stores(index: int, single_rows: int) -> None:
     mine, wanted = layer_of(index, 2), layer_of(index, 2)
     for layer in (mine, wanted):  # the kernel takes 16-bit rows only; the numbers are the same in both
         layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
-    lib, end = library(mine, lone_rows=lone_rows), 0
+    lib, end = library(mine, single_rows=single_rows), 0
     for n, best in ((70, 0.0), (1, 3.0), (1, -9.0), (1, 9.0)):
         k, v = rows(2, n, end, dtype=torch.float16), rows(2, n, end + 7, dtype=torch.float16)
         v = v.transpose(1, 2).contiguous().transpose(1, 2)  # as a projection leaves it
@@ -279,7 +279,7 @@ def test_the_append_kernels_store_what_the_definition_stores(index: int, lone_ro
 def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) -> None:
     mine, wanted = layer_of(index, 2), layer_of(index, 2)
     sizes = (0.0, 1e-7, 1e-3, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 30.0, 1e3, 6e3)
-    lib = library(mine, lone_rows=2)
+    lib = library(mine, single_rows=2)
     for end, size in enumerate(sizes):
         k, v = (rows(2, 1, seed, dtype=torch.float16) * size for seed in (end, end + 50))
         k[1, :, :, 3:90] = 0  # ties and thresholds
@@ -297,15 +297,15 @@ def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) 
     assert torch.equal(mine.shared.positions, wanted.shared.positions)
 
 
-@pytest.mark.parametrize("lone_rows", [0, 1])
+@pytest.mark.parametrize("single_rows", [0, 1])
 @pytest.mark.parametrize("index", [0, 2, 5])
-def test_a_row_behind_the_last_slot_is_dropped(index: int, lone_rows: int) -> None:
+def test_a_row_behind_the_last_slot_is_dropped(index: int, single_rows: int) -> None:
     layer = layer_of(index, 1)
     append(layer, rows(1, 9, 1), rows(1, 9, 2), torch.arange(9)[None])
     layer.length.fill_(SLOTS)
     before = [t.clone() for t in layer.state()]
     new = rows(1, 1, 3, dtype=torch.float16)
-    append(layer, new, new, torch.tensor([[SLOTS]]), library(layer, lone_rows=lone_rows), best=9.0)
+    append(layer, new, new, torch.tensor([[SLOTS]]), library(layer, single_rows=single_rows), best=9.0)
     assert all(torch.equal(a, b) for a, b in zip(layer.state(), before, strict=True))
 
 
@@ -408,8 +408,8 @@ def test_a_chunk_attends_over_past_and_new_rows(strict: bool, masked: bool, monk
 @pytest.mark.parametrize("index", range(len(CODECS)))
 def test_shared_memory_is_what_the_source_takes(index: int) -> None:
     variant = launch.variant_of(layer_of(index).codec, 4)
-    shape = variant.shape(module.Card())
-    assert library(layer_of(index)).lib.smem_bytes() == variant.shared_bytes(shape) <= module.SHARED_LIMIT
+    shape = variant.shape(variants.Card())
+    assert library(layer_of(index)).lib.smem_bytes() == variant.shared_bytes(shape) <= variants.SHARED_LIMIT
 
 
 def test_a_tiled_cache_is_saved_and_read_again(tmp_path: Any) -> None:
