@@ -29,6 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 GROWS = -1  # exact rows whose number grows with the slots
+OFFERED = 128  # candidates of one segment among several new rows that kernels compare
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
 
 
@@ -133,7 +134,7 @@ class LayerState(NamedTuple):
 class Shape(NamedTuple):
     """What a call works on. heads: query heads, 0 where only rows are coded; rotary: channels that RoPE turns; rows: new ones per
     sequence, 2 for any more; mask: "" for none, "slots" for bool [B or 1, 1, 1, L], else "other"; exact: places of exact rows, or
-    GROWS; offered: whether every segment is offered one row of each new one, at most."""
+    GROWS; offered: whether every segment is offered one row of one new one, or at most `OFFERED` of several."""
 
     heads: int
     kv_heads: int
@@ -243,7 +244,7 @@ class Call:
         _, kv_heads, rows, dim = k.shape
         self.shape = Shape(
             heads, kv_heads, dim, self.v.shape[3], self.codec.rotary(self.params), dtype, self.state.exact_k.shape[2],
-            min(rows, 2), visible, not scores or all(x.shape[1] == 1 for x in scores),
+            min(rows, 2), visible, all(x.shape[1] <= (1 if rows == 1 else OFFERED) for x in scores),
         )  # fmt: skip
         return choose(what, self.codec.format, self.shape, device_of(k.device))
 

@@ -44,10 +44,16 @@ def lasting(device: torch.device, make: Callable[[], R]) -> R:
 
 def kept(make: Callable[P, R]) -> Callable[P, R]:
     """A function of tables by hashable arguments, among them a `device`: called once for each combination."""
-    signature, made = inspect.signature(make), dict[tuple[Any, ...], R]()
+    signature, made, asked = inspect.signature(make), dict[tuple[Any, ...], R](), dict[tuple[Any, ...], R]()
 
     @wraps(make)
     def table(*args: P.args, **options: P.kwargs) -> R:
+        as_written = (args, *options.items())
+        if as_written not in asked:
+            asked[as_written] = bound(*args, **options)
+        return asked[as_written]
+
+    def bound(*args: P.args, **options: P.kwargs) -> R:
         given = signature.bind(*args, **options).arguments
         key = tuple(given.values())
         if key not in made:

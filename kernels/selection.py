@@ -27,7 +27,7 @@ NEVER = float("-inf")
 def _numbers(score: Tensor) -> Tensor:
     """Scores as float32, -inf for what is no number."""
     score = score.float()
-    return torch.where(score > NEVER, score, NEVER)
+    return score.masked_fill(~(score > NEVER), NEVER)
 
 
 def precedence(score: Tensor, slot: Tensor) -> Tensor:

@@ -31,11 +31,11 @@ from kvsink.joining import joined_shared, joined_state, pads_of
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
-from kvsink.kernels.attend import attention
+from kvsink.kernels.attend import attend_ref, attention
 from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.offload import place_of
 from kvsink.protect import Segment
-from kvsink.ranges import check_range
+from kvsink.ranges import RowSizes, check_range
 from kvsink.runtime import Frame, Runtime, number_of, order_candidates, runtime_of, turns_back
 from kvsink.served import in_tiles, tiles_serve
 from kvsink.sliding import WINDOWED, SlidingWindow, check_crop, window_of
@@ -52,6 +52,19 @@ _ANCHOR_STATE = (*_EXACT, "recent_k", "recent_v", "recent_slot", "recent_score")
 def _differentiated(*tensors: Tensor) -> bool:
     """Whether autograd follows any of them: then the registered ops run, which say that they have no gradient."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _reached(positions: Tensor, first: Tensor | int) -> tuple[int, float]:
+    """The largest position plus one, and how far positions [B, S] run ahead of the numbers of their tokens, which begin at `first`:
+    0 where none does, NaN where not all do as far."""
+    offset = positions - torch.arange(positions.shape[-1], device=positions.device) - first
+    top, low, high = torch.stack([positions.amax(), *offset.aminmax()]).tolist()
+    return top + 1, 0 if high <= 0 else high if low == high else math.nan
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory, as views of one are."""
+    return one.data_ptr() == two.data_ptr() and (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
 
 
 class _Shared:
@@ -101,9 +114,11 @@ class KVSinkLayer(CacheLayerMixin):
         self.is_compileable = max_length is not None
         self.params: list[Tensor] = []
         self.order: tuple[Tensor, Tensor] | None = None  # channels of a key in canonical order, and back
+        self.distant = False  # a number of its tensors is read only after a wait
         self._held = 0  # tokens held, for growing caches only
         self._unseen: tuple[Tensor, Tensor] | None = None  # new rows whose attention has not been observed yet
         self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
+        self._ahead: float | None = None  # how far positions run ahead of tokens; NaN: not all as far, which no GPU kernel reads
         self._reach: int | None = None  # positions below it are in the tables of block starts, where there are any
         self._given: Tensor | None = None  # new values that attention is to ask for
         self._asked = True  # False from an update that left the reading to attention until attention has asked
@@ -112,6 +127,7 @@ class KVSinkLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.distant = self.device.type != "cpu"
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.head_dim, self.value_dim = key_states.shape[-1], value_states.shape[-1]
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]  # models ask whether a layer holds any of its own
@@ -180,15 +196,10 @@ class KVSinkLayer(CacheLayerMixin):
         new = key_states.shape[2]
         if self.max_length is None:
             self._grow(self._held + new)
-        elif (
-            not torch.compiler.is_compiling() and self.device.type == "cpu" and int(self.length) + new > self.max_length
-        ):
-            raise KvsinkError(
-                f"layer {self.layer}: {new} rows do not fit behind {int(self.length)} of max_length={self.max_length}; "
-                "make the cache longer"
-            )
-        self.check_asked()
         frame = self.shared.frame or Frame()
+        if self.max_length is not None and not torch.compiler.is_compiling():
+            self._check_room(frame, new, self.max_length)
+        self.check_asked()
         positions = frame.positions
         if positions is None:
             positions = torch.arange(new, device=self.device)[None] + self._first_position()
@@ -201,9 +212,13 @@ class KVSinkLayer(CacheLayerMixin):
             cos, sin = self.shared.runtime.canonical(self.layer, cos, sin)
         self._check_positions(frame, positions, new)
         self._mark_padding(frame, new)
+        candidates = self._candidates(frame, key_states)
         if new > 1 and not torch.compiler.is_compiling():
-            spared = partial(self._spared, frame, key_states)
-            check_range(self.layer, self.codec, key_states, value_states, spared)
+            rows = RowSizes.of(self.layer, self.codec, key_states, value_states, partial(self._spared, frame.valid, candidates))
+            if self.distant and frame.start is not None:  # looked at when the pass is over: one wait, not one in every layer
+                frame.sizes.append(rows)
+            else:
+                check_range([rows])
         anchored = self.codec.anchors is not None
         if anchored:
             if self._unseen is not None:
@@ -218,13 +233,9 @@ class KVSinkLayer(CacheLayerMixin):
         if defers:  # attention asks the layer, see kvsink.attention
             key_states._kvsink_layer, self._asked, self._given = self, False, value_states  # type: ignore[attr-defined]
             if self.codec.tiles:
-                self._fresh = positions, self._candidates(frame, key_states)
+                self._fresh = positions, candidates
                 return key_states, value_states
-        store = append if defers and not _differentiated(key_states, value_states) else append_
-        store(
-            key_states, value_states, positions, cos, sin, self._candidates(frame, key_states), self.state(),
-            self.params, self.codec_text, True,
-        )  # fmt: skip
+        self._store(key_states, value_states, positions, (cos, sin), candidates, defers)
         if defers:
             return key_states, value_states
         full_k, full_v = read(key_states, value_states, self.state(), self.params, self.codec_text)
@@ -238,6 +249,13 @@ class KVSinkLayer(CacheLayerMixin):
             self._held += new
             return full_k[:, :, : self._held], full_v[:, :, : self._held]
         return full_k, full_v
+
+    def _store(
+        self, k: Tensor, v: Tensor, positions: Tensor, angles: tuple[Tensor, Tensor], candidates: list[Tensor], direct: bool
+    ) -> None:
+        """New rows into the state; direct: without the dispatcher, where no gradient is asked for."""
+        store = append if direct and not _differentiated(k, v) else append_
+        store(k, v, positions, *angles, candidates, self.state(), self.params, self.codec_text, True)
 
     def in_order(self, rows: Tensor) -> Tensor:
         """Queries or keys [B, heads, S, D] with their channels in the order in which keys are coded."""
@@ -266,9 +284,9 @@ class KVSinkLayer(CacheLayerMixin):
             frame.asks = self.shared.runtime.asks
         if not frame.asks:
             return False
-        if self.device.type == "cuda":
-            return self.codec.tiles
-        return (self.codec.key.packed or self.codec.value.packed) and self.codec.anchors is None and not self.codec.tiles
+        if self.codec.tiles:
+            return self.device.type == "cuda"
+        return (self.codec.key.packed or self.codec.value.packed) and self.codec.anchors is None
 
     def check_asked(self) -> None:
         """Raise KvsinkError when attention did not come for what the last update left to it: its result would be wrong."""
@@ -289,13 +307,40 @@ class KVSinkLayer(CacheLayerMixin):
                 'load the model with attn_implementation="eager"'
             )
 
-    def begins(self, rows: int) -> bool:
+    def begins(self, k: Tensor, v: Tensor) -> bool:
         """Whether the rows that `update` was given are all there is to attend to, as they came; then the length moves on."""
-        if self.codec.tiles or self.codec.strict or int(self.length):
+        rows = k.shape[2]
+        if self.codec.strict or (rows == 1 and self.distant) or self._rows_before():
             return False
+        if self.codec.tiles:
+            positions, candidates = self._fresh
+            none = k.new_empty(1, rows, 0)
+            self._store(k, v, positions, (none, none), candidates, True)
         self._asked = True
         self._advance(rows)
         return True
+
+    def _rows_before(self) -> int:
+        """Rows held before the new ones, and none only where there are none. A GPU is asked once per forward pass: what the pass
+        began with holds for the first question of every layer."""
+        frame = self.shared.frame
+        if frame is None or frame.start is None or self.layer in frame.begun:
+            return int(self.length)
+        frame.begun.add(self.layer)
+        return frame.rows_before()
+
+    def _check_room(self, frame: Frame, new: int, slots: int) -> None:
+        """Raise KvsinkError when new rows do not fit; on a GPU for several rows alone, by what the pass began with."""
+        if not self.distant:
+            held = int(self.length)
+        elif new > 1 and frame.start is not None and not self.is_sliding:
+            held = frame.rows_before()
+        else:
+            return
+        if held + new > slots:
+            raise KvsinkError(
+                f"layer {self.layer}: {new} rows do not fit behind {held} of max_length={slots}; make the cache longer"
+            )
 
     def _advance(self, rows: int) -> None:
         self.length.add_(rows)
@@ -312,6 +357,8 @@ class KVSinkLayer(CacheLayerMixin):
             )
         else:
             run = attend if _differentiated(q, k, v) else attention
+            if self.distant and k.shape[2] == 1 and self._ahead is not None and math.isnan(self._ahead):
+                run = attend_ref
             out = run(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         self._advance(k.shape[2])
         return out
@@ -338,13 +385,19 @@ class KVSinkLayer(CacheLayerMixin):
         return self.length
 
     def _check_positions(self, frame: Frame, positions: Tensor, new: int) -> None:
-        """Make the table of block starts reach the largest position; only outside compiled code, where it can be read."""
-        if torch.compiler.is_compiling() or self._reach is None or (self.device.type != "cpu" and new == 1):
+        """Make the table of block starts reach the largest position, and note how far positions run ahead of tokens; only outside
+        compiled code, where they can be read."""
+        if torch.compiler.is_compiling() or self._reach is None:
             return
-        if frame.reach is None or frame.reach[0] is not positions:
-            frame.reach = positions, int(positions.max()) + 1
-        if frame.reach[1] > self._reach:
-            self._set_params(2 * frame.reach[1])
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
+        if frame.reach is None or not _same(frame.reach[0], positions):
+            found = _reached(positions, self._first_position()) if self.distant else (int(positions.max()) + 1, 0)
+            frame.reach = positions, *found
+        _, reach, ahead = frame.reach
+        self._ahead = ahead if self._ahead in (None, ahead) else math.nan
+        if reach > self._reach:
+            self._set_params(2 * reach)
 
     def _mark_padding(self, frame: Frame, new: int) -> None:
         """Note which of the new rows are padding, before any of them is coded; once per forward pass, since layers share it."""
@@ -364,13 +417,11 @@ class KVSinkLayer(CacheLayerMixin):
         padding = ~real & (torch.arange(real.shape[1], device=self.device) < self.length)
         return before - padding.sum(1, keepdim=True) + frame.valid.cumsum(1) - 1
 
-    def _spared(self, frame: Frame, rows: Tensor) -> Tensor:
-        """bool [B, S]: new rows that are padding, or may stay exact."""
-        batch, _, new, _ = rows.shape
-        out = torch.zeros(batch, new, dtype=torch.bool, device=rows.device)
-        if frame.valid is not None:
-            out |= ~frame.valid
-        candidates = self._candidates(frame, rows)
+    def _spared(self, valid: Tensor | None, candidates: list[Tensor], sizes: Tensor) -> Tensor:
+        """bool [B, S], as `sizes`: new rows that are padding, or may stay exact."""
+        out = torch.zeros_like(sizes, dtype=torch.bool)
+        if valid is not None:
+            out |= ~valid
         for score, index in zip(candidates[0 : 2 * len(self.sources) : 2], candidates[1 : 2 * len(self.sources) : 2], strict=True):
             out |= torch.zeros_like(out).scatter_(1, index, score > float("-inf"))
         return out
@@ -421,6 +472,7 @@ class KVSinkLayer(CacheLayerMixin):
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
         self._held = 0
+        self._ahead = None
         self._unseen, self._asked = None, True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -588,8 +640,11 @@ class KVSinkSlidingLayer(KVSinkLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not torch.compiler.is_compiling():
+        frame = self.shared.frame
+        if not torch.compiler.is_compiling() and not (frame is not None and frame.roomy):
             self.moving.make_room(key_states.shape[2])
+            if frame is not None and frame.start is not None:
+                frame.roomy = True
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _first_position(self) -> Tensor:
@@ -752,6 +807,12 @@ class KVSinkCache(Cache):
             frame.start = 0
         self.shared.frame = frame
 
+    def check_sizes(self) -> None:
+        """Before a forward pass is over: raise KvsinkError when it brought rows that codes do not hold. The pass then counts as one
+        that stopped half-way."""
+        if self.shared.frame is not None:
+            check_range(self.shared.frame.sizes)
+
     def _stock_cache(self) -> Cache:
         """An empty cache of transformers' own, whose layers stand where the plan leaves a layer alone."""
         config = self.shared.runtime.config.get_text_config(decoder=True)
@@ -903,8 +964,9 @@ class KVSinkCache(Cache):
         shared = joined_shared(self.shared, other.shared, pads, slots, pairs[0][0])
         for name, joined in shared.items():
             setattr(self.shared, name, joined)
-        for (layer, _), state in zip(pairs, states, strict=True):
+        for (layer, second), state in zip(pairs, states, strict=True):
             layer._take(state, slots)
+            layer._ahead = math.nan if layer._ahead or second._ahead else 0
         self.shared.frame = self.visual = None
         return pads
 
@@ -975,6 +1037,7 @@ class KVSinkCache(Cache):
                 both = tuple(slice(min(a, b)) for a, b in zip(saved.shape, held.shape, strict=True))
                 held[both] = saved[both]
             layer._held = length
+            layer._ahead = _reached(tensors["positions"][:, :length], 0)[1] if length else None
         for name in SHARED_NAMES:
             getattr(cache.shared, name)[:, :length] = tensors[name][:, :length]
         for name, held in cache.shared.tables().items():

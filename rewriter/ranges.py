@@ -11,9 +11,9 @@ Raises     KvsinkError from `check_range` for rows of a prompt that the scales c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from kvsink.runtime import number_of, visual_tokens
 if TYPE_CHECKING:
     from kvsink.calibration import Calibration
 
-__all__ = ["check_range", "exponent", "layer_sizes", "ranged", "seen_sizes"]
+__all__ = ["RowSizes", "check_range", "exponent", "layer_sizes", "ranged", "seen_sizes"]
 
 LARGE, SMALL = 2.0**10, 2.0**-10
 _MOST = 120  # of an exponent: 2^-e stays a normal float32
@@ -88,21 +88,39 @@ def layer_sizes(model: nn.Module, layers: Iterable[int]) -> dict[int, Sizes]:
     return out
 
 
-def check_range(layer: int, codec: Codec, k: Tensor, v: Tensor, exact: Callable[[], Tensor]) -> None:
-    """Raise KvsinkError when rows of a prompt [B, H, S, D] are beyond what float16 scales hold. exact: bool [B, S], rows that do
-    not matter, asked for only where others would be refused."""
-    sides = [("keys", codec.key, k), ("values", codec.value, v)]
-    found = torch.stack([torch.stack(rows.detach().aminmax()) for *_, rows in sides]).abs().amax(1).tolist()
-    for (name, side, rows), most in zip(sides, found, strict=True):
-        if not side.packed or _holds(side, most):
+class RowSizes(NamedTuple):
+    """The largest |x| of every row of a prompt in one layer, [B, S] of keys and of values. exact: bool [B, S] of such sizes, rows
+    that do not matter, asked for only where others would be refused."""
+
+    layer: int
+    codec: Codec
+    keys: Tensor
+    values: Tensor
+    exact: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, layer: int, codec: Codec, k: Tensor, v: Tensor, exact: Callable[[Tensor], Tensor]) -> RowSizes:
+        """Of keys and values [B, H, S, D]; nothing is waited for."""
+        keys, values = (torch.linalg.vector_norm(x.detach(), math.inf, dim=(1, 3)) for x in (k, v))
+        return cls(layer, codec, keys, values, exact)
+
+
+def check_range(prompt: Sequence[RowSizes]) -> None:
+    """Raise KvsinkError when rows of a prompt are beyond what float16 scales hold. A GPU is waited for once."""
+    sides = [(at, *side) for at in prompt for side in (("keys", at.codec.key, at.keys), ("values", at.codec.value, at.values))]
+    sides = [side for side in sides if side[2].packed]
+    found = torch.stack([sizes.amax().to(sides[0][3].device) for *_, sizes in sides]).tolist() if sides else []
+    for (at, name, side, sizes), most in zip(sides, found, strict=True):
+        if _holds(side, most):
             continue
-        most = float(rows.masked_fill(exact()[:, None, :, None], 0.0).abs().amax())
+        most = float(sizes.masked_fill(at.exact(sizes), 0.0).amax())
         if not _holds(side, most):
             above = most * 2.0**-side.exponent > 1
             bound = (_HALF_MAX if above else _RESOLVED) * 2.0**side.exponent
             raise KvsinkError(
-                f"layer {layer}: {name} of this prompt reach {most:.3g}, {'above' if above else 'below'} the {bound:.3g} that the "
-                f"float16 scales of their codes hold; rewrite the model with calibration text like it, or with {name[:-1]}_bits=16"
+                f"layer {at.layer}: {name} of this prompt reach {most:.3g}, {'above' if above else 'below'} the {bound:.3g} that "
+                "the float16 scales of their codes hold; rewrite the model with calibration text like it, or with "
+                f"{name[:-1]}_bits=16"
             )
 
 

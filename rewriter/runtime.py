@@ -57,8 +57,18 @@ class Frame:
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     start: Any = None  # rows held before this pass, int or a tensor; None where nobody asks
     anchored: bool = False  # the anchors of codes in tiles have been seen to
-    reach: tuple[Tensor, int] | None = None  # positions that were looked at, and the largest of them plus one
+    reach: tuple[Tensor, int, float] | None = None  # positions that were looked at, and what a cache found
     asks: bool | None = None  # `Runtime.asks`, looked up once
+    before: int | None = None
+    begun: set[int] = field(default_factory=set)  # layers that have asked whether they begin
+    roomy: bool = False  # sliding layers have made room for the new rows
+    sizes: list[Any] = field(default_factory=list)  # `ranges.RowSizes` that the end of the pass looks at
+
+    def rows_before(self) -> int:
+        """`start` as a number; a GPU is asked once."""
+        if self.before is None:
+            self.before = int(self.start)
+        return self.before
     order: Tensor | None = None  # [B or 1, S], the number of every row among the real ones of its sequence
     marked: dict[bool, bool] = field(default_factory=dict)  # caches, sliding or not, that have noted `valid`
     one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
@@ -613,6 +623,8 @@ class _EndFrame(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = self.cache(args, kwargs)
         if cache is not None:
+            if not torch.compiler.is_compiling():
+                getattr(cache, "check_sizes", bool)()
             cache.shared.frame = None
             cache.visual = None
             if not torch.compiler.is_compiling():
@@ -755,7 +767,7 @@ def order_candidates(frame: Frame, order: Tensor, batch: int, segment: Segment) 
         first = torch.zeros(1, dtype=torch.int64, device=score.device)
         ones = torch.ones(1, device=score.device)
         return select_sinks(score.float().expand(batch, -1)[..., None], inside, first, ones, 1, False)
-    score = torch.where(inside, score, float("-inf"))
+    score = score.expand(batch, -1).masked_fill(~inside, float("-inf"))
     if score.shape[1] == 1:
         return score.float(), torch.zeros_like(score, dtype=torch.int64)  # nothing to choose from
     return top_rows(score, segment.count)

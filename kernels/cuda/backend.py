@@ -21,6 +21,7 @@ from ..append import keep_exact
 from ..attend import attend_plain
 from ..backends import Call, Device, LayerFormat, Shape, tell_once
 from ..stages import rope_rows
+from ..triton import append as triton_append
 from . import launch, module, variants
 
 __all__ = ["append", "attend", "declines", "library", "step"]
@@ -159,7 +160,8 @@ def append(call: Call, lib: launch.Library | None = None) -> None:
     k, v, positions, cos, sin, candidates, _, _ = call.coding()
     k = k if call.roped else rope_rows(k, cos, sin)
     if not launch.append_rows(lib or _library(call), call.codec, k, v, positions, candidates, call.st, call.p):
-        keep_exact(call.codec, call.st, k, v, candidates)
+        keep = triton_append.keep_exact if triton_append.keeps(call.codec, candidates, k.device) else keep_exact
+        keep(call.codec, call.st, k, v, candidates)
 
 
 def attend(call: Call, lib: launch.Library | None = None) -> Tensor:

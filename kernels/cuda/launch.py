@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import layout as tiles
+from .. import layout
 from ..read import put_rows
-from . import module as native
-from . import variants
+from . import module, variants
 
 __all__ = [
     "AttendArguments",
@@ -50,7 +49,8 @@ class AttendArguments(ctypes.Structure):
     _fields_ = [
         *((n, _pointer) for n in (
             "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "origin_cos", "origin_sin", "length",
-            "pages", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v", "value_mean", "out", "partial",
+            "pages", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v", "value_mean", "out",
+            "partial",
         )),
         *((n, _long) for n in ("mask_row", "length_row", "page_row")),
         *((n, _int) for n in (
@@ -66,7 +66,8 @@ class RowArguments(ctypes.Structure):
     _fields_ = [
         ("k", _pointer), ("v", _pointer), ("k_stride", _long * 3), ("v_stride", _long * 3),
         *((n, _pointer) for n in (
-            "table", "start_cos", "start_sin", "origin_cos", "origin_sin", "basis", "sigma", "v_mean", "length", "positions", "pages",
+            "table", "start_cos", "start_sin", "origin_cos", "origin_sin", "basis", "sigma", "v_mean", "length", "positions",
+            "pages",
         )),
         *((n, _long) for n in ("position_row", "length_row", "page_row")),
         *((n, _pointer) for n in (
@@ -75,13 +76,15 @@ class RowArguments(ctypes.Structure):
         ("score", _pointer * _SEGMENTS),
         *((n, _pointer) for n in ("recent_k", "recent_v", "recent_slot", "arrived", "group_arrived")),
         ("capacity", _int * _SEGMENTS),
-        *((n, _int) for n in ("segments", "E", "window", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first")),
+        *((n, _int) for n in (
+            "segments", "E", "window", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first",
+        )),
         ("key_clip", _float), ("value_clip", _float),
     ]  # fmt: skip
 
 
 class Library(Protocol):
-    """Who runs the kernels: `native.Cubin`, or an emulation."""
+    """Who runs the kernels: `module.Cubin`, or an emulation."""
 
     groups: int  # rows of the grid that share a key-value head
 
@@ -113,7 +116,7 @@ def _rotates(side: Any) -> int:
 
 
 def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis: Tensor | None) -> RowArguments:
-    at = native.pointer
+    at = module.pointer
     return RowArguments(
         k=at(k), v=at(v), k_stride=(_long * 3)(*k.stride()[:3]), v_stride=(_long * 3)(*v.stride()[:3]),
         table=at(p.get("k_table")), start_cos=at(p.get("start_cos")), start_sin=at(p.get("start_sin")),
@@ -148,7 +151,7 @@ def _fresh_rows(
         positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
     )
     a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
-    at = native.pointer
+    at = module.pointer
     a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
     a.per = min(8, k.shape[0] * k.shape[2])  # a block's rows are of one head, or nearly all blocks' are
     a.position_row = positions.stride(0) if positions.shape[0] > 1 else 0
@@ -185,7 +188,7 @@ def append_rows(
 def decode_rows(
     lib: Library, codec: Any, st: State, p: Params, start: int, end: int, dtype: torch.dtype, total: int
 ) -> tuple[Tensor, Tensor]:
-    """Slots start … end - 1 of `total` as keys after RoPE and values [B, H, end - start, D], recent and exact rows laid over them."""
+    """Slots start … end - 1 of `total` as keys after RoPE and values [B, H, end - start, D], recent and exact rows over them."""
     b, h = st["k_codes"].shape[:2]
     k, v = (torch.empty(b, h, end - start, 8 * len(codec.key.widths), dtype=dtype, device=st["k_codes"].device) for _ in range(2))
     a = _row_arguments(codec, k, v, st, p, p.get("tile_rows"))
@@ -238,20 +241,20 @@ def attend_one(
     pages: int32 [B, n], the page of every 128 slots of a row, where codes and scales are pages [P, H, 128, ...] of a pool. The
     length may be one of each row, int64 [B].
     """
-    slots = st["k_codes"].shape[2] if pages is None else pages.shape[1] * tiles.TILE_SLOTS
+    slots = st["k_codes"].shape[2] if pages is None else pages.shape[1] * layout.TILE_SLOTS
     visible = None if mask is None else _mask_rows(mask, slots)
     if mask is not None and visible is None:
         return None
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
-    at = native.pointer
-    native.contiguous([st[n] for n in (
+    at = module.pointer
+    module.contiguous([st[n] for n in (
         "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v",
     )])  # fmt: skip
     groups = lib.groups
     new = 0 if codec.strict else 1
     # No more blocks than tiles: one without work would fetch its tables all the same.
-    share = min(lib.share(k.shape[1] * groups), q.shape[0] * (slots // tiles.TILE_SLOTS))
+    share = min(lib.share(k.shape[1] * groups), q.shape[0] * (slots // layout.TILE_SLOTS))
     a = AttendArguments(
         q=at(q), k_codes=at(st["k_codes"]), k_scale=at(st["k_scale"]), v_codes=at(st["v_codes"]), v_scale=at(st["v_scale"]),
         mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
@@ -261,7 +264,7 @@ def attend_one(
         value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         pages=at(pages), page_row=0 if pages is None else pages.stride(0), length_row=int(st["length"].dim() > 0),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
-        B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // tiles.TILE_SLOTS, E=codec.exact_rows,
+        B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // layout.TILE_SLOTS, E=codec.exact_rows,
         N=new, extra=1 - new, q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key),
         value_hadamard=_rotates(codec.value), scale=scale * math.log2(math.e),
     )  # fmt: skip
@@ -295,7 +298,7 @@ def attend_chunk(
     b, h = k.shape[:2]
     r = q.shape[1] // h
     step = max(
-        1024, _DECODED_BYTES // (b * h * (k.shape[3] + v.shape[3]) * k.element_size()) // tiles.TILE_SLOTS * tiles.TILE_SLOTS
+        1024, _DECODED_BYTES // (b * h * (k.shape[3] + v.shape[3]) * k.element_size()) // layout.TILE_SLOTS * layout.TILE_SLOTS
     )
     out = q.new_zeros((b, h * r, s, q.shape[3]), dtype=torch.float32)
     top = q.new_full((b, h * r, s), float("-inf"), dtype=torch.float32)

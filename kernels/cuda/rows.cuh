@@ -121,15 +121,15 @@ DEVICE void warp_sums(float& a, float& b) {       // two sums whose shuffles wai
 }
 
 // Half-split rotations of a row: by its origin and by the start of its block, or neither.
-struct Rotation {
+struct Angles {
   float origin_cos[CH], origin_sin[CH], start_cos[CH], start_sin[CH];
 };
-DEVICE void load_origin(Rotation& t, const RowParams& p, int b, int lane) {
+DEVICE void load_origin(Angles& t, const RowParams& p, int b, int lane) {
   if (!p.start_cos) return;
   load_channels(t.origin_cos, p.origin_cos + (long long)b * ROTARY, lane, ROTARY, 1.0f);
   load_channels(t.origin_sin, p.origin_sin + (long long)b * ROTARY, lane, ROTARY);
 }
-DEVICE void load_start(Rotation& t, const RowParams& p, int slot, int lane) {
+DEVICE void load_start(Angles& t, const RowParams& p, int slot, int lane) {
   if (!p.start_cos) return;
   load_channels(t.start_cos, p.start_cos + (long long)(slot / 64) * ROTARY, lane, ROTARY, 1.0f);
   load_channels(t.start_sin, p.start_sin + (long long)(slot / 64) * ROTARY, lane, ROTARY);
@@ -152,7 +152,7 @@ DEVICE void invert(float (&c)[CH], float (&s)[CH]) {   // divides by the squared
   quotients(c, c, norm);
   quotients(s, minus, norm);
 }
-DEVICE void rotate_row(float (&x)[CH], Rotation& t, const RowParams& p, bool back, int lane) {
+DEVICE void rotate_row(float (&x)[CH], Angles& t, const RowParams& p, bool back, int lane) {
   if (!p.start_cos) return;
   if (back) {
     invert(t.start_cos, t.start_sin);
@@ -477,10 +477,10 @@ DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, lon
   store_key_words(p.k_codes + superblock * K_BYTES, c, slot, lane);
 }
 // The key of a row less the mean of its slot, in the basis of its block.
-DEVICE void center_key(float (&x)[CH], float (&t)[CH], Rotation& rotation, const RowParams& p, int lane) {
+DEVICE void center_key(float (&x)[CH], float (&t)[CH], Angles& angles, const RowParams& p, int lane) {
   if (MODE == 0) return;
-  if (MODE == 2) rotate_row(x, rotation, p, true, lane);
-  else rotate_row(t, rotation, p, false, lane);
+  if (MODE == 2) rotate_row(x, angles, p, true, lane);
+  else rotate_row(t, angles, p, false, lane);
 #pragma unroll
   for (int i = 0; i < CH; i++) x[i] = sub(x[i], t[i]);
 }
@@ -497,20 +497,20 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
   Raw row = {};
   float x[CH] = {}, t[CH] = {};
-  Rotation rotation = {};
+  Angles angles = {};
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;
     row = load_raw(values ? p.v : p.k, b * st[0] + head * st[1] + s * st[2] + CH * lane);
     if (values) {
       load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
     } else if (MODE != 0) {
-      load_origin(rotation, p, b, lane);
-      load_start(rotation, p, slot, lane);
+      load_origin(angles, p, b, lane);
+      load_start(angles, p, slot, lane);
       load_channels(t, mean_of_slot(p, head, slot), lane);
     }
     widen(x, row, p.bf16);
   }
-  if (live && !values) center_key(x, t, rotation, p, lane);
+  if (live && !values) center_key(x, t, angles, p, lane);
   if (MODE == 2) {
     if (!values && holds(lane))
 #pragma unroll
@@ -675,16 +675,16 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     if (!live || warp) return;
     if (p.window) keep_recent(p, fresh(p.k, p.k_stride), false, b, head, slot, lane);
   } else {
-    Rotation rotation = {};
+    Angles angles = {};
     const Raw row = fresh(p.k, p.k_stride);
-    if (MODE != 0) load_origin(rotation, p, b, lane);
+    if (MODE != 0) load_origin(angles, p, b, lane);
     if (!live) return;
     if (MODE != 0) {
-      load_start(rotation, p, slot, lane);
+      load_start(angles, p, slot, lane);
       load_channels(t, mean_of_slot(p, head, slot), lane);
     }
     widen(x, row, p.bf16);
-    center_key(x, t, rotation, p, lane);
+    center_key(x, t, angles, p, lane);
     code_key(x, t, p, superblock, slot, lane);
     keep_recent(p, row, false, b, head, slot, lane);
   }
@@ -710,7 +710,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
   const long long tile = superblock_of(p, b, head, slot), at = tile * 128 + slot % 128;
   float x[CH] = {}, t[CH] = {};
-  Rotation rotation = {};
+  Angles angles = {};
   if (values) {
     const u32 scale = p.v_scale[at];
     if (holds(lane))
@@ -722,8 +722,8 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
     if (MODE != 0) {
       load_channels(t, mean_of_slot(p, head, slot), lane);
       if (MODE == 1) {
-        load_origin(rotation, p, b, lane);
-        load_start(rotation, p, slot, lane);
+        load_origin(angles, p, b, lane);
+        load_start(angles, p, slot, lane);
       }
     }
     if (MODE == 2) {
@@ -742,7 +742,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
 #pragma unroll
         for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_key_code(p.k_codes + tile * K_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
       if (p.key_hadamard) hadamard(x, lane, true);
-      if (MODE == 1) rotate_row(t, rotation, p, false, lane);
+      if (MODE == 1) rotate_row(t, angles, p, false, lane);
     }
   }
   if (MODE == 2) {
@@ -754,9 +754,9 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
 #pragma unroll
   for (int i = 0; i < CH; i++) x[i] = add(x[i], t[i]);
   if (MODE == 2 && !values) {
-    load_origin(rotation, p, b, lane);
-    load_start(rotation, p, slot, lane);
-    rotate_row(x, rotation, p, false, lane);
+    load_origin(angles, p, b, lane);
+    load_start(angles, p, slot, lane);
+    rotate_row(x, angles, p, false, lane);
   }
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;

@@ -1,4 +1,4 @@
-"""Triton code of `append_triton`: one new row per sequence through every stage of its codec, and into the exact rows.
+"""Triton code of `append`: one new row per sequence through every stage of its codec, and into the exact rows.
 
 Formula    as `kvsink.kernels.append`; a rotary channel and its partner are carried together, so no stage needs a shuffle
 Source     ours
@@ -39,7 +39,7 @@ def _channels(
     row, c, mean, cos, sin, offset_cos, offset_sin, D: tl.constexpr, ROTARY: tl.constexpr, BLOCKED: tl.constexpr,
     OFFSET: tl.constexpr, ROPED: tl.constexpr, CENTER: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
-    """Channels c of one row after the stages before the basis, float32. Angles are those of the row, or of its block."""
+    """Channels c of rows after the stages before the basis, float32. Angles are those of the row, or of its block."""
     inside = c < D
     x = tl.load(row + c, mask=inside, other=0.0).to(tl.float32)
     if not KEY:

@@ -81,6 +81,8 @@ def declines(f: LayerFormat, s: Shape, d: Device) -> str:
         return "exact rows whose number grows with the slots"
     if s.exact > _MOST_EXACT:
         return f"{s.exact} exact rows, more than {_MOST_EXACT}"
+    if s.value_dim != s.dim:
+        return f"keys of {s.dim} channels and values of {s.value_dim}"
     return "" if _DIMS[0] <= s.dim <= _DIMS[1] else f"{s.dim} channels, not {_DIMS[0]} to {_DIMS[1]}"
 
 

@@ -1,4 +1,4 @@
-"""Triton code of `attend_triton`: decode attention over packed rows of any scalar or vector codec, and the merge of its parts.
+"""Triton code of `attend`: decode attention over packed rows of any scalar or vector codec, and the merge of its parts.
 
 Formula    as `kvsink.kernels.cpu.attend`: the query goes to the basis and to the start of a block, codes are only looked up
 Source     FlashAttention, arXiv 2205.14135 (online softmax over splits); the query that carries the transform: ours

@@ -14,8 +14,7 @@ from torch import Tensor
 from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.kernels.append import append_
 from kvsink.kernels.cpu.append import by_definition, declines, select_one
-from kvsink.kernels.cuda import backend as cuda_tiles
-from kvsink.kernels.cuda import launch as packed
+from kvsink.kernels.cuda import backend, launch
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
 from kvsink.kernels.triton import append as append_triton
@@ -204,8 +203,6 @@ def test_triton() -> None:
     layer = rows_of_bytes()
 
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
-        if k.shape[2] > 1:
-            return layer.append(k, v, candidates, first)
         assert append_triton.declines(layer.codec.format, states.shape_of(k), states.GPU) == ""
         return append_triton.append(states.coding(**layer.arguments(k, v, candidates, first)))
 
@@ -213,9 +210,23 @@ def test_triton() -> None:
 
 
 @here
+@interpreter
+@pytest.mark.parametrize("seed", range(3))
+def test_triton_of_exact_rows_alone(seed: int) -> None:
+    layer = rows_of_bytes()
+
+    def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
+        layer.st["length"].fill_(first)
+        append_triton.keep_exact(layer.codec, layer.st, k, v, candidates)
+
+    play(layer.st, offer, True, seed)
+    assert not layer.st["positions"].any() and not layer.st["k_codes"].any()
+
+
+@here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(f"{__file__}::test_triton", 1)
+    run_in_the_interpreter(__file__, 26)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler to emulate the CUDA kernels with")
@@ -224,16 +235,16 @@ def test_cuda(kernel: str) -> None:
     """The kernels that code rows, and attention, which lets the new row in after it has read the exact ones."""
     made = test_tiles.layer_of(5, BATCH)
     layer = Layer(made, torch.float16)
-    lib = Emulated(packed.variant_of(layer.codec, 1), 1, single_rows=BATCH if kernel == "append_row" else 0)
+    lib = Emulated(launch.variant_of(layer.codec, 1), 1, single_rows=BATCH if kernel == "append_row" else 0)
 
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
         a = layer.arguments(k, v, candidates, first)
         st, p = layer.st, dict(zip(layer.codec.param_names(), layer.params, strict=True))
         given = a["k"], a["v"], a["positions"], candidates
         if kernel == "attend" and k.shape[2] == 1:
-            assert packed.step(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
+            assert launch.step(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
         else:
-            cuda_tiles.append(states.coding(**a), lib)
+            backend.append(states.coding(**a), lib)
 
     play(layer.st, offer, False, 20)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.kernels.test_tiles import model_of
+from tests.kernels.cuda.test_tiles import model_of
 
 import kvsink
 from kvsink import served

@@ -197,7 +197,7 @@ class Twin:
     def _attend(
         self, i: int, layer: Any, dense: DenseLayer, k: Tensor, v: Tensor, valid: Tensor, first: int, n: int
     ) -> None:
-        if layer.begins(n):
+        if layer.begins(k, v):
             assert first == 0, "a cache with rows begins"
             return
         q, scale, seen = self._rows(n, HEADS), HEAD_DIM**-0.5, self.rows.visible(n)

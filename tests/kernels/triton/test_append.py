@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.codecs import Codec
+from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.triton import append as append_triton
 from tests import states
@@ -78,9 +78,77 @@ def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: 
 
 
 @here
+@interpreter
+@pytest.mark.parametrize(
+    ("method", "options", "roped", "dtype"),
+    [(*o, i % 2 == 1, torch.float32 if i % 2 else torch.float16) for i, o in enumerate(OPTIONS)],
+    ids=IDS,
+)
+def test_chunks_equal_the_definition(
+    method: str, options: tuple, roped: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(append_triton, "_ROWS", 16)  # several tiles, the last of them not full
+    layer, k, _ = states.filled(method, options, batch=2, lengths=(3,))
+    layer.length.add_(3)
+    codec, entered = Codec.parse(layer.codec_text), 0
+    mine = [x.clone() for x in layer.state()]
+    for seed, rows in enumerate((37, 2, 18)):
+        g = torch.Generator().manual_seed(seed)
+        new = [torch.randn(2, rows, k.shape[1], k.shape[3], generator=g).to(dtype).transpose(1, 2) for _ in range(2)]
+        call: dict[str, Any] = states.append_arguments(layer, *new, seed=seed)
+        call["positions"] = call["positions"].expand(2, -1) - torch.tensor([[0], [3]])  # row 1 is padded on the left
+        call["cos"], call["sin"] = layer.shared.runtime.angles(1, call["positions"])
+        call["roped"] = roped
+        assert append_triton.declines(codec.format, states.shape_of(new[0]), states.GPU) == ""
+        held_before = [x.clone() for x in mine]
+        mine[STATE_NAMES.index("length")].copy_(layer.length)
+        append_triton.append(states.coding(**{**call, "state": mine}))
+        append_ref(**call)
+        first, last = int(layer.length), int(layer.length) + rows
+        a, b, old = codec.named(mine), codec.named(call["state"]), codec.named(held_before)
+        for name in a:
+            if name in ("k_codes", "v_codes", "k_scale", "v_scale"):
+                got, wanted = a[name][:, :, first:last], b[name][:, :, first:last]
+                same = (got.float() - wanted.float()).abs() <= (2**-9 * wanted.float().abs() if "scale" in name else 0)
+                assert not got.numel() or same.float().mean() >= 0.998, name  # sums in another order: a tie may fall either way
+                for untouched in (slice(first), slice(last, None)):
+                    assert torch.equal(a[name][:, :, untouched], old[name][:, :, untouched]), name
+            elif name not in EXACT:
+                assert torch.equal(a[name], b[name]), name
+        for row in range(2):
+            got_rows, wanted_rows = held(a, row), held(b, row)
+            assert got_rows.keys() == wanted_rows.keys()
+            entered += sum(slot >= first for slot in got_rows)
+            for slot, (score, key, value) in got_rows.items():
+                assert score == wanted_rows[slot][0]
+                assert torch.equal(key, wanted_rows[slot][1]) and torch.equal(value, wanted_rows[slot][2])
+        layer.length.add_(rows)
+    assert entered or codec.exact_rows == 0
+
+
+@here
+@interpreter
+def test_rows_behind_the_last_slot_are_left_out() -> None:
+    layer, k, _ = states.filled("klt", (), batch=1, lengths=(3,))
+    layer.length.fill_(states.SLOTS - 5)
+    rows = torch.randn(1, k.shape[1], 9, k.shape[3])
+    call: dict[str, Any] = states.append_arguments(layer, rows, rows)
+    beyond = [torch.nn.functional.pad(x, (0, 0, 0, 8), value=77) if x.dim() == 4 else x for x in call["state"]]
+    state = [x[:, :, :-8] if x.dim() == 4 else x for x in beyond]  # what stands behind is seen
+    before = [x.clone() for x in beyond]
+    codec = Codec.parse(layer.codec_text)
+    names = codec.named(state)
+    held = [x if n.startswith(("k_codes", "v_codes")) else x.contiguous() for n, x in names.items()]
+    append_triton.append(states.coding(**{**call, "state": held}))
+    for name, x, y in zip(names, beyond, before, strict=True):
+        if name in ("k_codes", "v_codes"):
+            assert torch.equal(x[:, :, states.SLOTS :], y[:, :, states.SLOTS :]) and not torch.equal(x, y)
+
+
+@here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, len(OPTIONS) + 7)
+    run_in_the_interpreter(__file__, 2 * len(OPTIONS) + 9)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +205,7 @@ def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype) -> N
             assert torch.allclose(key.float(), expected[slot][1].float(), rtol=2**-7) and torch.equal(value, expected[slot][2])
 
 
-@pytest.mark.parametrize("name", ["triton/append_kernels", "triton/attend_kernels", "select_sinks"])
+@pytest.mark.parametrize("name", ["triton/append_kernels", "triton/attend_kernels", "triton/rows_kernels", "select_sinks"])
 def test_no_loop_declares_a_constant(name: str) -> None:
     """Triton 3.6 refuses to declare a constexpr a second time, as an unrolled loop does; later versions let it pass."""
     path = Path(append_triton.__file__).parents[1] / f"{name}.py"
