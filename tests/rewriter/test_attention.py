@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.cuda.test_tiles import model_of
 
 from kvsink.attention import causal_mask, install_attention, is_plain_causal
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.kernels.cuda import launch
 from tests.kernels.cuda.emulated import Emulated, act_as_on_a_gpu
+from tests.kernels.cuda.test_tiles import model_of
 
 
 def run(
