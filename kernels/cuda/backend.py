@@ -20,6 +20,7 @@ from .. import layout
 from ..append import keep_exact
 from ..attend import attend_plain
 from ..backends import Call, Device, LayerFormat, Shape, tell_once
+from ..prefill import attend_chunk
 from ..stages import rope_rows
 from ..triton import append as triton_append
 from . import launch, module, variants
@@ -181,7 +182,7 @@ def attend(call: Call, lib: launch.Library | None = None) -> Tensor:
     def past(start: int, end: int) -> tuple[Tensor, Tensor]:
         return launch.decode_rows(lib, c, st, p, start, end, k.dtype, first + q.shape[2])
 
-    return launch.attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
+    return attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
 
 
 def step(call: Call) -> Tensor:

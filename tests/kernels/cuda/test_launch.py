@@ -10,6 +10,7 @@ import torch
 
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import SHARED_NAMES
+from kvsink.kernels import prefill
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import backend, launch, module
 from kvsink.kernels.read import read_ref
@@ -105,7 +106,7 @@ def test_a_chunk_equals_the_definition(index: int, masked: bool, monkeypatch: py
     full = read_ref(nothing, nothing, layer.state(), layer.params, layer.codec_text)
     for a, b in zip(launch.decode_rows(lib, layer.codec, st, p, 7, 300, torch.float16, 300), full, strict=True):
         assert (a.float().cpu() - b[:, :, 7:300].float()).abs().max() <= 2e-3 * b.abs().max()
-    monkeypatch.setattr(launch, "_DECODED_BYTES", 1)
+    monkeypatch.setattr(prefill, "_DECODED_BYTES", 1)
     q, k, v = (
         rows(2, 66, 5, HEADS, torch.float16),
         rows(2, 66, 6, dtype=torch.float16),

@@ -16,7 +16,7 @@ import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.codecs import Anchors, Codec
 from kvsink.errors import UnsupportedError
-from kvsink.kernels import layout
+from kvsink.kernels import layout, prefill
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import Shape
@@ -394,13 +394,13 @@ def test_a_chunk_attends_over_past_and_new_rows(strict: bool, masked: bool, monk
     if masked:
         slots = torch.arange(SLOTS)
         mask = ((slots <= torch.arange(200, 233)[:, None]) & (slots >= 9))[None, None].expand(2, -1, -1, -1)
-    monkeypatch.setattr(launch, "_DECODED_BYTES", 1)
+    monkeypatch.setattr(prefill, "_DECODED_BYTES", 1)
 
     def past(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         full_k, full_v = read_ref(k, v, layer.state(), layer.params, layer.codec_text)
         return full_k[:, :, start:end], full_v[:, :, start:end]
 
-    got = launch.attend_chunk(past, q, k, v, 200, mask, 0.09, False, strict)
+    got = prefill.attend_chunk(past, q, k, v, 200, mask, 0.09, False, strict)
     wanted = attend_ref(q, k, v, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 

@@ -162,7 +162,8 @@ def test_limits_are_named() -> None:
         ({"exact": 65}, "65 exact rows, more than 64"),
         ({"exact": GROWS}, "exact rows whose number grows with the slots"),
         ({"dtype": torch.float64}, "torch.float64 is not float32 or a 16-bit type"),
-        ({"dim": 512}, "512 channels, not 16 to 256"),
+        ({"dim": 512, "value_dim": 512}, "512 channels, not 16 to 256"),
+        ({"dim": 64, "value_dim": 32}, "keys of 64 channels and values of 32"),
         ({"rows": 2}, "more than one new row"),
         ({"mask": "other"}, "a mask that is not one of visible slots"),
     ):
