@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvsink.codecs import Codec
 from kvsink.export.errors import ExportError
-from kvsink.kernels.append_cpu import by_definition
+from kvsink.kernels.cpu.append import by_definition
 from kvsink.runtime import Runtime
 
 __all__ = ["NEAR", "Ties"]

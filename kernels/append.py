@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .append_cpu import append_one, defined, select_one, store_rows
 from .backends import Call, LayerState
 from .base import resolve_codec
+from .cpu.append import append_one, defined, select_one, store_rows
 from .selection import merge_exact
 from .sparse import merge_sparse
 from .stages import rope_rows

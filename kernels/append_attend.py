@@ -17,9 +17,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import append_triton, attend_codes, native
 from .backends import Call, Device, LayerFormat, LayerState, Shape
 from .base import resolve_codec
+from .cuda import rows_of_bytes
+from .triton import append as triton_append
 
 __all__ = ["append_attend", "append_attend_"]
 
@@ -30,12 +31,12 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
 
 
 class _Beside:
-    """The launches of `append_triton`: in a CUDA graph on two streams that leave the current one and come back, else on that."""
+    """The launches of new rows by Triton: in a CUDA graph on two streams that leave the current one and come back, else on that."""
 
     def __init__(self, positions: Tensor, launches: Sequence[Callable[[], None]]) -> None:
         self.positions, (*self._code, self._enter) = positions.long(), launches
         self._here = torch.cuda.current_stream(positions.device)
-        apart = native.BESIDE and torch.cuda.is_current_stream_capturing()
+        apart = torch.cuda.is_current_stream_capturing()
         self._sides = _streams(positions.device) if apart else (self._here, self._here)
 
     def code(self) -> None:
@@ -56,7 +57,7 @@ class _Beside:
 
 def declines_beside(f: LayerFormat, s: Shape, d: Device) -> str:
     """What keeps a step from being attention in CUDA C++ with the coding by Triton beside it, in words."""
-    if reason := attend_codes.declines(f, s, d) or append_triton.declines(f, s, d):
+    if reason := rows_of_bytes.declines(f, s, d) or triton_append.declines(f, s, d):
         return reason
     return "new rows are read back from their codes" if f.strict else ""
 
@@ -64,7 +65,7 @@ def declines_beside(f: LayerFormat, s: Shape, d: Device) -> str:
 def side_by_side(call: Call) -> Tensor:
     """One new row per sequence: its codes are stored while attention runs, and it enters the exact rows behind it."""
     assert call.positions is not None
-    return attend_codes.attend(call, _Beside(call.positions, append_triton.launches(call)))
+    return rows_of_bytes.attend(call, _Beside(call.positions, triton_append.launches(call)))
 
 
 def in_turn(call: Call) -> Tensor:

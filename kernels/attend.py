@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packed
 from .backends import Call, LayerState, tell_once
 from .base import resolve_codec
+from .prefill import attend_chunk
 from .read import TILE, put_rows, read_ref
 
 __all__ = ["TILE", "attend", "attend_plain", "attend_ref", "attention"]
@@ -140,7 +140,7 @@ def attend_plain(call: Call) -> Tensor:
     def past(start: int, end: int) -> tuple[Tensor, Tensor]:
         return _past_rows(c, call.st, call.p, first + q.shape[2], start, end, k.dtype)
 
-    return packed.attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
+    return attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
 
 
 def attention(

@@ -3,7 +3,7 @@
 Formula    the first backend of the table whose `declines` is silent serves a layer; the others say their reason in words
 Source     ours
 Differs    a layer's codes stand in one of two orders, "row" (bytes of a row, channel after channel) or "mma" (tiles that a GPU's
-           matrix unit reads, see `kvsink.kernels.tiles`): a cache takes the second where `plan` finds that the tile kernels serve
+           matrix unit reads, see `kvsink.kernels.layout`): a cache takes the second where `plan` finds that the tile kernels serve
 Exact      every backend equals the definition, `append_ref` and `attend_ref`, within the bound that its file states
 Raises     nothing: the last backend of every column is the definition in plain operators, which serves all
 Cost       a choice is made once per format, shape and device; later ones are a look-up of about a microsecond
@@ -280,21 +280,27 @@ class Choice(NamedTuple):
 @cache
 def table() -> tuple[Backend, ...]:
     """All backends, fastest first."""
-    from . import append_attend, append_cpu, append_triton, attend_codes, attend_cpu, attend_triton, cuda_tiles
+    from . import append_attend
     from .append import append_in_c, append_plain
     from .attend import attend_plain
+    from .cpu import append as cpu_append
+    from .cpu import attend as cpu_attend
+    from .cuda import backend as tiles
+    from .cuda import rows_of_bytes
+    from .triton import append as triton_append
+    from .triton import attend as triton_attend
 
     return (
         Backend(
-            "cuda (tiles)", Part(cuda_tiles.declines, cuda_tiles.append), Part(cuda_tiles.declines_mask, cuda_tiles.attend),
-            Part(cuda_tiles.declines_step, cuda_tiles.step),
+            "cuda (tiles)", Part(tiles.declines, tiles.append), Part(tiles.declines_mask, tiles.attend),
+            Part(tiles.declines_step, tiles.step),
         ),
         Backend(
-            "cuda (rows of bytes)", None, Part(attend_codes.declines, attend_codes.attend),
+            "cuda (rows of bytes)", None, Part(rows_of_bytes.declines, rows_of_bytes.attend),
             Part(append_attend.declines_beside, append_attend.side_by_side),
         ),
-        Backend("triton", Part(append_triton.declines, append_triton.append), Part(attend_triton.declines, attend_triton.attend)),
-        Backend("cpu (C)", Part(append_cpu.declines, append_in_c), Part(attend_cpu.declines, attend_cpu.attend)),
+        Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
+        Backend("cpu (C)", Part(cpu_append.declines, append_in_c), Part(cpu_attend.declines, cpu_attend.attend)),
         Backend("torch", Part(_nobody, append_plain), Part(_nobody, attend_plain)),
         Backend("append, then attend", step=Part(_nobody, append_attend.in_turn)),
     )  # fmt: skip

@@ -49,7 +49,7 @@ def install_attention() -> None:
         layer.check_given(key, value)
         query = layer.in_order(query)
         if layer.begins(key, value):
-            seen = None if is_plain_causal(attention_mask) else attention_mask[..., : key.shape[2]]
+            seen = None if attention_mask is None or is_plain_causal(attention_mask) else attention_mask[..., : key.shape[2]]
             return plain(module, query, key, value, seen, dropout, scaling, is_causal, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = None if is_plain_causal(attention_mask) else attention_mask

@@ -32,7 +32,7 @@ from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.attend import attend_ref, attention
-from kvsink.kernels.tiles import TILE_SLOTS
+from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.offload import place_of
 from kvsink.protect import Segment
 from kvsink.ranges import RowSizes, check_range

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvsink.codecs import ANCHOR_NAMES, SHARED_NAMES, STATE_NAMES, Codec
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.kernels.tiles import TILE_SLOTS
+from kvsink.kernels.layout import TILE_SLOTS
 
 __all__ = ["joined_shared", "joined_state", "pad_unit", "pads_of"]
 

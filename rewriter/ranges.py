@@ -101,8 +101,8 @@ class RowSizes(NamedTuple):
     @classmethod
     def of(cls, layer: int, codec: Codec, k: Tensor, v: Tensor, exact: Callable[[Tensor], Tensor]) -> RowSizes:
         """Of keys and values [B, H, S, D]; nothing is waited for."""
-        sizes = (torch.linalg.vector_norm(x.detach(), math.inf, dim=(1, 3)) for x in (k, v))
-        return cls(layer, codec, *sizes, exact)
+        keys, values = (torch.linalg.vector_norm(x.detach(), math.inf, dim=(1, 3)) for x in (k, v))
+        return cls(layer, codec, keys, values, exact)
 
 
 def check_range(prompt: Sequence[RowSizes]) -> None:

@@ -20,8 +20,8 @@ from kvsink.attention import causal_mask
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels import select_sinks
+from kvsink.kernels.layout import TileTables, key_rows
 from kvsink.kernels.selection import top_rows
-from kvsink.kernels.tiles import TileTables, key_rows
 from kvsink.observed import Observer, switch_attention
 from kvsink.offload import place_of
 from kvsink.protect import Segment, SinkStage
@@ -414,7 +414,7 @@ class Runtime:
             cos, sin = self.start_angles(layer, n, -(-tokens // n), device)
             key = f"turn.{self._kind(layer)}.{self.anatomy.turnings[layer]}.{n}.{cos.shape[0]}@{device}"
             if key not in self._tiles:
-                self._tiles[key] = TileTables.turn(cos, sin)
+                self._tiles[key] = TileTables.rotation(cos, sin)
             return self._tiles[key]
         key = f"layers.{layer}.{name}@{device}"
         if key not in self._tiles:

@@ -7,8 +7,8 @@ from itertools import groupby
 
 import torch
 
-from kvsink.kernels import cuda_tiles
 from kvsink.kernels.backends import GROWS, Choice, Device, LayerFormat, Shape, choose, device_of, plan, tell_once
+from kvsink.kernels.cuda import backend
 from kvsink.runtime import Runtime
 
 __all__ = ["in_tiles", "served", "served_lines", "tiles_serve"]
@@ -33,7 +33,7 @@ def _apart(runtime: Runtime, layer: int) -> str:
 def in_tiles(runtime: Runtime, layer: int) -> str:
     """Why the codes of a packed layer cannot stand in tiles on any device; empty when they can."""
     f, s = _asked(runtime, layer, torch.float16)
-    return _apart(runtime, layer) or cuda_tiles.declines(f.in_tiles(), s, None)
+    return _apart(runtime, layer) or backend.declines(f.in_tiles(), s, None)
 
 
 def served(runtime: Runtime, dtype: torch.dtype, device: Device) -> dict[int, tuple[Choice, Choice]]:

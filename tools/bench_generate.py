@@ -12,6 +12,7 @@ import cProfile
 import gc
 import io
 import pstats
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def profile_text(call: Callable[[], object]) -> str:
     averages = traced.key_averages()
     keys = ["self_cpu_time_total", *(["self_cuda_time_total"] if gpu else [])]
     tables = [averages.table(sort_by=key, row_limit=_LINES, max_name_column_width=80) for key in reversed(keys)]
-    runtime = sorted(((e.count, e.key) for e in averages if e.key.startswith(("cuda", "cu"))), reverse=True)
+    runtime = sorted(((e.count, e.key) for e in averages if re.match(r"cu(da)?[A-Z]", e.key)), reverse=True)
     launches = "  ".join(f"{name} {count}" for count, name in runtime)
     python = cProfile.Profile()
     python.runcall(seconds, call)

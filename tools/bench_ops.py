@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvsink.cache import KVSinkCache
-from kvsink.kernels import append_, append_attend_, attend, native
+from kvsink.kernels import append_, append_attend_, attend
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import device_of
 from kvsink.runtime import runtime_of
@@ -96,7 +96,8 @@ class Case:
         self.model, self.b, self.t = model, b, t
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.dim, device = model.config.head_dim, model.device
-        self.codec, self.scale = runtime_of(model).plans[0].codec, self.dim**-0.5
+        plan: Any = runtime_of(model).plans[0]
+        self.codec, self.scale = plan.codec, self.dim**-0.5
         g = torch.Generator(device).manual_seed(1)
         counts = (self.heads, self.kv_heads, self.kv_heads)
         self.q, self.k, self.v = (torch.randn(b, n, 1, self.dim, device=device, dtype=model.dtype, generator=g) for n in counts)
@@ -134,6 +135,11 @@ class Case:
         return append_attend_(
             self.q, self.k, self.v, self.positions, self.scores, x.state(), x.params, None, self.scale, False, x.codec_text, []
         )
+
+    def in_turn(self, x: Any) -> Tensor:
+        """The same by two ops, one after the other."""
+        append_(self.k, self.v, self.positions, *self.angles, self.scores, x.state(), x.params, x.codec_text, True)
+        return self.attention(x)
 
     def served(self) -> tuple[str, str]:
         """Which kernels attend, and why those over tiles do not."""
@@ -173,9 +179,7 @@ def _one(
     both = graph_times([partial(case.step, x) for x in caches])
     apart = None
     if in_turn:
-        native.BESIDE, beside = False, native.BESIDE
-        apart = graph_times([partial(case.step, x) for x in caches])
-        native.BESIDE = beside
+        apart = graph_times([partial(case.in_turn, x) for x in caches])
     return {**row, **timed(base, alone, both, apart, case.bytes, bandwidth)}
 
 

@@ -64,7 +64,7 @@ def _bars(
     figure, axes = pyplot.subplots(figsize=(max(8, 1.3 * len(groups)), 3.6), layout="constrained")
     width = 0.8 / len(codes)
     for i, code in enumerate(codes):
-        found = [(x, held[(*code, g)]) for x, g in enumerate(groups) if (*code, g) in held]
+        found = [(x, held[code + (g,)]) for x, g in enumerate(groups) if code + (g,) in held]
         at = [x + (i - (len(codes) - 1) / 2) * width for x, _ in found]
         bars = axes.bar(at, [r["speedup"] for _, r in found], width * 0.94, label=f"{code[0]}, {code[1]} bit")
         axes.bar_label(bars, fmt="%.1f", fontsize=7)

@@ -193,8 +193,9 @@ def sdpa_baseline(
         if name.startswith("flashinfer"):
             said = said or f"{times[1] * 1e3:.2f} us"
     pairs = {(name, how): updated(calls[name], update) for name in list(alone)[:2] for how, update in _updates(device).items()}
-    behind, with_update = next(iter(_times(pairs, data).items()))
-    return Baseline(*next(iter(alone.items())), *behind, with_update, said)
+    (behind, how), with_update = next(iter(_times(pairs, data).items()))
+    backend, times = next(iter(alone.items()))
+    return Baseline(backend, times, behind, how, with_update, said)
 
 
 def _updates(device: str) -> dict[str, Update]:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import KvsinkError
-from kvsink.kernels import cuda_tiles, packed
+from kvsink.kernels import prefill
 from kvsink.kernels.attend import attention
 from kvsink.kernels.backends import Call, LayerState
+from kvsink.kernels.cuda import backend, launch
 from kvsink.passing import given_cache
 from kvsink.tools.bench_model import fill, rewritten
 
@@ -79,7 +80,7 @@ def sequence_row(
     run = starts if whole else [starts[round(i * (len(starts) - 1) / (_SAMPLES - 1))] for i in range(_SAMPLES)]
     seen = Progress(progress, say)
     pieces = choose_pieces(pieces, model, say)
-    held_pieces, packed.PIECES = packed.PIECES, pieces
+    held_pieces, prefill.PIECES = prefill.PIECES, pieces
     try:
         with torch.no_grad():
             spent = _prefill(model, cache, run, tokens, chunk, whole, seen)
@@ -89,7 +90,7 @@ def sequence_row(
             seen.note(event="attention checked", error=error)
             decoded = _decode(model, cache, held, steps, compiled, seen)
     finally:
-        packed.PIECES = held_pieces
+        prefill.PIECES = held_pieces
     total = sum(spent.values()) if whole else sum(spent.values()) / len(spent) * len(starts)
     right = decoded["finite"] and decoded["step_error"] <= STEP_BOUND and (error is None or error <= ATTENTION_BOUND)
     row = {
@@ -197,14 +198,14 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
         call = Call(x.codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q)
         if call.choice("attend").name != "cuda (tiles)":
             return None
-        lib = cuda_tiles.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
+        lib = backend.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
         p, st = call.p, call.st
 
         def past(start: int, end: int, x: Any = x, p: Any = p, st: Any = st, lib: Any = lib) -> tuple[Tensor, Tensor]:
-            return packed.decode_rows(lib, x.codec, st, p, start, end, dtype, held + 1)
+            return launch.decode_rows(lib, x.codec, st, p, start, end, dtype, held + 1)
 
         out = attention(q, k, v, x.state(), x.params, None, dim**-0.5, False, x.codec_text)
-        wanted = packed.attend_chunk(past, q, k, v, held, None, dim**-0.5, False, x.codec.strict).float()
+        wanted = prefill.attend_chunk(past, q, k, v, held, None, dim**-0.5, False, x.codec.strict).float()
         error = float((out.float() - wanted).norm() / wanted.norm())
         worst = max(worst, error) if error == error else float("nan")
     return float(f"{worst:.1e}")
@@ -220,15 +221,15 @@ def choose_pieces(wanted: str, model: Any, say: Callable[[str], None]) -> str:
         torch.randn(1, n, t, config.head_dim, device=model.device, dtype=model.dtype, generator=g)
         for n, t in ((config.num_attention_heads, 256), *((config.num_key_value_heads, 4096),) * 2)
     )
-    found, held = [], packed.PIECES
+    found, held = [], prefill.PIECES
     try:
-        for packed.PIECES in ("flash", wanted):
-            found.append(packed._piece(q, k, v, None, config.head_dim**-0.5, False, whole=True))
+        for prefill.PIECES in ("flash", wanted):
+            found.append(prefill._piece(q, k, v, None, config.head_dim**-0.5, False, whole=True))
     except RuntimeError as error:
         say(f"{wanted} does not serve pieces of the past: {str(error).splitlines()[0]}; flash does")
         return "flash"
     finally:
-        packed.PIECES = held
+        prefill.PIECES = held
     (a, b), (c, d) = found
     off, mass = float((a.float() - c.float()).norm() / a.float().norm()), float((b - d).abs().max())
     same = off <= ATTENTION_BOUND and mass <= 1e-2

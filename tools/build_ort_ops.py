@@ -22,14 +22,14 @@ from pathlib import Path
 
 from kvsink.errors import KvsinkError
 from kvsink.kernels.base import cache_folder
-from kvsink.kernels.c_library import FOLDER, LOOSE, machine
+from kvsink.kernels.cpu.c_library import FOLDER, LOOSE, machine
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
 
 __all__ = ["build", "compiler", "main"]
 
 SOURCES = Path(__file__).parent / "ort_ops"
-PART = FOLDER / "attend_cpu.c"
+PART = FOLDER / "attend.c"
 """Attention of one new row over packed rows, which the cache's own path on the CPU uses too."""
 PART_FLAGS = tuple(flag for flag in LOOSE if flag != "-shared")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")

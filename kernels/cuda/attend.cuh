@@ -1,7 +1,7 @@
 // Decode attention over packed keys and values: one query row per sequence, split over tokens, merged in the same launch.
 //
-// Formula    out = softmax(scale * q.K^ + mean) V^ over packed tokens, exact rows and the new row (kernels/attend.py, kernels/tiles.py)
-// Layout     token tiles of 16 are stored in the order of mma.m16n8k16 A fragments; a superblock is 128 tokens (kernels/tiles.py)
+// Formula    out = softmax(scale * q.K^ + mean) V^ over packed tokens, exact rows and the new row (kernels/attend.py, kernels/layout.py)
+// Layout     token tiles of 16 are stored in the order of mma.m16n8k16 A fragments; a superblock is 128 tokens (kernels/layout.py)
 // Columns    the 8 of a product are up to 4 query heads, twice: for a tile of the superblock's first block of 64 and for that of its
 //            second; or, WIDE, 5 to 8 heads and one tile. More heads go in groups, a row of the grid each
 // Needs      sm_80. No header is included, so NVRTC compiles it as it is.
@@ -67,7 +67,7 @@ constexpr int COLUMNS = WIDE ? 8 : 4, TILES = WIDE ? 1 : 2, SERVICE = COLUMNS, T
 
 constexpr int KS_BYTES = MODE == 2 ? 256 : 512, VS_BYTES = 512, HALF_RUNS = ROTARY / 16, ROT_BYTES = MODE == 0 ? 0 : 64 * HALF_RUNS;
 constexpr int KI_BYTES = K_BYTES * ITEM_PAIRS / 4, VI_BYTES = V_BYTES * ITEM_PAIRS / 4;   // codes of one item
-constexpr int PAIR_K = K_BYTES / 4, PAIR_V = V_BYTES / 4, K_SCALE = KS_BYTES / 128, V_SCALE = VS_BYTES / 128;   // bytes per tile pair, per token
+constexpr int K_SCALE = KS_BYTES / 128, V_SCALE = VS_BYTES / 128;              // bytes per token
 constexpr int IN_VALUES = KI_BYTES + KS_BYTES + VS_BYTES, IN_ROT = IN_VALUES + VI_BYTES, IN_MASK = IN_ROT + ROT_BYTES;   // offsets inside a stage
 constexpr int STAGE_BYTES = IN_MASK + 128;
 constexpr int PART = D + 4;                                                    // floats per head of a warp's partial: channels, max, sum
@@ -78,7 +78,7 @@ constexpr int PAIR_WARPS = 4;                        // that attend in attend_si
 constexpr int OFF_MEAN = WARPS * STAGES * STAGE_BYTES;
 constexpr int OFF_BASIS = OFF_MEAN + MEAN_BYTES;
 constexpr int OFF_PART = OFF_BASIS + BASIS_BYTES;
-constexpr int OFF_TURNED = OFF_BASIS;                // attend_single: query in the basis, and its sums; it reads the basis from L2
+constexpr int OFF_ROTATED = OFF_BASIS;                // attend_single: query in the basis, and its sums; it reads the basis from L2
 constexpr int RAW_ROW = (RUNS + 3) / 4 * 4 + 4, RAW_BYTES = MODE == 0 ? 0 : COLUMNS * 4 * RAW_ROW * 4, QT_BYTES = MODE == 2 ? 0 : COLUMNS * D * 2;
 constexpr int OFF_RAW = OFF_PART + WARPS * COLUMNS * PART * 4;                  // query, B-fragment order; two rows of the batch
 constexpr int OFF_QT = OFF_RAW + 2 * RAW_BYTES;                                // transformed query, COLUMNS x D fp16; two rows of the batch

@@ -1,4 +1,4 @@
-// Decode attention over codes that are rows of bytes (kernels/attend_codes.py): levels are looked up in shared memory, in 16 bit.
+// Decode attention over codes that are rows of bytes (kernels/cuda/rows_of_bytes.py): levels are looked up in shared memory, in 16 bit.
 //
 // Formula    out = softmax(scale q.K^ + mean) V^ of one split of the slots of one key-value head; parts are merged by another launch
 // Work       a warp takes windows of 64 slots that it copies for itself, two tiles of 16 slots at a time; four warps share a product with
@@ -44,7 +44,7 @@
 #define VALUE_SCALES 0
 #endif
 #ifndef DENSE
-#define DENSE 0               // 1: keys before RoPE, restored and turned one by one; 0: the query comes in the codes' basis
+#define DENSE 0               // 1: keys before RoPE, restored and rotated one by one; 0: the query comes in the codes' basis
 #endif
 #ifndef BASIS
 #define BASIS 0               // DENSE: 1 when levels go through a basis
@@ -80,7 +80,7 @@ struct Codes {
   const u32* mean;            // [Hkv, 64, 64] rows of offsets, swizzled
   const u32* offsets;         // DENSE: [64, 64] cosines and sines of offsets, swizzled
   const u32* angles;          // [blocks, 64] cosines and sines of block starts
-  u32* turned;                // [B * Hkv, blocks, 256] the query of each block in the codes' basis, B fragments
+  u32* rotated;                // [B * Hkv, blocks, 256] the query of each block in the codes' basis, B fragments
   float* part_acc;            // [B * Hkv, splits + 1, R, 128]
   float* part_top;            // [B * Hkv, splits + 1, R], powers of two
   float* part_mass;
@@ -104,11 +104,11 @@ constexpr int KEY_TABLE = KEY_RUNS ? 2048 : (KEY_BOOKS ? D / KEY_COUPLE : 1) * 2
 constexpr int VALUE_SOURCE = (VALUE_BOOKS ? D / VALUE_COUPLE : 1) * 256 * VALUE_COUPLE * 2;
 constexpr int VALUE_COPIES = VALUE_COUPLE == 2 && !VALUE_BOOKS ? 32 : 1;   // one for every lane: no bank is asked twice
 constexpr int VALUE_TABLE = VALUE_SOURCE * VALUE_COPIES;
-constexpr int TURNS = DENSE || MEAN;            // the raw query, turned to block starts, is needed
+constexpr int ROTATES = DENSE || MEAN;            // the raw query, rotated to block starts, is needed
 constexpr int OFF_BASIS = 0, OFF_KEYS = OFF_BASIS + (DENSE && BASIS ? 32768 : 0), OFF_VALUES = OFF_KEYS + KEY_TABLE;
 constexpr int OFF_MEAN = OFF_VALUES + VALUE_TABLE, OFF_OFFSETS = OFF_MEAN + (MEAN ? 16384 : 0), OFF_RAW = OFF_OFFSETS + (DENSE ? 16384 : 0);
 constexpr int RAW_ROW = 80;                     // bytes of one head and lane: 64, padded against bank conflicts
-constexpr int OFF_STAGES = OFF_RAW + (TURNS ? 16 * RAW_ROW + 64 - 16 * RAW_ROW % 64 : 0);
+constexpr int OFF_STAGES = OFF_RAW + (ROTATES ? 16 * RAW_ROW + 64 - 16 * RAW_ROW % 64 : 0);
 constexpr int IN_VALUES = WINDOW * KEY_BYTES, IN_KEY_SCALES = IN_VALUES + WINDOW * VALUE_BYTES, IN_VALUE_SCALES = IN_KEY_SCALES + WINDOW * KEY_NUMBERS * 2;
 constexpr int STAGE = IN_VALUE_SCALES + WINDOW * VALUE_NUMBERS * 2;
 constexpr int PART = 130;                       // floats per head: channels, largest logit, sum of weights
@@ -210,8 +210,8 @@ DEVICE uint4 offset_words(const unsigned char* table, int offset, int t, int n) 
   return *(const uint4*)(table + offset * 256 + ((n ^ (offset >> 2 & 1)) << 6) + t * 16);
 }
 
-// Rows of 16 slots, turned by their offsets; words i and i + 8 are the two halves of rotary pairs.
-DEVICE void turn_rows(u32 (&a)[8][4], const unsigned char* table, const int (&offset)[2], int t) {
+// Rows of 16 slots, rotated by their offsets; words i and i + 8 are the two halves of rotary pairs.
+DEVICE void rotate_rows(u32 (&a)[8][4], const unsigned char* table, const int (&offset)[2], int t) {
 #pragma unroll
   for (int row = 0; row < 2; row++)
 #pragma unroll
@@ -229,8 +229,8 @@ DEVICE void turn_rows(u32 (&a)[8][4], const unsigned char* table, const int (&of
     }
 }
 
-// The raw query, turned back to the start of a block: B fragments whose columns 0-3 and 4-7 are the heads.
-DEVICE void turn_query(u32 (&rq)[16], const Codes& p, const unsigned char* smem, int block, int lane) {
+// The raw query, rotated back to the start of a block: B fragments whose columns 0-3 and 4-7 are the heads.
+DEVICE void rotate_query(u32 (&rq)[16], const Codes& p, const unsigned char* smem, int block, int lane) {
   const uint4* raw = (const uint4*)(smem + OFF_RAW + ((lane >> 2 & 3) * 4 + (lane & 3)) * RAW_ROW);
   const uint4* angle = (const uint4*)(p.angles + (long long)block * 64) + (lane & 3);
 #pragma unroll
@@ -244,8 +244,8 @@ DEVICE void turn_query(u32 (&rq)[16], const Codes& p, const unsigned char* smem,
     }
   }
 }
-DEVICE void turned_query(u32 (&q)[16], const Codes& p, long long bh, int block, int lane) {
-  const uint4* from = (const uint4*)(p.turned + (bh * p.blocks + block) * 256) + ((lane >> 2 & 3) * 4 + (lane & 3)) * 4;
+DEVICE void rotated_query(u32 (&q)[16], const Codes& p, long long bh, int block, int lane) {
+  const uint4* from = (const uint4*)(p.rotated + (bh * p.blocks + block) * 256) + ((lane >> 2 & 3) * 4 + (lane & 3)) * 4;
 #pragma unroll
   for (int n = 0; n < 4; n++) {
     const uint4 v = from[n];
@@ -277,7 +277,7 @@ struct Softmax {                                // of one warp; columns 0-3 and 
 };
 
 // Rows in 16 bit of one query head, a lane holds channels 4 lane …; into slot `splits` of the parts.
-DEVICE void attend_held(const Codes& p, int b, int head, int hq, int lane) {
+DEVICE void attend_exact(const Codes& p, int b, int head, int hq, int lane) {
   constexpr int MANY = 4;
   const long long pair = (long long)b * p.Hkv + head;
   const int first = (int)*p.length, rows = p.E + p.ring + (p.strict ? 0 : 1);
@@ -400,8 +400,8 @@ DEVICE void half_window(Softmax& st, const Codes& p, const unsigned char* stage,
     if (at == current) return;
     current = at;
     const int row = base + at;
-    if (TURNS) turn_query(rq, p, smem, row < p.angle_rows ? row : p.angle_rows - 1, lane);
-    if (!DENSE) turned_query(q, p, bh, at, lane);
+    if (ROTATES) rotate_query(rq, p, smem, row < p.angle_rows ? row : p.angle_rows - 1, lane);
+    if (!DENSE) rotated_query(q, p, bh, at, lane);
     if (!DENSE && KEY_SCALES > 1) query_sums(sums, q, lane);
   };
   const auto mean_logits = [&](float (&m)[4], const int (&offset)[2]) {
@@ -436,7 +436,7 @@ DEVICE void half_window(Softmax& st, const Codes& p, const unsigned char* stage,
           for (int row = 0; row < 2; row++) a[n >> 1][2 * (n & 1) + row] = pack_half2(y[n][2 * row], y[n][2 * row + 1]);
       }
       if (!has || !live) continue;
-      turn_rows(a, smem + OFF_OFFSETS, offset[i], t);
+      rotate_rows(a, smem + OFF_OFFSETS, offset[i], t);
 #pragma unroll 1
       for (int at = low; at <= high; at++) {
         come_to(at);
@@ -570,7 +570,7 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
       const u32 v = ((const u32*)p.v_levels)[i >> 3];
       ((uint4*)(smem + OFF_VALUES))[i] = uint4{v, v, v, v};
     }
-  if (TURNS)
+  if (ROTATES)
     for (int i = TID; i < 4 * 64; i += THREADS) {  // words of head i / 64
       const int hq = i >> 6, word = i >> 2 & 15, t = i & 3, from_head = hq < R ? hq : R - 1;
       float x[2];
@@ -581,7 +581,7 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
       *(u32*)(smem + OFF_RAW + (hq * 4 + t) * RAW_ROW + word * 4) = pack_half2(x[0], x[1]);
     }
   if (split == 0)
-    for (int hq = warp; hq < R; hq += WARPS) attend_held(p, b, head, hq, lane);
+    for (int hq = warp; hq < R; hq += WARPS) attend_exact(p, b, head, hq, lane);
   const int base = STARTS ? first_block(p, b) : 0, last = p.new_positions ? (first ? first - 1 : 0) : first;
   int exact[2];
   for (int i = 0; i < 2; i++) exact[i] = lane + 32 * i < p.E ? p.exact_slot[b * p.E + lane + 32 * i] : -1;
@@ -681,17 +681,17 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
   }
 }
 
-// The query of every block of 64 positions in the codes' basis, as `turned_query` reads it. A launched block takes a share of all runs of
-// TURN_BLOCKS blocks: of each a warp turns two, and takes all to 16 components, whose rows of the basis it holds.
-constexpr int TURN_PAIRS = 8, TURN_BLOCKS = 2 * TURN_PAIRS, TURN_THREADS = 32 * TURN_PAIRS;
-constexpr int TURN_ROW = 18;                    // words: 16, padded against bank conflicts
-constexpr int OFF_RESULTS = TURN_PAIRS * 2048, TURN_BYTES = OFF_RESULTS + TURN_BLOCKS * 16 * TURN_ROW * 4;
-KERNEL(TURN_THREADS, 3) turn_queries(ARGUMENT(Codes) p) {
-  BLOCK_MEMORY(TURN_BYTES)
+// The query of every block of 64 positions in the codes' basis, as `rotated_query` reads it. A launched block takes a share of all runs of
+// ROTATE_BLOCKS blocks: of each a warp rotates two, and takes all to 16 components, whose rows of the basis it holds.
+constexpr int ROTATE_PAIRS = 8, ROTATE_BLOCKS = 2 * ROTATE_PAIRS, ROTATE_THREADS = 32 * ROTATE_PAIRS;
+constexpr int ROTATE_ROW = 18;                    // words: 16, padded against bank conflicts
+constexpr int OFF_RESULTS = ROTATE_PAIRS * 2048, ROTATE_BYTES = OFF_RESULTS + ROTATE_BLOCKS * 16 * ROTATE_ROW * 4;
+KERNEL(ROTATE_THREADS, 3) rotate_queries(ARGUMENT(Codes) p) {
+  BLOCK_MEMORY(ROTATE_BYTES)
   const int lane = TID & 31, warp = TID >> 5, g = lane >> 2, t = lane & 3, hq = g & 3;
   uint4* queries = (uint4*)smem + lane;         // [pair, 4, lane]
-  u32* results = (u32*)(smem + OFF_RESULTS);    // [block, 16, TURN_ROW]
-  const int runs = (p.blocks + TURN_BLOCKS - 1) / TURN_BLOCKS;
+  u32* results = (u32*)(smem + OFF_RESULTS);    // [block, 16, ROTATE_ROW]
+  const int runs = (p.blocks + ROTATE_BLOCKS - 1) / ROTATE_BLOCKS;
   const long long all = (long long)p.heads * runs, per = (all + GRID_X - 1) / GRID_X, end = (CTA_X + 1) * per < all ? (CTA_X + 1) * per : all;
   long long held = -1;
   int base = 0;
@@ -699,7 +699,7 @@ KERNEL(TURN_THREADS, 3) turn_queries(ARGUMENT(Codes) p) {
   u32 raw[16];
   for (long long at = CTA_X * per; at < end; at++) {
     const long long bh = at / runs;
-    const int block0 = (int)(at - bh * runs) * TURN_BLOCKS;
+    const int block0 = (int)(at - bh * runs) * ROTATE_BLOCKS;
     if (bh != held) {
       const int head = (int)(bh % p.Hkv);
       base = STARTS ? first_block(p, (int)(bh / p.Hkv)) : 0;
@@ -733,7 +733,7 @@ KERNEL(TURN_THREADS, 3) turn_queries(ARGUMENT(Codes) p) {
     }
     sync_cta();
 #pragma unroll 2
-    for (int n = 0; n < TURN_PAIRS; n++) {
+    for (int n = 0; n < ROTATE_PAIRS; n++) {
       float y[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
@@ -743,16 +743,16 @@ KERNEL(TURN_THREADS, 3) turn_queries(ARGUMENT(Codes) p) {
       }
       const u32 even = transpose8x8(pack_half2(y[0][0] + y[1][0], y[0][1] + y[1][1]));
       const u32 odd = transpose8x8(pack_half2(y[0][2] + y[1][2], y[0][3] + y[1][3]));
-      *(uint2*)(results + ((2 * n + (g >> 2)) * 16 + hq * 4 + t) * TURN_ROW + 2 * warp) = uint2{even, odd};
+      *(uint2*)(results + ((2 * n + (g >> 2)) * 16 + hq * 4 + t) * ROTATE_ROW + 2 * warp) = uint2{even, odd};
     }
     sync_cta();
-    const int blocks = p.blocks - block0 < TURN_BLOCKS ? p.blocks - block0 : TURN_BLOCKS;
-    uint2* out = (uint2*)(p.turned + (bh * p.blocks + block0) * 256);
-    for (int i = TID; i < blocks * 128; i += TURN_THREADS) out[i] = *(const uint2*)(results + (i >> 3) * TURN_ROW + 2 * (i & 7));
+    const int blocks = p.blocks - block0 < ROTATE_BLOCKS ? p.blocks - block0 : ROTATE_BLOCKS;
+    uint2* out = (uint2*)(p.rotated + (bh * p.blocks + block0) * 256);
+    for (int i = TID; i < blocks * 128; i += ROTATE_THREADS) out[i] = *(const uint2*)(results + (i >> 3) * ROTATE_ROW + 2 * (i & 7));
   }
 }
 
-// The parts of one query head, by `merge_warps` warps: decoded ones through the values' Hadamard matrix, rows held as they came as they are.
+// The parts of one query head, by `merge_warps` warps: decoded ones through the values' Hadamard matrix, exact rows as they are.
 constexpr int MERGE_WARPS = 8, MERGE_BYTES = MERGE_WARPS * 5 * 32 * 4;
 KERNEL(32 * MERGE_WARPS) merge_codes(ARGUMENT(Codes) p) {
   BLOCK_MEMORY(MERGE_BYTES)
@@ -762,11 +762,11 @@ KERNEL(32 * MERGE_WARPS) merge_codes(ARGUMENT(Codes) p) {
   const bool inside = bh < p.heads;
   const auto part = [&](int split) { return (bh * (p.splits + 1) + split) * R + hq; };
   const float none = bits_float(0xff800000u);
-  float held_top = none, top = 0, x[4] = {0, 0, 0, 0}, mass = 0;
-  float4 held = {0, 0, 0, 0};
+  float exact_top = none, top = 0, x[4] = {0, 0, 0, 0}, mass = 0;
+  float4 exact = {0, 0, 0, 0};
   if (inside) {
-    held_top = top = p.part_top[part(p.splits)];
-    held = *(const float4*)(p.part_acc + part(p.splits) * D + 4 * lane);
+    exact_top = top = p.part_top[part(p.splits)];
+    exact = *(const float4*)(p.part_acc + part(p.splits) * D + 4 * lane);
     for (int s = lane; s < p.splits; s += 32) top = fmaxf(top, p.part_top[part(s)]);
 #pragma unroll
     for (int m = 16; m; m >>= 1) top = fmaxf(top, shfl_xor(top, m));
@@ -804,14 +804,14 @@ KERNEL(32 * MERGE_WARPS) merge_codes(ARGUMENT(Codes) p) {
       }
   }
   if (!inside || share) return;
-  const float share_held = exp2_fast(held_top - top), inverse = 1.0f / fmaxf(mass + share_held * p.part_mass[part(p.splits)], 1e-30f);
+  const float share_exact = exp2_fast(exact_top - top), inverse = 1.0f / fmaxf(mass + share_exact * p.part_mass[part(p.splits)], 1e-30f);
   if (p.value_hadamard) hadamard(x, lane);
   if (p.value_mean) {
     const float4 mean = *(const float4*)(p.value_mean + bh % p.Hkv * D + 4 * lane);
     x[0] += mass * mean.x; x[1] += mass * mean.y; x[2] += mass * mean.z; x[3] += mass * mean.w;
   }
-  x[0] = (x[0] + share_held * held.x) * inverse; x[1] = (x[1] + share_held * held.y) * inverse;
-  x[2] = (x[2] + share_held * held.z) * inverse; x[3] = (x[3] + share_held * held.w) * inverse;
+  x[0] = (x[0] + share_exact * exact.x) * inverse; x[1] = (x[1] + share_exact * exact.y) * inverse;
+  x[2] = (x[2] + share_exact * exact.z) * inverse; x[3] = (x[3] + share_exact * exact.w) * inverse;
   const uint2 v = {p.q_bf16 ? pack_bf2(x[0], x[1]) : pack_half2(x[0], x[1]), p.q_bf16 ? pack_bf2(x[2], x[3]) : pack_half2(x[2], x[3])};
   *(uint2*)((unsigned short*)p.out + (bh * R + hq) * D + 4 * lane) = v;
 }

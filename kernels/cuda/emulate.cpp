@@ -57,8 +57,8 @@ static void run(void (*f)(), const void* p, int grid_x, int grid_y, int threads,
 extern "C" void run_codes(const Codes* p, int heads) {
   run([] { attend_codes(*(const Codes*)params); }, p, p->splits, heads, THREADS, SHARED_BYTES);
 }
-extern "C" void run_turn(const Codes* p, int grid_x) {
-  run([] { turn_queries(*(const Codes*)params); }, p, grid_x, 1, TURN_THREADS, TURN_BYTES);
+extern "C" void run_rotate(const Codes* p, int grid_x) {
+  run([] { rotate_queries(*(const Codes*)params); }, p, grid_x, 1, ROTATE_THREADS, ROTATE_BYTES);
 }
 extern "C" void run_merge(const Codes* p, int grid_x) {
   run([] { merge_codes(*(const Codes*)params); }, p, grid_x, 1, 32 * MERGE_WARPS, MERGE_BYTES);
@@ -85,7 +85,7 @@ extern "C" void run_append(const RowParams* p, int blocks) {
   run([] { append_rows(*(const RowParams*)params); }, p, blocks, 1, ROW_THREADS, ROW_SMEM);
 }
 extern "C" void run_append_row(const RowParams* p) {
-  run([] { append_row(*(const RowParams*)params); }, p, p->Hkv, p->B, LONE_THREADS, LONE_SMEM);
+  run([] { append_row(*(const RowParams*)params); }, p, p->Hkv, p->B, SINGLE_ROW_THREADS, SINGLE_ROW_SMEM);
 }
 extern "C" void run_decode(const RowParams* p, int grid_x) {
   run([] { decode_rows(*(const RowParams*)params); }, p, grid_x, p->Hkv, ROW_THREADS, ROW_SMEM);

@@ -8,7 +8,6 @@
 #include <vector>
 
 #define DEVICE static inline
-#define DEVICE_IN inline
 #define DEVICE_STATIC static inline
 #define BOTH
 #define TABLE constexpr
@@ -205,4 +204,3 @@ DEVICE void barrier_wait(u64* b, u32 parity) {
     x.phase++;
   }
 }
-DEVICE u64 clock_ns() { return 0; }

@@ -1,4 +1,4 @@
-// The query of a row as B operands: as it is turned to the start of each block of 64 tokens, and in the basis of the codes.
+// The query of a row as B operands: as it is rotated to the start of each block of 64 tokens, and in the basis of the codes.
 #ifndef KVSINK_QUERY
 #define KVSINK_QUERY
 
@@ -10,7 +10,7 @@ DEVICE void prepare_query(const Params& p, const Raw& q, int b, int hq, int lane
 #pragma unroll
   for (int i = 0; i < CH; i++) x[i] *= p.scale;
   if (MODE != 0) {
-    // Tables are cut by slot: the query is turned to where slot 0 is position -origin.
+    // Tables are cut by slot: the query is rotated to where slot 0 is position -origin.
     float c[CH], s[CH], y[CH];
     load_channels(c, p.origin_cos ? p.origin_cos + b * ROTARY : 0, lane, ROTARY, 1.0f);
     load_channels(s, p.origin_sin ? p.origin_sin + b * ROTARY : 0, lane, ROTARY);

@@ -1,4 +1,4 @@
-// Packed tiles as operands: where the codes of a run of 8 channels stand, and products with them (kernels/tiles.py has the layout).
+// Packed tiles as operands: where the codes of a run of 8 channels stand, and products with them (kernels/layout.py has the layout).
 //
 // Arithmetic a masked code is an fp16 subnormal (code * 2^pos * 2^-24), so nothing is converted; powers of two and the
 //            levels' spacing are folded into the query (keys) or into the final scaling (values)

@@ -1,7 +1,7 @@
 // Rows into packed tiles and back: `append_rows` codes new keys and values and stores them, `append_row` does so for one new row
 // per sequence with a block for each (row, KV head), `decode_rows` reads slots as rows.
 //
-// Formula    kernels/tiles.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
+// Formula    kernels/layout.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
 // Layout     as attend.cuh, in whose translation unit this file stands: KW, VW and MODE are shared
 // Shapes     half the warps of a block take the keys of one (row, KV head) each, the other half the values;
 //            append_row: KEY_WARPS warps the key, one the value, the others the product with the basis (128 channels then)
@@ -14,11 +14,11 @@
 #endif
 constexpr int ROW_THREADS = 512, SEGMENTS = 4, Z_STRIDE = D + 4;
 TABLE float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1], 1.0f / STEPS[2], 1.0f / STEPS[3]};
-#ifndef LONE_FIRST
-#define LONE_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
+#ifndef SINGLE_ROW_FIRST
+#define SINGLE_ROW_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
 #endif
-constexpr bool LONE = MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0));           // whether append_row serves
-constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, LONE_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
+constexpr bool SINGLE_ROW = MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0));           // whether append_row serves
+constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, SINGLE_ROW_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
 constexpr float HALF_MAX = 65504.0f, HALF_TINY = 6.0e-8f;
 
 struct RowParams {
@@ -121,15 +121,15 @@ DEVICE void warp_sums(float& a, float& b) {       // two sums whose shuffles wai
 }
 
 // Half-split rotations of a row: by its origin and by the start of its block, or neither.
-struct Turn {
+struct Angles {
   float origin_cos[CH], origin_sin[CH], start_cos[CH], start_sin[CH];
 };
-DEVICE void load_origin(Turn& t, const RowParams& p, int b, int lane) {
+DEVICE void load_origin(Angles& t, const RowParams& p, int b, int lane) {
   if (!p.start_cos) return;
   load_channels(t.origin_cos, p.origin_cos + (long long)b * ROTARY, lane, ROTARY, 1.0f);
   load_channels(t.origin_sin, p.origin_sin + (long long)b * ROTARY, lane, ROTARY);
 }
-DEVICE void load_start(Turn& t, const RowParams& p, int slot, int lane) {
+DEVICE void load_start(Angles& t, const RowParams& p, int slot, int lane) {
   if (!p.start_cos) return;
   load_channels(t.start_cos, p.start_cos + (long long)(slot / 64) * ROTARY, lane, ROTARY, 1.0f);
   load_channels(t.start_sin, p.start_sin + (long long)(slot / 64) * ROTARY, lane, ROTARY);
@@ -152,7 +152,7 @@ DEVICE void invert(float (&c)[CH], float (&s)[CH]) {   // divides by the squared
   quotients(c, c, norm);
   quotients(s, minus, norm);
 }
-DEVICE void turn_row(float (&x)[CH], Turn& t, const RowParams& p, bool back, int lane) {
+DEVICE void rotate_row(float (&x)[CH], Angles& t, const RowParams& p, bool back, int lane) {
   if (!p.start_cos) return;
   if (back) {
     invert(t.start_cos, t.start_sin);
@@ -433,8 +433,8 @@ DEVICE void keep_recent(const RowParams& p, const Raw& row, bool values, int b, 
 }
 
 constexpr int ROW_SMEM = (MODE == 2 ? ROW_THREADS / 64 * Z_STRIDE * 4 * (1 + Product<ROW_THREADS>::PARTS) : 0) + 16;
-constexpr int LONE_STRIDE = 40, LONE_PART = 4 * LONE_STRIDE;   // sums of one warp; two banks of its columns never meet
-constexpr int LONE_SMEM = MODE == 2 ? (D + PROJECT_WARPS * LONE_PART + 5 * KEY_WARPS) * 4 : 16;
+constexpr int SINGLE_ROW_STRIDE = 40, SINGLE_ROW_PART = 4 * SINGLE_ROW_STRIDE;   // sums of one warp; two banks of its columns never meet
+constexpr int SINGLE_ROW_SMEM = MODE == 2 ? (D + PROJECT_WARPS * SINGLE_ROW_PART + 5 * KEY_WARPS) * 4 : 16;
 
 DEVICE long long superblock_of(const RowParams& p, int b, int head, int slot) {
   return p.pages ? (long long)p.pages[b * p.page_row + slot / 128] * p.Hkv + head : ((long long)b * p.Hkv + head) * (p.L / 128) + slot / 128;
@@ -477,10 +477,10 @@ DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, lon
   store_key_words(p.k_codes + superblock * K_BYTES, c, slot, lane);
 }
 // The key of a row less the mean of its slot, in the basis of its block.
-DEVICE void center_key(float (&x)[CH], float (&t)[CH], Turn& turn, const RowParams& p, int lane) {
+DEVICE void center_key(float (&x)[CH], float (&t)[CH], Angles& angles, const RowParams& p, int lane) {
   if (MODE == 0) return;
-  if (MODE == 2) turn_row(x, turn, p, true, lane);
-  else turn_row(t, turn, p, false, lane);
+  if (MODE == 2) rotate_row(x, angles, p, true, lane);
+  else rotate_row(t, angles, p, false, lane);
 #pragma unroll
   for (int i = 0; i < CH; i++) x[i] = sub(x[i], t[i]);
 }
@@ -497,20 +497,20 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
   Raw row = {};
   float x[CH] = {}, t[CH] = {};
-  Turn turn = {};
+  Angles angles = {};
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;
     row = load_raw(values ? p.v : p.k, b * st[0] + head * st[1] + s * st[2] + CH * lane);
     if (values) {
       load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
     } else if (MODE != 0) {
-      load_origin(turn, p, b, lane);
-      load_start(turn, p, slot, lane);
+      load_origin(angles, p, b, lane);
+      load_start(angles, p, slot, lane);
       load_channels(t, mean_of_slot(p, head, slot), lane);
     }
     widen(x, row, p.bf16);
   }
-  if (live && !values) center_key(x, t, turn, p, lane);
+  if (live && !values) center_key(x, t, angles, p, lane);
   if (MODE == 2) {
     if (!values && holds(lane))
 #pragma unroll
@@ -561,22 +561,22 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
   const int c = 8 * (lane >> 1) + 2 * warp + (lane & 1), width = KeyWidth::at(lane >> 1);
   const u32 bits = ((const unsigned short*)p.k)[b * p.k_stride[0] + head * p.k_stride[1] + c];
   const float sigma = fmaxf(p.sigma[head * D + c], HALF_TINY);
-  const bool turns = p.start_cos != 0;
+  const bool rotates = p.start_cos != 0;
   float ac = 1, as = 0, sc = 1, ss = 0, mean = 0;
-  if (turns) {
+  if (rotates) {
     ac = p.origin_cos[b * D + c];
     as = p.origin_sin[b * D + c];
   }
   if (live) {
     mean = p.table[((long long)head * 64 + (slot & 63)) * D + c];
-    if (turns) {
+    if (rotates) {
       sc = p.start_cos[(long long)(slot / 64) * D + c];
       ss = p.start_sin[(long long)(slot / 64) * D + c];
     }
   }
   arrive_part<3, BOTH_SIDES>();                      // all of this is asked for: the rest of the basis may follow
   float x = p.bf16 ? bits_float(bits << 16) : half_lo(bits);
-  if (turns) {
+  if (rotates) {
     const float norm = fmaxf(add(mul(sc, sc), mul(ss, ss)), 1e-12f), side = lane < 16 ? -1.0f : 1.0f;
     sc = quotient(sc, norm);
     ss = quotient(-ss, norm);
@@ -588,10 +588,10 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
   sync_part<1, BOTH_SIDES>();
   float some[4] = {0, 0, 0, 0};
 #pragma unroll
-  for (int part = 0; part < PROJECT_WARPS; part++) some[part & 3] += sums[part * LONE_PART + warp * LONE_STRIDE + lane];
+  for (int part = 0; part < PROJECT_WARPS; part++) some[part & 3] += sums[part * SINGLE_ROW_PART + warp * SINGLE_ROW_STRIDE + lane];
   if (!live) return;
   x = some[0] + some[1] + (some[2] + some[3]);
-  float* over = sums + PROJECT_WARPS * LONE_PART;
+  float* over = sums + PROJECT_WARPS * SINGLE_ROW_PART;
   const float y = quotient(x, sigma);
   float square[1] = {y * y};
   key_sums(square, over, warp, lane);
@@ -621,16 +621,16 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
 }
 
 // Its product with the basis: rows 8 i … 8 i + 7 by warp i, four columns per lane, into the order of `append_key`.
-DEVICE void project_lone(const float* matrix, const float* xs, float* sums, int warp, int lane) {
+DEVICE void project_single_row(const float* matrix, const float* xs, float* sums, int warp, int lane) {
   constexpr int EACH = PROJECT_WARPS ? D / PROJECT_WARPS : 1, BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS);
   const int from = warp * EACH;
   float u[EACH][4], acc[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    if (i == LONE_FIRST) sync_part<3, BOTH_SIDES>();
+    if (i == SINGLE_ROW_FIRST) sync_part<3, BOTH_SIDES>();
     load_floats(u[i], matrix + (from + i) * D + 4 * lane);
   }
-  if (LONE_FIRST >= EACH) sync_part<3, BOTH_SIDES>();
+  if (SINGLE_ROW_FIRST >= EACH) sync_part<3, BOTH_SIDES>();
   sync_part<1, BOTH_SIDES>();
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
@@ -638,20 +638,20 @@ DEVICE void project_lone(const float* matrix, const float* xs, float* sums, int 
 #pragma unroll
     for (int j = 0; j < 4; j++) acc[j] += at * u[i][j];
   }
-  float2* to = (float2*)(sums + warp * LONE_PART + 2 * (lane & 1) * LONE_STRIDE + 2 * (lane >> 1));
+  float2* to = (float2*)(sums + warp * SINGLE_ROW_PART + 2 * (lane & 1) * SINGLE_ROW_STRIDE + 2 * (lane >> 1));
   to[0] = float2{acc[0], acc[1]};
-  to[LONE_STRIDE / 2] = float2{acc[2], acc[3]};
+  to[SINGLE_ROW_STRIDE / 2] = float2{acc[2], acc[3]};
   sync_part<1, BOTH_SIDES>();
 }
 
 // The only new row of sequence CTA_Y, head CTA_X, by one block. Latency is all: what depends on nothing is asked for first, then
-// what depends on the length; the basis, 64 KB, is on its way while the key is turned.
-DEVICE void append_lone(const RowParams& p, unsigned char* smem) {
+// what depends on the length; the basis, 64 KB, is on its way while the key is rotated.
+DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
   const int lane = TID & 31, warp = TID >> 5, head = CTA_X, b = CTA_Y;
   if constexpr (MODE == 2) {
     float *xs = (float*)smem, *sums = xs + D;
     if (warp > KEY_WARPS) {
-      project_lone(p.basis + (long long)head * D * D, xs, sums, warp - KEY_WARPS - 1, lane);
+      project_single_row(p.basis + (long long)head * D * D, xs, sums, warp - KEY_WARPS - 1, lane);
       return;
     }
   }
@@ -675,25 +675,25 @@ DEVICE void append_lone(const RowParams& p, unsigned char* smem) {
     if (!live || warp) return;
     if (p.window) keep_recent(p, fresh(p.k, p.k_stride), false, b, head, slot, lane);
   } else {
-    Turn turn = {};
+    Angles angles = {};
     const Raw row = fresh(p.k, p.k_stride);
-    if (MODE != 0) load_origin(turn, p, b, lane);
+    if (MODE != 0) load_origin(angles, p, b, lane);
     if (!live) return;
     if (MODE != 0) {
-      load_start(turn, p, slot, lane);
+      load_start(angles, p, slot, lane);
       load_channels(t, mean_of_slot(p, head, slot), lane);
     }
     widen(x, row, p.bf16);
-    center_key(x, t, turn, p, lane);
+    center_key(x, t, angles, p, lane);
     code_key(x, t, p, superblock, slot, lane);
     keep_recent(p, row, false, b, head, slot, lane);
   }
   if (p.segments) enter_exact(p, fresh(p.k, p.k_stride), fresh(p.v, p.v_stride), b, head, slot, lane);
 }
 
-KERNEL(LONE_THREADS) append_row(ARGUMENT(RowParams) p) {
-  BLOCK_MEMORY(LONE_SMEM)
-  if constexpr (LONE) append_lone(p, smem);
+KERNEL(SINGLE_ROW_THREADS) append_row(ARGUMENT(RowParams) p) {
+  BLOCK_MEMORY(SINGLE_ROW_SMEM)
+  if constexpr (SINGLE_ROW) append_single_row(p, smem);
 }
 
 KERNEL(ROW_THREADS, 2) append_rows(ARGUMENT(RowParams) p) {
@@ -710,7 +710,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
   const long long tile = superblock_of(p, b, head, slot), at = tile * 128 + slot % 128;
   float x[CH] = {}, t[CH] = {};
-  Turn turn = {};
+  Angles angles = {};
   if (values) {
     const u32 scale = p.v_scale[at];
     if (holds(lane))
@@ -722,8 +722,8 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
     if (MODE != 0) {
       load_channels(t, mean_of_slot(p, head, slot), lane);
       if (MODE == 1) {
-        load_origin(turn, p, b, lane);
-        load_start(turn, p, slot, lane);
+        load_origin(angles, p, b, lane);
+        load_start(angles, p, slot, lane);
       }
     }
     if (MODE == 2) {
@@ -742,7 +742,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
 #pragma unroll
         for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_key_code(p.k_codes + tile * K_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
       if (p.key_hadamard) hadamard(x, lane, true);
-      if (MODE == 1) turn_row(t, turn, p, false, lane);
+      if (MODE == 1) rotate_row(t, angles, p, false, lane);
     }
   }
   if (MODE == 2) {
@@ -754,9 +754,9 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
 #pragma unroll
   for (int i = 0; i < CH; i++) x[i] = add(x[i], t[i]);
   if (MODE == 2 && !values) {
-    load_origin(turn, p, b, lane);
-    load_start(turn, p, slot, lane);
-    turn_row(x, turn, p, false, lane);
+    load_origin(angles, p, b, lane);
+    load_start(angles, p, slot, lane);
+    rotate_row(x, angles, p, false, lane);
   }
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;

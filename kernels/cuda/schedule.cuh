@@ -264,12 +264,12 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
 // -- one short sequence ---------------------------------------------------------------------------------------------------
 //
 // Latency is all, so everything that does not depend on the length is asked for before the length is known. Warps 0-3 attend to a
-// tile pair each, the others see to a query head each; block KLT: all turn the query into the basis, rows of its tiles each, straight
+// tile pair each, the others see to a query head each; block KLT: all take the query to the basis, rows of its tiles each, straight
 // from the L2 cache. Needs B = 1 and as many blocks as superblocks can be held; those behind the last token end early.
 constexpr int SINGLE_WARPS = PAIR_WARPS + SERVICE, SINGLE_THREADS = 32 * SINGLE_WARPS;
 
 #ifndef KVSINK_EMULATE
-extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, LONE_THREADS, SINGLE_THREADS};   // what the host must ask for
+extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, SINGLE_ROW_THREADS, SINGLE_THREADS};   // what the host must ask for
 #endif
 KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   LAUNCH_MEMORY
@@ -342,8 +342,8 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
         const u32 a = transpose8x8(pack_half2(y[0][0] + y[1][0], y[0][1] + y[1][1])), b = transpose8x8(pack_half2(y[0][2] + y[1][2], y[0][3] + y[1][3]));
         const u32 lo = center_of(2 * m), hi = center_of(2 * m + 1);
         mma(sum, lo, lo, hi, hi, a, b);
-        *(uint2*)(smem + OFF_TURNED + ((i * K_STEPS + m) * 32 + lane) * 8) = uint2{a, b};
-        if (lane < 4) *(float2*)(smem + OFF_TURNED + BLOCKS * K_STEPS * 256 + ((i * K_STEPS + m) * 4 + lane) * 8) = float2{sum[0], sum[1]};
+        *(uint2*)(smem + OFF_ROTATED + ((i * K_STEPS + m) * 32 + lane) * 8) = uint2{a, b};
+        if (lane < 4) *(float2*)(smem + OFF_ROTATED + BLOCKS * K_STEPS * 256 + ((i * K_STEPS + m) * 4 + lane) * 8) = float2{sum[0], sum[1]};
       }
     }
     sync_cta();
@@ -354,16 +354,16 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     const int mine = WIDE ? item.block : 0;
     State st;
     begin_softmax(st);
-    u32 q[RUNS], turned[RUNS], valid = ALL_SEEN;
+    u32 q[RUNS], rotated[RUNS], valid = ALL_SEEN;
     float shift[2] = {0, 0};
     if (c * 128 + 128 > end || any_lane(meets(excluded, c * 128))) valid = seen_tokens(excluded, c * 128, end, lane);
 #pragma unroll
-    for (int r = 0; r < RUNS; r++) turned[r] = WIDE && mine ? rq[BLOCKS - 1][r] : rq[0][r];
+    for (int r = 0; r < RUNS; r++) rotated[r] = WIDE && mine ? rq[BLOCKS - 1][r] : rq[0][r];
     if (MODE == 2) {
 #pragma unroll
       for (int m = 0; m < K_STEPS; m++) {
-        const uint2 pair = *(const uint2*)(smem + OFF_TURNED + ((mine * K_STEPS + m) * 32 + lane) * 8);
-        const float2 sum = *(const float2*)(smem + OFF_TURNED + BLOCKS * K_STEPS * 256 + ((mine * K_STEPS + m) * 4 + (lane & 3)) * 8);
+        const uint2 pair = *(const uint2*)(smem + OFF_ROTATED + ((mine * K_STEPS + m) * 32 + lane) * 8);
+        const float2 sum = *(const float2*)(smem + OFF_ROTATED + BLOCKS * K_STEPS * 256 + ((mine * K_STEPS + m) * 4 + (lane & 3)) * 8);
         q[2 * m] = pair.x; q[2 * m + 1] = pair.y;
         shift[0] -= sum.x; shift[1] -= sum.y;
       }
@@ -374,8 +374,8 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     }
     barrier_wait(full, 0);
     if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-    if (any_lane(valid != ALL_SEEN)) step<true, TILES_ALONE>(st, stage, smem, q, turned, shift, item, item.first, mine, valid, lane);
-    else step<false, TILES_ALONE>(st, stage, smem, q, turned, shift, item, item.first, mine, valid, lane);
+    if (any_lane(valid != ALL_SEEN)) step<true, TILES_ALONE>(st, stage, smem, q, rotated, shift, item, item.first, mine, valid, lane);
+    else step<false, TILES_ALONE>(st, stage, smem, q, rotated, shift, item, item.first, mine, valid, lane);
     write_warp_partial(st, (float*)(smem + OFF_PART) + warp * COLUMNS * PART, lane);
   } else if (last) {
     exact = attend_exact(side, qv, p, 0, kv, lane);

@@ -157,7 +157,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
 }
 
-// All of an item, the query turned (and taken to the basis) for its blocks.
+// All of an item, the query rotated (and taken to the basis) for its blocks.
 template <class Q, int NP>
 DEVICE void attend_item(State& st, u32 (&q)[RUNS], float (&shift)[2], const unsigned char* stage, const unsigned char* smem, const Item& item,
                         u32 valid, int at, int lane) {

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvsink.errors import SidecarError, UnsupportedError
-from kvsink.kernels import stages, tiles
+from kvsink.kernels import layout, stages
 from kvsink.kernels.backends import LayerFormat, LayerState, SideFormat, layer_format
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
@@ -55,7 +55,7 @@ class Codec:
 
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
     back from their codes like old ones (for evaluation); anchors: rows chosen by the attention they receive, whose
-    places follow those of the segments and grow with the slots. tiles: codes stand in the order of `kvsink.kernels.tiles`;
+    places follow those of the segments and grow with the slots. tiles: codes stand in the order of `kvsink.kernels.layout`;
     a cache decides so when it is made, a rewritten model's plan never does.
     """
 
@@ -194,7 +194,7 @@ class Codec:
     def row_bytes(self, side: SideSpec, dim: int) -> int:
         """Width of the code tensor of one side: bytes when packed, channels when kept in 16 bit."""
         if self.tiles:
-            return tiles.tile_bytes(side.widths)
+            return layout.tile_bytes(side.widths)
         return QUANTIZERS[side.kind].row_bytes(side, dim) if side.packed else dim
 
     def row_scales(self, side: SideSpec, dim: int) -> int:
@@ -293,7 +293,7 @@ class Codec:
         """The packed rows of slots start … end - 1, in the basis of the quantizer."""
         codes, scale = st[f"{prefix}_codes"], st[f"{prefix}_scale"]
         if self.tiles:
-            codes = tiles.fetch(codes, s.widths, prefix, start, end - start)
+            codes = layout.fetch(codes, s.widths, prefix, start, end - start)
             return QUANTIZERS[s.kind].decode(codes, scale[:, :, start:end], s, p, prefix)
         codes = codes[:, :, start:end]
         if not s.by_token_block:
@@ -312,7 +312,7 @@ class Codec:
         x = self._stored(st, self.key, p, "k", start, end).to(wide)
         if self.tiles:
             slots = torch.arange(start, end, device=x.device)
-            return tiles.restore_keys(x, slots, self.key, p, lambda rows: self._rotate_keys(rows, inverse=True))
+            return layout.restore_keys(x, slots, self.key, p, lambda rows: self._rotate_keys(rows, inverse=True))
         return self.restore_keys(x, st["positions"][:, start:end], p)
 
     def read_values(self, st: Params, p: Params, start: int, end: int, wide: torch.dtype = torch.float32) -> Tensor:
@@ -330,10 +330,10 @@ class Codec:
 
     def store_tiles(self, k: Tensor, v: Tensor, slots: Tensor, st: Params, p: Params) -> None:
         """Code new rows, keys after RoPE, and write them to their slots int64 [S] of a state in tiles."""
-        x = tiles.transform_keys(k, slots, self.key, p, self._rotate_keys)
+        x = layout.transform_keys(k, slots, self.key, p, self._rotate_keys)
         for prefix, side, rows in (("k", self.key, x), ("v", self.value, self.transform_values(v, p))):
             codes, scale = QUANTIZERS[side.kind].encode(rows, side, p, prefix)
-            tiles.store(st[f"{prefix}_codes"], codes, slots, side.widths, prefix)
+            layout.store(st[f"{prefix}_codes"], codes, slots, side.widths, prefix)
             st[f"{prefix}_scale"].index_copy_(2, slots, scale)
 
     def _rotate_keys(self, x: Tensor, inverse: bool = False) -> Tensor:

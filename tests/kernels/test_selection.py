@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from kvsink.codecs import STATE_NAMES, Codec
-from kvsink.kernels import append_triton, cuda_tiles, packed
 from kvsink.kernels.append import append_
-from kvsink.kernels.append_cpu import by_definition, declines, select_one
+from kvsink.kernels.cpu.append import by_definition, declines, select_one
+from kvsink.kernels.cuda import backend, launch
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
+from kvsink.kernels.triton import append as append_triton
 from kvsink.runtime import Frame, order_candidates
 from tests import states
-from tests.kernels import test_tiles
-from tests.kernels.emulated import Emulated
-from tests.kernels.test_attend_triton import INTERPRETED, here, interpreter, run_in_the_interpreter
+from tests.kernels.cuda import test_tiles
+from tests.kernels.cuda.emulated import Emulated
+from tests.kernels.triton.test_attend import INTERPRETED, here, interpreter, run_in_the_interpreter
 
 BATCH, HEADS, SEGMENTS = 2, 2, (3, 1, 2)
 PLACES, NEVER = sum(SEGMENTS), float("-inf")
@@ -234,16 +235,16 @@ def test_cuda(kernel: str) -> None:
     """The kernels that code rows, and attention, which lets the new row in after it has read the exact ones."""
     made = test_tiles.layer_of(5, BATCH)
     layer = Layer(made, torch.float16)
-    lib = Emulated(packed.variant_of(layer.codec, 1), 1, lone_rows=BATCH if kernel == "append_row" else 0)
+    lib = Emulated(launch.variant_of(layer.codec, 1), 1, single_rows=BATCH if kernel == "append_row" else 0)
 
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
         a = layer.arguments(k, v, candidates, first)
         st, p = layer.st, dict(zip(layer.codec.param_names(), layer.params, strict=True))
         given = a["k"], a["v"], a["positions"], candidates
         if kernel == "attend" and k.shape[2] == 1:
-            assert packed.step(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
+            assert launch.step(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
         else:
-            cuda_tiles.append(states.coding(**a), lib)
+            backend.append(states.coding(**a), lib)
 
     play(layer.st, offer, False, 20)
 

@@ -12,7 +12,7 @@ from kvsink.cache import KVSinkCache
 from kvsink.passes.visibility import only_causal
 from kvsink.targets import kind
 
-from ..kernels.test_tiles import model_of
+from ..kernels.cuda.test_tiles import model_of
 
 
 def _masks(graph: fx.Graph) -> list[Any]:

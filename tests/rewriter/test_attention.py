@@ -9,9 +9,9 @@ import torch
 
 from kvsink.attention import causal_mask, install_attention, is_plain_causal
 from kvsink.cache import KVSinkCache, KVSinkLayer
-from kvsink.kernels import packed
-from tests.kernels.emulated import Emulated, act_as_on_a_gpu
-from tests.kernels.test_tiles import model_of
+from kvsink.kernels.cuda import launch
+from tests.kernels.cuda.emulated import Emulated, act_as_on_a_gpu
+from tests.kernels.cuda.test_tiles import model_of
 
 
 def run(
@@ -32,7 +32,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
 
     def library(codec: Any, repeats: int, rotary: int, place: torch.device) -> Any:
-        return Emulated(packed.variant_of(codec, repeats or 1, rotary), 2)
+        return Emulated(launch.variant_of(codec, repeats or 1, rotary), 2)
 
     act_as_on_a_gpu(monkeypatch, library, lambda call: asked.append(call.k.shape[2]))
     monkeypatch.setattr(KVSinkLayer, "_defers", lambda self, frame: self.codec.tiles and frame.cos is not None)

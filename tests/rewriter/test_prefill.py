@@ -15,11 +15,13 @@ from transformers import DynamicCache, StaticCache
 import kvsink.cache
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.errors import KvsinkError
-from kvsink.kernels import append_triton, attend_triton, backends
+from kvsink.kernels import backends
 from kvsink.kernels.append import append_ref
+from kvsink.kernels.triton import append as append_triton
+from kvsink.kernels.triton import attend as attend_triton
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
-from tests.kernels.test_attend_triton import INTERPRETED, here, interpreter, run_in_the_interpreter
+from tests.kernels.triton.test_attend import INTERPRETED, here, interpreter, run_in_the_interpreter
 from tests.models import LAYERS, build, tokens
 from tests.states import GPU
 
@@ -230,7 +232,7 @@ class Launches(TorchDispatchMode):
 @here
 @pytest.mark.parametrize("options", [{}, {"window": 4, "protect": "first:2+kvsink:3"}])
 def test_a_layer_takes_a_prompt_in_few_launches(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvsink.kernels import triton_rows
+    from kvsink.kernels.triton import rows_kernels
 
     model, mode = rewritten("llama", "sdpa", "klt", **options), Launches()
 
@@ -239,7 +241,7 @@ def test_a_layer_takes_a_prompt_in_few_launches(options: dict[str, Any], monkeyp
 
     served_as_on_a_gpu(monkeypatch, [])
     for name in ("code_rows_kernel", "enter_rows_kernel"):
-        monkeypatch.setattr(triton_rows, name, counted(name))
+        monkeypatch.setattr(rows_kernels, name, counted(name))
     plain = {name: getattr(KVSinkLayer, name) for name in ("update", "begins")}
 
     def watched(name: str) -> Any:

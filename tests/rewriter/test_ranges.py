@@ -13,8 +13,10 @@ import kvsink
 from kvsink.cache import KVSinkCache
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
-from kvsink.kernels import attend_cpu, attend_triton, cuda_tiles
 from kvsink.kernels.backends import Shape
+from kvsink.kernels.cpu import attend as attend_cpu
+from kvsink.kernels.cuda import backend as cuda_tiles
+from kvsink.kernels.triton import attend as attend_triton
 from kvsink.passing import given_cache
 from kvsink.ranges import exponent
 from kvsink.runtime import runtime_of

@@ -11,7 +11,7 @@ import kvsink
 from kvsink import served
 from kvsink.kernels.backends import Device, table
 from kvsink.runtime import runtime_of
-from tests.kernels.test_tiles import model_of
+from tests.kernels.cuda.test_tiles import model_of
 from tests.models import build
 
 IDS = torch.randint(3, 97, (4, 64), generator=torch.Generator().manual_seed(1))

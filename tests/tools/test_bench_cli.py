@@ -29,7 +29,7 @@ def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.Captu
 def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     from kvsink.cache import KVSinkCache
     from kvsink.tools.bench_cpu import step_times
-    from tests.kernels.test_tiles import model_of
+    from tests.kernels.cuda.test_tiles import model_of
 
     model = model_of(0)
     cache = KVSinkCache.for_model(model, 1, 64)
@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_drawn_are_named(text: str, said: str, tmp_path: Pat
 
 
 def test_the_bytes_of_a_row_are_those_of_its_codes_and_scales() -> None:
-    from tests.kernels.test_tiles import layer_of
+    from tests.kernels.cuda.test_tiles import layer_of
 
     codec = layer_of(2).codec  # 2 bits: 32 bytes of codes and 4 of scales on either side
     assert isinstance(codec, Codec) and packed_bytes(codec, 3, 128, 8) == 3 * 128 * 8 * 2 * 36
@@ -175,8 +175,8 @@ def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.Mo
 
     from kvsink.cache import KVSinkCache
     from kvsink.tools import bench_sequence
-    from tests.kernels.emulated import act_as_on_a_gpu
-    from tests.kernels.test_tiles import HEADS, append, library, model_of, rows
+    from tests.kernels.cuda.emulated import act_as_on_a_gpu
+    from tests.kernels.cuda.test_tiles import HEADS, append, library, model_of, rows
 
     model = model_of(0)
     cache = KVSinkCache.for_model(model, 1, max_length=500, tiles=True)

@@ -21,11 +21,11 @@ import click
 import torch
 from torch import Tensor
 
-from kvsink.kernels import native
 from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import Call, LayerState
-from kvsink.kernels.cuda_tiles import attend, library
+from kvsink.kernels.cuda.backend import attend, library
+from kvsink.kernels.cuda.variants import by_warp
 from kvsink.tools.bench_model import LLAMA_3_8B, LLAVA_15_7B, fill, llama, rewritten
 from kvsink.tools.bench_ops import BOUND, packed_bytes
 from kvsink.tools.bench_sdpa import sdpa_best
@@ -91,13 +91,13 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
     row: dict[str, Any] = {
         "kind": "short rows", "side": side, "E": exact, "B": b, "Hq": HEADS, "Hkv": kv_heads, "T": t, "mask": masked,
         "bytes": size, "limit_ms": round(limit, 5), "limit_all_ms": round(whole_limit, 5),
-        "chosen": "whole" if native.by_warp(b, lib.share(kv_heads), slots.numel() // 128) and lib.whole_rows else "divided",
+        "chosen": "whole" if by_warp(b, lib.share(kv_heads), slots.numel() // 128) and lib.whole_rows else "divided",
     }  # fmt: skip
     outs, layers = {}, [layer]
     for name, whole in (("divided", False), ("whole", True)):
         if whole and not lib.whole_rows:
             continue
-        native.BY_WARP = whole
+        lib.by_warp = whole
         outs[name] = attention(layer)
         torch.cuda.synchronize()
         row[f"{name}_error"] = error_of(layer, outs[name], (q, k, v), mask)
@@ -106,12 +106,12 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
         row["apart"] = float((a - c).norm() / a.norm())
     wrong = [n for n in outs if not row[f"{n}_error"] <= BOUND] + ["apart"] * (not row.get("apart", 0.0) <= BOUND)
     if wrong:
-        native.BY_WARP = None
+        lib.by_warp = None
         return {**row, "note": f"wrong, not timed: {wrong}"}
     layers += [made(model, b, t, exact) for _ in range(max(1, min(32, -(-_DISTINCT // size))) - 1)]
     repeats = 1 if len(layers) > 8 else 4 if size < 1 << 30 else 2
     for name in outs:
-        native.BY_WARP = name == "whole"
+        lib.by_warp = name == "whole"
         for what, call in (("ms", attention), ("with_append_ms", step)):
             times = graph_times([partial(call, x) for _ in range(repeats) for x in layers], 20)
             row[f"{name}_{what}"] = round(times[1], 5)
@@ -119,7 +119,7 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
                 row[f"{name}_p20_ms"], row[f"{name}_p80_ms"] = round(times[0], 5), round(times[2], 5)
         row[f"{name}_of_limit"] = round(limit / row[f"{name}_ms"], 3)
         row[f"{name}_of_all"] = round(whole_limit / row[f"{name}_ms"], 3)
-    native.BY_WARP = None
+    lib.by_warp = None
     return row
 
 

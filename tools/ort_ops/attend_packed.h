@@ -1,12 +1,12 @@
 // AttendPacked: attention over the codes of the past, the rows kept exact and the new rows, as one node.
 //
-// One new row per sequence takes kvsink_attend of kernels/attend_cpu.c, which reads codes and never unpacks the past. Several
+// One new row per sequence takes kvsink_attend of kernels/cpu/attend.c, which reads codes and never unpacks the past. Several
 // new rows unpack the past once and attend to it as Attend does. What the node means is kvsink.export.bodies.
 #pragma once
 
 namespace packed {
 extern "C" {
-#include "attend_cpu.h"
+#include "attend.h"
 }
 constexpr int kFresh = SOURCES - 1;  // the place of new rows among those read as they came
 }  // namespace packed

@@ -47,7 +47,7 @@ def generate_long(
     """Generate `count` tokens, drawn from the model's own distribution and each attending to all before it; what drifted, or None.
 
     Every step reads all codes, so the cost grows with the square of `count`; on the CPU they are read by the C kernel where
-    there is a compiler (`kvsink.kernels.attend_cpu`).
+    there is a compiler (`kvsink.kernels.cpu.attend`).
     """
     model = rewritten(method, layers=1, positions=count + 64, **options)
     cache = KVSinkCache.for_model(model)

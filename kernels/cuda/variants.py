@@ -1,0 +1,171 @@
+"""What the CUDA kernels are compiled for: a kind of layer, a card, and how a block works on it.
+
+Formula    shared memory as attend.cuh lays it out; of the ways a block can work the first that fits the card is taken
+Source     ours
+Raises     NativeError where none fits
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..layout import tile_bytes
+from ..levels import EVEN_STEP
+from .driver import NativeError
+
+__all__ = ["FEW", "SHARED_LIMIT", "Card", "Shape", "Variant", "by_warp", "card_of", "single", "too_old", "unit"]
+
+FEW = 8  # exact rows that a warp of each query head sees to
+SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
+_FOLDER = Path(__file__).parent
+_WARPS = 8  # that compute, in a block where rows may be taken whole
+_ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
+FILES = (
+    "arch.cuh", "channels.cuh", "read.cuh", "attend.cuh", "query.cuh", "softmax.cuh", "exact.cuh", "merge.cuh", "rows.cuh",
+    "schedule.cuh",
+)  # fmt: skip
+
+
+def unit(defines: Mapping[str, str], names: Sequence[str]) -> str:
+    """One translation unit without includes: macros, then files of `kernels/cuda`."""
+    head = "".join(f"#define {name} {text}\n" for name, text in defines.items())
+    return head + "".join((_FOLDER / name).read_text() for name in names)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What code is made for: compute capability times ten, the bytes of shared memory that one block can have, and whether the
+    driver's own compiler finishes it, as the code of another card must be."""
+
+    target: int = 90
+    shared: int = SHARED_LIMIT
+    portable: bool = False
+
+    @property
+    def arch(self) -> str:
+        """The compiler's name of the target; with the features of one generation where the kernels use them."""
+        return f"compute_{self.target}" if self.portable else f"sm_{self.target}{'a' if self.target in (90, 100) else ''}"
+
+
+@cache
+def card_of(device: torch.device) -> Card:
+    """The card at hand. $KVSINK_CUDA_TARGET (compute_80, ...) and $KVSINK_CUDA_SHARED (bytes) name a smaller one, whose code it
+    then runs."""
+    major, minor = torch.cuda.get_device_capability(device)
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_LIMIT)
+    found = 10 * major + minor
+    target = int("".join(c for c in os.environ.get("KVSINK_CUDA_TARGET", "") if c.isdigit()) or found)
+    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a block works: warps that compute, stages of each, tile pairs of a stage, units of one softmax step, most query heads."""
+
+    warps: int
+    stages: int
+    items: int
+    steps: int
+    heads: int = 8
+
+    def groups(self, repeats: int) -> int:
+        """Rows of the grid that share a key-value head of `repeats` query heads."""
+        return 1 if repeats <= 4 else -(-repeats // self.heads)
+
+    def columns(self, repeats: int) -> int:
+        """Query heads of a product."""
+        return 4 if -(-repeats // self.groups(repeats)) <= 4 else 8
+
+
+_SHAPES = (
+    Shape(8, 2, 4, 2), Shape(8, 2, 2, 2), Shape(8, 2, 1, 1), Shape(8, 1, 2, 2), Shape(8, 1, 1, 1), Shape(4, 2, 4, 2),
+    Shape(4, 2, 2, 2), Shape(4, 2, 1, 1), Shape(4, 1, 1, 1), Shape(4, 2, 1, 1, heads=4), Shape(4, 1, 1, 1, heads=4),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compiled in: mode (0 plain, 1 with the mean's logit, 2 block KLT), widths of runs of 8 channels, query heads per
+    key-value head, channels that carry RoPE, and whether rows read as they came are many: a window, or more than `FEW` exact
+    ones."""
+
+    mode: int
+    key_widths: tuple[int, ...]
+    value_widths: tuple[int, ...]
+    repeats: int
+    rotary: int = 128
+    many: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Channels of a head."""
+        return 8 * len(self.key_widths)
+
+    @property
+    def single_row(self) -> bool:
+        """Whether `append_row` codes a new row by a block of its own."""
+        return self.mode != 2 or (self.dim == 128 and tile_bytes(self.key_widths) % 16 == 0 and self.rotary in (0, 128))
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """SMEM_BYTES of attend.cuh for this variant."""
+        d, columns, runs = self.dim, shape.columns(self.repeats), self.dim // 8
+        k, v = (128 * tile_bytes(w) for w in (self.key_widths, self.value_widths))
+        klt = self.mode == 2
+        stage = (k + v) * shape.items // 4 + (256 if klt else 512) + 512 + (4 * self.rotary if self.mode else 0) + 128
+        tables = (128 * d if self.mode else 0) + (2 * d * d if klt else 0)
+        parts = shape.warps * columns * (d + 4) * 4
+        raw = columns * 4 * (-(-runs // 4) * 4 + 4) * 4 if self.mode else 0
+        query = 2 * raw + 2 * (0 if klt else columns * d * 2) + 64
+        return shape.warps * shape.stages * stage + tables + parts + query + 8 * (shape.warps * shape.stages + 8)
+
+    def shape(self, card: Card) -> Shape:
+        """How a block works on a card. Raises NativeError when no way fits its shared memory."""
+        fits = [s for s in _SHAPES if self._suits(s, card) and self.shared_bytes(s) <= card.shared]
+        if not fits:
+            least = min(self.shared_bytes(s) for s in _SHAPES)
+            raise NativeError(f"{least} bytes of shared memory, more than the {card.shared} that a block can have")
+        return fits[0]
+
+    def _suits(self, shape: Shape, card: Card) -> bool:
+        """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others."""
+        eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4)
+        return (shape.warps == 4 or eight) and (self.dim <= 128 or shape.steps == 1)
+
+    def defines(self, card: Card) -> dict[str, str]:
+        """Macros of the source."""
+        shape = self.shape(card)
+        return {
+            "MODE": str(self.mode), "KW": ", ".join(map(str, self.key_widths)), "VW": ", ".join(map(str, self.value_widths)),
+            "HEADS_PER_KV": str(self.repeats), "HEAD_DIM": str(self.dim), "ROTARY": str(self.rotary), "MANY": str(int(self.many)),
+            "WARPS": str(shape.warps), "STAGES": str(shape.stages), "ITEM_PAIRS": str(shape.items), "STEP_PAIRS": str(shape.steps),
+            "MOST_HEADS": str(shape.heads), "TARGET": str(card.target), "SHARED_MOST": str(card.shared),
+            "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
+        }  # fmt: skip
+
+    def source(self, card: Card) -> str:
+        """One translation unit without includes."""
+        return unit(self.defines(card), FILES)
+
+
+def by_warp(batch: int, share: int, tiles: int) -> bool:
+    """Whether rows of `tiles` superblocks take less time whole, one warp each, than divided among the warps of `share` blocks."""
+    warps = share * _WARPS
+    return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
+
+
+def single(argument: Any) -> bool:
+    """Whether there is one sequence, and a block of each head for every superblock that it can hold: `attend_single`."""
+    return bool(argument.B == 1 and argument.share == argument.tiles and not argument.window and argument.E <= FEW)
+
+
+def too_old(capability: tuple[int, int], name: str) -> str:
+    """Why a GPU cannot run the kernels; empty when it can."""
+    major, minor = capability
+    return f"{name} has compute capability {major}.{minor}; the kernels need 8.0" if major < 8 else ""

@@ -1,0 +1,126 @@
+"""The CUDA kernels on a CPU: their own source, one fiber per thread (kernels/cuda/emulate.h). Slow, for small cases."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvsink.kernels import backends
+from kvsink.kernels.cuda import backend, module, variants
+from kvsink.kernels.cuda.rows_of_bytes import CodesVariant
+
+FOLDER = Path(module.__file__).parent
+HOPPER = variants.Card()
+
+
+@cache
+def _library(variant: variants.Variant | CodesVariant, card: variants.Card = HOPPER) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to emulate the CUDA kernels with")
+    defines = variant.defines() if isinstance(variant, CodesVariant) else variant.defines(card)
+    flags = [f"-D{name}={text.replace(' ', '')}" for name, text in defines.items()]
+    if isinstance(variant, CodesVariant):
+        flags.append("-DKVSINK_CODES_ALONE")
+    text = "".join(p.read_text() for p in sorted(FOLDER.iterdir()) if p.is_file()) + "".join(flags)
+    out = Path(tempfile.gettempdir()) / f"kvsink-emulated-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if not out.exists():
+        made = out.with_suffix(f".{id(variant)}.so")
+        subprocess.run(
+            [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", *flags, str(FOLDER / "emulate.cpp"), "-o", str(made)],
+            check=True,
+        )
+        made.replace(out)
+    return ctypes.CDLL(str(out))
+
+
+class Emulated:
+    """Stands in for `module.Cubin`; `blocks` per key-value head take part in an attention, `by_warp`: each warp by whole rows.
+
+    single_rows is `module.SINGLE_ROWS`.
+    """
+
+    def __init__(
+        self, variant: variants.Variant, blocks: int = 3, by_warp: bool = False, single_rows: int = 0,
+        card: variants.Card = HOPPER,
+    ) -> None:  # fmt: skip
+        self.lib, self.blocks, self.by_warp, self.single_rows = _library(variant, card), blocks, by_warp, single_rows
+        self.variant, self.groups = variant, variant.shape(card).groups(variant.repeats)
+        self.partial = torch.full((64 * blocks * self.lib.slot_words(),), -1, dtype=torch.int32)
+        self.arrived = torch.zeros(1024, dtype=torch.int32)
+
+    def share(self, heads: int) -> int:
+        return self.blocks
+
+    def attend(self, argument: Any, fresh: Any, heads: int) -> None:
+        assert self.lib.attend_bytes() == ctypes.sizeof(argument)
+        one = self.lib.run_attend_single if variants.single(argument) else self.lib.run_attend
+        run = self.lib.run_attend_rows if self.by_warp else one
+        run(ctypes.byref(argument), ctypes.byref(fresh))
+
+    def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
+        self.append(rows)
+        self.attend(argument, fresh, heads)
+
+    def append(self, argument: Any) -> None:
+        assert self.lib.row_bytes() == ctypes.sizeof(argument)
+        if argument.S == 1 and self.single_rows >= argument.B and self.variant.single_row:
+            self.lib.run_append_row(ctypes.byref(argument))
+            return
+        self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))
+
+    def decode(self, argument: Any, rows: int, heads: int) -> None:
+        self.lib.run_decode(ctypes.byref(argument), -(-rows // 8))
+
+
+def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any], seen: Callable[[Any], None]) -> None:
+    """Layers in tiles on the CPU are served as on a GPU, by `library` in place of `backend.library`; seen: told of every call
+    that attends."""
+
+    def part(held: backends.Part, said: Callable[..., str], attends: bool = True) -> backends.Part:
+        def run(call: Any) -> Any:
+            if attends:
+                seen(call)
+            return held.run(call)
+
+        return backends.Part(lambda f, s, d: said(f, s, None), run)
+
+    tiles, *rest = backends.table()
+    assert tiles.append is not None and tiles.attend is not None and tiles.step is not None
+    tiles = replace(
+        tiles, append=part(tiles.append, backend.declines, False), attend=part(tiles.attend, backend.declines_mask),
+        step=part(tiles.step, backend.declines_step),
+    )  # fmt: skip
+    monkeypatch.setattr(backend, "library", library)
+    monkeypatch.setattr(backends, "table", lambda: (tiles, *rest))
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
+
+
+class EmulatedCodes:
+    """Stands in for `rows_of_bytes.CodesKernels`."""
+
+    def __init__(self, variant: CodesVariant) -> None:
+        self.lib = _library(variant)
+        assert self.lib.smem_bytes() <= variant.shared_bytes() <= variants.SHARED_LIMIT
+
+    def rotate(self, call: Any, groups: int) -> None:
+        assert self.lib.codes_bytes() == ctypes.sizeof(call)
+        self.lib.run_rotate(ctypes.byref(call), groups)
+
+    def attend(self, call: Any, heads: int) -> None:
+        assert self.lib.codes_bytes() == ctypes.sizeof(call)
+        self.lib.run_codes(ctypes.byref(call), heads)
+
+    def merge(self, call: Any, groups: int) -> None:
+        self.lib.run_merge(ctypes.byref(call), groups)

@@ -1,0 +1,102 @@
+"""What keeps the CUDA kernels from a machine, said once and in words; compiled code is kept and found again."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvsink import served
+from kvsink.kernels import backends
+from kvsink.kernels.backends import Device, Shape, plan
+from kvsink.kernels.cuda import backend, driver, module, variants
+from kvsink.runtime import runtime_of
+
+from .test_tiles import CODECS, layer_of, model_of
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((6, 1), "6.1")])
+def test_a_gpu_of_another_generation_is_named(capability: tuple[int, int], reason: str) -> None:
+    assert reason in variants.too_old(capability, "a GPU") and variants.too_old((9, 0), "a GPU") == ""
+
+
+def test_without_a_compiler_the_reason_names_what_brings_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_nvrtc", lambda: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    with pytest.raises(module.NativeError, match="pip install nvidia-cuda-nvrtc"):
+        module.compile_cubin("", "sm_90a")
+
+
+def test_code_is_compiled_once_per_source_and_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, str]] = []
+
+    def compile_(nvcc: str, source: str, arch: str) -> bytes:
+        made.append((source, arch))
+        return f"{source} for {arch}".encode()
+
+    monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_nvrtc", lambda: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: "nvcc")
+    monkeypatch.setattr(module, "_by_nvcc", compile_)
+    wanted = [("a", "sm_90a"), ("a", "sm_90a"), ("b", "sm_90a"), ("a", "sm_100a"), ("b", "sm_90a")]
+    assert [module.compile_cubin(*w) for w in wanted] == [f"{s} for {a}".encode() for s, a in wanted]
+    assert made == [("a", "sm_90a"), ("b", "sm_90a"), ("a", "sm_100a")] and len(list(tmp_path.rglob("*.cubin"))) == 3
+
+
+def _refused(variant: variants.Variant, device: torch.device) -> Any:
+    raise module.NativeError("this GPU is a toaster")
+
+
+def test_a_refusal_is_told_once_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "library", _refused)
+    monkeypatch.setattr(backends, "_TOLD", set())
+    monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
+    card = Device("cuda", (9, 0), "a GPU", False, GPU)
+    monkeypatch.setattr(served, "device_of", lambda place: card)
+    runtime = runtime_of(model_of(0))
+    with pytest.warns(UserWarning, match="plain operators .*this GPU is a toaster.*Triton is not installed"):
+        assert not served.tiles_serve(runtime, torch.float16, GPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not served.tiles_serve(runtime, torch.float16, GPU)
+    codec = layer_of(0).codec
+    f, shape = codec.format.in_tiles(), Shape(8, 2, 128, 128, 128, torch.float16)
+    assert backend.declines(f, shape, card) == "this GPU is a toaster"
+    assert backend.declines(f, shape._replace(dtype=torch.float32), card) == "the model computes in float32"
+    assert backend.declines(f, shape, Device("cpu")) == "the device is cpu"
+
+
+def test_a_gpu_on_which_no_test_has_run_is_used_and_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "library", lambda variant, device: object())
+    monkeypatch.setattr(backends, "_TOLD", set())
+    f, shape = layer_of(0).codec.format.in_tiles(), Shape(8, 2, 128, 128, 128, torch.float16)
+    with pytest.warns(UserWarning, match=r"a new GPU: compute capability 9\.7 is one on which no test has run"):
+        assert backend.declines(f, shape, Device("cuda", (9, 7), "a new GPU", True, GPU)) == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.declines(f, shape, Device("cuda", (9, 7), "a new GPU", True, GPU)) == ""
+        assert backend.declines(f, shape, Device("cuda", (9, 0), "a GPU", True, GPU)) == ""
+
+
+@pytest.mark.parametrize("index", range(len(CODECS)))
+def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*_: Any) -> Any:
+        raise AssertionError("the CUDA driver or its compiler was asked for")
+
+    for home, name in ((driver, "driver"), (module, "_driver"), (module, "_nvrtc"), (module, "compile_cubin")):
+        monkeypatch.setattr(home, name, touched)
+    shape, card = Shape(8, 2, 128, 128, 128, torch.float16), Device("hip", (9, 4), "an MI300X", True, GPU)
+    for what, wanted in (("attend", "triton"), ("append", "triton"), ("step", "append, then attend")):
+        found = plan(what, layer_of(index, tiled=False).codec.format, shape, card)
+        assert found.name == wanted and found.why[0] == ("cuda (tiles)", "the GPU is not one of NVIDIA's")
+
+
+def test_widths_that_need_more_memory_than_a_block_has_are_refused() -> None:
+    with pytest.raises(module.NativeError, match="shared memory"):
+        variants.Variant(2, (8,) * 32, (8,) * 32, 8).defines(variants.Card())

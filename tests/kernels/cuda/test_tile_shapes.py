@@ -1,0 +1,300 @@
+"""The CUDA kernels (emulated) on every kind of layer they serve: head dimensions, query heads, RoPE on a part, windows, many exact
+rows, cards without the copy engine; against the definition."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import kvsink
+from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.codecs import SHARED_NAMES
+from kvsink.kernels.append import append_ref
+from kvsink.kernels.attend import attend_ref
+from kvsink.kernels.cuda import backend, launch, variants
+from kvsink.kernels.read import read_ref
+from tests.states import coding
+
+from .emulated import Emulated
+
+SLOTS, KV_HEADS = 512, 2
+A100, GEFORCE, HOPPER = variants.Card(80, 166912), variants.Card(89, 101376), variants.Card()
+
+
+class Kind(NamedTuple):
+    """A kind of layer, and what is compiled for it."""
+
+    method: str
+    dim: int
+    repeats: int
+    bits: tuple[int, int] = (2, 2)
+    rotary: float = 1.0
+    protect: str = "first:1"
+    window: int = 0
+    card: variants.Card = HOPPER
+    fold: bool = True
+
+
+KINDS = (
+    Kind("klt-even", 128, 8),
+    Kind("klt-even", 128, 5, (2, 4)),
+    Kind("centred-even", 128, 7, fold=False),
+    Kind("centred-even", 128, 16, (4, 4)),
+    Kind("rtn", 128, 12),
+    Kind("centred-even", 128, 32, protect="none"),
+    Kind("klt-even", 64, 4),
+    Kind("klt-even", 64, 8, (2, 4)),
+    Kind("centred-even", 64, 8, fold=False),
+    Kind("rtn", 64, 1, (4, 4)),
+    Kind("centred-even", 256, 2),
+    Kind("centred-even", 256, 8, rotary=0.25, fold=False),
+    Kind("klt-even", 256, 4, rotary=0.25),
+    Kind("klt-even", 256, 6),
+    Kind("centred-even", 128, 4, (8, 8)),
+    Kind("rtn", 64, 2, (8, 8)),
+    Kind("centred-even", 128, 4, protect="first:40+first:24"),
+    Kind("klt-even", 128, 2, window=32, protect="first:4"),
+    Kind("centred-even", 128, 8, window=70, protect="first:33+first:2"),
+    Kind("centred-even", 64, 1, window=200, protect="none", fold=False),
+    Kind("klt-even", 128, 4, card=A100),
+    Kind("centred-even", 128, 8, card=GEFORCE),
+    Kind("centred-even", 256, 4, (4, 4), card=GEFORCE, rotary=0.25),
+    Kind("klt-even", 64, 8, card=GEFORCE, window=20),
+    Kind("centred-even", 128, 1, (4, 4), card=GEFORCE),
+    Kind("centred-even", 256, 8, rotary=0.25, card=GEFORCE),
+    Kind("klt-even", 96, 1),
+    Kind("centred-even", 96, 4, (2, 4), fold=False),
+    Kind("klt-even", 80, 8, (2, 4), fold=False),
+    Kind("centred-even", 80, 2, (4, 2), fold=False, protect="first:20", card=A100),
+    Kind("centred-even", 64, 4, (1, 1)),
+    Kind("centred-even", 96, 6, (4, 4), window=40),
+)
+NAMES = [
+    f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}" for k in KINDS
+]
+QUICK = (0, 2, 6, 11, 14, 16, 17, 18, 20, 22, 27, 28)  # the others are slow tests
+EVERY = [pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow) for i in range(len(KINDS))]
+
+
+@cache
+def model_of(index: int) -> Any:
+    """A tiny model with two layers of a kind, rewritten."""
+    kind = KINDS[index]
+    torch.manual_seed(5)
+    shape = dict(
+        vocab_size=97, hidden_size=8 * KV_HEADS * kind.repeats, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=KV_HEADS * kind.repeats,
+        num_key_value_heads=KV_HEADS, head_dim=kind.dim, max_position_embeddings=1024, pad_token_id=0,
+    )  # fmt: skip
+    if kind.rotary == 1.0:
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    else:
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": kind.rotary}
+        model = transformers.GlmForCausalLM(transformers.GlmConfig(**shape, rope_parameters=rope, attention_bias=False)).eval()
+    for weight in model.parameters():
+        weight.data.mul_(3.0).requires_grad_(False)
+    ids = torch.randint(3, 97, (4, 256), generator=torch.Generator().manual_seed(1))
+    kvsink.rewrite(
+        model, kind.method, calibration=ids, key_bits=kind.bits[0], value_bits=kind.bits[1], protect=kind.protect,
+        window=kind.window, fold=kind.fold, check=False,
+    )  # fmt: skip
+    return model
+
+
+def layer_of(index: int, batch: int) -> KVSinkLayer:
+    """Its second layer's empty cache, in tiles; what no token has written is NaN."""
+    return KVSinkCache.for_model(model_of(index), batch, max_length=SLOTS, tiles=True).packed_layers()[1]
+
+
+def rows(batch: int, length: int, seed: int, heads: int, dim: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, heads, length, dim, generator=g) * 2 + 0.3).to(torch.float16).to(dtype)
+
+
+def scores_of(layer: KVSinkLayer, batch: int, length: int, seed: int, better: float = 0.0) -> list[Tensor]:
+    out: list[Tensor] = []
+    for i, segment in enumerate(layer.segments):
+        g = torch.Generator().manual_seed(seed + i)
+        out += list((torch.randn(batch, length, generator=g) + better).topk(min(segment.count, length), dim=1))
+    return out
+
+
+def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor) -> None:
+    """`length` tokens by the definition; positions of row b begin at -shift[b]."""
+    kind = KINDS[index]
+    layer.lazy_initialization(*[rows(batch, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2) if not layer.is_initialized else None
+    positions = torch.arange(length)[None] - shift
+    if layer.shared.anchor_cos is not None:
+        from kvsink.runtime import Frame
+
+        layer._set_anchors(Frame(), positions)
+    if length:
+        k, v = (rows(batch, length, s, KV_HEADS, kind.dim, torch.float32) for s in (1, 2))
+        none = torch.empty(1, length, 0)
+        append_ref(
+            k, v, positions, none, none, scores_of(layer, batch, length, 9), layer.state(), layer.params, layer.codec_text, True
+        )
+    layer.length.fill_(length)
+
+
+def kernels(layer: KVSinkLayer, index: int, blocks: int) -> Emulated:
+    kind = KINDS[index]
+    variant = launch.variant_of(layer.codec, kind.repeats, layer.codec.rotary(layer.params))
+    return Emulated(variant, blocks, card=kind.card)
+
+
+@pytest.mark.parametrize("index", EVERY)
+@pytest.mark.parametrize(("batch", "length", "padded", "blocks"), [(2, 383, True, 3), (1, 300, False, 4), (1, 200, True, 2)])
+def test_attention_equals_the_definition(index: int, batch: int, length: int, padded: bool, blocks: int) -> None:
+    kind, layer = KINDS[index], layer_of(index, batch)
+    shift = torch.arange(1, batch + 1)[:, None] * 11 if padded else torch.zeros(batch, 1, dtype=torch.int64)
+    fill(layer, index, batch, length, shift)
+    assert layer.codec.tiles
+    for name in ("k_scale", "v_scale"):  # what lies behind the length must not matter
+        getattr(layer, name)[:, :, length:] = float("nan")
+    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
+        setattr(layer, name, getattr(layer, name).to(torch.float16))
+    q = rows(batch, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
+    k, v = (rows(batch, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
+    slots = torch.arange(SLOTS)
+    mask = ((slots >= shift) & (slots <= length))[:, None, None] if padded else None
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    lib = kernels(layer, index, blocks)
+    got = launch.attend_one(lib, layer.codec, q, k, v, st, p, mask, 0.09)
+    assert got is not None and (lib.partial == -1).all()  # as the next launch expects it
+    for name in ("k_scale", "v_scale"):
+        getattr(layer, name).nan_to_num_(0.0)
+    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
+        setattr(layer, name, getattr(layer, name).float())
+    wide = [x.float() for x in (q, k, v)]
+    if layer.codec.ring:  # the definition reads the new row from the window, where `append_` has put it before
+        at = length % layer.codec.ring
+        layer.recent_k[:, :, at], layer.recent_v[:, :, at] = wide[1][:, :, 0], wide[2][:, :, 0]
+        layer.recent_slot[at] = length
+    wanted = attend_ref(*wide, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
+    assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("index", EVERY)
+@pytest.mark.parametrize(("batch", "length", "new"), [(2, 130, 1), (1, 127, 1), (2, 40, 9)])
+def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: int, length: int, new: int) -> None:
+    kind, layer, other = KINDS[index], layer_of(index, batch), layer_of(index, batch)
+    shift = torch.arange(batch)[:, None] * 5
+    for x in (layer, other):
+        fill(x, index, batch, length, shift)
+    k, v = (rows(batch, new, s, KV_HEADS, kind.dim, torch.float32) for s in (6, 7))
+    positions, none = torch.arange(length, length + new)[None] - shift, torch.empty(1, new, 0)
+    scores = scores_of(layer, batch, new, 3, better=0.5)
+    append_ref(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec_text, True)
+    halves = {n: getattr(other, n).to(torch.float16) for n in ("exact_k", "exact_v", "recent_k", "recent_v")}
+    for name, t in halves.items():
+        setattr(other, name, t)
+    given = k.half(), v.half(), positions, none, none, scores, other.state(), other.params, other.codec, True
+    backend.append(coding(*given), kernels(other, index, 2))
+    for name, mine in other.codec.named(other.state()).items():
+        wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
+        sums = kind.method == "klt-even" or kind.dim in (80, 96)  # of floats, in another order than the definition's
+        if name in (("k_codes", "k_scale") if kind.method == "klt-even" else ("k_codes", "k_scale", "v_codes", "v_scale")) and sums:
+            assert (mine == wanted).float().mean() >= 0.998, name
+        elif name in ("exact_slot", "exact_score"):
+            assert torch.equal(mine.sort(1)[0], wanted.sort(1)[0]), name
+        elif name not in ("exact_k", "exact_v"):
+            assert torch.equal(mine.float(), wanted.float()), name
+    st, p = other.codec.named(other.state()), dict(zip(other.codec.param_names(), other.params, strict=True))
+    other.length.fill_(length + new)
+    total = length + new
+    nothing = rows(batch, 0, 0, KV_HEADS, kind.dim, torch.float32)
+    full = read_ref(nothing, nothing, other.state(), other.params, other.codec_text)
+    got = launch.decode_rows(kernels(other, index, 2), other.codec, st, p, 3, total, torch.float16, total)
+    for a, b in zip(got, full, strict=True):
+        assert (a.float() - b[:, :, 3:total].float()).abs().max() <= 4e-3 * b.abs().max()
+
+
+@pytest.mark.parametrize("index", [0, 13, 18])
+def test_a_step_enters_the_new_row_when_every_group_has_read_the_exact_ones(index: int) -> None:
+    index = {13: 3}.get(index, index)
+    kind, layer = KINDS[index], layer_of(index, 2)
+    fill(layer, index, 2, 140, torch.zeros(2, 1, dtype=torch.int64))
+    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
+        setattr(layer, name, getattr(layer, name).to(torch.float16))
+    q = rows(2, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
+    k, v = (rows(2, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
+    zero = torch.zeros(2, 1, dtype=torch.int64)
+    scores = [t for _ in layer.segments for t in (torch.full((2, 1), 1e30), zero)]
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    lib = kernels(layer, index, 3)
+    alone = launch.attend_one(lib, layer.codec, q, k, v, st, p, None, 0.09)
+    got = launch.step(lib, layer.codec, q, k, v, torch.full((1, 1), 140), scores, st, p, None, 0.09)
+    assert got is not None and alone is not None and torch.equal(got, alone)
+    assert (layer.exact_slot == 140).any(1).all() and not lib.arrived.any()
+    place = (layer.exact_slot == 140).int().argmax(1)
+    for b in range(2):
+        assert torch.equal(layer.exact_k[b, :, place[b]], k[b, :, 0]) and torch.equal(layer.exact_v[b, :, place[b]], v[b, :, 0])
+
+
+@pytest.mark.parametrize("index", EVERY)
+def test_shared_memory_is_what_the_source_takes(index: int) -> None:
+    kind, layer = KINDS[index], layer_of(index, 1)
+    layer.lazy_initialization(*[rows(1, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2)
+    lib = kernels(layer, index, 1)
+    assert lib.lib.smem_bytes() == lib.variant.shared_bytes(lib.variant.shape(kind.card)) <= kind.card.shared
+
+
+@pytest.mark.parametrize("index", [0, 1, 9])
+def test_rows_of_their_own_lengths_in_pages_equal_each_alone(index: int) -> None:
+    """What serving asks for: lengths of rows, and superblocks of 128 slots anywhere in a pool."""
+    kind, lengths = KINDS[index], (200, 5, 383)
+    alone, layer = [], layer_of(index, 3)
+    fill(layer, index, 3, 383, torch.zeros(3, 1, dtype=torch.int64))
+    layer.exact_slot.fill_(-1)
+    for name in ("exact_k", "exact_v"):
+        setattr(layer, name, getattr(layer, name).to(torch.float16))
+    q = rows(3, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
+    k, v = (rows(3, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    for length in lengths:
+        layer.length.fill_(length)
+        out = launch.attend_one(kernels(layer, index, 3), layer.codec, q, k, v, st, p, None, 0.09)
+        assert out is not None
+        alone.append(out)
+    pages = torch.randperm(3 * 4, generator=torch.Generator().manual_seed(4)).int().view(3, 4)
+    pool = dict(st)
+    for name in ("k_codes", "v_codes", "k_scale", "v_scale"):
+        x = st[name]  # [B, H, L, n] → pages [P, H, 128, n]
+        apart = x.unflatten(2, (4, 128)).permute(0, 2, 1, 3, 4).flatten(0, 1)
+        pool[name] = torch.empty_like(apart)
+        pool[name][pages.flatten().long()] = apart
+    pool["length"] = torch.tensor(lengths)
+    lib = kernels(layer, index, 3)
+    got = launch.attend_one(lib, layer.codec, q, k, v, pool, p, None, 0.09, pages=pages)
+    assert got is not None and (lib.partial == -1).all()
+    for b in range(3):
+        assert (got[b].float() - alone[b][b].float()).norm() <= 1e-3 * alone[b][b].float().norm()
+
+
+@pytest.mark.parametrize("index", [27, 28, 29, 30])
+def test_tiles_of_odd_widths_hold_the_rows_that_codes_in_order_hold(index: int) -> None:
+    kind = KINDS[index]
+    k, v = (rows(2, 150, s, KV_HEADS, kind.dim, torch.float32) for s in (1, 2))
+    found = []
+    for tiled in (True, False):
+        cache = KVSinkCache.for_model(model_of(index), 2, max_length=SLOTS, tiles=tiled)
+        layer = cache.packed_layers()[1]
+        layer.lazy_initialization(*[rows(2, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2)
+        positions = torch.arange(150)[None]
+        none = torch.empty(1, 150, 0)
+        angles = (none, none) if tiled else layer.shared.runtime.angles(1, positions)
+        append_ref(
+            k, v, positions, *angles, scores_of(layer, 2, 150, 9), layer.state(), layer.params, layer.codec_text, True
+        )
+        layer.length.fill_(150)
+        nothing = rows(2, 0, 0, KV_HEADS, kind.dim, torch.float32)
+        found.append([x[:, :, :150] for x in read_ref(nothing, nothing, layer.state(), layer.params, layer.codec_text)])
+        assert layer.codec.tiles == tiled
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()  # a code may fall to the other side of a tie
