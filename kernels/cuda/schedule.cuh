@@ -166,8 +166,8 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
           round++;
           return merged;
         };
-        if (!send && !few) exact = taken();
         a = taken();
+        if (!send && !few) exact = taken();
         if (h == 0 && fresh.segments) barrier_wait(emptied, (round - 1) & 1);   // every warp has read the exact rows
         if (send) {
           if (own) send_partial(parts + h * SLOT, a, lane);
@@ -219,21 +219,6 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     barrier_wait(ready + at, n >> 1 & 1);
     if (n == 0)                                      // not before every warp has asked for its first stage
       for (int i = 1; i < STAGES; i++) request(p, fetch, rows, kv, warp, lane, stages + i * STAGE_BYTES, full + i);
-    const auto hand_over = [&] {
-      sync_warp();
-      if (lane == 0) barrier_arrive(done);
-      round++;
-    };
-    const auto free = [&] {                          // the service warps have read the part before
-      if (round) barrier_wait(emptied, (round - 1) & 1);
-    };
-    if constexpr (BY_WARPS) {                        // while the first packed rows are on their way
-      if (b < last_row || !tail) {
-        if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part, free);
-        else attend_many<false>(p, place, b, warp, lane, part, free);
-        hand_over();
-      }
-    }
     u32 q[RUNS];
     float shift[2] = {0, 0};
     if (MODE != 2) load_query(q, shift, smem, lane, at);
@@ -255,9 +240,20 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
       request(p, fetch, rows, kv, warp, lane, stage, full + slot);
       slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
-    free();
+    if (round) barrier_wait(emptied, (round - 1) & 1);
     write_warp_partial(st, part, lane);
-    hand_over();
+    sync_warp();
+    if (lane == 0) barrier_arrive(done);
+    round++;
+    if constexpr (BY_WARPS) {
+      if (b == last_row && tail) continue;
+      const auto free = [&] { barrier_wait(emptied, (round - 1) & 1); };
+      if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part, free);
+      else attend_many<false>(p, place, b, warp, lane, part, free);
+      sync_warp();
+      if (lane == 0) barrier_arrive(done);
+      round++;
+    }
   }
 }
 
