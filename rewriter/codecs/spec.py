@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvsink.errors import UnsupportedError
@@ -232,8 +232,7 @@ class SideSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that differ from the defaults, JSON-ready."""
-        full = asdict(self)
-        return {f.name: full[f.name] for f in fields(self) if full[f.name] != f.default}
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SideSpec:
