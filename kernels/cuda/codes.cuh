@@ -141,7 +141,7 @@ template <int N> DEVICE void row_words(u32 (&w)[N], const unsigned char* row) {
   }
 }
 
-constexpr int RUN_TABLE[5] = {0, 1344, 1280, 1024, 0};   // where pairs of levels of each width begin: 4^width of them
+TABLE int RUN_TABLE[5] = {0, 1344, 1280, 1024, 0};   // where pairs of levels of each width begin: 4^width of them
 
 // The two levels of components 2 t and 2 t + 1 of a run, by its bits in a row.
 template <int RUN> DEVICE u32 run_pair(const u32 (&w)[KEY_WORDS], const unsigned char* table, int t) {

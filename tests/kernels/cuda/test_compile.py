@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvsink.kernels.cuda import module, variants
+from kvsink.kernels.cuda.rows_of_bytes import CodesVariant
 
 CARDS = {
     "8.0": variants.Card(80, 166912), "8.6": variants.Card(86, 101376), "8.9": variants.Card(89, 101376), "9.0": variants.Card(),
@@ -70,3 +71,28 @@ def test_every_cell_compiles_within_its_card(card: str, mode: int, bits: int, di
     # wait most of the time, spill theirs.
     most = 1600 if made.target in (90, 100) else 640
     assert max(spills.values()) <= most, spills
+
+
+CODES = CodesVariant(
+    repeats=4, key_runs=(2,) * 16, key_couple=2, key_books=False, key_scales=1, value_couple=2, value_books=False, value_scales=2,
+    dense=False, basis=False, mean=True, starts=True,
+)  # fmt: skip
+SOURCES = {
+    "tiles": lambda: variants.Variant(2, (2,) * 16, (2,) * 16, 4).source(variants.Card()),
+    "rows of bytes": lambda: variants.unit(CODES.defines(), ("arch.cuh", "channels.cuh", "codes.cuh")),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("compiler", ["nvcc", "nvrtc"])
+def test_both_compilers_take_the_sources(compiler: str, source: str) -> None:
+    """NVRTC, the first choice, forgives what nvcc does not: arrays of the host in device code."""
+    if compiler == "nvcc":
+        if (nvcc := shutil.which("nvcc")) is None:
+            pytest.skip("nvcc is not installed")
+        image = module._by_nvcc(nvcc, SOURCES[source](), "sm_90a")
+    else:
+        if (lib := module._nvrtc()) is None:
+            pytest.skip("NVRTC is not installed")
+        image = module._by_nvrtc(lib, SOURCES[source](), "sm_90a")
+    assert image[:4] == b"\x7fELF" and b"attend_" in image
