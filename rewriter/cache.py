@@ -33,6 +33,7 @@ from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.attend import attend_ref, attention
 from kvsink.kernels.layout import TILE_SLOTS
+from kvsink.kernels.read import put_rows
 from kvsink.offload import place_of
 from kvsink.protect import Segment
 from kvsink.ranges import RowSizes, check_range
@@ -499,10 +500,13 @@ class KVSinkLayer(CacheLayerMixin):
         self.exact_score.masked_fill_(gone, float("-inf"))
 
     def _reopen(self, keep: int) -> None:
-        """Put the rows of the block that is open at `keep` rows back into the ring, where it has gone past them."""
+        """Put rows back into the ring that it has gone past: those of the block that is open at `keep` rows, and for codes in tiles
+        all of the window, which the kernels take to be there."""
         sides = (self.codec.key, self.codec.value)
         flush = [s.flush for s in sides if s.by_token_block]
         start = min((keep // n * n for n in flush), default=keep)
+        if self.codec.tiles and self.codec.window:
+            start = max(0, keep + 1 - self.codec.window)
         held = set(self.recent_slot.tolist())
         gone = [slot for slot in range(start, keep) if slot not in held]
         if not gone:
@@ -511,10 +515,13 @@ class KVSinkLayer(CacheLayerMixin):
         state = self.codec.named(self.state())
         slots = torch.tensor(gone, device=self.device)
         place = slots % self.codec.ring
-        for recent, rows in (
-            (self.recent_k, self.codec.read_keys(state, params, gone[0], gone[-1] + 1)),
-            (self.recent_v, self.codec.read_values(state, params, gone[0], gone[-1] + 1)),
+        inside = (self.exact_slot >= gone[0]) & (self.exact_slot <= gone[-1])
+        for recent, exact, rows in (
+            (self.recent_k, self.exact_k, self.codec.read_keys(state, params, gone[0], gone[-1] + 1)),
+            (self.recent_v, self.exact_v, self.codec.read_values(state, params, gone[0], gone[-1] + 1)),
         ):
+            if self.codec.tiles:  # elsewhere exact rows are laid over the window's when it is read
+                put_rows(rows, exact, torch.where(inside, self.exact_slot - gone[0], -1))
             recent.index_copy_(2, place, rows.index_select(2, slots - gone[0]).to(recent.dtype))
         self.recent_slot.index_copy_(0, place, slots.to(self.recent_slot.dtype))
         if self.codec.anchors is not None:  # what their codes say is no row to keep

@@ -1,6 +1,7 @@
 """How large keys and values are, and the power of two that brings the codes of very large or very small ones into float16's range.
 
-Formula    size = max over heads and channels of sqrt(mean x²);  e = 0 while 2^-10 <= size <= 2^10, else round(log2 size)
+Formula    size = max over heads and channels of sqrt(mean x²);  e = 0 while 2^-10 <= size <= 2^10, else round(log2 size);
+           up to 2^6 for values in steps, as kernels multiply a step by a weight of up to 2^8 in float16
            codes and tables are then of x·2^-e, and what is read back is multiplied by 2^e: both exact
 Source     ours: v_proj·s with o_proj / s is the same model, and must cost the same
 Differs    models of common sizes have e = 0 and nothing changes; others leave the faster kernels, which say so
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["RowSizes", "check_range", "exponent", "layer_sizes", "ranged", "seen_sizes"]
 
 LARGE, SMALL = 2.0**10, 2.0**-10
+LARGE_STEPS = 2.0**6  # of values that one step and minimum hold
 _MOST = 120  # of an exponent: 2^-e stays a normal float32
 _TOKENS = 16
 _HALF_MAX, _RESOLVED = 65504.0, 2.0**-17  # largest float16; rows below it are lost in steps of 2^-24
@@ -38,16 +40,17 @@ _HALF_MAX, _RESOLVED = 65504.0, 2.0**-17  # largest float16; rows below it are l
 Sizes = tuple[float, float]  # of keys and of values
 
 
-def exponent(size: float) -> int:
-    """The power of two that keys or values of this size are divided by."""
-    if size == 0 or SMALL <= size <= LARGE or not math.isfinite(size):
+def exponent(size: float, most: float = LARGE) -> int:
+    """The power of two that keys or values of this size are divided by; none up to `most`."""
+    if size == 0 or SMALL <= size <= most or not math.isfinite(size):
         return 0
     return max(-_MOST, min(_MOST, round(math.log2(size))))
 
 
-def ranged(spec: SideSpec, size: float) -> SideSpec:
-    """The declaration of a side for rows of this size."""
-    return replace(spec, exponent=exponent(size)) if spec.packed else spec
+def ranged(spec: SideSpec, size: float, values: bool = False) -> SideSpec:
+    """The declaration of a side, the values' or the keys', for rows of this size."""
+    most = LARGE_STEPS if values and spec.kind == "uniform" else LARGE
+    return replace(spec, exponent=exponent(size, most)) if spec.packed else spec
 
 
 def seen_sizes(record: Calibration, layer: int) -> Sizes | None:

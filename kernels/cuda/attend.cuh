@@ -104,7 +104,9 @@ DEVICE Place place_of(int y) {
   return {y / GROUPS, first, rest < R ? rest : R};
 }
 DEVICE long long tile_of(const Params& p, int b, int kv, int i) {      // superblock i of a row, in superblocks
-  return p.pages ? (long long)p.pages[b * p.page_row + i] * p.Hkv + kv : ((long long)b * p.Hkv + kv) * p.tiles + i;
+  if (!p.pages) return ((long long)b * p.Hkv + kv) * p.tiles + i;
+  const int page = p.pages[b * p.page_row + i];      // behind a row's end anything may stand: it is asked for and not seen
+  return (long long)(page > 0 ? page : 0) * p.Hkv + kv;
 }
 DEVICE int recent_of(const Params& p, int length) {  // first slot that is read as it came
   if (!MANY || !p.window) return length + 1;

@@ -28,7 +28,7 @@ DEVICE void load_exact(ExactRows& r, const Params& p, int b, int kv, int lane, i
     slot = mine < p.E ? p.exact_slot[b * p.E + mine] : mine < old ? recent + mine - p.E : length + mine - old;
     row = mine < p.E ? mine : MANY && mine < old ? slot % p.window : mine - old;
     if (mine < p.E && slot >= (MANY && p.window ? recent : p.N ? length : length + 1)) slot = -1;   // among the recent or the new rows too
-    if (p.mask && slot >= 0 && !p.mask[b * p.mask_row + slot]) slot = -1;
+    if (p.mask && slot >= 0 && slot < p.tiles * 128 && !p.mask[b * p.mask_row + slot]) slot = -1;
   }
   r.kept = slot >= 0;
   const long long unit = (long long)b * p.Hkv + kv;
@@ -111,7 +111,7 @@ DEVICE ExactRow exact_row(const Params& p, int b, int kv, int e, int length, int
   int slot = -1;
   if (e < old + p.N) slot = e < p.E ? p.exact_slot[b * p.E + e] : e < old ? recent + e - p.E : length + e - old;
   if (e < p.E && slot >= (p.window ? recent : p.N ? length : length + 1)) slot = -1;
-  if (p.mask && slot >= 0 && !p.mask[b * p.mask_row + slot]) slot = -1;
+  if (p.mask && slot >= 0 && slot < p.tiles * 128 && !p.mask[b * p.mask_row + slot]) slot = -1;
   const long long row = e < p.E ? unit * p.E + e : e < old ? unit * p.window + slot % (p.window ? p.window : 1) : unit * p.N + e - old;
   const void *k = e < p.E ? p.exact_k : e < old ? p.recent_k : p.new_k, *v = e < p.E ? p.exact_v : e < old ? p.recent_v : p.new_v;
   return {(const unsigned short*)k + row * D, (const unsigned short*)v + row * D, slot >= 0};

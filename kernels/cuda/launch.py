@@ -128,7 +128,7 @@ def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis
 def _rows(x: Tensor) -> Tensor:
     """A tensor whose rows lie together and 16-byte aligned."""
     aligned = x.stride(-1) == 1 and all(n % 8 == 0 for n in x.stride()[:3]) and x.data_ptr() % 16 == 0
-    return x if aligned else x.contiguous()
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _fresh_rows(
@@ -149,6 +149,7 @@ def _fresh_rows(
     a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
     at = module.pointer
     a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
+    a.length_row = int(st["length"].dim() > 0)
     a.per = min(8, k.shape[0] * k.shape[2])  # a block's rows are of one head, or nearly all blocks' are
     a.position_row = positions.stride(0) if positions.shape[0] > 1 else 0
     # One new row has one candidate per segment: the kernel enters it itself.
@@ -241,7 +242,7 @@ def attend_one(
     visible = None if mask is None else _mask_rows(mask, slots)
     if mask is not None and visible is None:
         return None
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (_rows(x).contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
     at = module.pointer
     module.contiguous([st[n] for n in (

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,12 @@ class Module:
     def launch(
         self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
     ) -> None:
-        """Launch on the current stream."""
+        """Launch on the current stream of the module's GPU, which need not be the current one."""
         args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
         where = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, where, args, None), "a launch")
+        here = self.device.index is None or torch.cuda.current_device() == self.device.index
+        with nullcontext() if here else torch.cuda.device(self.device):
+            _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, where, args, None), "a launch")
 
 
 def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.device) -> Module:

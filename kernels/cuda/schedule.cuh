@@ -91,8 +91,10 @@ DEVICE Raw query_of(const Params& p, int b, const Place& at, int h, int lane) { 
 // The new row takes the place of an exact one, when the last group of heads has read them all.
 DEVICE void enter_new(const Params& p, const RowParams& fresh, int b, int kv, int lane) {
   if (GROUPS > 1 && !last_to_come(fresh.group_arrived + (long long)b * p.Hkv + kv, GROUPS, lane)) return;
+  const int slot = (int)p.length[b * p.length_row];
+  if (slot >= p.tiles * 128) return;                 // what does not fit is dropped; the cache says so beforehand
   const long long at = ((long long)b * p.Hkv + kv) * D + CH * lane;
-  enter_exact(fresh, load_raw(p.new_k, at), load_raw(p.new_v, at), b, kv, (int)p.length[b * p.length_row], lane);
+  enter_exact(fresh, load_raw(p.new_k, at), load_raw(p.new_v, at), b, kv, slot, lane);
 }
 
 KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {

@@ -62,6 +62,8 @@ def card_of(device: torch.device) -> Card:
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_LIMIT)
     found = 10 * major + minor
     target = int("".join(c for c in os.environ.get("KVSINK_CUDA_TARGET", "") if c.isdigit()) or found)
+    if target != found and not 80 <= target < 90:
+        raise NativeError(f"KVSINK_CUDA_TARGET={target}: of other cards, the code of 8.0 to 8.9 alone runs here")
     return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found)
 
 

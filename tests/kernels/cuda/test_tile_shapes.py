@@ -18,6 +18,7 @@ from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import backend, launch, variants
 from kvsink.kernels.read import read_ref
+from kvsink.ranges import LARGE_STEPS
 from tests.states import coding
 
 from .emulated import Emulated
@@ -237,6 +238,53 @@ def test_a_step_enters_the_new_row_when_every_group_has_read_the_exact_ones(inde
         assert torch.equal(layer.exact_k[b, :, place[b]], k[b, :, 0]) and torch.equal(layer.exact_v[b, :, place[b]], v[b, :, 0])
 
 
+@pytest.mark.parametrize("index", [0, 2])
+def test_values_of_the_largest_size_without_an_exponent_stay_finite(index: int) -> None:
+    """A logit that comes up to 2^8 above the softmax's reference weighs a step of values of this size in float16."""
+    kind, layer = KINDS[index], layer_of(index, 1)
+    layer.lazy_initialization(*[rows(1, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2)
+    k, v = (rows(1, 200, s, KV_HEADS, kind.dim, torch.float32) for s in (1, 2))
+    v = v / v.square().mean().sqrt() * LARGE_STEPS
+    none, positions = torch.empty(1, 200, 0), torch.arange(200)[None]
+    append_ref(k, v, positions, none, none, scores_of(layer, 1, 200, 9), layer.state(), layer.params, layer.codec_text, True)
+    layer.length.fill_(200)
+    for name in ("exact_k", "exact_v"):
+        setattr(layer, name, getattr(layer, name).to(torch.float16))
+    q = rows(1, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 2
+    new_k, new_v = (rows(1, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    got = launch.attend_one(kernels(layer, index, 2), layer.codec, q, new_k, new_v, st, p, None, 0.09)
+    assert got is not None
+    wide = [x.float() for x in (q, new_k, new_v)]
+    wanted = attend_ref(*wide, layer.state(), layer.params, None, 0.09, False, layer.codec_text)
+    assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("index", [17, 18])
+@pytest.mark.parametrize("cropped", [1, 5, 31, 100])
+def test_a_window_is_whole_again_behind_a_crop(index: int, cropped: int) -> None:
+    kind, layer = KINDS[index], layer_of(index, 2)
+    fill(layer, index, 2, 150, torch.zeros(2, 1, dtype=torch.int64))
+    layer._held = 150
+    layer.crop(-cropped)
+    length = 150 - cropped
+    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
+        setattr(layer, name, getattr(layer, name).to(torch.float16))
+    q = rows(2, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
+    k, v = (rows(2, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    got = launch.attend_one(kernels(layer, index, 3), layer.codec, q, k, v, st, p, None, 0.09)
+    assert got is not None
+    # The definition, told that nothing is in the ring: codes with exact rows laid over them, and what the window still holds.
+    again = layer_of(index, 2)
+    fill(again, index, 2, 150, torch.zeros(2, 1, dtype=torch.int64))
+    again.recent_slot.masked_fill_(again.recent_slot >= length, -1)
+    again.exact_slot.copy_(layer.exact_slot)
+    again.length.fill_(length)
+    wanted = attend_ref(*(x.float() for x in (q, k, v)), again.state(), again.params, None, 0.09, False, again.codec_text)
+    assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
 @pytest.mark.parametrize("index", EVERY)
 def test_shared_memory_is_what_the_source_takes(index: int) -> None:
     kind, layer = KINDS[index], layer_of(index, 1)
@@ -270,6 +318,8 @@ def test_rows_of_their_own_lengths_in_pages_equal_each_alone(index: int) -> None
         pool[name] = torch.empty_like(apart)
         pool[name][pages.flatten().long()] = apart
     pool["length"] = torch.tensor(lengths)
+    for b, length in enumerate(lengths):  # what a table says behind a row's end is nobody's page
+        pages[b, length // 128 + 1 :] = -1
     lib = kernels(layer, index, 3)
     got = launch.attend_one(lib, layer.codec, q, k, v, pool, p, None, 0.09, pages=pages)
     assert got is not None and (lib.partial == -1).all()
