@@ -305,6 +305,7 @@ class Runtime:
         rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
+        self._beyond_half: dict[int, bool] = {}
         self._orders: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
 
@@ -406,6 +407,15 @@ class Runtime:
                     table = self.tables[key] = table.to(device)
                 out.append(table)
         return out
+
+    def beyond_half(self, layer: int, codec: Codec) -> bool:
+        """Whether the basis of a layer's keys, in units of codes as the tile kernels take it, leaves float16's range."""
+        if layer not in self._beyond_half:
+            basis, sigma = (self.tables.get(f"layers.{layer}.{n}") for n in ("k_basis", "k_sigma"))
+            self._beyond_half[layer] = False
+            if basis is not None and sigma is not None and codec.key.kind == "lloyd-even":
+                self._beyond_half[layer] = not bool(key_rows(basis, sigma, codec.key.widths).half().isfinite().all())
+        return self._beyond_half[layer]
 
     def _tile_table(self, name: str, layer: int, codec: Codec, tokens: int, device: torch.device) -> Tensor:
         """A table in the order in which the GPU kernel reads it, made once from the plain ones."""

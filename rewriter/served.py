@@ -27,7 +27,11 @@ def _apart(runtime: Runtime, layer: int) -> str:
     first = next(t for t, p in zip(a.turnings, runtime.plans, strict=True) if p.codec is not None)
     if a.turnings[layer] != first:
         return "the layer turns its keys otherwise than the first, whose anchors all share"
-    return "its keys and values are read by more than one call of its own attention" if layer in a.apart else ""
+    if layer in a.apart:
+        return "its keys and values are read by more than one call of its own attention"
+    codec = runtime.plans[layer].codec
+    assert codec is not None
+    return "its keys deviate beyond what the kernels' basis holds in float16" if runtime.beyond_half(layer, codec) else ""
 
 
 def in_tiles(runtime: Runtime, layer: int) -> str:

@@ -48,3 +48,11 @@ def test_what_a_model_forbids_is_said_in_place_of_what_kernels_do(monkeypatch: p
     assert found[0][0].name == name
     assert found[1][0].why[0] == (name, "its keys and values are read by more than one call of its own attention")
     assert served.in_tiles(runtime, 0) == "" and "more than one call" in served.in_tiles(runtime, 1)
+
+
+def test_keys_whose_basis_float16_does_not_hold_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = runtime_of(model_of(0))
+    sigma = runtime.tables["layers.1.k_sigma"]
+    monkeypatch.setattr(runtime, "tables", {**runtime.tables, "layers.1.k_sigma": torch.full_like(sigma, 2000.0)})
+    monkeypatch.setattr(runtime, "_beyond_half", {})
+    assert served.in_tiles(runtime, 0) == "" and "float16" in served.in_tiles(runtime, 1)
