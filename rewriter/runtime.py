@@ -63,15 +63,15 @@ class Frame:
     begun: set[int] = field(default_factory=set)  # layers that have asked whether they begin
     roomy: bool = False  # sliding layers have made room for the new rows
     sizes: list[Any] = field(default_factory=list)  # `ranges.RowSizes` that the end of the pass looks at
+    order: Tensor | None = None  # [B or 1, S], the number of every row among the real ones of its sequence
+    marked: dict[bool, bool] = field(default_factory=dict)  # caches, sliding or not, that have noted `valid`
+    one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
 
     def rows_before(self) -> int:
         """`start` as a number; a GPU is asked once."""
         if self.before is None:
             self.before = int(self.start)
         return self.before
-    order: Tensor | None = None  # [B or 1, S], the number of every row among the real ones of its sequence
-    marked: dict[bool, bool] = field(default_factory=dict)  # caches, sliding or not, that have noted `valid`
-    one_axis: bool = False  # positions and angles are those of one axis of several, and stay so
 
 
 class Heads(NamedTuple):

@@ -69,11 +69,16 @@ def tiles_serve(runtime: Runtime, dtype: torch.dtype, place: torch.device) -> bo
 
 
 def served_lines(runtime: Runtime, dtype: torch.dtype, place: torch.device, compiled: bool = True) -> list[str]:
-    """The table as text: one line for every run of layers that are served alike. compiled: kernels are compiled to see whether
-    they can be."""
+    """The table as text: one line for every run of layers that are served alike, without the backends of other devices. compiled:
+    kernels are compiled to see whether they can be."""
     device, lines = device_of(place), []
     table = served(runtime, dtype, device if compiled else replace(device, place=None))
-    for (attends, codes), run in groupby(table.items(), lambda row: (str(row[1][0]), row[1][1].name)):
+    elsewhere = f"the device is {device.type}"
+
+    def said(choice: Choice) -> str:
+        return str(choice._replace(why=tuple(w for w in choice.why if w[1] != elsewhere)))
+
+    for (attends, codes), run in groupby(table.items(), lambda row: (said(row[1][0]), row[1][1].name)):
         layers = [layer for layer, _ in run]
         which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
         lines.append(f"{which} on {place.type}: rows coded by {codes}, attention by {attends}")

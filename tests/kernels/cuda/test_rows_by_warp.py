@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
-import kvsink
 from kvsink.cache import KVSinkCache, KVSinkLayer
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import launch, variants
 
 from .emulated import Emulated
-from .test_tiles import DIM, KV_HEADS, append, rows
+from .test_tiles import KV_HEADS, append, rewritten, rows
 
 SLOTS = 768
 CODECS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -32,17 +30,7 @@ CODECS: dict[str, tuple[str, dict[str, Any]]] = {
 def model_of(name: str) -> Any:
     """A tiny Llama of two key-value heads of 128 channels, rewritten; the kernel is given as many query heads as a case asks."""
     method, options = CODECS[name]
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=KV_HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=1024, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    for weight in model.parameters():
-        weight.data.mul_(3.0).requires_grad_(False)
-    ids = torch.randint(3, 97, (4, 256), generator=torch.Generator().manual_seed(1))
-    kvsink.rewrite(model, method, calibration=ids, **options)
-    return model
+    return rewritten(method, KV_HEADS, **options)
 
 
 def filled(name: str, batch: int, length: int, shift: Tensor, dtype: torch.dtype) -> KVSinkLayer:

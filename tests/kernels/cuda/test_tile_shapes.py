@@ -24,6 +24,7 @@ from tests.states import coding
 from .emulated import Emulated
 
 SLOTS, KV_HEADS = 512, 2
+HELD = ("exact_k", "exact_v", "recent_k", "recent_v")
 A100, GEFORCE, HOPPER = variants.Card(80, 166912), variants.Card(89, 101376), variants.Card()
 
 
@@ -143,6 +144,18 @@ def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor)
     layer.length.fill_(length)
 
 
+def defined(layer: KVSinkLayer, length: int, given: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+    """Attention of new rows q, k, v behind `length` others, by the definition in float32."""
+    for name in HELD:
+        setattr(layer, name, getattr(layer, name).float())
+    q, k, v = (x.float() for x in given)
+    if layer.codec.ring:  # it reads the new row from the window, where `append_` has put it before
+        at = length % layer.codec.ring
+        layer.recent_k[:, :, at], layer.recent_v[:, :, at] = k[:, :, 0], v[:, :, 0]
+        layer.recent_slot[at] = length
+    return attend_ref(q, k, v, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
+
+
 def kernels(layer: KVSinkLayer, index: int, blocks: int) -> Emulated:
     kind = KINDS[index]
     variant = launch.variant_of(layer.codec, kind.repeats, layer.codec.rotary(layer.params))
@@ -158,7 +171,7 @@ def test_attention_equals_the_definition(index: int, batch: int, length: int, pa
     assert layer.codec.tiles
     for name in ("k_scale", "v_scale"):  # what lies behind the length must not matter
         getattr(layer, name)[:, :, length:] = float("nan")
-    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
+    for name in HELD:
         setattr(layer, name, getattr(layer, name).to(torch.float16))
     q = rows(batch, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
     k, v = (rows(batch, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
@@ -170,14 +183,7 @@ def test_attention_equals_the_definition(index: int, batch: int, length: int, pa
     assert got is not None and (lib.partial == -1).all()  # as the next launch expects it
     for name in ("k_scale", "v_scale"):
         getattr(layer, name).nan_to_num_(0.0)
-    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
-        setattr(layer, name, getattr(layer, name).float())
-    wide = [x.float() for x in (q, k, v)]
-    if layer.codec.ring:  # the definition reads the new row from the window, where `append_` has put it before
-        at = length % layer.codec.ring
-        layer.recent_k[:, :, at], layer.recent_v[:, :, at] = wide[1][:, :, 0], wide[2][:, :, 0]
-        layer.recent_slot[at] = length
-    wanted = attend_ref(*wide, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
+    wanted = defined(layer, length, (q, k, v), mask)
     assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
 
 
@@ -192,7 +198,7 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: in
     positions, none = torch.arange(length, length + new)[None] - shift, torch.empty(1, new, 0)
     scores = scores_of(layer, batch, new, 3, better=0.5)
     append_ref(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec_text, True)
-    halves = {n: getattr(other, n).to(torch.float16) for n in ("exact_k", "exact_v", "recent_k", "recent_v")}
+    halves = {n: getattr(other, n).to(torch.float16) for n in HELD}
     for name, t in halves.items():
         setattr(other, name, t)
     given = k.half(), v.half(), positions, none, none, scores, other.state(), other.params, other.codec, True
@@ -221,7 +227,7 @@ def test_a_step_enters_the_new_row_when_every_group_has_read_the_exact_ones(inde
     index = {13: 3}.get(index, index)
     kind, layer = KINDS[index], layer_of(index, 2)
     fill(layer, index, 2, 140, torch.zeros(2, 1, dtype=torch.int64))
-    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
+    for name in HELD:
         setattr(layer, name, getattr(layer, name).to(torch.float16))
     q = rows(2, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
     k, v = (rows(2, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
@@ -268,7 +274,7 @@ def test_a_window_is_whole_again_behind_a_crop(index: int, cropped: int) -> None
     layer._held = 150
     layer.crop(-cropped)
     length = 150 - cropped
-    for name in ("exact_k", "exact_v", "recent_k", "recent_v"):
+    for name in HELD:
         setattr(layer, name, getattr(layer, name).to(torch.float16))
     q = rows(2, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
     k, v = (rows(2, 1, s, KV_HEADS, kind.dim) for s in (6, 7))

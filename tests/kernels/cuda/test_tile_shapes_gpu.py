@@ -12,11 +12,10 @@ import torch
 
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref
-from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import backend, launch, module, variants
 from tests.states import coding
 
-from .test_tile_shapes import KINDS, KV_HEADS, NAMES, SLOTS, fill, layer_of, rows, scores_of
+from .test_tile_shapes import HELD, KINDS, KV_HEADS, NAMES, SLOTS, defined, fill, layer_of, rows, scores_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +26,6 @@ pytestmark = [
 ]
 TRIED = [i for i, kind in enumerate(KINDS) if kind.card == variants.Card() and i not in (1, 4, 9, 15)]
 EVERY = [pytest.param(i, id=NAMES[i]) for i in TRIED]
-HELD = ("exact_k", "exact_v", "recent_k", "recent_v")
 
 
 def kernels(index: int, layer: Any, card: variants.Card | None = None) -> module.Cubin:
@@ -60,14 +58,7 @@ def test_attention_equals_the_definition(index: int) -> None:
                 None if mask is None else mask.cuda(), 0.09,
             )  # fmt: skip
         assert got is not None and lib.scratch.clean()
-        for name in HELD:
-            setattr(layer, name, getattr(layer, name).float())
-        wide = [x.float() for x in (q, k, v)]
-        if layer.codec.ring:  # the definition reads the new row from the window, where `append_` has put it before
-            at = length % layer.codec.ring
-            layer.recent_k[:, :, at], layer.recent_v[:, :, at] = wide[1][:, :, 0], wide[2][:, :, 0]
-            layer.recent_slot[at] = length
-        wanted = attend_ref(*wide, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
+        wanted = defined(layer, length, (q, k, v), mask)
         assert (got.float().cpu() - wanted).norm() <= (2e-3 if dtype == torch.float16 else 6e-3) * wanted.norm()
 
 

@@ -40,13 +40,11 @@ CODECS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-@cache
-def model_of(index: int) -> Any:
-    """A tiny Llama with heads of 128 channels, rewritten."""
-    method, options = CODECS[index]
+def rewritten(method: str, heads: int, **options: Any) -> Any:
+    """A tiny Llama with two key-value heads of 128 channels and so many query heads, rewritten."""
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS,
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=heads,
         num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=1024, pad_token_id=0,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
@@ -55,6 +53,12 @@ def model_of(index: int) -> Any:
     ids = torch.randint(3, 97, (4, 256), generator=torch.Generator().manual_seed(1))
     kvsink.rewrite(model, method, calibration=ids, **options)
     return model
+
+
+@cache
+def model_of(index: int) -> Any:
+    method, options = CODECS[index]
+    return rewritten(method, HEADS, **options)
 
 
 def layer_of(index: int, batch: int = 1, tiled: bool = True, strict: bool = False) -> KVSinkLayer:
