@@ -306,6 +306,7 @@ class Runtime:
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
         self._beyond_half: dict[int, bool] = {}
+        self._rotary_channels: dict[int, int] = {}
         self._orders: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
 
@@ -446,7 +447,9 @@ class Runtime:
 
     def rotary_channels(self, layer: int) -> int:
         """Channels of a head that carry RoPE; 0 without it."""
-        return self.angles(layer, torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
+        if layer not in self._rotary_channels:
+            self._rotary_channels[layer] = self.angles(layer, torch.zeros(1, 1, dtype=torch.int64))[0].shape[-1]
+        return self._rotary_channels[layer]
 
     def table_nbytes(self) -> int:
         """Bytes of the calibrated tables: weights of the method, not part of the cache."""
