@@ -40,7 +40,7 @@ from .packing import pack_bits
 __all__ = ["KINDS", "SIGMA_KINDS", "quantize", "quantize_ref", "rms", "scales_per_row", "segments"]
 
 KINDS = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even")
-SIGMA_KINDS = ("lloyd", "lloyd-even")  # with a deviation per channel and a width per run of channels
+SIGMA_KINDS = ("lloyd", "lloyd-even", "trellis")  # with a deviation per channel and a width per run of channels
 _HALF_MAX = 65504.0
 _HALF_TINY = 6.0e-8  # smallest positive float16
 

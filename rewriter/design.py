@@ -1,7 +1,7 @@
 """From a declaration and statistics to the codec of one layer and its tables.
 
 Formula    klt: eigenvalues of the centred covariance, falling; the next run of 8 components to gain a bit is the one with the
-           largest sum of lambda_c (D(b) - D(b + 1)), D the Lloyd-Max distortion of a unit Gaussian; all heads share widths
+           largest sum of lambda_c (D(b) - D(b + 1)), D the quantizer's distortion of a unit Gaussian; all heads share widths
            rotatekv: permutation = argsort of the mean of the rotated key over all H·D channels
 Source     ours; RotateKV, arXiv 2501.16383 (reorder)
 Shapes     tables as in kvsink.codecs.codec
@@ -23,7 +23,7 @@ from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels import stages
-from kvsink.kernels.levels import distortion
+from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.observers import SampleNeed
 
@@ -80,24 +80,25 @@ def key_blocks(spec: SideSpec) -> tuple[int, ...]:
     return (spec.block,) if spec.domain == "block" else (TABLE_TOKENS,)
 
 
-def water_fill(variance: Tensor, bits: float, run: int = 8) -> tuple[int, ...]:
-    """Widths per run of channels for an average of `bits`; variance [H, D] with falling channels.
+def water_fill(variance: Tensor, bits: float, run: int = 8, kind: str = "lloyd") -> tuple[int, ...]:
+    """Widths per run of channels for an average of `bits`; variance [H, D]. Among runs of equal variance the first is widest.
 
-    Widths lie within one below and two above the average (and within 1 to 8; 0 is allowed below 1.5 bits).
+    Widths lie within one below and two above the average, and within what the quantizer `kind` has (0 only below 1.5 bits).
     """
+    quantizer = QUANTIZERS[kind]
     runs = variance.double().mean(0).unflatten(0, (-1, run)).sum(-1)  # [D / 8]
-    low = max(0 if bits < 1.5 else 1, int(bits) - 1)
-    high = min(8, int(bits) + 2)
+    low = max(quantizer.least if bits < 1.5 else 1, int(bits) - 1)
+    high = min(quantizer.most, int(bits) + 2)
     widths = [low] * len(runs)
     budget = round(bits * len(runs)) - sum(widths)
     for _ in range(budget):
         gains = [
-            float(v) * (distortion(w) - distortion(w + 1)) if w < high else -1.0
+            float(v) * (quantizer.distortion(w) - quantizer.distortion(w + 1)) if w < high else -1.0
             for v, w in zip(runs, widths, strict=True)
         ]
         best = max(range(len(gains)), key=gains.__getitem__)
         widths[best] += 1
-    return tuple(sorted(widths, reverse=True))
+    return tuple(widths)
 
 
 def eigenbasis(covariance: Tensor, spec: SideSpec) -> tuple[Tensor, Tensor]:
@@ -119,6 +120,15 @@ def balanced(values: Tensor, couple: int) -> Tensor:
     for i in range(len(values)):
         min((r for r in runs if len(r) < couple), key=lambda r: float(logs[r].sum())).append(i)
     return torch.tensor([i for run in runs for i in run])
+
+
+def rotated_variance(covariance: Tensor, spec: SideSpec) -> Tensor:
+    """Variances [H, D] of the channels that the quantizer sees, behind a Hadamard rotation too; covariance [H, D, D] before it."""
+    if spec.transform == "hadamard" and spec.kind in SIGMA_KINDS:
+        if spec.heads_per_group > 1:
+            raise UnsupportedError(f"{spec.kind} takes a deviation per channel, which a rotation across heads mixes; use heads_per_group=1")
+        covariance = hadamard_ref(hadamard_ref(covariance, spec.order).mT, spec.order)
+    return torch.diagonal(covariance, dim1=-2, dim2=-1)
 
 
 def _need(found: object, layer: int, what: str) -> None:
@@ -157,7 +167,7 @@ def design_key(
         tables["k_mean2"] = mu2.float()
         variance = values
     else:
-        variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
+        variance = rotated_variance(covariance, spec)
     if spec.center:
         table = stats.block_table(cos, sin)
         tables["k_mean"] = mean.float()
@@ -169,7 +179,7 @@ def design_key(
         order = turned.flatten().argsort(stable=True)
         tables["k_perm"], tables["k_unperm"] = order, order.argsort()
     if spec.kind in SIGMA_KINDS:
-        spec = replace(spec, widths=water_fill(variance, spec.bits))
+        spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
         tables["k_sigma"] = variance.sqrt().clamp_min(1e-6).float()
     if QUANTIZERS[spec.kind].learns(spec):
         if spec.domain != "block" and spec.kind != "static":
@@ -197,9 +207,9 @@ def design_value(
         values, vectors = eigenbasis(covariance, spec)
         tables["v_basis"], variance = vectors.float().contiguous(), values
     else:
-        variance = torch.diagonal(covariance, dim1=-2, dim2=-1)
+        variance = rotated_variance(covariance, spec)
     if spec.kind in SIGMA_KINDS:
-        spec = replace(spec, widths=water_fill(variance, spec.bits))
+        spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
         tables["v_sigma"] = variance.sqrt().clamp_min(1e-6).float()
     if QUANTIZERS[spec.kind].learns(spec):
         tables.update(learn("v", spec, layer, record, tables, device))

@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvsink.kernels.dequantize import dequantize_ref
+from kvsink.kernels.levels import distortion
 from kvsink.kernels.nuq import nuq_decode_static, nuq_decode_token, nuq_encode_static, nuq_encode_token
 from kvsink.kernels.packing import packed_bytes
 from kvsink.kernels.quantize import KINDS, SIGMA_KINDS, quantize_ref, scales_per_row
 from kvsink.kernels.static import static_decode, static_encode
+from kvsink.kernels.trellis import DISTORTION, TRELLIS_WIDTHS, trellis_decode, trellis_encode
 from kvsink.kernels.vector import vector_decode, vector_encode
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ class Quantizer:
     code tensor in bytes and of the scale tensor in numbers. learns(spec): calibration rows its tables need at the least, 0
     when none are learnt from samples. shapes(spec, prefix, heads, head_dim): shapes of tables that have one. scalar: the ops
     `kvsink::quantize` and `kvsink::dequantize` do it; other kinds go through `kvsink::encode` and `kvsink::decode`.
-    scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n].
+    scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n]. least, most: bits of a run of channels;
+    distortion: mean squared error by bits on a unit Gaussian, for kinds whose runs have widths of their own.
     """
 
     encode: Callable[[Tensor, SideSpec, Params, str], tuple[Tensor, Tensor]]
@@ -49,6 +53,9 @@ class Quantizer:
     shapes: Callable[[SideSpec, str, int, int], Mapping[str, tuple[int, ...]]] = lambda s, prefix, heads, dim: {}
     scalar: bool = False
     scale_of_token: bool = False
+    least: int = 0
+    most: int = 8
+    distortion: Callable[[int], float] = distortion
 
 
 QUANTIZERS: dict[str, Quantizer] = {}
@@ -100,6 +107,24 @@ register_quantizer(
         shapes=lambda s, prefix, heads, dim: {
             f"{prefix}_book": (1 if s.shared else heads, dim // s.couple, 2**s.code_bits, s.couple)
         },
+    ),
+)
+
+register_quantizer(
+    "trellis",
+    Quantizer(
+        encode=lambda x, s, p, prefix: (
+            trellis_encode(x, p[f"{prefix}_sigma"], s.widths),
+            x.new_empty((*x.shape[:-1], 0), dtype=torch.float16),
+        ),
+        decode=lambda codes, scale, s, p, prefix: trellis_decode(codes, p[f"{prefix}_sigma"], s.widths),
+        tables=_tables,
+        row_bytes=lambda s, dim: sum(s.widths) + 1,
+        row_scales=lambda s, dim: 0,
+        shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)},
+        least=min(TRELLIS_WIDTHS),
+        most=max(TRELLIS_WIDTHS),
+        distortion=DISTORTION.__getitem__,
     ),
 )
 

@@ -10,6 +10,7 @@ from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_core
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.kernels.sparse import INDEX_LIMIT
+from kvsink.kernels.trellis import TRELLIS_WIDTHS
 
 from .quantizers import QUANTIZERS
 
@@ -55,7 +56,7 @@ class SideSpec:
     transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
-    widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd" or "lloyd-even".
+    widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd", "lloyd-even" or "trellis".
     folded     the transform already sits in the weights, nothing is to be done at run time.
     visual_bits, visual_clip   levels and clip ratio of visual rows; 0 codes them like text (kind "modal" only).
     axis       "token": ranges run along the channels of a token. "channel": along `group_tokens` tokens of a channel.
@@ -126,6 +127,11 @@ class SideSpec:
             refuse(f"bits={self.bits:g} without a quantizer")
         if self.kind != "none" and not 0.125 <= self.bits <= 8:
             refuse(f"bits={self.bits:g} is impossible: choose 1 to 8, or 16 to keep rows exact")
+        if self.kind == "trellis":
+            if not 1 <= self.bits <= 4 or not set(self.widths) <= set(TRELLIS_WIDTHS):
+                refuse(f"{self.bits:g} bits in widths {sorted(set(self.widths))} are no walk of 1 to 4 bits a channel")
+            if self.gain:
+                refuse("a trellis has its gain in the last byte of its codes: gain=True")
         if self.block < 1:
             refuse(f"block={self.block} is not positive")
         if self.kind not in ("none", *SIGMA_KINDS) and len(set(self.widths)) > 1:

@@ -1,0 +1,21 @@
+"""The keys of `klt` and centred, rotated values, both as trellis-coded levels: no codebooks, no 16-bit numbers beside a row.
+
+Source     ours; see `klt` and kvsink.kernels.trellis
+Differs    no
+"""
+
+from kvsink.codecs import SideSpec
+from kvsink.methods.registry import Method, Paper, register_method
+
+KLT_TRELLIS = register_method(
+    Method(
+        name="klt-trellis",
+        summary="block-KLT keys and rotated values in trellis-coded levels, one byte of gain per row",
+        source=Paper("ours"),
+        key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="trellis"),
+        value=SideSpec(bits=2, center=True, transform="hadamard", kind="trellis"),
+        key_bits=2,
+        value_bits=2,
+        protect="kvsink:5+first:1",
+    )
+)
