@@ -33,10 +33,10 @@ from .lasting import kept
 from .packing import pack_bits, unpack_bits
 from .quantize import rms, segments
 
-__all__ = ["DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "trellis_decode", "trellis_encode", "trellis_levels"]
+__all__ = ["DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode", "trellis_levels"]
 
 TRELLIS_WIDTHS = (1, 2, 3, 4)
-DISTORTION = {0: 1.0, 1: 0.3192, 2: 0.0906, 3: 0.0256, 4: 0.00738}
+DISTORTION = {0: 1.0, 1: 0.3198, 2: 0.0898, 3: 0.0256, 4: 0.0074}
 """Mean squared error by bits on a unit Gaussian, in circles of 16 steps."""
 
 SPACING = "cubic"
@@ -68,7 +68,7 @@ def trellis_levels(width: int, device: str) -> Tensor:
 
 
 @kept
-def _subsets(width: int, device: str) -> tuple[Tensor, Tensor]:
+def subsets(width: int, device: str) -> tuple[Tensor, Tensor]:
     """Levels [4, 2^(width - 1)] of every subset, and the thresholds between them [4, 2^(width - 1) - 1]."""
     levels = trellis_levels(width, device).unflatten(0, (-1, 4)).mT.contiguous()
     return levels, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
@@ -126,7 +126,7 @@ def _choices(y: Tensor, weight: Tensor, widths: Sequence[int]) -> tuple[Tensor, 
     """Of every subset its nearest level: index m uint8 and weighted error, both [4, N, T, 8]; y, weight [N, D]."""
     nearest, cost = [], []
     for a, b, _, width in segments(widths):
-        levels, edges = _subsets(width, str(y.device))
+        levels, edges = subsets(width, str(y.device))
         part = y[:, a:b]
         for level, edge in zip(levels.to(y.dtype), edges.to(y.dtype), strict=True):
             m = torch.bucketize(part.contiguous(), edge)

@@ -10,10 +10,11 @@
 #include <string.h>
 
 #include "half.h"
+#include "trellis.h"
 
 #define TINY 6.0e-8f /* as quantize.py */
 
-enum { DEVIATIONS, STEP_BASE, STEP_ZERO, DEVIATION_MEAN, VECTORS };
+enum { DEVIATIONS, STEP_BASE, STEP_ZERO, DEVIATION_MEAN, VECTORS, TRELLIS };
 
 typedef struct {
     int64_t dim, row_bytes, groups, group_size, scales; /* channels, bytes of codes, groups, channels of one, numbers a row */
@@ -21,8 +22,8 @@ typedef struct {
     int64_t scale_b, scale_h;                            /* of scales, in numbers */
     int64_t kind, gain, runs;
     const int64_t *run;             /* [runs, 4]: first channel, end channel, first byte, width */
-    const float *const *levels;     /* per run [2^width] */
-    const float *const *thresholds; /* per run [2^width - 1] */
+    const float *const *levels;     /* per run [2^width]; of a trellis [4, 2^(width - 1)] */
+    const float *const *thresholds; /* per run between levels [2^width - 1]; of a trellis [4, 2^(width - 1) - 1] */
     const float *sigma;             /* [H, D] */
     int64_t couple, code_bits, book_h; /* channels of one code when codes name vectors; numbers between books of heads */
     const float *book;                 /* [H or 1, dim / couple, 2^code_bits, couple] */
@@ -268,7 +269,7 @@ static const float *stages(const Append *a, const Side *s, int64_t b, int64_t h,
 
 static void append_row(const Append *a, const Side *s, int64_t bh, int64_t row, float *room, double *sums, uint16_t *code) {
     const int64_t b = bh / a->heads, h = bh % a->heads;
-    const float *x = s->x ? s->x + (bh * a->rows + row) * s->dim : stages(a, s, b, h, room + 2 * s->dim + 4096, sums);
+    const float *x = s->x ? s->x + (bh * a->rows + row) * s->dim : stages(a, s, b, h, room + 9 * s->dim + 4096, sums);
     uint8_t *out = s->codes + b * s->stride_b + h * s->stride_h + (a->slot + row) * s->row_bytes;
     uint16_t *scale = s->scale + b * s->scale_b + h * s->scale_h + (a->slot + row) * s->scales;
     if (s->kind == VECTORS) {
@@ -276,7 +277,9 @@ static void append_row(const Append *a, const Side *s, int64_t bh, int64_t row, 
         pack(code, s->dim / s->couple, s->code_bits, out);
         return;
     }
-    if (s->kind == DEVIATIONS) deviations_row(s, x, s->sigma + h * s->dim, room, code, scale);
+    if (s->kind == TRELLIS)
+        out[s->row_bytes - 1] = trellis_row(s->dim, s->runs, s->run, s->levels, s->thresholds, x, s->sigma + h * s->dim, room, code);
+    else if (s->kind == DEVIATIONS) deviations_row(s, x, s->sigma + h * s->dim, room, code, scale);
     else group_row(s, x, room, code, scale);
     for (int64_t k = 0; k < s->runs; k++) {
         const int64_t *r = s->run + 4 * k;
@@ -289,7 +292,7 @@ void kvsink_append(const Append *a) {
 #pragma omp parallel if (work > 64)
     {
         const int64_t most = a->sides[0].dim > a->sides[1].dim ? a->sides[0].dim : a->sides[1].dim;
-        float *room = malloc(sizeof(float) * (6 * most + 4096));
+        float *room = malloc(sizeof(float) * (13 * most + 4096));
         double *sums = malloc(sizeof(double) * most);
         uint16_t *code = malloc(sizeof(uint16_t) * most);
 #pragma omp for schedule(static)

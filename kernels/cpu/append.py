@@ -24,11 +24,12 @@ from ..backends import Call, Device, LayerFormat, Shape
 from ..hadamard import hadamard_core
 from ..levels import even_levels, even_thresholds, lloyd_max, thresholds
 from ..quantize import segments
+from ..trellis import subsets
 from .c_library import EXACT, FLOAT_TYPES, Plan, c_library
 
 __all__ = ["append_one", "by_definition", "declines", "defined", "select_one", "store_rows"]
 
-_KIND = {"lloyd": 0, "lloyd-even": 0, "uniform": 1, "uniform-int": 2, "gauss": 3, "vector": 4}
+_KIND = {"lloyd": 0, "lloyd-even": 0, "uniform": 1, "uniform-int": 2, "gauss": 3, "vector": 4, "trellis": 5}
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -121,9 +122,12 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, lis
     """Runs of equal width with the levels and thresholds of each; the list keeps them alive."""
     runs = segments(widths)
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
-    even = kind == "lloyd-even"
-    levels = [(even_levels if even else lloyd_max)(width).contiguous() for *_, width in runs]
-    edges = [(even_thresholds if even else thresholds)(width).contiguous() for *_, width in runs]
+    if kind == "trellis":
+        levels, edges = map(list, zip(*(subsets(width, "cpu") for *_, width in runs), strict=True))
+    else:
+        even = kind == "lloyd-even"
+        levels = [(even_levels if even else lloyd_max)(width).contiguous() for *_, width in runs]
+        edges = [(even_thresholds if even else thresholds)(width).contiguous() for *_, width in runs]
     pointers = [(_pointer * len(runs))(*[t.data_ptr() for t in held]) for held in (levels, edges)]
     return len(runs), numbers, pointers[0], pointers[1], [*levels, *edges]
 

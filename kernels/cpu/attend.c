@@ -83,10 +83,59 @@ static inline __attribute__((always_inline)) void decode_narrow(
 }
 #endif
 
+/* Eight codes of one run of channels in the lower half of sixteen numbers, those of another row in the upper one. */
+static inline __attribute__((always_inline)) ints codes_of(const uint8_t *one, const uint8_t *two, int64_t width) {
+    uint32_t a = one[0], b = two[0];
+    for (int64_t i = 1; i < width; i++) a |= (uint32_t)one[i] << (8 * i), b |= (uint32_t)two[i] << (8 * i);
+    const int32_t w = (int32_t)width, x = (int32_t)a, y = (int32_t)b;
+    const ints word = {x, x, x, x, x, x, x, x, y, y, y, y, y, y, y, y};
+    const ints shift = {0, w, 2 * w, 3 * w, 4 * w, 5 * w, 6 * w, 7 * w, 0, w, 2 * w, 3 * w, 4 * w, 5 * w, 6 * w, 7 * w};
+    return (word >> shift) & ((1 << w) - 1);
+}
+
+static inline vec level_at(ints index, const float *levels, int64_t width) {
+#ifdef PERMUTE
+    const __m512 low = _mm512_loadu_ps(levels);
+    if (width < 4) return (vec)_mm512_permutexvar_ps((__m512i)index, low);
+    return (vec)_mm512_permutex2var_ps(low, (__m512i)index, _mm512_loadu_ps(levels + 16));
+#else
+    vec out;
+    for (int j = 0; j < LANES; j++) out[j] = levels[index[j]];
+    return out;
+#endif
+}
+
+/* Levels of `n` rows of walks, two rows at a time: a lane is a circle, the lowest bit of a code drives the register. */
+static void decode_walks(const Side *s, const uint8_t *rows, int64_t n, float *out) {
+    const int64_t bytes = s->row_bytes, dim = s->dim, steps = dim / 8, last = s->run[4 * (s->runs - 1) + 3];
+    const int64_t before = steps > 1 && s->run[4 * (s->runs - 1)] == dim - 8 ? s->run[4 * (s->runs - 2) + 3] : last;
+    const int64_t end = bytes - 1 - last, two = steps > 1 ? end - before : end;
+    for (int64_t t = 0; t < n; t += 2, rows += 2 * bytes, out += 2 * dim) {
+        const int64_t other = t + 1 < n;
+        const uint8_t *in = rows;
+        ints newer = codes_of(in + end, in + end + other * bytes, last) & 1, older = codes_of(in + two, in + two + other * bytes, before) & 1;
+        older &= -(int32_t)(steps > 2);
+        for (int64_t k = 0; k < s->runs; k++) {
+            const int64_t width = s->run[4 * k + 3];
+            for (int64_t c = s->run[4 * k]; c < s->run[4 * k + 1]; c += 8, in += width) {
+                const ints code = codes_of(in, in + other * bytes, width);
+                const vec level = level_at(((code ^ older) << 1) | newer, s->levels[k], width);
+                older = newer & -(int32_t)(steps > 2), newer = code & 1;
+                memcpy(out + c, &level, 32);
+                if (other) memcpy(out + dim + c, (const char *)&level + 32, 32);
+            }
+        }
+    }
+}
+
 /* Levels of `n` rows. */
 static void decode(const Side *s, const uint8_t *rows, int64_t n, int64_t head, float *out) {
     const int64_t bytes = s->row_bytes, dim = s->dim;
     int64_t coded = 0;
+    if (s->walk) {
+        decode_walks(s, rows, n, out);
+        return;
+    }
     for (int64_t k = 0; k < s->runs; k++) coded += s->run[4 * k + 1] - s->run[4 * k];
     if (coded < dim) memset(out, 0, sizeof(float) * n * dim); /* channels of no bits stand in no run */
     if (s->couple)
@@ -120,7 +169,9 @@ static void decode(const Side *s, const uint8_t *rows, int64_t n, int64_t head, 
 }
 
 /* x = a * level + b for every group and row: a, b [groups, TILE] */
-static void affine(const Side *s, const uint16_t *scale, int64_t n, float *a, float *b) {
+static void affine(const Side *s, const uint8_t *codes, const uint16_t *scale, int64_t n, float *a, float *b) {
+    for (int64_t t = 0; s->walk && t < n; t++) a[t] = gain_of(codes[(t + 1) * s->row_bytes - 1]), b[t] = 0.0f;
+    if (s->walk) return;
     for (int64_t g = 0; g < s->groups; g++, a += TILE, b += TILE)
         for (int64_t t = 0; t < n; t++) {
             const uint16_t *of = scale + t * s->scales + 2 * g;
@@ -276,8 +327,9 @@ static void logits(const Call *c, int64_t b, int64_t h, int64_t start, int64_t n
     const Side *k = &c->key;
     const int64_t r = c->repeats, d = k->dim, span = c->block, each = r * TILE;
     const int32_t *positions = c->positions + b * c->position_stride + start;
-    decode(k, k->codes + b * k->stride_b + h * k->stride_h + start * k->row_bytes, n, h, o->rows);
-    affine(k, k->scale + b * k->scale_b + h * k->scale_h + start * k->scales, n, o->a, o->z);
+    const uint8_t *codes = k->codes + b * k->stride_b + h * k->stride_h + start * k->row_bytes;
+    decode(k, codes, n, h, o->rows);
+    affine(k, codes, k->scale + b * k->scale_b + h * k->scale_h + start * k->scales, n, o->a, o->z);
     memset(o->p, 0, sizeof(float) * each), memset(o->part, 0, sizeof(float) * each * k->groups);
     for (int64_t t = 0, end; t < n; t = end) { /* a run of rows of one block, at consecutive offsets where there is a mean */
         const int64_t of = positions[t] > 0 ? positions[t] / span : 0, m = of < c->blocks ? of : c->blocks - 1;
@@ -399,8 +451,9 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
                 for (int64_t t = 0; t < n; t++) p[t] = skip[start - begin + t] ? LOWEST : p[t];
         }
         online_softmax(c, o, work);
-        decode(v, v->codes + b * v->stride_b + h * v->stride_h + start * v->row_bytes, n, h, o->rows);
-        affine(v, v->scale + b * v->scale_b + h * v->scale_h + start * v->scales, n, o->a, o->z);
+        const uint8_t *codes = v->codes + b * v->stride_b + h * v->stride_h + start * v->row_bytes;
+        decode(v, codes, n, h, o->rows);
+        affine(v, codes, v->scale + b * v->scale_b + h * v->scale_h + start * v->scales, n, o->a, o->z);
         for (int64_t g = 0; g < vg; g++) {
             weigh(c, g, o);
             const int64_t x = g * v->group_size;

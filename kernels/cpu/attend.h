@@ -12,7 +12,7 @@ typedef struct {
     int64_t kind;                                        /* 0 lloyd without gain, 1 lloyd with gain, 2 step and base, 3 step and code of zero */
     int64_t runs;                                        /* runs of equal width */
     const int64_t *run;                                  /* [runs, 4]: first channel, end channel, first byte, width */
-    const float *const *tables;                          /* per run: levels of every byte (1, 2, 4, 8 bit) or of every code */
+    const float *const *tables;                          /* per run: levels of every byte (1, 2, 4, 8 bit) or of every code or, of walks, of every index */
     const float *const *levels;                          /* per run: levels of every code, over and over up to sixteen numbers */
     const uint8_t *codes;
     const uint16_t *scale; /* float16 */
@@ -21,6 +21,7 @@ typedef struct {
     const float *sigma;                /* [H, dim]: level times this is a number in the codec's basis, or NULL */
     const float *basis;                /* [H or 1, dim, dim]: row times this is in the codec's basis, or NULL */
     int64_t basis_h;                   /* numbers between bases of heads */
+    int64_t walk;                      /* codes are walks through a trellis, with the gain in the last byte of a row */
 } Side;
 
 typedef struct { /* rows that are read as they came: k, v [B, H, count, dim] and their slots [B or 1, count], negative: none */

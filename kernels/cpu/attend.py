@@ -27,11 +27,12 @@ from ..backends import Call, Device, LayerFormat, LayerState, Shape, unread
 from ..hadamard import hadamard_matrix
 from ..levels import levels_of, levels_of_bytes
 from ..quantize import SIGMA_KINDS, segments
+from ..trellis import trellis_levels
 from .c_library import FLOAT_TYPES, LOOSE, Plan, c_library
 
 __all__ = ["attend", "declines"]
 
-_KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
+_KIND = {"lloyd": 0, "lloyd-even": 0, "trellis": 0, "vector": 0, "gauss": 2, "uniform": 2, "uniform-int": 3}
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -45,6 +46,7 @@ class _Side(ctypes.Structure):
         *((n, _int) for n in ("couple", "code_bits", "book_h")),
         *((n, _pointer) for n in ("book", "sigma", "basis")),
         ("basis_h", _int),
+        ("walk", _int),
     )
 
 
@@ -103,9 +105,9 @@ def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, lis
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
     held, plain = [], []
     for *_, width in runs:
-        levels = levels_of(kind, width)
+        levels = trellis_levels(width, "cpu") if kind == "trellis" else levels_of(kind, width)
         plain.append(levels.repeat(-(-16 // len(levels))))
-        held.append(levels if 8 % width else levels_of_bytes(kind, width))
+        held.append(levels if 8 % width or kind == "trellis" else levels_of_bytes(kind, width))
     pointers = [(_pointer * len(runs))(*[t.data_ptr() for t in tables]) for tables in (held, plain)]
     return len(runs), numbers, pointers[0], pointers[1], [*held, *plain]
 
@@ -150,6 +152,7 @@ class _AttendPlan(Plan):
             side.book_h = book[0].numel() * (book.shape[0] > 1)
         if spec.kind in SIGMA_KINDS:
             side.sigma = self.pointer(p[f"{prefix}_sigma"])
+        side.walk = spec.kind == "trellis"
         if spec.transform == "klt":
             side.basis, side.basis_h = self.pointer(p[f"{prefix}_basis"]), dim * dim
         elif spec.transform == "hadamard" and not spec.folded:

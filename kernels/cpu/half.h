@@ -1,6 +1,8 @@
-/* float16 and bfloat16 numbers as C without such types knows them: to float, and back with rounding half to even. */
+/* float16 and bfloat16 numbers as C without such types knows them: to float, and back with rounding half to even;
+ * and the gain of a row in a byte, which is the upper half of a float16 (see ../trellis.py). */
 #ifndef KVSINK_HALF_H
 #define KVSINK_HALF_H
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __F16C__
@@ -41,6 +43,25 @@ static inline uint16_t to_half(float x) {
     }
     bits += 0xc8000fffu + ((bits >> 13) & 1); /* exponent bias 127 -> 15, half to even */
     return sign | (uint16_t)(bits >> 13);
+}
+
+#define GAIN_BIAS (118 << 4) /* of the exponent of a gain's byte against that of a float */
+#define NOT_A_NUMBER 255
+
+static inline float gain_of(uint8_t byte) {
+    const uint32_t bits = ((uint32_t)byte + GAIN_BIAS) << 19;
+    float g;
+    memcpy(&g, &bits, 4);
+    return byte == NOT_A_NUMBER ? NAN : byte ? g : 0.0f;
+}
+
+/* The nearest gain that is a number, by half to even. */
+static inline uint8_t gain_byte(float g) {
+    uint32_t bits;
+    memcpy(&bits, &g, 4);
+    if (!(g > gain_of(1) / 2)) return 0;
+    const int32_t code = (int32_t)((bits + 0x3ffff + ((bits >> 19) & 1)) >> 19) - GAIN_BIAS;
+    return (uint8_t)(code < 1 ? 1 : code > NOT_A_NUMBER - 1 ? NOT_A_NUMBER - 1 : code);
 }
 
 enum { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 }; /* what a caller's rows are made of */

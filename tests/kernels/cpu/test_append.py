@@ -27,6 +27,8 @@ SIDES = (
       for b in (1, 2, 3, 4, 6, 8) for kind, clip in (("uniform", 1.0), ("uniform-int", 0.8), ("gauss", 1.0))),
     *(SideSpec(bits=b / c, kind="vector", couple=c, code_bits=b, gain=gain, widths=())
       for c, b in ((4, 8), (8, 8), (8, 10), (4, 9), (16, 12)) for gain in (False, True)),
+    *(SideSpec(bits=2, kind="trellis", widths=w)
+      for w in ((1,), (2, 2), (4, 3, 1), (2,) * 8, (4, 4, 3, 3, 2, 2, 1, 1, 1, 1), (2,) * 16, (3,) * 64)),
 )  # fmt: skip
 
 
@@ -67,7 +69,7 @@ def test_codes_and_scales_are_those_of_the_definition(side: SideSpec, shape: tup
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1e6, 3e38])
-@pytest.mark.parametrize("side", SIDES[14:20:3] + SIDES[20:28:4], ids=lambda s: f"{s.kind}-{s.bits:g}")
+@pytest.mark.parametrize("side", SIDES[14:20:3] + SIDES[20:28:4] + SIDES[-4:-2], ids=lambda s: f"{s.kind}-{s.bits:g}")
 def test_constant_and_extreme_rows(side: SideSpec, value: float) -> None:
     x, p = _case(side, (1, 2, 2), seed=0)
     x = torch.full_like(x, value)

@@ -32,6 +32,7 @@ OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt-even", (("key_bits", 2.25), ("value_bits", 2))),
     ("centred-even", (("key_bits", 2), ("value_bits", 3))),
     ("klt", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
+    *((("klt-trellis"), (("key_bits", key), ("value_bits", value))) for key, value in ((2, 2), (1, 1), (1.5, 4), (3.5, 3))),
 )
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options)}" for name, options in OPTIONS]
 
