@@ -59,10 +59,10 @@ def trellis_levels(width: int, device: str) -> Tensor:
     """Levels float32 [2^(width + 1)], ascending."""
     half = 2**width
     j = torch.arange(half, dtype=torch.float64) + 0.5
-    if SPACING == "best":
+    if SPACING == "best" and width in BEST:
         upper = torch.tensor(BEST[width], dtype=torch.float64)
     else:
-        a, c = CUBIC[width] if SPACING == "cubic" else (EQUAL[width], 0.0)
+        a, c = CUBIC[width] if SPACING != "equal" else (EQUAL[width], 0.0)
         upper = a * j + c * j**3
     return torch.cat([-upper.flip(0), upper]).float().to(device)
 

@@ -67,12 +67,12 @@ def declared(row: Row) -> Method:
         if side not in sides or name not in SideSpec.__dataclass_fields__:
             raise Absent(f"the codec has no field {path!r}")
         sides[side] = replace(sides[side], **{name: value})
-    below = {"key": method.key_below, "value": method.value_below}
-    for side, other in below.items():  # changes are meant for whichever declaration the bits choose
-        if other is not None:
-            changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith(f"{side}.")}
-            below[side] = (other[0], replace(other[1], **changes))
-    return replace(method, key=sides["key"], value=sides["value"], key_below=below["key"], value_below=below["value"])
+    others: dict[str, Any] = {}
+    for name in ("key_below", "value_below", "key_above", "value_above"):  # changes are meant for whichever declaration the bits choose
+        if (other := getattr(method, name)) is not None:
+            changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith(f"{name.partition('_')[0]}.")}
+            others[name] = other[0], replace(other[1], **changes)
+    return replace(method, key=sides["key"], value=sides["value"], **others)
 
 
 def python_source(tokens: int) -> str:

@@ -51,7 +51,6 @@ static void decode_vectors(const Side *s, const uint8_t *row, const float *book,
     }
 }
 
-#ifdef PERMUTE
 /* Eight codes of at most four bits are one word of `width` bytes. */
 static inline __attribute__((always_inline)) uint32_t eight(const uint8_t *in, int width) {
     uint32_t word = in[0];
@@ -59,6 +58,7 @@ static inline __attribute__((always_inline)) uint32_t eight(const uint8_t *in, i
     return word;
 }
 
+#ifdef PERMUTE
 /* Runs of at most four bits: sixteen levels are one permutation, which looks at four bits of a shifted word. */
 static inline __attribute__((always_inline)) void decode_narrow(
     int width, int64_t n, int64_t rows, const uint8_t *row, int64_t row_bytes, const float *levels, float *to, int64_t dim
@@ -83,47 +83,63 @@ static inline __attribute__((always_inline)) void decode_narrow(
 }
 #endif
 
-/* Eight codes of one run of channels in the lower half of sixteen numbers, those of another row in the upper one. */
-static inline __attribute__((always_inline)) ints codes_of(const uint8_t *one, const uint8_t *two, int64_t width) {
-    uint32_t a = one[0], b = two[0];
-    for (int64_t i = 1; i < width; i++) a |= (uint32_t)one[i] << (8 * i), b |= (uint32_t)two[i] << (8 * i);
-    const int32_t w = (int32_t)width, x = (int32_t)a, y = (int32_t)b;
-    const ints word = {x, x, x, x, x, x, x, x, y, y, y, y, y, y, y, y};
-    const ints shift = {0, w, 2 * w, 3 * w, 4 * w, 5 * w, 6 * w, 7 * w, 0, w, 2 * w, 3 * w, 4 * w, 5 * w, 6 * w, 7 * w};
-    return (word >> shift) & ((1 << w) - 1);
-}
-
-static inline vec level_at(ints index, const float *levels, int64_t width) {
+/* Eight codes of one row in the lower half of sixteen numbers, those of another row in the upper one; later codes stand above them. */
+static inline __attribute__((always_inline)) ints codes_of(int width, const uint8_t *one, const uint8_t *two) {
+    const ints shift = {0, width, 2 * width, 3 * width, 4 * width, 5 * width, 6 * width, 7 * width,
+                        0, width, 2 * width, 3 * width, 4 * width, 5 * width, 6 * width, 7 * width};
+    const int32_t a = (int32_t)eight(one, width), b = (int32_t)eight(two, width);
 #ifdef PERMUTE
-    const __m512 low = _mm512_loadu_ps(levels);
-    if (width < 4) return (vec)_mm512_permutexvar_ps((__m512i)index, low);
-    return (vec)_mm512_permutex2var_ps(low, (__m512i)index, _mm512_loadu_ps(levels + 16));
+    const ints word = (ints)_mm512_mask_set1_epi32(_mm512_set1_epi32(a), 0xff00, b);
 #else
-    vec out;
-    for (int j = 0; j < LANES; j++) out[j] = levels[index[j]];
-    return out;
+    const ints word = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
 #endif
+    return word >> shift;
 }
 
-/* Levels of `n` rows of walks, two rows at a time: a lane is a circle, the lowest bit of a code drives the register. */
+/* One run of walks in two rows: a lane is a circle, `older` and `newer` are the lowest bits of the codes two and one steps before. */
+static inline __attribute__((always_inline)) void walk(
+    int width, int64_t n, const uint8_t *one, const uint8_t *two, const float *levels, ints turn, ints *older, ints *newer,
+    float *to, float *other
+) {
+#ifdef PERMUTE /* which looks at four or five bits of an index; fewer levels are repeated */
+    const __m512 low = _mm512_loadu_ps(levels), high = width == 4 ? _mm512_loadu_ps(levels + 16) : low;
+#endif
+    for (int64_t i = 0; i < n; i += 8, one += width, two += width) {
+        const ints code = codes_of(width, one, two), index = (code ^ *older) << 1 | *newer;
+        *older = *newer & turn, *newer = code & 1;
+#ifdef PERMUTE
+        const __m512 level = width == 4 ? _mm512_permutex2var_ps(low, (__m512i)index, high) : _mm512_permutexvar_ps((__m512i)index, low);
+        _mm256_storeu_ps(to + i, _mm512_castps512_ps256(level));
+        _mm256_storeu_ps(other + i, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(level), 1)));
+#else
+        const int32_t mask = (2 << width) - 1;
+        for (int j = 0; j < 8; j++) to[i + j] = levels[index[j] & mask], other[i + j] = levels[index[j + 8] & mask];
+#endif
+    }
+}
+
+static ints last_codes(const uint8_t *one, const uint8_t *two, int64_t width) {
+    switch (width) {
+    case 1: return codes_of(1, one, two);
+    case 2: return codes_of(2, one, two);
+    case 3: return codes_of(3, one, two);
+    default: return codes_of(4, one, two);
+    }
+}
+
+/* Levels of `n` rows of walks, two at a time; a last odd one stands for both. */
 static void decode_walks(const Side *s, const uint8_t *rows, int64_t n, float *out) {
-    const int64_t bytes = s->row_bytes, dim = s->dim, steps = dim / 8, last = s->run[4 * (s->runs - 1) + 3];
-    const int64_t before = steps > 1 && s->run[4 * (s->runs - 1)] == dim - 8 ? s->run[4 * (s->runs - 2) + 3] : last;
-    const int64_t end = bytes - 1 - last, two = steps > 1 ? end - before : end;
-    for (int64_t t = 0; t < n; t += 2, rows += 2 * bytes, out += 2 * dim) {
-        const int64_t other = t + 1 < n;
-        const uint8_t *in = rows;
-        ints newer = codes_of(in + end, in + end + other * bytes, last) & 1, older = codes_of(in + two, in + two + other * bytes, before) & 1;
-        older &= -(int32_t)(steps > 2);
+    const int64_t *end = s->run + 4 * s->runs - 4, dim = s->dim, steps = dim / 8, last = end[3], at = s->row_bytes - 1 - last;
+    const int64_t before = steps > 1 && end[0] == dim - 8 ? end[-1] : last, behind = steps > 1 ? at - before : at;
+    const ints zero = {0}, turn = zero - (int32_t)(steps > 2); /* u_(t-2) of shorter walks counts as 0 */
+    for (int64_t t = 0; t < n; t += 2, rows += 2 * s->row_bytes, out += 2 * dim) {
+        const uint8_t *one = rows, *two = rows + (t + 1 < n) * s->row_bytes;
+        float *to = out, *other = out + (t + 1 < n) * dim;
+        ints newer = last_codes(one + at, two + at, last) & 1, older = last_codes(one + behind, two + behind, before) & 1 & turn;
         for (int64_t k = 0; k < s->runs; k++) {
-            const int64_t width = s->run[4 * k + 3];
-            for (int64_t c = s->run[4 * k]; c < s->run[4 * k + 1]; c += 8, in += width) {
-                const ints code = codes_of(in, in + other * bytes, width);
-                const vec level = level_at(((code ^ older) << 1) | newer, s->levels[k], width);
-                older = newer & -(int32_t)(steps > 2), newer = code & 1;
-                memcpy(out + c, &level, 32);
-                if (other) memcpy(out + dim + c, (const char *)&level + 32, 32);
-            }
+            const int64_t *run = s->run + 4 * k, c = run[0], channels = run[1] - c;
+#define RUN(w) case w: walk(w, channels, one + run[2], two + run[2], s->levels[k], turn, &older, &newer, to + c, other + c); break
+            switch (run[3]) { RUN(1); RUN(2); RUN(3); RUN(4); }
         }
     }
 }

@@ -10,10 +10,12 @@ from kvsink.methods.registry import Method, Paper, register_method
 KLT_TRELLIS = register_method(
     Method(
         name="klt-trellis",
-        summary="block-KLT keys and rotated values in trellis-coded levels, one byte of gain per row",
+        summary="block-KLT keys and rotated values in trellis-coded levels up to 4 bits, one byte of gain per row",
         source=Paper("ours"),
         key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="trellis"),
         value=SideSpec(bits=2, center=True, transform="hadamard", kind="trellis"),
+        key_above=(4, SideSpec(bits=8, domain="block", block=64, center=True, transform="klt", kind="lloyd", gain=True)),
+        value_above=(4, SideSpec(bits=8, center=True, transform="hadamard", kind="gauss")),
         key_bits=2,
         value_bits=2,
         protect="kvsink:5+first:1",

@@ -56,8 +56,8 @@ class Method:
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
     whole bits where it is not 1 (value_clip_at: the same for values, where theirs differ). protect: the default protection.
-    key_below, value_below: (bits, side): keys or values below so many bits are coded by that side instead. modality: set
-    when layers are told apart by how they look at text and images.
+    key_below, value_below, key_above, value_above: (bits, side): keys or values of fewer or of more bits are coded by that side
+    instead. modality: set when layers are told apart by how they look at text and images.
     """
 
     name: str
@@ -74,13 +74,19 @@ class Method:
     claims: tuple[Claim, ...] = ()
     key_below: tuple[float, SideSpec] | None = None
     value_below: tuple[float, SideSpec] | None = None
+    key_above: tuple[float, SideSpec] | None = None
+    value_above: tuple[float, SideSpec] | None = None
     modality: Modality | None = None
 
     def side(self, which: str, bits: float) -> SideSpec:
         """The declaration of "key" or "value" at `bits`; 16 keeps that side exact."""
-        template, below = (self.key, self.key_below) if which == "key" else (self.value, self.value_below)
+        template, below, above = (
+            (self.key, self.key_below, self.key_above) if which == "key" else (self.value, self.value_below, self.value_above)
+        )
         if below is not None and bits < below[0]:
             template = below[1]
+        if above is not None and bits > above[0]:
+            template = above[1]
         if bits == 16:
             return SideSpec()
         if not 0.125 <= bits <= 8:

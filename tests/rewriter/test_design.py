@@ -16,8 +16,9 @@ from kvsink.calibration import Calibration, calibrate
 from kvsink.codecs import Codec, SideSpec, group_size_for, hadamard_order
 from kvsink.design import design_key, design_value, key_blocks, needs_calibration, water_fill
 from kvsink.errors import CalibrationError, UnsupportedError
+from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.kernels.levels import distortion
-from kvsink.observers import SampleNeed
+from kvsink.observers import KeyStats, SampleNeed, ValueStats
 from kvsink.runtime import LayerPlan, Runtime
 from tests.models import HEAD_DIM, KV_HEADS, LAYERS, build, tokens
 
@@ -51,6 +52,15 @@ def test_the_budget_is_spent_exactly(bits: float, runs: int, seed: int) -> None:
     assert list(widths) == sorted(widths, reverse=True)
     low = 0 if bits < 1.5 else max(1, int(bits) - 1)
     assert low <= widths[-1] and widths[0] <= min(8, int(bits) + 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=st.floats(1, 4), runs=st.integers(1, 16), seed=st.integers(0, 2**31))
+def test_a_trellis_has_one_to_four_bits_wherever_its_variance_lies(bits: float, runs: int, seed: int) -> None:
+    variance = falling(seed, runs)
+    widths = water_fill(variance, bits, kind="trellis")
+    assert sum(widths) == round(bits * runs) and max(1, int(bits) - 1) <= min(widths) and max(widths) <= min(4, int(bits) + 2)
+    assert water_fill(variance.flip(-1), bits, kind="trellis") == widths[::-1] or len(set(widths)) == 1
 
 
 @pytest.mark.parametrize("bits", [1.0, 2.0, 2.25, 3.5])
@@ -138,7 +148,8 @@ def test_tables_are_those_the_codec_names(record: Calibration, method: str) -> N
     wanted = set(Codec(key.spec, value.spec).param_names()) - {"start_cos", "start_sin"}
     assert set(key.tables) | set(value.tables) == wanted
     assert all(torch.isfinite(t).all() for d in (key, value) for t in d.tables.values() if t.is_floating_point())
-    assert 8 * Codec(key.spec, value.spec).row_bytes(key.spec, HEAD_DIM) == bits * HEAD_DIM
+    gain = key.spec.kind == "trellis"  # a byte of a row's codes
+    assert 8 * (Codec(key.spec, value.spec).row_bytes(key.spec, HEAD_DIM) - gain) == bits * HEAD_DIM
 
 
 def test_the_basis_diagonalises_the_covariance(record: Calibration) -> None:
@@ -181,3 +192,25 @@ def test_missing_statistics_are_named(record: Calibration) -> None:
         design_value(klt.side("value", 2), 5, KV_HEADS, HEAD_DIM, record)
     with pytest.raises(UnsupportedError, match="klt keys are in the block domain"):
         design_key(replace(klt.side("key", 2), domain="post"), 1, KV_HEADS, HEAD_DIM, record, angles)
+
+
+@pytest.mark.parametrize("kind", ["lloyd", "trellis"])
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_deviations_are_those_behind_the_rotation(side: str, kind: str) -> None:
+    """Rows of two very unequal channels have equal ones behind a Hadamard: sigma is measured there, as the quantizer sees it."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, KV_HEADS, 500, HEAD_DIM, generator=g) * torch.linspace(0, 4, HEAD_DIM).exp() + 3.0
+    spec, keep = SideSpec(bits=2, center=True, transform="hadamard", kind=kind), torch.ones(2, 500, dtype=torch.bool)
+    record = Calibration((), {}, {}, torch.zeros(1), 1000)
+    if side == "value":
+        record.values[0] = ValueStats.empty(KV_HEADS, HEAD_DIM)
+        record.values[0].add(rows, keep)
+        design = design_value(spec, 0, KV_HEADS, HEAD_DIM, record)
+    else:
+        still = torch.ones(64, 0), torch.zeros(64, 0)  # a model without RoPE
+        record.keys[0, 64] = KeyStats.empty(64, KV_HEADS, HEAD_DIM)
+        record.keys[0, 64].add(rows, torch.arange(500).expand(2, -1), keep, *still)
+        design = design_key(spec, 0, KV_HEADS, HEAD_DIM, record, lambda block: still)
+    x = hadamard_ref(rows - rows.mean((0, 2), keepdim=True), HEAD_DIM)
+    wanted = x.square().mean((0, 2)).sqrt()
+    assert (design.tables[f"{side[0]}_sigma"] / wanted - 1).abs().max() <= 1e-5
