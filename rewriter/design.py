@@ -126,7 +126,9 @@ def rotated_variance(covariance: Tensor, spec: SideSpec) -> Tensor:
     """Variances [H, D] of the channels that the quantizer sees, behind a Hadamard rotation too; covariance [H, D, D] before it."""
     if spec.transform == "hadamard" and spec.kind in SIGMA_KINDS:
         if spec.heads_per_group > 1:
-            raise UnsupportedError(f"{spec.kind} takes a deviation per channel, which a rotation across heads mixes; use heads_per_group=1")
+            raise UnsupportedError(
+                f"{spec.kind} takes a deviation per channel, which a rotation across heads mixes; use heads_per_group=1"
+            )
         covariance = hadamard_ref(hadamard_ref(covariance, spec.order).mT, spec.order)
     return torch.diagonal(covariance, dim1=-2, dim2=-1)
 

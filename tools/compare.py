@@ -68,9 +68,10 @@ def declared(row: Row) -> Method:
             raise Absent(f"the codec has no field {path!r}")
         sides[side] = replace(sides[side], **{name: value})
     others: dict[str, Any] = {}
-    for name in ("key_below", "value_below", "key_above", "value_above"):  # changes are meant for whichever declaration the bits choose
+    for name in ("key_below", "value_below", "key_above", "value_above"):  # changes are meant for whichever the bits choose
         if (other := getattr(method, name)) is not None:
-            changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith(f"{name.partition('_')[0]}.")}
+            side = name.partition("_")[0]
+            changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith(f"{side}.")}
             others[name] = other[0], replace(other[1], **changes)
     return replace(method, key=sides["key"], value=sides["value"], **others)
 

@@ -30,6 +30,7 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("klt 2/2", "klt", 2, 2, {}),
     ("klt 1.25/1", "klt", 1.25, 1, {}),
     ("klt-dense 2/4", "klt", 2, 4, {"block": 1}),
+    ("klt-trellis 2/2", "klt-trellis", 2, 2, {}),
     ("klt-even 2/2", "klt-even", 2, 2, {}),
     ("klt-even 2/4", "klt-even", 2, 4, {}),
     ("klt-even 2/2, 64 first and 256 recent rows", "klt-even", 2, 2, {"segments": (64,), "window": 256}),
