@@ -1,11 +1,11 @@
 """Rows through the quantizer of a codec, for kinds that need tables: the one step of the graph that the codec text explains.
 
 Formula    codes, scale = Q(x) with the quantizer of side "k" or "v" of the codec
-Source     see `vector` and `nuq`
+Source     see `vector`, `nuq` and `trellis`
 Shapes     x [B, H, S, D] after the stages before the quantizer; params: its tables, in the codec's order
            → codes uint8 [B, H, S, bytes], scale float16 [B, H or 1, S, n]
 Exact      no
-Cost       vector: 2·2^b·D flops per row and head; nuq: 2^b comparisons per entry at most
+Cost       vector: 2·2^b·D flops per row and head; nuq: 2^b comparisons per entry at most; trellis: see there
 """
 
 from __future__ import annotations
@@ -72,14 +72,27 @@ def _nuq(bits: int, side: str) -> Callable[[torch.Generator], Mapping[str, Any]]
     return make
 
 
+def _trellis(widths: tuple[int, ...], side: str) -> Callable[[torch.Generator], Mapping[str, Any]]:
+    spec = f'{{"bits":2.0,"kind":"trellis","widths":{list(widths)}}}'
+
+    def make(g: torch.Generator) -> Mapping[str, Any]:
+        sigma = torch.rand(3, 8 * len(widths), generator=g) + 0.5
+        x = torch.randn(2, 3, 7, 8 * len(widths), generator=g)
+        return dict(x=x, params=[sigma], codec=f'{{"key":{spec},"value":{spec}}}', side=side)
+
+    return make
+
+
 EXAMPLES = (
     _vector(4, 8, False, "k"), _vector(8, 10, True, "v"), _vector(16, 5, False, "v"), _nuq(2, "k"), _nuq(3, "v"),
+    _trellis((4, 3, 2, 1), "k"), _trellis((2, 2, 2), "v"),
 )  # fmt: skip
 
 
 def _cost(**a: Any) -> Cost:
+    table = a["params"][-1]  # deviations [H, D], code points [2^b] or codebooks [H, D/c, 2^b, c]
     return Cost(
-        flops=2 * a["x"].numel() * a["params"][-1].shape[-2 if a["params"][-1].dim() > 1 else -1],
+        flops=2 * a["x"].numel() * (64 if table.dim() == 2 else table.shape[-2 if table.dim() > 1 else -1]),
         read=nbytes(a["x"]),
         written=sum(t.numel() * t.element_size() for t in _outputs(**a)),
     )

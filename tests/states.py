@@ -33,6 +33,7 @@ CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", (("window", 5), ("protect", "first:2+massive:3"))),
     ("klt", (("key_bits", 1.5), ("value_bits", 16))),
     ("klt-even", (("value_bits", 2),)),
+    ("klt-trellis", ()),
     ("centred", (("window", 3),)),
     ("rotatekv", (("protect", "massive:4"),)),
     ("rotatekv", (("fold", False), ("key_bits", 3))),

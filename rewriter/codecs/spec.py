@@ -129,7 +129,7 @@ class SideSpec:
             refuse(f"bits={self.bits:g} is impossible: choose 1 to 8, or 16 to keep rows exact")
         if self.kind == "trellis":
             if not 1 <= self.bits <= 4 or not set(self.widths) <= set(TRELLIS_WIDTHS):
-                refuse(f"{self.bits:g} bits in widths {sorted(set(self.widths))} are no walk of 1 to 4 bits a channel")
+                refuse(f"a trellis has 1 to 4 bits a channel, not bits={self.bits:g} and widths {sorted(set(self.widths))}")
             if self.gain:
                 refuse("a trellis has its gain in the last byte of its codes: gain=True")
         if self.block < 1:

@@ -119,6 +119,10 @@ def test_grouped_heads_need_an_order_for_all_of_them(heads: int, dim: int, group
         ({"widths": (2, 3)}, "mixed widths need the lloyd quantizer"),
         ({"transform": "klt", "domain": "block"}, "klt keys are centred"),
         ({"clip": 0.0}, "clip=0.0 is outside"),
+        ({"kind": "trellis", "bits": 5.0}, "a trellis has 1 to 4 bits a channel, not bits=5 and widths"),
+        ({"kind": "trellis", "bits": 0.75}, "a trellis has 1 to 4 bits a channel, not bits=0.75"),
+        ({"kind": "trellis", "widths": (2, 0)}, r"not bits=2 and widths \[0, 2\]"),
+        ({"kind": "trellis", "gain": True}, "a trellis has its gain in the last byte of its codes"),
     ],
 )
 def test_impossible_declarations(changes: dict[str, Any], words: str) -> None:
