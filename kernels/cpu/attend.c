@@ -83,17 +83,30 @@ static inline __attribute__((always_inline)) void decode_narrow(
 }
 #endif
 
-/* Eight codes of one row in the lower half of sixteen numbers, those of another row in the upper one; later codes stand above them. */
+#ifdef PERMUTE
+/* Eight codes in every 32 bits, so that code i begins at bit i times its width; other bits stand above them. */
+static inline __attribute__((always_inline)) __m256i eight_everywhere(const uint8_t *in, int width) {
+    int16_t two;
+    int32_t four;
+    switch (width) {
+    case 1: return _mm256_set1_epi8((char)in[0]);
+    case 2: memcpy(&two, in, 2); return _mm256_set1_epi16(two);
+    default: memcpy(&four, in, 4); return _mm256_set1_epi32(four); /* of three bits too: a row ends with a byte more */
+    }
+}
+#endif
+
+/* Eight codes of one row in the lower half of sixteen numbers, those of another row in the upper one; other bits stand above them. */
 static inline __attribute__((always_inline)) ints codes_of(int width, const uint8_t *one, const uint8_t *two) {
     const ints shift = {0, width, 2 * width, 3 * width, 4 * width, 5 * width, 6 * width, 7 * width,
                         0, width, 2 * width, 3 * width, 4 * width, 5 * width, 6 * width, 7 * width};
-    const int32_t a = (int32_t)eight(one, width), b = (int32_t)eight(two, width);
 #ifdef PERMUTE
-    const ints word = (ints)_mm512_mask_set1_epi32(_mm512_set1_epi32(a), 0xff00, b);
+    const __m512i low = _mm512_castsi256_si512(eight_everywhere(one, width));
+    return (ints)_mm512_srlv_epi32(_mm512_inserti64x4(low, eight_everywhere(two, width), 1), (__m512i)shift);
 #else
-    const ints word = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+    const int32_t a = (int32_t)eight(one, width), b = (int32_t)eight(two, width);
+    return (ints){a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b} >> shift;
 #endif
-    return word >> shift;
 }
 
 /* One run of walks in two rows: a lane is a circle, `older` and `newer` are the lowest bits of the codes two and one steps before. */
