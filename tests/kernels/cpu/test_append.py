@@ -80,6 +80,22 @@ def test_constant_and_extreme_rows(side: SideSpec, value: float) -> None:
     assert torch.equal(held["k_codes"][:, :, FIRST : FIRST + 2], codes)
 
 
+@pytest.mark.parametrize("widths", [(2, 2, 2), (4, 3, 1, 1)])
+def test_walks_of_every_gain_and_of_no_number(widths: tuple[int, ...]) -> None:
+    """Rows from far below the least gain to far above the largest, of zeros and with entries that are not finite."""
+    side = SideSpec(bits=2, kind="trellis", widths=widths)
+    x, p = _case(side, (1, 2, 600), seed=1)
+    x = (x - 0.5) / 3 * p["k_sigma"][:, None] * torch.linspace(-12, 9, 600).exp2()[:, None]
+    x[:, :, ::50], x[:, 0, 1::50, 3], x[:, 1, 2::50, 7] = 0.0, float("nan"), -float("inf")
+    q = QUANTIZERS["trellis"]
+    held = {f"{n}_codes": torch.zeros(1, 2, 600, q.row_bytes(side, x.shape[-1]), dtype=torch.uint8) for n in "kv"}
+    held |= {f"{n}_scale": torch.zeros(1, 2, 600, 0, dtype=torch.float16) for n in "kv"}
+    store_rows(SimpleNamespace(key=side, value=side), x, x, 0, held, p)
+    codes, _ = q.encode(x, side, p, "k")
+    assert torch.equal(held["k_codes"], codes) and torch.equal(held["v_codes"], codes)
+    assert {0, 1, 2, 128, 253, 254, 255} <= set(codes[..., -1].flatten().tolist())
+
+
 @given(
     scores=st.lists(st.sampled_from([-float("inf"), -1.0, 0.0, 0.5, 1.0, 2.5, 4.0]), min_size=6, max_size=14),
     capacities=st.lists(st.integers(1, 3), min_size=1, max_size=3), times=st.integers(1, 4), wide=st.booleans(),
