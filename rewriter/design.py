@@ -133,6 +133,13 @@ def rotated_variance(covariance: Tensor, spec: SideSpec) -> Tensor:
     return torch.diagonal(covariance, dim1=-2, dim2=-1)
 
 
+def deviations(variance: Tensor) -> Tensor:
+    """sigma float32 [H, D], no channel's below 2^-10 of its head's largest: less is lost in the rounding of a covariance, and a row
+    that leaves the span of the calibration rows would be all in channels of next to no deviation."""
+    sigma = variance.clamp_min(0.0).sqrt()
+    return torch.maximum(sigma, 2.0**-10 * sigma.amax(-1, keepdim=True)).clamp_min(1e-6).float()
+
+
 def _need(found: object, layer: int, what: str) -> None:
     if found is None:
         raise CalibrationError(
@@ -182,7 +189,7 @@ def design_key(
         tables["k_perm"], tables["k_unperm"] = order, order.argsort()
     if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
-        tables["k_sigma"] = variance.sqrt().clamp_min(1e-6).float()
+        tables["k_sigma"] = deviations(variance)
     if QUANTIZERS[spec.kind].learns(spec):
         if spec.domain != "block" and spec.kind != "static":
             raise UnsupportedError(f"{spec.kind} keys are in the block domain; set domain='block' with a block length")
@@ -212,7 +219,7 @@ def design_value(
         variance = rotated_variance(covariance, spec)
     if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
-        tables["v_sigma"] = variance.sqrt().clamp_min(1e-6).float()
+        tables["v_sigma"] = deviations(variance)
     if QUANTIZERS[spec.kind].learns(spec):
         tables.update(learn("v", spec, layer, record, tables, device))
     return Design(spec, tables)
