@@ -15,7 +15,7 @@ from torch import Tensor
 from kvsink.kernels import trellis
 from kvsink.kernels.trellis import DISTORTION, gain_bytes, gain_of, trellis_decode, trellis_encode, trellis_levels
 
-CUBIC = {1: (0.781052, 0.0048237), 2: (0.37049, 0.012387), 3: (0.21603, 0.0016685), 4: (0.12399, 0.00022634)}
+CUBIC = {1: (0.5585, 0.1007), 2: (0.3288, 0.01564), 3: (0.1674, 0.002607), 4: (0.0840, 0.0003961)}
 
 
 def level(width: int, index: int) -> float:
@@ -88,26 +88,35 @@ def test_no_walk_is_nearer_than_the_one_written(widths: tuple[int, ...]) -> None
                 assert (s * (x[0, 0, row, i::8].double() / s / g - mine)).square().sum() <= every.min() * (1 + 1e-5)
 
 
-# dB on a unit Gaussian in circles of 8 and of 16 steps with levels of least error, and in long walks with those and with the cubic
-KNOWN = {
-    1: (4.56, 4.95, 5.02, 5.03), 2: (10.18, 10.49, 10.55, 10.53), 3: (15.82, 16.13, 16.19, 16.00), 4: (21.12, 21.54, 21.64, 21.44),
-}  # fmt: skip
+# dB of free levels of least error on a unit Gaussian without a gain, in circles of 8 and of 16 steps and in long walks
+KNOWN = {1: (4.56, 4.95, 5.02), 2: (10.18, 10.49, 10.55), 3: (15.82, 16.13, 16.19), 4: (21.12, 21.54, 21.64)}
+CUBE = {1: 0.0, 2: 0.03, 3: 0.13, 4: 0.0}  # what the cubic may cost; at 4 bits it is better than those
+
+
+def read_plainly(codes: Tensor, width: int) -> Tensor:
+    """Levels float64 of codes [N, D] of one width, by the formula."""
+    walk = codes.unflatten(-1, (-1, 8)).int()
+    u = [(walk & 1).roll(k, 1) for k in range(3)]
+    j = 4 * (walk >> 1) + 2 * (u[0] ^ u[2]) + u[1] - (2 ** (width + 1) - 1) / 2
+    a, c = CUBIC[width]
+    return (a * j + c * j**3).double().flatten(1)
 
 
 @pytest.mark.parametrize("width", KNOWN)
 def test_distortion_on_a_gaussian(width: int) -> None:
-    *circles, best, cubic = KNOWN[width]
-    for steps, known in zip((8, 16, 128), (*(c + cubic - best for c in circles), cubic), strict=True):
-        x = gauss(1, 1, 60_000 // steps, 8 * steps, seed=width).double()
-        codes = trellis._search(x[0, 0], torch.ones_like(x[0, 0]), (width,) * steps)
-        walk = codes.unflatten(-1, (-1, 8)).int()
-        u = [(walk & 1).roll(k, 1) for k in range(3)]
-        j = 4 * (walk >> 1) + 2 * (u[0] ^ u[2]) + u[1] - (2 ** (width + 1) - 1) / 2
-        a, c = CUBIC[width]
-        error = float(((a * j + c * j**3).flatten(1) - x[0, 0]).square().mean())
-        assert abs(-10 * math.log10(error) - known) <= 0.08, (width, steps)
-        if steps == 16:
-            assert abs(10 * math.log10(error / DISTORTION[width])) <= 0.05
+    for steps, known in zip((8, 16, 128), KNOWN[width], strict=True):
+        x = gauss(60_000 // steps, 8 * steps, seed=width).double()
+        codes = trellis._search(x, torch.ones_like(x), (width,) * steps)
+        got = -10 * math.log10(float((read_plainly(codes, width) - x).square().mean()))
+        assert known - CUBE[width] - 0.05 <= got <= min(known + 0.3, 6.02 * width), (width, steps, got)
+
+
+@pytest.mark.parametrize("width", KNOWN)
+def test_water_filling_knows_the_distortion(width: int) -> None:
+    x = gauss(1, 1, 5000, 128, seed=width)
+    back = trellis_decode(trellis_encode(x, torch.ones(1, 128), (width,) * 16), torch.ones(1, 128), (width,) * 16)
+    error = float((back - x).double().square().mean() / x.double().square().mean())
+    assert abs(10 * math.log10(error / DISTORTION[width])) <= 0.05
 
 
 # -- gains and whole rows --------------------------------------------------------------------------------------------------
