@@ -92,7 +92,7 @@ static void best_walks(
     }
 }
 
-/* A row x [dim] with deviations: codes, and the byte of the gain. room: 9 numbers a channel. */
+/* A row x [dim] with deviations: codes, and the byte of the gain. room: 10 numbers a channel. */
 static uint8_t trellis_row(
     int64_t dim, int64_t runs, const int64_t *run, const float *const *levels, const float *const *edges, const float *x,
     const float *sigma, float *room, uint16_t *code
@@ -107,16 +107,24 @@ static uint8_t trellis_row(
         weight[i] = share * share;
         square += y[i] * y[i];
     }
-    uint8_t gain = gain_byte((float)sqrt(square / (double)dim));
+    const float rms = (float)sqrt(square / (double)dim), start[2] = {0.9f * rms, 1.1f * rms};
+    uint16_t *other = (uint16_t *)(level + 7 * dim);
+    uint8_t gain[2];
+    double error[2];
     for (int search = 0; search < 2; search++) {
+        const uint8_t with = gain_byte(start[search]);
         double product = 0.0, size = 0.0;
-        best_walks(dim, runs, run, levels, edges, y, gain_of(gain ? gain : 1), weight, level + dim, code, level);
+        best_walks(dim, runs, run, levels, edges, y, gain_of(with ? with : 1), weight, level + dim, search ? other : code, level);
         for (int64_t i = 0; i < dim; i++) {
             const float weighted = weight[i] * level[i];
             product += weighted * y[i], size += weighted * level[i];
         }
-        gain = gain_byte((float)(product / size));
+        gain[search] = gain_byte((float)(product / size));
+        const double g = gain_of(gain[search]);
+        error[search] = size * g * g - 2 * g * product;
     }
-    return finite ? gain : NOT_A_NUMBER;
+    const int second = error[1] < error[0];
+    if (second) memcpy(code, other, sizeof(uint16_t) * dim);
+    return finite ? gain[second] : NOT_A_NUMBER;
 }
 #endif
