@@ -65,7 +65,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     served: list[str] = field(default_factory=list)  # which kernels serve the layers here, and why no faster ones do
     versions: dict[str, str] = field(default_factory=dict)
-    check: Any = None  # a kvsink.selfcheck.Check
+    check: Any = None  # a kvsink.evaluate.selfcheck.Check
 
     @property
     def bits(self) -> float:

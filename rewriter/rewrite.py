@@ -19,25 +19,37 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from kvsink.adapters import inner_model
-from kvsink.calibration import Calibration, calibrate
+from kvsink.cache.ranges import layer_sizes, ranged, seen_sizes
+from kvsink.cache.served import served_lines
+from kvsink.cache.sliding import WINDOWED, sliding_refusal, window_of
+from kvsink.calibrate.calibration import Calibration, calibrate
+from kvsink.calibrate.design import (
+    Design,
+    design_key,
+    design_value,
+    gather_needs,
+    key_blocks,
+    needs_calibration,
+    sample_need,
+)
+from kvsink.calibrate.patterns import PATTERNS, attention_patterns, classify
+from kvsink.calibrate.plan import Plan, candidates, choose_plan
+from kvsink.calibrate.plan import sides as planned_sides
+from kvsink.calibrate.probing import look, unknown_turnings
+from kvsink.calibrate.statistics import SampleNeed
+from kvsink.calibrate.streaming import Stream
 from kvsink.codecs import Codec, SideSpec
-from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
+from kvsink.codecs.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
-from kvsink.fold import FOLDED, fold_value_rotation, foldable, is_plain, shared_weights
+from kvsink.evaluate.selfcheck import Check, check_cache, check_fold, refused_folds
+from kvsink.evaluate.texts import builtin_text
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method, methods
-from kvsink.observed import check_observable
-from kvsink.observers import SampleNeed
-from kvsink.offload import place_of
-from kvsink.patterns import PATTERNS, attention_patterns, classify
-from kvsink.plan import Plan, candidates, choose_plan
-from kvsink.plan import sides as planned_sides
-from kvsink.probing import look, unknown_turnings
-from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
-from kvsink.ranges import layer_sizes, ranged, seen_sizes
-from kvsink.report import STATED_LENGTH, LayerReport, Report, counted_bits
-from kvsink.runtime import (
+from kvsink.model.adapters import inner_model
+from kvsink.model.fold import FOLDED, fold_value_rotation, foldable, is_plain, shared_weights
+from kvsink.model.observed import check_observable
+from kvsink.model.offload import place_of
+from kvsink.model.runtime import (
     Anatomy,
     LayerPlan,
     Runtime,
@@ -50,12 +62,8 @@ from kvsink.runtime import (
     towers,
     visual_tokens,
 )
-from kvsink.selfcheck import Check, check_cache, check_fold, refused_folds
-from kvsink.served import served_lines
-from kvsink.sliding import WINDOWED, sliding_refusal, window_of
-from kvsink.streaming import Stream
-from kvsink.texts import builtin_text
-from kvsink.turning import NONE
+from kvsink.model.turning import NONE
+from kvsink.report import STATED_LENGTH, LayerReport, Report, counted_bits
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
@@ -139,7 +147,7 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
         if isinstance(source, str) and source == "builtin":
             text = builtin_text()
         elif isinstance(source, str | Path):
-            from kvsink.texts import read_text
+            from kvsink.evaluate.texts import read_text
 
             text = read_text(source)
         else:

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kvsink.offload import weight_of
-from kvsink.sidecar import write_sidecar
+from kvsink.folder.sidecar import write_sidecar
+from kvsink.model.offload import weight_of
 
 __all__ = ["quantization_record", "save_pretrained", "text_configs"]
 
