@@ -30,8 +30,8 @@ from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
 from kvsink.methods import get_method
 from kvsink.model.fold import FOLDED, folded
 from kvsink.model.runtime import runtime_of
-from kvsink.report import Report
-from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
+from kvsink.report import Report, versions
+from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite
 from kvsink.saving import quantization_record, text_configs
 
 __all__ = ["rewrite_dir"]

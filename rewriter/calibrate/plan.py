@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,14 @@ from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import Method
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
-from kvsink.report import Report
+
+if TYPE_CHECKING:
+    from kvsink.report import Report
 
 __all__ = ["Curves", "Plan", "allocate", "candidates", "choose_plan", "layers_text", "sides"]
 
 Widths = tuple[tuple[float, float], ...]  # of every layer: key and value bits; (16, 16) where a layer is left alone
-Rewrite = Callable[..., Report]
+Rewrite = Callable[..., "Report"]
 Progress = Callable[[str, int, int], None]
 
 WHOLE = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
