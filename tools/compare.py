@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import Calibration, calibrate, fingerprint
+from kvsink.calibrate.calibration import Calibration, calibrate
 from kvsink.calibrate.design import gather_needs
 from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.codecs import SideSpec
@@ -39,6 +39,7 @@ from kvsink.evaluate.reference import Reference
 from kvsink.evaluate.texts import evaluation_text, read_text
 from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods
+from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import anatomy, runtime_of
 from kvsink.report import STATED_LENGTH, counted_bits
 from kvsink.rewrite import calibration_windows, rewrite

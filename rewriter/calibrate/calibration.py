@@ -31,37 +31,15 @@ from kvsink.codecs.protect import Policy, SinkStage, segments_for_layer
 from kvsink.errors import CalibrationError
 from kvsink.folder.digest import DIGEST, check_digest, digest
 from kvsink.kernels.rope import rope, unrope
-from kvsink.model.fold import is_plain
-from kvsink.model.offload import place_of, weight_of
+from kvsink.model.fingerprint import fingerprint, same_model
+from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
 from kvsink.model.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, order_candidates
 
-__all__ = ["Calibration", "calibrate", "find_stages", "fingerprint", "same_model"]
+__all__ = ["Calibration", "calibrate", "find_stages"]
 
 FORMAT = "kvsink-calibration-1"
 Progress = Callable[[str, int, int], None]
-
-
-def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None, within: str = "") -> Tensor:
-    """float32 samples of the weights, the same for every storage precision up to rounding: up to 64 tensors, 16 values each.
-    Weights in a format of their own are left out; offloaded ones are read back.
-
-    weight: gives a parameter by name, where the model holds none. within: the part of the model to look at alone.
-    """
-    parts = ((n, p) for n, p in model.named_parameters() if n.startswith(f"{within}." if within else ""))
-    named = sorted((n, p) for n, p in parts if p.numel() >= 16 and is_plain(p))
-    step = max(1, len(named) // 64)
-    out = []
-    for name, p in named[::step][:64]:
-        p = weight_of(model, name) if weight is None else weight(name)  # type: ignore[assignment]
-        index = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
-        out.append(p.detach().flatten()[index].float().cpu())
-    return torch.cat(out) if out else torch.zeros(0)
-
-
-def same_model(a: Tensor, b: Tensor) -> bool:
-    """Whether two fingerprints are of the same weights, allowing for a change of precision down to bfloat16."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=2.0**-7, atol=1e-6)
 
 
 @dataclass

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from kvsink.errors import ModelError, UnsupportedError
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.conversion import Weights
+from kvsink.model.fingerprint import fingerprint
 from kvsink.model.passing import given_cache
 from kvsink.model.runtime import anatomy
 
@@ -215,9 +216,7 @@ class Stream:
         return [n for n in self.names if n.startswith(prefix + ".")]
 
     def fingerprint(self, within: str = "") -> Tensor:
-        """As `kvsink.calibrate.calibration.fingerprint` of the loaded model."""
-        from kvsink.calibrate.calibration import fingerprint
-
+        """As `kvsink.model.fingerprint.fingerprint` of the loaded model."""
         return fingerprint(self.model, self.read, within)
 
     # -- the pass ------------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvsink.calibrate.calibration import fingerprint, same_model
 from kvsink.codecs import Codec
 from kvsink.codecs.protect import Segment, SinkStage
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.folder.digest import DIGEST, check_digest, digest
+from kvsink.model.fingerprint import fingerprint, same_model
 from kvsink.model.offload import is_held
 from kvsink.model.runtime import Anatomy, Heads, LayerPlan, Runtime, anatomy
 from kvsink.model.turning import Turning

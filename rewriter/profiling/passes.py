@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import fingerprint
 from kvsink.calibrate.streaming import Job, Needs, Stream, needs
 from kvsink.folder.checkpoint import Checkpoint
+from kvsink.model.fingerprint import fingerprint
 from kvsink.model.passing import cache_of
 from kvsink.model.runtime import anatomy
 from kvsink.profiling.layout import Entry
@@ -52,7 +52,7 @@ class Passes:
         raise NotImplementedError
 
     def fingerprint(self) -> Tensor:
-        """As `kvsink.calibrate.calibration.fingerprint`."""
+        """As `kvsink.model.fingerprint.fingerprint`."""
         raise NotImplementedError
 
     def down_row(self, entry: Entry, channel: int) -> Tensor:

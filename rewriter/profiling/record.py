@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import find_stages, fingerprint, same_model
+from kvsink.calibrate.calibration import find_stages
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError, KvsinkError, UnsupportedError
 from kvsink.evaluate.evaluation import device_name, is_rewritten, versions
+from kvsink.model.fingerprint import fingerprint, same_model
 from kvsink.model.runtime import Runtime, anatomy
 from kvsink.profiling.attention import START, AttentionSums, watching_attention
 from kvsink.profiling.causal import causal_check, negative_log_likelihood

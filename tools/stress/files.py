@@ -48,9 +48,10 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         import kvsink
-        from kvsink.calibrate.calibration import Calibration, calibrate, fingerprint
+        from kvsink.calibrate.calibration import Calibration, calibrate
         from kvsink.codecs.protect import SinkStage, parse_policies
         from kvsink.folder.loading import load_model
+        from kvsink.model.fingerprint import fingerprint
         from kvsink.model.runtime import runtime_of
         from kvsink.outdir import rewrite_dir
         from kvsink.profiling.record import FORMAT

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvsink
-from kvsink.calibrate.calibration import Calibration, calibrate, find_stages, fingerprint, same_model
+from kvsink.calibrate.calibration import Calibration, calibrate, find_stages
 from kvsink.calibrate.statistics import KeyStats, ValueStats
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
+from kvsink.model.fingerprint import fingerprint, same_model
 from kvsink.model.runtime import LayerPlan, Runtime
 from tests.models import HEAD_DIM, LAYERS, build, tokens
 

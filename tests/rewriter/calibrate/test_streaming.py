@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvsink.calibrate.calibration import calibrate, fingerprint
+from kvsink.calibrate.calibration import calibrate
 from kvsink.calibrate.samples import SampleNeed
 from kvsink.calibrate.streaming import Job, Stream, needs, skeleton, stream_of
 from kvsink.codecs.protect import parse_policies
@@ -18,6 +18,7 @@ from kvsink.errors import CalibrationError, KvsinkError, ModelError, Unsupported
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.digest import DIGEST
 from kvsink.folder.loading import load_model
+from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import runtime_of
 from kvsink.outdir import rewrite_dir
 from kvsink.rewrite import RewriteOptions

@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 
 import kvsink
-from kvsink.calibrate.calibration import fingerprint
 from kvsink.errors import SidecarError, UnsupportedError
+from kvsink.model.fingerprint import fingerprint
 from kvsink.model.offload import is_held, place_of, weight_of
 from kvsink.model.runtime import runtime_of
 from tests.graphs import rewritten
