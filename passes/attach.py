@@ -20,11 +20,11 @@ import torch
 from torch.fx import Node
 
 from kvsink.codecs import STATE_NAMES, Codec
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import argument, kind, value
 from kvsink.kernels import stages
 from kvsink.passes.base import Declined, RewritePass, Work, insert_op, insert_tensor, register_pass, size_of
 from kvsink.passes.chain import Chain, Side, SitePlan
-from kvsink.sites import AttentionSite
-from kvsink.targets import argument, kind, value
 
 
 @register_pass

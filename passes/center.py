@@ -19,10 +19,10 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from kvsink.graph.sites import AttentionSite
 from kvsink.kernels import stages
 from kvsink.passes.base import Declined, RewritePass, Work, register_pass
 from kvsink.passes.chain import Chain
-from kvsink.sites import AttentionSite
 
 
 @register_pass

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvsink.codecs import Codec, SideSpec
+from kvsink.codecs.protect import Segment
+from kvsink.graph.targets import value
 from kvsink.passes.base import insert_op, size_of
-from kvsink.protect import Segment
-from kvsink.targets import value
 
 __all__ = ["Chain", "Side", "SitePlan"]
 

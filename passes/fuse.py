@@ -20,10 +20,10 @@ from torch.fx import Node
 
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import kind, value
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
 from kvsink.passes.visibility import only_causal
-from kvsink.sites import AttentionSite
-from kvsink.targets import kind, value
 
 
 def as_one(site: AttentionSite, codec: Codec) -> bool:

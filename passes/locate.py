@@ -3,9 +3,9 @@
 Formula    none
 Source     ours
 Differs    no
-Shapes     see `kvsink.sites`
+Shapes     see `kvsink.graph.sites`
 Exact      yes, the graph is not touched
-Declines   whatever `kvsink.sites` declines: cross, vision and softcapped attention, unknown RoPE
+Declines   whatever `kvsink.graph.sites` declines: cross, vision and softcapped attention, unknown RoPE
 Cost       none
 """
 
@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvsink.graph.sites import AttentionSite
 from kvsink.passes.base import Declined, RewritePass, Work, register_pass
-from kvsink.sites import AttentionSite
 
 
 @register_pass

@@ -23,10 +23,10 @@ import torch
 from torch.fx import Node
 
 from kvsink.codecs.quantizers import QUANTIZERS
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import value
 from kvsink.passes.base import Declined, RewritePass, Work, register_pass
 from kvsink.passes.chain import Chain, Side
-from kvsink.sites import AttentionSite
-from kvsink.targets import value
 
 
 @register_pass
