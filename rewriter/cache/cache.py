@@ -35,7 +35,7 @@ from kvsink.folder.digest import DIGEST, check_digest, digest
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
 from kvsink.kernels.append import append
 from kvsink.kernels.append_attend import append_attend
-from kvsink.kernels.attend import attend_ref, attention
+from kvsink.kernels.attend import attention
 from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.kernels.read import put_rows
 from kvsink.model.offload import place_of
@@ -159,7 +159,7 @@ class KVSinkLayer(CacheLayerMixin):
         self.params = self.shared.runtime.params(self.layer, self.codec, tokens, self.device, self.shared.tables())
         names, self._reach = self.codec.param_names(), None
         if not self.codec.tiles and "start_cos" in names:  # codes in tiles count by slots, which the tables always reach
-            self._reach = self.params[names.index("start_cos")].shape[0] * self.codec.table_tokens
+            self._reach = (self.params[names.index("start_cos")].shape[0] - 1) * self.codec.table_tokens
 
     def state(self) -> list[Tensor]:
         """The tensors of this layer in the order of STATE_NAMES."""
@@ -358,8 +358,6 @@ class KVSinkLayer(CacheLayerMixin):
             )
         else:
             run = attend if _differentiated(q, k, v) else attention
-            if self.distant and k.shape[2] == 1 and self._ahead is not None and math.isnan(self._ahead):
-                run = attend_ref
             out = run(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         self._advance(k.shape[2])
         return out
@@ -396,9 +394,24 @@ class KVSinkLayer(CacheLayerMixin):
             found = _reached(positions, self._first_position()) if self.distant else (int(positions.max()) + 1, 0)
             frame.reach = positions, *found
         _, reach, ahead = frame.reach
-        self._ahead = ahead if self._ahead in (None, ahead) else math.nan
-        if reach > self._reach:
+        self._note_positions(ahead if self._ahead in (None, ahead) else math.nan, reach)
+
+    def _note_positions(self, ahead: float | None, reach: int = 0) -> None:
+        """How far positions now run ahead of tokens, which the codec tells compiled graphs too, and behind the last of them."""
+        self._ahead = ahead
+        self._recode(uneven=ahead is not None and math.isnan(ahead))
+        if self._reach is not None and reach > self._reach:
             self._set_params(2 * reach)
+
+    def _recode(self, **changes: bool) -> None:
+        """Read what is stored in another way."""
+        if any(getattr(self.codec, name) != value for name, value in changes.items()):
+            self.codec = replace(self.codec, **changes)
+            self.codec_text = self.codec.text()
+
+    def stored_text(self) -> str:
+        """The codec of what is stored, wherever its rows stand."""
+        return replace(self.codec, uneven=False).text()
 
     def _mark_padding(self, frame: Frame, new: int) -> None:
         """Note which of the new rows are padding, before any of them is coded; once per forward pass, since layers share it."""
@@ -463,17 +476,16 @@ class KVSinkLayer(CacheLayerMixin):
     def reset(self) -> None:
         if not self.is_initialized:
             return
-        self.length.zero_()
-        self.exact_slot.fill_(-1)
-        self.exact_score.fill_(float("-inf"))
-        self.recent_slot.fill_(-1)
-        if self.shared.real is not None:
+        for name, (*_, fill) in self._layout(self.k_codes.shape[2]).items():  # rows too: one that is NaN is not hidden by a mask
+            getattr(self, name).fill_(fill)
+        if self.shared.real is not None and self.shared.positions is not None:
             self.shared.real.fill_(True)
+            self.shared.positions.zero_()  # no table of angles may reach those that compiled steps have brought
         if self.shared.anchor_cos is not None and self.shared.anchor_sin is not None:
             self.shared.anchor_cos.fill_(1.0)
             self.shared.anchor_sin.zero_()
         self._held = 0
-        self._ahead = None
+        self._note_positions(None)
         self._unseen, self._asked = None, True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -778,8 +790,7 @@ class KVSinkCache(Cache):
 
     def _make_strict(self) -> None:
         for layer in self.packed_layers():
-            layer.codec = replace(layer.codec, strict=True)
-            layer.codec_text = layer.codec.text()
+            layer._recode(strict=True)
 
     @property
     def frame(self) -> Frame | None:
@@ -973,7 +984,7 @@ class KVSinkCache(Cache):
             setattr(self.shared, name, joined)
         for (layer, second), state in zip(pairs, states, strict=True):
             layer._take(state, slots)
-            layer._ahead = math.nan if layer._ahead or second._ahead else 0
+            layer._note_positions(math.nan if layer._ahead or second._ahead else 0)
         self.shared.frame = self.visual = None
         return pads
 
@@ -989,7 +1000,7 @@ class KVSinkCache(Cache):
             raise KvsinkError("an empty cache cannot be saved; prefill a prompt first")
         meta = {
             "format": "kvsink-cache-1",
-            "codecs": json.dumps([layer.codec_text for layer in self.packed_layers()]),
+            "codecs": json.dumps([layer.stored_text() for layer in self.packed_layers()]),
             "length": str(int(self.get_seq_length())),
             "dtype": str(self.packed_layers()[0].dtype).removeprefix("torch."),
         }
@@ -1044,7 +1055,8 @@ class KVSinkCache(Cache):
                 both = tuple(slice(min(a, b)) for a, b in zip(saved.shape, held.shape, strict=True))
                 held[both] = saved[both]
             layer._held = length
-            layer._ahead = _reached(tensors["positions"][:, :length], 0)[1] if length else None
+            if length:
+                layer._note_positions(*reversed(_reached(tensors["positions"][:, :length], 0)))
         for name in SHARED_NAMES:
             getattr(cache.shared, name)[:, :length] = tensors[name][:, :length]
         for name, held in cache.shared.tables().items():

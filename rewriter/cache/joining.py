@@ -46,7 +46,8 @@ def pads_of(a: Any, b: Any) -> tuple[int, int]:
         if not all(layer.is_initialized and int(layer.length) for layer in cache.packed_layers()):
             raise KvsinkError("an empty cache cannot be joined; prefill a prompt first")
     for i, (one, two) in enumerate(zip(a.layers, b.layers, strict=True)):
-        if (one.codec_text, one.max_length, one.dtype, one.device) != (two.codec_text, two.max_length, two.dtype, two.device):
+        first, second = ((layer.stored_text(), layer.max_length, layer.dtype, layer.device) for layer in (one, two))
+        if first != second:
             raise KvsinkError(
                 f"layer {i}: the caches differ in codec, max_length, dtype or device; make both with "
                 "kvsink.KVSinkCache.for_model and the same arguments"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvsink.codecs import Codec
+from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.codecs.protect import Segment, SinkStage
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels import select_sinks
@@ -367,15 +369,18 @@ class Runtime:
         return self.anatomy.layer_types[layer] if self.anatomy.layer_types else ""
 
     def start_angles(self, layer: int, block: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Angles of the block starts 0, n, 2n, … for at least `rows` blocks: cos, sin [P, R]. Cached and shared."""
+        """Angles of the block starts 0, n, 2n, … for at least `rows` blocks: cos, sin [P + 1, R]. Cached and shared. The last row
+        is NaN: whoever reads a position that the table does not reach, as only compiled code can, gets no other number."""
         turning = self.anatomy.turnings[layer]
         key = (f"{self._kind(layer)} {turning}", block, str(device))
         held = self._starts.get(key)
-        if held is None or held[0].shape[0] < rows:
-            rows = max(rows, 16)
+        if held is None or held[0].shape[0] <= rows:
+            whole = max(1, TABLE_TOKENS // block)
+            rows = -(-max(rows, 16) // whole) * whole
             positions = torch.arange(rows, device=device)[None] * block
             cos, sin = self.angles(layer, positions)
-            held = self._starts[key] = (cos[0].contiguous(), sin[0].contiguous())
+            beyond = cos.new_full((1, cos.shape[-1]), math.nan)
+            held = self._starts[key] = (torch.cat([cos[0], beyond]), torch.cat([sin[0], beyond]))
         return held
 
     def offset_angles(self, layer: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
