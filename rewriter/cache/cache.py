@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from kvsink.kernels.append_attend import append_attend
 from kvsink.kernels.attend import attention
 from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.kernels.read import put_rows
+from kvsink.model.attention import ASKED
 from kvsink.model.offload import place_of
 from kvsink.model.runtime import Frame, Runtime, number_of, order_candidates, runtime_of, turns_back
 
@@ -232,7 +234,8 @@ class KVSinkLayer(CacheLayerMixin):
             self._set_anchors(frame, positions)
         defers = self._defers(frame)
         if defers:  # attention asks the layer, see kvsink.model.attention
-            key_states._kvsink_layer, self._asked, self._given = self, False, value_states  # type: ignore[attr-defined]
+            ASKED.leave(key_states, ref(self))
+            self._asked, self._given = False, value_states
             if self.codec.tiles:
                 self._fresh = positions, candidates
                 return key_states, value_states

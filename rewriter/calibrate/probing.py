@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.model.attention import install_attention
+from kvsink.model.attention import NOTES, install_attention
 from kvsink.model.offload import place_of
 from kvsink.model.passing import cache_of, given_cache
 from kvsink.model.runtime import Anatomy, Heads, number_of, rotary_tables, visual_tokens
@@ -195,7 +195,7 @@ def _noting(update: Any, seen: _Seen) -> Any:
             seen.queries.append(query.shape[1])
             seen.as_given &= value is values
 
-        keys._kvsink_note = note
+        NOTES.leave(keys, note)
         return keys, values
 
     return noted
