@@ -24,9 +24,11 @@ from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.kernels import decode, dequantize, encode, quantize
+from kvsink.model.frame import Frame
 from kvsink.model.handover import Handover
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import Frame, Runtime, runtime_of, turns_back
+from kvsink.model.runtime import Runtime, runtime_of
+from kvsink.model.turning import turns_back
 
 __all__ = [
     "ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "Orders", "PlainLayer", "empty_past", "orders_of", "past_names",

@@ -40,8 +40,11 @@ from kvsink.kernels.attend import attention
 from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.kernels.read import put_rows
 from kvsink.model.attention import ASKED
-from kvsink.model.offload import place_of
-from kvsink.model.runtime import Frame, Runtime, number_of, order_candidates, runtime_of, turns_back
+from kvsink.model.candidates import order_candidates
+from kvsink.model.frame import Frame
+from kvsink.model.offload import number_of, place_of
+from kvsink.model.runtime import Runtime, runtime_of
+from kvsink.model.turning import turns_back
 
 __all__ = ["KVSinkCache", "KVSinkLayer"]
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from kvsink.codecs import SHARED_NAMES, Codec
 from kvsink.errors import KvsinkError
-from kvsink.model.runtime import Frame, Runtime
+from kvsink.model.frame import Frame
+from kvsink.model.runtime import Runtime
 
 __all__ = ["BACK", "SLACK", "WINDOWED", "SlidingWindow", "check_crop", "sliding_refusal", "window_of"]
 

@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvsink.calibrate.statistics import SAMPLE_ROWS, SampleNeed, Samples
 from kvsink.errors import CalibrationError
-from kvsink.model.runtime import Anatomy
+from kvsink.model.anatomy import Anatomy
 
 __all__ = ["Collector", "error_factors", "frozen", "watched"]
 

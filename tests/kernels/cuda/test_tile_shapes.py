@@ -132,7 +132,7 @@ def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor)
     layer.lazy_initialization(*[rows(batch, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2) if not layer.is_initialized else None
     positions = torch.arange(length)[None] - shift
     if layer.shared.anchor_cos is not None:
-        from kvsink.model.runtime import Frame
+        from kvsink.model.frame import Frame
 
         layer._set_anchors(Frame(), positions)
     if length:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from kvsink.cache.cache import _BLOCK, KVSinkCache
 from kvsink.errors import KvsinkError, SidecarError
 from kvsink.folder import digest
-from kvsink.model.runtime import Frame
+from kvsink.model.frame import Frame
 from tests.close import largest_difference
 from tests.graphs import rewritten
 from tests.models import HEAD_DIM, KV_HEADS, tokens

@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import kvsink
 from kvsink.cache.cache import KVSinkCache
 from kvsink.kernels import append_
-from kvsink.model.runtime import real_rows
+from kvsink.model.rows import real_rows
 from tests.models import build, tokens
 from tests.states import append_arguments, layer_of, method_named, rows
 

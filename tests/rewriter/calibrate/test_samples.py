@@ -19,7 +19,8 @@ from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
-from kvsink.model.runtime import LayerPlan, Runtime
+from kvsink.model.runtime import Runtime
+from kvsink.model.tables import LayerPlan
 from tests.models import HEAD_DIM, HEADS, KV_HEADS, LAYERS, build, tokens
 
 BOTH = dict.fromkeys(range(LAYERS), (64,))

@@ -15,8 +15,9 @@ from kvsink.cache.cache import _BLOCK, KVSinkCache, KVSinkLayer
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.folder.sidecar import read_sidecar, write_sidecar
 from kvsink.graph.backend import last_report
+from kvsink.model.candidates import pivot_scores, position_hash
 from kvsink.model.observed import OBSERVED
-from kvsink.model.runtime import detach, pivot_scores, position_hash
+from kvsink.model.runtime import detach
 from kvsink.report import counted_bits
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
@@ -283,7 +284,8 @@ def test_pivots_are_fixed_at_the_end_of_the_prompt() -> None:
     model = rewritten("llama", "sdpa", "rtn")
     from kvsink.codecs import Codec
     from kvsink.codecs.protect import Segment, SinkStage
-    from kvsink.model.runtime import LayerPlan, Runtime, attach, runtime_of
+    from kvsink.model.runtime import Runtime, attach, runtime_of
+    from kvsink.model.tables import LayerPlan
 
     codec = runtime_of(model).plans[0].codec
     plans = [LayerPlan(Codec(codec.key, codec.value, (s.count,)), (s,)) for s in (Segment("first", 1), Segment("pivots:0:50:2", 3))]

@@ -16,8 +16,9 @@ from kvsink import codecs
 from kvsink.errors import CalibrationError, KvsinkError, SidecarError, UnsupportedError
 from kvsink.evaluate.selfcheck import Check, check_cache, check_step, refused_folds
 from kvsink.kernels import stages
+from kvsink.model.anatomy import anatomy
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import anatomy, runtime_of
+from kvsink.model.runtime import runtime_of
 from kvsink.model.turning import Turning
 from kvsink.tools.tiny_models import build_family
 from tests.models import build, tokens

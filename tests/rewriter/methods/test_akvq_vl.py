@@ -18,7 +18,9 @@ from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import KvsinkError, UnknownName
 from kvsink.kernels.packing import unpack_bits
-from kvsink.model.runtime import Frame, runtime_of, visual_rows, visual_tokens
+from kvsink.model.frame import Frame
+from kvsink.model.rows import visual_rows, visual_tokens
+from kvsink.model.runtime import runtime_of
 from kvsink.tools.bench_model import Shape, llama
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
 from tests.models import _DECODER, HEAD_DIM, KV_HEADS, build, tokens

@@ -16,7 +16,8 @@ from kvsink.cache.cache import KVSinkCache
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
 from kvsink.graph.backend import last_report
 from kvsink.hf import install_generate
-from kvsink.model.runtime import Runtime, attach, runtime_of, towers
+from kvsink.model.anatomy import towers
+from kvsink.model.runtime import Runtime, attach, runtime_of
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
 from tests.vision import FAMILIES, IMAGE, build, plain, prompt
 
