@@ -4,7 +4,7 @@ Formula    slot s of the shorter cache becomes slot s + pad, pad = longer length
            for the attention mask to hide as it hides left padding. Positions of rows stay what they were
 Source     ours
 Differs    from paging (vLLM, arXiv 2309.06180): rows are moved once, so that every kernel goes on with one length per batch
-Shapes     as in kvsink.cache.cache, with the batch rows of the second cache behind those of the first
+Shapes     as in kvsink.cache.storage, with the batch rows of the second cache behind those of the first
 Cost       one copy of both caches
 Exact      codes, scales and exact rows move as bytes
 Declines   pads that would cut what a codec codes together (`pad_unit`), anchors of caches of different lengths, layers that are

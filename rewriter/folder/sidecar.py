@@ -20,8 +20,8 @@ from kvsink.codecs import Codec
 from kvsink.codecs.protect import Segment, SinkStage
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.folder.digest import DIGEST, check_digest, digest
 from kvsink.model.anatomy import Anatomy, Heads, anatomy
+from kvsink.model.digest import DIGEST, check_digest, digest
 from kvsink.model.fingerprint import fingerprint, same_model
 from kvsink.model.offload import is_held
 from kvsink.model.runtime import Runtime

@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.cache.ranges import LARGE_STEPS
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref

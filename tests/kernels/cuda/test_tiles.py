@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.codecs import Anchors, Codec
 from kvsink.errors import UnsupportedError
 from kvsink.kernels import layout, prefill

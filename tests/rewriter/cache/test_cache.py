@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvsink.cache.cache import _BLOCK, KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.storage import BLOCK
 from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
 from kvsink.report import counted_bits
 from tests.close import FUSED_FLOAT32, HALF_SCALE, largest_difference
@@ -83,16 +84,16 @@ def test_static_equals_growing(model: Any, max_length: int) -> None:
 
 
 def test_growth_keeps_what_is_held(model: Any) -> None:
-    prompt, rest = tokens(1, _BLOCK - 3, seed=1), tokens(1, 8, seed=2)
-    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * _BLOCK)
+    prompt, rest = tokens(1, BLOCK - 3, seed=1), tokens(1, 8, seed=2)
+    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * BLOCK)
     feed(model, growing, prompt)
     before = [t.clone() for t in states(growing)]
-    assert growing.packed_layers()[0].k_codes.shape[2] == _BLOCK
+    assert growing.packed_layers()[0].k_codes.shape[2] == BLOCK
     one = feed(model, growing, *rest.split(1, dim=1))
     two = feed(model, static, prompt, *rest.split(1, dim=1))[:, -8:]
-    assert growing.packed_layers()[0].k_codes.shape[2] == 2 * _BLOCK
-    assert largest_difference(before, states(growing, slots=slice(_BLOCK))) > 0  # the first block filled up
-    assert largest_difference([t[..., :-3, :] for t in before], states(growing, slots=slice(_BLOCK - 3))) == 0
+    assert growing.packed_layers()[0].k_codes.shape[2] == 2 * BLOCK
+    assert largest_difference(before, states(growing, slots=slice(BLOCK))) > 0  # the first block filled up
+    assert largest_difference([t[..., :-3, :] for t in before], states(growing, slots=slice(BLOCK - 3))) == 0
     assert close(one, two)
 
 

@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvsink.cache.cache import _BLOCK, KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.storage import BLOCK
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.folder import digest
+from kvsink.model import digest
 from kvsink.model.frame import Frame
 from tests.close import largest_difference
 from tests.graphs import rewritten
@@ -77,7 +78,7 @@ def test_a_prefill_that_stops_asks_for_a_reset(model: Any) -> None:
 
 def test_memory_that_runs_out_while_a_cache_grows_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, other = KVSinkCache.for_model(model), KVSinkCache.for_model(model)
-    head, tail = tokens(1, _BLOCK - 2, seed=1), tokens(1, 4, seed=2)
+    head, tail = tokens(1, BLOCK - 2, seed=1), tokens(1, 4, seed=2)
     for c in (cache, other):
         feed(model, c, head)
     full, calls = torch.full, []

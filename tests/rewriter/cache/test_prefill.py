@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-import kvsink.cache.cache
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+import kvsink.cache.layer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
 from kvsink.kernels import backends
@@ -68,7 +69,7 @@ def test_a_prompt_is_that_of_the_stock_model_and_steps_read_codes(family: str, m
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_device_is_read_once_for_all_layers(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsink.cache.cache.append", append_ref)  # in C, it reads the length
+    monkeypatch.setattr("kvsink.cache.layer.append", append_ref)  # in C, it reads the length
     model = rewritten("llama", "sdpa", "klt")
     ids, mask = tokens(2, 19, seed=1), torch.ones(2, 19, dtype=torch.int64)
     mask[0, : 4 * padded] = 0
@@ -132,14 +133,14 @@ def test_positions_that_do_not_all_run_ahead_alike_are_read_by_the_definition(
 ) -> None:
     model = rewritten("llama", "sdpa", "klt")
     chunks = tokens(1, 9, seed=1), tokens(1, 3, seed=2), tokens(1, 1, seed=3)
-    plain, outs, reasons = kvsink.cache.cache.attention, [], set[str]()
+    plain, outs, reasons = kvsink.cache.layer.attention, [], set[str]()
 
     def attention(q: Tensor, *given: Any) -> Tensor:
         if q.shape[2] == 1:
             reasons.add(attend_triton.declines(Codec.parse(given[-1]).format, shape_of(given[0], 4, exact=6), GPU))
         return plain(q, *given)
 
-    monkeypatch.setattr("kvsink.cache.cache.attention", attention)
+    monkeypatch.setattr("kvsink.cache.layer.attention", attention)
     for held in (KVSinkCache.for_model(model, 1, 64), far(KVSinkCache.for_model(model, 1, 64))):
         reasons.clear()
         for chunk, start in zip(chunks, places, strict=True):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import _BLOCK, KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
+from kvsink.cache.storage import BLOCK
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.folder.sidecar import read_sidecar, write_sidecar
 from kvsink.graph.backend import last_report
@@ -130,10 +132,10 @@ def test_anchors_are_the_rows_and_come_with_a_union(model: Any) -> None:
 
 
 def test_static_equals_growing_over_a_block(model: Any) -> None:
-    ids = tokens(1, _BLOCK + 10, seed=5)
-    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * _BLOCK)
+    ids = tokens(1, BLOCK + 10, seed=5)
+    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * BLOCK)
     for cache in (growing, static):
-        feed(model, cache, ids, (_BLOCK - 2, 1, 1, 1, 9))
+        feed(model, cache, ids, (BLOCK - 2, 1, 1, 1, 9))
     same(growing, static)
     places = [layer.exact_slot.shape[1] for c in (growing, static) for layer in c.packed_layers()]
     assert places == [2 + 52] * 4 and len(anchors(growing.packed_layers()[0])) == 27

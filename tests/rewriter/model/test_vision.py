@@ -188,7 +188,7 @@ def test_towers_are_left_alone_with_a_reason(family: str) -> None:
 
 def seen_by(model: Any, given: dict[str, Tensor], run: Any = new_tokens) -> list[Tensor]:
     """The masks that reach the first layer of a cache while `run` runs."""
-    from kvsink.cache.cache import KVSinkLayer
+    from kvsink.cache.layer import KVSinkLayer
 
     masks: list[Tensor] = []
     original = KVSinkLayer._candidates
