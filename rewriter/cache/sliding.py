@@ -55,9 +55,15 @@ def sliding_refusal(codec: Codec) -> str:
 
 
 class SlidingWindow:
-    """What the sliding layers of one cache have in common; stands where other layers have the shared state of the cache."""
+    """What the sliding layers of one cache have in common; stands where other layers have the shared state of the cache.
 
-    def __init__(self, shared: Any, runtime: Runtime, window: int, max_length: int | None) -> None:
+    back: rows behind the window that a crop may take back; slack: tokens between two moves.
+    """
+
+    def __init__(
+        self, shared: Any, runtime: Runtime, window: int, max_length: int | None, back: int = BACK, slack: int = SLACK
+    ) -> None:
+        self.back, self.slack = back, slack
         self.main, self.runtime, self.window, self.total = shared, runtime, window, max_length
         self.layers: list[Any] = []
         self.positions: Tensor | None = None
@@ -74,13 +80,13 @@ class SlidingWindow:
     @property
     def keep(self) -> int:
         """Rows that stay when the window moves."""
-        return self.window - 1 + BACK
+        return self.window - 1 + self.back
 
     @property
     def capacity(self) -> int:
         """Slots of the fixed storage."""
         ring = max((layer.codec.ring for layer in self.layers), default=0)
-        room = self.keep + max(SLACK, 2 * ring)
+        room = self.keep + max(self.slack, 2 * ring)
         return room if self.total is None else min(room, self.total)
 
     def tables(self) -> dict[str, Tensor]:
@@ -251,5 +257,5 @@ def check_crop(window: SlidingWindow, keep: int, layer: int) -> None:
     if window.before() and keep < window.window - 1:
         raise KvsinkError(
             f"layer {layer} slides over {window.window} tokens and has given up the rows that a crop to {window.before() + keep} "
-            f"tokens would need; crop by at most {BACK} tokens, or prefill the prompt again"
+            f"tokens would need; crop by at most {window.back} tokens, or prefill the prompt again"
         )

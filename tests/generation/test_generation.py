@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import CompileConfig
 
 import kvsink
+from kvsink.cache.sliding import SlidingWindow
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.model.runtime import detach
 from kvsink.tools.families import ids, rewritten
@@ -467,8 +469,7 @@ def test_position_biases_over_a_fixed_cache(family: str, method: str) -> None:
 
 
 def test_crop_of_a_sliding_window_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsink.cache.sliding.SLACK", 8)
-    monkeypatch.setattr("kvsink.cache.sliding.BACK", 4)
+    monkeypatch.setattr("kvsink.cache.cache.SlidingWindow", partial(SlidingWindow, back=4, slack=8))
     model = rewritten("mistral-sliding", "klt")[0]
     cache = kvsink.KVSinkCache.for_model(model)
     alone(model, ids(1, 13, 3)[0], 30, cache)
@@ -492,8 +493,7 @@ def test_a_packed_window_that_moves_changes_no_token(
     prompt[1, :3], mask[1, :3] = 0, 0
     settings = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
     wanted = model.generate(prompt, **settings)
-    monkeypatch.setattr("kvsink.cache.sliding.SLACK", 8)
-    monkeypatch.setattr("kvsink.cache.sliding.BACK", 2)
+    monkeypatch.setattr("kvsink.cache.cache.SlidingWindow", partial(SlidingWindow, back=2, slack=8))
     for config in (None, compiled()):
         torch._dynamo.reset()
         out = model.generate(prompt, compile_config=config, return_dict_in_generate=True, **settings)
