@@ -14,10 +14,9 @@ import kvsink
 from kvsink.cache.cache import KVSinkCache
 from kvsink.cache.layer import KVSinkLayer
 from kvsink.cache.storage import BLOCK
-from kvsink.errors import KvsinkError, UnsupportedError
+from kvsink.errors import KvsinkError
 from kvsink.folder.sidecar import read_sidecar, write_sidecar
 from kvsink.graph.backend import last_report
-from kvsink.model.candidates import pivot_scores, position_hash
 from kvsink.model.observed import OBSERVED
 from kvsink.model.runtime import detach
 from kvsink.report import counted_bits
@@ -246,39 +245,7 @@ def test_a_cache_that_nobody_observes_says_so(model: Any) -> None:
         cache.update(rows, rows, 0)
 
 
-def test_attention_that_cannot_be_observed_is_refused() -> None:
-    capped = build("gemma2")
-    with pytest.raises(UnsupportedError, match="caps its attention logits.*protect without anchors"):
-        kvsink.rewrite(capped, "rtn", protect="anchors:1%")
-    assert capped.config._attn_implementation == "eager" and "_kvsink_runtime" not in vars(capped)
-
-
 # -- random rows and pivots --------------------------------------------------------------------------------------------
-
-
-def test_random_rows_are_the_same_everywhere() -> None:
-    model = rewritten("llama", "sdpa", "rtn", protect="random:5")
-    wanted = sorted(position_hash(torch.arange(40)).topk(5).indices.tolist())
-    for chunks in ((40,), CHUNKS):
-        cache = KVSinkCache.for_model(model)
-        feed(model, cache, tokens(2, 40, seed=len(chunks)), chunks)
-        assert [sorted(r) for layer in cache.packed_layers() for r in layer.exact_slot.tolist()] == [wanted] * 4
-    hashes = position_hash(torch.arange(4096))
-    assert len(hashes.unique()) > 4090 and 0.48 < float(hashes.mean()) < 0.52
-    picks = [set(position_hash(torch.arange(n, n + 400)).topk(100).indices.tolist()) for n in (0, 400)]
-    assert 10 < len(picks[0] & picks[1]) < 45  # 25 by chance
-
-
-def test_pivots_pass_both_thresholds() -> None:
-    hidden = torch.ones(2, 6, 8) * 0.1
-    hidden[0, 2, 3], hidden[0, 4, 1], hidden[0, 5, 0] = -500.0, 99.0, 101.0
-    hidden[1] *= 10  # a median of 1: nothing below 1000 passes
-    hidden[1, 1, 1], hidden[1, 2, 2], hidden[1, 0, 0] = 900.0, -1100.0, 1e6
-    valid = torch.ones(2, 6, dtype=torch.bool)
-    valid[1, 0] = False
-    passed = pivot_scores(hidden, valid, 100.0, 1000.0)
-    assert {tuple(at) for at in (passed > float("-inf")).nonzero().tolist()} == {(0, 2), (0, 5), (1, 2)}
-    assert passed[0, 2] == 500.0 and pivot_scores(hidden, None, 100.0, 1000.0)[1, 0] == 1e6
 
 
 def test_pivots_are_fixed_at_the_end_of_the_prompt() -> None:
