@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -246,33 +245,3 @@ def test_a_cache_that_nobody_observes_says_so(model: Any) -> None:
 
 
 # -- random rows and pivots --------------------------------------------------------------------------------------------
-
-
-def test_pivots_are_fixed_at_the_end_of_the_prompt() -> None:
-    """Layer 1 shares what block 0 marks; a step of one token adds none, however large."""
-    model = rewritten("llama", "sdpa", "rtn")
-    from kvsink.codecs import Codec
-    from kvsink.codecs.protect import Segment, SinkStage
-    from kvsink.model.runtime import Runtime, attach, runtime_of
-    from kvsink.model.tables import LayerPlan
-
-    codec = runtime_of(model).plans[0].codec
-    plans = [LayerPlan(Codec(codec.key, codec.value, (s.count,)), (s,)) for s in (Segment("first", 1), Segment("pivots:0:50:2", 3))]
-    attach(model, Runtime(model, tuple(plans), {}, (SinkStage(0, (0,), 1.0, 1.0),), "rtn"))
-    cache, ids = KVSinkCache.for_model(model), tokens(1, 22)
-    at = [0]
-
-    def grow(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        hidden = (out[0] if isinstance(out, tuple) else out).clone()
-        for place in (4, 9, 20):
-            if at[0] <= place < at[0] + hidden.shape[1]:
-                hidden[:, place - at[0], 5] = 300.0 + place
-        at[0] += hidden.shape[1]
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-
-    hook = model.model.layers[0].register_forward_hook(grow, with_kwargs=True, prepend=True)
-    for begin, end in pairwise((0, 6, 20, 21, 22)):
-        feed(model, cache, ids[:, begin:end], (end - begin,))
-    hook.remove()
-    first, pivots = cache.packed_layers()
-    assert first.exact_slot.tolist() == [[0]] and sorted(pivots.exact_slot[0].tolist()) == [-1, 4, 9]
