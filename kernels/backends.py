@@ -283,7 +283,7 @@ class Choice(NamedTuple):
 def table() -> tuple[Backend, ...]:
     """All backends, fastest first."""
     from . import append_attend
-    from .append import append_in_c, append_plain
+    from .append import append_plain
     from .attend import attend_plain
     from .cpu import append as cpu_append
     from .cpu import attend as cpu_attend
@@ -302,7 +302,7 @@ def table() -> tuple[Backend, ...]:
             Part(append_attend.declines_beside, append_attend.side_by_side),
         ),
         Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
-        Backend("cpu (C)", Part(cpu_append.declines, append_in_c), Part(cpu_attend.declines, cpu_attend.attend)),
+        Backend("cpu (C)", Part(cpu_append.declines, cpu_append.append), Part(cpu_attend.declines, cpu_attend.attend)),
         Backend("torch", Part(_nobody, append_plain), Part(_nobody, attend_plain)),
         Backend("append, then attend", step=Part(_nobody, append_attend.in_turn)),
     )  # fmt: skip

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.kernels import backends
 from kvsink.kernels.cuda import launch
 from tests.graphs import rewritten
@@ -23,7 +24,7 @@ from tests.kernels.cuda.emulated import Emulated, act_as_on_a_gpu
 from tests.kernels.cuda.test_tiles import rewritten as wide
 from tests.kernels.triton.test_attend import here
 from tests.models import tokens
-from tests.rewriter.test_prefill import served_as_on_a_gpu
+from tests.rewriter.cache.test_layer import served_as_on_a_gpu
 
 PROMPT, EACH = 21, 4  # tokens of the prompt, and of every process
 
