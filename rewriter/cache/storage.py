@@ -149,16 +149,15 @@ class Storage(CacheLayerMixin):
 
     def _note_positions(self, ahead: float | None, reach: int = 0) -> None:
         """How far positions now run ahead of tokens, which the codec tells compiled graphs too, and behind the last of them."""
-        self._ahead = ahead
-        self._recode(uneven=ahead is not None and math.isnan(ahead))
+        self._ahead, uneven = ahead, ahead is not None and math.isnan(ahead)
+        if uneven != self.codec.uneven:
+            self._recode(replace(self.codec, uneven=uneven))
         if self._reach is not None and reach > self._reach:
             self._set_params(2 * reach)
 
-    def _recode(self, **changes: Any) -> None:
+    def _recode(self, codec: Codec) -> None:
         """Read what is stored in another way."""
-        if any(getattr(self.codec, name) != value for name, value in changes.items()):
-            self.codec = replace(self.codec, **changes)
-            self.codec_text = self.codec.text()
+        self.codec, self.codec_text = codec, codec.text()
 
     def stored_text(self) -> str:
         """The codec of what is stored, wherever its rows stand."""
