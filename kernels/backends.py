@@ -75,7 +75,8 @@ class LayerFormat:
     """How one layer is stored; made by `layer_format`, so that equal ones are one object.
 
     segments: exact rows of each protection segment; ring: recent rows held, of which `window` are read as they came on both sides;
-    tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read back from their codes.
+    tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read back from their codes; uneven:
+    positions do not all run as far ahead of their slots.
     """
 
     key: SideFormat
@@ -86,6 +87,7 @@ class LayerFormat:
     tokens: int = 64
     strict: bool = False
     anchored: bool = False
+    uneven: bool = False
     order: str = "row"
 
     @property
@@ -281,7 +283,7 @@ class Choice(NamedTuple):
 def table() -> tuple[Backend, ...]:
     """All backends, fastest first."""
     from . import append_attend
-    from .append import append_in_c, append_plain
+    from .append import append_plain
     from .attend import attend_plain
     from .cpu import append as cpu_append
     from .cpu import attend as cpu_attend
@@ -300,7 +302,7 @@ def table() -> tuple[Backend, ...]:
             Part(append_attend.declines_beside, append_attend.side_by_side),
         ),
         Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
-        Backend("cpu (C)", Part(cpu_append.declines, append_in_c), Part(cpu_attend.declines, cpu_attend.attend)),
+        Backend("cpu (C)", Part(cpu_append.declines, cpu_append.append), Part(cpu_attend.declines, cpu_attend.attend)),
         Backend("torch", Part(_nobody, append_plain), Part(_nobody, attend_plain)),
         Backend("append, then attend", step=Part(_nobody, append_attend.in_turn)),
     )  # fmt: skip

@@ -16,8 +16,8 @@ from torch import nn
 from kvsink.cache.served import served_lines
 from kvsink.cache.sliding import WINDOWED, window_of
 from kvsink.codecs import Codec, SideSpec
-from kvsink.model.offload import place_of
-from kvsink.model.runtime import Runtime, number_of
+from kvsink.model.offload import number_of, place_of
+from kvsink.model.runtime import Runtime
 
 __all__ = ["LayerReport", "Report", "counted_bits", "describe", "make_report", "versions"]
 

@@ -44,21 +44,13 @@ from kvsink.evaluate.texts import builtin_text
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method, methods
 from kvsink.model.adapters import inner_model
+from kvsink.model.anatomy import Anatomy, anatomy, check_kind, rope_types, towers
 from kvsink.model.fold import FOLDED, fold_value_rotation, foldable, is_plain, shared_weights
 from kvsink.model.observed import check_observable
 from kvsink.model.offload import place_of
-from kvsink.model.runtime import (
-    Anatomy,
-    LayerPlan,
-    Runtime,
-    anatomy,
-    attach,
-    check_kind,
-    detach,
-    rope_types,
-    towers,
-    visual_tokens,
-)
+from kvsink.model.rows import visual_tokens
+from kvsink.model.runtime import Runtime, attach, detach
+from kvsink.model.tables import LayerPlan
 from kvsink.model.turning import NONE
 from kvsink.report import Report, make_report
 

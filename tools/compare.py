@@ -39,8 +39,9 @@ from kvsink.evaluate.reference import Reference
 from kvsink.evaluate.texts import evaluation_text, read_text
 from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
-from kvsink.model.runtime import anatomy, runtime_of
+from kvsink.model.runtime import runtime_of
 from kvsink.report import STATED_LENGTH, counted_bits
 from kvsink.rewrite import calibration_windows, rewrite
 from kvsink.tools.compare_report import write_report

@@ -23,18 +23,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
-from kvsink.cache.cache import states_of
+from kvsink.cache.hybrid import states_of
 from kvsink.calibrate.samples import Collector, frozen, watched
 from kvsink.calibrate.statistics import KeyStats, SampleNeed, Samples, ValueStats
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.codecs.protect import Policy, SinkStage, segments_for_layer
 from kvsink.errors import CalibrationError
-from kvsink.folder.digest import DIGEST, check_digest, digest
 from kvsink.kernels.rope import rope, unrope
+from kvsink.model.anatomy import Anatomy, anatomy
+from kvsink.model.candidates import order_candidates
+from kvsink.model.digest import DIGEST, check_digest, digest
 from kvsink.model.fingerprint import fingerprint, same_model
+from kvsink.model.frame import Frame
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import Anatomy, Frame, LayerPlan, Runtime, anatomy, attach, detach, order_candidates
+from kvsink.model.runtime import Runtime, attach, detach
+from kvsink.model.tables import LayerPlan
 
 __all__ = ["Calibration", "calibrate", "find_stages"]
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from kvsink.errors import ModelError, UnsupportedError
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.conversion import Weights
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import anatomy
 
 __all__ = ["SHARE_OF_MEMORY", "Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
 

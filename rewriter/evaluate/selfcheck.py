@@ -32,10 +32,11 @@ from kvsink.calibrate.streaming import Job, Stream
 from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels.read import read_ref
+from kvsink.model.anatomy import Anatomy
 from kvsink.model.fold import FOLDED, fold_value_rotation
-from kvsink.model.offload import place_of
+from kvsink.model.offload import number_of, place_of
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import Anatomy, Runtime, number_of
+from kvsink.model.runtime import Runtime
 
 __all__ = ["Check", "at_eight_bits", "check_cache", "check_fold", "check_step", "refused_folds", "rounding"]
 

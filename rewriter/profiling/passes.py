@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kvsink.calibrate.streaming import Job, Needs, Stream, needs
 from kvsink.folder.checkpoint import Checkpoint
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.passing import cache_of
-from kvsink.model.runtime import anatomy
 from kvsink.profiling.layout import Entry
 from kvsink.profiling.watch import down_weight
 

@@ -24,8 +24,9 @@ from kvsink.calibrate.calibration import find_stages
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError, KvsinkError, UnsupportedError
 from kvsink.evaluate.evaluation import device_name, is_rewritten, versions
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint, same_model
-from kvsink.model.runtime import Runtime, anatomy
+from kvsink.model.runtime import Runtime
 from kvsink.profiling.attention import START, AttentionSums, watching_attention
 from kvsink.profiling.causal import causal_check, negative_log_likelihood
 from kvsink.profiling.findings import findings

@@ -11,7 +11,7 @@ import transformers as hf
 import kvsink
 from kvsink.calibrate.probing import look, probe_ids
 from kvsink.errors import UnsupportedError
-from kvsink.model.runtime import Heads, anatomy
+from kvsink.model.anatomy import Heads, anatomy
 from kvsink.model.turning import NONE, Turning
 from kvsink.tools.tiny_models import build_family
 

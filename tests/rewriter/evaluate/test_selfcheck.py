@@ -16,8 +16,9 @@ from kvsink import codecs
 from kvsink.errors import CalibrationError, KvsinkError, SidecarError, UnsupportedError
 from kvsink.evaluate.selfcheck import Check, check_cache, check_step, refused_folds
 from kvsink.kernels import stages
+from kvsink.model.anatomy import anatomy
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import anatomy, runtime_of
+from kvsink.model.runtime import runtime_of
 from kvsink.model.turning import Turning
 from kvsink.tools.tiny_models import build_family
 from tests.models import build, tokens
@@ -97,7 +98,7 @@ def test_swapped_heads_are_found(monkeypatch: Any) -> None:
 
 
 def test_a_mask_off_by_one_is_found(monkeypatch: Any) -> None:
-    from kvsink.cache.cache import KVSinkLayer
+    from kvsink.cache.layer import KVSinkLayer
 
     plain = KVSinkLayer.attend
 
