@@ -34,6 +34,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
+_WHOLE = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)\)")
 _FIELD = re.compile(r"[A-Z][a-z]+ {2,}\S")
 
 
@@ -53,13 +54,16 @@ def linked(page: str, root: Path = ROOT) -> set[str]:
 
 
 def with_links(text: str, page: str, root: Path = ROOT) -> str:
-    """The text of `page` with links to files of the repository as they are on the site."""
+    """The text of `page` with links to files of the repository as they are on the site; of a link to a folder its words stay."""
 
     def link(found: re.Match[str]) -> str:
         path = _target(page, found[0])
         return os.path.relpath(place(path), PurePosixPath(place(page)).parent) if (root / path).is_file() else found[0]
 
-    return _LINK.sub(link, text)
+    def folder(found: re.Match[str]) -> str:
+        return found[1] if (root / _target(page, found[2])).is_dir() else found[0]
+
+    return _LINK.sub(link, _WHOLE.sub(folder, text))
 
 
 def with_fields(text: str) -> str:

@@ -31,7 +31,7 @@ def tree(tmp_path: Path) -> Path:
         "docs/sub/b.md": "[a](../a.md) [rows](../../tools/rows.jsonl#L2)",
         "docs/sub/b.png": "",
         "tools/rows.jsonl": "",
-        "tools/lab/NOTES.md": "[a](../../docs/a.md) [rows](../rows.jsonl)",
+        "tools/lab/NOTES.md": "[a](../../docs/a.md) [rows](../rows.jsonl) [`tools/`](../../tools/) [no](../none/)",
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
@@ -52,7 +52,11 @@ def tree(tmp_path: Path) -> Path:
             "[first](index.md) [rows](repository/tools/rows.jsonl) ![b](sub/b.png) [here](#part) [up](../../etc)",
         ),
         ("docs/sub/b.md", "sub/b.md", "[a](../a.md) [rows](../repository/tools/rows.jsonl#L2)"),
-        ("tools/lab/NOTES.md", "repository/tools/lab/NOTES.md", "[a](../../../a.md) [rows](../rows.jsonl)"),
+        (
+            "tools/lab/NOTES.md",
+            "repository/tools/lab/NOTES.md",
+            "[a](../../../a.md) [rows](../rows.jsonl) `tools/` [no](../none/)",
+        ),
     ],
 )
 def test_links_lead_to_the_same_file(tree: Path, page: str, at: str, text: str) -> None:
