@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvsink.cache.sliding import WINDOWED
 from kvsink.codecs import Codec
+from kvsink.codecs.protect import Segment, anchors_for_layer, parse_policies
 from kvsink.errors import KvsinkError
 from kvsink.export.bodies import QUANTIZERS_WITH_BODY
 from kvsink.export.errors import ExportError
 from kvsink.methods import get_method, methods
-from kvsink.protect import Segment, anchors_for_layer, parse_policies
-from kvsink.runtime import Runtime, rope_types, visual_tokens
-from kvsink.sliding import WINDOWED
+from kvsink.model.runtime import Runtime, rope_types, visual_tokens
 
 __all__ = [
     "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",

@@ -31,8 +31,8 @@ from kvsink.export.past import PlainLayer, orders_of
 from kvsink.kernels import stages
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
-from kvsink.passing import given_cache
-from kvsink.runtime import Frame, Runtime, runtime_of
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import Frame, Runtime, runtime_of
 
 __all__ = ["GQA_ATTENTION", "GQA_LEAN", "MASKED", "GroupQueryModel", "cache_bits", "empty_cache", "group_query"]
 

@@ -23,8 +23,8 @@ from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.kernels import decode, dequantize, encode, quantize
-from kvsink.passing import given_cache
-from kvsink.runtime import Frame, Runtime, runtime_of, turns_back
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import Frame, Runtime, runtime_of, turns_back
 
 __all__ = [
     "ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "Orders", "PlainLayer", "empty_past", "orders_of", "past_names",

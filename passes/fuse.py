@@ -20,10 +20,10 @@ from torch.fx import Node
 
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import kind, value
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
 from kvsink.passes.visibility import only_causal
-from kvsink.sites import AttentionSite
-from kvsink.targets import kind, value
 
 
 def as_one(site: AttentionSite, codec: Codec) -> bool:
@@ -43,6 +43,8 @@ class Fuse(RewritePass):
         chain = work.chain(site)
         if chain is None or not chain.preserved:
             return site.declined("it was not quantized")
+        if chain.missing:
+            return site.declined(f"its codec has stages of pass {chain.missing!r}, which did not run")
         if not chain.packed:
             return site.declined(
                 f"a stock {site.cache} cache holds no packed rows"

@@ -3,7 +3,7 @@
 __version__ = "0.2.0.dev0"
 
 from . import codecs, kernels
-from .cache import KVSinkCache
+from .cache.cache import KVSinkCache
 from .errors import KvsinkError
 from .explain import explain
 from .hf import KvsinkConfig

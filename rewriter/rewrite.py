@@ -6,11 +6,10 @@ Raises     KvsinkError children; a model is changed only after every check has p
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,36 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from kvsink.adapters import inner_model
-from kvsink.calibration import Calibration, calibrate
+from kvsink.cache.ranges import layer_sizes, ranged, seen_sizes
+from kvsink.cache.sliding import WINDOWED, sliding_refusal, window_of
+from kvsink.calibrate.calibration import Calibration, calibrate
+from kvsink.calibrate.design import (
+    Design,
+    design_key,
+    design_value,
+    gather_needs,
+    key_blocks,
+    needs_calibration,
+    sample_need,
+)
+from kvsink.calibrate.patterns import PATTERNS, attention_patterns, classify
+from kvsink.calibrate.plan import Plan, candidates, choose_plan
+from kvsink.calibrate.plan import sides as planned_sides
+from kvsink.calibrate.probing import look, unknown_turnings
+from kvsink.calibrate.statistics import SampleNeed
+from kvsink.calibrate.streaming import Stream
 from kvsink.codecs import Codec, SideSpec
-from kvsink.design import Design, design_key, design_value, gather_needs, key_blocks, needs_calibration, sample_need
+from kvsink.codecs.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnknownName, UnsupportedError
-from kvsink.fold import FOLDED, fold_value_rotation, foldable, is_plain, shared_weights
+from kvsink.evaluate.selfcheck import Check, check_cache, check_fold, refused_folds
+from kvsink.evaluate.texts import builtin_text
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.methods import Method, get_method, methods
-from kvsink.observed import check_observable
-from kvsink.observers import SampleNeed
-from kvsink.offload import place_of
-from kvsink.patterns import PATTERNS, attention_patterns, classify
-from kvsink.plan import Plan, candidates, choose_plan
-from kvsink.plan import sides as planned_sides
-from kvsink.probing import look, unknown_turnings
-from kvsink.protect import SinkStage, anchors_for_layer, parse_policies, probe_stage, segments_for_layer
-from kvsink.ranges import layer_sizes, ranged, seen_sizes
-from kvsink.report import STATED_LENGTH, LayerReport, Report, counted_bits
-from kvsink.runtime import (
+from kvsink.model.adapters import inner_model
+from kvsink.model.fold import FOLDED, fold_value_rotation, foldable, is_plain, shared_weights
+from kvsink.model.observed import check_observable
+from kvsink.model.offload import place_of
+from kvsink.model.runtime import (
     Anatomy,
     LayerPlan,
     Runtime,
@@ -45,23 +55,17 @@ from kvsink.runtime import (
     attach,
     check_kind,
     detach,
-    number_of,
     rope_types,
     towers,
     visual_tokens,
 )
-from kvsink.selfcheck import Check, check_cache, check_fold, refused_folds
-from kvsink.served import served_lines
-from kvsink.sliding import WINDOWED, sliding_refusal, window_of
-from kvsink.streaming import Stream
-from kvsink.texts import builtin_text
-from kvsink.turning import NONE
+from kvsink.model.turning import NONE
+from kvsink.report import Report, make_report
 
 __all__ = ["LayerChoice", "RewriteOptions", "parse_layers", "rewrite"]
 
 CALIBRATION_WINDOW = 1024
 PATTERN_PROMPTS = 16  # that layer classes are measured on
-KEEPING = ("full_attention", "attention", "hybrid", "hybrid_sliding", *WINDOWED)  # kinds of layers that hold keys and values
 _FIRST = 16  # rows of a text that keep their place when keys are spread over the context
 Progress = Callable[[str, int, int], None]
 
@@ -139,7 +143,7 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
         if isinstance(source, str) and source == "builtin":
             text = builtin_text()
         elif isinstance(source, str | Path):
-            from kvsink.texts import read_text
+            from kvsink.evaluate.texts import read_text
 
             text = read_text(source)
         else:
@@ -591,85 +595,3 @@ def _auto_plan(
         model.train(training)
         if earlier is not None:
             attach(model, earlier)
-
-
-def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, notes: Sequence[str]) -> Report:
-    """The report of a rewritten model."""
-    where = runtime.anatomy
-    report = Report(
-        model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        method=runtime.method,
-        protect=protect,
-        stages=[asdict(s) for s in runtime.stages],
-        calibration_tokens=tokens,
-        table_bytes=runtime.table_nbytes(),
-        notes=list(notes),
-        versions=versions(),
-    )
-    packed = sum(plan.codec is not None for plan in runtime.plans)
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    for i, plan in enumerate(runtime.plans):
-        kind, (_, kv, key_dim, value_dim) = where.layer_types[i], where.layers[i]
-        tokens = min(STATED_LENGTH, window_of(config, kind)) if kind in WINDOWED else STATED_LENGTH
-        elements = 0 if where.absent[i] or kind not in KEEPING else where.layers[i].elements * tokens
-        if plan.codec is None:
-            row = LayerReport(i, where.attentions[i], False, "16 bit", "16 bit", 16.0, 16.0, "", plan.reason, elements)
-        else:
-            key_bits, value_bits = counted_bits(plan.codec, kv, key_dim, layers=packed, value_dim=value_dim)
-            row = LayerReport(
-                i, where.attentions[i], True, describe(plan.codec.key), describe(plan.codec.value), key_bits, value_bits,
-                ", ".join([s.key for s in plan.segments] + ([str(plan.codec.anchors)] if plan.codec.anchors else [])), "",
-                elements,
-            )  # fmt: skip
-        report.layers.append(row)
-    windowed = [r for r, kind in zip(report.layers, where.layer_types, strict=True) if kind in WINDOWED and not r.packed]
-    if (share := report.share(windowed)) > 0.2:
-        report.notes.append(
-            f"{len(windowed)} layers with windows stay in 16 bit and hold {100 * share:.0f} % of the cache at {STATED_LENGTH} "
-            "tokens; --sliding packs them too"
-        )
-    report.served = served_lines(runtime, number_of(model).dtype, place_of(model), compiled=False)
-    return report
-
-
-def describe(spec: SideSpec) -> str:
-    """A side in a few words, stage by stage."""
-    if not spec.packed:
-        return "16 bit"
-    words = []
-    if spec.center:
-        words.append("centred")
-    if spec.domain == "block":
-        words.append("before RoPE" if spec.block == 1 else f"block {spec.block}")
-    if spec.transform != "none":
-        words.append(spec.transform + (f" x{spec.heads_per_group} heads" if spec.heads_per_group > 1 else ""))
-    if spec.reorder:
-        words.append("reordered")
-    if spec.couple:
-        widths = f"{spec.couple}c{spec.code_bits}b" + (" shared" if spec.shared else "")
-    else:
-        widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
-    words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
-    if spec.outliers:
-        words.append(f"{100 * spec.outliers:g} % outliers")
-    if spec.norm:
-        words.append("token norms")
-    if spec.by_token_block:
-        words.append(f"per channel over {spec.group_tokens} tokens")
-    if spec.flush:
-        words.append(f"in blocks of {spec.flush}")
-    if spec.exponent:
-        words.append(f"in units of 2^{spec.exponent}")
-    if spec.newest:
-        words.append(f"newest {spec.newest} exact")
-    return ", ".join(words)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    from kvsink import __version__
-
-    return {
-        "kvsink": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kvsink.offload import weight_of
-from kvsink.sidecar import write_sidecar
+from kvsink.folder.sidecar import write_sidecar
+from kvsink.model.offload import weight_of
+from kvsink.report import make_report, versions
 
 __all__ = ["quantization_record", "save_pretrained", "text_configs"]
 
@@ -65,8 +66,6 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
     def upload(*files: Any, **options: Any) -> Any:
         write()
         return type(self)._upload_modified_files(self, *files, **options)
-
-    from kvsink.rewrite import make_report, versions
 
     parts = [self.config, *(getattr(self.config, name) for name in text_configs(self.config))]
     bits = make_report(self, runtime, "", 0, ()).bits

@@ -52,7 +52,7 @@ def stock_graph(
     family: str, attention: str, cache: str, length: int, dtype: torch.dtype = torch.float32
 ) -> fx.GraphModule:
     """A step of `length` tokens over a stock cache; a step of one token has `PAST` tokens before it."""
-    from kvsink.capture import capture
+    from kvsink.graph.capture import capture
 
     model = build(family, attention, dtype)
     held = stock_cache(cache, model)
@@ -82,7 +82,7 @@ def packed_graph(
 ) -> fx.GraphModule:
     """The same step over kvsink's own cache, with its append and read markers."""
     import kvsink
-    from kvsink.capture import capture
+    from kvsink.graph.capture import capture
 
     model = rewritten(family, attention, method, **options)
     cache = kvsink.KVSinkCache.for_model(model, batch, max_length=64, strict=strict)
@@ -94,8 +94,8 @@ def packed_graph(
 
 def plan_of(model: Any) -> Any:
     """A rewritten model's codecs as a plan for stock caches."""
+    from kvsink.model.runtime import runtime_of
     from kvsink.passes.chain import SitePlan
-    from kvsink.runtime import runtime_of
 
     runtime = runtime_of(model)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvsink
-from kvsink.passing import given_cache
+from kvsink.model.passing import given_cache
 from kvsink.tools.timing import event_times
 
 __all__ = [
@@ -114,10 +114,10 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: 
 
     A method with bits by modality keeps its own exact rows, and its first two layers look at text, as those of LLaVA-1.5 do.
     """
-    from kvsink.calibration import calibrate
-    from kvsink.design import gather_needs
-    from kvsink.protect import SinkStage
-    from kvsink.runtime import attach, runtime_of
+    from kvsink.calibrate.calibration import calibrate
+    from kvsink.calibrate.design import gather_needs
+    from kvsink.codecs.protect import SinkStage
+    from kvsink.model.runtime import attach, runtime_of
 
     layers = model.config.num_hidden_layers
     method, key_bits, value_bits = declared(side)
@@ -300,9 +300,9 @@ def _run(
 
 def _held_bytes(model: Any, length: int) -> int:
     """Bytes that the cache of one sequence takes, of a model as it is rewritten now."""
-    from kvsink.cache import KVSinkCache
-    from kvsink.runtime import runtime_of
-    from kvsink.served import tiles_serve
+    from kvsink.cache.cache import KVSinkCache
+    from kvsink.cache.served import tiles_serve
+    from kvsink.model.runtime import runtime_of
 
     runtime, weight = runtime_of(model), next(model.parameters())
     a = runtime.anatomy
@@ -329,8 +329,8 @@ def decode_rows(
 
 
 def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[int, int], str]) -> dict[str, Any]:
-    from kvsink.cache import KVSinkCache
-    from kvsink.runtime import detach
+    from kvsink.cache.cache import KVSinkCache
+    from kvsink.model.runtime import detach
 
     a = model.config
     model.config._attn_implementation = "sdpa"
@@ -374,8 +374,8 @@ def prefill_rows(
     model: Any, sides: Sequence[str], length: int, say: Callable[[str], None], repeats: int = 3
 ) -> list[dict[str, Any]]:
     """Seconds of one prompt of `length` tokens in one piece; the logits of its last token only."""
-    from kvsink.cache import KVSinkCache
-    from kvsink.runtime import detach
+    from kvsink.cache.cache import KVSinkCache
+    from kvsink.model.runtime import detach
 
     ids = torch.randint(0, 1000, (1, length), device="cuda")
     rows = []

@@ -38,8 +38,8 @@ from torch import Tensor
 
 from kvsink.errors import KvsinkError
 from kvsink.export import OnnxGenerator, onnx
-from kvsink.passing import given_cache
-from kvsink.runtime import detach
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import detach
 
 __all__ = ["onnx_rows", "parse_cases", "table"]
 
@@ -191,10 +191,10 @@ class _Source:
     def __init__(self, name: str, layers: int, hidden: int, positions: int) -> None:
         self.name = name
         if name != "llama":
-            from kvsink.demo import resolve_model_dir
-            from kvsink.evaluation import token_windows
-            from kvsink.loading import load_model, load_tokenizer
-            from kvsink.texts import evaluation_text
+            from kvsink.evaluate.evaluation import token_windows
+            from kvsink.evaluate.texts import evaluation_text
+            from kvsink.folder.demo import resolve_model_dir
+            from kvsink.folder.loading import load_model, load_tokenizer
 
             folder = resolve_model_dir(name)
             self.model = load_model(folder, "cpu", torch.float32)

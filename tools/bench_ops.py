@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.served import served
 from kvsink.kernels import append_, append_attend_, attend
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import device_of
-from kvsink.runtime import runtime_of
-from kvsink.served import served
+from kvsink.model.runtime import runtime_of
 from kvsink.tools.bench_model import Shape, declared, fill, llama, rewritten
 from kvsink.tools.bench_sdpa import DISTINCT, Baseline, sdpa_baseline
 from kvsink.tools.timing import Times, graph_times

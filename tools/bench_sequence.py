@@ -25,7 +25,7 @@ from kvsink.kernels import prefill
 from kvsink.kernels.attend import attention
 from kvsink.kernels.backends import Call, LayerState
 from kvsink.kernels.cuda import backend, launch
-from kvsink.passing import given_cache
+from kvsink.model.passing import given_cache
 from kvsink.tools.bench_model import fill, rewritten
 
 __all__ = ["ATTENTION_BOUND", "STEP_BOUND", "NotFinite", "Progress", "choose_pieces", "sequence_row"]
@@ -72,7 +72,7 @@ def sequence_row(
     pieces: str = "flash", progress: Path | None = None, compiled: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Prefill in chunks, check, decode. Without `whole`, chunks at a few places only are run."""
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
 
     model.config._attn_implementation = "sdpa"
     cache = KVSinkCache.for_model(rewritten(model, side)(), 1, tokens + 256)

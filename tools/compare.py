@@ -28,20 +28,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibration import Calibration, calibrate, fingerprint
+from kvsink.calibrate.calibration import Calibration, calibrate
+from kvsink.calibrate.design import gather_needs
+from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.codecs import SideSpec
-from kvsink.design import gather_needs
+from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
-from kvsink.evaluation import EvalResult, evaluate, packed_cache, token_windows, versions
-from kvsink.loading import load_model, load_tokenizer
+from kvsink.evaluate.evaluation import EvalResult, evaluate, packed_cache, token_windows, versions
+from kvsink.evaluate.reference import Reference
+from kvsink.evaluate.texts import evaluation_text, read_text
+from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods
-from kvsink.plan import sides as planned_sides
-from kvsink.protect import parse_policies
-from kvsink.reference import Reference
+from kvsink.model.fingerprint import fingerprint
+from kvsink.model.runtime import anatomy, runtime_of
 from kvsink.report import STATED_LENGTH, counted_bits
 from kvsink.rewrite import calibration_windows, rewrite
-from kvsink.runtime import anatomy, runtime_of
-from kvsink.texts import evaluation_text, read_text
 from kvsink.tools.compare_report import write_report
 from kvsink.tools.compare_rows import Row, RowSet, named_set, read_rows
 from kvsink.tools.stock import MissingPackage, stock_bits, stock_factory
@@ -365,7 +366,7 @@ def make_bench(
     """Load a model folder and the text of a set of rows."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if model.startswith("demo:") or not Path(model).is_dir():
-        from kvsink.demo import resolve_model_dir
+        from kvsink.folder.demo import resolve_model_dir
 
         folder = Path(resolve_model_dir(model))
     else:

@@ -88,8 +88,8 @@ def command(
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     import kvsink
-    from kvsink.demo import resolve_model_dir
-    from kvsink.loading import model_class
+    from kvsink.folder.demo import resolve_model_dir
+    from kvsink.folder.loading import model_class
 
     check_out_dir(out_dir, force or dry_run)
     if flavour is not None:
@@ -151,9 +151,9 @@ def check_apart(source: Path, out_dir: Path) -> None:
 
 def measure(out_dir: Path, name: str, windows: int, window_tokens: int, device: str, progress: Any) -> Any:
     """Load what was written and compare it with its own weights on a stock cache; the row goes into both reports."""
-    from kvsink import evaluation
-    from kvsink.loading import load_model, load_tokenizer
-    from kvsink.texts import evaluation_text
+    from kvsink.evaluate import evaluation
+    from kvsink.evaluate.texts import evaluation_text
+    from kvsink.folder.loading import load_model, load_tokenizer
 
     model = load_model(out_dir, device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window_tokens

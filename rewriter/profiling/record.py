@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibration import find_stages, fingerprint, same_model
+from kvsink.calibrate.calibration import find_stages
+from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError, KvsinkError, UnsupportedError
-from kvsink.evaluation import device_name, is_rewritten, versions
+from kvsink.evaluate.evaluation import device_name, is_rewritten, versions
+from kvsink.model.fingerprint import fingerprint, same_model
+from kvsink.model.runtime import Runtime, anatomy
 from kvsink.profiling.attention import START, AttentionSums, watching_attention
 from kvsink.profiling.causal import causal_check, negative_log_likelihood
 from kvsink.profiling.findings import findings
@@ -33,8 +36,6 @@ from kvsink.profiling.passes import Passes, passes_of
 from kvsink.profiling.sinks import KVRanges, predictor_rows, truth
 from kvsink.profiling.superexperts import PERCENTILE, SHARE, forming_layers, judge, robustness
 from kvsink.profiling.watch import Stats, watching_experts
-from kvsink.protect import SinkStage
-from kvsink.runtime import Runtime, anatomy
 
 __all__ = ["FORMAT", "ProfileOptions", "load_profile", "profile", "profile_stages", "windows_of"]
 
@@ -77,7 +78,7 @@ def profile(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Measure `model` over `ids` [N, T]: the record and the arrays for figures.
 
-    model: one in memory, or a `kvsink.streaming.Stream`, whose layers are read one at a time; the record is the same.
+    model: one in memory, or a `kvsink.calibrate.streaming.Stream`, whose layers are read one at a time; the record is the same.
     Give `record` to keep what was measured when an error ends the run.
     """
     options = options or ProfileOptions()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import kvsink
-from kvsink.backend import last_report
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.graph.backend import last_report
 from kvsink.kernels import stages
 from kvsink.kernels.packing import unpack_bits, unpack_codes
 from kvsink.kernels.quantize import segments
+from kvsink.model.runtime import runtime_of
 from kvsink.report import counted_bits
-from kvsink.runtime import runtime_of
 from tests.close import FUSED_FLOAT32, SOFTMAX_IN_FLOAT32, largest_difference
 from tests.graphs import rewritten
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens

@@ -18,8 +18,8 @@ pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 import kvsink
 from kvsink.export import ExportError, OnnxGenerator, check, flavour_table, onnx
 from kvsink.export.flavours import explain_flavours, method_refusal
-from kvsink.loading import load_model
-from kvsink.runtime import runtime_of
+from kvsink.folder.loading import load_model
+from kvsink.model.runtime import runtime_of
 from kvsink.tools.eval import main as eval_main
 from kvsink.tools.families import rewritten as of_family
 from kvsink.tools.rewrite import main as rewrite_main

@@ -18,7 +18,7 @@ from transformers import CompileConfig
 
 import kvsink
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.runtime import detach
+from kvsink.model.runtime import detach
 from kvsink.tools.families import ids, rewritten
 
 NEW = 14
@@ -467,8 +467,8 @@ def test_position_biases_over_a_fixed_cache(family: str, method: str) -> None:
 
 
 def test_crop_of_a_sliding_window_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsink.sliding.SLACK", 8)
-    monkeypatch.setattr("kvsink.sliding.BACK", 4)
+    monkeypatch.setattr("kvsink.cache.sliding.SLACK", 8)
+    monkeypatch.setattr("kvsink.cache.sliding.BACK", 4)
     model = rewritten("mistral-sliding", "klt")[0]
     cache = kvsink.KVSinkCache.for_model(model)
     alone(model, ids(1, 13, 3)[0], 30, cache)
@@ -492,8 +492,8 @@ def test_a_packed_window_that_moves_changes_no_token(
     prompt[1, :3], mask[1, :3] = 0, 0
     settings = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
     wanted = model.generate(prompt, **settings)
-    monkeypatch.setattr("kvsink.sliding.SLACK", 8)
-    monkeypatch.setattr("kvsink.sliding.BACK", 2)
+    monkeypatch.setattr("kvsink.cache.sliding.SLACK", 8)
+    monkeypatch.setattr("kvsink.cache.sliding.BACK", 2)
     for config in (None, compiled()):
         torch._dynamo.reset()
         out = model.generate(prompt, compile_config=config, return_dict_in_generate=True, **settings)

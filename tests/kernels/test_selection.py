@@ -18,7 +18,7 @@ from kvsink.kernels.cuda import backend, launch
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
 from kvsink.kernels.triton import append as append_triton
-from kvsink.runtime import Frame, order_candidates
+from kvsink.model.runtime import Frame, order_candidates
 from tests import states
 from tests.kernels.cuda import test_tiles
 from tests.kernels.cuda.emulated import Emulated

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvsink.pipeline import run_passes
-from kvsink.render import render_site
+from kvsink.graph.pipeline import run_passes
+from kvsink.graph.render import render_site
 
 from ..graphs import packed_graph, plan_of, rewritten, stock_graph
 from .test_stock import step
@@ -61,7 +61,7 @@ def test_eager_normalised(family: str) -> None:
     report = run_passes(gm, ("normalize", "locate"), watch=watch)
     whole = render_site(report.sites[-1], gm, whole=True)
     before = stock_graph(family, "eager", "static", 1)
-    from kvsink.sites import AttentionSite, find_sites
+    from kvsink.graph.sites import AttentionSite, find_sites
 
     site = [each for each in find_sites(before) if isinstance(each, AttentionSite)][-1]
     compare(

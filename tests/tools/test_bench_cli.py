@@ -27,7 +27,7 @@ def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.Captu
 
 
 def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
     from kvsink.tools.bench_cpu import step_times
     from tests.kernels.cuda.test_tiles import model_of
 
@@ -173,7 +173,7 @@ def test_a_sequence_that_is_no_longer_a_number_is_not_timed() -> None:
 def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
     from kvsink.tools import bench_sequence
     from tests.kernels.cuda.emulated import act_as_on_a_gpu
     from tests.kernels.cuda.test_tiles import HEADS, append, library, model_of, rows

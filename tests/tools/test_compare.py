@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kvsink.errors import KvsinkError
-from kvsink.evaluation import evaluate
+from kvsink.evaluate.evaluation import evaluate
+from kvsink.evaluate.reference import Reference
 from kvsink.methods import Claim, methods
-from kvsink.reference import Reference
 from kvsink.tools import compare as tool
 from kvsink.tools.compare import Bench, Store, compare, main, measure, python_source
 from kvsink.tools.compare_report import COLUMNS, markdown, pareto

@@ -11,12 +11,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from kvsink import streaming
-from kvsink.checkpoint import Checkpoint
-from kvsink.loading import load_model
+from kvsink.calibrate import streaming
+from kvsink.calibrate.streaming import skeleton
+from kvsink.folder.checkpoint import Checkpoint
+from kvsink.folder.loading import load_model
 from kvsink.profiling import load_profile
 from kvsink.profiling.passes import profile_needs
-from kvsink.streaming import skeleton
 from kvsink.tools import profile as tool
 from kvsink.tools import rewrite as rewrite_tool
 from kvsink.tools import to_mixtral

@@ -39,7 +39,7 @@ _DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 c
 
 def made(model: Any, b: int, t: int, exact: int) -> Any:
     """A layer that holds t - 1 tokens. Many exact rows lie all over the row, as pivots do, few at its start, as sinks do."""
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
 
     cache = KVSinkCache.for_model(model, b, t)
     fill(cache, t - 1)

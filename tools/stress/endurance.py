@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import _BLOCK, KVSinkCache
-from kvsink.passing import given_cache
+from kvsink.cache.cache import _BLOCK, KVSinkCache
+from kvsink.model.passing import given_cache
 from kvsink.tools.stress.models import rewritten, tokens
 
 __all__ = ["Reuse", "generate_long", "reuse"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import STATE_NAMES, Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.kernels import stages

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels import prefill
 from kvsink.kernels.attend import attend_ref
@@ -206,7 +206,7 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     import kvsink
-    from kvsink.runtime import attach, runtime_of
+    from kvsink.model.runtime import attach, runtime_of
 
     attach(model, runtime_of(model_of(index)))
     from kvsink.hf import install_generate
@@ -244,7 +244,7 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
 def test_generate_takes_the_packed_path() -> None:
     model = copy.deepcopy(model_of(0)).cuda().to(torch.bfloat16)
     from kvsink.hf import install_generate
-    from kvsink.runtime import attach, runtime_of
+    from kvsink.model.runtime import attach, runtime_of
 
     attach(model, runtime_of(model_of(0)))
     install_generate(model)
@@ -258,7 +258,7 @@ def test_generate_takes_the_packed_path() -> None:
 
 def test_a_cache_larger_than_the_gpu_is_refused_before_it_is_made() -> None:
     from kvsink.errors import KvsinkError
-    from kvsink.runtime import attach, runtime_of
+    from kvsink.model.runtime import attach, runtime_of
 
     model = copy.deepcopy(model_of(0)).cuda().to(torch.bfloat16)
     attach(model, runtime_of(model_of(0)))

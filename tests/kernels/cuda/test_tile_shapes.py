@@ -12,13 +12,13 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.ranges import LARGE_STEPS
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import backend, launch, variants
 from kvsink.kernels.read import read_ref
-from kvsink.ranges import LARGE_STEPS
 from tests.states import coding
 
 from .emulated import Emulated
@@ -132,7 +132,7 @@ def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor)
     layer.lazy_initialization(*[rows(batch, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2) if not layer.is_initialized else None
     positions = torch.arange(length)[None] - shift
     if layer.shared.anchor_cos is not None:
-        from kvsink.runtime import Frame
+        from kvsink.model.runtime import Frame
 
         layer._set_anchors(Frame(), positions)
     if length:

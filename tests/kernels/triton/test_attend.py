@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import Codec
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import GROWS
