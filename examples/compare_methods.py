@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kvsink
-from kvsink.demo import resolve_model_dir
+from kvsink.folder.demo import resolve_model_dir
 
 CHUNK = 64
 

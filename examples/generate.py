@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kvsink
-from kvsink.demo import resolve_model_dir
+from kvsink.folder.demo import resolve_model_dir
 
 LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"
 

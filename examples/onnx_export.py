@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvsink
-from kvsink.demo import resolve_model_dir
 from kvsink.export import onnx
+from kvsink.folder.demo import resolve_model_dir
 
 
 def main(path: str, out: str, method: str = "klt", **options: Any) -> None:

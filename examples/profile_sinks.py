@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvsink
-from kvsink.demo import resolve_model_dir
+from kvsink.folder.demo import resolve_model_dir
 from kvsink.profiling import ProfileOptions, profile
 from kvsink.profiling.record import windows_of
 

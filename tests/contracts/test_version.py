@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kvsink
-from kvsink.evaluation import versions as versions_of_rows
-from kvsink.rewrite import versions as versions_of_folders
+from kvsink.evaluate.evaluation import versions as versions_of_rows
+from kvsink.report import versions as versions_of_folders
 from tests.models import build, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
