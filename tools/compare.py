@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import Calibration, calibrate
+from kvsink.calibrate.calibration import calibrate
+from kvsink.calibrate.observing import calibration_windows
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.design import gather_needs
 from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.codecs import SideSpec
@@ -42,7 +44,7 @@ from kvsink.methods import Method, get_method, methods
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import anatomy, runtime_of
 from kvsink.report import STATED_LENGTH, counted_bits
-from kvsink.rewrite import calibration_windows, rewrite
+from kvsink.rewrite import rewrite
 from kvsink.tools.compare_report import write_report
 from kvsink.tools.compare_rows import Row, RowSet, named_set, read_rows
 from kvsink.tools.stock import MissingPackage, stock_bits, stock_factory

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import Calibration
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.codebooks import Turn, learn
 from kvsink.calibrate.statistics import SampleNeed
 from kvsink.codecs import SideSpec

@@ -16,7 +16,8 @@ import kvsink
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.model.runtime import runtime_of
 from kvsink.report import Report, counted_bits
-from kvsink.rewrite import LayerChoice, calibration_windows, parse_layers
+from kvsink.calibrate.choices import LayerChoice, parse_layers
+from kvsink.calibrate.observing import calibration_windows
 from tests.models import _DECODER, HEAD_DIM, KV_HEADS, LAYERS, VOCAB, build, tokens
 
 BASE = LayerChoice(2, 4, "kvsink:5", 0)

@@ -48,7 +48,8 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         import kvsink
-        from kvsink.calibrate.calibration import Calibration, calibrate
+        from kvsink.calibrate.calibration import calibrate
+        from kvsink.calibrate.record import Calibration
         from kvsink.codecs.protect import SinkStage, parse_policies
         from kvsink.folder.loading import load_model
         from kvsink.model.fingerprint import fingerprint

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvsink
-from kvsink.calibrate.calibration import Calibration, calibrate, find_stages
+from kvsink.calibrate.calibration import calibrate, find_stages
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import KeyStats, ValueStats
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError

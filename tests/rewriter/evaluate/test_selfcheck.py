@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +12,15 @@ from torch import Tensor, nn
 
 import kvsink
 from kvsink import codecs
+from kvsink.calibrate import probing
 from kvsink.errors import CalibrationError, KvsinkError, SidecarError, UnsupportedError
-from kvsink.evaluate.selfcheck import Check, check_cache, check_step, refused_folds
+from kvsink.evaluate import folding
+from kvsink.evaluate.selfcheck import Check, check_cache
+from kvsink.evaluate.stepcheck import check_step
 from kvsink.kernels import stages
+from kvsink.model.decoder import Decoder
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import anatomy, runtime_of
+from kvsink.model.runtime import runtime_of
 from kvsink.model.turning import Turning
 from kvsink.tools.tiny_models import build_family
 from tests.models import build, tokens
@@ -70,7 +73,7 @@ def test_a_fold_past_a_gate_is_refused_and_runs_online() -> None:
 def test_trials_leave_the_weights_as_they_were() -> None:
     model = build("llama")
     before = weights(model)
-    refused, worst, logits = refused_folds(model, anatomy(model), {0: 16, 1: 16}, torch.float16)
+    refused, worst, logits = folding.refused_folds(Decoder(model), {0: 16, 1: 16}, torch.float16)
     assert logits is not None and logits.shape == (2, 12, 97)
     assert refused == {} and 0 < worst < 8e-3
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -78,8 +81,7 @@ def test_trials_leave_the_weights_as_they_were() -> None:
 
 def test_wrong_pairs_of_channels_are_found(monkeypatch: Any) -> None:
     model = build("cohere")
-    module = importlib.import_module("kvsink.rewrite")  # the package's `rewrite` is the function
-    monkeypatch.setattr(module, "look", lambda m, where, stream: replace(where, turnings=(Turning(16), Turning(16))))
+    monkeypatch.setattr(probing, "look", lambda decoder: replace(decoder.where, turnings=(Turning(16), Turning(16))))
     before = weights(model)
     with pytest.raises(UnsupportedError, match=r"self-check: layer 0 \(model.layers.0.self_attn\): keys read back at 8 bits"):
         rewritten(model=model)
@@ -125,7 +127,7 @@ def test_a_compiled_graph_that_skips_a_stage_is_found(monkeypatch: Any) -> None:
 def test_every_codec_is_compared_with_rows_that_it_codes() -> None:
     for method in ("rtn", "kivi", "oscar", "kvquant", "rotatekv", "centred"):
         model = rewritten(method=method, protect="none")
-        found = check_cache(model, runtime_of(model))
+        found = check_cache(Decoder(model, runtime_of(model).anatomy), runtime_of(model))
         assert found.keys and found.keys > 1e-4, method
         assert found.values and found.values > 1e-4, method
 
@@ -157,7 +159,7 @@ def test_too_few_rows_beside_the_protected_ones_are_refused(method: str) -> None
 
 def test_the_prompt_of_the_check_reaches_behind_protected_rows() -> None:
     model = rewritten(method="rtn", protect="first:40")
-    found = check_cache(model, runtime_of(model))
+    found = check_cache(Decoder(model, runtime_of(model).anatomy), runtime_of(model))
     assert found.keys and found.keys > 1e-4
 
 
@@ -189,7 +191,7 @@ def test_folds_that_are_right_alone_and_wrong_together_are_found(monkeypatch: An
     first, second = (layer.self_attn for layer in model.model.layers)
     second.v_proj.weight = nn.Parameter(first.v_proj.weight.data, requires_grad=False)
     before = weights(model)
-    monkeypatch.setattr(importlib.import_module("kvsink.rewrite"), "shared_weights", lambda model: frozenset())
+    monkeypatch.setattr(folding, "shared_weights", lambda model: frozenset())
     with pytest.raises(UnsupportedError, match="self-check: with value rotations in its weights the model's own logits"):
         rewritten(model=model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
