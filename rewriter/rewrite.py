@@ -1,4 +1,4 @@
-"""The engine behind `kvsink.rewrite`, `torch.compile(backend="kvsink")` and `kvsink-rewrite`: check, choose, observe, design, apply.
+"""The engine behind `kvsink.rewrite` and `kvsink-rewrite` in five steps: check, choose, observe, design, apply.
 
 Source     ours
 Raises     KvsinkError children; a model is changed only after every check has passed
@@ -71,7 +71,7 @@ def rewrite(
     record = observe(decoder, chosen, calibration, calibration_tokens, tokenizer, batch, progress, stages)
     if plan == "auto":
         source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
-        ids = calibration_windows(decoder.model, source, calibration_tokens, tokenizer) if plan_ids is None else plan_ids
+        ids = calibration_windows(decoder, source, calibration_tokens, tokenizer) if plan_ids is None else plan_ids
         _plan(decoder, chosen, record, ids, bits, designs, progress)
     report = apply(decoder, chosen, record, design(decoder, chosen, record, designs, progress), fold, storage_dtype, check)
     install_generate(decoder.model)

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from kvsink.calibrate.calibration import calibrate
-from kvsink.calibrate.observing import calibration_windows
-from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.design import gather_needs
+from kvsink.calibrate.observing import calibration_windows
 from kvsink.calibrate.plan import sides as planned_sides
+from kvsink.calibrate.record import Calibration
 from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
@@ -41,6 +41,7 @@ from kvsink.evaluate.reference import Reference
 from kvsink.evaluate.texts import evaluation_text, read_text
 from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods
+from kvsink.model.decoder import Decoder
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import anatomy, runtime_of
 from kvsink.report import STATED_LENGTH, counted_bits
@@ -385,7 +386,7 @@ def make_bench(
         words, name = evaluation_text(), "WikiText-2 test, detokenized"
     ids = token_windows(words, tokenizer, windows, window_tokens)
     net = load_model(folder, device, dtype)
-    calibration_ids = calibration_windows(net, "builtin", calibration_tokens, tokenizer)
+    calibration_ids = calibration_windows(Decoder(net), "builtin", calibration_tokens, tokenizer)
     label = model if model.startswith("demo:") else folder.name
     return Bench(net, label, ids, name, calibration_ids, tokenizer, chunk, batch, strict)
 

@@ -51,11 +51,11 @@ def find_stages(largest: list[float], medians: list[float], channels: list[tuple
 class _BlockRecorder:
     """Forward hooks that keep, per block output, the largest |H| per channel and the mean of its medians."""
 
-    def __init__(self, model: nn.Module, where: Anatomy) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self.peak: dict[int, Tensor] = {}
         self.median: dict[int, list[float]] = {}
         self.handles = [
-            model.get_submodule(name).register_forward_hook(self._record(i)) for i, name in enumerate(where.blocks)
+            decoder.model.get_submodule(name).register_forward_hook(self._record(i)) for i, name in enumerate(decoder.where.blocks)
         ]
 
     def _record(self, i: int) -> Callable[..., None]:
@@ -159,11 +159,11 @@ def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return [{"input_ids": row[None]} for row in ids] if isinstance(ids, Tensor) else list(ids)
 
 
-def _run(model: nn.Module, prompt: Mapping[str, Any], device: torch.device, **options: Any) -> Any:
+def _run(decoder: Decoder, prompt: Mapping[str, Any], **options: Any) -> Any:
     """One forward pass; a prompt whose pictures and placeholders do not agree is named."""
-    inputs = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in prompt.items()}
+    inputs = {n: t.to(decoder.device) if isinstance(t, Tensor) else t for n, t in prompt.items()}
     try:
-        return model(**inputs, **options)
+        return decoder.model(**inputs, **options)
     except ValueError as error:
         if len(prompt) == 1:
             raise
@@ -227,7 +227,7 @@ def gather(
     samples: Mapping[int, SampleNeed] | None = None, known: tuple[SinkStage, ...] | None = None,
 ) -> Calibration:  # fmt: skip
     """`calibrate` of a model that has been looked at."""
-    model, where, stream = decoder.model, decoder.where, decoder.stream
+    where, stream = decoder.where, decoder.stream
     prompts = _prompts(ids)
     given = sum(int(p["attention_mask"].sum()) if "attention_mask" in p else p["input_ids"].numel() for p in prompts)
     wanted = dict(samples or {})
@@ -243,19 +243,18 @@ def gather(
             f"{given} calibration tokens are too few for head_dim={widest}; give at least {4 * widest}"
         )
     tell = progress or (lambda what, done, total: None)
-    device = decoder.device
     if stream is not None and any(n.fisher for n in wanted.values()):
         raise CalibrationError(
             "weights by the gradient of the loss need the whole model at once; use a method without them, or a larger machine"
         )
-    recorder = _BlockRecorder(model, where)
+    recorder = _BlockRecorder(decoder)
     few = prompts[:2]
     try:
         with torch.no_grad():
             if stream is not None:
                 stream.run([Job(p["input_ids"]) for p in few], partial(tell, "finding sinks"))
             for i in range(len(few) if stream is None else 0):
-                _run(model, few[i], device, use_cache=False)
+                _run(decoder, few[i], use_cache=False)
                 tell("finding sinks", i + 1, len(few))
     finally:
         recorder.close()
@@ -279,7 +278,7 @@ def gather(
     step = 1 if collector is not None and collector.weighs else batch
     if step > 1 and isinstance(ids, Tensor):
         prompts = [{"input_ids": ids[i : i + step]} for i in range(0, len(ids), step)]
-    with decoder.attached(runtime), frozen(model), watched(model, where, collector):
+    with decoder.attached(runtime), frozen(decoder.model.parameters()), watched(decoder, collector):
         if stream is not None:
             assert isinstance(ids, Tensor)
             make = partial(_looking_on, runtime, out, blocks, collector)
@@ -287,13 +286,13 @@ def gather(
             out.tokens += ids.numel()
         at = 0
         for prompt in prompts if stream is None else ():
-            rows, start = prompt["input_ids"].to(device), at
+            rows, start = prompt["input_ids"].to(decoder.device), at
             at += len(rows)
             cache = _looking_on(runtime, out, blocks, collector)
             if collector is not None:
                 collector.begin(start)
             with torch.set_grad_enabled(collector is not None and collector.fisher):
-                logits = _run(model, prompt, device, **decoder.given(cache), use_cache=True).logits
+                logits = _run(decoder, prompt, **decoder.given(cache), use_cache=True).logits
                 if collector is not None and collector.fisher:
                     collector.backward(logits, rows)
             out.tokens += int(prompt["attention_mask"].sum()) if "attention_mask" in prompt else rows.numel()

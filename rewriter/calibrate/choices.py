@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvsink.cache.sliding import WINDOWED, sliding_refusal, window_of
@@ -140,7 +139,7 @@ def are_prompts(source: Any) -> bool:
 
 
 def _with_patterns(
-    model: Any, m: Method, choices: list[LayerChoice], source: Any, protected: bool, notes: list[str]
+    decoder: Decoder, m: Method, choices: list[LayerChoice], source: Any, protected: bool, notes: list[str]
 ) -> list[LayerChoice]:
     """Choices with their attention pattern filled in, measured where the user has not said it."""
     rule = m.modality
@@ -148,14 +147,14 @@ def _with_patterns(
         if any(c.pattern for c in choices):
             raise KvsinkError(f"--layers pattern=: method {m.name} treats all attention patterns alike; leave it out")
         return choices
-    tokens = visual_tokens(model.config)
+    tokens = visual_tokens(decoder.model.config)
     found = None
     if tokens and not all(c.pattern for c in choices):
         if are_prompts(source):
-            found = attention_patterns(model, source[:PATTERN_PROMPTS], tokens)
+            found = attention_patterns(decoder.model, source[:PATTERN_PROMPTS], tokens)
         elif isinstance(source, Tensor):
             ids = source if source.dim() == 2 else source[None]
-            found = attention_patterns(model, [{"input_ids": row[None]} for row in ids], tokens)
+            found = attention_patterns(decoder.model, [{"input_ids": row[None]} for row in ids], tokens)
         if found is None:
             notes.append("the calibration shows no image: every layer is taken as pivot-salient; give prompts with images")
     out = []
@@ -215,7 +214,7 @@ def choose(
     if decoder.stream is not None and (asked.plan == "auto" or m.modality is not None):
         what = "--plan auto" if asked.plan == "auto" else m.name
         raise UnsupportedError(f"{what} runs the whole model again and again; use --whole")
-    choices = _with_patterns(decoder.model, m, choices, calibration, asked.protect is not None, notes)
+    choices = _with_patterns(decoder, m, choices, calibration, asked.protect is not None, notes)
     sliding = asked.sliding
     if sliding is None:
         sliding = all(refusal(config, where, i) for i in range(n)) and any(not refusal(config, where, i, True) for i in range(n))
@@ -282,8 +281,8 @@ def _sides(
         trial = Codec(*resolved, anchors=anchors_for_layer(parse_policies(choice.protect)))
         if reason := sliding_refusal(trial):
             raise UnsupportedError(
-                f"layer {i} ({where.attentions[i]}): sliding window of {window_of(decoder.config, where.layer_types[i])}: {reason}; "
-                "use --method klt or rtn, or leave sliding layers alone"
+                f"layer {i} ({where.attentions[i]}): sliding window of {window_of(decoder.config, where.layer_types[i])}: "
+                f"{reason}; use --method klt or rtn, or leave sliding layers alone"
             )
     if (need := sample_need(*resolved)) is not None:
         samples[i] = need

@@ -22,7 +22,7 @@ from kvsink.calibrate.record import Calibration
 from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
 from kvsink.evaluate.texts import builtin_text, read_text
-from kvsink.model.decoder import Decoder, check_weights
+from kvsink.model.decoder import Decoder
 from kvsink.model.runtime import visual_tokens
 
 __all__ = ["CALIBRATION_WINDOW", "Progress", "calibration_windows", "observe"]
@@ -43,7 +43,7 @@ def observe(
     policies, notes = chosen.policies, chosen.notes
     kinds = {p.kind for ps in policies for p in ps}
     if decoder.stream is None:
-        check_weights(decoder.model)
+        decoder.check_weights()
     record = Calibration((), {}, {}, torch.zeros(0), 0)
     known = None if stages is None else stages(decoder.model)
     if known is not None and not chosen.blocks:
@@ -55,7 +55,7 @@ def observe(
             record = Calibration.load(calibration, decoder.model if decoder.stream is None else None)
         else:
             seen = are_prompts(calibration) and visual_tokens(decoder.model.config)
-            ids = calibration if seen else calibration_windows(decoder.model, calibration, tokens, tokenizer)
+            ids = calibration if seen else calibration_windows(decoder, calibration, tokens, tokenizer)
             record = gather(decoder, ids, policies, chosen.blocks, batch, progress, chosen.samples, known)
         if known is not None and record.stages != known:
             record = replace(record, stages=known)
@@ -66,9 +66,9 @@ def observe(
     return record
 
 
-def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: Any) -> Tensor:
+def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any) -> Tensor:
     """Windows [N, T] of token ids from ids, texts, "builtin" or a text file."""
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = decoder.config
     length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW)
     if are_prompts(source):
         kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
@@ -82,7 +82,7 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
             text = read_text(source)
         else:
             text = "\n\n".join(source)
-        tokenizer = tokenizer or _tokenizer_of(model)
+        tokenizer = tokenizer or _tokenizer_of(decoder)
         ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     if ids.dim() == 1:
         if ids.numel() < length:
@@ -106,11 +106,11 @@ def calibration_windows(model: nn.Module, source: Any, tokens: int, tokenizer: A
     return ids
 
 
-def _tokenizer_of(model: nn.Module) -> Any:
-    name = getattr(model.config, "_name_or_path", "")
+def _tokenizer_of(decoder: Decoder) -> Any:
+    name = getattr(decoder.model.config, "_name_or_path", "")
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CalibrationError(
-            f"no tokenizer found for {name or type(model).__name__!r}; pass tokenizer=, or calibration= as token ids"
+            f"no tokenizer found for {name or type(decoder.model).__name__!r}; pass tokenizer=, or calibration= as token ids"
         ) from error

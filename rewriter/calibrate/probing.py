@@ -23,7 +23,7 @@ from kvsink.model.adapters import inner_model
 from kvsink.model.attention import install_attention
 from kvsink.model.decoder import Decoder
 from kvsink.model.passing import cache_of, given_cache
-from kvsink.model.runtime import Anatomy, Heads, check_kind, rotary_tables, towers, visual_tokens
+from kvsink.model.runtime import Anatomy, Heads, anatomy, check_kind, rotary_tables, towers, visual_tokens
 from kvsink.model.turning import NONE, Turning, find_turning
 
 __all__ = ["check", "look", "probe_ids", "unknown_turnings"]
@@ -62,13 +62,13 @@ def check(model: nn.Module, stream: Stream | None = None, where: Anatomy | None 
             f"this model has been rewritten by {earlier.method}, which turned its value weights; load the model again, or "
             "rewrite the first time with fold=False"
         )
-    decoder = Decoder(model, where, stream)
-    if where is None:
-        decoder.where = look(decoder)
     notes = [
         f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
         for name, count in towers(model).items()
     ]
+    decoder = Decoder(model, anatomy(model) if where is None else where, stream)
+    if where is None:
+        decoder.where = look(decoder)
     if unknown := unknown_turnings(decoder.where):
         kept = [NONE if t is None else t for t in decoder.where.turnings]
         decoder.where = replace(decoder.where, turnings=tuple(kept))

@@ -56,7 +56,7 @@ def apply(
             detach(decoder.model)
             raise
         keep()
-    report = make_report(decoder.model, runtime, chosen.base.protect, record.tokens, notes)
+    report = make_report(runtime, decoder.name, decoder.dtype, decoder.device, chosen.base.protect, record.tokens, notes)
     report.check = checked if check else Check(skipped="--no-check: nothing was compared with the stock model")
     runtime.extra = {"check": report.check.as_dict()}  # goes into a folder that the model is saved to
     return report

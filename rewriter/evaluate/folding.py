@@ -30,7 +30,7 @@ def online_layers(
 ) -> tuple[dict[int, str], Check, Tensor | None]:
     """Layers whose value rotation cannot go into the weights, each with the reason: by what their modules are, then by trial; and
     the logits of the model before any does."""
-    shared = shared_weights(decoder.model)
+    shared = shared_weights(decoder.model.named_parameters(remove_duplicate=False))
     found: dict[int, str] = {}
     for i in orders:
         if reason := unfoldable(decoder.attention(i), shared, decoder.stream is not None):

@@ -153,8 +153,8 @@ def check_cache(decoder: Decoder, runtime: Runtime) -> Check:
             found.append(logits)
         if any(int(layer.length) != end for layer in caches[1].packed_layers() if not layer.is_sliding):
             raise UnsupportedError(
-                f"self-check: {type(decoder.model).__name__} stores other rows than those of its tokens, such as a prompt of its own; "
-                "it is left as it is"
+                f"self-check: {type(decoder.model).__name__} stores other rows than those of its tokens, such as a prompt of "
+                "its own; it is left as it is"
             )
         if not at:
             _check_rows(runtime, caches[0], caches[1], mask[:, :end].bool().to(device), check)

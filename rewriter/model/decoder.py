@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import ModelError
-from kvsink.model.fingerprint import fingerprint
+from kvsink.model.fingerprint import fingerprint_of
 from kvsink.model.fold import is_plain
-from kvsink.model.offload import place_of
-from kvsink.model.passing import cache_name
+from kvsink.model.offload import place_of, weight_of
+from kvsink.model.passing import name_in
 from kvsink.model.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, number_of
 
 if TYPE_CHECKING:
     from kvsink.calibrate.streaming import Stream
 
-__all__ = ["Decoder", "check_weights"]
+__all__ = ["Decoder"]
 
 
 class Decoder:
@@ -39,9 +39,15 @@ class Decoder:
         self.stream = stream
         self.where = anatomy(model) if where is None else where
         self.config: Any = self.model.config.get_text_config(decoder=True)
-        self.device = place_of(model) if stream is None else stream.device
-        self.dtype = number_of(model).dtype
-        self._cache_name = cache_name(model)
+        base = model.get_submodule(self.where.base)
+        self.device = place_of(base) if stream is None else stream.device
+        self.dtype = number_of(base).dtype
+        self._cache_name = name_in(type(model).forward)
+
+    @property
+    def name(self) -> str:
+        """Where the model came from, or its class."""
+        return getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
 
     @property
     def runtime(self) -> Runtime | None:
@@ -66,7 +72,14 @@ class Decoder:
 
     def fingerprint(self) -> Tensor:
         """See `kvsink.model.fingerprint`."""
-        return fingerprint(self.model) if self.stream is None else self.stream.fingerprint()
+        return fingerprint_of(self.model.named_parameters(), self.read)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, from where it was offloaded to, or from the checkpoint, when it is not in memory."""
+        if self.stream is not None:
+            return self.stream.read(name)
+        held: Tensor = self.model.get_parameter(name)
+        return weight_of(self.model, name) if held.is_meta else held
 
     @contextmanager
     def attached(self, runtime: Runtime) -> Iterator[None]:
@@ -84,9 +97,8 @@ class Decoder:
         if earlier is not None:
             attach(self.model, earlier)
 
-
-def check_weights(model: nn.Module) -> None:
-    """Raise ModelError when a weight is NaN or infinite; weights in a format of their own are not looked into."""
-    for name, p in model.named_parameters():
-        if is_plain(p) and not p.is_meta and not torch.isfinite(p).all():
-            raise ModelError(f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again")
+    def check_weights(self) -> None:
+        """Raise ModelError when a weight is NaN or infinite; weights in a format of their own are not looked into."""
+        for name, p in self.model.named_parameters():
+            if is_plain(p) and not p.is_meta and not torch.isfinite(p).all():
+                raise ModelError(f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again")

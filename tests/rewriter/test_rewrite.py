@@ -13,11 +13,12 @@ import torch
 import transformers as hf
 
 import kvsink
-from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
-from kvsink.model.runtime import runtime_of
-from kvsink.report import Report, counted_bits
 from kvsink.calibrate.choices import LayerChoice, parse_layers
 from kvsink.calibrate.observing import calibration_windows
+from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
+from kvsink.model.decoder import Decoder
+from kvsink.model.runtime import runtime_of
+from kvsink.report import Report, counted_bits
 from tests.models import _DECODER, HEAD_DIM, KV_HEADS, LAYERS, VOCAB, build, tokens
 
 BASE = LayerChoice(2, 4, "kvsink:5", 0)
@@ -81,10 +82,10 @@ def test_calibration_sources(source: Any) -> None:
 def test_a_text_file_is_a_source(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("some text of its own " * 40)
-    windows = calibration_windows(build("llama"), file, 512, Characters())
+    windows = calibration_windows(Decoder(build("llama")), file, 512, Characters())
     assert windows.shape == (4, 128)  # windows of the model's own length
     with pytest.raises(CalibrationError, match=f"{file} has 840 tokens, 1000 were asked for.*--calibration-tokens 840"):
-        calibration_windows(build("llama"), file, 1000, Characters())
+        calibration_windows(Decoder(build("llama")), file, 1000, Characters())
 
 
 @pytest.mark.parametrize(

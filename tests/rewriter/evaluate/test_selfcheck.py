@@ -191,7 +191,7 @@ def test_folds_that_are_right_alone_and_wrong_together_are_found(monkeypatch: An
     first, second = (layer.self_attn for layer in model.model.layers)
     second.v_proj.weight = nn.Parameter(first.v_proj.weight.data, requires_grad=False)
     before = weights(model)
-    monkeypatch.setattr(folding, "shared_weights", lambda model: frozenset())
+    monkeypatch.setattr(folding, "shared_weights", lambda named: frozenset())
     with pytest.raises(UnsupportedError, match="self-check: with value rotations in its weights the model's own logits"):
         rewritten(model=model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
