@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory, needs
 from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
 from kvsink.calibrate.record import Calibration
-from kvsink.calibrate.streaming import SHARE_OF_MEMORY, Stream, available_memory, needs, skeleton
+from kvsink.calibrate.skeleton import skeleton
+from kvsink.calibrate.streaming import Stream
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.evaluate.imagetext import is_source, load_processor, prompts, read_examples
 from kvsink.evaluate.stepcheck import check_step

@@ -36,8 +36,9 @@ from kvsink.calibrate.record import Calibration
 from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
-from kvsink.evaluate.evaluation import EvalResult, evaluate, packed_cache, token_windows, versions
+from kvsink.evaluate.evaluation import evaluate, packed_cache, token_windows, versions
 from kvsink.evaluate.reference import Reference
+from kvsink.evaluate.results import EvalResult
 from kvsink.evaluate.texts import evaluation_text, read_text
 from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.methods import Method, get_method, methods

@@ -55,7 +55,7 @@ class Bench:
         from kvsink.model.fingerprint import fingerprint
         from kvsink.model.runtime import runtime_of
         from kvsink.outdir import rewrite_dir
-        from kvsink.profiling.record import FORMAT
+        from kvsink.profiling import FORMAT
 
         self.folder, self.trace = folder, folder / "trace"
         source, text = tiny_folder(folder / "model"), folder / "text.txt"
