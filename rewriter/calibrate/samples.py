@@ -196,7 +196,7 @@ def watched(decoder: Decoder, collector: Collector | None) -> Iterator[None]:
                 "Fisher weights or none"
             )
         for layer, attention in enumerate(attentions):
-            attention._kvsink_watch = _see(collector, layer)  # type: ignore[assignment]
+            attention._kvsink_watch = _see(collector, layer)
         yield
     finally:
         for attention in attentions:

@@ -38,7 +38,7 @@ class Decoder:
         self.model: Any = model
         self.stream = stream
         self.where = anatomy(model) if where is None else where
-        self.config: Any = self.model.config.get_text_config(decoder=True)
+        self.config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         base = model.get_submodule(self.where.base)
         self.device = place_of(base) if stream is None else stream.device
         self.dtype = number_of(base).dtype
