@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvsink.evaluate.texts import builtin_text
 from kvsink.folder.loading import load_model, load_tokenizer
-from kvsink.model.runtime import anatomy
+from kvsink.model.anatomy import anatomy
 from kvsink.profiling.attention import START, AttentionSums, sink_decay, watching_attention
 from kvsink.profiling.layout import find_layout
 from kvsink.profiling.record import windows_of

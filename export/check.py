@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.export.errors import ExportError
 from kvsink.export.past import FIXED, STATE_OF, past_names
 from kvsink.export.runner import OnnxGenerator

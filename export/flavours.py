@@ -19,7 +19,9 @@ from kvsink.errors import KvsinkError
 from kvsink.export.bodies import QUANTIZERS_WITH_BODY
 from kvsink.export.errors import ExportError
 from kvsink.methods import get_method, methods
-from kvsink.model.runtime import Runtime, rope_types, visual_tokens
+from kvsink.model.anatomy import rope_types
+from kvsink.model.rows import visual_tokens
+from kvsink.model.runtime import Runtime
 
 __all__ = [
     "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",

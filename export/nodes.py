@@ -24,7 +24,7 @@ __all__ = [
     "restore_sinks", "rotate_block", "undo_rope",
 ]  # fmt: skip
 
-FIRST_SCORE = 1e30  # above any activation, as in `kvsink.model.runtime`
+FIRST_SCORE = 1e30  # above any activation, as in `kvsink.model.candidates`
 
 
 @torch.library.custom_op("kvsink_export::attend", mutates_args=())

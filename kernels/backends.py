@@ -75,7 +75,8 @@ class LayerFormat:
     """How one layer is stored; made by `layer_format`, so that equal ones are one object.
 
     segments: exact rows of each protection segment; ring: recent rows held, of which `window` are read as they came on both sides;
-    tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read back from their codes.
+    tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read back from their codes; uneven:
+    positions do not all run as far ahead of their slots.
     """
 
     key: SideFormat
@@ -86,6 +87,7 @@ class LayerFormat:
     tokens: int = 64
     strict: bool = False
     anchored: bool = False
+    uneven: bool = False
     order: str = "row"
 
     @property

@@ -11,9 +11,8 @@ from kvsink.cache.cache import KVSinkCache
 from kvsink.cache.served import served_lines
 from kvsink.graph.capture import capture_all
 from kvsink.graph.pipeline import explain_graph
-from kvsink.model.offload import place_of
+from kvsink.model.offload import number_of, place_of
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import number_of
 
 __all__ = ["explain"]
 

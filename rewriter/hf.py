@@ -25,10 +25,11 @@ from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
 from kvsink.folder.snapshot import beside
 from kvsink.model.adapters import check_prompts, watch
+from kvsink.model.anatomy import rope_types
 from kvsink.model.attention import install_attention
 from kvsink.model.instead import instead
 from kvsink.model.passing import cache_name
-from kvsink.model.runtime import attach, rope_types
+from kvsink.model.runtime import attach
 from kvsink.saving import save_pretrained
 
 __all__ = ["KvsinkConfig", "KvsinkQuantizer", "install_generate"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsink.calibrate.choices import RewriteOptions
 from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory, needs
 from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
 from kvsink.calibrate.record import Calibration
@@ -34,7 +35,7 @@ from kvsink.methods import get_method
 from kvsink.model.fold import FOLDED, folded
 from kvsink.model.runtime import runtime_of
 from kvsink.report import Report, versions
-from kvsink.rewrite import RewriteOptions, rewrite
+from kvsink.rewrite import rewrite
 from kvsink.saving import quantization_record, text_configs
 
 __all__ = ["rewrite_dir"]

@@ -26,8 +26,8 @@ from kvsink.codecs.protect import SinkStage
 from kvsink.evaluate.applying import apply
 from kvsink.hf import install_generate
 from kvsink.methods import Method, get_method
+from kvsink.model.anatomy import Anatomy
 from kvsink.model.decoder import Decoder
-from kvsink.model.runtime import Anatomy
 from kvsink.report import Report
 
 __all__ = ["RewriteOptions", "rewrite"]

@@ -21,8 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from kvsink.folder.sidecar import write_sidecar
-from kvsink.model.offload import place_of, weight_of
-from kvsink.model.runtime import number_of
+from kvsink.model.offload import number_of, place_of, weight_of
 from kvsink.report import make_report, versions
 
 __all__ = ["quantization_record", "save_pretrained", "text_configs"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from kvsink.model.runtime import anatomy
+from kvsink.model.anatomy import anatomy
 from kvsink.profiling.layout import Layout, find_layout
 
 TRIGGER, MARK, OUT, CONSTANT = 5, 0, 7, 3

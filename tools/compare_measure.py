@@ -24,8 +24,9 @@ from kvsink.evaluate.evaluation import evaluate, packed_cache, versions
 from kvsink.evaluate.reference import Reference
 from kvsink.evaluate.results import EvalResult
 from kvsink.methods import Method, get_method, methods
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
-from kvsink.model.runtime import anatomy, runtime_of
+from kvsink.model.runtime import runtime_of
 from kvsink.report import STATED_LENGTH, counted_bits
 from kvsink.rewrite import rewrite
 from kvsink.tools.compare_rows import Row

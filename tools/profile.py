@@ -56,7 +56,7 @@ def command(
     from kvsink.evaluate.texts import builtin_text, read_text
     from kvsink.folder.demo import resolve_model_dir
     from kvsink.folder.loading import load_model, load_tokenizer, pick_device, read_config
-    from kvsink.model.runtime import anatomy
+    from kvsink.model.anatomy import anatomy
     from kvsink.profiling import ProfileOptions, profile
     from kvsink.profiling.layout import find_layout
     from kvsink.profiling.record import windows_of

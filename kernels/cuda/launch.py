@@ -23,17 +23,11 @@ from .. import layout
 from ..read import put_rows
 from . import module, variants
 
-__all__ = [
-    "AttendArguments",
-    "RowArguments",
-    "append_rows",
-    "attend_one",
-    "step",
-    "variant_of",
-]
+__all__ = ["AttendArguments", "RowArguments", "append_rows", "attend_one", "decode_rows", "step", "variant_of"]
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SEGMENTS = 4
+_READ = ("k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v")
 
 State = Mapping[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -132,20 +126,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _fresh_rows(
-    lib: Library,
-    codec: Any,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    candidates: Sequence[Tensor],
-    st: State,
-    p: Params,
+    lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
 ) -> tuple[RowArguments, bool, list[Tensor]]:
     """Arguments for new rows, whether the kernel sees to the exact rows too, and what must live until the launch."""
     k, v = _rows(k), _rows(v)
-    positions = (
-        positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
-    )
+    positions = positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
     a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
     at = module.pointer
     a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
@@ -167,14 +152,7 @@ def _fresh_rows(
 
 
 def append_rows(
-    lib: Library,
-    codec: Any,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    candidates: Sequence[Tensor],
-    st: State,
-    p: Params,
+    lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
 ) -> bool:
     """Code and store new rows [B, H, S, D], keys after RoPE. True when the exact rows have been seen to as well."""
     a, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
@@ -245,20 +223,16 @@ def attend_one(
     q, k, v = (_rows(x).contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
     at = module.pointer
-    module.contiguous([st[n] for n in (
-        "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v",
-    )])  # fmt: skip
+    module.contiguous([st[n] for n in _READ])
     groups = lib.groups
     new = 0 if codec.strict else 1
     # No more blocks than tiles: one without work would fetch its tables all the same.
     share = min(lib.share(k.shape[1] * groups), q.shape[0] * (slots // layout.TILE_SLOTS))
     a = AttendArguments(
-        q=at(q), k_codes=at(st["k_codes"]), k_scale=at(st["k_scale"]), v_codes=at(st["v_codes"]), v_scale=at(st["v_scale"]),
-        mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
+        q=at(q), mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
         origin_cos=at(p.get("anchor_cos")), origin_sin=at(p.get("anchor_sin")), length=at(st["length"]), mask=at(visible),
-        exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
-        recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), window=codec.ring,
-        value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
+        **{n: at(st[n]) for n in _READ},
+        new_k=at(k), new_v=at(v), window=codec.ring, value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         pages=at(pages), page_row=0 if pages is None else pages.stride(0), length_row=int(st["length"].dim() > 0),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
         B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // layout.TILE_SLOTS, E=codec.exact_rows,

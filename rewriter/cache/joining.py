@@ -4,7 +4,7 @@ Formula    slot s of the shorter cache becomes slot s + pad, pad = longer length
            for the attention mask to hide as it hides left padding. Positions of rows stay what they were
 Source     ours
 Differs    from paging (vLLM, arXiv 2309.06180): rows are moved once, so that every kernel goes on with one length per batch
-Shapes     as in kvsink.cache.cache, with the batch rows of the second cache behind those of the first
+Shapes     as in kvsink.cache.storage, with the batch rows of the second cache behind those of the first
 Cost       one copy of both caches
 Exact      codes, scales and exact rows move as bytes
 Declines   pads that would cut what a codec codes together (`pad_unit`), anchors of caches of different lengths, layers that are
@@ -46,7 +46,8 @@ def pads_of(a: Any, b: Any) -> tuple[int, int]:
         if not all(layer.is_initialized and int(layer.length) for layer in cache.packed_layers()):
             raise KvsinkError("an empty cache cannot be joined; prefill a prompt first")
     for i, (one, two) in enumerate(zip(a.layers, b.layers, strict=True)):
-        if (one.codec_text, one.max_length, one.dtype, one.device) != (two.codec_text, two.max_length, two.dtype, two.device):
+        first, second = ((layer.stored_text(), layer.max_length, layer.dtype, layer.device) for layer in (one, two))
+        if first != second:
             raise KvsinkError(
                 f"layer {i}: the caches differ in codec, max_length, dtype or device; make both with "
                 "kvsink.KVSinkCache.for_model and the same arguments"

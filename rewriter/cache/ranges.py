@@ -23,8 +23,9 @@ from transformers import DynamicCache
 from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import KvsinkError
 from kvsink.kernels.quantize import SIGMA_KINDS
+from kvsink.model.offload import number_of
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import number_of, visual_tokens
+from kvsink.model.rows import visual_tokens
 
 if TYPE_CHECKING:
     from kvsink.calibrate.record import Calibration

@@ -6,7 +6,7 @@ Formula    slots hold the last n tokens, w - 1 + back <= n <= capacity; slot s i
 Source     ours
 Differs    from a ring of exactly w rows: rows move once in `slack` tokens, so that slots stay in the order of tokens and every
            codec that works row by row goes on unchanged; `back` rows more than the window stay for `crop`
-Shapes     as in kvsink.cache.cache, with min(max_length, capacity) slots; positions int32 and real bool [B, slots] and dropped
+Shapes     as in kvsink.cache.storage, with min(max_length, capacity) slots; positions int32 and real bool [B, slots] and dropped
            int64 [1] are common to all sliding layers of a cache
 Exact      rows move as bytes; protected rows stay exact while any query can see them
 Declines   codecs that code blocks of tokens together, records of outliers, and anchors: see `sliding_refusal`
@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.codecs import SHARED_NAMES, Codec
+from kvsink.codecs.protect import Segment
 from kvsink.errors import KvsinkError
-from kvsink.model.runtime import Frame, Runtime
+from kvsink.model.frame import Frame
+from kvsink.model.runtime import Runtime
 
-__all__ = ["BACK", "SLACK", "WINDOWED", "SlidingWindow", "check_crop", "sliding_refusal", "window_of"]
+__all__ = ["BACK", "SLACK", "WINDOWED", "KVSinkSlidingLayer", "SlidingWindow", "check_crop", "sliding_refusal", "window_of"]
 
 WINDOWED = ("sliding_attention", "chunked_attention")  # kinds of layers that see a bounded number of tokens
 BACK = 32  # rows behind the window that a crop may take back
@@ -52,9 +55,15 @@ def sliding_refusal(codec: Codec) -> str:
 
 
 class SlidingWindow:
-    """What the sliding layers of one cache have in common; stands where other layers have the shared state of the cache."""
+    """What the sliding layers of one cache have in common; stands where other layers have the shared state of the cache.
 
-    def __init__(self, shared: Any, runtime: Runtime, window: int, max_length: int | None) -> None:
+    back: rows behind the window that a crop may take back; slack: tokens between two moves.
+    """
+
+    def __init__(
+        self, shared: Any, runtime: Runtime, window: int, max_length: int | None, back: int = BACK, slack: int = SLACK
+    ) -> None:
+        self.back, self.slack = back, slack
         self.main, self.runtime, self.window, self.total = shared, runtime, window, max_length
         self.layers: list[Any] = []
         self.positions: Tensor | None = None
@@ -71,13 +80,13 @@ class SlidingWindow:
     @property
     def keep(self) -> int:
         """Rows that stay when the window moves."""
-        return self.window - 1 + BACK
+        return self.window - 1 + self.back
 
     @property
     def capacity(self) -> int:
         """Slots of the fixed storage."""
         ring = max((layer.codec.ring for layer in self.layers), default=0)
-        room = self.keep + max(SLACK, 2 * ring)
+        room = self.keep + max(self.slack, 2 * ring)
         return room if self.total is None else min(room, self.total)
 
     def tables(self) -> dict[str, Tensor]:
@@ -165,10 +174,88 @@ class SlidingWindow:
             layer._set_params(slots)
 
 
+class KVSinkSlidingLayer(KVSinkLayer):
+    """The packed rows of one sliding-window layer: see the head of this file."""
+
+    is_sliding = True
+
+    def __init__(
+        self, window: SlidingWindow, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
+    ) -> None:
+        super().__init__(window, layer, codec, segments, max_length)  # type: ignore[arg-type]
+        self.moving = window
+        self.fixed: Any = None  # the storage that never moves, while a long chunk is held elsewhere
+        window.layers.append(self)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        window = self.moving
+        if self.max_length is not None:
+            self.max_length = window.capacity
+        if window.dropped is None:
+            window.dropped = torch.zeros(1, dtype=torch.int64, device=key_states.device)
+            if self.is_compileable and not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(window.dropped)
+        self.fixed = None
+        super().lazy_initialization(key_states, value_states)
+
+    def _set_params(self, tokens: int) -> None:
+        super()._set_params(max(tokens, self.moving.total or 0))  # positions go on where slots do not
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        frame = self.shared.frame
+        if not torch.compiler.is_compiling() and not (frame is not None and frame.roomy):
+            self.moving.make_room(key_states.shape[2])
+            if frame is not None and frame.start is not None:
+                frame.roomy = True
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _first_position(self) -> Tensor:
+        dropped = self.moving.dropped
+        assert dropped is not None
+        return self.length + dropped
+
+    def get_seq_length(self) -> Any:
+        if not self.is_initialized:
+            return 0
+        return self._first_position() if self.max_length is not None else self._held + self.moving.before()
+
+    def get_max_length(self) -> int:
+        return -1 if self.moving.total is None else self.moving.total
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if torch.compiler.is_compiling():
+            raise KvsinkError(
+                f"layer {self.layer}: a packed sliding window moves between two compiled steps, and this graph makes its mask "
+                "inside; compile through generate(compile_config=…), or rewrite with sliding=False"
+            )
+        self.moving.make_room(query_length)
+        if self.max_length is None:
+            return self._held + query_length, self.moving.before()
+        return (self.max_length if self.is_initialized else max(self.moving.capacity, query_length)), self.moving.before()
+
+    def reset(self) -> None:
+        super().reset()
+        self.moving.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As the other layers; rows that the window has left behind do not come back, see the head of this file."""
+        if not self.is_initialized or tokens_to_remove == 0:
+            return
+        held, before = int(self.length), self.moving.before()
+        keep = held + tokens_to_remove if tokens_to_remove < 0 else min(tokens_to_remove - before, held)
+        check_crop(self.moving, keep, self.layer)
+        if keep < held:
+            super().crop(keep - held)
+
+
 def check_crop(window: SlidingWindow, keep: int, layer: int) -> None:
     """Raise KvsinkError when rows that the window would see again are gone; `keep`: rows left in their slots."""
     if window.before() and keep < window.window - 1:
         raise KvsinkError(
             f"layer {layer} slides over {window.window} tokens and has given up the rows that a crop to {window.before() + keep} "
-            f"tokens would need; crop by at most {BACK} tokens, or prefill the prompt again"
+            f"tokens would need; crop by at most {window.back} tokens, or prefill the prompt again"
         )

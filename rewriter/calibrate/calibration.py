@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
-from kvsink.cache.cache import states_of
+from kvsink.cache.hybrid import states_of
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.samples import Collector, frozen, watched
 from kvsink.calibrate.statistics import KeyStats, SampleNeed, ValueStats
@@ -26,8 +26,12 @@ from kvsink.calibrate.streaming import Job, Stream
 from kvsink.codecs.protect import Policy, SinkStage, segments_for_layer
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
+from kvsink.model.anatomy import Anatomy
+from kvsink.model.candidates import order_candidates
 from kvsink.model.decoder import Decoder
-from kvsink.model.runtime import Anatomy, Frame, LayerPlan, Runtime, order_candidates
+from kvsink.model.frame import Frame
+from kvsink.model.runtime import Runtime
+from kvsink.model.tables import LayerPlan
 
 __all__ = ["calibrate", "find_stages", "gather"]
 

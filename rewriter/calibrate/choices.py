@@ -21,9 +21,10 @@ from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.protect import Policy, anchors_for_layer, parse_policies
 from kvsink.errors import KvsinkError, UnknownName, UnsupportedError
 from kvsink.methods import Method, get_method, methods
+from kvsink.model.anatomy import Anatomy, rope_types
 from kvsink.model.decoder import Decoder
 from kvsink.model.observed import check_observable
-from kvsink.model.runtime import Anatomy, rope_types, visual_tokens
+from kvsink.model.rows import visual_tokens
 
 __all__ = ["Chosen", "LayerChoice", "RewriteOptions", "choose", "parse_layers", "refusal", "with_modality"]
 

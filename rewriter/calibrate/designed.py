@@ -19,7 +19,8 @@ from kvsink.calibrate.design import Design, design_key, design_value
 from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
 from kvsink.calibrate.record import Calibration
 from kvsink.model.decoder import Decoder
-from kvsink.model.runtime import LayerPlan, Runtime
+from kvsink.model.runtime import Runtime
+from kvsink.model.tables import LayerPlan
 
 __all__ = ["design"]
 

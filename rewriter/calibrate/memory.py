@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvsink.folder.checkpoint import Checkpoint
-from kvsink.model.runtime import anatomy
+from kvsink.model.anatomy import anatomy
 
 __all__ = ["Needs", "SHARE_OF_MEMORY", "available_memory", "needs"]
 

@@ -23,7 +23,7 @@ from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
 from kvsink.evaluate.texts import builtin_text, read_text
 from kvsink.model.decoder import Decoder
-from kvsink.model.runtime import visual_tokens
+from kvsink.model.rows import visual_tokens
 
 __all__ = ["CALIBRATION_WINDOW", "Progress", "calibration_windows", "observe"]
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from kvsink.kernels import observe
+from kvsink.model.anatomy import anatomy
 from kvsink.model.observed import See, watching
 from kvsink.model.offload import place_of
-from kvsink.model.runtime import anatomy, visual_rows
+from kvsink.model.rows import visual_rows
 
 __all__ = ["PATTERNS", "attention_patterns", "classify"]
 

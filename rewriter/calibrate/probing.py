@@ -20,11 +20,12 @@ from transformers.cache_utils import DynamicCache
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.model.adapters import inner_model
-from kvsink.model.attention import install_attention
+from kvsink.model.anatomy import Anatomy, Heads, anatomy, check_kind, towers
+from kvsink.model.attention import NOTES, install_attention
 from kvsink.model.decoder import Decoder
 from kvsink.model.passing import cache_of, given_cache
-from kvsink.model.runtime import Anatomy, Heads, anatomy, check_kind, rotary_tables, towers, visual_tokens
-from kvsink.model.turning import NONE, Turning, find_turning
+from kvsink.model.rows import visual_tokens
+from kvsink.model.turning import NONE, Turning, find_turning, rotary_tables
 
 __all__ = ["check", "look", "probe_ids", "unknown_turnings"]
 
@@ -215,7 +216,7 @@ def _noting(update: Any, seen: _Seen) -> Any:
             seen.queries.append(query.shape[1])
             seen.as_given &= value is values
 
-        keys._kvsink_note = note
+        NOTES.leave(keys, note)
         return keys, values
 
     return noted

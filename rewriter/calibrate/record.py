@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kvsink.calibrate.statistics import KeyStats, Samples, ValueStats
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError
-from kvsink.folder.digest import DIGEST, check_digest, digest
+from kvsink.model.digest import DIGEST, check_digest, digest
 from kvsink.model.fingerprint import fingerprint, same_model
 
 __all__ = ["Calibration"]

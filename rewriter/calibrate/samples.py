@@ -32,11 +32,14 @@ from kvsink.model.decoder import Decoder
 __all__ = ["Collector", "error_factors", "frozen", "watched"]
 
 WATCH = "kvsink_watch"  # the name transformers knows our attention function by
-_CHUNK = 128  # queries whose distances to all values are held at once
+_CHUNK = 128
 
 
-def error_factors(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """f^K and f^V [B, S, H] of one window. mask: bool or additive [B or 1, 1, S, S]; None is causal."""
+def error_factors(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, chunk: int = _CHUNK
+) -> tuple[Tensor, Tensor]:
+    """f^K and f^V [B, S, H] of one window. mask: bool or additive [B or 1, 1, S, S]; None is causal. chunk: queries whose distances
+    to all values are held at once."""
     b, h, n, _ = k.shape
     q, k, v = (t.float() for t in (q, k, v))
     hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
@@ -52,8 +55,8 @@ def error_factors(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | 
             a = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
             out, size = a @ v[row, head], query.norm(dim=-1)
             value[row, head] = a.sum((0, 1))
-            for at in range(0, n, _CHUNK):
-                end = min(at + _CHUNK, n)  # a query sees no key behind it
+            for at in range(0, n, chunk):
+                end = min(at + chunk, n)  # a query sees no key behind it
                 apart = torch.cdist(out[:, at:end], v[row, head, :end].expand(group, -1, -1), p=1.0)
                 key[row, head, :end] += (a[:, at:end, :end] * apart * size[:, at:end, None]).sum((0, 1))
     return scale * key.transpose(1, 2), value.transpose(1, 2)

@@ -33,9 +33,9 @@ from kvsink.calibrate.skeleton import skeleton
 from kvsink.errors import ModelError, UnsupportedError
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.conversion import Weights
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import anatomy
 
 __all__ = ["Job", "Stream", "stream_of"]
 

@@ -56,7 +56,8 @@ class Codec:
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
     back from their codes like old ones (for evaluation); anchors: rows chosen by the attention they receive, whose
     places follow those of the segments and grow with the slots. tiles: codes stand in the order of `kvsink.kernels.layout`;
-    a cache decides so when it is made, a rewritten model's plan never does.
+    a cache decides so when it is made, a rewritten model's plan never does; uneven: a cache has seen positions that do not all
+    run as far ahead of their slots, which not every kernel reads.
     """
 
     key: SideSpec
@@ -66,6 +67,7 @@ class Codec:
     strict: bool = False
     anchors: Anchors | None = None
     tiles: bool = False
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         if self.value.norm:
@@ -106,7 +108,7 @@ class Codec:
     def format(self) -> LayerFormat:
         """The same as kernels see it; one object for equal formats."""
         key, value = (SideFormat(**{f.name: getattr(s, f.name) for f in fields(SideFormat)}) for s in (self.key, self.value))
-        rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None
+        rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None, self.uneven
         return layer_format(key, value, *rest, "mma" if self.tiles else "row")
 
     def text(self) -> str:
@@ -119,6 +121,8 @@ class Codec:
             record["anchors"] = asdict(self.anchors)
         if self.tiles:
             record["tiles"] = True
+        if self.uneven:
+            record["uneven"] = True
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -135,6 +139,7 @@ class Codec:
                 strict=bool(record.get("strict", False)),
                 anchors=Anchors(**record["anchors"]) if "anchors" in record else None,
                 tiles=bool(record.get("tiles", False)),
+                uneven=bool(record.get("uneven", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SidecarError(

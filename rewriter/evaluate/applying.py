@@ -22,7 +22,8 @@ from kvsink.evaluate.folding import check_fold, folded_in, online_layers
 from kvsink.evaluate.selfcheck import Check, check_cache
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.model.decoder import Decoder
-from kvsink.model.runtime import LayerPlan, Runtime, attach, detach
+from kvsink.model.runtime import Runtime, attach, detach
+from kvsink.model.tables import LayerPlan
 from kvsink.report import Report, make_report
 
 __all__ = ["apply"]

@@ -20,7 +20,7 @@ from kvsink.errors import UnsupportedError
 from kvsink.evaluate.selfcheck import Check, Given, off, passes, rounding
 from kvsink.model.decoder import Decoder
 from kvsink.model.fold import FOLDED, fold_value_rotation, foldable, shared_weights
-from kvsink.model.runtime import number_of
+from kvsink.model.offload import number_of
 
 __all__ = ["check_fold", "folded_in", "online_layers", "refused_folds", "unfoldable"]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvsink.errors import PictureError
 from kvsink.evaluate.pictures import HELD_BACK, Picture, drawn
-from kvsink.model.runtime import visual_rows, visual_tokens
+from kvsink.model.rows import visual_rows, visual_tokens
 
 __all__ = ["MARK", "Example", "Prompt", "drawn_examples", "is_source", "load_processor", "prompts", "read_examples"]
 

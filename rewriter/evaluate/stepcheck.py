@@ -20,9 +20,10 @@ from kvsink.cache.cache import KVSinkCache
 from kvsink.calibrate.probing import probe_ids
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.evaluate.selfcheck import at_eight_bits, off, rounding
-from kvsink.model.offload import place_of
+from kvsink.model.anatomy import Anatomy
+from kvsink.model.offload import number_of, place_of
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import Anatomy, Runtime, number_of
+from kvsink.model.runtime import Runtime
 
 __all__ = ["check_step"]
 

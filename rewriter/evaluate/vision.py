@@ -37,10 +37,10 @@ from kvsink.evaluate.evaluation import (
 )
 from kvsink.evaluate.imagetext import Prompt
 from kvsink.kernels import observe
+from kvsink.model.anatomy import anatomy
 from kvsink.model.observed import See, watching
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import anatomy
 
 __all__ = ["PictureResult", "attention_shares", "bits_by_modality", "evaluate_pictures", "remember"]
 

@@ -20,10 +20,12 @@ from kvsink.codecs import Codec
 from kvsink.codecs.protect import Segment, SinkStage
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.folder.digest import DIGEST, check_digest, digest
+from kvsink.model.anatomy import Anatomy, Heads, anatomy
+from kvsink.model.digest import DIGEST, check_digest, digest
 from kvsink.model.fingerprint import fingerprint, same_model
 from kvsink.model.offload import is_held
-from kvsink.model.runtime import Anatomy, Heads, LayerPlan, Runtime, anatomy
+from kvsink.model.runtime import Runtime
+from kvsink.model.tables import LayerPlan
 from kvsink.model.turning import Turning
 
 __all__ = ["AGAIN", "FORMAT", "SIDECAR_JSON", "SIDECAR_TENSORS", "read_sidecar", "write_sidecar"]

@@ -9,25 +9,35 @@ Shapes     query [B, Hq, S, D], key and value the rows just appended [B, Hkv, S,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["causal_mask", "install_attention", "is_plain_causal"]
+from kvsink.model.handover import Handover
+
+__all__ = ["ASKED", "NOTES", "causal_mask", "install_attention", "is_plain_causal"]
+
+ASKED: Handover[ReferenceType[Any]] = Handover()
+"""With keys that a packed layer returned: the layer, which attends over them itself."""
+NOTES: Handover[Callable[[nn.Module, Tensor, Tensor], None]] = Handover()
+"""With keys that somebody looks at: who is told of the attention module, its queries and its values."""
+_CAUSAL: Handover[bool] = Handover()
 
 
 def causal_mask(rows: int, slots: int, device: torch.device) -> Tensor:
     """A mask that stands for plain causality: transformers passes a 4-D mask on as it is, and none of L x S is built."""
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, rows, max(slots, 1))
-    mask._kvsink_causal = True  # type: ignore[attr-defined]
+    _CAUSAL.leave(mask, True)
     return mask
 
 
 def is_plain_causal(mask: Tensor | None) -> bool:
     """True for no mask, and for one made by `causal_mask`."""
-    return mask is None or getattr(mask, "_kvsink_causal", False)
+    return mask is None or _CAUSAL.found(mask) is not None
 
 
 def install_attention() -> None:
@@ -40,9 +50,11 @@ def install_attention() -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
         scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        layer = None if torch.compiler.is_compiling() else getattr(key, "_kvsink_layer", None)
+        compiling = torch.compiler.is_compiling()
+        asked = None if compiling else ASKED.found(key)
+        layer = None if asked is None else asked()
         if layer is None:
-            note = getattr(key, "_kvsink_note", None)
+            note = None if compiling else NOTES.found(key)
             if note is not None:
                 note(module, query, value)
             return plain(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)

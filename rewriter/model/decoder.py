@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import ModelError
+from kvsink.model.anatomy import Anatomy, anatomy
 from kvsink.model.fingerprint import fingerprint_of
 from kvsink.model.fold import is_plain
-from kvsink.model.offload import place_of, weight_of
+from kvsink.model.offload import number_of, place_of, weight_of
 from kvsink.model.passing import name_in
-from kvsink.model.runtime import Anatomy, LayerPlan, Runtime, anatomy, attach, detach, number_of
+from kvsink.model.runtime import Runtime, attach, detach
+from kvsink.model.tables import LayerPlan
 
 if TYPE_CHECKING:
     from kvsink.calibrate.streaming import Stream

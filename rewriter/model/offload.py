@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvsink.errors import UnsupportedError
 
-__all__ = ["is_held", "place_of", "weight_of"]
+__all__ = ["is_held", "number_of", "place_of", "weight_of"]
 
 
 def weight_of(model: nn.Module, name: str) -> Tensor:
@@ -50,3 +50,9 @@ def place_of(module: nn.Module) -> torch.device:
     places = (getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in module.modules())
     place: Any = next((p for p in places if p is not None), "cpu")
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
+def number_of(module: nn.Module) -> Tensor:
+    """A weight of the dtype a module computes in: the first of at least 16-bit floating point, whatever quantized ones stand by."""
+    plain = (p for p in module.parameters() if p.is_floating_point() and p.itemsize > 1)
+    return next(plain, next(module.parameters()))

@@ -12,16 +12,19 @@ Declines   nothing: a layer that is turned in no way known here is "none", its k
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kvsink.codecs import Codec
+from kvsink.errors import UnsupportedError
 from kvsink.kernels.rope import rope
 
-__all__ = ["NONE", "Turning", "find_turning", "tables_of"]
+__all__ = ["NONE", "Turning", "find_turning", "rotary_tables", "tables_of", "turned_by", "turns_back"]
 
 SPELLINGS = ("halves", "pairs")
 TABLES = ("halves", "pairs", "once")
@@ -112,3 +115,28 @@ def _turn(plain: Tensor, t: Turning, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def turns_back(codec: Codec) -> bool:
+    """Whether a codec takes the rotation of keys by their positions back."""
+    return codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+
+
+def turned_by(rotary: nn.Module, like: Tensor, positions: Tensor, kind: str = "") -> tuple[Tensor, Tensor] | None:
+    """What a rotary module gives for positions [N, P], in the dtype of `like`; None where it gives no cosines and sines."""
+    more = (kind,) if "layer_type" in inspect.signature(rotary.forward).parameters else ()
+    with torch.no_grad():
+        try:
+            return tables_of(rotary(like, positions, *more))
+        except IndexError:  # one that asks for an axis of positions in front
+            return tables_of(rotary(like, positions[None].expand(3, -1, -1), *more))
+
+
+def rotary_tables(rotary: nn.Module, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, P, ..] of a rotary module at positions [N, P] in a layer of one kind."""
+    found = turned_by(rotary, torch.empty(1, 1, device=positions.device), positions, kind)
+    if found is None:
+        raise UnsupportedError(
+            f"{type(rotary).__name__} gives no cosines and sines; use a method that leaves keys as they are turned, such as rtn"
+        )
+    return found

@@ -17,8 +17,9 @@ from torch import Tensor
 from kvsink.cache.cache import KVSinkCache
 from kvsink.errors import UnsupportedError
 from kvsink.evaluate.evaluation import dynamic_cache
+from kvsink.model.anatomy import anatomy
 from kvsink.model.passing import given_cache
-from kvsink.model.runtime import anatomy, runtime_of
+from kvsink.model.runtime import runtime_of
 from kvsink.profiling.attention import START, AttentionSums, sink_decay, watching_attention
 
 __all__ = ["TARGET", "SinkHealth", "sink_health"]

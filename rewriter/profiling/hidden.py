@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError
-from kvsink.model.runtime import Anatomy
+from kvsink.model.anatomy import Anatomy
 
 __all__ = ["Hidden", "StageLife", "life_of", "watching_hidden"]
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from kvsink.calibrate.memory import Needs, needs
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.folder.checkpoint import Checkpoint
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.passing import cache_of
-from kvsink.model.runtime import anatomy
 from kvsink.profiling.layout import Entry
 from kvsink.profiling.watch import down_weight
 

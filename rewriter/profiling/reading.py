@@ -14,8 +14,8 @@ import torch
 
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint, same_model
-from kvsink.model.runtime import anatomy
 
 __all__ = ["load_profile", "profile_stages"]
 

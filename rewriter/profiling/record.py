@@ -20,7 +20,8 @@ from torch import Tensor
 from kvsink.calibrate.calibration import find_stages
 from kvsink.errors import CalibrationError, KvsinkError, UnsupportedError
 from kvsink.evaluate.evaluation import device_name, is_rewritten, versions
-from kvsink.model.runtime import Runtime, anatomy
+from kvsink.model.anatomy import anatomy
+from kvsink.model.runtime import Runtime
 from kvsink.profiling.attention import START, AttentionSums, watching_attention
 from kvsink.profiling.causal import causal_check, negative_log_likelihood
 from kvsink.profiling.findings import findings

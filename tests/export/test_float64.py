@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
-from kvsink.cache.cache import KVSinkLayer
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.export import ExportError, OnnxGenerator, in_float64, onnx
 from kvsink.export.past import FIXED, STATE_OF, past_names
 from kvsink.folder.loading import load_model, load_tokenizer

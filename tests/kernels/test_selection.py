@@ -18,7 +18,8 @@ from kvsink.kernels.cuda import backend, launch
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
 from kvsink.kernels.triton import append as append_triton
-from kvsink.model.runtime import Frame, order_candidates
+from kvsink.model.candidates import order_candidates
+from kvsink.model.frame import Frame
 from tests import states
 from tests.kernels.cuda import test_tiles
 from tests.kernels.cuda.emulated import Emulated

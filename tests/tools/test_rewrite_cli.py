@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvsink
-from kvsink.cache.cache import KVSinkLayer
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.errors import KvsinkError
 from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.tools import rewrite

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvsink.cache.cache import KVSinkLayer
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.calibrate import calibration
 from kvsink.folder import sidecar
 from kvsink.tools.stress import files as files_module

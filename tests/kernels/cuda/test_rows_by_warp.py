@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import launch, variants
 

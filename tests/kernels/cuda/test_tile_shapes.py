@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.cache.ranges import LARGE_STEPS
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref
@@ -132,7 +133,7 @@ def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor)
     layer.lazy_initialization(*[rows(batch, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2) if not layer.is_initialized else None
     positions = torch.arange(length)[None] - shift
     if layer.shared.anchor_cos is not None:
-        from kvsink.model.runtime import Frame
+        from kvsink.model.frame import Frame
 
         layer._set_anchors(Frame(), positions)
     if length:

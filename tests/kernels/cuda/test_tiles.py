@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.codecs import Anchors, Codec
 from kvsink.errors import UnsupportedError
 from kvsink.kernels import layout, prefill
@@ -82,7 +83,7 @@ def append(
         scores += [score[0], score[1]]
     none = torch.empty(1, s, 0)
     if layer.shared.anchor_cos is not None and int(layer.length) == 0:
-        from kvsink.model.runtime import Frame
+        from kvsink.model.frame import Frame
 
         layer._set_anchors(Frame(), positions)
     if lib is None:
@@ -216,7 +217,7 @@ def test_rows_with_left_padding_are_coded_like_rows_without() -> None:
     shift = 37
     wide_k, wide_v = (torch.cat([torch.zeros(1, KV_HEADS, shift, DIM), x], 2) for x in (k, v))
     positions = torch.cat([torch.zeros(1, shift, dtype=torch.int64), torch.arange(100)[None]], 1)
-    from kvsink.model.runtime import Frame
+    from kvsink.model.frame import Frame
 
     padded._set_anchors(Frame(valid=torch.arange(shift + 100)[None] >= shift), positions)
     none = torch.empty(1, shift + 100, 0)

@@ -10,13 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvsink.cache.cache import _BLOCK, KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.storage import BLOCK
 from kvsink.errors import KvsinkError, SidecarError
-from kvsink.folder import digest
-from kvsink.model.runtime import Frame
 from tests.close import largest_difference
 from tests.graphs import rewritten
-from tests.models import HEAD_DIM, KV_HEADS, tokens
+from tests.models import tokens
 
 ERRORS = (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("anything"))
 METHODS = ("klt", "rtn", "kivi", "kvquant")
@@ -77,7 +76,7 @@ def test_a_prefill_that_stops_asks_for_a_reset(model: Any) -> None:
 
 def test_memory_that_runs_out_while_a_cache_grows_changes_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, other = KVSinkCache.for_model(model), KVSinkCache.for_model(model)
-    head, tail = tokens(1, _BLOCK - 2, seed=1), tokens(1, 4, seed=2)
+    head, tail = tokens(1, BLOCK - 2, seed=1), tokens(1, 4, seed=2)
     for c in (cache, other):
         feed(model, c, head)
     full, calls = torch.full, []
@@ -94,20 +93,6 @@ def test_memory_that_runs_out_while_a_cache_grows_changes_nothing(model: Any, mo
             feed(model, cache, tail)
     assert len(calls) == 3
     assert largest_difference(feed(model, cache, tail), feed(model, other, tail)) == 0
-
-
-def test_angles_are_those_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache fed by hand with padding works out the angles of each row, not of the first for all."""
-    model = rewritten("llama", "sdpa", "klt", key_bits=8, protect="none")
-    cache = KVSinkCache.for_model(model, 2, strict=True)
-    rows = torch.randn(2, KV_HEADS, 6, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    positions = torch.stack([torch.arange(6), (torch.arange(6) - 3).clamp_min(0)])
-    cache.frame = Frame(positions=positions, valid=torch.arange(6) >= torch.tensor([[0], [3]]))
-    keys, _ = cache.update(rows, rows, 0)
-    alone = KVSinkCache.for_model(model, 1, strict=True)
-    alone.frame = Frame(positions=positions[1:])
-    wanted, _ = alone.update(rows[1:], rows[1:], 0)
-    assert torch.equal(keys[1:], wanted)
 
 
 # -- checksums ---------------------------------------------------------------------------------------------------------
@@ -133,18 +118,6 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(model: Any, tmp_path: Pat
     with pytest.raises((KvsinkError, OSError)):
         cache.save(tmp_path / "nowhere" / "cache.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_digest_tells_values_names_shapes_and_text_apart() -> None:
-    one = {"a": torch.arange(6.0), "b": torch.zeros(0)}
-    base = digest.digest(one, {"x": 1})
-    assert base == digest.digest(dict(reversed(one.items())), {"x": 1, digest.DIGEST: "anything"})
-    others = [
-        ({**one, "a": torch.arange(6.0).view(2, 3)}, {"x": 1}), ({**one, "a": torch.arange(6.0).half()}, {"x": 1}),
-        ({"c": one["a"], "b": one["b"]}, {"x": 1}), ({"a": one["a"]}, {"x": 1}), (one, {"x": 2}),
-        ({**one, "a": torch.arange(6.0).index_fill(0, torch.tensor([2]), 2.0000002)}, {"x": 1}),
-    ]  # fmt: skip
-    assert len({base, *(digest.digest(t, r) for t, r in others)}) == 7
 
 
 def test_a_loaded_model_does_not_change_with_its_files(tiny_dir: Path, tmp_path: Path) -> None:

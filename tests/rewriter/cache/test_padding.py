@@ -21,7 +21,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 import kvsink
 from kvsink.cache.cache import KVSinkCache
 from kvsink.kernels import append_
-from kvsink.model.runtime import real_rows
 from tests.models import build, tokens
 from tests.states import append_arguments, layer_of, method_named, rows
 
@@ -83,7 +82,7 @@ def _padded(left: bool, told: bool = True, four: str = "", short: int = 19, long
             ids, mask = feed[:, step - 1 : step], F.pad(mask, (0, 1), value=1)
         n = ids.shape[1]
         places = ((mask.cumsum(1) - 1).clamp_min(0) if told else torch.arange(mask.shape[1]).expand(2, -1))[:, -n:]
-        call = {"input_ids": ids, "attention_mask": _four(mask, n, four) if four else mask}
+        call = {"input_ids": ids, "attention_mask": four(mask, n, four) if four else mask}
         form.batch.append(call | ({"position_ids": places} if told else {}))
         for i in range(2):
             real = mask[i, -n:] == 1
@@ -91,7 +90,7 @@ def _padded(left: bool, told: bool = True, four: str = "", short: int = 19, long
     return form
 
 
-def _four(mask: Tensor, new: int, kind: str) -> Tensor:
+def four(mask: Tensor, new: int, kind: str) -> Tensor:
     """A 2-D mask as a causal 4-D one: "bool", "additive", or "unmasked", where rows that would see nothing see everything."""
     slots = torch.arange(mask.shape[1])
     seen = (slots <= slots[-new:, None]) & (mask[:, None] == 1)
@@ -277,35 +276,6 @@ def test_packed_documents_by_a_mask_of_flex_attention(codec: str, look: int) -> 
 
 
 # -- which rows are real -------------------------------------------------------------------------------------------------
-
-
-class Held:
-    """A cache of which nothing is known but the rows it holds."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def first_slot(self, moved: bool = False) -> int:
-        return self.rows
-
-
-def test_real_rows_by_every_kind_of_mask() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
-    wanted = mask.bool()
-    assert torch.equal(real_rows(mask, 2, 5, Held(0)), wanted)
-    assert torch.equal(real_rows(F.pad(mask, (3, 0), value=1), 2, 5, Held(3)), wanted)
-    assert torch.equal(real_rows(F.pad(mask, (3, 4), value=1), 2, 5, Held(3)), wanted)  # more columns than tokens
-    for kind in ("bool", "additive", "unmasked"):
-        assert torch.equal(real_rows(_four(mask, 5, kind), 2, 5, Held(0)), wanted), kind
-        assert torch.equal(real_rows({"sliding_attention": None, "full_attention": _four(mask, 5, kind)}, 2, 5, Held(0)), wanted)
-        later = F.pad(mask, (3, 0), value=1)
-        assert torch.equal(real_rows(_four(later, 5, kind), 2, 5, Held(3)), wanted), kind
-    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool)
-    assert real_rows(causal.tril(), 2, 5, Held(0)).all() and real_rows(causal, 2, 5, Held(0)).all()
-    seen = _four(mask, 5, "bool")
-    block = create_block_mask(lambda b, h, q, kv: seen[b, 0, q, kv], 2, None, 5, 5, device="cpu")
-    assert torch.equal(real_rows(block, 2, 5, Held(0)), wanted)
-    assert real_rows(None, 2, 5, Held(0)) is None and real_rows({"full_attention": None}, 2, 5, Held(0)) is None
 
 
 def test_padding_does_not_widen_the_ranges_of_a_block() -> None:

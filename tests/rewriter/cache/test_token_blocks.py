@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import _BLOCK, KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.storage import BLOCK
 from kvsink.errors import UnsupportedError
 from kvsink.graph.backend import last_report, stock_plan
 from kvsink.graph.pipeline import run_passes
@@ -70,13 +71,13 @@ def test_static_equals_growing(model: Any) -> None:
 
 
 def test_growth_keeps_what_is_held(model: Any) -> None:
-    prompt, rest = tokens(1, _BLOCK - 3, seed=1), tokens(1, 8, seed=2)
-    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * _BLOCK)
+    prompt, rest = tokens(1, BLOCK - 3, seed=1), tokens(1, 8, seed=2)
+    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * BLOCK)
     feed(model, growing, prompt)
     before = [t.clone() for t in held(growing, 248)]
     one = feed(model, growing, *rest.split(1, dim=1))
     two = feed(model, static, prompt, *rest.split(1, dim=1))[:, -8:]
-    assert growing.packed_layers()[0].k_scale.shape[2] == 2 * _BLOCK // 4
+    assert growing.packed_layers()[0].k_scale.shape[2] == 2 * BLOCK // 4
     assert largest_difference(before, held(growing, 248)) == 0
     assert close(one, two)
 

@@ -18,7 +18,8 @@ from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
 from kvsink.model.fingerprint import fingerprint, same_model
-from kvsink.model.runtime import LayerPlan, Runtime
+from kvsink.model.runtime import Runtime
+from kvsink.model.tables import LayerPlan
 from tests.models import HEAD_DIM, LAYERS, build, tokens
 
 FLOAT32_SUMS = 1e-5

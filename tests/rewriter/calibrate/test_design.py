@@ -19,7 +19,8 @@ from kvsink.calibrate.statistics import SampleNeed
 from kvsink.codecs import Codec, SideSpec, group_size_for, hadamard_order
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.levels import distortion
-from kvsink.model.runtime import LayerPlan, Runtime
+from kvsink.model.runtime import Runtime
+from kvsink.model.tables import LayerPlan
 from tests.models import HEAD_DIM, KV_HEADS, LAYERS, build, tokens
 
 METHODS = sorted(kvsink.methods())

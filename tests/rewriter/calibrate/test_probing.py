@@ -11,8 +11,8 @@ import transformers as hf
 import kvsink
 from kvsink.calibrate.probing import look, probe_ids
 from kvsink.errors import UnsupportedError
+from kvsink.model.anatomy import Heads
 from kvsink.model.decoder import Decoder
-from kvsink.model.runtime import Heads
 from kvsink.model.turning import NONE, Turning
 from kvsink.tools.tiny_models import build_family
 

@@ -20,7 +20,8 @@ from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
-from kvsink.model.runtime import LayerPlan, Runtime
+from kvsink.model.runtime import Runtime
+from kvsink.model.tables import LayerPlan
 from tests.models import HEAD_DIM, HEADS, KV_HEADS, LAYERS, build, tokens
 
 BOTH = dict.fromkeys(range(LAYERS), (64,))
@@ -156,14 +157,13 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("chunk", [3, 128])
-def test_error_factors_are_those_of_the_theorem(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsink.calibrate.samples._CHUNK", chunk)
+def test_error_factors_are_those_of_the_theorem(chunk: int) -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 11, 8, generator=g, dtype=torch.float64) for h in (4, 2, 2))
     wanted = brute_force(q, k, v, 0.3)
     causal = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
     for mask in (None, causal, torch.where(causal, 0.0, -1e30)):
-        for got, want in zip(error_factors(q, k, v, 0.3, mask), wanted, strict=True):
+        for got, want in zip(error_factors(q, k, v, 0.3, mask, chunk), wanted, strict=True):
             assert got.shape == (1, 11, 2) and (got[0] - want).abs().max() <= 1e-5 * want.max()
 
 

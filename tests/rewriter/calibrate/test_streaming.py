@@ -18,8 +18,8 @@ from kvsink.calibrate.streaming import Job, Stream, stream_of
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.folder.checkpoint import Checkpoint
-from kvsink.folder.digest import DIGEST
 from kvsink.folder.loading import load_model
+from kvsink.model.digest import DIGEST
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import runtime_of
 from kvsink.outdir import rewrite_dir

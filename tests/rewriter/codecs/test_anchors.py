@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,14 @@ import torch
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import _BLOCK, KVSinkCache, KVSinkLayer
-from kvsink.errors import KvsinkError, UnsupportedError
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
+from kvsink.cache.storage import BLOCK
+from kvsink.errors import KvsinkError
 from kvsink.folder.sidecar import read_sidecar, write_sidecar
 from kvsink.graph.backend import last_report
 from kvsink.model.observed import OBSERVED
-from kvsink.model.runtime import detach, pivot_scores, position_hash
+from kvsink.model.runtime import detach
 from kvsink.report import counted_bits
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
@@ -129,10 +130,10 @@ def test_anchors_are_the_rows_and_come_with_a_union(model: Any) -> None:
 
 
 def test_static_equals_growing_over_a_block(model: Any) -> None:
-    ids = tokens(1, _BLOCK + 10, seed=5)
-    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * _BLOCK)
+    ids = tokens(1, BLOCK + 10, seed=5)
+    growing, static = KVSinkCache.for_model(model), KVSinkCache.for_model(model, 1, max_length=2 * BLOCK)
     for cache in (growing, static):
-        feed(model, cache, ids, (_BLOCK - 2, 1, 1, 1, 9))
+        feed(model, cache, ids, (BLOCK - 2, 1, 1, 1, 9))
     same(growing, static)
     places = [layer.exact_slot.shape[1] for c in (growing, static) for layer in c.packed_layers()]
     assert places == [2 + 52] * 4 and len(anchors(growing.packed_layers()[0])) == 27
@@ -243,65 +244,4 @@ def test_a_cache_that_nobody_observes_says_so(model: Any) -> None:
         cache.update(rows, rows, 0)
 
 
-def test_attention_that_cannot_be_observed_is_refused() -> None:
-    capped = build("gemma2")
-    with pytest.raises(UnsupportedError, match="caps its attention logits.*protect without anchors"):
-        kvsink.rewrite(capped, "rtn", protect="anchors:1%")
-    assert capped.config._attn_implementation == "eager" and "_kvsink_runtime" not in vars(capped)
-
-
 # -- random rows and pivots --------------------------------------------------------------------------------------------
-
-
-def test_random_rows_are_the_same_everywhere() -> None:
-    model = rewritten("llama", "sdpa", "rtn", protect="random:5")
-    wanted = sorted(position_hash(torch.arange(40)).topk(5).indices.tolist())
-    for chunks in ((40,), CHUNKS):
-        cache = KVSinkCache.for_model(model)
-        feed(model, cache, tokens(2, 40, seed=len(chunks)), chunks)
-        assert [sorted(r) for layer in cache.packed_layers() for r in layer.exact_slot.tolist()] == [wanted] * 4
-    hashes = position_hash(torch.arange(4096))
-    assert len(hashes.unique()) > 4090 and 0.48 < float(hashes.mean()) < 0.52
-    picks = [set(position_hash(torch.arange(n, n + 400)).topk(100).indices.tolist()) for n in (0, 400)]
-    assert 10 < len(picks[0] & picks[1]) < 45  # 25 by chance
-
-
-def test_pivots_pass_both_thresholds() -> None:
-    hidden = torch.ones(2, 6, 8) * 0.1
-    hidden[0, 2, 3], hidden[0, 4, 1], hidden[0, 5, 0] = -500.0, 99.0, 101.0
-    hidden[1] *= 10  # a median of 1: nothing below 1000 passes
-    hidden[1, 1, 1], hidden[1, 2, 2], hidden[1, 0, 0] = 900.0, -1100.0, 1e6
-    valid = torch.ones(2, 6, dtype=torch.bool)
-    valid[1, 0] = False
-    passed = pivot_scores(hidden, valid, 100.0, 1000.0)
-    assert {tuple(at) for at in (passed > float("-inf")).nonzero().tolist()} == {(0, 2), (0, 5), (1, 2)}
-    assert passed[0, 2] == 500.0 and pivot_scores(hidden, None, 100.0, 1000.0)[1, 0] == 1e6
-
-
-def test_pivots_are_fixed_at_the_end_of_the_prompt() -> None:
-    """Layer 1 shares what block 0 marks; a step of one token adds none, however large."""
-    model = rewritten("llama", "sdpa", "rtn")
-    from kvsink.codecs import Codec
-    from kvsink.codecs.protect import Segment, SinkStage
-    from kvsink.model.runtime import LayerPlan, Runtime, attach, runtime_of
-
-    codec = runtime_of(model).plans[0].codec
-    plans = [LayerPlan(Codec(codec.key, codec.value, (s.count,)), (s,)) for s in (Segment("first", 1), Segment("pivots:0:50:2", 3))]
-    attach(model, Runtime(model, tuple(plans), {}, (SinkStage(0, (0,), 1.0, 1.0),), "rtn"))
-    cache, ids = KVSinkCache.for_model(model), tokens(1, 22)
-    at = [0]
-
-    def grow(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        hidden = (out[0] if isinstance(out, tuple) else out).clone()
-        for place in (4, 9, 20):
-            if at[0] <= place < at[0] + hidden.shape[1]:
-                hidden[:, place - at[0], 5] = 300.0 + place
-        at[0] += hidden.shape[1]
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-
-    hook = model.model.layers[0].register_forward_hook(grow, with_kwargs=True, prepend=True)
-    for begin, end in pairwise((0, 6, 20, 21, 22)):
-        feed(model, cache, ids[:, begin:end], (end - begin,))
-    hook.remove()
-    first, pivots = cache.packed_layers()
-    assert first.exact_slot.tolist() == [[0]] and sorted(pivots.exact_slot[0].tolist()) == [-1, 4, 9]

@@ -71,7 +71,7 @@ def test_swapped_heads_are_found(monkeypatch: Any) -> None:
 
 
 def test_a_mask_off_by_one_is_found(monkeypatch: Any) -> None:
-    from kvsink.cache.cache import KVSinkLayer
+    from kvsink.cache.layer import KVSinkLayer
 
     plain = KVSinkLayer.attend
 

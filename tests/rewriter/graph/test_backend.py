@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kvsink
-from kvsink.cache.cache import _BLOCK
+from kvsink.cache.storage import BLOCK
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
 from kvsink.graph import backend
 from kvsink.graph.backend import kvsink_backend, last_report, split_options, stock_plan
@@ -147,14 +147,14 @@ def test_a_growing_cache_is_the_uncompiled_model(method: str, dynamic: bool | No
     model = rewritten("llama", "sdpa", method)
     run = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"}, dynamic=dynamic)
     caches = [kvsink.KVSinkCache.for_model(model) for _ in range(2)]
-    lengths = (_BLOCK - 2, 1, 1, 1, 1)  # storage is made in the first graph and longer in the fourth
+    lengths = (BLOCK - 2, 1, 1, 1, 1)  # storage is made in the first graph and longer in the fourth
     got, wanted = steps(run, caches[0], *lengths), steps(model, caches[1], *lengths)
     assert not torch._dynamo.utils.counters["graph_break"]
     report = last_report()
     assert report is not None and len(report.done("fuse")) == (0 if method == "antkv" else 2)
     assert largest_difference(got, wanted) <= FUSED_FLOAT32 * float(wanted[0].abs().max())
     for a, b in zip(caches[0].packed_layers(), caches[1].packed_layers(), strict=True):
-        assert torch.equal(a.k_codes[:, :, : a._held], b.k_codes[:, :, : b._held]) and a._held == b._held == _BLOCK + 2
+        assert torch.equal(a.k_codes[:, :, : a._held], b.k_codes[:, :, : b._held]) and a._held == b._held == BLOCK + 2
 
 
 @pytest.mark.parametrize("max_length", [None, 32])

@@ -18,7 +18,9 @@ from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import KvsinkError, UnknownName
 from kvsink.kernels.packing import unpack_bits
-from kvsink.model.runtime import Frame, runtime_of, visual_rows, visual_tokens
+from kvsink.model.frame import Frame
+from kvsink.model.hooks import Pivots
+from kvsink.model.runtime import runtime_of
 from kvsink.tools.bench_model import Shape, llama
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
 from tests.models import _DECODER, HEAD_DIM, KV_HEADS, build, tokens
@@ -121,12 +123,6 @@ def test_generate_sees_the_images(salient: Any) -> None:
     layer = cache.packed_layers()[0]
     assert levels(layer, 4, 0) <= {0, 1, 2, 3} and levels(layer, 9, 1) <= {0, 1, 2, 3}
     assert max(levels(layer, 4, 1)) == max(levels(layer, 21, 0)) == 15  # generated tokens are text
-
-
-def test_masks_and_tokens_are_read_from_the_config() -> None:
-    assert visual_tokens(llava().config) == (IMAGE,) and visual_tokens(build("llama").config) == ()
-    assert visual_rows(torch.tensor([[1, 9, 8]]), (9, 8)).tolist() == [[False, True, True]]
-    assert not visual_rows(torch.tensor([[1, 9]]), ()).any()
 
 
 # -- layer classes -----------------------------------------------------------------------------------------------------
@@ -252,7 +248,7 @@ def test_a_step_behind_pivots_compiles(tiles: bool) -> None:
         assert largest_difference(a, b) <= SOFTMAX_IN_FLOAT32 * 10 * float(b.abs().max())
     for a, b in zip(one.packed_layers(), two.packed_layers(), strict=True):
         assert torch.equal(a.k_codes, b.k_codes) and torch.equal(a.exact_slot, b.exact_slot)
-    hook = next(h for h in model.model.layers[0]._forward_hooks.values() if type(h).__name__ == "_Pivots")
+    hook = next(h for h in model.model.layers[0]._forward_hooks.values() if isinstance(h, Pivots))
     one.shared.frame = Frame()
     hook(model.model.layers[0], (), {"past_key_values": one}, torch.randn(2, 5, 512) * 1e3)
     assert [type(pair) for pair in one.shared.frame.candidates.values()] == [tuple]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.kernels.cuda import launch
 from kvsink.model.attention import causal_mask, install_attention, is_plain_causal
 from tests.kernels.cuda.emulated import Emulated, act_as_on_a_gpu

@@ -7,9 +7,10 @@ import torch
 
 import kvsink
 from kvsink.errors import ModelError
+from kvsink.model.anatomy import anatomy
 from kvsink.model.decoder import Decoder
 from kvsink.model.fingerprint import fingerprint
-from kvsink.model.runtime import LayerPlan, anatomy
+from kvsink.model.tables import LayerPlan
 from tests.models import build, tokens
 
 

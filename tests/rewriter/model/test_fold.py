@@ -15,8 +15,8 @@ import kvsink
 from kvsink.errors import UnsupportedError
 from kvsink.evaluate.folding import unfoldable
 from kvsink.kernels.hadamard import hadamard_matrix
+from kvsink.model.anatomy import anatomy
 from kvsink.model.fold import fold_value_rotation, foldable
-from kvsink.model.runtime import anatomy
 from tests.close import EXACT_FLOAT64, HALF_SCALE, largest_difference
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens
 

@@ -16,9 +16,10 @@ from kvsink.cache.cache import KVSinkCache
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
 from kvsink.graph.backend import last_report
 from kvsink.hf import install_generate
-from kvsink.model.runtime import Runtime, attach, runtime_of, towers
+from kvsink.model.anatomy import towers
+from kvsink.model.runtime import Runtime, attach, runtime_of
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
-from tests.vision import FAMILIES, IMAGE, build, plain, prompt
+from tests.vision import FAMILIES, build, plain, prompt
 
 IMAGES = (1, 2)
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -187,7 +188,7 @@ def test_towers_are_left_alone_with_a_reason(family: str) -> None:
 
 def seen_by(model: Any, given: dict[str, Tensor], run: Any = new_tokens) -> list[Tensor]:
     """The masks that reach the first layer of a cache while `run` runs."""
-    from kvsink.cache.cache import KVSinkLayer
+    from kvsink.cache.layer import KVSinkLayer
 
     masks: list[Tensor] = []
     original = KVSinkLayer._candidates
@@ -210,25 +211,6 @@ def salient(family: str) -> Any:
     model = build(family)
     kvsink.rewrite(model, "akvq-vl", calibration=calibration(family), layers="0:pattern=tsa", window=4)
     return model
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma3"])
-def test_the_mask_of_each_row_reaches_the_cache(family: str) -> None:
-    given = prompt(family, IMAGES)
-    masks = seen_by(salient(family), given)
-    assert torch.equal(masks[0], given["input_ids"] == IMAGE) and len(masks) == 6
-    assert not any(m.any() for m in masks[1:])  # what is generated is text
-
-
-def test_the_processor_is_believed_before_the_ids() -> None:
-    given = prompt("llava", IMAGES)
-    kinds = (given["input_ids"] == IMAGE).long()
-    kinds[0, -1] = 2  # the processor calls this token video
-
-    def forward(model: Any, inputs: dict[str, Tensor]) -> None:
-        model(**inputs, past_key_values=KVSinkCache.for_model(model, 2, 64))
-
-    assert torch.equal(seen_by(salient("llava"), {**given, "mm_token_type_ids": kinds}, forward)[0], kinds != 0)
 
 
 def test_a_mask_of_another_length_is_refused() -> None:

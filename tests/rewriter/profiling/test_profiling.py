@@ -10,7 +10,7 @@ import torch
 
 import kvsink
 from kvsink.errors import CalibrationError, UnsupportedError
-from kvsink.model.runtime import anatomy
+from kvsink.model.anatomy import anatomy
 from kvsink.profiling import ProfileOptions, load_profile, profile, profile_stages
 from kvsink.profiling.attention import AttentionSums, sink_decay, watching_attention
 from kvsink.profiling.health import sink_health

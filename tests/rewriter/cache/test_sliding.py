@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
+from transformers import DynamicCache
 
 import kvsink
+from kvsink.cache.cache import KVSinkCache
+from kvsink.errors import KvsinkError
 from kvsink.model.passing import given_cache
 from kvsink.tools.tiny_models import build_family
-from tests.models import tokens
+from tests.graphs import rewritten
+from tests.models import LAYERS, build, tokens
+from tests.rewriter.cache.feeding import close, feed
 
 ids = tokens(8, 64, seed=1)
 
@@ -55,3 +61,25 @@ def test_bits_are_counted_over_layers_that_hold_keys_and_by_what_they_hold() -> 
     window, full = (r for r in mixed.layers)
     assert window.elements * 4096 == full.elements * 8  # a window of 8 tokens
     assert mixed.bits < full.key_bits + 0.1
+
+
+def test_a_long_prompt_of_another_batch_passes_through_a_fixed_window() -> None:
+    stock, model = build("mistral-sliding"), rewritten("mistral-sliding", "sdpa", "rtn", key_bits=16, value_bits=16)
+    cache = KVSinkCache.for_model(model, 2, max_length=700)
+    for batch in (2, 1):
+        chunks = (tokens(batch, 400, seed=batch), tokens(batch, 1, seed=4))
+        assert close(feed(model, cache, *chunks), feed(stock, DynamicCache(config=stock.config), *chunks))
+        cache.reset()
+
+
+def test_sliding_layers_keep_transformers_own_cache() -> None:
+    model = rewritten("gemma3", "sdpa", "klt")
+    cache = KVSinkCache.for_model(model)
+    assert len(cache.layers) == LAYERS and [layer.layer for layer in cache.packed_layers()] == [1]
+    feed(model, cache, tokens(1, 20), tokens(1, 1))
+    stock = [t for t in vars(cache.layers[0]).values() if isinstance(t, Tensor)]
+    held = (*cache.packed_layers()[0].state(), *stock)
+    assert len(stock) >= 2
+    assert cache.nbytes() == sum(t.numel() * t.element_size() for t in held)
+    with pytest.raises(KvsinkError, match="layers that kvsink leaves alone cannot be saved"):
+        cache.save("nowhere.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-import kvsink.cache.cache
-from kvsink.cache.cache import KVSinkCache, KVSinkLayer
+import kvsink.cache.layer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
+from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
 from kvsink.kernels import backends
 from kvsink.kernels.append import append_ref
@@ -23,7 +26,7 @@ from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
 from tests.kernels.triton.test_attend import INTERPRETED, here, interpreter, run_in_the_interpreter
 from tests.models import LAYERS, build, tokens
-from tests.states import GPU
+from tests.states import GPU, method_named, shape_of
 
 
 class Reads(TorchDispatchMode):
@@ -66,7 +69,7 @@ def test_a_prompt_is_that_of_the_stock_model_and_steps_read_codes(family: str, m
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_device_is_read_once_for_all_layers(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsink.cache.cache.append", append_ref)  # in C, it reads the length
+    monkeypatch.setattr("kvsink.cache.layer.append", append_ref)  # in C, it reads the length
     model = rewritten("llama", "sdpa", "klt")
     ids, mask = tokens(2, 19, seed=1), torch.ones(2, 19, dtype=torch.int64)
     mask[0, : 4 * padded] = 0
@@ -130,16 +133,57 @@ def test_positions_that_do_not_all_run_ahead_alike_are_read_by_the_definition(
 ) -> None:
     model = rewritten("llama", "sdpa", "klt")
     chunks = tokens(1, 9, seed=1), tokens(1, 3, seed=2), tokens(1, 1, seed=3)
-    plain, outs, asked = kvsink.cache.cache.attention, [], []
-    monkeypatch.setattr("kvsink.cache.cache.attention", lambda *given: asked.append(given[1].shape[2]) or plain(*given))
+    plain, outs, reasons = kvsink.cache.layer.attention, [], set[str]()
+
+    def attention(q: Tensor, *given: Any) -> Tensor:
+        if q.shape[2] == 1:
+            reasons.add(attend_triton.declines(Codec.parse(given[-1]).format, shape_of(given[0], 4, exact=6), GPU))
+        return plain(q, *given)
+
+    monkeypatch.setattr("kvsink.cache.layer.attention", attention)
     for held in (KVSinkCache.for_model(model, 1, 64), far(KVSinkCache.for_model(model, 1, 64))):
-        asked.clear()
+        reasons.clear()
         for chunk, start in zip(chunks, places, strict=True):
             positions = torch.arange(start, start + chunk.shape[1])[None]
             out = fed(model, held, chunk, position_ids=positions)
         outs += out
     assert largest_difference(outs[0], outs[1]) <= FUSED_FLOAT32 * float(outs[0].abs().max())
-    assert (1 in asked) == by_kernel and 3 in asked
+    assert reasons == {"" if by_kernel else "positions that run ahead of their slots unevenly"}
+    for layer in held.packed_layers():
+        assert layer.stored_text() == KVSinkCache.for_model(model, 1, 64).packed_layers()[layer.layer].codec_text
+    held.reset()
+    reasons.clear()
+    fed(model, held, *chunks)
+    assert reasons == {""}
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_compiled_step_reads_no_position_that_its_tables_do_not_reach(fuse: bool) -> None:
+    model = rewritten("llama", "sdpa", "klt", value_bits=3)
+    run = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager", "kvsink.fuse": fuse})
+    held = KVSinkCache.for_model(model, 1, 64)
+    fed(model, held, tokens(1, 9))
+    for at, lost in ((9, False), (5000, False), (5001, True)):  # the newest row is read as it came
+        out = fed(run, held, tokens(1, 1), position_ids=torch.tensor([[at]]))[0]
+        assert bool(out.isnan().all()) == lost
+    held.reset()
+    fed(model, held, tokens(1, 9))
+    assert fed(run, held, tokens(1, 1))[0].isfinite().all()  # nothing is left of them behind the rows held
+    fed(run, held, tokens(1, 1), position_ids=torch.tensor([[5000]]))
+    again = fed(model, held, tokens(1, 1), position_ids=torch.tensor([[5001]]))[0]  # an uncompiled step makes the tables longer
+    held.crop(-1)
+    torch.testing.assert_close(fed(run, held, tokens(1, 1), position_ids=torch.tensor([[5001]]))[0], again)
+
+
+def test_a_loaded_cache_reads_all_its_positions_in_a_compiled_step(tmp_path: Path) -> None:
+    model, other = rewritten("llama", "sdpa", "klt"), rewritten("llama", "sdpa", "klt")  # each with tables of its own
+    held, places = KVSinkCache.for_model(model, 1, 64), torch.arange(5000, 5010)[None]
+    fed(model, held, tokens(1, 9), position_ids=places[:, :9])
+    held.save(tmp_path / "cache")
+    wanted = fed(model, held, tokens(1, 1), position_ids=places[:, 9:])[0]
+    run = torch.compile(other, backend="kvsink", options={"kvsink.inner": "eager"})
+    got = fed(run, KVSinkCache.load(tmp_path / "cache", other, 64), tokens(1, 1), position_ids=places[:, 9:])[0]
+    torch.testing.assert_close(got, wanted)
 
 
 def served_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]]) -> None:
@@ -162,6 +206,13 @@ def served_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, i
     table = tuple(map(served, backends.table()))
     monkeypatch.setattr(backends, "table", lambda: table)
     monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
+    plain = KVSinkLayer.lazy_initialization
+
+    def distant(self: KVSinkLayer, k: Tensor, v: Tensor) -> None:
+        plain(self, k, v)
+        self.distant = True
+
+    monkeypatch.setattr(KVSinkLayer, "lazy_initialization", distant)
 
 
 @here
@@ -185,13 +236,6 @@ def test_a_model_over_the_kernels_of_a_gpu(
 
     wanted, near = run()
     served_as_on_a_gpu(monkeypatch, asked)
-    plain = KVSinkLayer.lazy_initialization
-
-    def distant(self: KVSinkLayer, k: Tensor, v: Tensor) -> None:
-        plain(self, k, v)
-        self.distant = True
-
-    monkeypatch.setattr(KVSinkLayer, "lazy_initialization", distant)
     got, far_off = run()
     assert set(asked) == {("append", 29), ("append", 6), ("append", 1), ("attend", 1)}
     for one, two in zip(got, wanted, strict=True):
@@ -206,11 +250,52 @@ def test_a_model_over_the_kernels_of_a_gpu(
             assert largest_difference(a.recent_k, b.recent_k) <= FUSED_FLOAT32 * float(a.recent_k.abs().max())
 
 
+@here
+@interpreter
+@pytest.mark.parametrize("method", ["klt", "klt-dense"])
+def test_compiled_steps_over_the_kernels_of_a_gpu_read_every_position_or_none(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions that an uncompiled prompt brought are read by whoever can; of those that a compiled step brings itself, no kernel
+    knows before: logits are right or NaN."""
+    model, asked = rewritten("llama", "sdpa", method_named(method)), list[tuple[str, int]]()
+    run = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"})
+    chunks = tokens(2, 9, seed=1), tokens(2, 3, seed=2), *(tokens(2, 1, seed=s) for s in (3, 4))
+    shift, mask = torch.tensor([[0], [5]]), torch.ones(2, 14, dtype=torch.int64)
+    mask[1, :5] = 0
+
+    def fed_at(step: Any, places: tuple[int, ...], apart: int) -> list[Tensor]:
+        held, outs, at = KVSinkCache.for_model(model, 2, 64), [], 0
+        for chunk, start in zip(chunks, places, strict=True):
+            n = chunk.shape[1]
+            positions = torch.arange(start, start + n)[None] - shift + apart * torch.tensor([[0], [1]])
+            at += n
+            given = {"attention_mask": mask[:, :at], "position_ids": positions.clamp_min(0)}
+            outs += fed(step if n == 1 else model, held, chunk, **given)
+        return [out[:, -1] for out in outs]
+
+    cases = [((0, 9, 12, 13), 0), ((700, 709, 712, 713), 0), ((0, 500, 503, 504), 0), ((300, 9, 12, 13), 0), ((0, 9, 12, 13), 90),
+             ((0, 9, 12, 500), 0), ((0, 9, 12, 5000), 0)]  # fmt: skip
+    wanted = [fed_at(model, *case) for case in cases]
+    served_as_on_a_gpu(monkeypatch, asked)
+    for case, right in zip(cases, wanted, strict=True):
+        asked.clear()
+        torch._dynamo.reset()
+        *early, last = fed_at(run, *case)
+        for got, one in zip(early, right, strict=False):
+            assert largest_difference(got, one) <= FUSED_FLOAT32 * float(one.abs().max())
+        if case[0][-1] == 13 or case[0][-1] - case[0][-2] == 1:
+            assert largest_difference(last, right[-1]) <= FUSED_FLOAT32 * float(last.abs().max())
+            assert (("attend", 1) in asked) == (case in cases[:1])
+        else:
+            assert last.isnan().all() and ("attend", 1) in asked
+
+
 @pytest.mark.slow
 @here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(f"{__file__}::test_a_model_over_the_kernels_of_a_gpu", 2)
+    run_in_the_interpreter(__file__, 4, "over_the_kernels_of_a_gpu")
 
 
 class Launches(TorchDispatchMode):
