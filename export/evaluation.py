@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from kvsink.errors import EvaluationError
-from kvsink.evaluate.evaluation import EvalResult, versions
+from kvsink.evaluate.evaluation import versions
+from kvsink.evaluate.results import EvalResult
 from kvsink.export.runner import OnnxGenerator
 
 __all__ = ["evaluate_onnx"]

@@ -18,11 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import Calibration
-from kvsink.calibrate.streaming import SHARE_OF_MEMORY, Stream, available_memory, needs, skeleton
+from kvsink.calibrate.choices import RewriteOptions
+from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory, needs
+from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
+from kvsink.calibrate.record import Calibration
+from kvsink.calibrate.skeleton import skeleton
+from kvsink.calibrate.streaming import Stream
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.evaluate.imagetext import is_source, load_processor, prompts, read_examples
-from kvsink.evaluate.selfcheck import check_step
+from kvsink.evaluate.stepcheck import check_step
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.loading import load_model, load_tokenizer, pick_device, read_config
 from kvsink.folder.place import building, sweep
@@ -31,7 +35,7 @@ from kvsink.methods import get_method
 from kvsink.model.fold import FOLDED, folded
 from kvsink.model.runtime import runtime_of
 from kvsink.report import Report, versions
-from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite
+from kvsink.rewrite import rewrite
 from kvsink.saving import quantization_record, text_configs
 
 __all__ = ["rewrite_dir"]

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from kvsink.cache.served import served_lines
 from kvsink.cache.sliding import WINDOWED, window_of
 from kvsink.codecs import Codec, SideSpec
-from kvsink.model.offload import number_of, place_of
 from kvsink.model.runtime import Runtime
 
 __all__ = ["LayerReport", "Report", "counted_bits", "describe", "make_report", "versions"]
@@ -132,11 +130,13 @@ class Report:
         return "\n".join(lines).rstrip() + "\n"
 
 
-def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, notes: Sequence[str]) -> Report:
-    """The report of a rewritten model."""
+def make_report(
+    runtime: Runtime, name: str, dtype: torch.dtype, device: torch.device, protect: str, tokens: int, notes: Sequence[str]
+) -> Report:
+    """The report of a rewritten model of that name, whose weights are computed in `dtype` on `device`."""
     where = runtime.anatomy
     report = Report(
-        model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        model=name,
         method=runtime.method,
         protect=protect,
         stages=[asdict(s) for s in runtime.stages],
@@ -146,7 +146,7 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
         versions=versions(),
     )
     packed = sum(plan.codec is not None for plan in runtime.plans)
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = runtime.config.get_text_config(decoder=True)
     for i, plan in enumerate(runtime.plans):
         kind, (_, kv, key_dim, value_dim) = where.layer_types[i], where.layers[i]
         tokens = min(STATED_LENGTH, window_of(config, kind)) if kind in WINDOWED else STATED_LENGTH
@@ -167,7 +167,7 @@ def make_report(model: nn.Module, runtime: Runtime, protect: str, tokens: int, n
             f"{len(windowed)} layers with windows stay in 16 bit and hold {100 * share:.0f} % of the cache at {STATED_LENGTH} "
             "tokens; --sliding packs them too"
         )
-    report.served = served_lines(runtime, number_of(model).dtype, place_of(model), compiled=False)
+    report.served = served_lines(runtime, dtype, device, compiled=False)
     return report
 
 

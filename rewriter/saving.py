@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from kvsink.folder.sidecar import write_sidecar
-from kvsink.model.offload import weight_of
+from kvsink.model.offload import number_of, place_of, weight_of
 from kvsink.report import make_report, versions
 
 __all__ = ["quantization_record", "save_pretrained", "text_configs"]
@@ -68,7 +68,7 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
         return type(self)._upload_modified_files(self, *files, **options)
 
     parts = [self.config, *(getattr(self.config, name) for name in text_configs(self.config))]
-    bits = make_report(self, runtime, "", 0, ()).bits
+    bits = make_report(runtime, "", number_of(self).dtype, place_of(self), "", 0, ()).bits
     for part in parts:
         part.quantization_config = quantization_record(runtime.method, bits)
     self._upload_modified_files = upload

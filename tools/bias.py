@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import Calibration, calibrate
+from kvsink.calibrate.calibration import calibrate
 from kvsink.calibrate.design import gather_needs
+from kvsink.calibrate.record import Calibration
 from kvsink.errors import KvsinkError
 from kvsink.evaluate.evaluation import dynamic_cache, packed_cache
 from kvsink.methods import Method, methods

@@ -108,6 +108,7 @@ def command(
 
     import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
     from kvsink.evaluate import evaluation
+    from kvsink.evaluate.retrieval import passkey_retrieval
     from kvsink.folder.demo import resolve_model_dir
     from kvsink.folder.loading import load_model, load_tokenizer
 
@@ -138,7 +139,7 @@ def command(
         )
         if passkey:
             lengths = [n for n in (256, 512, 1024) if n <= window_tokens] or [256]
-            retrieve = partial(evaluation.passkey_retrieval, tokenizer=tokenizer, lengths=lengths, chunk=chunk)
+            retrieve = partial(passkey_retrieval, tokenizer=tokenizer, lengths=lengths, chunk=chunk)
             result = replace(result, passkey=retrieve(net, cache_factory=factory, progress=bar("passkey")))
             if reference is not None:
                 found = retrieve(reference, cache_factory=evaluation.dynamic_cache, progress=bar("passkey, reference"))

@@ -128,7 +128,9 @@ def _stream(
     source: Path, by_layer: bool | None, place: Any, dtype: str, prune: str | None, windows: int, window_tokens: int
 ) -> Any:
     """The checkpoint to read layer by layer, or None to load it whole; says first what memory either takes."""
-    from kvsink.calibrate.streaming import SHARE_OF_MEMORY, Stream, available_memory, skeleton
+    from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory
+    from kvsink.calibrate.skeleton import skeleton
+    from kvsink.calibrate.streaming import Stream
     from kvsink.errors import UnsupportedError
     from kvsink.folder.checkpoint import Checkpoint
     from kvsink.folder.loading import pick_dtype

@@ -152,6 +152,7 @@ def check_apart(source: Path, out_dir: Path) -> None:
 def measure(out_dir: Path, name: str, windows: int, window_tokens: int, device: str, progress: Any) -> Any:
     """Load what was written and compare it with its own weights on a stock cache; the row goes into both reports."""
     from kvsink.evaluate import evaluation
+    from kvsink.evaluate.results import markdown_table
     from kvsink.evaluate.texts import evaluation_text
     from kvsink.folder.loading import load_model, load_tokenizer
 
@@ -172,7 +173,7 @@ def measure(out_dir: Path, name: str, windows: int, window_tokens: int, device: 
         record = {**json.loads(report_json.read_text()), "quality": result.to_json()}
         replace_text(report_json, json.dumps(record, indent=2) + "\n")
     if report_md.is_file():
-        table = evaluation.markdown_table([result])
+        table = markdown_table([result])
         replace_text(report_md, f"{report_md.read_text()}\n## Quality\n\n{table}\n\n{result.provenance()}\n")
     return result
 

@@ -28,7 +28,7 @@ from kvsink.model.passing import given_cache
 from kvsink.model.rows import visual_tokens
 
 if TYPE_CHECKING:
-    from kvsink.calibrate.calibration import Calibration
+    from kvsink.calibrate.record import Calibration
 
 __all__ = ["RowSizes", "check_range", "exponent", "layer_sizes", "ranged", "seen_sizes"]
 

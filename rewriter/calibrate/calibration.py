@@ -5,144 +5,37 @@ Formula    emergence stage: a block whose largest |H| ends a rise by at least 2x
 Source     KVSink, arXiv 2508.04257 section 3; several stages per model are ours
 Differs    rows that will stay exact are left out of every statistic
 Shapes     ids int64 [N, T] windows of tokens
-Raises     CalibrationError for too few tokens, NaN or infinite activations, or a record of another model or version
+Raises     CalibrationError for too few tokens, and for NaN or infinite activations
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from kvsink.cache.hybrid import states_of
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.samples import Collector, frozen, watched
-from kvsink.calibrate.statistics import KeyStats, SampleNeed, Samples, ValueStats
+from kvsink.calibrate.statistics import KeyStats, SampleNeed, ValueStats
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.codecs.protect import Policy, SinkStage, segments_for_layer
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
-from kvsink.model.anatomy import Anatomy, anatomy
+from kvsink.model.anatomy import Anatomy
 from kvsink.model.candidates import order_candidates
-from kvsink.model.digest import DIGEST, check_digest, digest
-from kvsink.model.fingerprint import fingerprint, same_model
+from kvsink.model.decoder import Decoder
 from kvsink.model.frame import Frame
-from kvsink.model.offload import place_of
-from kvsink.model.passing import given_cache
-from kvsink.model.runtime import Runtime, attach, detach
+from kvsink.model.runtime import Runtime
 from kvsink.model.tables import LayerPlan
 
-__all__ = ["Calibration", "calibrate", "find_stages"]
+__all__ = ["calibrate", "find_stages", "gather"]
 
-FORMAT = "kvsink-calibration-1"
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Calibration:
-    """Everything one calibration run leaves: enough to build every codec that asked for it."""
-
-    stages: tuple[SinkStage, ...]
-    keys: dict[tuple[int, int], KeyStats]  # (layer, block)
-    values: dict[int, ValueStats]
-    fingerprint: Tensor
-    tokens: int
-    largest: list[float] = field(default_factory=list)  # largest |H| per block output
-    medians: list[float] = field(default_factory=list)
-    samples: dict[int, Samples] = field(default_factory=dict)  # layer → rows, where a quantizer learns from them
-
-    def save(self, path: str | Path) -> None:
-        """One safetensors file; tensors by name, the rest as JSON in its header."""
-        tensors = {"fingerprint": self.fingerprint}
-        for (layer, block), k in self.keys.items():
-            for name in ("count", "first", "second"):
-                tensors[f"keys.{layer}.{block}.{name}"] = getattr(k, name).contiguous()
-        for layer, v in self.values.items():
-            for name in ("count", "total", "second"):
-                tensors[f"values.{layer}.{name}"] = getattr(v, name).contiguous()
-        for layer, rows in self.samples.items():
-            for name, tensor in rows.tensors().items():
-                tensors[f"samples.{layer}.{name}"] = tensor.contiguous()
-        meta = {
-            "format": FORMAT, "tokens": str(self.tokens), "stages": json.dumps([asdict(s) for s in self.stages]),
-            "largest": json.dumps(self.largest), "medians": json.dumps(self.medians),
-        }  # fmt: skip
-        meta[DIGEST] = digest(tensors, meta)
-        save_file(tensors, str(path), metadata=meta)
-
-    def merge(self, other: Calibration) -> None:
-        """Add another shard of the same model, made for the same needs. Raises CalibrationError when it is not."""
-        if not same_model(self.fingerprint, other.fingerprint):
-            raise CalibrationError("the two calibration records are of different weights; merge shards of one model only")
-        for what in ("keys", "values", "samples"):
-            mine, others = getattr(self, what), getattr(other, what)
-            if set(mine) != set(others):
-                raise CalibrationError(
-                    f"the two calibration records hold {what} of different layers or blocks; make every shard with the same needs"
-                )
-        for at, k in self.keys.items():
-            k.merge(other.keys[at])
-        for layer, v in self.values.items():
-            v.merge(other.values[layer])
-        for layer, rows in self.samples.items():
-            self.samples[layer] = rows.merge(other.samples[layer])
-        self.tokens += other.tokens
-        self.stages = self.stages or other.stages
-
-    @classmethod
-    def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:
-        """Read a record; with `model`, refuse one that was made from other weights."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
-            if meta.get("format") != FORMAT:
-                raise CalibrationError(
-                    f"{path} is not a calibration record of this version (format {meta.get('format')!r}, "
-                    f"expected {FORMAT!r}); calibrate again"
-                )
-            keys: dict[tuple[int, int], dict[str, Tensor]] = {}
-            values: dict[int, dict[str, Tensor]] = {}
-            samples: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                parts = name.split(".")
-                if parts[0] == "keys":
-                    keys.setdefault((int(parts[1]), int(parts[2])), {})[parts[3]] = tensor
-                elif parts[0] == "values":
-                    values.setdefault(int(parts[1]), {})[parts[2]] = tensor
-                elif parts[0] == "samples":
-                    samples.setdefault(int(parts[1]), {})[parts[2]] = tensor
-            record = cls(
-                stages=tuple(
-                    SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"])
-                    for s in json.loads(meta["stages"])
-                ),
-                keys={at: KeyStats(**k) for at, k in keys.items()},
-                values={at: ValueStats(**v) for at, v in values.items()},
-                fingerprint=tensors["fingerprint"],
-                tokens=int(meta["tokens"]),
-                largest=json.loads(meta["largest"]),
-                medians=json.loads(meta["medians"]),
-                samples={at: Samples(**rows) for at, rows in samples.items()},
-            )
-        except (
-            OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError
-        ) as error:
-            raise CalibrationError(f"calibration record {path} cannot be read ({error}); calibrate again") from error
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise CalibrationError(f"calibration record {path} holds NaN or infinite numbers; calibrate again")
-        check_digest(tensors, meta, f"calibration record {path}", CalibrationError, "calibrate again")
-        if model is not None and not same_model(record.fingerprint, fingerprint(model)):
-            raise CalibrationError(f"calibration record {path} was made from other weights; calibrate this model again")
-        return record
 
 
 # -- emergence ---------------------------------------------------------------------------------------------------------
@@ -162,11 +55,11 @@ def find_stages(largest: list[float], medians: list[float], channels: list[tuple
 class _BlockRecorder:
     """Forward hooks that keep, per block output, the largest |H| per channel and the mean of its medians."""
 
-    def __init__(self, model: nn.Module, where: Anatomy) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self.peak: dict[int, Tensor] = {}
         self.median: dict[int, list[float]] = {}
         self.handles = [
-            model.get_submodule(name).register_forward_hook(self._record(i)) for i, name in enumerate(where.blocks)
+            decoder.model.get_submodule(name).register_forward_hook(self._record(i)) for i, name in enumerate(decoder.where.blocks)
         ]
 
     def _record(self, i: int) -> Callable[..., None]:
@@ -270,11 +163,11 @@ def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return [{"input_ids": row[None]} for row in ids] if isinstance(ids, Tensor) else list(ids)
 
 
-def _run(model: nn.Module, prompt: Mapping[str, Any], device: torch.device, **options: Any) -> Any:
+def _run(decoder: Decoder, prompt: Mapping[str, Any], **options: Any) -> Any:
     """One forward pass; a prompt whose pictures and placeholders do not agree is named."""
-    inputs = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in prompt.items()}
+    inputs = {n: t.to(decoder.device) if isinstance(t, Tensor) else t for n, t in prompt.items()}
     try:
-        return model(**inputs, **options)
+        return decoder.model(**inputs, **options)
     except ValueError as error:
         if len(prompt) == 1:
             raise
@@ -329,7 +222,16 @@ def calibrate(
     samples ask for. known: stages found by a profile, taken as they are. stream: runs a model without weights by layers.
     where: what is known of the model's layers. Raises CalibrationError.
     """
-    where = anatomy(model) if where is None else where
+    return gather(Decoder(model, where, stream), ids, policies, blocks, batch, progress, samples, known)
+
+
+def gather(
+    decoder: Decoder, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]],
+    blocks: dict[int, tuple[int, ...]], batch: int = 1, progress: Progress | None = None,
+    samples: Mapping[int, SampleNeed] | None = None, known: tuple[SinkStage, ...] | None = None,
+) -> Calibration:  # fmt: skip
+    """`calibrate` of a model that has been looked at."""
+    where, stream = decoder.where, decoder.stream
     prompts = _prompts(ids)
     given = sum(int(p["attention_mask"].sum()) if "attention_mask" in p else p["input_ids"].numel() for p in prompts)
     wanted = dict(samples or {})
@@ -345,19 +247,18 @@ def calibrate(
             f"{given} calibration tokens are too few for head_dim={widest}; give at least {4 * widest}"
         )
     tell = progress or (lambda what, done, total: None)
-    device = place_of(model) if stream is None else stream.device
     if stream is not None and any(n.fisher for n in wanted.values()):
         raise CalibrationError(
             "weights by the gradient of the loss need the whole model at once; use a method without them, or a larger machine"
         )
-    recorder = _BlockRecorder(model, where)
+    recorder = _BlockRecorder(decoder)
     few = prompts[:2]
     try:
         with torch.no_grad():
             if stream is not None:
                 stream.run([Job(p["input_ids"]) for p in few], partial(tell, "finding sinks"))
             for i in range(len(few) if stream is None else 0):
-                _run(model, few[i], device, use_cache=False)
+                _run(decoder, few[i], use_cache=False)
                 tell("finding sinks", i + 1, len(few))
     finally:
         recorder.close()
@@ -367,8 +268,7 @@ def calibrate(
     medians = [sum(found) / len(found) if (found := recorder.median.get(i)) else 0.0 for i in range(n)]
     top = [tuple(int(c) for c in peak.topk(min(4, peak.numel())).indices) for peak in peaks]
     stages = find_stages(largest, medians, top) if known is None else known
-    weights = fingerprint(model) if stream is None else stream.fingerprint()
-    out = Calibration(stages, {}, {}, weights, 0, largest, medians)
+    out = Calibration(stages, {}, {}, decoder.fingerprint(), 0, largest, medians)
     for layer, lengths in blocks.items():
         _, kv, key_dim, value_dim = where.layers[layer]
         out.values[layer] = ValueStats.empty(kv, value_dim)
@@ -377,36 +277,30 @@ def calibrate(
     if not blocks:
         return out
     plans = tuple(LayerPlan(None, segments_for_layer(policies[i], i, stages) if i in blocks else ()) for i in range(n))
-    runtime, earlier = Runtime(model, plans, {}, stages, "calibration", where), model.__dict__.get("_kvsink_runtime")
+    runtime = decoder.carrying(plans, {}, stages, "calibration")
     collector = Collector(wanted, len(prompts)) if wanted else None
     step = 1 if collector is not None and collector.weighs else batch
     if step > 1 and isinstance(ids, Tensor):
         prompts = [{"input_ids": ids[i : i + step]} for i in range(0, len(ids), step)]
-    attach(model, runtime)
-    try:
-        with frozen(model), watched(model, where, collector):
-            if stream is not None:
-                assert isinstance(ids, Tensor)
-                make = partial(_looking_on, runtime, out, blocks, collector)
-                _by_layers(stream, ids, make, collector, partial(tell, "calibrating"))
-                out.tokens += ids.numel()
-            at = 0
-            for prompt in prompts if stream is None else ():
-                rows, start = prompt["input_ids"].to(device), at
-                at += len(rows)
-                cache = _looking_on(runtime, out, blocks, collector)
-                if collector is not None:
-                    collector.begin(start)
-                with torch.set_grad_enabled(collector is not None and collector.fisher):
-                    logits = _run(model, prompt, device, **given_cache(model, cache), use_cache=True).logits
-                    if collector is not None and collector.fisher:
-                        collector.backward(logits, rows)
-                out.tokens += int(prompt["attention_mask"].sum()) if "attention_mask" in prompt else rows.numel()
-                tell("calibrating", at, sum(len(p["input_ids"]) for p in prompts))
-    finally:
-        detach(model)
-        if earlier is not None:
-            attach(model, earlier)
+    with decoder.attached(runtime), frozen(decoder.model.parameters()), watched(decoder, collector):
+        if stream is not None:
+            assert isinstance(ids, Tensor)
+            make = partial(_looking_on, runtime, out, blocks, collector)
+            _by_layers(stream, ids, make, collector, partial(tell, "calibrating"))
+            out.tokens += ids.numel()
+        at = 0
+        for prompt in prompts if stream is None else ():
+            rows, start = prompt["input_ids"].to(decoder.device), at
+            at += len(rows)
+            cache = _looking_on(runtime, out, blocks, collector)
+            if collector is not None:
+                collector.begin(start)
+            with torch.set_grad_enabled(collector is not None and collector.fisher):
+                logits = _run(decoder, prompt, **decoder.given(cache), use_cache=True).logits
+                if collector is not None and collector.fisher:
+                    collector.backward(logits, rows)
+            out.tokens += int(prompt["attention_mask"].sum()) if "attention_mask" in prompt else rows.numel()
+            tell("calibrating", at, sum(len(p["input_ids"]) for p in prompts))
     if collector is not None:
         out.samples = collector.samples(out.tokens)
     for (layer, _), keys in out.keys.items():

@@ -24,8 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import Calibration
 from kvsink.calibrate.kmeans import assign, weighted_kmeans
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import Samples
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.calibration import Calibration
 from kvsink.calibrate.codebooks import Turn, learn
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import SampleNeed
 from kvsink.codecs import SideSpec
 from kvsink.codecs.codec import TABLE_TOKENS

@@ -24,16 +24,17 @@ from torch import Tensor, nn
 
 from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import SideSpec
-from kvsink.errors import CalibrationError, KvsinkError
+from kvsink.errors import CalibrationError, KvsinkError, UnsupportedError
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.methods import Method
+from kvsink.model.decoder import Decoder
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
 
 if TYPE_CHECKING:
     from kvsink.report import Report
 
-__all__ = ["Curves", "Plan", "allocate", "candidates", "choose_plan", "layers_text", "sides"]
+__all__ = ["Curves", "Plan", "allocate", "candidates", "choose_plan", "layers_text", "planned", "sides"]
 
 Widths = tuple[tuple[float, float], ...]  # of every layer: key and value bits; (16, 16) where a layer is left alone
 Rewrite = Callable[..., "Report"]
@@ -305,3 +306,19 @@ def _uniform(
     fitting.sort(key=lambda f: curves.total(f[1]))
     best = fitting[:2]
     return best + [f for f in fitting[2:] if f[0] == base]
+
+
+def planned(
+    decoder: Decoder, run: Rewrite, method: Method, base: tuple[float, float], ids: Tensor, budget: float | None,
+    progress: Progress | None = None,
+) -> Plan:  # fmt: skip
+    """`choose_plan` over the widths that a method can take; the model is afterwards as it was."""
+    if method.modality is not None:
+        raise UnsupportedError(f"method {method.name} gives its layers widths by their attention pattern; use --plan uniform")
+    earlier, training = decoder.runtime, decoder.model.training
+    decoder.model.eval()
+    try:
+        return choose_plan(decoder.model, run, base, ids, budget, candidates(method), progress)
+    finally:
+        decoder.restore(earlier)
+        decoder.model.train(training)

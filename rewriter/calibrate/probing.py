@@ -19,14 +19,15 @@ from transformers.cache_utils import DynamicCache
 
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.model.anatomy import Anatomy, Heads
+from kvsink.model.adapters import inner_model
+from kvsink.model.anatomy import Anatomy, Heads, anatomy, check_kind, towers
 from kvsink.model.attention import NOTES, install_attention
-from kvsink.model.offload import number_of, place_of
+from kvsink.model.decoder import Decoder
 from kvsink.model.passing import cache_of, given_cache
 from kvsink.model.rows import visual_tokens
 from kvsink.model.turning import NONE, Turning, find_turning, rotary_tables
 
-__all__ = ["look", "probe_ids", "unknown_turnings"]
+__all__ = ["check", "look", "probe_ids", "unknown_turnings"]
 
 TOKENS = 16
 _HYBRID = {"LinearAttentionAndFullAttentionLayer": "hybrid", "LinearAttentionAndSlidingWindowAttentionLayer": "hybrid_sliding"}
@@ -52,17 +53,40 @@ class _Layer:
     indexed: bool
 
 
-@torch.no_grad()
-def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anatomy:
-    """The anatomy of a model with what a look at its keys adds: heads and widths, turnings, layers without keys of their own.
+def check(model: nn.Module, stream: Stream | None = None, where: Anatomy | None = None) -> tuple[Decoder, list[str]]:
+    """A model that can be rewritten, looked at, and what a report is to say of it. where: what an earlier look has found."""
+    model = inner_model(model)
+    check_kind(model)
+    earlier: Any = model.__dict__.get("_kvsink_runtime")
+    if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
+        raise UnsupportedError(
+            f"this model has been rewritten by {earlier.method}, which turned its value weights; load the model again, or "
+            "rewrite the first time with fold=False"
+        )
+    notes = [
+        f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
+        for name, count in towers(model).items()
+    ]
+    decoder = Decoder(model, anatomy(model) if where is None else where, stream)
+    if where is None:
+        decoder.where = look(decoder)
+    if unknown := unknown_turnings(decoder.where):
+        kept = [NONE if t is None else t for t in decoder.where.turnings]
+        decoder.where = replace(decoder.where, turnings=tuple(kept))
+        notes.append(
+            f"keys of layers {unknown} turn with position in a way that is not known here: they are coded as they are turned"
+        )
+    return decoder, notes
 
-    stream: runs a model without weights by layers.
-    """
+
+@torch.no_grad()
+def look(decoder: Decoder) -> Anatomy:
+    """The anatomy of a model with what a look at its keys adds: heads and widths, turnings, layers without keys of their own."""
+    model, where, stream = decoder.model, decoder.where, decoder.stream
     install_attention()
     base = _taking_tokens(model, where.base)
-    device = place_of(model) if stream is None else stream.device
-    ids = probe_ids(model, TOKENS).to(device)
-    limit = getattr(_text_config(model), "max_position_embeddings", None) or POSITIONS[-1] + 1
+    ids = probe_ids(model.config, TOKENS).to(decoder.device)
+    limit = getattr(decoder.config, "max_position_embeddings", None) or POSITIONS[-1] + 1
     positions = [p for p in POSITIONS if p < limit] if where.rotary is not None else [0]
     seen: dict[int, _Seen] = {}
     if stream is None:
@@ -70,7 +94,7 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
     training = model.training
     model.eval()
     try:
-        found = [_pass(model, base, ids, p, seen if p == 0 else None, stream) for p in positions]
+        found = [_pass(decoder.config, base, ids, p, seen if p == 0 else None, stream) for p in positions]
     except KvsinkError:
         raise
     except Exception as error:  # whatever a model raises that wants more than tokens
@@ -89,7 +113,7 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
     found = [(layers + [_Layer(None, None, "", False)] * count)[:count] for layers in found]  # 5.17 leaves shared layers out
     at = {model.get_submodule(name): i for i, name in enumerate(where.attentions)}
     readers = {i: [next((at[m] for m in _around(model, r) if m in at), -1) for r in s.readers] for i, s in seen.items()}
-    asking = bool(getattr(model, "_supports_attention_backend", False)) and _text_config(model)._attn_implementation == "sdpa"
+    asking = bool(getattr(model, "_supports_attention_backend", False)) and decoder.config._attn_implementation == "sdpa"
     layers: list[Heads] = []
     turnings: list[Turning | None] = []
     absent: list[str] = []
@@ -103,7 +127,7 @@ def look(model: nn.Module, where: Anatomy, stream: Stream | None = None) -> Anat
             continue
         query = next(iter(seen[i].queries), usual.query) if i in seen else usual.query
         layers.append(Heads(query, first.keys.shape[1], first.keys.shape[3], first.values.shape[3]))
-        turnings.append(_turning(model, where, i, [p[i].keys for p in found], positions))
+        turnings.append(_turning(decoder, i, [p[i].keys for p in found], positions))
         asks = seen.get(i)
         silent = not asks.readers and asking if asks is not None else False
         odd = asks is not None and bool(readers[i]) and (not asks.as_given or readers[i] != [i])
@@ -120,18 +144,14 @@ def unknown_turnings(where: Anatomy) -> list[int]:
     return [i for i, t in enumerate(where.turnings) if t is None]
 
 
-def probe_ids(model: nn.Module, rows: int, length: int = 1, seed: int = 0) -> Tensor:
-    """Token ids int64 [rows, length] from all over the vocabulary, none of which stands for a picture."""
-    config, generator = _text_config(model), torch.Generator().manual_seed(seed)
+def probe_ids(whole: Any, rows: int, length: int = 1, seed: int = 0) -> Tensor:
+    """Token ids int64 [rows, length] from all over the vocabulary, none of which stands for a picture. whole: a model's config."""
+    config, generator = whole.get_text_config(decoder=True), torch.Generator().manual_seed(seed)
     ids = torch.randint(min(3, config.vocab_size - 1), config.vocab_size, (rows, length), generator=generator)
-    taken = torch.tensor([*visual_tokens(model.config), -1])
+    taken = torch.tensor([*visual_tokens(whole), -1])
     special = [getattr(config, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")]
     spare = next(t for t in range(config.vocab_size) if t not in taken.tolist() and t not in special)
     return torch.where(torch.isin(ids, taken), spare, ids)
-
-
-def _text_config(model: nn.Module) -> Any:
-    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
 
 
 def _check_own_cache(model: nn.Module, base: nn.Module, ids: Tensor) -> None:
@@ -157,10 +177,10 @@ def _check_own_cache(model: nn.Module, base: nn.Module, ids: Tensor) -> None:
 
 
 def _pass(
-    model: nn.Module, base: nn.Module, ids: Tensor, position: int, seen: dict[int, _Seen] | None, stream: Stream | None
+    config: Any, base: nn.Module, ids: Tensor, position: int, seen: dict[int, _Seen] | None, stream: Stream | None
 ) -> list[_Layer]:
-    """One pass of single tokens at one position over transformers' own cache."""
-    cache = DynamicCache(config=_text_config(model))
+    """One pass of single tokens at one position over transformers' own cache. config: of the decoder."""
+    cache = DynamicCache(config=config)
     if seen is not None:
         for i, layer in enumerate(cache.layers):
             if hasattr(layer, "update"):
@@ -240,13 +260,12 @@ def _absent(layer: _Layer, index: int, readers: dict[int, list[int]], attention:
     return "none: it stores no keys and values"
 
 
-def _turning(
-    model: nn.Module, where: Anatomy, layer: int, keys: list[Tensor | None], positions: list[int]
-) -> Turning | None:
+def _turning(decoder: Decoder, layer: int, keys: list[Tensor | None], positions: list[int]) -> Turning | None:
+    where = decoder.where
     rows = [k[:, :, 0].double() for k in keys if k is not None]
     if where.rotary is None or len(rows) < 2:
         return NONE
-    rotary = model.get_submodule(where.rotary)
+    rotary = decoder.model.get_submodule(where.rotary)
     tables = []
     for p in positions[1:]:  # one at a time: angles may depend on the largest position asked for
         try:
@@ -254,5 +273,5 @@ def _turning(
         except (KeyError, AttributeError):  # no angles for layers of this kind
             break
         tables.append((cos[0, 0], sin[0, 0]))
-    coarse = max(torch.finfo(number_of(model).dtype).eps, torch.finfo(torch.float32).eps)
+    coarse = max(torch.finfo(decoder.dtype).eps, torch.finfo(torch.float32).eps)
     return find_turning(rows[0], rows[1:], tables, min(0.1, 16 * coarse))

@@ -14,7 +14,7 @@ Raises     CalibrationError where attention cannot be watched, for NaN, and for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvsink.calibrate.statistics import SAMPLE_ROWS, SampleNeed, Samples
 from kvsink.errors import CalibrationError
-from kvsink.model.anatomy import Anatomy
+from kvsink.model.decoder import Decoder
 
 __all__ = ["Collector", "error_factors", "frozen", "watched"]
 
@@ -168,9 +168,9 @@ class Collector:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """No weight wants a gradient, for the length of the context."""
-    held = [p for p in model.parameters() if p.requires_grad]
+    held = [p for p in weights if p.requires_grad]
     for p in held:
         p.requires_grad_(False)
     try:
@@ -181,17 +181,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watched(model: nn.Module, where: Anatomy, collector: Collector | None) -> Iterator[None]:
-    """Every attention call of `model` is shown to the collector, if it weighs errors."""
+def watched(decoder: Decoder, collector: Collector | None) -> Iterator[None]:
+    """Every attention call of a model is shown to the collector, if it weighs errors."""
     if collector is None or not collector.error:
         yield
         return
-    config: Any = model.config
+    model, config = decoder.model, decoder.model.config
     earlier = config._attn_implementation
-    attentions = [model.get_submodule(name) for name in where.attentions]
+    attentions = [model.get_submodule(name) for name in decoder.where.attentions]
     AttentionInterface.register(WATCH, _watching)
     AttentionMaskInterface.register(WATCH, sdpa_mask)
-    model.set_attn_implementation(WATCH)  # type: ignore[operator]
+    model.set_attn_implementation(WATCH)
     try:
         if config._attn_implementation != WATCH:
             raise CalibrationError(
@@ -199,12 +199,12 @@ def watched(model: nn.Module, where: Anatomy, collector: Collector | None) -> It
                 "Fisher weights or none"
             )
         for layer, attention in enumerate(attentions):
-            attention._kvsink_watch = _see(collector, layer)  # type: ignore[assignment]
+            attention._kvsink_watch = _see(collector, layer)
         yield
     finally:
         for attention in attentions:
             attention.__dict__.pop("_kvsink_watch", None)
-        model.set_attn_implementation(earlier)  # type: ignore[operator]
+        model.set_attn_implementation(earlier)
 
 
 def _see(collector: Collector, layer: int) -> Callable[..., None]:

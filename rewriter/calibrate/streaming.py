@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvsink.calibrate.skeleton import skeleton
 from kvsink.errors import ModelError, UnsupportedError
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.conversion import Weights
@@ -36,67 +37,16 @@ from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.passing import given_cache
 
-__all__ = ["SHARE_OF_MEMORY", "Job", "Needs", "Stream", "available_memory", "skeleton", "stream_of"]
+__all__ = ["Job", "Stream", "stream_of"]
 
-SHARE_OF_MEMORY = 0.8  # a model that needs more of the free memory is read layer by layer
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc alone has it
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit.isdigit():
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _give_back() -> None:
     """Ask glibc to return what it holds of freed tensors; without it, a process grows by the activations of many windows."""
     if _trim is not None:
         _trim(0)
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules register are shapes alone; buffers (angles, for one) stay real."""
-    plain = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        plain(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = plain  # type: ignore[method-assign]
-
-
-def skeleton(folder: str | Path) -> Any:
-    """The model of a folder in float32 without its weights."""
-    from transformers import AutoConfig
-
-    from kvsink.folder.loading import model_class, refusal
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with _parameters_on_meta():
-            model = model_class(Path(folder)).from_config(config, dtype=torch.float32)
-    except Exception as error:  # transformers raises its own kinds
-        raise ModelError(refusal(Path(folder), error)) from error
-    model.tie_weights()
-    model.config._name_or_path = str(folder)
-    return model.eval()
 
 
 @dataclass
@@ -112,24 +62,6 @@ class Job:
     hidden: Tensor | None = None
     frame: Any = None
     calls: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes a run needs: memory with the whole model and by layers (`base` of it for Python, torch and transformers), and disk."""
-
-    whole: int
-    by_layer: int
-    disk: int
-    base: int = 0
-
-    @property
-    def memory(self) -> str:
-        """Both ways in words."""
-        return f"about {self.whole / 2**30:.1f} GiB of memory with the whole model, {self.by_layer / 2**30:.1f} GiB layer by layer"
-
-    def __str__(self) -> str:
-        return f"{self.memory}, and {self.disk / 2**30:.1f} GiB of disk"
 
 
 class Stream:
@@ -389,27 +321,6 @@ def _shared(
                 if own not in names[at]:
                     names[at].append(own)
     return names, places
-
-
-def needs(model: Any, checkpoint: Checkpoint, tokens: int, window: int) -> Needs:
-    """What a rewrite of the model takes on a CPU, where weights are float32; activations of `tokens` in windows of `window`."""
-    config = model.config.get_text_config(decoder=True)
-    where = anatomy(model)
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
-    layer = max(sum(s for n, s in sizes.items() if n.startswith(b + ".")) for b in where.blocks)
-    largest = max((e.nbytes for n, e in checkpoint.entries.items() if n.startswith(where.blocks)), default=0)
-    embedding = max((e.nbytes for e in checkpoint.entries.values()), default=0)
-    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    width = max(inner) if isinstance(inner, list | tuple) else inner  # of each layer, where they differ
-    busy = 4 * window * (4 * hidden + 4 * width)  # of the window that is in a layer
-    stats = 8 * len(where.blocks) * where.kv_heads * where.head_dim * (2 * where.head_dim + 64)
-    base = 600 << 20  # Python, torch and transformers
-    return Needs(
-        whole=base + 4 * sum(sizes.values()) + busy + 4 * window * config.vocab_size + stats,
-        by_layer=base + max(embedding, 4 * layer + largest) + 4 * tokens * hidden + busy + stats,
-        disk=checkpoint.nbytes + stats,
-        base=base,
-    )
 
 
 def stream_of(folder: str | Path, device: torch.device) -> Stream:

@@ -17,8 +17,7 @@ import dataclasses
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from kvsink.errors import EvaluationError
 from kvsink.evaluate.reference import Reference
+from kvsink.evaluate.results import EvalResult
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
 
@@ -35,125 +35,6 @@ Progress = Callable[[int, int], None]
 """(windows done, windows in all)."""
 
 STOCK = "stock cache"
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_PASSKEYS = (71432, 20598, 84617, 39051, 56283, 10974, 62745, 97306)
-
-
-@dataclass(frozen=True)
-class PasskeyResult:
-    """How often a five-digit number hidden in filler text was repeated correctly within 8 greedy tokens."""
-
-    right: int
-    total: int
-    rows: tuple[dict[str, Any], ...] = ()  # length, depth, right, said
-
-    @property
-    def fraction(self) -> float:
-        return self.right / self.total if self.total else math.nan
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """One row: what was measured, on what, and with what."""
-
-    model: str
-    method: str
-    text: str
-    windows: int
-    window_tokens: int
-    chunk: int
-    batch: int
-    tokens: int  # tokens that were predicted: windows * (window_tokens - 1)
-    perplexity: float
-    bits_per_element: float
-    cache_nbytes: int  # of one batch of `batch` rows at `window_tokens` tokens
-    baseline: str | None = None
-    baseline_perplexity: float | None = None
-    baseline_bits_per_element: float | None = None
-    baseline_cache_nbytes: int | None = None
-    kl: float | None = None
-    top1: float | None = None
-    window_nll: tuple[float, ...] = ()
-    baseline_window_nll: tuple[float, ...] = ()
-    passkey: PasskeyResult | None = None
-    baseline_passkey: PasskeyResult | None = None
-    device: str = ""
-    dtype: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    sink_decay: tuple[float | None, ...] | None = None  # D_sink by layer, of the packed cache against the reference
-
-    @property
-    def perplexity_change(self) -> float | None:
-        """Relative change against the reference: 0.05 is five per cent worse."""
-        return None if self.baseline_perplexity is None else self.perplexity / self.baseline_perplexity - 1
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dump`, with the derived numbers included."""
-        record = dataclasses.asdict(self)
-        for name in ("passkey", "baseline_passkey"):
-            if (result := getattr(self, name)) is not None:
-                record[name]["fraction"] = result.fraction
-        return {**record, "perplexity_change": self.perplexity_change}
-
-    def table(self) -> Any:
-        """The row and its reference as a rich table."""
-        from rich.table import Table
-
-        table = Table(
-            title=f"{self.model}: {self.windows} windows of {self.window_tokens} tokens in chunks of {self.chunk}",
-            caption=self.provenance(),
-        )
-        for heading in HEADINGS:
-            table.add_column(heading, justify="left" if heading == "cache" else "right")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """Cells under HEADINGS: the reference first, where there is one."""
-        change, kl, top1 = self.perplexity_change, self.kl, self.top1
-        compared = ("", "", "")
-        rows: list[tuple[str, ...]] = []
-        if change is not None and kl is not None and top1 is not None and self.baseline_perplexity is not None:
-            compared = (f"{change:+.2%}", f"{kl:.4f}", f"{top1:.1%}")
-            held = self._held(self.baseline_bits_per_element, self.baseline_cache_nbytes)
-            quality = (f"{self.baseline_perplexity:.3f}", "", "", "", _share(self.baseline_passkey))
-            rows.append((f"{self.baseline} (reference)", *held, *quality))
-        held = self._held(self.bits_per_element, self.cache_nbytes)
-        rows.append((self.method, *held, f"{self.perplexity:.3f}", *compared, _share(self.passkey)))
-        return rows
-
-    def _held(self, bits: float | None, nbytes: int | None) -> tuple[str, str]:
-        if bits is None or nbytes is None:
-            return "", ""
-        return f"{bits:.2f}", f"{nbytes / (self.batch * self.window_tokens) / 1e3:.2f}"
-
-    def provenance(self) -> str:
-        """Text, tokens, device and versions in one line."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"{self.text}; {self.tokens} tokens predicted; {self.batch} rows at a time; {self.device}, {self.dtype};"
-            f" {versions}; {self.seconds:.0f} s"
-        )
-
-
-HEADINGS = ("cache", "bits", "KB/token", "perplexity", "change", "KL (nats)", "top-1", "passkey")
-
-
-def markdown_table(results: Sequence[EvalResult]) -> str:
-    """The rows of several results as one Markdown table; a reference that appears twice is listed once."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
-    for result in results:
-        for row in result.rows():
-            line = "| " + " | ".join(cell or " " for cell in row) + " |"
-            if line not in lines:
-                lines.append(line)
-    return "\n".join(lines)
-
-
-def _share(result: PasskeyResult | None) -> str:
-    return "" if result is None else f"{result.right}/{result.total}"
 
 
 def dynamic_cache(model: Any, batch_size: int, max_length: int) -> Any:
@@ -240,7 +121,7 @@ def evaluate(
     agree = torch.zeros(count, dtype=torch.float64)
     largest: tuple[float, int] = (math.nan, 0)
     base_largest: tuple[float, int] = (math.nan, 0)
-    with _evaluating(model, baseline), torch.no_grad():
+    with evaluating(model, baseline), torch.no_grad():
         for first in range(0, count, batch):
             rows = ids[first : first + batch].to(_device(model))
             cache = cache_factory(model, len(rows), length)
@@ -315,82 +196,6 @@ def evaluate(
     )
 
 
-def passkey_retrieval(
-    model: Any,
-    tokenizer: Any,
-    cache_factory: CacheFactory | None = None,
-    lengths: Sequence[int] = (256, 512, 1024),
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
-    chunk: int = 64,
-    new_tokens: int = 8,
-    progress: Progress | None = None,
-) -> PasskeyResult:
-    """Hide a number at each depth of a filler text of each length, ask for it, and count exact answers.
-
-    The prompts of one length are rows of one batch, exactly that long, so no padding is involved.
-    """
-    if cache_factory is None:
-        cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
-    found: list[dict[str, Any]] = []
-    with _evaluating(model), torch.no_grad():
-        for done, length in enumerate(lengths):
-            keys = [str(_PASSKEYS[(done * len(depths) + i) % len(_PASSKEYS)]) for i in range(len(depths))]
-            prompts = [passkey_prompt(tokenizer, key, length, depth) for key, depth in zip(keys, depths, strict=True)]
-            ids = torch.tensor(prompts, device=_device(model))  # [depths, length]
-            cache = cache_factory(model, len(depths), length + new_tokens)
-            for start in range(0, length, chunk):
-                logits = model(
-                    ids[:, start : start + chunk], **given_cache(model, cache), use_cache=True, logits_to_keep=1
-                ).logits
-            said = []
-            for step in range(new_tokens):
-                said.append(logits[:, -1].argmax(-1, keepdim=True))
-                if step + 1 < new_tokens:
-                    logits = model(said[-1], **given_cache(model, cache), use_cache=True).logits
-            for key, depth, answer in zip(keys, depths, torch.cat(said, 1), strict=True):
-                words = tokenizer.decode(answer, skip_special_tokens=True)
-                found.append({"length": length, "depth": depth, "right": key in words, "key": key, "said": words})
-            if progress is not None:
-                progress(done + 1, len(lengths))
-    return PasskeyResult(right=sum(row["right"] for row in found), total=len(found), rows=tuple(found))
-
-
-def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[int]:
-    """Exactly `length` token ids: an instruction, filler with the key at `depth` of it, and the question."""
-
-    def encode(words: str) -> list[int]:
-        return list(tokenizer(words, add_special_tokens=False)["input_ids"])
-
-    opening = "There is an important number hidden inside a lot of irrelevant text. Find it and memorize it.\n"
-    question = "\nWhat is the pass key?"
-    answer = "The pass key is"
-    if getattr(tokenizer, "chat_template", None):
-        mark = "<<filler>>"
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": opening + mark + question}], tokenize=False, add_generation_prompt=True
-        )
-        before, after = chat.split(mark)
-        after += answer
-    else:
-        start = tokenizer.bos_token or ""
-        before, after = start + opening, question + " " + answer
-    head, tail = encode(before), encode(after)
-    needle = encode(f" The pass key is {key}. Remember it. {key} is the pass key.")
-    room = length - len(head) - len(tail) - len(needle)
-    if room < 0:
-        raise EvaluationError(
-            f"a passkey prompt of {length} tokens is too short; it needs at least {length - room}. Pass longer lengths"
-        )
-    sentences = [encode(" " + words + ".") for words in _FILLER.rstrip(".").split(". ")]
-    filler: list[int] = []
-    ends = [0]
-    while len(filler) < room:
-        filler += sentences[(len(ends) - 1) % len(sentences)]
-        ends.append(len(filler))
-    cut = max(end for end in ends if end <= max(0, min(int(depth * room), room)))
-    return head + filler[:cut] + needle + filler[cut:room] + tail
-
-
 def cache_size(cache: Any) -> tuple[float, int]:
     """(bits per element, bytes): as the cache counts them, or from the tensors of a stock cache."""
     if hasattr(cache, "bits_per_element"):
@@ -404,11 +209,12 @@ def versions() -> dict[str, str]:
     """The versions a row must carry."""
     import importlib.metadata
 
-    names = {"kvsink": "kvsink", "torch": "torch", "transformers": "transformers", "triton": "triton"}
-    found = {"python": platform.python_version()}
-    for name, package in names.items():
+    from kvsink import __version__  # not the metadata of an editable install, which stay those of the day it was made
+
+    found = {"python": platform.python_version(), "kvsink": __version__}
+    for name in ("torch", "transformers", "triton"):
         try:
-            found[name] = importlib.metadata.version(package)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return {**found, "torch": str(torch.__version__)}
@@ -453,7 +259,7 @@ def _check_ids(model: Any, ids: Tensor) -> None:
         )
 
 
-class _evaluating:
+class evaluating:
     """Switch models to eval mode and back."""
 
     def __init__(self, *models: Any) -> None:

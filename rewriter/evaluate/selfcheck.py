@@ -17,28 +17,25 @@ Cost       some 200 tokens through the model; by layers (`Stream`), four passes 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvsink.cache.cache import KVSinkCache
 from kvsink.calibrate.probing import probe_ids
-from kvsink.calibrate.streaming import Job, Stream
+from kvsink.calibrate.streaming import Job
 from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.kernels.read import read_ref
-from kvsink.model.anatomy import Anatomy
-from kvsink.model.fold import FOLDED, fold_value_rotation
-from kvsink.model.offload import number_of, place_of
-from kvsink.model.passing import given_cache
+from kvsink.model.decoder import Decoder
 from kvsink.model.runtime import Runtime
 
-__all__ = ["Check", "at_eight_bits", "check_cache", "check_fold", "check_step", "refused_folds", "rounding"]
+__all__ = ["Check", "at_eight_bits", "check_cache", "off", "passes", "rounding"]
 
 CHUNKS = (20, 6, 1)  # the first grows with the rows that a codec keeps as they came
 PADDING = 5
@@ -89,80 +86,6 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return apart if apart == apart else float("inf")
 
 
-# -- folding -----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def refused_folds(
-    model: nn.Module, where: Anatomy, orders: Mapping[int, int], storage: torch.dtype | None, stream: Stream | None = None
-) -> tuple[dict[int, str], float, Tensor | None]:
-    """Layers whose value rotation of order `orders[layer]` cannot go into the weights, each with the reason, the largest
-    difference of the others, and the logits [2, 12, V] of the model as it is (None by layers), for `check_fold`. Every layer is
-    tried on its own: folded, run again on the same input, and put back."""
-    refused: dict[int, str] = {i: "other layers read its values" for i in orders if i in where.apart}
-    worst = 0.0
-
-    def tried(layer: int) -> Callable[..., None]:
-        def hook(attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal worst
-            found = _tried(attention, orders[layer], storage, args, kwargs, _first(output))
-            bound = rounding(_coarsest(attention, storage))
-            if found is None or not found <= bound:
-                what = "it cannot be run alone" if found is None else f"its output changes by {found:.2g} of its size"
-                refused[layer] = f"{what}: something stands between its values and the projection behind them"
-            else:
-                worst = max(worst, found)
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer in orders.keys() - refused.keys():
-            module = model.get_submodule(where.attentions[layer])
-            stack.callback(module.register_forward_hook(tried(layer), with_kwargs=True).remove)
-        logits = _run(model, where, stream, [(probe_ids(model, 2, 12, 1), None, None, None)], logits=stream is None)
-    return refused, worst, logits[0] if logits else None
-
-
-@torch.no_grad()
-def check_fold(model: nn.Module, where: Anatomy, before: Tensor, storage: torch.dtype | None) -> float:
-    """The logits of `refused_folds` against those of the model with every rotation in its weights. Raises UnsupportedError."""
-    after = _run(model, where, None, [(probe_ids(model, 2, 12, 1), None, None, None)])[0]
-    bound = rounding(_coarsest(model, storage)) * len(where.blocks) ** 0.5
-    if torch.isfinite(before).all() and not (found := off(after, before)) <= bound:
-        raise UnsupportedError(
-            f"self-check: with value rotations in its weights the model's own logits, without a cache, change by {found:.2g} of "
-            f"their size ({bound:.2g} would be rounding); rewrite with fold=False"
-        )
-    return off(after, before)
-
-
-def _tried(
-    attention: nn.Module, order: int, storage: torch.dtype | None, args: Any, kwargs: dict[str, Any], wanted: Tensor
-) -> float | None:
-    held = {n: p for n, p in attention.named_parameters() if n in FOLDED}
-    kept = {n: p.detach().clone() for n, p in held.items()}
-    try:
-        fold_value_rotation(attention, order, storage)
-        found = _first(attention.forward(*args, **kwargs))
-    except Exception:  # a module that cannot be run twice proves nothing
-        return None
-    finally:
-        for name, p in held.items():
-            p.copy_(kept[name])
-    return off(found, wanted)
-
-
-def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return found
-
-
-def _coarsest(attention: nn.Module, storage: torch.dtype | None) -> torch.dtype:
-    """The dtype of fewest bits among the weights and what they are stored in."""
-    kinds = [number_of(attention).dtype, *([storage] if storage is not None else [])]
-    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
-
-
 # -- the cache ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +125,7 @@ def _like(runtime: Runtime, change: Callable[[Codec], Codec], segments: bool) ->
 
 
 @torch.no_grad()
-def check_cache(model: nn.Module, runtime: Runtime, stream: Stream | None = None) -> Check:
+def check_cache(decoder: Decoder, runtime: Runtime) -> Check:
     """Compare the packed cache of a rewritten model with transformers' own. Raises UnsupportedError at the first fault."""
     where, check = runtime.anatomy, Check()
     ring = max((p.codec.ring for p in runtime.plans if p.codec is not None), default=0)
@@ -211,7 +134,7 @@ def check_cache(model: nn.Module, runtime: Runtime, stream: Stream | None = None
     limit = getattr(runtime.config.get_text_config(decoder=True), "max_position_embeddings", None) or sum(chunks)
     if where.rotary is None:  # positions may stand in a table that ends
         chunks = (min(chunks[0], max(1, limit - sum(CHUNKS[1:]))), *CHUNKS[1:])
-    ids, device = probe_ids(model, 2, sum(chunks), 2), _device(model, stream)
+    ids, device = probe_ids(runtime.config, 2, sum(chunks), 2), decoder.device
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -226,18 +149,18 @@ def check_cache(model: nn.Module, runtime: Runtime, stream: Stream | None = None
     for chunk in chunks:
         end = at + chunk
         given = [(ids[:, at:end].to(device), mask[:, :end].to(device), positions[:, at:end].to(device), c) for c in caches]
-        for found, logits in zip(rows, _run(model, where, stream, given), strict=True):
+        for found, logits in zip(rows, passes(decoder, given), strict=True):
             found.append(logits)
         if any(int(layer.length) != end for layer in caches[1].packed_layers() if not layer.is_sliding):
             raise UnsupportedError(
-                f"self-check: {type(model).__name__} stores other rows than those of its tokens, such as a prompt of its own; "
-                "it is left as it is"
+                f"self-check: {type(decoder.model).__name__} stores other rows than those of its tokens, such as a prompt of "
+                "its own; it is left as it is"
             )
         if not at:
             _check_rows(runtime, caches[0], caches[1], mask[:, :end].bool().to(device), check)
         at = end
     wanted = torch.cat(rows[0][1:], 1)
-    dtype = number_of(model).dtype if stream is None else torch.float32
+    dtype = decoder.dtype if decoder.stream is None else torch.float32
     check.coded = _check_logits("8-bit codes", torch.cat(rows[1][1:], 1), wanted, LOGITS_OFF)
     if not anchored:
         loose = max(rounding(dtype) * len(where.blocks) ** 0.5, 1e-3 if dtype == torch.float32 else 0.0)
@@ -297,29 +220,26 @@ def describe_side(codec: Codec, name: str) -> str:
     return ", ".join(["centred", *stages] if side.center else stages)
 
 
-def _device(model: nn.Module, stream: Stream | None) -> torch.device:
-    return place_of(model) if stream is None else stream.device
-
-
 Given = tuple[Tensor, "Tensor | None", "Tensor | None", Any]  # ids, mask, positions, cache
 
 
-def _run(model: nn.Module, where: Anatomy, stream: Stream | None, given: Sequence[Given], logits: bool = True) -> list[Tensor]:
-    """One pass over each of the inputs: their logits [B, S, V]."""
+def passes(decoder: Decoder, given: Sequence[Given], logits: bool = True) -> list[Tensor]:
+    """One pass of a model over each of the inputs: their logits [B, S, V]. Raises UnsupportedError where it cannot be run."""
+    model, stream = decoder.model, decoder.stream
     out: list[Tensor] = []
     if stream is not None:
         jobs = [Job(ids.to(stream.device), cache, positions=at, mask=mask) for ids, mask, at, cache in given]
         stream.run(jobs, logits=(lambda _, found: out.append(found)) if logits else None)
         return out
-    takes = _names(model)
+    takes = _names(model.forward)
     training = model.training
     model.eval()
     try:
         for ids, mask, at, cache in given:
             more: dict[str, Any] = {"use_cache": cache is not None}
-            more |= {} if cache is None else given_cache(model, cache)
+            more |= {} if cache is None else decoder.given(cache)
             more |= {n: t for n, t in (("attention_mask", mask), ("position_ids", at)) if t is not None and n in takes}
-            out.append(model(input_ids=ids.to(_device(model, None)), **more).logits)
+            out.append(model(input_ids=ids.to(decoder.device), **more).logits)
     except KvsinkError:
         raise
     except Exception as error:  # whatever a model raises on a cache it cannot use
@@ -332,91 +252,6 @@ def _run(model: nn.Module, where: Anatomy, stream: Stream | None, given: Sequenc
     return out
 
 
-def _names(model: nn.Module) -> set[str]:
-    import inspect
-
-    found = set(inspect.signature(model.forward).parameters)
+def _names(forward: Callable[..., Any]) -> set[str]:
+    found = set(inspect.signature(forward).parameters)
     return found | {"attention_mask", "position_ids"} if "kwargs" in found else found
-
-
-# -- the compiled step ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def check_step(model: nn.Module, runtime: Runtime, notes: list[str]) -> float | None:
-    """Steps of the compiled model against the same steps uncompiled, over two caches of a fixed length filled alike.
-
-    The graph runs operator by operator: what is checked is what the passes made of it. It holds the first layers of the model, as
-    many as it takes to have one of every kind. Where it cannot be run at all, a note is left. Raises UnsupportedError.
-    """
-    dtype = number_of(model).dtype
-    with _first_layers(model, runtime.anatomy, _one_of_each(runtime)):
-        try:
-            plain, compiled = _steps(model)
-        except KvsinkError:
-            raise
-        except Exception as error:  # a model that wants a mask of its own over a cache of a fixed length
-            notes.append(
-                f"a compiled step was not checked: {type(error).__name__}: {' '.join(str(error).split())[:160]}; leave "
-                "compile_config and torch.compile out"
-            )
-            return None
-    apart = off(compiled, plain)
-    bound = max(rounding(dtype) * len(runtime.plans) ** 0.5, 1e-3 if dtype == torch.float32 else 0.0)
-    if not apart <= bound:
-        raise UnsupportedError(
-            f"self-check: a compiled step gives logits {apart:.2g} of their size off the same step uncompiled ({bound:.2g} would "
-            "be rounding); leave this model as it is, or rewrite it with --no-check and do not compile it"
-        )
-    return apart
-
-
-def _steps(model: nn.Module) -> list[Tensor]:
-    """Logits of the last of three steps behind a prompt of eight tokens, uncompiled and compiled."""
-    ids = probe_ids(model, 1, 11, 3).to(place_of(model))
-    found = []
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"}, dynamic=False)
-    for step in (model, compiled):
-        cache = KVSinkCache.for_model(model, 1, 256)
-        model(input_ids=ids[:, :8], use_cache=True, **given_cache(model, cache))
-        for at in range(8, 11):
-            logits = step(input_ids=ids[:, at : at + 1], use_cache=True, **given_cache(model, cache)).logits
-        found.append(logits)
-    torch._dynamo.reset()
-    return found
-
-
-def _one_of_each(runtime: Runtime) -> int:
-    """Layers from the first on that show every kind: of layer, heads, turning, codec but for its widths, and sources of rows."""
-    seen, last = set(), 0
-    where = runtime.anatomy
-    for i, plan in enumerate(runtime.plans):
-        codec = None if plan.codec is None else at_eight_bits(plan.codec)
-        sources = tuple(dict.fromkeys(s.source.partition(":")[0] for s in plan.segments))
-        kinds = tuple(s.kind for s in (plan.codec.key, plan.codec.value)) if plan.codec is not None else ()
-        kind = where.layer_types[i], where.layers[i], where.turnings[i], codec and replace(codec, segments=()), sources, kinds
-        if kind not in seen:
-            seen.add(kind)
-            last = i
-    return last + 1
-
-
-@contextmanager
-def _first_layers(model: nn.Module, where: Anatomy, count: int) -> Iterator[None]:
-    """The model with its first layers alone, where they stand in one list and a pass over them goes through."""
-    path = where.blocks[0].rpartition(".")[0]
-    blocks = model.get_submodule(path)
-    if not isinstance(blocks, nn.ModuleList) or count >= len(blocks) or len(blocks) != len(where.blocks):
-        yield
-        return
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, blocks[:count])
-    try:
-        try:
-            model(input_ids=probe_ids(model, 1, 2), use_cache=False)
-        except Exception:  # a model that counts its layers elsewhere runs whole
-            setattr(model.get_submodule(owner), name, blocks)
-        yield
-    finally:
-        setattr(model.get_submodule(owner), name, blocks)

@@ -5,7 +5,7 @@ Source     ours
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kvsink.model.fold import is_plain
 from kvsink.model.offload import weight_of
 
-__all__ = ["fingerprint", "same_model"]
+__all__ = ["fingerprint", "fingerprint_of", "same_model"]
 
 
 def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None, within: str = "") -> Tensor:
@@ -23,11 +23,16 @@ def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None,
     weight: gives a parameter by name, where the model holds none. within: the part of the model to look at alone.
     """
     parts = ((n, p) for n, p in model.named_parameters() if n.startswith(f"{within}." if within else ""))
+    return fingerprint_of(parts, (lambda name: weight_of(model, name)) if weight is None else weight)
+
+
+def fingerprint_of(parts: Iterable[tuple[str, Tensor]], weight: Callable[[str], Tensor]) -> Tensor:
+    """`fingerprint` of parameters by name, which `weight` reads."""
     named = sorted((n, p) for n, p in parts if p.numel() >= 16 and is_plain(p))
     step = max(1, len(named) // 64)
     out = []
-    for name, p in named[::step][:64]:
-        p = weight_of(model, name) if weight is None else weight(name)  # type: ignore[assignment]
+    for name, _ in named[::step][:64]:
+        p = weight(name)
         index = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
         out.append(p.detach().flatten()[index].float().cpu())
     return torch.cat(out) if out else torch.zeros(0)

@@ -10,7 +10,7 @@ Declines   fused, weight-quantized or shared projections, and value norms betwee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,12 +43,12 @@ def is_plain(weight: Any) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def shared_weights(model: nn.Module) -> frozenset[int]:
-    """ids of the weights that stand under more than one name, or in memory that another stands in too: what turns one would turn
-    the others."""
+def shared_weights(named: Iterable[tuple[str, Tensor]]) -> frozenset[int]:
+    """ids of the weights, of all `named_parameters(remove_duplicate=False)` of a model, that stand under more than one name, or in
+    memory that another stands in too: what turns one would turn the others."""
     seen: dict[int, int] = {}
     spans: list[tuple[int, int, int]] = []
-    for _, p in model.named_parameters(remove_duplicate=False):
+    for _, p in named:
         seen[id(p)] = seen.get(id(p), 0) + 1
         if seen[id(p)] == 1 and type(p) is nn.Parameter and not p.is_meta and p.numel() and p.layout == torch.strided:
             reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) + 1

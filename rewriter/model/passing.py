@@ -11,14 +11,15 @@ from typing import Any
 
 import transformers
 
-__all__ = ["cache_name", "cache_of", "given_cache"]
+__all__ = ["cache_name", "cache_of", "given_cache", "name_in"]
 
 
 _NEW = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 24)
 
 
 @lru_cache(maxsize=256)
-def _name(forward: Any) -> str:
+def name_in(forward: Any) -> str:
+    """The keyword under which a function takes a cache, or hands it on."""
     taken = inspect.signature(forward).parameters if forward is not None else ()
     if "cache" in taken or "past_key_values" in taken:
         return "cache" if "cache" in taken else "past_key_values"
@@ -29,7 +30,7 @@ def cache_name(model: Any) -> str:
     """The keyword under which `model`, compiled or with adapters around it, takes its cache."""
     model = getattr(model, "_orig_mod", model)
     inner = getattr(model, "get_base_model", None)  # adapters: their own forward takes anything
-    return _name(getattr(type(inner() if inner is not None else model), "forward", None))
+    return name_in(getattr(type(inner() if inner is not None else model), "forward", None))
 
 
 def given_cache(model: Any, cache: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import UnsupportedError
-from kvsink.model.anatomy import Anatomy
+from kvsink.model.anatomy import Anatomy, anatomy
 from kvsink.model.hooks import EndFrame, Massive, Modality, NewFrame, Observe, Pivots, Positions, Stage
 from kvsink.model.observed import Observer, switch_attention
 from kvsink.model.rows import visual_tokens
@@ -31,7 +31,8 @@ class Runtime(Tables):
         self, model: nn.Module, plans: tuple[LayerPlan, ...], tables: Mapping[str, Tensor], stages: tuple[SinkStage, ...],
         method: str, where: Anatomy | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, plans, tables, where)
+        where = anatomy(model) if where is None else where
+        super().__init__(plans, tables, where, model.get_submodule(where.rotary) if where.rotary else None)
         self.config: Any = model.config
         self._through_functions = bool(getattr(model, "_supports_attention_backend", False))
         self.stages, self.method = stages, method
@@ -42,6 +43,11 @@ class Runtime(Tables):
     def asks(self) -> bool:
         """Whether attention goes through transformers' "sdpa" function, where a layer can answer it."""
         return self._through_functions and self.config.get_text_config(decoder=True)._attn_implementation == "sdpa"
+
+    @property
+    def anchored(self) -> list[int]:
+        """Layers that keep anchors, and so have their queries looked at."""
+        return [i for i, p in enumerate(self.plans) if p.codec is not None and p.codec.anchors is not None]
 
     @property
     def turns(self) -> bool:
@@ -90,12 +96,12 @@ def attach(model: nn.Module, runtime: Runtime) -> None:
         for name in around:  # the model itself first, then inwards to the decoder
             outer = model.get_submodule(name)
             handles.insert(0, outer.register_forward_pre_hook(Modality(outer, tokens), with_kwargs=True, prepend=True))
-    anchored = [i for i, p in enumerate(runtime.plans) if p.codec is not None and p.codec.anchors is not None]
-    for layer in anchored:
+    for layer in runtime.anchored:
         attention = model.get_submodule(a.attentions[layer])
         attention._kvsink_observer = Observer()  # type: ignore[assignment]
         handles.append(attention.register_forward_pre_hook(Observe(attention, layer), with_kwargs=True))
-    switch_attention(model, bool(anchored))
+    if runtime.anchored:
+        switch_attention(model, True)
     model._kvsink_runtime = runtime  # type: ignore[assignment]
     model._kvsink_handles = handles  # type: ignore[assignment]
 
@@ -113,7 +119,7 @@ def detach(model: nn.Module) -> None:
     earlier = model.__dict__.pop("_kvsink_runtime", None)
     for name in earlier.anatomy.attentions if earlier is not None else ():
         model.get_submodule(name).__dict__.pop("_kvsink_observer", None)
-    if earlier is not None:
+    if earlier is not None and earlier.anchored:
         switch_attention(model, False)
 
 

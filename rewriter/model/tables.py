@@ -18,7 +18,7 @@ from kvsink.codecs import Codec
 from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.codecs.protect import Segment
 from kvsink.kernels.layout import TileTables, key_rows
-from kvsink.model.anatomy import Anatomy, anatomy
+from kvsink.model.anatomy import Anatomy
 from kvsink.model.turning import rotary_tables, turns_back
 
 __all__ = ["LayerPlan", "Tables"]
@@ -37,17 +37,16 @@ class Tables:
     """Plans, calibrated tables and rotary angles of one model.
 
     plans: one LayerPlan per layer; tables: tensors named `layers.{i}.{param}` (float32, or int64 permutations); where: what is
-    known of the model, None to look at its modules alone.
+    known of the model; rotary: its module that gives the angles of RoPE, which is copied.
     """
 
     def __init__(
-        self, model: nn.Module, plans: tuple[LayerPlan, ...], tables: Mapping[str, Tensor], where: Anatomy | None = None
+        self, plans: tuple[LayerPlan, ...], tables: Mapping[str, Tensor], where: Anatomy, rotary: nn.Module | None
     ) -> None:
-        self.anatomy = anatomy(model) if where is None else where
+        self.anatomy = where
         self.plans = plans
         self.tables = dict(tables)
         self._named = [f"layers.{i}." for i in range(len(plans))]  # in a graph with dynamic sizes no number becomes text
-        rotary = model.get_submodule(self.anatomy.rotary) if self.anatomy.rotary else None
         self.rotary = copy.deepcopy(rotary).float() if rotary is not None else None
         self._tiles: dict[str, Tensor] = {}
         self._beyond_half: dict[int, bool] = {}

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.streaming import Job, Needs, Stream, needs
+from kvsink.calibrate.memory import Needs, needs
+from kvsink.calibrate.streaming import Job, Stream
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint

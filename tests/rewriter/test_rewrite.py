@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,95 +15,12 @@ import kvsink
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.model.runtime import runtime_of
 from kvsink.report import Report, counted_bits
-from kvsink.rewrite import LayerChoice, calibration_windows, parse_layers
-from tests.models import _DECODER, HEAD_DIM, KV_HEADS, LAYERS, VOCAB, build, tokens
+from tests.models import _DECODER, HEAD_DIM, KV_HEADS, LAYERS, build, tokens
 
-BASE = LayerChoice(2, 4, "kvsink:5", 0)
 IDS = tokens(8, 64, seed=1)
 
 
-class Characters:
-    """A tokenizer that knows letters."""
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [3 + ord(c) % (VOCAB - 3) for c in text]}
-
-
 # -- options -----------------------------------------------------------------------------------------------------------
-
-
-def test_layers_are_read() -> None:
-    text = "0-1:key_bits=4,protect=none; 3:value_bits=2.5,window=8"
-    assert parse_layers(text, 5, BASE) == [
-        LayerChoice(4, 4, "none", 0), LayerChoice(4, 4, "none", 0), BASE, LayerChoice(2, 2.5, "kvsink:5", 8), BASE,
-    ]  # fmt: skip
-    assert parse_layers("", 3, BASE) == [BASE] * 3
-    assert parse_layers("0-2:key_bits=4;1:key_bits=8", 3, BASE)[1].key_bits == 8  # the later one wins
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("0-9:key_bits=4", "names layers outside 0 to 4"),
-        ("3-1:key_bits=4", "names layers outside"),
-        ("5:key_bits=4", "names layers outside"),
-        ("x:key_bits=4", "'x:key_bits=4' cannot be read; write for example"),
-        ("-1:key_bits=4", "cannot be read"),
-        ("0", "cannot be read"),
-        ("0:", "cannot be read"),
-        ("0:bits=4", "'bits=4' is not one of key_bits="),
-        ("0:key_bits=many", "'key_bits=many' is not one of"),
-        ("0:window=2.5", "'window=2.5' is not one of"),
-    ],
-)
-def test_layers_that_cannot_be_read(text: str, words: str) -> None:
-    with pytest.raises(KvsinkError, match=re.escape(words) if "'" not in words else words):
-        parse_layers(text, 5, BASE)
-
-
-def test_layers_reach_the_plan() -> None:
-    model = build("llama")
-    kvsink.rewrite(model, "rtn", protect="first:2", layers="1:key_bits=8,protect=none,window=3")
-    first, second = (plan.codec for plan in runtime_of(model).plans)
-    assert (first.key.bits, first.exact_rows, first.window) == (4, 2, 0)
-    assert (second.key.bits, second.exact_rows, second.window) == (8, 0, 3)
-
-
-@pytest.mark.parametrize("source", [IDS, IDS.flatten(), ["some text of its own " * 20] * 2])
-def test_calibration_sources(source: Any) -> None:
-    report = kvsink.rewrite(build("llama"), "klt", calibration=source, calibration_tokens=512, tokenizer=Characters())
-    assert report.calibration_tokens == 512
-
-
-def test_a_text_file_is_a_source(tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text("some text of its own " * 40)
-    windows = calibration_windows(build("llama"), file, 512, Characters())
-    assert windows.shape == (4, 128)  # windows of the model's own length
-    with pytest.raises(CalibrationError, match=f"{file} has 840 tokens, 1000 were asked for.*--calibration-tokens 840"):
-        calibration_windows(build("llama"), file, 1000, Characters())
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (torch.full((4, 64), VOCAB), f"token {VOCAB} is outside the vocabulary of {VOCAB}"),
-        (torch.full((4, 64), -1), "token -1 is outside the vocabulary"),
-        (torch.empty(0, dtype=torch.int64), "0 calibration tokens"),
-        (torch.empty(0, 8, dtype=torch.int64), "0 calibration tokens"),
-        ("no-such-file.txt", "text file no-such-file.txt does not exist"),
-        ([], "0 calibration tokens"),
-    ],
-)
-def test_impossible_calibration(source: Any, words: str) -> None:
-    with pytest.raises(CalibrationError, match=words):
-        kvsink.rewrite(build("llama"), "klt", calibration=source, tokenizer=Characters())
-
-
-def test_without_a_tokenizer_text_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="no tokenizer found for 'LlamaForCausalLM'; pass tokenizer="):
-        kvsink.rewrite(build("llama"), "klt", calibration=["text"])
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -160,17 +76,6 @@ def test_a_cache_of_latents_is_declined() -> None:
 
     with pytest.raises(UnsupportedError, match="DeepseekV2ForCausalLM has multi-head latent attention"):
         kvsink.rewrite(build_family("deepseek-v2"), "rtn")
-
-
-def test_sliding_layers_are_packed_where_there_are_no_others_or_when_asked() -> None:
-    alone, mixed = build("mistral-sliding"), build("gemma3")
-    assert all(row.packed for row in kvsink.rewrite(alone, "rtn").layers)
-    assert [row.packed for row in kvsink.rewrite(mixed, "rtn").layers] == [False, True]
-    assert [row.packed for row in kvsink.rewrite(mixed, "rtn", sliding=True).layers] == [True, True]
-    with pytest.raises(UnsupportedError, match="every layer is left alone .sliding attention"):
-        kvsink.rewrite(build("mistral-sliding"), "rtn", sliding=False)
-    with pytest.raises(UnsupportedError, match="layer 0 .*sliding window of 8: keys are coded by blocks of tokens"):
-        kvsink.rewrite(build("gemma3"), "kivi", sliding=True)
 
 
 def head_of(dim: int) -> Any:

@@ -201,7 +201,7 @@ def test_a_batch_that_belongs_to_no_side_is_named(text: str, capsys: pytest.Capt
 
 
 def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kvsink.tools import bench, bench_model, bench_sdpa, timing
+    from kvsink.tools import bench, bench_decode, bench_model, bench_sdpa, timing
 
     asked = []
 
@@ -211,7 +211,7 @@ def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(bench, "_gpu", lambda: None)
     monkeypatch.setattr(bench_model, "llama", lambda layers: None)
-    monkeypatch.setattr(bench_model, "decode_rows", rows)
+    monkeypatch.setattr(bench_decode, "decode_rows", rows)
     monkeypatch.setattr(bench_sdpa, "sdpa_best", lambda b, t, *rest: (f"{b}x{t}", (0.0, 0.0, 0.0)))
     monkeypatch.setattr(timing, "device_facts", dict)
     out = tmp_path / "rows.jsonl"

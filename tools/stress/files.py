@@ -48,13 +48,14 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         import kvsink
-        from kvsink.calibrate.calibration import Calibration, calibrate
+        from kvsink.calibrate.calibration import calibrate
+        from kvsink.calibrate.record import Calibration
         from kvsink.codecs.protect import SinkStage, parse_policies
         from kvsink.folder.loading import load_model
         from kvsink.model.fingerprint import fingerprint
         from kvsink.model.runtime import runtime_of
         from kvsink.outdir import rewrite_dir
-        from kvsink.profiling.record import FORMAT
+        from kvsink.profiling import FORMAT
 
         self.folder, self.trace = folder, folder / "trace"
         source, text = tiny_folder(folder / "model"), folder / "text.txt"

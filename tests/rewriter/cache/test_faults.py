@@ -123,7 +123,8 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(model: Any, tmp_path: Pat
 def test_a_loaded_model_does_not_change_with_its_files(tiny_dir: Path, tmp_path: Path) -> None:
     """Its tables are its own: a file that is overwritten or cut short afterwards does not reach them."""
     from kvsink import RewriteOptions
-    from kvsink.calibrate.calibration import Calibration, calibrate
+    from kvsink.calibrate.calibration import calibrate
+    from kvsink.calibrate.record import Calibration
     from kvsink.folder.loading import load_model
     from kvsink.model.runtime import runtime_of
     from kvsink.outdir import rewrite_dir

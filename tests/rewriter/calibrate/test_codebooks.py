@@ -11,9 +11,9 @@ from torch import Tensor
 
 import kvsink
 from kvsink.calibrate import codebooks
-from kvsink.calibrate.calibration import Calibration
 from kvsink.calibrate.codebooks import learn, learn_book, learn_levels, row_weights
 from kvsink.calibrate.design import balanced, design_value
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import Samples, ValueStats
 from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import CalibrationError, UnsupportedError

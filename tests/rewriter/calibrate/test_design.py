@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvsink
-from kvsink.calibrate.calibration import Calibration, calibrate
+from kvsink.calibrate.calibration import calibrate
 from kvsink.calibrate.design import design_key, design_value, key_blocks, needs_calibration, water_fill
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import SampleNeed
 from kvsink.codecs import Codec, SideSpec, group_size_for, hadamard_order
 from kvsink.errors import CalibrationError, UnsupportedError

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kvsink
+import kvsink.calibrate.plan as plan_module
 from kvsink.calibrate.plan import Curves, Plan, allocate, candidates, layers_text, straight
 from kvsink.errors import KvsinkError, UnknownName
 from kvsink.methods import get_method
@@ -60,10 +61,8 @@ def test_the_text_leaves_out_exact_layers():
 @pytest.mark.parametrize(("method", "budget"), [("rtn", 4.8), ("klt", None), ("rotatekv", 4.6), ("centred", 5.0)])
 def test_the_budget_holds_and_equal_widths_are_never_beaten_by_worse(method, budget, monkeypatch):
     chosen: list[Plan] = []
-    choose = kvsink.rewrite.__globals__["choose_plan"]
-    monkeypatch.setitem(
-        kvsink.rewrite.__globals__, "choose_plan", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1]
-    )
+    choose = plan_module.choose_plan
+    monkeypatch.setattr(plan_module, "choose_plan", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
     model = build("llama")
     before = {n: p.clone() for n, p in model.named_parameters()}
     report = kvsink.rewrite(model, method, plan="auto", bits=budget, calibration=IDS, fold=False)

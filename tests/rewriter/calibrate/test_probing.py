@@ -11,7 +11,8 @@ import transformers as hf
 import kvsink
 from kvsink.calibrate.probing import look, probe_ids
 from kvsink.errors import UnsupportedError
-from kvsink.model.anatomy import Heads, anatomy
+from kvsink.model.anatomy import Heads
+from kvsink.model.decoder import Decoder
 from kvsink.model.turning import NONE, Turning
 from kvsink.tools.tiny_models import build_family
 
@@ -22,7 +23,7 @@ SMALL: dict[str, Any] = {
 
 
 def seen(model: Any) -> Any:
-    return look(model, anatomy(model))
+    return look(Decoder(model))
 
 
 def gemma4(**more: Any) -> Any:
@@ -93,7 +94,7 @@ def test_a_cache_of_a_class_of_its_own_is_declined() -> None:
 def test_probe_tokens_stand_for_no_pictures() -> None:
     model = build_family("llama")
     model.config.image_token_id = 5
-    assert 5 not in probe_ids(model, 64, 8).tolist()
+    assert 5 not in probe_ids(model.config, 64, 8).tolist()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvsink.calibrate.calibration import Calibration, calibrate
+from kvsink.calibrate.calibration import calibrate
 from kvsink.calibrate.design import gather_needs, sample_need
+from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.samples import WATCH, error_factors
 from kvsink.calibrate.statistics import SampleNeed, Samples
 from kvsink.codecs import SideSpec

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvsink.calibrate.calibration import calibrate
+from kvsink.calibrate.memory import needs
 from kvsink.calibrate.samples import SampleNeed
-from kvsink.calibrate.streaming import Job, Stream, needs, skeleton, stream_of
+from kvsink.calibrate.skeleton import skeleton
+from kvsink.calibrate.streaming import Job, Stream, stream_of
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.folder.checkpoint import Checkpoint

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 
 import pytest
@@ -11,15 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from kvsink.errors import EvaluationError
-from kvsink.evaluate import evaluation
-from kvsink.evaluate.evaluation import (
-    EvalResult,
-    evaluate,
-    markdown_table,
-    passkey_prompt,
-    passkey_retrieval,
-    token_windows,
-)
+from kvsink.evaluate.evaluation import evaluate, token_windows
+from kvsink.evaluate.results import EvalResult
+from kvsink.evaluate.retrieval import passkey_retrieval
 from tests.models import VOCAB, build
 
 TOKENS = 40
@@ -182,37 +174,6 @@ def test_windows_are_spread_and_do_not_overlap():
 def test_windows_that_do_not_fit(windows, tokens, words):
     with pytest.raises(EvaluationError, match=words):
         token_windows("a b c d e f g h i j", Words(), windows, tokens)
-
-
-@pytest.mark.parametrize("length", [60, 100, 301])
-def test_passkey_prompts_have_exactly_their_length(length):
-    tokenizer = Words()
-    shallow, deep = (passkey_prompt(tokenizer, "12345", length, depth) for depth in (0.0, 1.0))
-    assert len(shallow) == len(deep) == length
-    text = tokenizer.decode(shallow)
-    assert text.count("12345") == 2
-    assert text.endswith("The pass key is")
-    assert shallow.index(tokenizer.known["12345."]) < deep.index(tokenizer.known["12345."])
-    with pytest.raises(EvaluationError, match="needs at least"):
-        passkey_prompt(tokenizer, "12345", 20, 0.5)
-
-
-def test_result_as_json_and_tables(model, ids):
-    result = evaluate(model, model, ids, model_name="tiny", method="kvsink rtn", text_name="noise")
-    result = dataclasses.replace(
-        result, passkey=evaluation.PasskeyResult(3, 4), baseline_passkey=evaluation.PasskeyResult(4, 4)
-    )
-    record = json.loads(json.dumps(result.to_json()))
-    assert record["passkey"]["fraction"] == 0.75
-    for name in ("model", "text", "windows", "tokens", "chunk", "bits_per_element", "device", "dtype", "versions"):
-        assert record[name], name
-    assert {"python", "torch", "transformers", "kvsink"} <= record["versions"].keys()
-    page = markdown_table([result, result])
-    assert len(page.splitlines()) == 4  # heading, rule, reference once, the row once
-    assert "3/4" in page
-    assert "reference" in page
-    assert len(result.table().rows) == 2
-    assert "noise" in result.provenance()
 
 
 @pytest.mark.slow

