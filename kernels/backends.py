@@ -288,14 +288,14 @@ def table() -> tuple[Backend, ...]:
     from .cpu import append as cpu_append
     from .cpu import attend as cpu_attend
     from .cuda import backend as tiles
-    from .cuda import rows_of_bytes
+    from .cuda import launch, rows_of_bytes
     from .triton import append as triton_append
     from .triton import attend as triton_attend
 
     return (
         Backend(
-            "cuda (tiles)", Part(tiles.declines, tiles.append), Part(tiles.declines_mask, tiles.attend),
-            Part(tiles.declines_step, tiles.step),
+            "cuda (tiles)", Part(tiles.declines, launch.append), Part(tiles.declines_mask, launch.attend),
+            Part(tiles.declines_step, launch.step),
         ),
         Backend(
             "cuda (rows of bytes)", None, Part(rows_of_bytes.declines, rows_of_bytes.attend),

@@ -24,7 +24,7 @@ from kvsink.errors import KvsinkError
 from kvsink.kernels import prefill
 from kvsink.kernels.attend import attention
 from kvsink.kernels.backends import Call, LayerState
-from kvsink.kernels.cuda import backend, launch
+from kvsink.kernels.cuda import launch
 from kvsink.model.passing import given_cache
 from kvsink.tools.bench_model import fill, rewritten
 
@@ -198,7 +198,7 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
         call = Call(x.codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q)
         if call.choice("attend").name != "cuda (tiles)":
             return None
-        lib = backend.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
+        lib = launch.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
         p, st = call.p, call.st
 
         def past(start: int, end: int, x: Any = x, p: Any = p, st: Any = st, lib: Any = lib) -> tuple[Tensor, Tensor]:
