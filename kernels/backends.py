@@ -216,7 +216,8 @@ class Call:
     @cached_property
     def p(self) -> dict[str, Tensor]:
         """The tables by name."""
-        return self.codec.tables(self.params)
+        tables: dict[str, Tensor] = self.codec.tables(self.params)
+        return tables
 
     @property
     def angles(self) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,8 @@ def tile_bytes(widths: Sequence[int]) -> int:
 def _codes(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Packed bytes [..., sum(widths)] → codes uint8 [..., runs, 8]."""
     parts = [unpack_bits(natural[..., byte : byte + (b - a) * w // 8], w, b - a) for a, b, byte, w in segments(widths)]
-    return torch.cat(parts, dim=-1).unflatten(-1, (len(widths), 8))
+    codes = torch.cat(parts, dim=-1)
+    return codes.reshape(*codes.shape[:-1], len(widths), 8)
 
 
 def _natural(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -142,7 +143,8 @@ def _index(side: str, bins: int, half: bool, device: str) -> Tensor:
 
 def _held_bytes(units: Tensor, f: Fields) -> Tensor:
     """Units as bytes [..., bytes of a slot], in the order of `byte_index`."""
-    both = units.contiguous().view(torch.uint8).unflatten(-1, (f.bins, 2))
+    both = units.contiguous().view(torch.uint8)
+    both = both.reshape(*both.shape[:-1], f.bins, 2)
     return both.flatten(-3) if not f.half else both.flatten(-2)[..., : 2 * f.bins - 1].flatten(-2)
 
 

@@ -190,7 +190,7 @@ class KVSinkLayer(NewRows):
         """Attention of the rows that `update` was given, k after RoPE, over everything held; then the length moves on."""
         self._asked = True
         if not self.codec.tiles and _differentiated(q, k, v):
-            out = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
+            out: Tensor = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         else:
             call = self._call(k, v, q=q, mask=mask, scale=scale, causal=is_causal)
             if self.codec.tiles:  # they have not been stored yet

@@ -63,6 +63,7 @@ class Shared:
 class Storage(CacheLayerMixin):
     """What one layer holds. With `max_length` all tensors are allocated once and never move, else they grow."""
 
+    length: Tensor  # int64 []: tokens held; one of the tensors of `state`
     is_sliding = False
     is_croppable = True
 
