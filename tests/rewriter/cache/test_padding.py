@@ -82,7 +82,7 @@ def _padded(left: bool, told: bool = True, four: str = "", short: int = 19, long
             ids, mask = feed[:, step - 1 : step], F.pad(mask, (0, 1), value=1)
         n = ids.shape[1]
         places = ((mask.cumsum(1) - 1).clamp_min(0) if told else torch.arange(mask.shape[1]).expand(2, -1))[:, -n:]
-        call = {"input_ids": ids, "attention_mask": four(mask, n, four) if four else mask}
+        call = {"input_ids": ids, "attention_mask": in_four(mask, n, four) if four else mask}
         form.batch.append(call | ({"position_ids": places} if told else {}))
         for i in range(2):
             real = mask[i, -n:] == 1
@@ -90,7 +90,7 @@ def _padded(left: bool, told: bool = True, four: str = "", short: int = 19, long
     return form
 
 
-def four(mask: Tensor, new: int, kind: str) -> Tensor:
+def in_four(mask: Tensor, new: int, kind: str) -> Tensor:
     """A 2-D mask as a causal 4-D one: "bool", "additive", or "unmasked", where rows that would see nothing see everything."""
     slots = torch.arange(mask.shape[1])
     seen = (slots <= slots[-new:, None]) & (mask[:, None] == 1)

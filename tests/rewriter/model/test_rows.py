@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from kvsink.model.rows import real_rows, visual_rows, visual_tokens
 from tests.models import build
-from tests.rewriter.cache.test_padding import four
+from tests.rewriter.cache.test_padding import in_four
 from tests.rewriter.methods.test_akvq_vl import IMAGE, llava
 
 
@@ -29,13 +29,13 @@ def test_real_rows_by_every_kind_of_mask() -> None:
     assert torch.equal(real_rows(F.pad(mask, (3, 0), value=1), 2, 5, Held(3)), wanted)
     assert torch.equal(real_rows(F.pad(mask, (3, 4), value=1), 2, 5, Held(3)), wanted)  # more columns than tokens
     for kind in ("bool", "additive", "unmasked"):
-        assert torch.equal(real_rows(four(mask, 5, kind), 2, 5, Held(0)), wanted), kind
-        assert torch.equal(real_rows({"sliding_attention": None, "full_attention": four(mask, 5, kind)}, 2, 5, Held(0)), wanted)
+        assert torch.equal(real_rows(in_four(mask, 5, kind), 2, 5, Held(0)), wanted), kind
+        assert torch.equal(real_rows({"sliding_attention": None, "full_attention": in_four(mask, 5, kind)}, 2, 5, Held(0)), wanted)
         later = F.pad(mask, (3, 0), value=1)
-        assert torch.equal(real_rows(four(later, 5, kind), 2, 5, Held(3)), wanted), kind
+        assert torch.equal(real_rows(in_four(later, 5, kind), 2, 5, Held(3)), wanted), kind
     causal = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     assert real_rows(causal.tril(), 2, 5, Held(0)).all() and real_rows(causal, 2, 5, Held(0)).all()
-    seen = four(mask, 5, "bool")
+    seen = in_four(mask, 5, "bool")
     block = create_block_mask(lambda b, h, q, kv: seen[b, 0, q, kv], 2, None, 5, 5, device="cpu")
     assert torch.equal(real_rows(block, 2, 5, Held(0)), wanted)
     assert real_rows(None, 2, 5, Held(0)) is None and real_rows({"full_attention": None}, 2, 5, Held(0)) is None
