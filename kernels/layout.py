@@ -9,7 +9,7 @@ Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits
 Source     ours; the fragment order is that of the PTX manual, section on mma.m16n8k16
 Differs    the origin is slot minus position of a row's first token, so regular rows are coded as without tiles; for other
            positions the mean fits worse, never wrongly
-Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin], L a multiple of 128; anchor_cos, anchor_sin float32 [B, R]
+Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin], L a multiple of 128; origin_cos, origin_sin float32 [B, R]
 Exact      yes: `unpermute(permute(x)) = x`
 """
 
@@ -175,7 +175,7 @@ def fetch(codes: Tensor, widths: tuple[int, ...], side: str, start: int = 0, cou
 def _rotated(x: Tensor, slots: Tensor, p: Params, back: bool) -> Tensor:
     """R_{j0} R_s^-1 x, or its inverse when `back`; x [B or 1, H, S, D], slots [S]."""
     start = p["start_cos"][slots // BLOCK], p["start_sin"][slots // BLOCK]
-    cos, sin = p["anchor_cos"][:, None, None], p["anchor_sin"][:, None, None]
+    cos, sin = p["origin_cos"][:, None, None], p["origin_sin"][:, None, None]
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     start, cos, sin = (start[0].to(wide), start[1].to(wide)), cos.to(wide), sin.to(wide)
     if p["start_cos"].shape[-1] == 0:

@@ -120,7 +120,7 @@ def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis
     return RowArguments(
         k=at(k), v=at(v), k_stride=(_long * 3)(*k.stride()[:3]), v_stride=(_long * 3)(*v.stride()[:3]),
         table=at(p.get("k_table")), start_cos=at(p.get("start_cos")), start_sin=at(p.get("start_sin")),
-        origin_cos=at(p.get("anchor_cos")), origin_sin=at(p.get("anchor_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
+        origin_cos=at(p.get("origin_cos")), origin_sin=at(p.get("origin_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
         v_mean=at(p.get("v_mean")), k_codes=at(st["k_codes"]), v_codes=at(st["v_codes"]), k_scale=at(st["k_scale"]),
         v_scale=at(st["v_scale"]), recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), recent_slot=at(st["recent_slot"]),
         window=codec.ring, B=k.shape[0], Hkv=k.shape[1], S=k.shape[2], L=st["k_codes"].shape[2],
@@ -240,7 +240,7 @@ def attend_one(
     share = min(lib.share(k.shape[1] * groups), q.shape[0] * (slots // layout.TILE_SLOTS))
     a = AttendArguments(
         q=at(q), mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
-        origin_cos=at(p.get("anchor_cos")), origin_sin=at(p.get("anchor_sin")), length=at(st["length"]), mask=at(visible),
+        origin_cos=at(p.get("origin_cos")), origin_sin=at(p.get("origin_sin")), length=at(st["length"]), mask=at(visible),
         **{n: at(st[n]) for n in _READ},
         new_k=at(k), new_v=at(v), window=codec.ring, value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         pages=at(pages), page_row=0 if pages is None else pages.stride(0), length_row=int(st["length"].dim() > 0),

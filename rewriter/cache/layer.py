@@ -81,7 +81,7 @@ class KVSinkLayer(NewRows):
                 )
             release_(new, self.length + new, self.anchor_state(), self.codec_text)
         if self.codec.tiles and new > 1 and not torch.compiler.is_compiling():
-            self._set_anchors(frame, positions)
+            self._set_origins(frame, positions)
         defers = self._defers(frame)
         if defers:  # attention asks the layer, see kvsink.model.attention
             ASKED.leave(key_states, ref(self))

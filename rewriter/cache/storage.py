@@ -42,17 +42,17 @@ class Shared:
         self.frame: Frame | None = None
         self.positions: Tensor | None = None
         self.real: Tensor | None = None
-        self.anchor_cos: Tensor | None = None
-        self.anchor_sin: Tensor | None = None
+        self.origin_cos: Tensor | None = None
+        self.origin_sin: Tensor | None = None
 
     def tables(self) -> dict[str, Tensor]:
         """The anchors as tables of a codec."""
-        held = {"anchor_cos": self.anchor_cos, "anchor_sin": self.anchor_sin}
+        held = {"origin_cos": self.origin_cos, "origin_sin": self.origin_sin}
         return {name: t for name, t in held.items() if t is not None}
 
     def map(self, pick: Any, in_place: bool = False) -> None:
         """Apply `pick` to every tensor with one row per sequence."""
-        for name in (*SHARED_NAMES, "anchor_cos", "anchor_sin"):
+        for name in (*SHARED_NAMES, "origin_cos", "origin_sin"):
             old = getattr(self, name)
             if old is not None and in_place:
                 old.copy_(pick(old))
@@ -101,10 +101,10 @@ class Storage(CacheLayerMixin):
         if self.shared.positions is None or self.shared.positions.shape != (b, slots):
             self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
             self.shared.real = torch.ones(b, slots, dtype=torch.bool, device=dev)
-        if c.tiles and c.key.center and (self.shared.anchor_cos is None or self.shared.anchor_cos.shape[0] != b):
+        if c.tiles and c.key.center and (self.shared.origin_cos is None or self.shared.origin_cos.shape[0] != b):
             channels = self.shared.runtime.rotary_channels(self.layer)
-            self.shared.anchor_cos = torch.ones(b, channels, device=dev)
-            self.shared.anchor_sin = torch.zeros(b, channels, device=dev)
+            self.shared.origin_cos = torch.ones(b, channels, device=dev)
+            self.shared.origin_sin = torch.zeros(b, channels, device=dev)
         self._set_params(slots)
         self._held = 0
         self._mark_static()
@@ -186,9 +186,9 @@ class Storage(CacheLayerMixin):
         if self.shared.real is not None and self.shared.positions is not None:
             self.shared.real.fill_(True)
             self.shared.positions.zero_()  # no table of angles may reach those that compiled steps have brought
-        if self.shared.anchor_cos is not None and self.shared.anchor_sin is not None:
-            self.shared.anchor_cos.fill_(1.0)
-            self.shared.anchor_sin.zero_()
+        if self.shared.origin_cos is not None and self.shared.origin_sin is not None:
+            self.shared.origin_cos.fill_(1.0)
+            self.shared.origin_sin.zero_()
         self._held = 0
         self._note_positions(None)
         self._unseen, self._asked = None, True

@@ -189,7 +189,7 @@ class Codec:
         """The tables of a codec in tiles: those of its reference, and `tile_` ones in the order a kernel reads them."""
         k, v, names = self.key, self.value, []
         if k.center:
-            names += ["k_table", "start_cos", "start_sin", "anchor_cos", "anchor_sin", "tile_mean", "tile_turn"]
+            names += ["k_table", "start_cos", "start_sin", "origin_cos", "origin_sin", "tile_mean", "tile_turn"]
         if k.transform == "klt":
             names += ["k_basis", "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")

@@ -132,10 +132,10 @@ def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor)
     kind = KINDS[index]
     layer.lazy_initialization(*[rows(batch, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2) if not layer.is_initialized else None
     positions = torch.arange(length)[None] - shift
-    if layer.shared.anchor_cos is not None:
+    if layer.shared.origin_cos is not None:
         from kvsink.model.frame import Frame
 
-        layer._set_anchors(Frame(), positions)
+        layer._set_origins(Frame(), positions)
     if length:
         k, v = (rows(batch, length, s, KV_HEADS, kind.dim, torch.float32) for s in (1, 2))
         none = torch.empty(1, length, 0)

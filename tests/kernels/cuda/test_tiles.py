@@ -82,10 +82,10 @@ def append(
         score = torch.randn(b, s, generator=torch.Generator().manual_seed(i + s)).add(best).topk(n, dim=1)
         scores += [score[0], score[1]]
     none = torch.empty(1, s, 0)
-    if layer.shared.anchor_cos is not None and int(layer.length) == 0:
+    if layer.shared.origin_cos is not None and int(layer.length) == 0:
         from kvsink.model.frame import Frame
 
-        layer._set_anchors(Frame(), positions)
+        layer._set_origins(Frame(), positions)
     if lib is None:
         angles = (none, none) if layer.codec.tiles else layer.shared.runtime.angles(1, positions)
         append_ref(k, v, positions, *angles, scores, layer.state(), layer.params, layer.codec_text, True)
@@ -219,7 +219,7 @@ def test_rows_with_left_padding_are_coded_like_rows_without() -> None:
     positions = torch.cat([torch.zeros(1, shift, dtype=torch.int64), torch.arange(100)[None]], 1)
     from kvsink.model.frame import Frame
 
-    padded._set_anchors(Frame(valid=torch.arange(shift + 100)[None] >= shift), positions)
+    padded._set_origins(Frame(valid=torch.arange(shift + 100)[None] >= shift), positions)
     none = torch.empty(1, shift + 100, 0)
     score = [torch.full((1, 1), float("-inf")), torch.zeros(1, 1, dtype=torch.int64)] * len(padded.segments)
     append_ref(wide_k, wide_v, positions, none, none, score, padded.state(), padded.params, padded.codec_text, True)
