@@ -167,7 +167,8 @@ def test_every_pass_keeps_outputs_and_bytes(length: int) -> None:
     for name, (outputs, state) in runs.items():
         fused = name in ("fuse", "verify")  # keys before RoPE there, undone RoPE here: they differ in the last bits
         assert largest_difference(outputs, runs["before"][0]) <= (0.01 if fused else 0.0), name
-        same = [torch.equal(a, b) for a, b in zip(state, runs["before"][1], strict=True) if isinstance(a, Tensor)]
+        pairs = [pair for pair in zip(state, runs["before"][1], strict=True) if isinstance(pair[0], Tensor)]
+        same = [bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in pairs]  # a table of angles ends in NaN
         assert fused or all(same), name
 
 
