@@ -16,7 +16,7 @@ from kvsink.cache.sliding import WINDOWED
 from kvsink.codecs import Codec
 from kvsink.codecs.protect import Segment, anchors_for_layer, parse_policies
 from kvsink.errors import KvsinkError
-from kvsink.export.bodies import QUANTIZERS_WITH_BODY
+from kvsink.export.bodies import QUANTIZER_BODIES
 from kvsink.export.errors import ExportError
 from kvsink.export.nodes import Steps
 from kvsink.methods import get_method, methods
@@ -36,7 +36,7 @@ _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 def codec_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
     """Why a layer's codec cannot be written as a graph, or an empty string."""
-    for name, side in (("keys", codec.key), ("values", codec.value)):
+    for name, side, told in (("keys", codec.key, codec.format.key), ("values", codec.value, codec.format.value)):
         if not side.packed:
             continue
         if side.by_token_block:
@@ -45,9 +45,9 @@ def codec_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
             return f"{name} keep outliers in records that compete while the cache grows"
         if side.kind == "modal":
             return f"visual rows of {name} are coded otherwise than text, and the graph sees no images"
-        if side.kind not in QUANTIZERS_WITH_BODY:
+        if side.kind not in QUANTIZER_BODIES:
             return f"quantizer {side.kind} of {name} has no body in ONNX operators"
-        for what in (codec.format.key if side is codec.key else codec.format.value).beyond:
+        for what in told.beyond:
             if what not in CARRIED and not hasattr(Steps, what):
                 return f"{what!r} of {name} has no node (kvsink.export.nodes.Steps, CARRIED in kvsink.export.flavours)"
     if codec.anchors is not None:
