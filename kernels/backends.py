@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -268,11 +268,12 @@ class Part(NamedTuple):
     knows: tuple[str, ...] | None = ()
 
     def refuses(self, f: LayerFormat, s: Shape, d: Device | None) -> str:
-        """The same with what a format has beyond the words of kernels."""
-        for what, side in (("keys", f.key), ("values", f.value)) if self.knows is not None else ():
-            for name in side.beyond:
+        """The same with what a format has beyond the words of kernels, for which nothing is compiled."""
+        for what, side in (("keys", f.key), ("values", f.value)):
+            for name in side.beyond if self.knows is not None else ():
                 if name not in self.knows:  # type: ignore[operator]
-                    return f"{what} with {name!r}, which these kernels do not know"
+                    uncompiled = d if d is None else replace(d, place=None)
+                    return self.declines(f, s, uncompiled) or f"{what} with {name!r}, which these kernels do not know"
         return self.declines(f, s, d)
 
 
