@@ -66,8 +66,12 @@ def every_kernel_says(name: str, made: Codec) -> None:
     assert still == f"{name!r} is nothing that stands around GroupQueryAttention"
 
 
-def test_every_method_is_made_of_stages_that_kernels_know() -> None:
-    for name, method in methods().items():
+SERVED = ("akvq-vl", "antkv", "centred", "centred-even", "cq", "kivi", "klt", "klt-even", "kvquant", "oscar", "rotatekv", "rtn", "static")
+
+
+def test_methods_are_made_of_stages_that_kernels_know() -> None:
+    for name in SERVED:
+        method = methods()[name]
         made = (s.resolved(2, 64) for s in (method.side("key", method.key_bits), method.side("value", method.value_bits)))
         c = Codec(*made)
         assert c.format.key.beyond == c.format.value.beyond == (), name
