@@ -66,7 +66,9 @@ def every_kernel_says(name: str, made: Codec) -> None:
     assert still == f"{name!r} is nothing that stands around GroupQueryAttention"
 
 
-SERVED = ("akvq-vl", "antkv", "centred", "centred-even", "cq", "kivi", "klt", "klt-even", "kvquant", "oscar", "rotatekv", "rtn", "static")
+SERVED = (
+    "akvq-vl", "antkv", "centred", "centred-even", "cq", "kivi", "klt", "klt-even", "kvquant", "oscar", "rotatekv", "rtn", "static",
+)  # fmt: skip
 
 
 def test_methods_are_made_of_stages_that_kernels_know() -> None:
