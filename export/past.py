@@ -95,6 +95,8 @@ def takes_packed(codec: Codec) -> bool:
             return False
         if side.exponent:
             return False
+    if codec.format.key.beyond or codec.format.value.beyond:
+        return False
     return codec.key.domain != "block" or codec.key.block >= _SMALLEST_BLOCK
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -24,18 +24,25 @@ from torch import Tensor
 from .quantize import SIGMA_KINDS
 
 __all__ = [
-    "GROWS", "Backend", "Call", "Choice", "Device", "LayerFormat", "LayerState", "Part", "Shape", "SideFormat", "choose",
-    "device_of", "layer_format", "plan", "table", "tell_once", "unread",
+    "GROWS", "KNOWN_STAGES", "Backend", "Call", "Choice", "Device", "LayerFormat", "LayerState", "Part", "Shape", "SideFormat",
+    "choose", "device_of", "layer_format", "plan", "table", "tell_once", "unread",
 ]  # fmt: skip
 
 GROWS = -1  # exact rows whose number grows with the slots
 OFFERED = 128  # candidates of one segment among several new rows that kernels compare
+KNOWN_STAGES = (
+    "add", "center", "center_roped", "hadamard_heads", "negated", "project", "reorder_heads", "rope_offset", "rope_rows",
+    "rope_start", "row_of", "table_rows", "unproject", "unrope_rows",
+)  # fmt: skip
+"""Functions of `kvsink.kernels.stages` that every backend carries out or declines by a word of the format."""
+
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
 
 
 @dataclass(frozen=True)
 class SideFormat:
-    """How keys or values are stored, as kernels see it; the words are those of `kvsink.codecs.SideSpec`."""
+    """How keys or values are stored, as kernels see it; the words are those of `kvsink.codecs.SideSpec`. beyond: names of what
+    the declaration has beside them, fields, settings and stages: no backend serves a name that its `Part` does not list."""
 
     kind: str
     widths: tuple[int, ...]
@@ -58,6 +65,7 @@ class SideFormat:
     outliers: float
     exponent: int
     visual_bits: int
+    beyond: tuple[str, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -253,10 +261,21 @@ class Call:
 
 
 class Part(NamedTuple):
-    """One thing a backend does. declines: "" where it serves, else the reason in words that a user reads."""
+    """One thing a backend does. declines: "" where it serves, else the reason in words that a user reads; knows: names of
+    `SideFormat.beyond` that it carries out all the same, None for all of them: the definition runs the codec itself."""
 
-    declines: Callable[[LayerFormat, Shape, Device], str]
+    declines: Callable[[LayerFormat, Shape, Any], str]
     run: Callable[[Call], Any]
+    knows: tuple[str, ...] | None = ()
+
+    def refuses(self, f: LayerFormat, s: Shape, d: Device | None) -> str:
+        """The same with what a format has beyond the words of kernels, for which nothing is compiled."""
+        for what, side in (("keys", f.key), ("values", f.value)):
+            for name in side.beyond if self.knows is not None else ():
+                if name not in self.knows:  # type: ignore[operator]
+                    uncompiled = d if d is None else replace(d, place=None)
+                    return self.declines(f, s, uncompiled) or f"{what} with {name!r}, which these kernels do not know"
+        return self.declines(f, s, d)
 
 
 @dataclass(frozen=True)
@@ -304,8 +323,8 @@ def table() -> tuple[Backend, ...]:
         ),
         Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
         Backend("cpu (C)", Part(cpu_append.declines, cpu_append.append), Part(cpu_attend.declines, cpu_attend.attend)),
-        Backend("torch", Part(_nobody, append_plain), Part(_nobody, attend_plain)),
-        Backend("append, then attend", step=Part(_nobody, append_attend.in_turn)),
+        Backend("torch", Part(_nobody, append_plain, None), Part(_nobody, attend_plain, None)),
+        Backend("append, then attend", step=Part(_nobody, append_attend.in_turn, None)),
     )  # fmt: skip
 
 
@@ -324,7 +343,7 @@ def choose(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
         part: Part | None = getattr(backend, what)
         if part is None:
             continue
-        if not (reason := part.declines(f, s, d)):
+        if not (reason := part.refuses(f, s, d)):
             return Choice(backend.name, part.run, tuple(why))
         why.append((backend.name, reason))
     raise AssertionError("the definition serves everything")
@@ -335,7 +354,7 @@ def plan(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
     tiles = table()[0]
     tiled = f.in_tiles()
     assert tiles.attend is not None
-    if reason := tiles.attend.declines(tiled, s, d):
+    if reason := tiles.attend.refuses(tiled, s, d):
         found = choose(what, f, s, d)
         return found._replace(why=((tiles.name, reason), *found.why[1:]))
     return choose(what, tiled, s, d)

@@ -9,7 +9,7 @@ Differs    no
 Shapes     x [B, Hkv, S, D] float32 → codes uint8 [B, Hkv, S, bytes], scale float16 [B, Hkv, S, n]
            → x^ [B, Hkv, L or S, D]
 Exact      no: |x^ - x| <= scale / 2 per element for uniform quantizers without clipping
-Declines   sites without a codec
+Declines   sites without a codec; codecs with a stage that no pass before this one put in
 Cost       see `kvsink.kernels.quantize`; the read-back of all rows is what `fuse` removes
 """
 
@@ -41,6 +41,8 @@ class Quantize(RewritePass):
         chain = work.chain(site)
         if chain is None:
             return site.declined("no codec is attached")
+        if chain.missing:
+            return site.declined(f"its codec has stages of pass {chain.missing!r}, which did not run")
         if not chain.packed and not chain.keys.spec.packed and not chain.values.spec.packed:
             return site.declined("its codec keeps keys and values in 16 bit")
         return None

@@ -7,8 +7,7 @@ from itertools import groupby
 
 import torch
 
-from kvsink.kernels.backends import GROWS, Choice, Device, LayerFormat, Shape, choose, device_of, plan, tell_once
-from kvsink.kernels.cuda import backend
+from kvsink.kernels.backends import GROWS, Choice, Device, LayerFormat, Shape, choose, device_of, plan, table, tell_once
 from kvsink.model.runtime import Runtime
 
 __all__ = ["in_tiles", "served", "served_lines", "tiles_serve"]
@@ -37,7 +36,9 @@ def _apart(runtime: Runtime, layer: int) -> str:
 def in_tiles(runtime: Runtime, layer: int) -> str:
     """Why the codes of a packed layer cannot stand in tiles on any device; empty when they can."""
     f, s = _asked(runtime, layer, torch.float16)
-    return _apart(runtime, layer) or backend.declines(f.in_tiles(), s, None)
+    attends = table()[0].attend
+    assert attends is not None
+    return _apart(runtime, layer) or attends.refuses(f.in_tiles(), s, None)
 
 
 def served(runtime: Runtime, dtype: torch.dtype, device: Device) -> dict[int, tuple[Choice, Choice]]:
@@ -72,13 +73,13 @@ def served_lines(runtime: Runtime, dtype: torch.dtype, place: torch.device, comp
     """The table as text: one line for every run of layers that are served alike, without the backends of other devices. compiled:
     kernels are compiled to see whether they can be."""
     device, lines = device_of(place), []
-    table = served(runtime, dtype, device if compiled else replace(device, place=None))
+    found = served(runtime, dtype, device if compiled else replace(device, place=None))
     elsewhere = f"the device is {device.type}"
 
     def said(choice: Choice) -> str:
         return str(choice._replace(why=tuple(w for w in choice.why if w[1] != elsewhere)))
 
-    for (attends, codes), run in groupby(table.items(), lambda row: (said(row[1][0]), row[1][1].name)):
+    for (attends, codes), run in groupby(found.items(), lambda row: (said(row[1][0]), row[1][1].name)):
         layers = [layer for layer, _ in run]
         which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
         lines.append(f"{which} on {place.type}: rows coded by {codes}, attention by {attends}")

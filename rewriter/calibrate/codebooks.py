@@ -29,7 +29,7 @@ from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import Samples
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
-from kvsink.errors import CalibrationError
+from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.nuq import span
 from kvsink.kernels.static import best_steps
 
@@ -77,7 +77,9 @@ def learn(
         return {f"{side}_step": learn_steps(x, weights, spec).cpu()}
     if spec.kind == "vector":
         return {f"{side}_book": learn_book(x, weights, spec).cpu()}
-    return {n: t.cpu() for n, t in learn_levels(side, x, weights, spec).items()}
+    if spec.kind == "nuq":
+        return {n: t.cpu() for n, t in learn_levels(side, x, weights, spec).items()}
+    raise UnsupportedError(f"nothing here learns the tables of quantizer {spec.kind!r}; add it to kvsink.calibrate.codebooks.learn")
 
 
 def row_weights(side: str, spec: SideSpec, layer: int, rows: Samples) -> Tensor | None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.kernels import layout, stages
-from kvsink.kernels.backends import LayerFormat, LayerState, SideFormat, layer_format
+from kvsink.kernels.backends import KNOWN_STAGES, LayerFormat, LayerState, SideFormat, layer_format
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
@@ -35,7 +35,7 @@ from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_token
 from .anchors import Anchors
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
-from .steps import At, Stage, stages_back, stages_in
+from .steps import At, Stage, functions_of, stages_back, stages_in
 
 __all__ = ["ANCHOR_NAMES", "SHARED_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
 
@@ -108,7 +108,10 @@ class Codec:
     @cached_property
     def format(self) -> LayerFormat:
         """The same as kernels see it; one object for equal formats."""
-        key, value = (SideFormat(**{f.name: getattr(s, f.name) for f in fields(SideFormat)}) for s in (self.key, self.value))
+        key, value = (
+            SideFormat(**{f: getattr(s, f) for f in _TOLD}, beyond=_beyond(s, prefix))
+            for s, prefix in ((self.key, "k"), (self.value, "v"))
+        )
         rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None, self.uneven
         return layer_format(key, value, *rest, "mma" if self.tiles else "row")
 
@@ -406,6 +409,22 @@ class Codec:
     def restore_values(self, x: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """The stages of `transform_values` taken back, last first."""
         return _ranged(_through(stages_back(self.value, "v"), steps, x, At(p)), self.value.exponent)
+
+
+_TOLD = tuple(f.name for f in fields(SideFormat) if f.name != "beyond")
+_READ = (*_TOLD, "bits", "clip", "shared", "axis", "group_tokens", "outlier_tokens", "visual_clip", "weights")
+"""Fields of a side that kernels are told of, read off the side itself, or have no use for."""
+_SETTINGS = {"domain": ("post", "block"), "transform": ("none", "hadamard", "klt"), "axis": ("token", "channel")}
+"""Fields that are words, with the words that kernels know."""
+
+
+def _beyond(s: SideSpec, prefix: str) -> tuple[str, ...]:
+    """Names of what a side declares and no kernel was written for: other fields, other words, other stages."""
+    if not s.packed:
+        return ()
+    names = [f.name for f in fields(s) if f.name not in _READ and getattr(s, f.name) != f.default]
+    names += [getattr(s, field) for field, words in _SETTINGS.items() if getattr(s, field) not in words]
+    return (*names, *(name for name in functions_of(s, prefix) if name not in KNOWN_STAGES))
 
 
 def _through(chain: Sequence[Stage], do: Any, x: Tensor, at: At) -> Tensor:

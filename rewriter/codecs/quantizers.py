@@ -37,7 +37,8 @@ class Quantizer:
     code tensor in bytes and of the scale tensor in numbers. learns(spec): calibration rows its tables need at the least, 0
     when none are learnt from samples. shapes(spec, prefix, heads, head_dim): shapes of tables that have one. scalar: the ops
     `kvsink::quantize` and `kvsink::dequantize` do it; other kinds go through `kvsink::encode` and `kvsink::decode`.
-    scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n].
+    scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n]. check(spec): what the kind does not take of
+    a declaration, in words; empty when it takes it.
     """
 
     encode: Callable[[Tensor, SideSpec, Params, str], tuple[Tensor, Tensor]]
@@ -49,6 +50,7 @@ class Quantizer:
     shapes: Callable[[SideSpec, str, int, int], Mapping[str, tuple[int, ...]]] = lambda s, prefix, heads, dim: {}
     scalar: bool = False
     scale_of_token: bool = False
+    check: Callable[[SideSpec], str] = lambda s: ""
 
 
 QUANTIZERS: dict[str, Quantizer] = {}

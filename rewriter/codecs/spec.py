@@ -122,6 +122,8 @@ class SideSpec:
             refuse(f"{self.code_bits} bits for {self.couple} channels are not {self.bits:g} bits each, of codes of 1 to 12 bits")
         if self.kind != "none" and self.kind not in QUANTIZERS:
             refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(QUANTIZERS)}")
+        if self.kind != "none" and (reason := QUANTIZERS[self.kind].check(self)):
+            refuse(reason)
         if self.kind == "none" and self.bits != 16:
             refuse(f"bits={self.bits:g} without a quantizer")
         if self.kind != "none" and not 0.125 <= self.bits <= 8:

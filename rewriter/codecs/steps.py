@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .spec import SideSpec
 
-__all__ = ["At", "Stage", "stages_back", "stages_in"]
+__all__ = ["At", "Stage", "functions_of", "stages_back", "stages_in"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,37 @@ def stages_back(s: SideSpec, prefix: str, own: bool = False) -> tuple[Stage, ...
     elif s.center:
         out.append(Stage("center", lambda do, x, at: do.add(x, do.row_of(at.tables["v_mean"]))))
     return tuple(out)
+
+
+@cache
+def functions_of(s: SideSpec, prefix: str) -> tuple[str, ...]:
+    """Names of `kvsink.kernels.stages` that the stages of side "k" or "v" call, on every way in and back."""
+    asked, at = _Asked(), At(_Anything(), _ROWS, _ROWS, _ROWS)
+    ways = [stages_in(s, prefix, roped) for roped in (False, True)] + [stages_back(s, prefix, own) for own in (False, True)]
+    for stage in (stage for way in ways for stage in way):
+        stage.run(asked, _ROWS, at)
+    return tuple(sorted(asked.names))
+
+
+_ROWS = object()  # stands for any rows: stages hand them on to the functions of `do` and look at nothing
+
+
+class _Asked:
+    """Functions that do nothing; their names are kept."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        self.names.add(name)
+        return lambda *rows, **options: _ROWS
+
+
+class _Anything(dict[str, Any]):
+    """A table for every name."""
+
+    def __missing__(self, name: str) -> Any:
+        return _ROWS
 
 
 def _keys_in(s: SideSpec, roped: bool) -> list[Stage]:

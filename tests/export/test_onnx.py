@@ -383,4 +383,4 @@ def test_the_table_knows_every_method() -> None:
     assert not any(method_refusal(name) for name in ("klt", "klt-scalar", "centred", "rotatekv", "rtn", "cq"))
     assert all(method_refusal(name) for name in ("kivi", "antkv", "kvquant"))
     assert not any(method_refusal(name, "gqa") for name in ("static", "static-rotated", "static-plain"))
-    assert table in (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), "paste kvsink.export.flavour_table() into docs/onnx.md"
+    assert table in (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), "run python -m kvsink.tools.methods_doc"
