@@ -152,7 +152,7 @@ class Case:
         whole = self.codec.named(layer.state())
         few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
         names = self.codec.param_names()
-        tables = [x[:2] if n.startswith("anchor_") else x for n, x in zip(names, layer.params, strict=True)]
+        tables = [x[:2] if n.startswith("origin_") else x for n, x in zip(names, layer.params, strict=True)]
         q, k, v = (x[:2].float() for x in (self.q, self.k, self.v))
         wanted = attend_ref(q, k, v, few, tables, None, self.scale, False, layer.codec_text)
         error = float((out[:2].float() - wanted).norm() / wanted.norm())

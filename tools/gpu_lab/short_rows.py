@@ -57,7 +57,7 @@ def error_of(layer: Any, out: Tensor, given: tuple[Tensor, ...], mask: Tensor | 
     codec, worst = layer.codec, 0.0
     for i in pick.split(1):
         few = [x if n in ("recent_slot", "length") else x[i] for n, x in codec.named(layer.state()).items()]
-        tables = [x[i] if n.startswith("anchor_") else x for n, x in zip(codec.param_names(), layer.params, strict=True)]
+        tables = [x[i] if n.startswith("origin_") else x for n, x in zip(codec.param_names(), layer.params, strict=True)]
         q, k, v = (x[i].float() for x in given)
         wanted = attend_ref(q, k, v, few, tables, mask, SCALE, False, layer.codec_text)
         worst = max(worst, float((out[i].float() - wanted).norm() / wanted.norm()))
