@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,27 @@ def test_a_copy_of_a_rewritten_model_works_alone() -> None:
         for weight in model.parameters():
             weight.zero_()
     assert torch.equal(other.generate(ids, **settings), wanted)
+
+
+def test_the_model_passes_through_few_files() -> None:
+    """Every call that hands the model on, each place of a call once: the files in turn, and how often one is come back to."""
+    root, model, calls, files = Path(kvsink.__file__).parents[1], build("llama"), set(), list[str]()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or not Path(code.co_filename).is_relative_to(root) or "tests" in Path(code.co_filename).parts:
+            return
+        given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        place = (frame.f_back.f_code, frame.f_back.f_lineno, code)
+        if code.co_name[0] != "<" and place not in calls and any(frame.f_locals.get(name) is model for name in given):
+            calls.add(place)
+            if files[-1:] != [code.co_filename]:
+                files.append(code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        kvsink.rewrite(model, calibration=IDS)
+    finally:
+        sys.setprofile(None)
+    assert files[0].endswith("rewrite.py") and len(set(files)) > 3
+    assert len(set(files)) <= 8 and len(files) - len(set(files)) <= 10, files
