@@ -178,6 +178,8 @@ def _(x: Tensor, mean: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Steps:
     """The stages of a codec, by the names of `kvsink.kernels.stages`, as they enter an exported graph."""
 
+    add = staticmethod(stages.add)
+    row_of = staticmethod(stages.row_of)
     center = staticmethod(stages.center)
     project = staticmethod(stages.project)
     unproject = staticmethod(stages.unproject)

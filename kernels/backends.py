@@ -216,7 +216,8 @@ class Call:
     @cached_property
     def p(self) -> dict[str, Tensor]:
         """The tables by name."""
-        return self.codec.tables(self.params)
+        tables: dict[str, Tensor] = self.codec.tables(self.params)
+        return tables
 
     @property
     def angles(self) -> tuple[Tensor, Tensor]:
@@ -283,26 +284,26 @@ class Choice(NamedTuple):
 def table() -> tuple[Backend, ...]:
     """All backends, fastest first."""
     from . import append_attend
-    from .append import append_in_c, append_plain
+    from .append import append_plain
     from .attend import attend_plain
     from .cpu import append as cpu_append
     from .cpu import attend as cpu_attend
     from .cuda import backend as tiles
-    from .cuda import rows_of_bytes
+    from .cuda import launch, rows_of_bytes
     from .triton import append as triton_append
     from .triton import attend as triton_attend
 
     return (
         Backend(
-            "cuda (tiles)", Part(tiles.declines, tiles.append), Part(tiles.declines_mask, tiles.attend),
-            Part(tiles.declines_step, tiles.step),
+            "cuda (tiles)", Part(tiles.declines, launch.append), Part(tiles.declines_mask, launch.attend),
+            Part(tiles.declines_step, launch.step),
         ),
         Backend(
             "cuda (rows of bytes)", None, Part(rows_of_bytes.declines, rows_of_bytes.attend),
             Part(append_attend.declines_beside, append_attend.side_by_side),
         ),
         Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
-        Backend("cpu (C)", Part(cpu_append.declines, append_in_c), Part(cpu_attend.declines, cpu_attend.attend)),
+        Backend("cpu (C)", Part(cpu_append.declines, cpu_append.append), Part(cpu_attend.declines, cpu_attend.attend)),
         Backend("torch", Part(_nobody, append_plain), Part(_nobody, attend_plain)),
         Backend("append, then attend", step=Part(_nobody, append_attend.in_turn)),
     )  # fmt: skip

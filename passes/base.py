@@ -48,6 +48,7 @@ class Work:
     plan: Callable[[AttentionSite], SitePlan | None] = lambda site: None
     chains: dict[Node, Chain] = field(default_factory=dict)  # by the site's attention node
     sites: list[AttentionSite] = field(default_factory=list)  # as last located
+    refused: list[Declined] = field(default_factory=list)  # attention that is no site, as last located
 
     @property
     def graph(self) -> fx.Graph:
@@ -66,6 +67,10 @@ class RewritePass:
     before: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     moves_sites: ClassVar[bool] = False  # True when sites must be located again after this pass
+
+    def refused(self, work: Work) -> list[Declined]:
+        """What this pass leaves alone beside sites."""
+        return []
 
     def check(self, site: AttentionSite, work: Work) -> Declined | None:
         """Why this site is left alone, or None."""

@@ -43,6 +43,8 @@ class Fuse(RewritePass):
         chain = work.chain(site)
         if chain is None or not chain.preserved:
             return site.declined("it was not quantized")
+        if chain.missing:
+            return site.declined(f"its codec has stages of pass {chain.missing!r}, which did not run")
         if not chain.packed:
             return site.declined(
                 f"a stock {site.cache} cache holds no packed rows"

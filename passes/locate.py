@@ -25,5 +25,8 @@ class Locate(RewritePass):
     exact: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("normalize",)
 
+    def refused(self, work: Work) -> list[Declined]:
+        return work.refused
+
     def check(self, site: AttentionSite, work: Work) -> Declined | None:
         return None if site.core == "sdpa" else site.declined(f"core {site.core!r} was not normalised")

@@ -119,7 +119,7 @@ class KVSinkCache(Cache):
 
     def _make_strict(self) -> None:
         for layer in self.packed_layers():
-            layer._recode(strict=True)
+            layer._recode(replace(layer.codec, strict=True))
 
     @property
     def frame(self) -> Frame | None:

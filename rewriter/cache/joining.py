@@ -91,7 +91,7 @@ def joined_state(a: Any, b: Any, pads: tuple[int, int], slots: int) -> dict[str,
 
 
 def joined_shared(a: Any, b: Any, pads: tuple[int, int], slots: int, layer: Any) -> dict[str, Tensor]:
-    """What the layers of two caches share, as of one: SHARED_NAMES [B, slots], and the anchors of codes in tiles."""
+    """What the layers of two caches share, as of one: SHARED_NAMES [B, slots], and the origins of codes in tiles."""
     out = {}
     for name in SHARED_NAMES:
         held = []
@@ -102,15 +102,15 @@ def joined_shared(a: Any, b: Any, pads: tuple[int, int], slots: int, layer: Any)
             new[:, pad + count :] = name == "real"
             held.append(new)
         out[name] = torch.cat(held)
-    if a.anchor_cos is None:
+    if a.origin_cos is None:
         return out
     turned = []
     for shared, pad in zip((a, b), pads, strict=True):  # the first token of a row now stands `pad` slots later
         cos, sin = a.runtime.angles(layer.layer, torch.tensor([[pad]], device=layer.device))
         norm = (cos * cos + sin * sin).sqrt().clamp_min(1e-12)
-        cos, sin, c, s = (cos / norm)[0], (sin / norm)[0], shared.anchor_cos, shared.anchor_sin
+        cos, sin, c, s = (cos / norm)[0], (sin / norm)[0], shared.origin_cos, shared.origin_sin
         turned.append((c * cos - s * sin, s * cos + c * sin))
-    return {**out, "anchor_cos": torch.cat([c for c, _ in turned]), "anchor_sin": torch.cat([s for _, s in turned])}
+    return {**out, "origin_cos": torch.cat([c for c, _ in turned]), "origin_sin": torch.cat([s for _, s in turned])}
 
 
 def _moved(layer: Any, pad: int, slots: int, names: list[str]) -> dict[str, Tensor]:

@@ -18,9 +18,8 @@ from kvsink.cache.new_rows import NewRows
 from kvsink.cache.ranges import RowSizes, check_range
 from kvsink.errors import KvsinkError
 from kvsink.kernels import append_, attend, observe, read, release_, settle_
-from kvsink.kernels.append import append
-from kvsink.kernels.append_attend import append_attend
-from kvsink.kernels.attend import attention
+from kvsink.kernels.backends import Call, LayerState
+from kvsink.kernels.base import resolve_codec
 from kvsink.model.attention import ASKED
 from kvsink.model.frame import Frame
 from kvsink.model.turning import turns_back
@@ -82,7 +81,7 @@ class KVSinkLayer(NewRows):
                 )
             release_(new, self.length + new, self.anchor_state(), self.codec_text)
         if self.codec.tiles and new > 1 and not torch.compiler.is_compiling():
-            self._set_anchors(frame, positions)
+            self._set_origins(frame, positions)
         defers = self._defers(frame)
         if defers:  # attention asks the layer, see kvsink.model.attention
             ASKED.leave(key_states, ref(self))
@@ -109,8 +108,15 @@ class KVSinkLayer(NewRows):
         self, k: Tensor, v: Tensor, positions: Tensor, angles: tuple[Tensor, Tensor], candidates: list[Tensor], direct: bool
     ) -> None:
         """New rows into the state; direct: without the dispatcher, where no gradient is asked for."""
-        store = append if direct and not _differentiated(k, v) else append_
-        store(k, v, positions, *angles, candidates, self.state(), self.params, self.codec_text, True)
+        if direct and not _differentiated(k, v):
+            call = self._call(k, v, positions=positions, candidates=candidates, turn=angles)
+            call.choice("append").run(call)
+        else:
+            append_(k, v, positions, *angles, candidates, self.state(), self.params, self.codec_text, True)
+
+    def _call(self, k: Tensor, v: Tensor, **more: Any) -> Call:
+        """What the kernels are asked about new rows, k after RoPE."""
+        return Call(resolve_codec(self.codec_text), self.codec_text, k, v, LayerState(*self.state()), self.params, **more)
 
     def in_order(self, rows: Tensor) -> Tensor:
         """Queries or keys [B, heads, S, D] with their channels in the order in which keys are coded."""
@@ -183,13 +189,12 @@ class KVSinkLayer(NewRows):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
         """Attention of the rows that `update` was given, k after RoPE, over everything held; then the length moves on."""
         self._asked = True
-        if self.codec.tiles:
-            positions, candidates = self._fresh
-            out = append_attend(
-                q, k, v, positions, candidates, self.state(), self.params, mask, scale, is_causal, self.codec_text
-            )
+        if not self.codec.tiles and _differentiated(q, k, v):
+            out: Tensor = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         else:
-            run = attend if _differentiated(q, k, v) else attention
-            out = run(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
+            call = self._call(k, v, q=q, mask=mask, scale=scale, causal=is_causal)
+            if self.codec.tiles:  # they have not been stored yet
+                call.positions, call.candidates = self._fresh
+            out = call.choice("step" if self.codec.tiles else "attend").run(call)
         self._advance(k.shape[2])
         return out

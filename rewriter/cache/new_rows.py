@@ -57,18 +57,18 @@ class NewRows(Storage):
                 f"layer {self.layer}: {new} rows do not fit behind {held} of max_length={slots}; make the cache longer"
             )
 
-    def _set_anchors(self, frame: Frame, positions: Tensor) -> None:
+    def _set_origins(self, frame: Frame, positions: Tensor) -> None:
         """Before the first rows of a sequence: where its first token stands (left padding), once per forward pass."""
-        cos, sin = self.shared.anchor_cos, self.shared.anchor_sin
-        if frame.anchored or cos is None or sin is None or cos.shape[1] == 0:
+        cos, sin = self.shared.origin_cos, self.shared.origin_sin
+        if frame.origins_set or cos is None or sin is None or cos.shape[1] == 0:
             return
-        frame.anchored = True
+        frame.origins_set = True
         rows = positions.expand(self.batch_size, -1)
         first = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=self.device)
         if frame.valid is not None:
             first = frame.valid.to(torch.int64).argmax(1, keepdim=True)
-        anchor = (first - rows.gather(1, first))[:, 0]
-        new_cos, new_sin = self.shared.runtime.angles(self.layer, anchor[None])
+        origin = (first - rows.gather(1, first))[:, 0]
+        new_cos, new_sin = self.shared.runtime.angles(self.layer, origin[None])
         norm = (new_cos * new_cos + new_sin * new_sin).sqrt().clamp_min(1e-12)
         empty = self.length == 0
         cos.copy_(torch.where(empty, (new_cos / norm)[0], cos))

@@ -26,7 +26,7 @@ def _apart(runtime: Runtime, layer: int) -> str:
     a = runtime.anatomy
     first = next(t for t, p in zip(a.turnings, runtime.plans, strict=True) if p.codec is not None)
     if a.turnings[layer] != first:
-        return "the layer turns its keys otherwise than the first, whose anchors all share"
+        return "the layer turns its keys otherwise than the first, whose origins all share"
     if layer in a.apart:
         return "its keys and values are read by more than one call of its own attention"
     codec = runtime.plans[layer].codec

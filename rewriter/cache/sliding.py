@@ -69,7 +69,7 @@ class SlidingWindow:
         self.positions: Tensor | None = None
         self.real: Tensor | None = None
         self.dropped: Tensor | None = None  # int64 [1], tokens before slot 0
-        self.anchor_cos = self.anchor_sin = None
+        self.origin_cos = self.origin_sin = None
 
     @property
     def frame(self) -> Frame | None:

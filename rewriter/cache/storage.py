@@ -42,17 +42,17 @@ class Shared:
         self.frame: Frame | None = None
         self.positions: Tensor | None = None
         self.real: Tensor | None = None
-        self.anchor_cos: Tensor | None = None
-        self.anchor_sin: Tensor | None = None
+        self.origin_cos: Tensor | None = None
+        self.origin_sin: Tensor | None = None
 
     def tables(self) -> dict[str, Tensor]:
         """The anchors as tables of a codec."""
-        held = {"anchor_cos": self.anchor_cos, "anchor_sin": self.anchor_sin}
+        held = {"origin_cos": self.origin_cos, "origin_sin": self.origin_sin}
         return {name: t for name, t in held.items() if t is not None}
 
     def map(self, pick: Any, in_place: bool = False) -> None:
         """Apply `pick` to every tensor with one row per sequence."""
-        for name in (*SHARED_NAMES, "anchor_cos", "anchor_sin"):
+        for name in (*SHARED_NAMES, "origin_cos", "origin_sin"):
             old = getattr(self, name)
             if old is not None and in_place:
                 old.copy_(pick(old))
@@ -63,6 +63,7 @@ class Shared:
 class Storage(CacheLayerMixin):
     """What one layer holds. With `max_length` all tensors are allocated once and never move, else they grow."""
 
+    length: Tensor  # int64 []: tokens held; one of the tensors of `state`
     is_sliding = False
     is_croppable = True
 
@@ -100,10 +101,10 @@ class Storage(CacheLayerMixin):
         if self.shared.positions is None or self.shared.positions.shape != (b, slots):
             self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
             self.shared.real = torch.ones(b, slots, dtype=torch.bool, device=dev)
-        if c.tiles and c.key.center and (self.shared.anchor_cos is None or self.shared.anchor_cos.shape[0] != b):
+        if c.tiles and c.key.center and (self.shared.origin_cos is None or self.shared.origin_cos.shape[0] != b):
             channels = self.shared.runtime.rotary_channels(self.layer)
-            self.shared.anchor_cos = torch.ones(b, channels, device=dev)
-            self.shared.anchor_sin = torch.zeros(b, channels, device=dev)
+            self.shared.origin_cos = torch.ones(b, channels, device=dev)
+            self.shared.origin_sin = torch.zeros(b, channels, device=dev)
         self._set_params(slots)
         self._held = 0
         self._mark_static()
@@ -149,16 +150,15 @@ class Storage(CacheLayerMixin):
 
     def _note_positions(self, ahead: float | None, reach: int = 0) -> None:
         """How far positions now run ahead of tokens, which the codec tells compiled graphs too, and behind the last of them."""
-        self._ahead = ahead
-        self._recode(uneven=ahead is not None and math.isnan(ahead))
+        self._ahead, uneven = ahead, ahead is not None and math.isnan(ahead)
+        if uneven != self.codec.uneven:
+            self._recode(replace(self.codec, uneven=uneven))
         if self._reach is not None and reach > self._reach:
             self._set_params(2 * reach)
 
-    def _recode(self, **changes: Any) -> None:
+    def _recode(self, codec: Codec) -> None:
         """Read what is stored in another way."""
-        if any(getattr(self.codec, name) != value for name, value in changes.items()):
-            self.codec = replace(self.codec, **changes)
-            self.codec_text = self.codec.text()
+        self.codec, self.codec_text = codec, codec.text()
 
     def stored_text(self) -> str:
         """The codec of what is stored, wherever its rows stand."""
@@ -186,9 +186,9 @@ class Storage(CacheLayerMixin):
         if self.shared.real is not None and self.shared.positions is not None:
             self.shared.real.fill_(True)
             self.shared.positions.zero_()  # no table of angles may reach those that compiled steps have brought
-        if self.shared.anchor_cos is not None and self.shared.anchor_sin is not None:
-            self.shared.anchor_cos.fill_(1.0)
-            self.shared.anchor_sin.zero_()
+        if self.shared.origin_cos is not None and self.shared.origin_sin is not None:
+            self.shared.origin_cos.fill_(1.0)
+            self.shared.origin_sin.zero_()
         self._held = 0
         self._note_positions(None)
         self._unseen, self._asked = None, True

@@ -35,6 +35,7 @@ from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_token
 from .anchors import Anchors
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
+from .steps import At, Stage, stages_back, stages_in
 
 __all__ = ["ANCHOR_NAMES", "SHARED_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
 
@@ -188,7 +189,7 @@ class Codec:
         """The tables of a codec in tiles: those of its reference, and `tile_` ones in the order a kernel reads them."""
         k, v, names = self.key, self.value, []
         if k.center:
-            names += ["k_table", "start_cos", "start_sin", "anchor_cos", "anchor_sin", "tile_mean", "tile_turn"]
+            names += ["k_table", "start_cos", "start_sin", "origin_cos", "origin_sin", "tile_mean", "tile_turn"]
         if k.transform == "klt":
             names += ["k_basis", "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")
@@ -364,26 +365,9 @@ class Codec:
         self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool, steps: Any = stages
     ) -> Tensor:
         """Keys [B, H, S, D] through every stage before the quantizer. `steps` carries out the stages, by their names."""
-        s = self.key
-        x = _ranged(_wide(k), -s.exponent)
-        if s.domain == "block":
-            x = steps.unrope_rows(x, cos, sin) if roped else x
-            if s.center:
-                x = steps.center(x, p["k_mean"])
-            if s.block > 1:
-                x = steps.rope_offset(x, p["offset_cos"], p["offset_sin"], positions, s.block)
-        else:
-            if roped:
-                x = steps.center_roped(x, p["k_mean"], cos, sin) if s.center else x
-            else:
-                x = steps.rope_rows(steps.center(x, p["k_mean"]) if s.center else x, cos, sin)
-        if s.transform == "klt":
-            x = steps.project(steps.center(x, p["k_mean2"]), p["k_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group)
-        if s.reorder:
-            x = steps.reorder_heads(x, p["k_perm"])
-        return x
+        s, x = self.key, _ranged(_wide(k), -self.key.exponent)
+        at = At(p, positions, cos, sin, s.block)
+        return _through(stages_in(s, "k", roped), steps, x, at)
 
     def decode_keys(
         self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params, wide: torch.dtype = torch.float32
@@ -396,22 +380,8 @@ class Codec:
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
-        s = self.key
-        if s.reorder:
-            x = steps.reorder_heads(x, p["k_unperm"])
-        if s.transform == "klt":
-            x = steps.unproject(x, p["k_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
-        n = self.table_tokens
-        if s.domain == "block":
-            if s.center:
-                x = x + steps.table_rows(p["k_table"], positions)
-            x = steps.rope_start(x, p["start_cos"], p["start_sin"], positions, n)
-        elif s.center:
-            mean = steps.table_rows(p["k_table"], positions)
-            x = x + steps.rope_start(mean, p["start_cos"], p["start_sin"], positions, n)
-        return _ranged(x, s.exponent)
+        x = _through(stages_back(self.key, "k"), steps, x, At(p, positions, block=self.table_tokens))
+        return _ranged(x, self.key.exponent)
 
     # -- values ------------------------------------------------------------------------------------------------------
 
@@ -424,15 +394,7 @@ class Codec:
 
     def transform_values(self, v: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
-        s = self.value
-        x = _ranged(_wide(v), -s.exponent)
-        if s.center:
-            x = steps.center(x, p["v_mean"])
-        if s.transform == "klt":
-            x = steps.project(x, p["v_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group)
-        return x
+        return _through(stages_in(self.value, "v"), steps, _ranged(_wide(v), -self.value.exponent), At(p))
 
     def decode_values(self, codes: Tensor, scale: Tensor, p: Params, wide: torch.dtype = torch.float32) -> Tensor:
         """Packed values → values [B, H, L, D], computed in `wide`."""
@@ -443,12 +405,13 @@ class Codec:
 
     def restore_values(self, x: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """The stages of `transform_values` taken back, last first."""
-        s = self.value
-        if s.transform == "klt":
-            x = steps.unproject(x, p["v_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
-        return _ranged(x + p["v_mean"][:, None, :] if s.center else x, s.exponent)
+        return _ranged(_through(stages_back(self.value, "v"), steps, x, At(p)), self.value.exponent)
+
+
+def _through(chain: Sequence[Stage], do: Any, x: Tensor, at: At) -> Tensor:
+    for stage in chain:
+        x = stage.run(do, x, at)
+    return x
 
 
 def _ranged(x: Tensor, exponent: int) -> Tensor:

@@ -209,11 +209,12 @@ def versions() -> dict[str, str]:
     """The versions a row must carry."""
     import importlib.metadata
 
-    names = {"kvsink": "kvsink", "torch": "torch", "transformers": "transformers", "triton": "triton"}
-    found = {"python": platform.python_version()}
-    for name, package in names.items():
+    from kvsink import __version__  # not the metadata of an editable install, which stay those of the day it was made
+
+    found = {"python": platform.python_version(), "kvsink": __version__}
+    for name in ("torch", "transformers", "triton"):
         try:
-            found[name] = importlib.metadata.version(package)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return {**found, "torch": str(torch.__version__)}

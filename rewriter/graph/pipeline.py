@@ -120,13 +120,11 @@ def run_passes(
     """
     work = Work(gm) if plan is None else Work(gm, plan)
     report = PipelineReport()
-    sites, refused = _locate(gm)
-    work.sites = sites
-    _snapshot(report, "before", sites, work, trace)
+    work.sites, work.refused = _locate(gm)
+    _snapshot(report, "before", work, trace)
     for rewrite in make_passes(passes):
-        if rewrite.name == "locate":
-            report.records += [Record("locate", each.path, -1, False, each.reason) for each in refused]
-        for site in sites:
+        report.records += [Record(rewrite.name, each.path, -1, False, each.reason) for each in rewrite.refused(work)]
+        for site in work.sites:
             verdict = rewrite.check(site, work)
             if verdict is None:
                 rewrite.rewrite(site, work)
@@ -135,15 +133,14 @@ def run_passes(
             )
         gm.graph.lint()
         if rewrite.moves_sites:
-            sites, refused = _locate(gm)
-            work.sites = sites
+            work.sites, work.refused = _locate(gm)
         if trace:
-            _snapshot(report, rewrite.name, sites, work, trace)
+            _snapshot(report, rewrite.name, work, trace)
         if watch is not None:
             gm.recompile()
             watch(rewrite.name, gm)
     gm.recompile()
-    report.sites = sites
+    report.sites = work.sites
     return report
 
 
@@ -169,9 +166,9 @@ def _locate(gm: fx.GraphModule) -> tuple[list[AttentionSite], list[Declined]]:
     ]
 
 
-def _snapshot(report: PipelineReport, name: str, sites: list[AttentionSite], work: Work, trace: bool | str) -> None:
+def _snapshot(report: PipelineReport, name: str, work: Work, trace: bool | str) -> None:
     if not trace:
         return
-    for site in sites:
+    for site in work.sites:
         if trace is True or trace == site.path:
             report.snapshots.append(Snapshot(name, site.path, render_site(site, work.gm, work.chain(site))))

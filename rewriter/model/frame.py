@@ -21,7 +21,7 @@ class Frame:
     visual: Tensor | None = None  # [B, S], True at image and video tokens
     candidates: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     start: Any = None  # rows held before this pass, int or a tensor; None where nobody asks
-    anchored: bool = False  # the anchors of codes in tiles have been seen to
+    origins_set: bool = False  # the origins of rows whose codes stand in tiles have been seen to
     reach: tuple[Tensor, int, float] | None = None  # positions that were looked at, and what a cache found
     asks: bool | None = None  # `Runtime.asks`, looked up once
     before: int | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import Call, LayerState
-from kvsink.kernels.cuda.backend import attend, library
+from kvsink.kernels.cuda.launch import attend, library
 from kvsink.kernels.cuda.variants import by_warp
 from kvsink.tools.bench_model import LLAMA_3_8B, LLAVA_15_7B, fill, llama, rewritten
 from kvsink.tools.bench_ops import BOUND, packed_bytes

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-import kvsink.cache.layer
 from kvsink.cache.cache import KVSinkCache
 from kvsink.cache.layer import KVSinkLayer
 from kvsink.codecs import Codec
@@ -69,7 +68,10 @@ def test_a_prompt_is_that_of_the_stock_model_and_steps_read_codes(family: str, m
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_device_is_read_once_for_all_layers(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsink.cache.layer.append", append_ref)  # in C, it reads the length
+    def store(layer: Any, k: Tensor, v: Tensor, positions: Tensor, angles: Any, candidates: Any, direct: bool) -> None:
+        append_ref(k, v, positions, *angles, candidates, layer.state(), layer.params, layer.codec_text, True)
+
+    monkeypatch.setattr(KVSinkLayer, "_store", store)  # in C, it reads the length
     model = rewritten("llama", "sdpa", "klt")
     ids, mask = tokens(2, 19, seed=1), torch.ones(2, 19, dtype=torch.int64)
     mask[0, : 4 * padded] = 0
@@ -133,14 +135,14 @@ def test_positions_that_do_not_all_run_ahead_alike_are_read_by_the_definition(
 ) -> None:
     model = rewritten("llama", "sdpa", "klt")
     chunks = tokens(1, 9, seed=1), tokens(1, 3, seed=2), tokens(1, 1, seed=3)
-    plain, outs, reasons = kvsink.cache.layer.attention, [], set[str]()
+    plain, outs, reasons = KVSinkLayer.attend, [], set[str]()
 
-    def attention(q: Tensor, *given: Any) -> Tensor:
+    def attend(layer: KVSinkLayer, q: Tensor, k: Tensor, *given: Any) -> Tensor:
         if q.shape[2] == 1:
-            reasons.add(attend_triton.declines(Codec.parse(given[-1]).format, shape_of(given[0], 4, exact=6), GPU))
-        return plain(q, *given)
+            reasons.add(attend_triton.declines(Codec.parse(layer.codec_text).format, shape_of(k, 4, exact=6), GPU))
+        return plain(layer, q, k, *given)
 
-    monkeypatch.setattr("kvsink.cache.layer.attention", attention)
+    monkeypatch.setattr(KVSinkLayer, "attend", attend)
     for held in (KVSinkCache.for_model(model, 1, 64), far(KVSinkCache.for_model(model, 1, 64))):
         reasons.clear()
         for chunk, start in zip(chunks, places, strict=True):

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.rewriter.test_prefill import served_as_on_a_gpu
 from transformers import AutoModelForCausalLM
 
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.kernels import backends
 from kvsink.kernels.cuda import launch
 from tests.graphs import rewritten
@@ -24,6 +24,7 @@ from tests.kernels.cuda.emulated import Emulated, act_as_on_a_gpu
 from tests.kernels.cuda.test_tiles import rewritten as wide
 from tests.kernels.triton.test_attend import here
 from tests.models import tokens
+from tests.rewriter.cache.test_layer import served_as_on_a_gpu
 
 PROMPT, EACH = 21, 4  # tokens of the prompt, and of every process
 
