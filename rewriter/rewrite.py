@@ -73,7 +73,8 @@ def rewrite(
         source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
         ids = calibration_windows(decoder, source, calibration_tokens, tokenizer) if plan_ids is None else plan_ids
         _plan(decoder, chosen, record, ids, bits, designs, progress)
-    report = apply(decoder, chosen, record, design(decoder, chosen, record, designs, progress), fold, storage_dtype, check)
+    designed = design(decoder, chosen, record, designs, progress)
+    report = apply(decoder, chosen, record, designed, fold, storage_dtype, check)
     install_generate(decoder.model)
     report.seconds = time.monotonic() - begun
     return report

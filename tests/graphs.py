@@ -92,6 +92,31 @@ def packed_graph(
     return capture(model, tokens(batch, length, seed=5), cache)
 
 
+def generated_graph(model: Any, given: dict[str, Tensor]) -> fx.GraphModule:
+    """The step behind a prompt as `generate()` of a rewritten model compiles it: masks, and positions of pictures, come ready."""
+    from transformers import CompileConfig
+
+    import kvsink
+    from kvsink.graph.capture import note_sources
+
+    graphs: list[fx.GraphModule] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        note_sources(gm)
+        graphs.append(gm)
+        return gm.forward
+
+    config = CompileConfig(backend=record, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    cache = kvsink.KVSinkCache.for_model(model, len(given["input_ids"]), max_length=128)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model.generate(**given, past_key_values=cache, compile_config=config, max_new_tokens=2, do_sample=False)
+    torch._dynamo.reset()
+    (graph,) = graphs
+    return graph
+
+
 def plan_of(model: Any) -> Any:
     """A rewritten model's codecs as a plan for stock caches."""
     from kvsink.model.runtime import runtime_of

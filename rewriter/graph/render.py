@@ -2,7 +2,7 @@
 
 Names      q, k_pre, k_rope, v_new, cos, sin, positions, mask, hidden_in by role; cache.*, codec.* for what cache
            and codec bring; weights by the end of their path; everything else by operator and count
-Lines      name = operator(arguments)  # dtype [sizes]
+Lines      name = operator(arguments)  # dtype [sizes]; one node each, gone on with further in where 140 columns are over
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 _SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64", torch.int64: "i64",
           torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
-_ATTENTION = ("scaled_dot_product_attention", "kvsink.attend")
+_ATTENTION = ("scaled_dot_product_attention", "kvsink.attend", "kvsink.append_attend_")
+COLUMNS = 140
 _ROLES = ("hidden_in", "q", "k_pre", "k_rope", "v_new", "cos", "sin", "positions", "mask")
 
 
@@ -54,7 +55,16 @@ def render_site(site: AttentionSite, gm: fx.GraphModule, chain: Chain | None = N
         if not whole and kind(node) in _ATTENTION:
             break
     width = min(96, max((len(text) for text, _ in lines), default=0))
-    return "\n".join(f"{text:<{width}}  # {kind_}" if kind_ else text for text, kind_ in lines)
+    return "\n".join(_wrapped(f"{text:<{width}}  # {kind_}" if kind_ else text) for text, kind_ in lines)
+
+
+def _wrapped(line: str) -> str:
+    """The line in pieces of at most `COLUMNS`, cut behind commas; the next ones stand further in."""
+    pieces = []
+    while len(line) > COLUMNS and (at := line.rfind(", ", 8, COLUMNS)) > 0:
+        pieces.append(line[: at + 1])
+        line = f"        {line[at + 2 :]}"
+    return "\n".join([*pieces, line])
 
 
 def _before_storage(site: AttentionSite) -> set[Node]:

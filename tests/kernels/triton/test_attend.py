@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -131,7 +132,7 @@ def run_in_the_interpreter(file: str, count: int, which: str = "") -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *(("-k", which) if which else ())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{count} passed" in done.stdout, done.stdout[-400:]
+    assert re.findall(r"(\d+) passed", done.stdout.splitlines()[-1]) == [str(count)], done.stdout[-400:]
 
 
 @here

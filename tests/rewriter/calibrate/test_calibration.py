@@ -13,11 +13,9 @@ from transformers import DynamicCache
 import kvsink
 from kvsink.calibrate.calibration import calibrate, find_stages
 from kvsink.calibrate.record import Calibration
-from kvsink.calibrate.statistics import KeyStats, ValueStats
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
-from kvsink.model.fingerprint import fingerprint, same_model
 from kvsink.model.runtime import Runtime
 from kvsink.model.tables import LayerPlan
 from tests.models import HEAD_DIM, LAYERS, build, tokens
@@ -133,23 +131,6 @@ def test_a_block_of_one_is_the_key_before_rope(record: Calibration) -> None:
     assert relative(covariance, centred.mT @ centred / keys.shape[1]) <= FLOAT32_SUMS
 
 
-def test_merging_is_a_sum() -> None:
-    g = torch.Generator().manual_seed(0)
-    keys, keep = torch.randn(2, 2, 9, 8, generator=g), torch.rand(2, 9, generator=g) < 0.7
-    angle = torch.rand(4, 8, generator=g)
-    whole, parts = KeyStats.empty(4, 2, 8), [KeyStats.empty(4, 2, 8) for _ in range(2)]
-    positions = torch.arange(9).expand(2, 9)
-    whole.add(keys, positions, keep, angle.cos(), angle.sin())
-    for row, part in enumerate(parts):
-        part.add(keys[row : row + 1], positions[:1], keep[row : row + 1], angle.cos(), angle.sin())
-    parts[0].merge(parts[1])
-    assert torch.equal(parts[0].count, whole.count) and float(whole.count.sum()) == float(keep.sum())
-    assert relative(parts[0].first, whole.first) <= 1e-12 and relative(parts[0].second, whole.second) <= FLOAT32_SUMS
-    values = ValueStats.empty(2, 8)
-    values.add(keys, keep)
-    assert relative(values.total, keys.transpose(1, 2)[keep].double().sum(0)) <= 1e-12
-
-
 # -- rows that stay exact ----------------------------------------------------------------------------------------------
 
 
@@ -222,13 +203,3 @@ def test_a_rewritten_model_keeps_its_plan_through_calibration() -> None:
 
 
 # -- the record on disk ------------------------------------------------------------------------------------------------
-
-
-def test_the_fingerprint_survives_16_bit_and_nothing_else() -> None:
-    model = build("llama")
-    mark = fingerprint(model)
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert same_model(mark, fingerprint(copy.deepcopy(model).to(dtype)))
-    assert not same_model(mark, fingerprint(build("qwen2"))) and not same_model(mark, fingerprint(build("mistral")))
-    model.model.layers[1].self_attn.q_proj.weight.mul_(1.05)
-    assert not same_model(mark, fingerprint(model))
