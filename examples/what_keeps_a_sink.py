@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.loading import load_model, load_tokenizer
+from kvsink.evaluate.texts import builtin_text
+from kvsink.folder.loading import load_model, load_tokenizer
+from kvsink.model.anatomy import anatomy
 from kvsink.profiling.attention import START, AttentionSums, sink_decay, watching_attention
 from kvsink.profiling.layout import find_layout
 from kvsink.profiling.record import windows_of
 from kvsink.profiling.watch import watching_experts
-from kvsink.runtime import anatomy
-from kvsink.texts import builtin_text
 
 BLOCK, SKIPPED = 11, frozenset({"11:6", "11:7"})
 

@@ -20,12 +20,11 @@ import numpy as np
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
 from kvsink.kernels.packing import packed_bytes
-from kvsink.kernels.quantize import SIGMA_KINDS, segments
+from kvsink.kernels.quantize import segments
 
-__all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZERS_WITH_BODY", "function_proto"]
+__all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZER_BODIES", "function_proto"]
 
 DOMAIN, OPSET = "com.kvsink", 18
-QUANTIZERS_WITH_BODY = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector", "static")
 _HALF_MAX, _HALF_TINY = 65504.0, 6.0e-8
 
 
@@ -281,48 +280,61 @@ def _quantize_static(b: Body, a: Mapping[str, Any], x: str, step: str) -> tuple[
     return out, b.empty_scale(out)
 
 
-_QUANTIZE: dict[str, Callable[..., tuple[str, str]]] = {
-    "uniform": _quantize_uniform, "uniform-int": _quantize_uniform, "gauss": _quantize_gauss, "lloyd": _quantize_lloyd,
-    "lloyd-even": _quantize_lloyd, "vector": _quantize_vector, "static": _quantize_static,
-}  # fmt: skip
+def _dequantize_vector(b: Body, a: Mapping[str, Any], codes: str, scale: str, book: str) -> str:
+    _, groups, _, _ = a["book"]
+    index = b.cast(_unpack(b, codes, a["code_bits"], groups), "INT64")
+    out = _vector_rows(b, a, index, book)
+    return str(b.Mul(out, b.cast(scale, "FLOAT"))) if a["gain"] else out
 
 
-def _quantize(b: Body, a: Mapping[str, Any], *inputs: str) -> tuple[str, ...]:
-    return _QUANTIZE[a["kind"]](b, a, *inputs)
+def _dequantize_static(b: Body, a: Mapping[str, Any], codes: str, scale: str, step: str) -> str:
+    width = a["widths"][0]
+    levels = np.arange(2**width, dtype=np.float32) - 2 ** (width - 1)
+    return str(b.Mul(_look_up(b, codes, width, 8 * len(a["widths"]), levels), b.Unsqueeze(step, b.ints(1))))
 
 
-def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", table: str = "") -> tuple[str, ...]:
-    kind = a["kind"]
-    if kind == "vector":
-        _, groups, _, _ = a["book"]
-        index = b.cast(_unpack(b, codes, a["code_bits"], groups), "INT64")
-        out = _vector_rows(b, a, index, table)
-        return (b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out,)
+def _dequantize_lloyd(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str) -> str:
     widths, dim = a["widths"], 8 * len(a["widths"])
-    if kind == "static":
-        levels = np.arange(2 ** widths[0], dtype=np.float32) - 2 ** (widths[0] - 1)
-        return (b.Mul(_look_up(b, codes, widths[0], dim, levels), b.Unsqueeze(table, b.ints(1))),)
-    if kind in SIGMA_KINDS:
-        levels_of = even_levels if kind == "lloyd-even" else lloyd_max
-        parts, at, rows = segments(widths), 0, []
-        for start, end, byte, w in [*parts, (dim, dim, 0, 0)]:
-            if start > at:  # channels of 0 bits
-                shape = b.Concat(b.Shape(codes, start=0, end=3), b.ints(start - at), axis=0)
-                rows.append(b.Expand(b.const(0), shape))
-            if end > start:
-                packed = codes if len(parts) == 1 else b.slice(codes, byte, byte + (end - start) * w // 8, 3)
-                rows.append(_look_up(b, packed, w, end - start, levels_of(w).numpy()))
-            at = end
-        out = rows[0] if len(rows) == 1 else b.Concat(*rows, axis=-1)
-        out = b.Mul(out, b.Unsqueeze(table, b.ints(1)))
-        return (b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out,)
-    size, width = a["group_size"], widths[0]
+    levels_of = even_levels if a["kind"] == "lloyd-even" else lloyd_max
+    parts, at, rows = segments(widths), 0, []
+    for start, end, byte, w in [*parts, (dim, dim, 0, 0)]:
+        if start > at:  # channels of 0 bits
+            shape = b.Concat(b.Shape(codes, start=0, end=3), b.ints(start - at), axis=0)
+            rows.append(b.Expand(b.const(0), shape))
+        if end > start:
+            packed = codes if len(parts) == 1 else b.slice(codes, byte, byte + (end - start) * w // 8, 3)
+            rows.append(_look_up(b, packed, w, end - start, levels_of(w).numpy()))
+        at = end
+    out = rows[0] if len(rows) == 1 else b.Concat(*rows, axis=-1)
+    out = b.Mul(out, b.Unsqueeze(sigma, b.ints(1)))
+    return str(b.Mul(out, b.cast(scale, "FLOAT")) if a["gain"] else out)
+
+
+def _dequantize_groups(b: Body, a: Mapping[str, Any], codes: str, scale: str, table: str) -> str:
+    kind, size, width, dim = a["kind"], a["group_size"], a["widths"][0], 8 * len(a["widths"])
     levels = lloyd_max(width).numpy() if kind == "gauss" else np.arange(2**width)
     values = b.reshape(_look_up(b, codes, width, dim, levels), 0, 0, 0, dim // size, size)
     pairs = b.reshape(b.cast(scale, "FLOAT"), 0, 0, 0, dim // size, 2)
     step, base = b.slice(pairs, 0, 1, -1), b.slice(pairs, 1, 2, -1)
     out = b.Mul(b.Sub(values, base), step) if kind == "uniform-int" else b.Add(b.Mul(values, step), base)
-    return (b.reshape(out, 0, 0, 0, dim),)
+    return b.reshape(out, 0, 0, 0, dim)
+
+
+QUANTIZER_BODIES: dict[str, tuple[Callable[..., tuple[str, str]], Callable[..., str]]] = {
+    "uniform": (_quantize_uniform, _dequantize_groups), "uniform-int": (_quantize_uniform, _dequantize_groups),
+    "gauss": (_quantize_gauss, _dequantize_groups), "lloyd": (_quantize_lloyd, _dequantize_lloyd),
+    "lloyd-even": (_quantize_lloyd, _dequantize_lloyd), "vector": (_quantize_vector, _dequantize_vector),
+    "static": (_quantize_static, _dequantize_static),
+}  # fmt: skip
+"""By kind: (body, attributes, x, *tables) → codes and scale; (body, attributes, codes, scale or "", first table or "") → rows."""
+
+
+def _quantize(b: Body, a: Mapping[str, Any], *inputs: str) -> tuple[str, ...]:
+    return QUANTIZER_BODIES[a["kind"]][0](b, a, *inputs)
+
+
+def _dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str = "", table: str = "") -> tuple[str, ...]:
+    return (QUANTIZER_BODIES[a["kind"]][1](b, a, codes, scale, table),)
 
 
 # -- rotations, sinks, attention -----------------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.export.errors import ExportError
 from kvsink.export.past import FIXED, STATE_OF, past_names
 from kvsink.export.runner import OnnxGenerator
 from kvsink.export.ties import Ties
-from kvsink.passing import given_cache
-from kvsink.runtime import runtime_of
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import runtime_of
 
 __all__ = ["TIES", "check_file", "check_run"]
 

@@ -1,6 +1,6 @@
 """Perplexity of an exported model through its runner: `kvsink-eval OUT_DIR/model.onnx`.
 
-Formula    as in `kvsink.evaluation`: windows are fed in chunks, so that tokens attend to stored rows
+Formula    as in `kvsink.evaluate.evaluation`: windows are fed in chunks, so that tokens attend to stored rows
 Raises     EvaluationError for logits that are not finite, ExportError from the runner
 """
 
@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from kvsink.errors import EvaluationError
-from kvsink.evaluation import EvalResult, versions
+from kvsink.evaluate.evaluation import versions
+from kvsink.evaluate.results import EvalResult
 from kvsink.export.runner import OnnxGenerator
 
 __all__ = ["evaluate_onnx"]

@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvsink.cache.sliding import WINDOWED
 from kvsink.codecs import Codec
+from kvsink.codecs.protect import Segment, anchors_for_layer, parse_policies
 from kvsink.errors import KvsinkError
-from kvsink.export.bodies import QUANTIZERS_WITH_BODY
+from kvsink.export.bodies import QUANTIZER_BODIES
 from kvsink.export.errors import ExportError
+from kvsink.export.nodes import Steps
 from kvsink.methods import get_method, methods
-from kvsink.protect import Segment, anchors_for_layer, parse_policies
-from kvsink.runtime import Runtime, rope_types, visual_tokens
-from kvsink.sliding import WINDOWED
+from kvsink.model.anatomy import rope_types
+from kvsink.model.rows import visual_tokens
+from kvsink.model.runtime import Runtime
 
 __all__ = [
     "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",
@@ -27,12 +30,13 @@ __all__ = [
 ]  # fmt: skip
 
 FLAVOURS = ("functions", "custom", "gqa")
+CARRIED: tuple[str, ...] = ()  # fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 
 def codec_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
     """Why a layer's codec cannot be written as a graph, or an empty string."""
-    for name, side in (("keys", codec.key), ("values", codec.value)):
+    for name, side, told in (("keys", codec.key, codec.format.key), ("values", codec.value, codec.format.value)):
         if not side.packed:
             continue
         if side.by_token_block:
@@ -41,8 +45,11 @@ def codec_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
             return f"{name} keep outliers in records that compete while the cache grows"
         if side.kind == "modal":
             return f"visual rows of {name} are coded otherwise than text, and the graph sees no images"
-        if side.kind not in QUANTIZERS_WITH_BODY:
+        if side.kind not in QUANTIZER_BODIES:
             return f"quantizer {side.kind} of {name} has no body in ONNX operators"
+        for what in told.beyond:
+            if what not in CARRIED and not hasattr(Steps, what):
+                return f"{what!r} of {name} has no node (kvsink.export.nodes.Steps, CARRIED in kvsink.export.flavours)"
     if codec.anchors is not None:
         return "anchors are chosen by the attention they receive, which is observed outside the graph"
     if codec.ring:
@@ -68,6 +75,8 @@ def gqa_refusal(codec: Codec, segments: Sequence[Segment] = ()) -> str:
                 f"{name} have scales of their own in every row ({side.kind}), GroupQueryAttention has fixed ones; "
                 "use --method static"
             )
+    if beyond := (*codec.format.key.beyond, *codec.format.value.beyond):
+        return f"{beyond[0]!r} is nothing that stands around GroupQueryAttention"
     if k.exponent or v.exponent:
         return "keys or values beyond the range of float16 are kept in other units, which GroupQueryAttention does not know"
     if k.packed != v.packed or k.widths != v.widths:

@@ -222,7 +222,9 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
 
     def decode(codes: Any, scale: Any, params: Any, codec: str, side: str) -> Any:
         attributes = _tabled(codec, side, params)
-        return [codes, scale if attributes["gain"] else None, *params], attributes, 1
+        c = Codec.parse(codec)
+        scaled = c.row_scales(c.key if side == "k" else c.value, c.row_channels(side, params))
+        return [codes, scale if scaled else None, *params], attributes, 1
 
     def rotate(x: Any, order: int, inverse: bool = False) -> Any:
         sizes = {"order": order, "inverse": int(inverse), "channels": x.shape[-1], "rank": len(x.shape)}
@@ -311,9 +313,9 @@ def _scalar(kind: str, widths: Any, group_size: int, gain: bool) -> dict[str, An
 def _tabled(codec: str, side: str, params: Any) -> dict[str, Any]:
     c = Codec.parse(codec)
     s = c.key if side == "k" else c.value
-    return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain), "book": [int(n) for n in params[0].shape]} | (
-        {"widths": list(s.widths)} if s.kind == "static" else {}
-    )
+    sizes = {"book": [int(n) for n in params[0].shape]} if params else {}
+    widths = {"widths": list(s.widths)} if s.widths else {}
+    return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain)} | sizes | widths
 
 
 def append_functions(model: Any, opset: int) -> None:

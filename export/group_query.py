@@ -20,6 +20,7 @@ Declines   see `kvsink.export.flavours.gqa_refusal`
 from __future__ import annotations
 
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,16 @@ from kvsink.export.past import PlainLayer, orders_of
 from kvsink.kernels import stages
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
-from kvsink.passing import given_cache
-from kvsink.runtime import Frame, Runtime, runtime_of
+from kvsink.model.frame import Frame
+from kvsink.model.handover import Handover
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import Runtime, runtime_of
 
 __all__ = ["GQA_ATTENTION", "GQA_LEAN", "MASKED", "GroupQueryModel", "cache_bits", "empty_cache", "group_query"]
 
 GQA_ATTENTION, GQA_LEAN = "kvsink_gqa", "kvsink_gqa_lean"
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
+_ASKED: Handover[ReferenceType[Any]] = Handover()  # with keys that a layer turned: the layer, which attends
 
 
 def cache_bits(codec: Codec | None) -> int:
@@ -133,7 +137,7 @@ class _GroupQueryLayer(PlainLayer):
             if self.cache.lean:
                 k, v = k / p["k_step"][:, None], v / p["v_step"][:, None]
             k, v = k.to(key_states.dtype), v.to(value_states.dtype)
-        k._kvsink_group_query = self  # type: ignore[attr-defined]
+        _ASKED.leave(k, ref(self))
         return k, v
 
     def _ordered(self, x: Tensor) -> Tensor:
@@ -287,7 +291,9 @@ def attention_forward(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function of the traced model: the layer that turned the keys attends; s_aux: learned sink logits [Hq]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    layer = key._kvsink_group_query  # type: ignore[attr-defined]
+    asked = _ASKED.found(key)
+    layer = None if asked is None else asked()
+    assert layer is not None, "attention was given other keys than the cache returned"
     return layer.attend(query, key, value, attention_mask, scale, s_aux), None
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import KvsinkError, UnknownName
-from kvsink.evaluation import versions
+from kvsink.evaluate.evaluation import versions
+from kvsink.evaluate.texts import builtin_text
 from kvsink.export.bodies import DOMAIN, OPSET
 from kvsink.export.check import check_file, check_run
 from kvsink.export.errors import ExportError
@@ -26,9 +27,8 @@ from kvsink.export.genai import write_genai
 from kvsink.export.graph import append_functions, build_graph
 from kvsink.export.manifest import FORMAT, describe, manifest_path
 from kvsink.export.wide import in_float64, parameters_as
-from kvsink.loading import load_model, load_tokenizer
-from kvsink.runtime import runtime_of
-from kvsink.texts import builtin_text
+from kvsink.folder.loading import load_model, load_tokenizer
+from kvsink.model.runtime import runtime_of
 
 __all__ = ["check_extras", "onnx"]
 

@@ -24,7 +24,7 @@ __all__ = [
     "restore_sinks", "rotate_block", "undo_rope",
 ]  # fmt: skip
 
-FIRST_SCORE = 1e30  # above any activation, as in `kvsink.runtime`
+FIRST_SCORE = 1e30  # above any activation, as in `kvsink.model.candidates`
 
 
 @torch.library.custom_op("kvsink_export::attend", mutates_args=())
@@ -178,6 +178,8 @@ def _(x: Tensor, mean: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Steps:
     """The stages of a codec, by the names of `kvsink.kernels.stages`, as they enter an exported graph."""
 
+    add = staticmethod(stages.add)
+    row_of = staticmethod(stages.row_of)
     center = staticmethod(stages.center)
     project = staticmethod(stages.project)
     unproject = staticmethod(stages.unproject)

@@ -12,6 +12,7 @@ Declines   see `kvsink.export.flavours`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,11 @@ from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.kernels import decode, dequantize, encode, quantize
-from kvsink.passing import given_cache
-from kvsink.runtime import Frame, Runtime, runtime_of, turns_back
+from kvsink.model.frame import Frame
+from kvsink.model.handover import Handover
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import Runtime, runtime_of
+from kvsink.model.turning import turns_back
 
 __all__ = [
     "ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "Orders", "PlainLayer", "empty_past", "orders_of", "past_names",
@@ -42,6 +46,7 @@ Orders = list[tuple[Tensor, Tensor] | None]
 """Of each layer: its channels in canonical order and back, int64 [D] each."""
 _PACKED_KINDS = ("lloyd", "lloyd-even", "vector", "gauss", "uniform", "uniform-int", "static")
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
+_PACKED: Handover[Callable[..., Tensor]] = Handover()  # with new keys: attention over them and the past of their layer
 
 
 def past_names(codec: Codec | None) -> tuple[str, ...]:
@@ -90,6 +95,8 @@ def takes_packed(codec: Codec) -> bool:
             return False
         if side.exponent:
             return False
+    if codec.format.key.beyond or codec.format.value.beyond:
+        return False
     return codec.key.domain != "block" or codec.key.block >= _SMALLEST_BLOCK
 
 
@@ -164,7 +171,7 @@ class _PackedLayer(PlainLayer):
             exact = (*rows, slot)
         self.present = present
         if self.cache.fused and takes_packed(c):
-            k._kvsink_packed = partial(self._attend, c, exact)  # type: ignore[attr-defined]
+            _PACKED.leave(k, partial(self._attend, c, exact))
             return k, v
         old_k, old_v = (_decode(c, side, past[n], past.get(f"{n}_scale"), p) for side, n in (("k", "key"), ("v", "value")))
         if c.key.packed:
@@ -314,7 +321,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function of exported graphs: one `Attend` node, keys and values not repeated for query groups."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    packed = getattr(key, "_kvsink_packed", attend)
+    packed = _PACKED.found(key) or attend
     return packed(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 

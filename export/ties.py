@@ -28,7 +28,7 @@ from torch import Tensor
 from kvsink.codecs import Codec
 from kvsink.export.errors import ExportError
 from kvsink.kernels.cpu.append import by_definition
-from kvsink.runtime import Runtime
+from kvsink.model.runtime import Runtime
 
 __all__ = ["NEAR", "Ties"]
 

@@ -30,13 +30,12 @@ from torch import Tensor
 
 from .backends import Call, LayerState
 from .base import resolve_codec
-from .cpu.append import append_one, defined, select_one, store_rows
 from .selection import merge_exact
 from .sparse import merge_sparse
 from .stages import rope_rows
 from .tokens import touched, window_rows
 
-__all__ = ["append", "append_", "append_in_c", "append_plain", "append_ref", "keep_exact"]
+__all__ = ["append", "append_", "append_plain", "append_ref", "keep_exact", "keep_recent"]
 
 EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2))  # the side store, and where its places run
 
@@ -57,7 +56,7 @@ def append_ref(
     keep_exact(c, st, full_k, v, candidates)
     if c.tiles:
         c.store_tiles(full_k, v, slots, st, p)
-        _keep_recent(c, st, slots, full_k, v)
+        keep_recent(c, st, slots, full_k, v)
         return
     if c.key.by_token_block:
         _store_blocks(c, c.key, "k", full_k, st, lambda rows: c.transform_keys(rows, cos, sin, positions, p, True))
@@ -75,27 +74,7 @@ def append_ref(
         _store_outliers(c, "v", x, st, p)
     else:
         _store_rows("v", st, slots, *c.encode_values(v, p))
-    _keep_recent(c, st, slots, full_k, v)
-
-
-def append_in_c(call: Call) -> None:
-    """The same with rows coded in C, where `append_cpu.declines` is silent; rows that do not fit are for the definition to say."""
-    k, v, positions, cos, sin, candidates, _, _ = call.coding()
-    c, s, first = call.codec, k.shape[2], int(call.state.length)
-    if defined() or first + s > call.state.positions.shape[1]:
-        append_plain(call)
-        return
-    full_k = k if call.roped else rope_rows(k, cos, sin)
-    if s > 1 or not call.roped or not append_one(call, first):
-        st, p = call.st, call.p
-        st["positions"][:, first : first + s] = positions
-        if s == 1 and c.exact_rows and c.anchors is None:
-            select_one(c, full_k, v, candidates, st, first)
-        else:
-            keep_exact(c, st, full_k, v, candidates)
-        store_rows(c, c.transform_keys(k, cos, sin, positions, p, call.roped), c.transform_values(v, p), first, st, p)
-    if c.ring:
-        _keep_recent(c, call.st, torch.arange(first, first + s), full_k, v)
+    keep_recent(c, st, slots, full_k, v)
 
 
 def keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candidates: Sequence[Tensor]) -> None:
@@ -108,7 +87,7 @@ def keep_exact(c: Any, st: dict[str, Tensor], full_k: Tensor, v: Tensor, candida
         old.copy_(new)
 
 
-def _keep_recent(c: Any, st: dict[str, Tensor], slots: Tensor, full_k: Tensor, v: Tensor) -> None:
+def keep_recent(c: Any, st: dict[str, Tensor], slots: Tensor, full_k: Tensor, v: Tensor) -> None:
     if not c.ring:
         return
     s = full_k.shape[2]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -24,18 +24,25 @@ from torch import Tensor
 from .quantize import SIGMA_KINDS
 
 __all__ = [
-    "GROWS", "Backend", "Call", "Choice", "Device", "LayerFormat", "LayerState", "Part", "Shape", "SideFormat", "choose",
-    "device_of", "layer_format", "plan", "table", "tell_once", "unread",
+    "GROWS", "KNOWN_STAGES", "Backend", "Call", "Choice", "Device", "LayerFormat", "LayerState", "Part", "Shape", "SideFormat",
+    "choose", "device_of", "layer_format", "plan", "table", "tell_once", "unread",
 ]  # fmt: skip
 
 GROWS = -1  # exact rows whose number grows with the slots
 OFFERED = 128  # candidates of one segment among several new rows that kernels compare
+KNOWN_STAGES = (
+    "add", "center", "center_roped", "hadamard_heads", "negated", "project", "reorder_heads", "rope_offset", "rope_rows",
+    "rope_start", "row_of", "table_rows", "unproject", "unrope_rows",
+)  # fmt: skip
+"""Functions of `kvsink.kernels.stages` that every backend carries out or declines by a word of the format."""
+
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
 
 
 @dataclass(frozen=True)
 class SideFormat:
-    """How keys or values are stored, as kernels see it; the words are those of `kvsink.codecs.SideSpec`."""
+    """How keys or values are stored, as kernels see it; the words are those of `kvsink.codecs.SideSpec`. beyond: names of what
+    the declaration has beside them, fields, settings and stages: no backend serves a name that its `Part` does not list."""
 
     kind: str
     widths: tuple[int, ...]
@@ -58,6 +65,7 @@ class SideFormat:
     outliers: float
     exponent: int
     visual_bits: int
+    beyond: tuple[str, ...] = ()
 
     @property
     def packed(self) -> bool:
@@ -75,7 +83,8 @@ class LayerFormat:
     """How one layer is stored; made by `layer_format`, so that equal ones are one object.
 
     segments: exact rows of each protection segment; ring: recent rows held, of which `window` are read as they came on both sides;
-    tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read back from their codes.
+    tokens: of a block of keys; anchored: exact rows beside the segments; strict: new rows are read back from their codes; uneven:
+    positions do not all run as far ahead of their slots.
     """
 
     key: SideFormat
@@ -86,6 +95,7 @@ class LayerFormat:
     tokens: int = 64
     strict: bool = False
     anchored: bool = False
+    uneven: bool = False
     order: str = "row"
 
     @property
@@ -214,7 +224,8 @@ class Call:
     @cached_property
     def p(self) -> dict[str, Tensor]:
         """The tables by name."""
-        return self.codec.tables(self.params)
+        tables: dict[str, Tensor] = self.codec.tables(self.params)
+        return tables
 
     @property
     def angles(self) -> tuple[Tensor, Tensor]:
@@ -250,10 +261,21 @@ class Call:
 
 
 class Part(NamedTuple):
-    """One thing a backend does. declines: "" where it serves, else the reason in words that a user reads."""
+    """One thing a backend does. declines: "" where it serves, else the reason in words that a user reads; knows: names of
+    `SideFormat.beyond` that it carries out all the same, None for all of them: the definition runs the codec itself."""
 
-    declines: Callable[[LayerFormat, Shape, Device], str]
+    declines: Callable[[LayerFormat, Shape, Any], str]
     run: Callable[[Call], Any]
+    knows: tuple[str, ...] | None = ()
+
+    def refuses(self, f: LayerFormat, s: Shape, d: Device | None) -> str:
+        """The same with what a format has beyond the words of kernels, for which nothing is compiled."""
+        for what, side in (("keys", f.key), ("values", f.value)):
+            for name in side.beyond if self.knows is not None else ():
+                if name not in self.knows:  # type: ignore[operator]
+                    uncompiled = d if d is None else replace(d, place=None)
+                    return self.declines(f, s, uncompiled) or f"{what} with {name!r}, which these kernels do not know"
+        return self.declines(f, s, d)
 
 
 @dataclass(frozen=True)
@@ -281,28 +303,28 @@ class Choice(NamedTuple):
 def table() -> tuple[Backend, ...]:
     """All backends, fastest first."""
     from . import append_attend
-    from .append import append_in_c, append_plain
+    from .append import append_plain
     from .attend import attend_plain
     from .cpu import append as cpu_append
     from .cpu import attend as cpu_attend
     from .cuda import backend as tiles
-    from .cuda import rows_of_bytes
+    from .cuda import launch, rows_of_bytes
     from .triton import append as triton_append
     from .triton import attend as triton_attend
 
     return (
         Backend(
-            "cuda (tiles)", Part(tiles.declines, tiles.append), Part(tiles.declines_mask, tiles.attend),
-            Part(tiles.declines_step, tiles.step),
+            "cuda (tiles)", Part(tiles.declines, launch.append), Part(tiles.declines_mask, launch.attend),
+            Part(tiles.declines_step, launch.step),
         ),
         Backend(
             "cuda (rows of bytes)", None, Part(rows_of_bytes.declines, rows_of_bytes.attend),
             Part(append_attend.declines_beside, append_attend.side_by_side),
         ),
         Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
-        Backend("cpu (C)", Part(cpu_append.declines, append_in_c), Part(cpu_attend.declines, cpu_attend.attend)),
-        Backend("torch", Part(_nobody, append_plain), Part(_nobody, attend_plain)),
-        Backend("append, then attend", step=Part(_nobody, append_attend.in_turn)),
+        Backend("cpu (C)", Part(cpu_append.declines, cpu_append.append), Part(cpu_attend.declines, cpu_attend.attend)),
+        Backend("torch", Part(_nobody, append_plain, None), Part(_nobody, attend_plain, None)),
+        Backend("append, then attend", step=Part(_nobody, append_attend.in_turn, None)),
     )  # fmt: skip
 
 
@@ -321,7 +343,7 @@ def choose(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
         part: Part | None = getattr(backend, what)
         if part is None:
             continue
-        if not (reason := part.declines(f, s, d)):
+        if not (reason := part.refuses(f, s, d)):
             return Choice(backend.name, part.run, tuple(why))
         why.append((backend.name, reason))
     raise AssertionError("the definition serves everything")
@@ -332,7 +354,7 @@ def plan(what: str, f: LayerFormat, s: Shape, d: Device) -> Choice:
     tiles = table()[0]
     tiled = f.in_tiles()
     assert tiles.attend is not None
-    if reason := tiles.attend.declines(tiled, s, d):
+    if reason := tiles.attend.refuses(tiled, s, d):
         found = choose(what, f, s, d)
         return found._replace(why=((tiles.name, reason), *found.why[1:]))
     return choose(what, tiled, s, d)

@@ -9,7 +9,7 @@ Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits
 Source     ours; the fragment order is that of the PTX manual, section on mma.m16n8k16
 Differs    the origin is slot minus position of a row's first token, so regular rows are coded as without tiles; for other
            positions the mean fits worse, never wrongly
-Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin], L a multiple of 128; anchor_cos, anchor_sin float32 [B, R]
+Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin], L a multiple of 128; origin_cos, origin_sin float32 [B, R]
 Exact      yes: `unpermute(permute(x)) = x`
 """
 
@@ -81,7 +81,8 @@ def tile_bytes(widths: Sequence[int]) -> int:
 def _codes(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
     """Packed bytes [..., sum(widths)] → codes uint8 [..., runs, 8]."""
     parts = [unpack_bits(natural[..., byte : byte + (b - a) * w // 8], w, b - a) for a, b, byte, w in segments(widths)]
-    return torch.cat(parts, dim=-1).unflatten(-1, (len(widths), 8))
+    codes = torch.cat(parts, dim=-1)
+    return codes.reshape(*codes.shape[:-1], len(widths), 8)
 
 
 def _natural(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -142,7 +143,8 @@ def _index(side: str, bins: int, half: bool, device: str) -> Tensor:
 
 def _held_bytes(units: Tensor, f: Fields) -> Tensor:
     """Units as bytes [..., bytes of a slot], in the order of `byte_index`."""
-    both = units.contiguous().view(torch.uint8).unflatten(-1, (f.bins, 2))
+    both = units.contiguous().view(torch.uint8)
+    both = both.reshape(*both.shape[:-1], f.bins, 2)
     return both.flatten(-3) if not f.half else both.flatten(-2)[..., : 2 * f.bins - 1].flatten(-2)
 
 
@@ -173,7 +175,7 @@ def fetch(codes: Tensor, widths: tuple[int, ...], side: str, start: int = 0, cou
 def _rotated(x: Tensor, slots: Tensor, p: Params, back: bool) -> Tensor:
     """R_{j0} R_s^-1 x, or its inverse when `back`; x [B or 1, H, S, D], slots [S]."""
     start = p["start_cos"][slots // BLOCK], p["start_sin"][slots // BLOCK]
-    cos, sin = p["anchor_cos"][:, None, None], p["anchor_sin"][:, None, None]
+    cos, sin = p["origin_cos"][:, None, None], p["origin_sin"][:, None, None]
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     start, cos, sin = (start[0].to(wide), start[1].to(wide)), cos.to(wide), sin.to(wide)
     if p["start_cos"].shape[-1] == 0:

@@ -9,6 +9,7 @@ Cost       decodes the past once; `_DECODED_BYTES` of it at a time
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -17,10 +18,18 @@ from torch import Tensor
 
 from .layout import TILE_SLOTS
 
-__all__ = ["attend_chunk"]
+__all__ = ["attend_chunk", "attend_piece", "pieces"]
 
 _DECODED_BYTES = 128 << 20  # keys and values of a piece of the past, decoded at a time
-PIECES = "flash"  # SDPA backend of a whole piece; "cudnn" plans every shape anew, which whole pieces of one size share
+
+
+def pieces() -> str:
+    """PyTorch's attention for a whole piece, as $KVSINK_PIECES says: "flash", or "cudnn", which plans every shape anew, but whole
+    pieces share one. Raises ValueError for another name."""
+    asked = os.environ.get("KVSINK_PIECES") or "flash"
+    if asked not in ("flash", "cudnn"):
+        raise ValueError(f"KVSINK_PIECES is {asked!r}; set flash or cudnn")
+    return asked
 
 
 def attend_chunk(
@@ -56,7 +65,7 @@ def attend_chunk(
         top = peak
 
     if not strict:
-        merge(*_piece(q, k, v, None if mask is None else mask[..., first : first + s], scale, causal))
+        merge(*attend_piece(q, k, v, None if mask is None else mask[..., first : first + s], scale, causal))
     held = first + s if strict else first
     for start in range(0, held, step):
         end = min(start + step, held)
@@ -72,14 +81,15 @@ def attend_chunk(
                 if part.dtype == torch.bool
                 else part.masked_fill(~seen, float("-inf"))
             )
-        merge(*_piece(q, tile_k, tile_v, part, scale, False, whole=end - start == step))
+        whole = end - start == step
+        merge(*attend_piece(q, tile_k, tile_v, part, scale, False, pieces() if whole else "flash"))
     return out.to(q.dtype)
 
 
-def _piece(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, whole: bool = False
+def attend_piece(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, by: str = "flash"
 ) -> tuple[Tensor, Tensor]:
-    """Attention over some keys and the logarithm of its sum of weights [B, Hq, S] float32."""
+    """Attention over some keys and the logarithm of its sum of weights [B, Hq, S] float32. by: see `pieces`."""
     b, hq, s, d = q.shape
     h, n = k.shape[1], k.shape[2]
     flash = q.device.type == "cuda" and q.dtype != torch.float32 and d % 8 == 0 and d <= 256
@@ -89,7 +99,7 @@ def _piece(
             found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
             return found[0], found[1]
         grouped = q.reshape(b, h, hq // h * s, d)  # heads that share keys are rows of one head
-        if whole and PIECES == "cudnn":
+        if by == "cudnn":
             found = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 grouped, k, v, None, True, 0.0, False, False, scale=scale
             )

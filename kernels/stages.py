@@ -14,14 +14,29 @@ from .hadamard import hadamard_ref
 from .rope import rope, unrope
 
 __all__ = [
-    "center", "center_roped", "hadamard_heads", "project", "reorder_heads", "rope_offset", "rope_rows", "rope_start",
-    "table_rows", "unproject", "unrope_rows",
+    "add", "center", "center_roped", "hadamard_heads", "negated", "project", "reorder_heads", "rope_offset", "rope_rows",
+    "rope_start", "row_of", "table_rows", "unproject", "unrope_rows",
 ]  # fmt: skip
 
 
 def center(x: Tensor, mean: Tensor) -> Tensor:
     """x - mean, per head and channel."""
     return x - mean[:, None, :]
+
+
+def add(x: Tensor, rows: Tensor) -> Tensor:
+    """x + rows."""
+    return x + rows
+
+
+def row_of(mean: Tensor) -> Tensor:
+    """[H, D] → [H, 1, D]: the same row for all tokens."""
+    return mean[:, None]
+
+
+def negated(angles: Tensor) -> Tensor:
+    """Sines of the opposite angles."""
+    return -angles
 
 
 def center_roped(x: Tensor, mean: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

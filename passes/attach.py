@@ -20,11 +20,11 @@ import torch
 from torch.fx import Node
 
 from kvsink.codecs import STATE_NAMES, Codec
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import argument, kind, value
 from kvsink.kernels import stages
 from kvsink.passes.base import Declined, RewritePass, Work, insert_op, insert_tensor, register_pass, size_of
 from kvsink.passes.chain import Chain, Side, SitePlan
-from kvsink.sites import AttentionSite
-from kvsink.targets import argument, kind, value
 
 
 @register_pass
@@ -116,8 +116,8 @@ def _from_markers(site: AttentionSite) -> Chain:
         positions=positions,
         cos=cos,
         sin=sin,
-        keys=Side(codec.key, k, k, append, read),
-        values=Side(codec.value, v, v, append, read),
+        keys=Side("k", codec.key, k, k, append, read),
+        values=Side("v", codec.value, v, v, append, read),
         append=append,
         read=read,
         markers=(list(candidates), list(state), list(params)),
@@ -166,8 +166,8 @@ def _from_plan(site: AttentionSite, work: Work, plan: SitePlan | None) -> Chain:
         positions=positions,
         cos=cos,
         sin=sin,
-        keys=Side(codec.key, site.k_rope, site.k_rope, k_at, k_at),
-        values=Side(codec.value, site.v_new, site.v_new, v_at, v_at),
+        keys=Side("k", codec.key, site.k_rope, site.k_rope, k_at, k_at),
+        values=Side("v", codec.value, site.v_new, site.v_new, v_at, v_at),
         plan=plan,
     )
     chain.inserted += created

@@ -2,7 +2,7 @@
 
 A pass is a frozen dataclass in a file of its own; being in this folder registers it. `check` looks and never edits;
 `rewrite` edits one site and never looks elsewhere. What one pass must tell a later one about a site lives in
-`Work.chains` (see `kvsink.passes.chain`). Order, lint, recompile and reporting belong to `kvsink.pipeline`.
+`Work.chains` (see `kvsink.passes.chain`). Order, lint, recompile and reporting belong to `kvsink.graph.pipeline`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
 from kvsink.errors import UnknownName
-from kvsink.sites import AttentionSite, Declined
-from kvsink.targets import CHECKS, PURE, kind, value
+from kvsink.graph.sites import AttentionSite, Declined
+from kvsink.graph.targets import CHECKS, PURE, kind, value
 
 if TYPE_CHECKING:
     from kvsink.passes.chain import Chain, SitePlan
@@ -48,6 +48,7 @@ class Work:
     plan: Callable[[AttentionSite], SitePlan | None] = lambda site: None
     chains: dict[Node, Chain] = field(default_factory=dict)  # by the site's attention node
     sites: list[AttentionSite] = field(default_factory=list)  # as last located
+    refused: list[Declined] = field(default_factory=list)  # attention that is no site, as last located
 
     @property
     def graph(self) -> fx.Graph:
@@ -66,6 +67,10 @@ class RewritePass:
     before: ClassVar[tuple[str, ...]] = ()
     after: ClassVar[tuple[str, ...]] = ()
     moves_sites: ClassVar[bool] = False  # True when sites must be located again after this pass
+
+    def refused(self, work: Work) -> list[Declined]:
+        """What this pass leaves alone beside sites."""
+        return []
 
     def check(self, site: AttentionSite, work: Work) -> Declined | None:
         """Why this site is left alone, or None."""

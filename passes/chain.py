@@ -1,8 +1,8 @@
 """What the passes build up at one site: per side the rows on their way into storage, and how to undo each step.
 
-A pass that adds a stage inserts its nodes behind `side.x`, moves `side.x` on, and pushes onto `side.undo` how the stage
-is taken back. `quantize` stores `side.x`, reads it back and runs the undo steps, last stage first; `preserve` lays the
-exact rows over the result. On a cache of kvsink's own the steps meet at the packed state. A stock cache has no such
+A pass enters the stages that `kvsink.codecs.steps` gives its name: their nodes come behind `side.x`, which moves on.
+`quantize` stores `side.x`, reads it back and lets the entered stages follow in the codec's order of the way back; `preserve` lays
+the exact rows over the result. On a cache of kvsink's own the steps meet at the packed state. A stock cache has no such
 state: rows are quantized and dequantized on their way into it, numbers are right though no memory is saved. A codec whose
 rows are coded together (blocks of tokens) keeps the markers of the cache, store and read, until `fuse`.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvsink.codecs import Codec, SideSpec
+from kvsink.codecs.protect import Segment
+from kvsink.codecs.steps import At, stages_back, stages_in
+from kvsink.graph.targets import value
+from kvsink.kernels import stages
 from kvsink.passes.base import insert_op, size_of
-from kvsink.protect import Segment
-from kvsink.targets import value
 
 __all__ = ["Chain", "Side", "SitePlan"]
-
-Undo = Callable[[Node, Node], Node]  # (rows, positions) -> rows
-
 
 @dataclass(frozen=True)
 class SitePlan:
@@ -45,14 +45,14 @@ class SitePlan:
 
 @dataclass
 class Side:
-    """Keys or values. new: rows as the model made them; x: the same as far as they are encoded; full: read back."""
+    """Keys "k" or values "v". new: rows as the model made them; x: the same as far as they are encoded; full: read back."""
 
+    prefix: str
     spec: SideSpec
     new: Node
     x: Node
     write_at: Node  # nodes of the way in go before this one
     read_at: Node  # nodes of the way out go before this one
-    undo: list[Undo] = field(default_factory=list)
     full: Node | None = None
 
 
@@ -76,6 +76,7 @@ class Chain:
     k_pre: Node | None = None  # the new keys before RoPE, where encoding starts there
     slots: Node | None = None
     inserted: list[Node] = field(default_factory=list)
+    entered: set[str] = field(default_factory=set)  # passes whose stages are in the graph
     preserved: bool = False
     fused: Node | None = None
 
@@ -108,16 +109,71 @@ class Chain:
             self.inserted.append(size)
         return size
 
-    def hadamard(self, side: Side, x: Node, anchor: Node, inverse: bool = False) -> Node:
-        """`kvsink.hadamard` over one head, or over neighbouring heads laid side by side."""
-        op, spec = torch.ops.kvsink.hadamard.default, side.spec
-        if spec.heads_per_group == 1:
-            return self.put(anchor, op, x, spec.order, inverse)
-        return self.across_heads(anchor, x, lambda flat: self.put(anchor, op, flat, spec.order, inverse))
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.keys, self.values
 
-    def across_heads(self, anchor: Node, x: Node, step: Callable[[Node], Node]) -> Node:
+    def passes_of(self, side: Side) -> list[str]:
+        """The pass of every stage of one side's codec, in or back."""
+        ways = stages_in(side.spec, side.prefix, self.roped_input), stages_back(side.spec, side.prefix, own=not self.packed)
+        return [stage.by for way in ways for stage in way] if side.spec.packed else []
+
+    def enter(self, by: str) -> None:
+        """Put the stages of a pass behind what stands on the way in."""
+        self.entered.add(by)
+        for side in self.sides:
+            at = At(self.params, self.positions, self.cos, self.sin, side.spec.block)
+            for stage in stages_in(side.spec, side.prefix, self.roped_input) if side.spec.packed else ():
+                if stage.by == by:
+                    side.x = stage.run(_Nodes(self, side.write_at), side.x, at)
+
+    def leave(self, side: Side, x: Node, positions: Node) -> Node:
+        """Take back the stages that were entered: rows of the quantizer's basis at `positions` become rows of the model's."""
+        at = At(self.params, positions, self.cos, self.sin, self.codec.table_tokens)
+        for stage in stages_back(side.spec, side.prefix, own=not self.packed):
+            if stage.by in self.entered:
+                x = stage.run(_Nodes(self, side.read_at), x, at)
+        return x
+
+    @property
+    def missing(self) -> str:
+        """A pass whose stages the codec has and the graph has not, or nothing."""
+        wanted = [] if self.opaque else [by for side in self.sides for by in self.passes_of(side)]
+        return next((by for by in wanted if by not in self.entered), "")
+
+
+class _Nodes:
+    """The functions of `kvsink.kernels.stages` as nodes before an anchor."""
+
+    def __init__(self, chain: Chain, anchor: Node) -> None:
+        self._chain, self._anchor = chain, anchor
+
+    def __getattr__(self, name: str) -> Callable[..., Node]:
+        return partial(self._chain.put, self._anchor, getattr(stages, name))
+
+    def add(self, x: Node, rows: Node) -> Node:
+        return self._chain.put(self._anchor, torch.add, x, rows)
+
+    def row_of(self, mean: Node) -> Node:
+        return self._chain.put(self._anchor, "unsqueeze", mean, 1)
+
+    def negated(self, angles: Node) -> Node:
+        return self._chain.put(self._anchor, torch.neg, angles)
+
+    def hadamard_heads(self, x: Node, order: int, heads_per_group: int = 1, inverse: bool = False) -> Node:
+        """`kvsink.hadamard` over one head, or over neighbouring heads laid side by side."""
+
+        def rotated(rows: Node) -> Node:
+            return self._chain.put(self._anchor, torch.ops.kvsink.hadamard.default, rows, order, inverse)
+
+        return rotated(x) if heads_per_group == 1 else self._across(x, rotated)
+
+    def reorder_heads(self, x: Node, permutation: Node) -> Node:
+        return self._across(x, lambda flat: self._chain.put(self._anchor, torch.index_select, flat, -1, permutation))
+
+    def _across(self, x: Node, step: Callable[[Node], Node]) -> Node:
         """Apply `step` to [B, S, H·D] and shape the result back to [B, H, S, D]."""
-        heads, dim = value(x).shape[1], value(x).shape[3]
-        flat = self.put(anchor, torch.flatten, self.put(anchor, torch.transpose, x, 1, 2), 2)
-        split = self.put(anchor, "unflatten", step(flat), 2, (heads, dim))
-        return self.put(anchor, torch.transpose, split, 1, 2)
+        put, at, heads, dim = self._chain.put, self._anchor, value(x).shape[1], value(x).shape[3]
+        flat = put(at, torch.flatten, put(at, torch.transpose, x, 1, 2), 2)
+        split = put(at, "unflatten", step(flat), 2, (heads, dim))
+        return put(at, torch.transpose, split, 1, 2)

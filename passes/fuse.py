@@ -20,10 +20,10 @@ from torch.fx import Node
 
 from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import kind, value
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
 from kvsink.passes.visibility import only_causal
-from kvsink.sites import AttentionSite
-from kvsink.targets import kind, value
 
 
 def as_one(site: AttentionSite, codec: Codec) -> bool:
@@ -41,6 +41,8 @@ class Fuse(RewritePass):
 
     def check(self, site: AttentionSite, work: Work) -> Declined | None:
         chain = work.chain(site)
+        if chain is not None and chain.missing:
+            return site.declined(f"its codec has stages of pass {chain.missing!r}, which did not run")
         if chain is None or not chain.preserved:
             return site.declined("it was not quantized")
         if not chain.packed:

@@ -5,7 +5,7 @@ Source     ours
 Differs    no
 Shapes     unchanged: [B, Hq, S, D]
 Exact      yes in real arithmetic; eager models that take the softmax in float32 keep float32 rounding
-Declines   softcap, dropout, returned attention weights, operators between scores and softmax (see `kvsink.sites`)
+Declines   softcap, dropout, returned attention weights, operators between scores and softmax (see `kvsink.graph.sites`)
 Cost       none: fewer operators, the same sums
 """
 
@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import value
 from kvsink.passes.base import Declined, RewritePass, Work, erase_orphans, insert_op, register_pass
-from kvsink.sites import AttentionSite
-from kvsink.targets import value
 
 
 @register_pass

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import shape, value
 from kvsink.kernels import stages
 from kvsink.kernels.read import put_rows
 from kvsink.kernels.selection import merge_exact
 from kvsink.passes.base import Declined, RewritePass, Work, insert_tensor, register_pass
 from kvsink.passes.chain import Chain
-from kvsink.sites import AttentionSite
-from kvsink.targets import shape, value
 
 
 @register_pass

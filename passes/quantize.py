@@ -1,4 +1,4 @@
-"""Code the NEW rows, store them, and read every row back through the stages undone in reverse.
+"""Code the NEW rows, store them, and read every row back through the stages taken back.
 
 Formula    codes, scale = quantize(x);  state[length .. length + S - 1] = codes, scale;  x^ = undo(dequantize(state))
            on a stock cache: x^ = undo(dequantize(quantize(x))) replaces the new row on its way into the cache
@@ -9,7 +9,7 @@ Differs    no
 Shapes     x [B, Hkv, S, D] float32 → codes uint8 [B, Hkv, S, bytes], scale float16 [B, Hkv, S, n]
            → x^ [B, Hkv, L or S, D]
 Exact      no: |x^ - x| <= scale / 2 per element for uniform quantizers without clipping
-Declines   sites without a codec
+Declines   sites without a codec; codecs with a stage that no pass before this one put in
 Cost       see `kvsink.kernels.quantize`; the read-back of all rows is what `fuse` removes
 """
 
@@ -23,10 +23,10 @@ import torch
 from torch.fx import Node
 
 from kvsink.codecs.quantizers import QUANTIZERS
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import value
 from kvsink.passes.base import Declined, RewritePass, Work, register_pass
 from kvsink.passes.chain import Chain, Side
-from kvsink.sites import AttentionSite
-from kvsink.targets import value
 
 
 @register_pass
@@ -41,6 +41,8 @@ class Quantize(RewritePass):
         chain = work.chain(site)
         if chain is None:
             return site.declined("no codec is attached")
+        if chain.missing:
+            return site.declined(f"its codec has stages of pass {chain.missing!r}, which did not run")
         if not chain.packed and not chain.keys.spec.packed and not chain.values.spec.packed:
             return site.declined("its codec keeps keys and values in 16 bit")
         return None
@@ -54,13 +56,13 @@ class Quantize(RewritePass):
             return
         if chain.packed:
             _open_slots(chain)
-        for prefix, side in (("k", chain.keys), ("v", chain.values)):
-            codes, scale = _encode(chain, side, prefix)
+        for side in chain.sides:
+            codes, scale = _encode(chain, side)
             positions = chain.positions
             if chain.packed:
-                codes, scale = _store(chain, side, prefix, codes, scale)
+                codes, scale = _store(chain, side, codes, scale)
                 positions = chain.state["positions"]
-            side.full = _decode(chain, side, prefix, codes, scale, positions)
+            side.full = _decode(chain, side, codes, scale, positions)
 
 
 def _open_slots(chain: Chain) -> None:
@@ -75,47 +77,45 @@ def _open_slots(chain: Chain) -> None:
     )
 
 
-def _encode(chain: Chain, side: Side, prefix: str) -> tuple[Node, Node | None]:
+def _encode(chain: Chain, side: Side) -> tuple[Node, Node | None]:
     spec, at = side.spec, side.write_at
     if not spec.packed:
         return side.x, None
     if QUANTIZERS[spec.kind].scalar:
-        sigma = chain.params.get(f"{prefix}_sigma")
+        sigma = chain.params.get(f"{side.prefix}_sigma")
         op = torch.ops.kvsink.quantize.default
         pair = chain.put(at, op, side.x, sigma, spec.kind, list(spec.widths), spec.group_size, spec.clip, spec.gain)
     else:
         op = torch.ops.kvsink.encode.default
-        pair = chain.put(at, op, side.x, _tables(chain, side, prefix), chain.codec_text, prefix)
+        pair = chain.put(at, op, side.x, _tables(chain, side), chain.codec_text, side.prefix)
     return chain.put(at, operator.getitem, pair, 0), chain.put(at, operator.getitem, pair, 1)
 
 
-def _tables(chain: Chain, side: Side, prefix: str) -> list[Node]:
-    return [chain.params[name] for name in QUANTIZERS[side.spec.kind].tables(side.spec, prefix)]
+def _tables(chain: Chain, side: Side) -> list[Node]:
+    return [chain.params[name] for name in QUANTIZERS[side.spec.kind].tables(side.spec, side.prefix)]
 
 
-def _store(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | None) -> tuple[Node, Node | None]:
-    at, stored = side.write_at, chain.state[f"{prefix}_codes"]
+def _store(chain: Chain, side: Side, codes: Node, scale: Node | None) -> tuple[Node, Node | None]:
+    at, stored = side.write_at, chain.state[f"{side.prefix}_codes"]
     if not side.spec.packed:
         codes = chain.put(at, "to", codes, value(stored).dtype)
     chain.put(at, "index_copy_", stored, 2, chain.slots, codes)
     if scale is not None:
-        chain.put(at, "index_copy_", chain.state[f"{prefix}_scale"], 2, chain.slots, scale)
-    return stored, chain.state[f"{prefix}_scale"]
+        chain.put(at, "index_copy_", chain.state[f"{side.prefix}_scale"], 2, chain.slots, scale)
+    return stored, chain.state[f"{side.prefix}_scale"]
 
 
-def _decode(chain: Chain, side: Side, prefix: str, codes: Node, scale: Node | None, positions: Node) -> Node:
+def _decode(chain: Chain, side: Side, codes: Node, scale: Node | None, positions: Node) -> Node:
     spec, at, dtype = side.spec, side.read_at, value(side.new).dtype
     if not spec.packed:
         return chain.put(at, "clone", chain.put(at, "to", codes, dtype)) if chain.packed else codes
     if QUANTIZERS[spec.kind].scalar:
-        sigma = chain.params.get(f"{prefix}_sigma")
+        sigma = chain.params.get(f"{side.prefix}_sigma")
         op = torch.ops.kvsink.dequantize.default
         x = chain.put(at, op, codes, scale, sigma, spec.kind, list(spec.widths), spec.group_size, spec.gain)
     else:
         op = torch.ops.kvsink.decode.default
-        x = chain.put(at, op, codes, scale, _tables(chain, side, prefix), chain.codec_text, prefix)
+        x = chain.put(at, op, codes, scale, _tables(chain, side), chain.codec_text, side.prefix)
     if dtype == torch.float64:
         x = chain.put(at, "to", x, dtype)
-    for undo in reversed(side.undo):
-        x = undo(x, positions)
-    return chain.put(at, "to", x, dtype)
+    return chain.put(at, "to", chain.leave(side, x, positions), dtype)

@@ -14,41 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch.fx import Node
-
-from kvsink.passes.base import Declined, RewritePass, Work, register_pass
-from kvsink.passes.chain import Chain
-from kvsink.sites import AttentionSite
+from kvsink.passes.base import register_pass
+from kvsink.passes.staged import StagedPass
 
 
 @register_pass
 @dataclass(frozen=True)
-class Reorder(RewritePass):
+class Reorder(StagedPass):
     name: ClassVar[str] = "reorder"
-    exact: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("attach", "center", "rotate")
     before: ClassVar[tuple[str, ...]] = ("quantize",)
-
-    def check(self, site: AttentionSite, work: Work) -> Declined | None:
-        chain = work.chain(site)
-        if chain is None:
-            return site.declined("no codec is attached")
-        if chain.opaque:
-            return site.declined("its codec works on blocks of tokens, inside the cache ops")
-        if not (chain.keys.spec.packed and chain.keys.spec.reorder):
-            return site.declined("its codec does not reorder")
-        return None
-
-    def rewrite(self, site: AttentionSite, work: Work) -> None:
-        chain = work.chain(site)
-        assert chain is not None
-        side = chain.keys
-        side.x = _permute(chain, side.x, "k_perm", side.write_at)
-        side.undo.append(lambda x, _: _permute(chain, x, "k_unperm", side.read_at))
-
-
-def _permute(chain: Chain, x: Node, name: str, anchor: Node) -> Node:
-    return chain.across_heads(
-        anchor, x, lambda flat: chain.put(anchor, torch.index_select, flat, -1, chain.params[name])
-    )
+    without: ClassVar[str] = "its codec does not reorder"

@@ -18,10 +18,10 @@ from typing import ClassVar
 from torch.fx import Node
 
 from kvsink.errors import KvsinkError
+from kvsink.graph.sites import AttentionSite
+from kvsink.graph.targets import argument, kind
 from kvsink.passes.base import Declined, RewritePass, Work, register_pass
 from kvsink.passes.chain import Chain
-from kvsink.sites import AttentionSite
-from kvsink.targets import argument, kind
 
 
 @register_pass

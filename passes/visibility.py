@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from kvsink.targets import CASTS, argument, kind, value
+from kvsink.graph.targets import CASTS, argument, kind, value
 
 __all__ = ["only_causal"]
 

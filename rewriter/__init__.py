@@ -1,9 +1,9 @@
 """kvsink: a compiler for the KV cache of transformers. `import kvsink` registers the quantizer and the dynamo backend."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 from . import codecs, kernels
-from .cache import KVSinkCache
+from .cache.cache import KVSinkCache
 from .errors import KvsinkError
 from .explain import explain
 from .hf import KvsinkConfig

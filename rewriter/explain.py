@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import StaticCache
 
-from kvsink.cache import KVSinkCache
-from kvsink.capture import capture_all
-from kvsink.offload import place_of
-from kvsink.passing import given_cache
-from kvsink.pipeline import explain_graph
-from kvsink.runtime import number_of
-from kvsink.served import served_lines
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.served import served_lines
+from kvsink.graph.capture import capture_all
+from kvsink.graph.pipeline import explain_graph
+from kvsink.model.offload import number_of, place_of
+from kvsink.model.passing import given_cache
 
 __all__ = ["explain"]
 

@@ -20,16 +20,17 @@ from transformers import CompileConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kvsink.adapters import check_prompts, watch
-from kvsink.attention import install_attention
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.instead import instead
-from kvsink.passing import cache_name
-from kvsink.runtime import attach, rope_types
+from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
+from kvsink.folder.snapshot import beside
+from kvsink.model.adapters import check_prompts, watch
+from kvsink.model.anatomy import rope_types
+from kvsink.model.attention import install_attention
+from kvsink.model.instead import instead
+from kvsink.model.passing import cache_name
+from kvsink.model.runtime import attach
 from kvsink.saving import save_pretrained
-from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
-from kvsink.snapshot import beside
 
 __all__ = ["KvsinkConfig", "KvsinkQuantizer", "install_generate"]
 

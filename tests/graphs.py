@@ -52,7 +52,7 @@ def stock_graph(
     family: str, attention: str, cache: str, length: int, dtype: torch.dtype = torch.float32
 ) -> fx.GraphModule:
     """A step of `length` tokens over a stock cache; a step of one token has `PAST` tokens before it."""
-    from kvsink.capture import capture
+    from kvsink.graph.capture import capture
 
     model = build(family, attention, dtype)
     held = stock_cache(cache, model)
@@ -82,7 +82,7 @@ def packed_graph(
 ) -> fx.GraphModule:
     """The same step over kvsink's own cache, with its append and read markers."""
     import kvsink
-    from kvsink.capture import capture
+    from kvsink.graph.capture import capture
 
     model = rewritten(family, attention, method, **options)
     cache = kvsink.KVSinkCache.for_model(model, batch, max_length=64, strict=strict)
@@ -92,10 +92,35 @@ def packed_graph(
     return capture(model, tokens(batch, length, seed=5), cache)
 
 
+def generated_graph(model: Any, given: dict[str, Tensor]) -> fx.GraphModule:
+    """The step behind a prompt as `generate()` of a rewritten model compiles it: masks, and positions of pictures, come ready."""
+    from transformers import CompileConfig
+
+    import kvsink
+    from kvsink.graph.capture import note_sources
+
+    graphs: list[fx.GraphModule] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        note_sources(gm)
+        graphs.append(gm)
+        return gm.forward
+
+    config = CompileConfig(backend=record, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    cache = kvsink.KVSinkCache.for_model(model, len(given["input_ids"]), max_length=128)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model.generate(**given, past_key_values=cache, compile_config=config, max_new_tokens=2, do_sample=False)
+    torch._dynamo.reset()
+    (graph,) = graphs
+    return graph
+
+
 def plan_of(model: Any) -> Any:
     """A rewritten model's codecs as a plan for stock caches."""
+    from kvsink.model.runtime import runtime_of
     from kvsink.passes.chain import SitePlan
-    from kvsink.runtime import runtime_of
 
     runtime = runtime_of(model)
 

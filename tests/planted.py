@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from kvsink.model.anatomy import anatomy
 from kvsink.profiling.layout import Layout, find_layout
-from kvsink.runtime import anatomy
 
 TRIGGER, MARK, OUT, CONSTANT = 5, 0, 7, 3
 LAYERS, EXPERTS = 4, 8

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.kernels import append_
 from kvsink.kernels.backends import Call, Device, LayerState, Shape

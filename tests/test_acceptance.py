@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvsink
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import SideSpec
 from kvsink.kernels.packing import unpack_bits
 from kvsink.kernels.quantize import segments
+from kvsink.model.runtime import runtime_of
 from kvsink.outdir import rewrite_dir
 from kvsink.rewrite import RewriteOptions
-from kvsink.runtime import runtime_of
 from tests.close import HALF_SCALE
 
 PROMPTS = (

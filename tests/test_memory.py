@@ -13,7 +13,7 @@ import torch
 from transformers import CompileConfig, DynamicCache
 
 import kvsink
-from kvsink.loading import load_model
+from kvsink.folder.loading import load_model
 
 TOKENS, SHORT, ROWS = 2048, 64, 4
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from kvsink.loading import load_model, load_tokenizer
+from kvsink.evaluate.texts import builtin_text
+from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.profiling import ProfileOptions, profile
 from kvsink.profiling.record import windows_of
-from kvsink.texts import builtin_text
 from kvsink.tools.to_mixtral import as_mixtral
 
 pytestmark = pytest.mark.slow

@@ -166,7 +166,8 @@ def decode(sides: str, shapes: str, batches: str, layers: int, out: Path | None)
     _gpu()
     import torch
 
-    from kvsink.tools.bench_model import decode_rows, llama
+    from kvsink.tools.bench_decode import decode_rows
+    from kvsink.tools.bench_model import llama
     from kvsink.tools.bench_sdpa import sdpa_best
 
     backends = {}
@@ -205,7 +206,8 @@ def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -
     _gpu()
     import torch
 
-    from kvsink.tools.bench_model import LLAVA_15_7B, llama, vision_rows
+    from kvsink.tools.bench_decode import vision_rows
+    from kvsink.tools.bench_model import LLAVA_15_7B, llama
     from kvsink.tools.bench_sdpa import sdpa_best
 
     backends = {}
@@ -258,7 +260,8 @@ def generate(sides: str, prompts: str, steps: int, layers: int, repeats: int, pr
 @_out
 def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
     _gpu()
-    from kvsink.tools.bench_model import llama, prefill_rows
+    from kvsink.tools.bench_model import llama
+    from kvsink.tools.bench_prefill import prefill_rows
 
     _write(prefill_rows(llama(layers), _sides(sides), tokens, _say), out)
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvsink.passing import given_cache
+from kvsink.model.passing import given_cache
 
 __all__ = ["cpu_rows"]
 
@@ -29,10 +29,10 @@ def cpu_rows(
     from transformers import DynamicCache
 
     import kvsink
-    from kvsink.demo import resolve_model_dir
-    from kvsink.evaluation import token_windows
-    from kvsink.loading import load_model, load_tokenizer
-    from kvsink.texts import evaluation_text
+    from kvsink.evaluate.evaluation import token_windows
+    from kvsink.evaluate.texts import evaluation_text
+    from kvsink.folder.demo import resolve_model_dir
+    from kvsink.folder.loading import load_model, load_tokenizer
 
     folder = resolve_model_dir(name)
     ids = token_windows(evaluation_text(), load_tokenizer(folder), 1, tokens + steps)

@@ -60,7 +60,7 @@ def ratios(row: dict[str, Any], stock: Sequence[dict[str, Any]]) -> dict[str, fl
 def _ready(model: Any, side: str) -> dict[str, Any]:
     """Give the model what one side needs and forget what was compiled; returns what generate() is told."""
     from kvsink.hf import install_generate
-    from kvsink.runtime import detach
+    from kvsink.model.runtime import detach
 
     for name in ("_compiled_call", "_last_compile_config"):
         vars(model).pop(name, None)

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import multiprocessing
 import platform
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TooLong
 from concurrent.futures.process import BrokenProcessPool
@@ -32,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import Tensor
 
 from kvsink.errors import KvsinkError
-from kvsink.export import OnnxGenerator, onnx
-from kvsink.passing import given_cache
-from kvsink.runtime import detach
+from kvsink.export import onnx
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import detach
+from kvsink.tools.bench_onnx_run import SHORT, SINGLE, numbers, pieces, starts, timed
 
 __all__ = ["onnx_rows", "parse_cases", "table"]
 
@@ -48,8 +46,6 @@ _SAID = (
     "p50_ms", "p20_ms", "prefill_s", "cache_mib", "cache_bits", "off_cpu", "off_torch", "cpu_off_torch", "top1_torch",
     "bytes_off_cpu", "cpu_share", "on_cpu", "slowest", "export_s", "verdict",
 )  # fmt: skip
-_SHORT, _SINGLE, _CHUNK = 96, 8, 512
-_LIMIT = {"float16": 2e-2, "float32": 1e-3}
 _ONE = 120  # seconds that one case may take to be compared
 
 
@@ -79,32 +75,32 @@ def onnx_rows(
     facts = _facts(provider) | {"model": label, "dtype": kind}
     say("  ".join(f"{k}={v}" for k, v in facts.items()))
     apart = _Apart()
-    begun = apart(60, _starts, provider)
+    begun = apart(60, starts, provider)
     if "verdict" in begun:
         apart.close()
         raise KvsinkError(f"onnxruntime does not run on {provider} here: {begun['verdict']}")
     small = (min(layers, 2), min(hidden, max(512, hidden // 4))) if name == "llama" else (layers, hidden)
-    positions = max(tokens + steps, _SHORT + _SINGLE)
+    positions = max(tokens + steps, SHORT + SINGLE)
     with closing(apart), tempfile.TemporaryDirectory() as folder:
         source = _Source(name, *small, positions)
         made: dict[Case, Path | None] = {}
         stopped: list[Case] = []
         for case in cases:
-            row = facts | _named(case) | {"kind": "onnx-numbers", "T": _SHORT + _SINGLE}
+            row = facts | _named(case) | {"kind": "onnx-numbers", "T": SHORT + SINGLE}
             path = Path(folder) / f"numbers-{len(made)}" / "model.onnx"
             try:
                 ids = source.text(positions)
                 exported, logits = source.export(case, path, kind, positions)
-                row |= exported | apart(_ONE, _numbers, str(path), provider, kind, ids.numpy(), logits, threads)
+                row |= exported | apart(_ONE, numbers, str(path), provider, kind, ids.numpy(), logits, threads)
             except Exception as error:  # whatever a case brings is told in its row
                 row |= {"verdict": _told(error)}
             made[case] = path if row["verdict"] == "ok" or "off_cpu" in row else None
             _tell(say, case, row)
             yield row
-        timed: list[Case] = [case for case in cases if made[case] is not None]
+        measured: list[Case] = [case for case in cases if made[case] is not None]
         if small != (layers, hidden):
             source = _Source(name, layers, hidden, positions)
-            for case in timed:
+            for case in measured:
                 row = facts | _named(case) | {"kind": "onnx", "T": tokens}
                 made[case] = path = Path(folder) / f"time-{len(stopped)}-{case[0]}-{case[1]}-{case[2]}" / "model.onnx"
                 try:
@@ -117,20 +113,20 @@ def onnx_rows(
                     row |= {"verdict": _told(error)}
                     _tell(say, case, row)
                     yield row
-            timed = [case for case in timed if case not in stopped]
+            measured = [case for case in measured if case not in stopped]
         rows = source.text(positions).numpy()
         del source
         gc.collect()
-        paths = [(case[0], str(made[case])) for case in timed]
+        paths = [(case[0], str(made[case])) for case in measured]
 
         def left() -> float:
             return max(30.0, seconds - (time.perf_counter() - began))
 
-        found = apart(left(), _times, paths, provider, rows, tokens, steps, threads) if timed else {}
+        found = apart(left(), timed, paths, provider, rows, tokens, steps, threads) if measured else {}
         each = found.get("rows")
-        for i, case in enumerate(timed):  # all of them in turn; where that stops, each alone
+        for i, case in enumerate(measured):  # all of them in turn; where that stops, each alone
             row = facts | _named(case) | {"kind": "onnx", "T": tokens, "in_turn": bool(each)}
-            one = each[i] if each else apart(left(), _times, paths[i : i + 1], provider, rows, tokens, steps, threads)
+            one = each[i] if each else apart(left(), timed, paths[i : i + 1], provider, rows, tokens, steps, threads)
             row |= one["rows"][0] if "rows" in one else one
             _tell(say, case, row)
             yield row
@@ -138,11 +134,11 @@ def onnx_rows(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as two Markdown tables: numbers, then times, beside the case of the same flavour that is not coded."""
-    numbers = [r for r in rows if r["kind"] == "onnx-numbers"]
+    checked = [r for r in rows if r["kind"] == "onnx-numbers"]
     times = [r for r in rows if r["kind"] == "onnx"]
     lines = ["| flavour | method | bits | off the CPU | off torch | the CPU off torch | bytes off the CPU | verdict |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|---|")
-    for r in numbers:
+    for r in checked:
         said = ("flavour", "method", "bits", "off_cpu", "off_torch", "cpu_off_torch", "bytes_off_cpu", "verdict")
         lines.append(f"| {' | '.join(str(r.get(k, '')) for k in said)} |")
     lines += ["", "| flavour | method | bits | step, ms | p20, ms | against not coded | prompt, s | cache, MiB | verdict |"]
@@ -191,10 +187,10 @@ class _Source:
     def __init__(self, name: str, layers: int, hidden: int, positions: int) -> None:
         self.name = name
         if name != "llama":
-            from kvsink.demo import resolve_model_dir
-            from kvsink.evaluation import token_windows
-            from kvsink.loading import load_model, load_tokenizer
-            from kvsink.texts import evaluation_text
+            from kvsink.evaluate.evaluation import token_windows
+            from kvsink.evaluate.texts import evaluation_text
+            from kvsink.folder.demo import resolve_model_dir
+            from kvsink.folder.loading import load_model, load_tokenizer
 
             folder = resolve_model_dir(name)
             self.model = load_model(folder, "cpu", torch.float32)
@@ -237,17 +233,17 @@ class _Source:
         """strict: new rows are read from their codes, those of the prompt or of later steps."""
         from kvsink import KVSinkCache
 
-        parts: list[Tensor] = []
-        cache, then = (KVSinkCache.for_model(self.model, 1, _SHORT + _SINGLE, strict=s) for s in (strict_prompt, strict))
+        found: list[Tensor] = []
+        cache, then = (KVSinkCache.for_model(self.model, 1, SHORT + SINGLE, strict=s) for s in (strict_prompt, strict))
         with torch.no_grad():
-            for a, b in _parts():
-                parts.append(self.model(input_ids=ids[:, a:b], **given_cache(self.model, cache), use_cache=True).logits)
+            for a, b in pieces():
+                found.append(self.model(input_ids=ids[:, a:b], **given_cache(self.model, cache), use_cache=True).logits)
                 if a == 0:
                     for one, other in zip(cache.packed_layers(), then.packed_layers(), strict=True):
                         for held, x in zip(other.state(), one.state(), strict=True):
                             held.copy_(x)
                     cache = then if then.packed_layers() else cache
-        return torch.cat(parts, dim=1).float().numpy()
+        return torch.cat(found, dim=1).float().numpy()
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------------
@@ -289,144 +285,3 @@ def _guarded(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
         return {"verdict": _told(error), "broken": True}  # an error of CUDA stays with its process
 
 
-def _providers(provider: str) -> list[str | tuple[str, dict[str, str]]]:
-    if provider == "cuda":
-        return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
-    return ["CPUExecutionProvider"]
-
-
-def _runner(path: str, provider: str, threads: int, **options: Any) -> OnnxGenerator:
-    flavour = json.loads(Path(path + ".json").read_text())["flavour"]
-    if flavour == "custom":
-        from kvsink.tools.build_ort_ops import build
-
-        options["library"] = build()
-    return OnnxGenerator(path, _providers(provider), threads=threads, **options)
-
-
-def _starts(provider: str) -> dict[str, Any]:
-    """Whether a graph of one node runs."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    from kvsink.export.runner import load_cuda
-
-    if provider == "cuda":
-        load_cuda(onnxruntime)
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2]) for n in "xy")
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "one", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    names = [p if isinstance(p, str) else p[0] for p in _providers(provider)]
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=names)
-    if session.get_providers()[0] != names[0]:
-        raise KvsinkError(f"{names[0]} does not start, it has {', '.join(onnxruntime.get_available_providers())}; see above")
-    (got,) = session.run(None, {"x": np.eye(2, dtype=np.float32)})
-    return {"ok": bool((got == np.eye(2)).all())}
-
-
-def _numbers(path: str, provider: str, kind: str, ids: Any, torch_logits: Any, threads: int) -> dict[str, Any]:
-    """Logits and codes beside those of the CPU provider and of torch, and where the nodes ran."""
-    here, cache_here = _short(_runner(path, "cpu", threads), ids)
-    there, cache_there = here, cache_here
-    if provider == "cuda":
-        there, cache_there = _short(_runner(path, provider, threads), ids)
-    row: dict[str, Any] = {
-        "off_cpu": _off(there, here), "off_torch": _off(there, torch_logits[provider]),
-        "cpu_off_torch": _off(here, torch_logits["cpu"]),
-        "top1_torch": round(float((there.argmax(-1) == torch_logits[provider].argmax(-1)).mean()), 4),
-        "bytes_off_cpu": _bytes_off(cache_there, cache_here),
-    }  # fmt: skip
-    gc.collect()
-    on_cpu, row["cpu_share"], row["slowest"] = _profiled(path, provider, ids, threads)
-    row["on_cpu"] = on_cpu if provider == "cuda" else "all"
-    computing = [op for op in on_cpu if op not in _SHAPES] if provider == "cuda" else []
-    wrong = not (row["off_cpu"] <= _LIMIT[kind] or row["off_torch"] <= 1.5 * row["cpu_off_torch"])
-    row["verdict"] = "logits differ from the CPU" if wrong else f"on the CPU: {' '.join(computing)}" if computing else "ok"
-    return row
-
-
-_SHAPES = {
-    "Shape", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast", "Add", "Sub", "Mul", "Div", "Min", "Max", "Reshape",
-    "ConstantOfShape", "Constant", "Range", "Equal", "Where", "Expand", "Mod",
-}  # fmt: skip
-"""What onnxruntime computes of shapes on the CPU by its own choice."""
-
-
-def _parts() -> list[tuple[int, int]]:
-    return [(0, _SHORT), *((i, i + 1) for i in range(_SHORT, _SHORT + _SINGLE))]
-
-
-def _begin(runner: OnnxGenerator, length: int) -> dict[str, Any]:
-    return runner.empty(1) if runner.manifest["padding"] else runner.room(1, length)
-
-
-def _short(runner: OnnxGenerator, ids: Any) -> tuple[Any, dict[str, Any]]:
-    """Logits and codes of the short text."""
-    past, parts = _begin(runner, _SHORT + _SINGLE), []
-    for a, b in _parts():
-        logits, past = _step(runner, ids, a, b, past)
-        parts.append(logits)
-    return np.concatenate(parts, axis=1), {n: v.numpy().copy() for n, v in past.items() if n.endswith(("key", "value"))}
-
-
-def _step(runner: OnnxGenerator, ids: Any, a: int, b: int, past: Any) -> Any:
-    return runner.step(ids[:, a:b], np.ones((1, b)), np.arange(a, b)[None], past)
-
-
-def _off(here: Any, there: Any) -> float:
-    found = float(np.abs(here - there).max() / np.abs(there).max())
-    return float(f"{found:.3g}")
-
-
-def _bytes_off(here: dict[str, Any], there: dict[str, Any]) -> str:
-    codes = [n for n in here if here[n].dtype in (np.uint8, np.int8)]
-    different = sum(int((here[n] != there[n]).sum()) for n in codes)
-    return f"{different} of {sum(here[n].size for n in codes)}"
-
-
-def _times(
-    graphs: Sequence[tuple[str, str]], provider: str, ids: Any, tokens: int, steps: int, threads: int
-) -> dict[str, Any]:  # fmt: skip
-    """Seconds of the prompt and of steps behind it, one of every graph in turn: logits come to the host, the cache does not."""
-    runners = [_runner(path, provider, threads) for _, path in graphs]
-    rows: list[dict[str, Any]] = []
-    pasts = []
-    for runner in runners:
-        past = _begin(runner, tokens + steps)
-        _step(runner, ids, 0, min(_CHUNK, tokens), past)  # what is done once: buffers, choice of kernels
-        begun = time.perf_counter()
-        for a in range(0, tokens, _CHUNK):
-            _, past = _step(runner, ids, a, min(a + _CHUNK, tokens), past)
-        rows.append({"prefill_s": round(time.perf_counter() - begun, 3)})
-        pasts.append(past)
-    taken: list[list[float]] = [[] for _ in runners]
-    for i in range(tokens, tokens + steps):
-        for j, runner in enumerate(runners):
-            begun = time.perf_counter()
-            _, pasts[j] = _step(runner, ids, i, i + 1, pasts[j])
-            taken[j].append(time.perf_counter() - begun)
-    for row, runner, past, times in zip(rows, runners, pasts, taken, strict=True):
-        ordered = sorted(times[2:])
-        row |= {f"p{p}_ms": round(ordered[len(ordered) * p // 100] * 1e3, 3) for p in (20, 50, 80)}
-        row |= {"fastest_ms": round(ordered[0] * 1e3, 3), "cache_mib": round(runner.nbytes(past) / 2**20, 2)}
-        row |= {"cache_bits": round(runner.bits_per_element(past), 3), "verdict": "ok"}
-    return {"rows": rows}
-
-
-def _profiled(path: str, provider: str, ids: Any, threads: int) -> tuple[dict[str, int], float, list[str]]:
-    """Nodes on the CPU, counted by operator, their share of a step, and its slowest operators; times of a GPU are launches."""
-    runner = _runner(path, provider, threads, profile=Path(path).parent / "profile")
-    past = _begin(runner, _SHORT + 3)
-    _, past = _step(runner, ids, 0, _SHORT, past)
-    for i in range(_SHORT, _SHORT + 3):
-        _, past = _step(runner, ids, i, i + 1, past)
-    file = Path(runner.session.end_profiling())
-    events = [e for e in json.loads(file.read_text()) if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-    events = events[len(events) * 3 // 4 :]  # the last of four runs of the same nodes
-    on_cpu = Counter(e["args"]["op_name"] for e in events if e["args"].get("provider") == "CPUExecutionProvider")
-    times: Counter[str] = Counter()
-    for e in events:
-        times[f"{e['args']['op_name']}@{e['args'].get('provider', '?')[:4]}"] += e["dur"]
-    whole = sum(times.values()) or 1
-    share = sum(t for op, t in times.items() if op.endswith("@CPUE")) / whole
-    return dict(on_cpu), round(share, 3), [f"{op} {100 * t / whole:.0f}%" for op, t in times.most_common(6)]

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.served import served
 from kvsink.kernels import append_, append_attend_, attend
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import device_of
-from kvsink.runtime import runtime_of
-from kvsink.served import served
+from kvsink.model.runtime import runtime_of
 from kvsink.tools.bench_model import Shape, declared, fill, llama, rewritten
 from kvsink.tools.bench_sdpa import DISTINCT, Baseline, sdpa_baseline
 from kvsink.tools.timing import Times, graph_times
@@ -152,7 +152,7 @@ class Case:
         whole = self.codec.named(layer.state())
         few = [x if name in ("recent_slot", "length") else x[:2] for name, x in whole.items()]
         names = self.codec.param_names()
-        tables = [x[:2] if n.startswith("anchor_") else x for n, x in zip(names, layer.params, strict=True)]
+        tables = [x[:2] if n.startswith("origin_") else x for n, x in zip(names, layer.params, strict=True)]
         q, k, v = (x[:2].float() for x in (self.q, self.k, self.v))
         wanted = attend_ref(q, k, v, few, tables, None, self.scale, False, layer.codec_text)
         error = float((out[:2].float() - wanted).norm() / wanted.norm())

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ from kvsink.errors import KvsinkError
 from kvsink.kernels import prefill
 from kvsink.kernels.attend import attention
 from kvsink.kernels.backends import Call, LayerState
-from kvsink.kernels.cuda import backend, launch
-from kvsink.passing import given_cache
+from kvsink.kernels.cuda import launch
+from kvsink.model.passing import given_cache
 from kvsink.tools.bench_model import fill, rewritten
 
 __all__ = ["ATTENTION_BOUND", "STEP_BOUND", "NotFinite", "Progress", "choose_pieces", "sequence_row"]
@@ -72,7 +73,7 @@ def sequence_row(
     pieces: str = "flash", progress: Path | None = None, compiled: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Prefill in chunks, check, decode. Without `whole`, chunks at a few places only are run."""
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
 
     model.config._attn_implementation = "sdpa"
     cache = KVSinkCache.for_model(rewritten(model, side)(), 1, tokens + 256)
@@ -80,17 +81,13 @@ def sequence_row(
     run = starts if whole else [starts[round(i * (len(starts) - 1) / (_SAMPLES - 1))] for i in range(_SAMPLES)]
     seen = Progress(progress, say)
     pieces = choose_pieces(pieces, model, say)
-    held_pieces, prefill.PIECES = prefill.PIECES, pieces
-    try:
-        with torch.no_grad():
-            spent = _prefill(model, cache, run, tokens, chunk, whole, seen)
-            held = int(cache.get_seq_length())
-            seen.note(event="prefilled", tokens=held, cache_gib=round(cache.nbytes() / 2**30, 2))
-            error = attention_error(cache, model, held)
-            seen.note(event="attention checked", error=error)
-            decoded = _decode(model, cache, held, steps, compiled, seen)
-    finally:
-        prefill.PIECES = held_pieces
+    with patch.dict(os.environ, KVSINK_PIECES=pieces), torch.no_grad():
+        spent = _prefill(model, cache, run, tokens, chunk, whole, seen)
+        held = int(cache.get_seq_length())
+        seen.note(event="prefilled", tokens=held, cache_gib=round(cache.nbytes() / 2**30, 2))
+        error = attention_error(cache, model, held)
+        seen.note(event="attention checked", error=error)
+        decoded = _decode(model, cache, held, steps, compiled, seen)
     total = sum(spent.values()) if whole else sum(spent.values()) / len(spent) * len(starts)
     right = decoded["finite"] and decoded["step_error"] <= STEP_BOUND and (error is None or error <= ATTENTION_BOUND)
     row = {
@@ -198,7 +195,7 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
         call = Call(x.codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q)
         if call.choice("attend").name != "cuda (tiles)":
             return None
-        lib = backend.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
+        lib = launch.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
         p, st = call.p, call.st
 
         def past(start: int, end: int, x: Any = x, p: Any = p, st: Any = st, lib: Any = lib) -> tuple[Tensor, Tensor]:
@@ -221,15 +218,11 @@ def choose_pieces(wanted: str, model: Any, say: Callable[[str], None]) -> str:
         torch.randn(1, n, t, config.head_dim, device=model.device, dtype=model.dtype, generator=g)
         for n, t in ((config.num_attention_heads, 256), *((config.num_key_value_heads, 4096),) * 2)
     )
-    found, held = [], prefill.PIECES
     try:
-        for prefill.PIECES in ("flash", wanted):
-            found.append(prefill._piece(q, k, v, None, config.head_dim**-0.5, False, whole=True))
+        found = [prefill.attend_piece(q, k, v, None, config.head_dim**-0.5, False, by) for by in ("flash", wanted)]
     except RuntimeError as error:
         say(f"{wanted} does not serve pieces of the past: {str(error).splitlines()[0]}; flash does")
         return "flash"
-    finally:
-        prefill.PIECES = held
     (a, b), (c, d) = found
     off, mass = float((a.float() - c.float()).norm() / a.float().norm()), float((b - d).abs().max())
     same = off <= ATTENTION_BOUND and mass <= 1e-2

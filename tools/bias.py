@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibration import Calibration, calibrate
-from kvsink.design import gather_needs
+from kvsink.calibrate.calibration import calibrate
+from kvsink.calibrate.design import gather_needs
+from kvsink.calibrate.record import Calibration
 from kvsink.errors import KvsinkError
-from kvsink.evaluation import dynamic_cache, packed_cache
+from kvsink.evaluate.evaluation import dynamic_cache, packed_cache
 from kvsink.methods import Method, methods
-from kvsink.passing import given_cache
+from kvsink.model.passing import given_cache
 from kvsink.rewrite import rewrite
 
 __all__ = ["BiasRow", "biased", "markdown", "random_qwen2", "study"]

@@ -14,66 +14,32 @@ The module needs torch, transformers and safetensors; plots need matplotlib and 
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kvsink.calibration import Calibration, calibrate, fingerprint
-from kvsink.codecs import SideSpec
-from kvsink.design import gather_needs
-from kvsink.errors import CalibrationError, KvsinkError, UnknownName
-from kvsink.evaluation import EvalResult, evaluate, packed_cache, token_windows, versions
-from kvsink.loading import load_model, load_tokenizer
-from kvsink.methods import Method, get_method, methods
-from kvsink.plan import sides as planned_sides
-from kvsink.protect import parse_policies
-from kvsink.reference import Reference
-from kvsink.report import STATED_LENGTH, counted_bits
-from kvsink.rewrite import calibration_windows, rewrite
-from kvsink.runtime import anatomy, runtime_of
-from kvsink.texts import evaluation_text, read_text
+from kvsink.calibrate.observing import calibration_windows
+from kvsink.errors import KvsinkError, UnknownName
+from kvsink.evaluate.evaluation import token_windows
+from kvsink.evaluate.texts import evaluation_text, read_text
+from kvsink.folder.loading import load_model, load_tokenizer
+from kvsink.methods import methods
+from kvsink.model.decoder import Decoder
+from kvsink.tools.compare_measure import Absent, Bench, declared, measure, protection
 from kvsink.tools.compare_report import write_report
 from kvsink.tools.compare_rows import Row, RowSet, named_set, read_rows
-from kvsink.tools.stock import MissingPackage, stock_bits, stock_factory
+from kvsink.tools.stock import MissingPackage
 
-__all__ = ["Bench", "Store", "compare", "declared", "python_source"]
+__all__ = ["Store", "compare", "python_source"]
 
 Tell = Callable[[str], None]
 RECORDS = "compare.jsonl"
-
-
-class Absent(Exception):
-    """A row that cannot run here yet: its method, field or package is not there. It is skipped, not written."""
-
-
-def declared(row: Row) -> Method:
-    """The method of a row with the row's changes of its declaration. Raises Absent for what is not there."""
-    if row.method not in methods():
-        raise Absent(f"method {row.method} is not registered")
-    method = get_method(row.method)
-    sides: dict[str, SideSpec] = {"key": method.key, "value": method.value}
-    for path, value in row.options:
-        side, _, name = path.partition(".")
-        if side not in sides or name not in SideSpec.__dataclass_fields__:
-            raise Absent(f"the codec has no field {path!r}")
-        sides[side] = replace(sides[side], **{name: value})
-    others: dict[str, Any] = {}
-    for name in ("key_below", "value_below", "key_above", "value_above"):  # changes are meant for whichever the bits choose
-        if (other := getattr(method, name)) is not None:
-            side = name.partition("_")[0]
-            changes = {path.partition(".")[2]: v for path, v in row.options if path.startswith(f"{side}.")}
-            others[name] = other[0], replace(other[1], **changes)
-    return replace(method, key=sides["key"], value=sides["value"], **others)
 
 
 def python_source(tokens: int) -> str:
@@ -126,153 +92,6 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-@dataclass
-class Bench:
-    """One model, one set of windows, and what all rows share.
-
-    ids [N, T]; calibration_ids [n, t]; batch: windows run as rows of one batch, None for all on CUDA and 4 on a CPU.
-    """
-
-    model: Any
-    name: str
-    ids: Tensor
-    text: str
-    calibration_ids: Tensor
-    tokenizer: Any = None
-    chunk: int = 64
-    batch: int | None = None
-    strict: bool = True
-
-    def __post_init__(self) -> None:
-        self.reference = Reference(self.model)
-        self._record: tuple[str, Calibration] | None = None
-        self.designs: dict[Any, Any] = {}  # of the record's rows: a side that two rows share is learnt once
-        device = next(self.model.parameters()).device
-        if self.batch is None:
-            self.batch = len(self.ids) if device.type == "cuda" else 4
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What determines every row of this bench."""
-
-        def digest(t: Tensor) -> str:
-            return hashlib.sha256(t.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-
-        return {
-            "weights": digest(fingerprint(self.model)), "dtype": str(self.model.dtype), "ids": digest(self.ids),
-            "shape": list(self.ids.shape), "chunk": self.chunk, "calibration": digest(self.calibration_ids),
-            "kvsink": versions().get("kvsink", ""),
-        }  # fmt: skip
-
-    def key(self, row: Row) -> str:
-        """A name of everything that determines a row: model, text, windows, method, and the codec as it is declared."""
-        about: dict[str, Any] = {**self.identity, **{n: v for n, v in row.as_dict().items() if n != "label"}}
-        if not row.stock:
-            m = declared(row)
-            sides: dict[str, Any]
-            try:
-                sides = {
-                    "key": m.side("key", m.key_bits if row.key_bits is None else row.key_bits).as_dict(),
-                    "value": m.side("value", m.value_bits if row.value_bits is None else row.value_bits).as_dict(),
-                }
-            except KvsinkError as error:
-                sides = {"refused": str(error)}
-            about["codec"] = {
-                **sides,
-                "protect": protection(row),
-                "window": m.window if row.window is None else row.window,
-            }
-        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-    def record(self, protect: str, rows: Iterable[Row]) -> Calibration:
-        """The calibration record that serves all `rows`, which keep the same rows exact; the last one is remembered."""
-        if self._record is not None and self._record[0] == protect:
-            return self._record[1]
-        self._record, self.designs = None, {}
-        where = anatomy(self.model)
-        pairs = []
-        for row in rows:
-            try:
-                m = declared(row)
-                pair = (
-                    m.side("key", m.key_bits if row.key_bits is None else row.key_bits),
-                    m.side("value", m.value_bits if row.value_bits is None else row.value_bits),
-                )
-                wanted = [pair, *(planned_sides(m, where.kv_heads, where.head_dim) if row.plan == "auto" else ())]
-                _, need = gather_needs(wanted, where.kv_heads, where.head_dim)
-            except (Absent, KvsinkError):
-                continue  # the row itself will say so
-            if need is None or need.rows <= self.calibration_ids.numel():
-                pairs += wanted
-        blocks, need = gather_needs(pairs, where.kv_heads, where.head_dim)
-        layers = range(len(where.attentions))
-        policies = [parse_policies(protect)] * len(layers)
-        samples = {} if need is None else dict.fromkeys(layers, need)
-        statistics = dict.fromkeys(layers, blocks) if blocks or need is not None else {}
-        record = calibrate(self.model, self.calibration_ids, policies, statistics, 1, None, samples)
-        self._record = (protect, record)
-        return record
-
-
-def protection(row: Row) -> str:
-    """The protection a row asks for, in words."""
-    return declared(row).protect if row.protect is None else row.protect
-
-
-def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    """One row: rewrite a copy of the model, count bits, evaluate. `rows` are those that share its calibration record."""
-    begun = time.perf_counter()
-    tokens = bench.ids.shape[1]
-    run = partial(
-        evaluate, baseline=bench.reference, ids=bench.ids, chunk=bench.chunk, batch=bench.batch or 4, model_name=bench.name,
-        method=row.method, text_name=bench.text,
-    )  # fmt: skip
-    strict: EvalResult | None = None
-    if row.stock:
-        factory = stock_factory(row.stock, int(row.key_bits or 4), dict(row.options))
-        result = run(bench.model, cache_factory=factory)
-        bits = {n: stock_bits(factory, bench.model, n, bench.chunk) for n in (STATED_LENGTH, tokens)}
-        tables, codec, protect = 0, "", "none"
-    else:
-        method, protect = declared(row), protection(row)
-        work = copy.deepcopy(bench.model)
-        wish = partial(
-            rewrite, work, method, key_bits=row.key_bits, value_bits=row.value_bits, protect=row.protect, window=row.window,
-            bits=row.bits, plan=row.plan, plan_ids=bench.calibration_ids, tokenizer=bench.tokenizer,
-        )  # fmt: skip
-        try:
-            report = wish(calibration=bench.record(protect, rows), designs=bench.designs)
-        except CalibrationError:  # it needs what the shared record lacks: calibrate for this row alone, or say why not
-            report = wish(calibration=bench.calibration_ids)
-        where, plans = anatomy(work), runtime_of(work).plans
-        packed = sum(p.codec is not None for p in plans)
-
-        def counted(length: int) -> float:
-            sides = [
-                counted_bits(p.codec, where.kv_heads, where.head_dim, length, layers=packed)
-                if p.codec
-                else (16.0, 16.0)
-                for p in plans
-            ]
-            return sum(k + v for k, v in sides) / (2 * len(sides))
-
-        bits = {n: counted(n) for n in (STATED_LENGTH, tokens)}
-        tables = report.table_bytes
-        codec = hashlib.sha256("".join(p.codec.text() if p.codec else "-" for p in plans).encode()).hexdigest()[:16]
-        result = run(work, cache_factory=packed_cache)
-        if bench.strict:
-            strict = run(work, cache_factory=partial(packed_cache, strict=True))
-    change, strict_change = result.perplexity_change, strict.perplexity_change if strict else None
-    return {
-        "status": "measured", "protect": protect, "bits": bits[STATED_LENGTH], "bits_at_window": bits[tokens],
-        "table_bytes": tables, "codec": codec, "perplexity": result.perplexity, "gap": change, "kl": result.kl,
-        "top1": result.top1, "strict_perplexity": strict.perplexity if strict else None, "strict_gap": strict_change,
-        "strict_kl": strict.kl if strict else None, "strict_top1": strict.top1 if strict else None,
-        "baseline_perplexity": result.baseline_perplexity, "device": result.device, "versions": result.versions,
-        "seconds": round(time.perf_counter() - begun, 1),
-    }  # fmt: skip
 
 
 def compare(
@@ -366,7 +185,7 @@ def make_bench(
     """Load a model folder and the text of a set of rows."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if model.startswith("demo:") or not Path(model).is_dir():
-        from kvsink.demo import resolve_model_dir
+        from kvsink.folder.demo import resolve_model_dir
 
         folder = Path(resolve_model_dir(model))
     else:
@@ -383,7 +202,7 @@ def make_bench(
         words, name = evaluation_text(), "WikiText-2 test, detokenized"
     ids = token_windows(words, tokenizer, windows, window_tokens)
     net = load_model(folder, device, dtype)
-    calibration_ids = calibration_windows(net, "builtin", calibration_tokens, tokenizer)
+    calibration_ids = calibration_windows(Decoder(net), "builtin", calibration_tokens, tokenizer)
     label = model if model.startswith("demo:") else folder.name
     return Bench(net, label, ids, name, calibration_ids, tokenizer, chunk, batch, strict)
 

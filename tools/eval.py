@@ -1,4 +1,4 @@
-"""kvsink-eval: quality of a model through its real cache, beside the 16-bit model; defined in `kvsink.evaluation`."""
+"""kvsink-eval: quality of a model through its real cache, beside the 16-bit model; defined in `kvsink.evaluate.evaluation`."""
 
 from __future__ import annotations
 
@@ -107,9 +107,10 @@ def command(
         return
 
     import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
-    from kvsink import evaluation
-    from kvsink.demo import resolve_model_dir
-    from kvsink.loading import load_model, load_tokenizer
+    from kvsink.evaluate import evaluation
+    from kvsink.evaluate.retrieval import passkey_retrieval
+    from kvsink.folder.demo import resolve_model_dir
+    from kvsink.folder.loading import load_model, load_tokenizer
 
     folder = resolve_model_dir(model)
     baseline_folder = None if baseline is None else resolve_model_dir(baseline)
@@ -138,7 +139,7 @@ def command(
         )
         if passkey:
             lengths = [n for n in (256, 512, 1024) if n <= window_tokens] or [256]
-            retrieve = partial(evaluation.passkey_retrieval, tokenizer=tokenizer, lengths=lengths, chunk=chunk)
+            retrieve = partial(passkey_retrieval, tokenizer=tokenizer, lengths=lengths, chunk=chunk)
             result = replace(result, passkey=retrieve(net, cache_factory=factory, progress=bar("passkey")))
             if reference is not None:
                 found = retrieve(reference, cache_factory=evaluation.dynamic_cache, progress=bar("passkey, reference"))
@@ -155,11 +156,11 @@ def _pictures(
 ) -> None:  # fmt: skip
     """Answers and perplexity on pictures with text, beside the 16-bit model, bits by modality, and the plot of attention."""
     import kvsink  # noqa: F401  registers the quantizer
-    from kvsink import evaluation
-    from kvsink.demo import resolve_model_dir
-    from kvsink.imagetext import load_processor, prompts, read_examples
-    from kvsink.loading import load_model
-    from kvsink.vision_eval import attention_shares, evaluate_pictures, remember
+    from kvsink.evaluate import evaluation
+    from kvsink.evaluate.imagetext import load_processor, prompts, read_examples
+    from kvsink.evaluate.vision import attention_shares, evaluate_pictures, remember
+    from kvsink.folder.demo import resolve_model_dir
+    from kvsink.folder.loading import load_model
 
     examples = read_examples(source, held_back=True)
     folder = resolve_model_dir(model)
@@ -223,11 +224,11 @@ def _onnx(
     model: str, text: tuple[str, str], windows: int, window_tokens: int, chunk: int, batch: int, device: str, json_path: str | None
 ) -> None:  # fmt: skip
     """Perplexity of an exported model; its tokenizer is beside it."""
-    from kvsink import evaluation
     from kvsink.errors import UnsupportedError
+    from kvsink.evaluate import evaluation
     from kvsink.export import OnnxGenerator
     from kvsink.export.evaluation import evaluate_onnx
-    from kvsink.loading import load_tokenizer
+    from kvsink.folder.loading import load_tokenizer
 
     if device not in ("auto", "cpu", "cuda"):
         raise UnsupportedError(f"device {device!r} is not one of auto, cpu, cuda for an ONNX model")
@@ -253,7 +254,7 @@ def _compare(model: str, options: dict[str, object]) -> None:
 
 def _text(path: str | None, detokenize: bool | None) -> tuple[str, str]:
     """The text and the name a row gives it."""
-    from kvsink.texts import detokenize_wikitext, evaluation_text, looks_like_wikitext, read_text
+    from kvsink.evaluate.texts import detokenize_wikitext, evaluation_text, looks_like_wikitext, read_text
 
     if path is None:
         return evaluation_text(), "WikiText-2 test, detokenized"

@@ -20,8 +20,8 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.backend import forget_reports, last_report
 from kvsink.errors import KvsinkError
+from kvsink.graph.backend import forget_reports, last_report
 from kvsink.outdir import rewrite_dir
 from kvsink.rewrite import RewriteOptions
 from kvsink.tools.against_stock import BOUND, cached_logits, distance, forced_logits, planted

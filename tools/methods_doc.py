@@ -1,16 +1,19 @@
-"""Write docs/methods.md, one section per registered method, from the declarations: `python -m kvsink.tools.methods_doc`."""
+"""Write docs/methods.md, one section per registered method, from the declarations, and the table of what leaves in docs/onnx.md:
+`python -m kvsink.tools.methods_doc`."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvsink.codecs import SideSpec
+from kvsink.export import flavour_table
 from kvsink.methods import Method, methods
 
-__all__ = ["DOCS", "page"]
+__all__ = ["DOCS", "onnx_page", "page"]
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 COMMAND = "python -m kvsink.tools.methods_doc"
@@ -30,6 +33,11 @@ def page(known: Mapping[str, Method] | None = None) -> str:
     for method in found.values():
         lines += ["", *section(method)]
     return "\n".join(lines) + "\n"
+
+
+def onnx_page(text: str) -> str:
+    """docs/onnx.md with the table of methods as it is now."""
+    return re.sub(r"\| method \| functions.*\n(\|.*\n)*", lambda _: flavour_table() + "\n", text, count=1)
 
 
 def section(m: Method) -> list[str]:
@@ -67,19 +75,20 @@ def side_text(side: SideSpec) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the file; with --check only say whether it is up to date."""
+    """Write the files; with --check only say whether they are up to date."""
     parser = argparse.ArgumentParser(COMMAND, description=__doc__)
-    parser.add_argument("--check", action="store_true", help="Exit with 1 when the file is not up to date.")
+    parser.add_argument("--check", action="store_true", help="Exit with 1 when a file is not up to date.")
     parser.add_argument("--out", type=Path, default=DOCS)
+    parser.add_argument("--onnx", type=Path, default=DOCS.with_name("onnx.md"))
     o = parser.parse_args(argv)
-    text = page()
-    if o.check:
-        if o.out.is_file() and o.out.read_text(encoding="utf-8") == text:
-            return 0
-        print(f"{o.out} is not up to date; run {COMMAND}", file=sys.stderr)
-        return 1
-    o.out.parent.mkdir(parents=True, exist_ok=True)
-    o.out.write_text(text, encoding="utf-8")
+    files = {o.out: page(), o.onnx: onnx_page(o.onnx.read_text(encoding="utf-8"))}
+    for file, text in files.items():
+        if o.check and not (file.is_file() and file.read_text(encoding="utf-8") == text):
+            print(f"{file} is not up to date; run {COMMAND}", file=sys.stderr)
+            return 1
+        if not o.check:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -311,6 +311,9 @@ def cpu(folder: Path) -> str:
 # -- README ------------------------------------------------------------------------------------------------------------------
 
 
+_SHOWN = "llama-3-8b", "llama-3-70b", "gpt-oss-20b", "gemma-3-4b"
+
+
 def speed(folder: Path) -> str:
     """README's lines on speed."""
     page = os.path.relpath(ROOT / "docs" / "performance.md", folder)
@@ -340,7 +343,7 @@ def speed(folder: Path) -> str:
     for rows in rows_of("shapes_*").values():
         found = [
             r for r in _last((r for r in rows if "of_plain" not in r and "target" not in r), "model", "method", "bits", "B", "T")
-            if (r["B"], r["T"]) == (16, 8192) and r["p50_ms"] and f"{r['method']}-{r['bits']}" == side
+            if (r["B"], r["T"]) == (16, 8192) and r["p50_ms"] and f"{r['method']}-{r['bits']}" == side and r["model"] in _SHOWN
         ]  # fmt: skip
         if found:
             each = ", ".join(f"{r['model']} {r['speedup']:.1f}x" for r in found)

@@ -52,14 +52,14 @@ def command(
         TimeRemainingColumn,
     )
 
-    from kvsink.demo import resolve_model_dir
     from kvsink.errors import KvsinkError
-    from kvsink.loading import load_model, load_tokenizer, pick_device, read_config
+    from kvsink.evaluate.texts import builtin_text, read_text
+    from kvsink.folder.demo import resolve_model_dir
+    from kvsink.folder.loading import load_model, load_tokenizer, pick_device, read_config
+    from kvsink.model.anatomy import anatomy
     from kvsink.profiling import ProfileOptions, profile
     from kvsink.profiling.layout import find_layout
     from kvsink.profiling.record import windows_of
-    from kvsink.runtime import anatomy
-    from kvsink.texts import builtin_text, read_text
     from kvsink.tools.rewrite import check_apart, check_out_dir, replace_text
 
     check_out_dir(out_dir, force)
@@ -128,11 +128,13 @@ def _stream(
     source: Path, by_layer: bool | None, place: Any, dtype: str, prune: str | None, windows: int, window_tokens: int
 ) -> Any:
     """The checkpoint to read layer by layer, or None to load it whole; says first what memory either takes."""
-    from kvsink.checkpoint import Checkpoint
+    from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory
+    from kvsink.calibrate.skeleton import skeleton
+    from kvsink.calibrate.streaming import Stream
     from kvsink.errors import UnsupportedError
-    from kvsink.loading import pick_dtype
+    from kvsink.folder.checkpoint import Checkpoint
+    from kvsink.folder.loading import pick_dtype
     from kvsink.profiling.passes import BY_LAYER, WHOLE, profile_needs
-    from kvsink.streaming import SHARE_OF_MEMORY, Stream, available_memory, skeleton
 
     kind = pick_dtype(dtype, place)
     if by_layer and prune is not None:

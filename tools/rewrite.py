@@ -88,8 +88,8 @@ def command(
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     import kvsink
-    from kvsink.demo import resolve_model_dir
-    from kvsink.loading import model_class
+    from kvsink.folder.demo import resolve_model_dir
+    from kvsink.folder.loading import model_class
 
     check_out_dir(out_dir, force or dry_run)
     if flavour is not None:
@@ -151,9 +151,10 @@ def check_apart(source: Path, out_dir: Path) -> None:
 
 def measure(out_dir: Path, name: str, windows: int, window_tokens: int, device: str, progress: Any) -> Any:
     """Load what was written and compare it with its own weights on a stock cache; the row goes into both reports."""
-    from kvsink import evaluation
-    from kvsink.loading import load_model, load_tokenizer
-    from kvsink.texts import evaluation_text
+    from kvsink.evaluate import evaluation
+    from kvsink.evaluate.results import markdown_table
+    from kvsink.evaluate.texts import evaluation_text
+    from kvsink.folder.loading import load_model, load_tokenizer
 
     model = load_model(out_dir, device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window_tokens
@@ -172,7 +173,7 @@ def measure(out_dir: Path, name: str, windows: int, window_tokens: int, device: 
         record = {**json.loads(report_json.read_text()), "quality": result.to_json()}
         replace_text(report_json, json.dumps(record, indent=2) + "\n")
     if report_md.is_file():
-        table = evaluation.markdown_table([result])
+        table = markdown_table([result])
         replace_text(report_md, f"{report_md.read_text()}\n## Quality\n\n{table}\n\n{result.provenance()}\n")
     return result
 

@@ -71,9 +71,9 @@ def as_mixtral(model: Any, experts: int = 8) -> Any:
 @click.option("--experts", default=8, show_default=True, type=click.IntRange(2))
 def command(model_dir: str, out_dir: Path, experts: int) -> None:
     """Write the dense Llama MODEL_DIR to OUT_DIR as a Mixtral checkpoint with the same logits."""
-    from kvsink.demo import resolve_model_dir
     from kvsink.errors import KvsinkError
-    from kvsink.loading import load_model
+    from kvsink.folder.demo import resolve_model_dir
+    from kvsink.folder.loading import load_model
 
     source = resolve_model_dir(model_dir)
     if out_dir.exists():

@@ -5,7 +5,7 @@
 Two stages on a CPU. The tower (a CLIP vision model of 3 layers, 64 x 64 pixels, 16 patches) and the projector learn to give each
 patch the embedding of a word of SmolLM2: a cell of the picture has four patches, which say its colour, shape, row and column.
 Then projector and attention of the language model are tuned lightly on questions and captions. OUT_DIR is an ordinary
-LLaVA folder with its processor. Pictures of the evaluation are never trained on (`kvsink.pictures.HELD_BACK`).
+LLaVA folder with its processor. Pictures of the evaluation are never trained on (`kvsink.evaluate.pictures.HELD_BACK`).
 
 Source     ours; the architecture is LLaVA-1.5, arXiv 2310.03744; the language model is demo:smollm2
 """
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvsink.pictures import COLUMNS, ROWS, Picture, picture
+from kvsink.evaluate.pictures import COLUMNS, ROWS, Picture, picture
 from kvsink.tools.cli import command_line
 
 __all__ = ["ANSWER", "IMAGE_TOKEN", "build", "document", "train_joint", "train_tower"]
@@ -36,7 +36,7 @@ def build(source: str | Path = "demo:smollm2") -> tuple[Any, Any]:
     """The untrained model around a language model, float32, and its processor."""
     import transformers as hf
 
-    from kvsink.demo import resolve_model_dir
+    from kvsink.folder.demo import resolve_model_dir
 
     folder = resolve_model_dir(source)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)

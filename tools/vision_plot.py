@@ -12,7 +12,7 @@ _NAMES = {"visual": "pictures", "text": "text", "first": "first token"}
 
 
 def plot_shares(shares: Sequence[dict[str, float]], rows: dict[str, float], path: Path, title: str) -> None:
-    """shares: of every layer, as `kvsink.vision_eval.attention_shares` gives them; rows: the share of tokens of each kind."""
+    """shares: of every layer, as `kvsink.evaluate.vision.attention_shares` gives them; rows: the share of tokens of each kind."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -57,7 +57,7 @@ def _method(name: str) -> Any:
 
 def chance(documents: int, pictures: int) -> float:
     """Share of right answers of a guesser who knows the possible answers of each question."""
-    from kvsink.pictures import drawn
+    from kvsink.evaluate.pictures import drawn
 
     asked = [q for p in drawn(documents * pictures) for q in p.questions]
     return sum(1 / len(options) for _, _, options in asked) / len(asked)
@@ -68,8 +68,8 @@ def measure_row(
 ) -> dict[str, Any]:  # fmt: skip
     """Rewrite, measure every set of prompts, and give one flat record. sets: name → (prompts, reference)."""
     import kvsink
-    from kvsink import evaluation
-    from kvsink.vision_eval import evaluate_pictures
+    from kvsink.evaluate import evaluation
+    from kvsink.evaluate.vision import evaluate_pictures
 
     report = kvsink.rewrite(model, _method(method), calibration=calibration, fold=False, **options)
     factory = partial(evaluation.packed_cache, strict=False)
@@ -105,10 +105,10 @@ def markdown(stock: dict[str, Any], records: list[dict[str, Any]]) -> str:
 @click.option("--only", default="", help="Names of rows, separated by ;")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), default=None)
 def command(model_dir: str, documents: int, pictures: int, calibration_documents: int, only: str, json_path: Path | None) -> None:
-    from kvsink.evaluation import dynamic_cache
-    from kvsink.imagetext import drawn_examples, load_processor, prompts
-    from kvsink.loading import load_model
-    from kvsink.vision_eval import evaluate_pictures, remember
+    from kvsink.evaluate.evaluation import dynamic_cache
+    from kvsink.evaluate.imagetext import drawn_examples, load_processor, prompts
+    from kvsink.evaluate.vision import evaluate_pictures, remember
+    from kvsink.folder.loading import load_model
 
     model, processor = load_model(model_dir, "cpu"), load_processor(model_dir)
     n = calibration_documents

@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..append import append_plain, keep_exact, keep_recent
 from ..backends import Call, Device, LayerFormat, Shape
 from ..hadamard import hadamard_core
 from ..levels import even_levels, even_thresholds, lloyd_max, thresholds
 from ..quantize import segments
+from ..stages import rope_rows
 from ..trellis import subsets
 from .c_library import EXACT, FLOAT_TYPES, Plan, c_library
 
-__all__ = ["append_one", "by_definition", "declines", "defined", "select_one", "store_rows"]
+__all__ = ["append", "append_one", "by_definition", "declines", "select_one", "store_rows"]
 
 _KIND = {"lloyd": 0, "lloyd-even": 0, "uniform": 1, "uniform-int": 2, "gauss": 3, "vector": 4, "trellis": 5}
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -88,11 +90,6 @@ class _Select(ctypes.Structure):
 def _library() -> ctypes.CDLL | None:
     sizes = (("kvsink_append_bytes", ctypes.sizeof(_Append)), ("kvsink_select_bytes", ctypes.sizeof(_Select)))
     return c_library("append", EXACT, sizes, "coding new rows on the CPU runs in PyTorch, several times slower")
-
-
-def defined() -> bool:
-    """Whether a `by_definition` is open."""
-    return bool(_defined)
 
 
 def declines(f: LayerFormat, s: Shape, d: Device) -> str:
@@ -268,3 +265,23 @@ def append_one(call: Call, first: int) -> bool:
     library.kvsink_append_one(ctypes.byref(a), ctypes.byref(plan.select))
     del kept
     return True
+
+
+def append(call: Call) -> None:
+    """`kvsink::append_`, where `declines` is silent; rows that do not fit are for the definition to say."""
+    k, v, positions, cos, sin, candidates, _, _ = call.coding()
+    c, s, first = call.codec, k.shape[2], int(call.state.length)
+    if _defined or first + s > call.state.positions.shape[1]:
+        append_plain(call)
+        return
+    full_k = k if call.roped else rope_rows(k, cos, sin)
+    if s > 1 or not call.roped or not append_one(call, first):
+        st, p = call.st, call.p
+        st["positions"][:, first : first + s] = positions
+        if s == 1 and c.exact_rows and c.anchors is None:
+            select_one(c, full_k, v, candidates, st, first)
+        else:
+            keep_exact(c, st, full_k, v, candidates)
+        store_rows(c, c.transform_keys(k, cos, sin, positions, p, call.roped), c.transform_values(v, p), first, st, p)
+    if c.ring:
+        keep_recent(c, call.st, torch.arange(first, first + s), full_k, v)

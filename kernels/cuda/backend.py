@@ -1,4 +1,4 @@
-"""The backend over codes in tiles: kernels in CUDA C++ that read codes as a matrix unit takes them, and what they serve.
+"""What the backend over codes in tiles serves: kernels in CUDA C++ that read codes as a matrix unit takes them.
 
 Formula    as `kvsink.kernels.append` and `kvsink.kernels.attend`; see `kvsink.kernels.layout` and `kvsink.kernels.cuda.launch`
 Source     ours
@@ -11,25 +11,16 @@ Cost       one launch for `append_`, one for `attend` of one new row; no copy fr
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from .. import layout
-from ..append import keep_exact
-from ..attend import attend_plain
-from ..backends import Call, Device, LayerFormat, Shape, tell_once
-from ..prefill import attend_chunk
-from ..stages import rope_rows
-from ..triton import append as triton_append
+from ..backends import Device, LayerFormat, Shape, tell_once
 from . import launch, module, variants
 
-__all__ = ["append", "attend", "declines", "library", "step"]
+__all__ = ["declines", "declines_mask", "declines_step"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 80, 96, 128, 256)  # channels of a head
-REPEATS = 32  # query heads that share a key-value head
 EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
 WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
@@ -48,8 +39,8 @@ def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:
     if s.dim not in DIMS or s.value_dim != s.dim:
         found = f"{s.dim}" if s.value_dim == s.dim else f"{s.dim} of keys and {s.value_dim} of values"
         return f"head_dim is {found}, not one of {', '.join(map(str, DIMS))}"
-    if s.heads > REPEATS * s.kv_heads or s.heads % s.kv_heads:
-        return f"{s.heads} query heads share {s.kv_heads} key-value heads: more than {REPEATS} each"
+    if s.heads > launch.REPEATS * s.kv_heads or s.heads % s.kv_heads:
+        return f"{s.heads} query heads share {s.kv_heads} key-value heads: more than {launch.REPEATS} each"
     if s.rotary % 16 or s.rotary > s.dim:
         return f"{s.rotary} of {s.dim} channels carry RoPE"
     if not f.key.packed or not f.value.packed:
@@ -115,7 +106,7 @@ def _compiled(f: LayerFormat, s: Shape, d: Device) -> str:
         if d.place is None:
             variant.shape(variants.Card(10 * d.capability[0] + d.capability[1], d.shared))
         else:
-            library(f, s.repeats, s.rotary, d.place)
+            launch.library(f, s.repeats, s.rotary, d.place)
     except module.NativeError as error:
         return str(error)
     if d.place is not None and d.capability not in TESTED:
@@ -141,57 +132,3 @@ def declines_step(f: LayerFormat, s: Shape, d: Device | None) -> str:
     if len(f.segments) > SEGMENTS:
         return f"{len(f.segments)} protection segments"
     return "" if s.offered else "several new candidates for one exact row"
-
-
-def library(f: Any, repeats: int, rotary: int, place: torch.device) -> launch.Library:
-    """The kernels for a format or codec. repeats: query heads per key-value head, or 0 where any will do: coding rows does not
-    depend on them. Raises NativeError."""
-    for n in () if repeats else range(REPEATS, 0, -1):
-        if (held := module.loaded(launch.variant_of(f, n, rotary), place)) is not None:
-            return held
-    return module.library(launch.variant_of(f, repeats or 1, rotary), place)
-
-
-def _library(call: Call) -> launch.Library:
-    return library(call.codec, call.shape.repeats, call.shape.rotary, call.k.device)
-
-
-def append(call: Call, lib: launch.Library | None = None) -> None:
-    """`append_`: one launch for one new row; the exact rows of more are chosen by plain operators. lib: kernels, if others."""
-    k, v, positions, cos, sin, candidates, _, _ = call.coding()
-    k = k if call.roped else rope_rows(k, cos, sin)
-    if not launch.append_rows(lib or _library(call), call.codec, k, v, positions, candidates, call.st, call.p):
-        keep = triton_append.keep_exact if triton_append.keeps(call.codec, candidates, k.device) else keep_exact
-        keep(call.codec, call.st, k, v, candidates)
-
-
-def attend(call: Call, lib: launch.Library | None = None) -> Tensor:
-    """`attend`: one launch for one new row, pieces of the decoded past for more."""
-    q, k, v, _, _, mask, scale = call.asking()
-    lib, c, st, p = lib or _library(call), call.codec, call.st, call.p
-    if q.shape[2] == 1:
-        out = launch.attend_one(lib, c, q, k, v, st, p, mask, scale)
-        assert out is not None  # masks of another kind are declined
-        return out
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return attend_plain(call)  # the length decides what runs, and a graph under capture cannot read it
-    first, slots = int(call.state.length), st["k_codes"].shape[2]
-    if first + q.shape[2] > slots:
-        raise IndexError(f"{q.shape[2]} rows do not fit behind {first} of {slots} slots; make the cache longer")
-
-    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
-        return launch.decode_rows(lib, c, st, p, start, end, k.dtype, first + q.shape[2])
-
-    return attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
-
-
-def step(call: Call) -> Tensor:
-    """Both, of one new row per sequence: in one launch, or side by side in a CUDA graph."""
-    q, k, v, _, _, mask, scale = call.asking()
-    assert call.positions is not None
-    rest = call.positions, call.candidates, call.st, call.p, mask, scale
-    out = launch.step(_library(call), call.codec, q, k, v, *rest)
-    if out is None:  # more sequences than the kernels see to
-        append(call)
-        return attend(call)
-    return out

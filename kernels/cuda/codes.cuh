@@ -79,7 +79,7 @@ struct Codes {
   const u32* basis;           // DENSE: [Hkv, 128 * 64] as `wide_product` takes it; else [Hkv, 8, 8, 32, 4] A fragments of U^T, or null
   const u32* mean;            // [Hkv, 64, 64] rows of offsets, swizzled
   const u32* offsets;         // DENSE: [64, 64] cosines and sines of offsets, swizzled
-  const u32* angles;          // [blocks, 64] cosines and sines of block starts
+  const u32* angles;          // [blocks, 64] cosines and sines of block starts; the last are NaN, for those behind them
   u32* rotated;                // [B * Hkv, blocks, 256] the query of each block in the codes' basis, B fragments
   float* part_acc;            // [B * Hkv, splits + 1, R, 128]
   float* part_top;            // [B * Hkv, splits + 1, R], powers of two
@@ -391,7 +391,7 @@ DEVICE void half_window(Softmax& st, const Codes& p, const unsigned char* stage,
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) { s[i][e] = bits_float(0x7fc00000u); u[i][e] = 0; }   // positions that run ahead of their slots are not served
+    for (int e = 0; e < 4; e++) { s[i][e] = bits_float(0x7fc00000u); u[i][e] = 0; }   // where no query stands
   const bool visible = live >> lane & 1;
   const int low = STARTS ? (int)least_in_warp(visible ? place >> 6 : 0x7fffffff) : 0;
   int high = STARTS ? (int)most_in_warp(visible ? place >> 6 : 0) : 0;
@@ -617,7 +617,7 @@ KERNEL(THREADS, 1) attend_codes(ARGUMENT(Codes) p) {
         bool seen = slot < past && (p.window == 0 || slot <= first - p.window);
         if (STARTS) {
           const int x = p.positions[b * p.position_row + held] - base * 64;
-          place[half] = x > 0 ? x : 0;
+          place[half] = x & 0x7fffffff;          // before the first block, where no query stands, as far behind the last
         }
         if (p.mask && seen) seen = p.mask[b * p.mask_row + slot];
         live[half] = ballot_warp(seen) & ~out[half];

@@ -20,20 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import layout
+from ..append import keep_exact
+from ..attend import attend_plain
+from ..backends import Call
+from ..prefill import attend_chunk
 from ..read import put_rows
+from ..stages import rope_rows
+from ..triton import append as triton_append
 from . import module, variants
 
 __all__ = [
-    "AttendArguments",
-    "RowArguments",
-    "append_rows",
-    "attend_one",
-    "step",
-    "variant_of",
-]
+    "REPEATS", "AttendArguments", "RowArguments", "append", "append_rows", "attend", "attend_one", "decode_rows", "library",
+    "step", "step_one", "variant_of",
+]  # fmt: skip
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 _SEGMENTS = 4
+REPEATS = 32  # query heads that share a key-value head
+_READ = ("k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v")
 
 State = Mapping[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -116,7 +120,7 @@ def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis
     return RowArguments(
         k=at(k), v=at(v), k_stride=(_long * 3)(*k.stride()[:3]), v_stride=(_long * 3)(*v.stride()[:3]),
         table=at(p.get("k_table")), start_cos=at(p.get("start_cos")), start_sin=at(p.get("start_sin")),
-        origin_cos=at(p.get("anchor_cos")), origin_sin=at(p.get("anchor_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
+        origin_cos=at(p.get("origin_cos")), origin_sin=at(p.get("origin_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
         v_mean=at(p.get("v_mean")), k_codes=at(st["k_codes"]), v_codes=at(st["v_codes"]), k_scale=at(st["k_scale"]),
         v_scale=at(st["v_scale"]), recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), recent_slot=at(st["recent_slot"]),
         window=codec.ring, B=k.shape[0], Hkv=k.shape[1], S=k.shape[2], L=st["k_codes"].shape[2],
@@ -132,20 +136,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _fresh_rows(
-    lib: Library,
-    codec: Any,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    candidates: Sequence[Tensor],
-    st: State,
-    p: Params,
+    lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
 ) -> tuple[RowArguments, bool, list[Tensor]]:
     """Arguments for new rows, whether the kernel sees to the exact rows too, and what must live until the launch."""
     k, v = _rows(k), _rows(v)
-    positions = (
-        positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
-    )
+    positions = positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
     a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
     at = module.pointer
     a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
@@ -167,14 +162,7 @@ def _fresh_rows(
 
 
 def append_rows(
-    lib: Library,
-    codec: Any,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    candidates: Sequence[Tensor],
-    st: State,
-    p: Params,
+    lib: Library, codec: Any, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State, p: Params
 ) -> bool:
     """Code and store new rows [B, H, S, D], keys after RoPE. True when the exact rows have been seen to as well."""
     a, whole, _held = _fresh_rows(lib, codec, k, v, positions, candidates, st, p)
@@ -215,7 +203,7 @@ def _mask_rows(mask: Tensor, slots: int) -> Tensor | None:
     return rows if aligned else rows.clone(memory_format=torch.contiguous_format)
 
 
-def step(
+def step_one(
     lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], st: State,
     p: Params, mask: Tensor | None, scale: float,
 ) -> Tensor | None:  # fmt: skip
@@ -245,20 +233,16 @@ def attend_one(
     q, k, v = (_rows(x).contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
     at = module.pointer
-    module.contiguous([st[n] for n in (
-        "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v",
-    )])  # fmt: skip
+    module.contiguous([st[n] for n in _READ])
     groups = lib.groups
     new = 0 if codec.strict else 1
     # No more blocks than tiles: one without work would fetch its tables all the same.
     share = min(lib.share(k.shape[1] * groups), q.shape[0] * (slots // layout.TILE_SLOTS))
     a = AttendArguments(
-        q=at(q), k_codes=at(st["k_codes"]), k_scale=at(st["k_scale"]), v_codes=at(st["v_codes"]), v_scale=at(st["v_scale"]),
-        mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
-        origin_cos=at(p.get("anchor_cos")), origin_sin=at(p.get("anchor_sin")), length=at(st["length"]), mask=at(visible),
-        exact_k=at(st["exact_k"]), exact_v=at(st["exact_v"]), exact_slot=at(st["exact_slot"]), new_k=at(k), new_v=at(v),
-        recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), window=codec.ring,
-        value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
+        q=at(q), mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
+        origin_cos=at(p.get("origin_cos")), origin_sin=at(p.get("origin_sin")), length=at(st["length"]), mask=at(visible),
+        **{n: at(st[n]) for n in _READ},
+        new_k=at(k), new_v=at(v), window=codec.ring, value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
         pages=at(pages), page_row=0 if pages is None else pages.stride(0), length_row=int(st["length"].dim() > 0),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
         B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // layout.TILE_SLOTS, E=codec.exact_rows,
@@ -271,4 +255,61 @@ def attend_one(
         coded = RowArguments.from_buffer_copy(fresh)
         coded.segments = 0
         lib.step(a, fresh, coded, k.shape[1] * groups)
+    return out
+
+
+# -- what a call asks -----------------------------------------------------------------------------------------------------
+
+
+def library(f: Any, repeats: int, rotary: int, place: torch.device) -> Library:
+    """The kernels for a format or codec. repeats: query heads per key-value head, or 0 where any will do: coding rows does not
+    depend on them. Raises NativeError."""
+    for n in () if repeats else range(REPEATS, 0, -1):
+        if (held := module.loaded(variant_of(f, n, rotary), place)) is not None:
+            return held
+    return module.library(variant_of(f, repeats or 1, rotary), place)
+
+
+def _library(call: Call) -> Library:
+    return library(call.codec, call.shape.repeats, call.shape.rotary, call.k.device)
+
+
+def append(call: Call, lib: Library | None = None) -> None:
+    """`append_`: one launch for one new row; the exact rows of more are chosen by plain operators. lib: kernels, if others."""
+    k, v, positions, cos, sin, candidates, _, _ = call.coding()
+    k = k if call.roped else rope_rows(k, cos, sin)
+    if not append_rows(lib or _library(call), call.codec, k, v, positions, candidates, call.st, call.p):
+        keep = triton_append.keep_exact if triton_append.keeps(call.codec, candidates, k.device) else keep_exact
+        keep(call.codec, call.st, k, v, candidates)
+
+
+def attend(call: Call, lib: Library | None = None) -> Tensor:
+    """`attend`: one launch for one new row, pieces of the decoded past for more."""
+    q, k, v, _, _, mask, scale = call.asking()
+    lib, c, st, p = lib or _library(call), call.codec, call.st, call.p
+    if q.shape[2] == 1:
+        out = attend_one(lib, c, q, k, v, st, p, mask, scale)
+        assert out is not None  # masks of another kind are declined
+        return out
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return attend_plain(call)  # the length decides what runs, and a graph under capture cannot read it
+    first, slots = int(call.state.length), st["k_codes"].shape[2]
+    if first + q.shape[2] > slots:
+        raise IndexError(f"{q.shape[2]} rows do not fit behind {first} of {slots} slots; make the cache longer")
+
+    def past(start: int, end: int) -> tuple[Tensor, Tensor]:
+        return decode_rows(lib, c, st, p, start, end, k.dtype, first + q.shape[2])
+
+    return attend_chunk(past, q, k, v, first, mask, scale, call.causal, c.strict)
+
+
+def step(call: Call) -> Tensor:
+    """Both, of one new row per sequence: in one launch, or side by side in a CUDA graph."""
+    q, k, v, _, _, mask, scale = call.asking()
+    assert call.positions is not None
+    rest = call.positions, call.candidates, call.st, call.p, mask, scale
+    out = step_one(_library(call), call.codec, q, k, v, *rest)
+    if out is None:  # more sequences than the kernels see to
+        append(call)
+        return attend(call)
     return out

@@ -95,11 +95,89 @@ def _search(t, width, at, edges, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _fitted(x, level, live):
-    """The gain of least squares of x over levels, rounded to float16."""
-    dot = tl.sum(tl.where(live, x * level, 0.0).to(tl.float64))
-    square = tl.sum(tl.where(live, level * level, 0.0).to(tl.float64))
+def _fitted(x, level, live, AXIS: tl.constexpr):
+    """The gain of least squares of x over levels, rounded to float16: of all of them, or of those along an axis."""
+    dot = tl.sum(tl.where(live, x * level, 0.0).to(tl.float64), AXIS)
+    square = tl.sum(tl.where(live, level * level, 0.0).to(tl.float64), AXIS)
     return _half(_divided(dot.to(tl.float32), tl.maximum(square.to(tl.float32), 1e-30)))
+
+
+@triton.jit
+def _spread(x, ROWS: tl.constexpr):
+    """A number of one row, or numbers [R] of several, beside their channels."""
+    return x[:, None] if ROWS else x
+
+
+@triton.jit
+def _gain(x, inside, D: tl.constexpr, ROWS: tl.constexpr):
+    """The root of the mean square of one row [DP], or of several [R, DP]."""
+    mean_square = tl.sum(tl.where(inside, x * x, 0.0).to(tl.float64), ROWS) / D
+    return _spread(tl.maximum(tl.sqrt(mean_square).to(tl.float32), _TINY), ROWS)
+
+
+@triton.jit
+def _level_codes(
+    x, deviation, inside, width, at, levels, edges, D: tl.constexpr, GAIN: tl.constexpr, WIDEST: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Codes of the levels nearest to one row x [DP], or to several [R, DP], in units of their deviations; and the gain to store."""
+    y = _divided(x, x * 0.0 + deviation)
+    gain = 1.0
+    if GAIN:
+        live = width > 0
+        gain = _gain(y, inside, D, ROWS)
+        code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
+        level = tl.load(levels + code, mask=live, other=0.0) * deviation
+        gain = tl.maximum(_spread(_fitted(x, level, live, ROWS), ROWS), _TINY)
+        code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
+        level = tl.load(levels + code, mask=live, other=0.0) * deviation
+        gain = _spread(_fitted(x, level, live, ROWS), ROWS)
+    else:
+        code = _search(y, width, at, edges, WIDEST)
+    return code, gain
+
+
+@triton.jit
+def _static_codes(x, step, WIDEST: tl.constexpr):
+    """Codes of fixed steps, the smallest as 0."""
+    half: tl.constexpr = 1 << (WIDEST - 1)
+    code = tl.minimum(tl.maximum(_rounded(_divided(x, x * 0.0 + step)), -half), half - 1) + half
+    return code.to(tl.int32)
+
+
+@triton.jit
+def _step_codes(
+    x, inside, shape: tl.constexpr, groups: tl.constexpr, width, at, edges, clip, KIND: tl.constexpr, GROUP: tl.constexpr,
+    WIDEST: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Codes of x in `shape` [DP] or [R, DP], and of every group (their shape is `groups`) its step and its lowest, or zero."""
+    top: tl.constexpr = (1 << WIDEST) - 1
+    z, inside = tl.reshape(x, groups), tl.reshape(tl.broadcast_to(inside, shape), groups)
+    if KIND == 2:
+        low = _half((tl.sum(tl.where(inside, z, 0.0).to(tl.float64), AXIS) / GROUP).to(tl.float32))
+        z = z - tl.expand_dims(low, -1)
+        step = _half(tl.sqrt(tl.sum(tl.where(inside, z * z, 0.0).to(tl.float64), AXIS) / GROUP).to(tl.float32))
+        t = _divided(z, tl.expand_dims(tl.maximum(step, _TINY), -1) + z * 0.0)
+        code = _search(tl.reshape(t, shape), width, at, edges, WIDEST)
+    else:
+        high = clip * tl.max(tl.where(inside, z, float("-inf")), AXIS)
+        low = clip * tl.min(tl.where(inside, z, float("inf")), AXIS)
+        step = _half(_divided(high - low, high * 0.0 + top))
+        if KIND == 4:
+            step = tl.where(step > 0, step, 1.0)
+            low = _half(_rounded(_divided(-low, step)))
+            t = _rounded(_divided(z, tl.expand_dims(step, -1) + z * 0.0)) + tl.expand_dims(low, -1)
+        else:
+            low = _half(low)
+            t = _rounded(_divided(z - tl.expand_dims(low, -1), tl.expand_dims(tl.maximum(step, _TINY), -1) + z * 0.0))
+        code = tl.reshape(tl.minimum(tl.maximum(t, 0.0), top), shape).to(tl.int32)
+    return code, step, low
+
+
+@triton.jit
+def _repeats(slot, e):
+    """Slots [E] of the places e, those that an earlier place names too marked as repeats."""
+    again = (slot[:, None] == slot[None, :]) & (e[:, None] > e[None, :]) & (slot >= 0)[:, None]
+    return tl.where(tl.sum(again.to(tl.int32), 1) > 0, -slot - 2, slot)
 
 
 @triton.jit
@@ -184,13 +262,12 @@ def code_kernel(
         book += h * book_h
         z = tl.reshape(x, [GP, COUPLE])
         if GAIN:
-            mean_square = tl.sum((x * x).to(tl.float64)) / D
-            gain = tl.maximum(tl.sqrt(mean_square).to(tl.float32), _TINY)
+            gain = _gain(x, c < D, D, 0)
             level = _vectors(_nearest(_divided(z, z * 0.0 + gain), book, g, K, GP, G, COUPLE, STEP), book, g, K, G, COUPLE)
             live = (g < G)[:, None] & (level == level)
-            gain = tl.maximum(tl.maximum(_fitted(z, level, live), 0.0), _TINY)
+            gain = tl.maximum(tl.maximum(_fitted(z, level, live, None), 0.0), _TINY)
             code = _nearest(_divided(z, z * 0.0 + gain), book, g, K, GP, G, COUPLE, STEP)
-            gain = tl.maximum(_fitted(z, _vectors(code, book, g, K, G, COUPLE), live), 0.0)
+            gain = tl.maximum(_fitted(z, _vectors(code, book, g, K, G, COUPLE), live, None), 0.0)
             tl.store(scale, gain.to(tl.float16))
         else:
             code = _nearest(z, book, g, K, GP, G, COUPLE, STEP)
@@ -201,52 +278,18 @@ def code_kernel(
         live = width > 0
         if KIND == 0:
             deviation = tl.maximum(tl.load(sigma + h * D + c, mask=c < D, other=1.0), _TINY)
-            y = _divided(x, deviation)
+            code, gain = _level_codes(x, deviation, c < D, width, at, levels, edges, D, GAIN, WIDEST, 0)
             if GAIN:
-                mean_square = tl.sum(tl.where(c < D, y * y, 0.0).to(tl.float64)) / D
-                gain = tl.maximum(tl.sqrt(mean_square).to(tl.float32), _TINY)
-                code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
-                level = tl.load(levels + code, mask=live, other=0.0) * deviation
-                gain = tl.maximum(_fitted(x, level, live), _TINY)
-                code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
-                level = tl.load(levels + code, mask=live, other=0.0) * deviation
-                tl.store(scale, _fitted(x, level, live).to(tl.float16))
-            else:
-                code = _search(y, width, at, edges, WIDEST)
+                tl.store(scale, gain.to(tl.float16))
         elif KIND == 5:
-            half: tl.constexpr = 1 << (WIDEST - 1)
-            step = tl.load(sigma + h * D + c, mask=c < D, other=1.0)
-            code = tl.minimum(tl.maximum(_rounded(_divided(x, step)), -half), half - 1) + half
-            code = code.to(tl.int32)
+            code = _static_codes(x, tl.load(sigma + h * D + c, mask=c < D, other=1.0), WIDEST)
         else:
-            groups: tl.constexpr = D // GROUP
             padded: tl.constexpr = DP // GROUP if D == DP else 1
-            wide: tl.constexpr = GROUP if D == DP else DP
             n = tl.arange(0, padded)
-            z = tl.reshape(x, [padded, wide])
-            inside = tl.reshape(c < D, [padded, wide])
-            top: tl.constexpr = (1 << WIDEST) - 1
-            if KIND == 2:
-                low = _half((tl.sum(tl.where(inside, z, 0.0).to(tl.float64), 1) / GROUP).to(tl.float32))
-                z = z - low[:, None]
-                step = _half(tl.sqrt(tl.sum(tl.where(inside, z * z, 0.0).to(tl.float64), 1) / GROUP).to(tl.float32))
-                t = _divided(z, tl.maximum(step, _TINY)[:, None] + z * 0.0)
-                code = _search(tl.reshape(t, [DP]), width, at, edges, WIDEST)
-            else:
-                high = clip * tl.max(tl.where(inside, z, float("-inf")), 1)
-                low = clip * tl.min(tl.where(inside, z, float("inf")), 1)
-                step = _half(_divided(high - low, high * 0.0 + top))
-                if KIND == 4:
-                    step = tl.where(step > 0, step, 1.0)
-                    zero = _half(_rounded(_divided(-low, step)))
-                    t = _rounded(_divided(z, step[:, None] + z * 0.0)) + zero[:, None]
-                    low = zero
-                else:
-                    low = _half(low)
-                    t = _rounded(_divided(z - low[:, None], tl.maximum(step, _TINY)[:, None] + z * 0.0))
-                code = tl.reshape(tl.minimum(tl.maximum(t, 0.0), top), [DP]).to(tl.int32)
-            tl.store(scale + 2 * n, step.to(tl.float16), mask=n < groups)
-            tl.store(scale + 2 * n + 1, low.to(tl.float16), mask=n < groups)
+            groups: tl.constexpr = [padded, DP // padded]
+            code, step, low = _step_codes(x, c < D, [DP], groups, width, at, edges, clip, KIND, GROUP, WIDEST, 1)
+            tl.store(scale + 2 * n, step.to(tl.float16), mask=n < D // GROUP)
+            tl.store(scale + 2 * n + 1, low.to(tl.float16), mask=n < D // GROUP)
         _stored(codes, tl.where(live, code, 0), bit, width, BYTES, BYTES_P)
 
 
@@ -318,9 +361,5 @@ def enter_kernel(
                 slot = tl.where(e == place, first.to(tl.int32), slot)
                 _moved(k, exact_k, place, b, k_b, k_h, exact_b, exact_h, cos, sin, H, HP, D, DP, ROTARY)
                 _moved(v, exact_v, place, b, v_b, v_h, exact_b, exact_h, cos, sin, H, HP, D, DP, 0)
-        earlier = e[:, None] > e[None, :]
-        again = (slot[:, None] == slot[None, :]) & earlier & (slot >= 0)[:, None]
-        repeat = tl.sum(again.to(tl.int32), 1) > 0
-        slot = tl.where(score == float("-inf"), -1, slot)
-        tl.store(exact_slot + b * E + e, tl.where(repeat, -slot - 2, slot), mask=e < E)
+        tl.store(exact_slot + b * E + e, tl.where(score == float("-inf"), -1, _repeats(slot, e)), mask=e < E)
         tl.store(exact_score + b * E + e, score, mask=e < E)

@@ -75,6 +75,8 @@ def declines(f: LayerFormat, s: Shape, d: Device) -> str:
     for side in (f.key, f.value):
         if side.kind == "vector" and any(_bit(g, side.code_bits) + side.code_bits > 16 for g in range(8)):
             return f"codes of {side.code_bits} bits"
+    if f.uneven:
+        return "positions that run ahead of their slots unevenly"
     if f.key.domain == "block" and 1 < f.key.block < _SMALLEST_BLOCK:
         return f"blocks of {f.key.block} tokens"
     if s.exact == GROWS:
@@ -296,7 +298,7 @@ def attend(call: Call) -> Tensor:
         *st["k_codes"].stride()[:2], *st["k_scale"].stride()[:2], *st["v_codes"].stride()[:2], *st["v_scale"].stride()[:2],
         st["positions"].stride(0), 0 if visible is None or visible.shape[0] == 1 else visible.stride(0),
         per_head(p.get("k_book")), per_head(p.get("v_book")), *exact.stride()[:2], *recent.stride()[:2], basis_h,
-        scale, splits, blocks, N=tile, EXACT_DT=dt[q.dtype], STARTS=starts,
+        scale, splits, 0 if cos is None else cos.shape[0] - 1, blocks, N=tile, EXACT_DT=dt[q.dtype], STARTS=starts,
         K_BYTES=key.row_bytes, K_FORM=key.form, K_WIDE=key.wide, K_MULTIPLE=key.multiple, K_KIND=key.kind,
         K_COUNT=key.scales, K_GROUP=c.key.group_size if key.kind >= 2 else d,
         V_BYTES=value.row_bytes, V_FORM=value.form, V_WIDE=value.wide, V_MULTIPLE=value.multiple, V_KIND=value.kind,

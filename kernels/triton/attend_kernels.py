@@ -226,7 +226,7 @@ def attend_kernel(
     recent_slot, new_k, new_v, k_meta, k_levels, v_meta, v_levels, sigma, basis, mean, unit_cos, unit_sin,
     rotated, logits, part_acc, part_top, part_mass,
     k_codes_b, k_codes_h, k_scale_b, k_scale_h, v_codes_b, v_codes_h, v_scale_b, v_scale_h, position_b, mask_b,
-    k_levels_h, v_levels_h, exact_b, exact_h, recent_b, recent_h, basis_h, scale, splits, blocks,
+    k_levels_h, v_levels_h, exact_b, exact_h, recent_b, recent_h, basis_h, scale, splits, last_block, blocks,
     H: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
     ROTARY: tl.constexpr, EXACT_DT: tl.constexpr, DT: tl.constexpr,
     PER_KEY: tl.constexpr, BLOCK: tl.constexpr, STARTS: tl.constexpr, BY_BLOCK: tl.constexpr, BASIS: tl.constexpr,
@@ -343,16 +343,18 @@ def attend_kernel(
                 if MEAN:
                     x = x + tl.load(mean + h * D + c, mask=c < D, other=0.0)[None, :]
             if STARTS:
-                place = tl.load(positions + b * position_b + slot)
-                place = tl.maximum(place - base * BLOCK, 0)
-                block = place // BLOCK
+                position = tl.load(positions + b * position_b + slot)
+                place = tl.maximum(position - base * BLOCK, 0)
+                # No query stands before the first block or behind the last, nor behind the table: there logits stay NaN.
+                lost = (position < base * BLOCK) | (position // (1 if PER_KEY else BLOCK) >= last_block)
+                block = tl.where(lost, blocks, place // BLOCK)
                 low = tl.min(tl.where(live, block, 2147483647), 0)
                 high = tl.max(tl.where(live, block, -1), 0)
                 if PER_KEY:
                     inner = (place % BLOCK)[:, None] * DP + c[None, :]
                     rotated_x = (x * tl.load(unit_cos + inner)).to(DT)
                     across_x = (x * tl.load(unit_sin + inner)).to(DT)
-                s = tl.full((N, RP), float("nan"), tl.float32)  # positions that run ahead of their slots are not served
+                s = tl.full((N, RP), float("nan"), tl.float32)
                 for at in range(low, tl.minimum(high + 1, blocks)):
                     if PER_KEY:
                         row = rotated + (at * 2 * R + r)[:, None] * D + c[None, :]

@@ -15,15 +15,7 @@ Imported only where Triton is there. Names in capitals are constants of the comp
 import triton
 import triton.language as tl
 
-from .append_kernels import _TINY, _channels, _divided, _half, _rounded, _search
-
-
-@triton.jit
-def _fitted(x, level, live):
-    """The gains of least squares of rows x over levels [R, DP], rounded to float16: [R, 1]."""
-    dot = tl.sum(tl.where(live, x * level, 0.0).to(tl.float64), 1)
-    square = tl.sum(tl.where(live, level * level, 0.0).to(tl.float64), 1)
-    return _half(_divided(dot.to(tl.float32), tl.maximum(square.to(tl.float32), 1e-30)))[:, None]
+from .append_kernels import _TINY, _channels, _divided, _fitted, _gain, _level_codes, _repeats, _static_codes, _step_codes  # isort: skip
 
 
 @triton.jit
@@ -132,14 +124,14 @@ def code_rows_kernel(
         book += h * book_h
         if GAIN:
             live = c < D
-            gain = tl.maximum(tl.sqrt(tl.sum((x * x).to(tl.float64), 1) / D).to(tl.float32), _TINY)[:, None]
+            gain = _gain(x, live, D, 1)
             z = tl.reshape(_divided(x, x * 0.0 + gain), [R, GP, COUPLE])
             level = _vectors(_nearest(z, book, g, K, R, GP, G, COUPLE, STEP), book, g, K, R, DP, G, COUPLE)
-            gain = tl.maximum(tl.maximum(_fitted(x, level, live), 0.0), _TINY)
+            gain = tl.maximum(tl.maximum(_fitted(x, level, live, 1), 0.0), _TINY)[:, None]
             z = tl.reshape(_divided(x, x * 0.0 + gain), [R, GP, COUPLE])
             code = _nearest(z, book, g, K, R, GP, G, COUPLE, STEP)
-            gain = tl.maximum(_fitted(x, _vectors(code, book, g, K, R, DP, G, COUPLE), live), 0.0)
-            tl.store(scale[:, None], gain.to(tl.float16), mask=held[:, None])
+            gain = tl.maximum(_fitted(x, _vectors(code, book, g, K, R, DP, G, COUPLE), live, 1), 0.0)
+            tl.store(scale, gain.to(tl.float16), mask=held)
         else:
             code = _nearest(tl.reshape(x, [R, GP, COUPLE]), book, g, K, R, GP, G, COUPLE, STEP)
         run = tl.arange(0, GP // RUN)
@@ -151,51 +143,17 @@ def code_rows_kernel(
         live = width > 0
         if KIND == 0:
             deviation = tl.maximum(tl.load(sigma + h * D + c, mask=c < D, other=1.0), _TINY)
-            y = _divided(x, x * 0.0 + deviation)
+            code, gain = _level_codes(x, deviation, c < D, width, at, levels, edges, D, GAIN, WIDEST, 1)
             if GAIN:
-                mean_square = tl.sum(tl.where(c < D, y * y, 0.0).to(tl.float64), 1) / D
-                gain = tl.maximum(tl.sqrt(mean_square).to(tl.float32), _TINY)[:, None]
-                code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
-                level = tl.load(levels + code, mask=live, other=0.0) * deviation
-                gain = tl.maximum(_fitted(x, level, live), _TINY)
-                code = _search(_divided(y, y * 0.0 + gain), width, at, edges, WIDEST)
-                level = tl.load(levels + code, mask=live, other=0.0) * deviation
-                tl.store(scale[:, None], _fitted(x, level, live).to(tl.float16), mask=held[:, None])
-            else:
-                code = _search(y, width, at, edges, WIDEST)
+                tl.store(scale[:, None], gain.to(tl.float16), mask=held[:, None])
         elif KIND == 5:
-            half: tl.constexpr = 1 << (WIDEST - 1)
-            step = tl.load(sigma + h * D + c, mask=c < D, other=1.0)
-            code = tl.minimum(tl.maximum(_rounded(_divided(x, x * 0.0 + step)), -half), half - 1) + half
-            code = code.to(tl.int32)
+            code = _static_codes(x, tl.load(sigma + h * D + c, mask=c < D, other=1.0), WIDEST)
         else:
-            groups: tl.constexpr = D // GROUP
             padded: tl.constexpr = DP // GROUP if D == DP else 1
-            wide: tl.constexpr = GROUP if D == DP else DP
             m = tl.arange(0, padded)[None, :]
-            z = tl.reshape(x, [R, padded, wide])
-            inside = tl.reshape(tl.broadcast_to(c < D, [R, DP]), [R, padded, wide])
-            top: tl.constexpr = (1 << WIDEST) - 1
-            if KIND == 2:
-                low = _half((tl.sum(tl.where(inside, z, 0.0).to(tl.float64), 2) / GROUP).to(tl.float32))
-                z = z - low[:, :, None]
-                step = _half(tl.sqrt(tl.sum(tl.where(inside, z * z, 0.0).to(tl.float64), 2) / GROUP).to(tl.float32))
-                t = _divided(z, tl.maximum(step, _TINY)[:, :, None] + z * 0.0)
-                code = _search(tl.reshape(t, [R, DP]), width, at, edges, WIDEST)
-            else:
-                high = clip * tl.max(tl.where(inside, z, float("-inf")), 2)
-                low = clip * tl.min(tl.where(inside, z, float("inf")), 2)
-                step = _half(_divided(high - low, high * 0.0 + top))
-                if KIND == 4:
-                    step = tl.where(step > 0, step, 1.0)
-                    zero = _half(_rounded(_divided(-low, step)))
-                    t = _rounded(_divided(z, step[:, :, None] + z * 0.0)) + zero[:, :, None]
-                    low = zero
-                else:
-                    low = _half(low)
-                    t = _rounded(_divided(z - low[:, :, None], tl.maximum(step, _TINY)[:, :, None] + z * 0.0))
-                code = tl.reshape(tl.minimum(tl.maximum(t, 0.0), top), [R, DP]).to(tl.int32)
-            stored = held[:, None] & (m < groups)
+            groups: tl.constexpr = [R, padded, DP // padded]
+            code, step, low = _step_codes(x, c < D, [R, DP], groups, width, at, edges, clip, KIND, GROUP, WIDEST, 2)
+            stored = held[:, None] & (m < D // GROUP)
             tl.store(scale[:, None] + 2 * m, step.to(tl.float16), mask=stored)
             tl.store(scale[:, None] + 2 * m + 1, low.to(tl.float16), mask=stored)
         run = 8 * tl.arange(0, DP // 8)
@@ -327,9 +285,7 @@ def enter_rows_kernel(
                 else:
                     scores, index, n = score_3 + b * n3, index_3 + b * n3, n3
                 slot, score, source = _chosen(slot, score, source, mine, end - low, scores, index, n, first, S, EP, NP)
-            again = (slot[:, None] == slot[None, :]) & (e[:, None] > e[None, :]) & (slot >= 0)[:, None]
-            repeat = tl.sum(again.to(tl.int32), 1) > 0
-            tl.store(exact_slot + b * exact_n + e, tl.where(repeat, -slot - 2, slot), mask=e < E)
+            tl.store(exact_slot + b * exact_n + e, _repeats(slot, e), mask=e < E)
             tl.store(exact_score + b * exact_n + e, score, mask=e < E)
             for h in range(H):
                 _copied(k + h * far_k, exact_k + h * far_exact, source, e, source >= 0, k_s, cos, sin, cos_s, D, DP, ROTARY)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.kernels import layout, stages
-from kvsink.kernels.backends import LayerFormat, LayerState, SideFormat, layer_format
+from kvsink.kernels.backends import KNOWN_STAGES, LayerFormat, LayerState, SideFormat, layer_format
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
@@ -35,6 +35,7 @@ from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_token
 from .anchors import Anchors
 from .quantizers import QUANTIZERS
 from .spec import SideSpec
+from .steps import At, Stage, functions_of, stages_back, stages_in
 
 __all__ = ["ANCHOR_NAMES", "SHARED_NAMES", "STATE_NAMES", "TABLE_TOKENS", "Codec", "Params"]
 
@@ -56,7 +57,8 @@ class Codec:
     segments: capacity of each protection segment, in rows; window: recent rows kept exact; strict: new rows are read
     back from their codes like old ones (for evaluation); anchors: rows chosen by the attention they receive, whose
     places follow those of the segments and grow with the slots. tiles: codes stand in the order of `kvsink.kernels.layout`;
-    a cache decides so when it is made, a rewritten model's plan never does.
+    a cache decides so when it is made, a rewritten model's plan never does; uneven: a cache has seen positions that do not all
+    run as far ahead of their slots, which not every kernel reads.
     """
 
     key: SideSpec
@@ -66,6 +68,7 @@ class Codec:
     strict: bool = False
     anchors: Anchors | None = None
     tiles: bool = False
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         if self.value.norm:
@@ -105,8 +108,11 @@ class Codec:
     @cached_property
     def format(self) -> LayerFormat:
         """The same as kernels see it; one object for equal formats."""
-        key, value = (SideFormat(**{f.name: getattr(s, f.name) for f in fields(SideFormat)}) for s in (self.key, self.value))
-        rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None
+        key, value = (
+            SideFormat(**{f: getattr(s, f) for f in _TOLD}, beyond=_beyond(s, prefix))
+            for s, prefix in ((self.key, "k"), (self.value, "v"))
+        )
+        rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None, self.uneven
         return layer_format(key, value, *rest, "mma" if self.tiles else "row")
 
     def text(self) -> str:
@@ -119,6 +125,8 @@ class Codec:
             record["anchors"] = asdict(self.anchors)
         if self.tiles:
             record["tiles"] = True
+        if self.uneven:
+            record["uneven"] = True
         return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
@@ -135,6 +143,7 @@ class Codec:
                 strict=bool(record.get("strict", False)),
                 anchors=Anchors(**record["anchors"]) if "anchors" in record else None,
                 tiles=bool(record.get("tiles", False)),
+                uneven=bool(record.get("uneven", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SidecarError(
@@ -183,7 +192,7 @@ class Codec:
         """The tables of a codec in tiles: those of its reference, and `tile_` ones in the order a kernel reads them."""
         k, v, names = self.key, self.value, []
         if k.center:
-            names += ["k_table", "start_cos", "start_sin", "anchor_cos", "anchor_sin", "tile_mean", "tile_turn"]
+            names += ["k_table", "start_cos", "start_sin", "origin_cos", "origin_sin", "tile_mean", "tile_turn"]
         if k.transform == "klt":
             names += ["k_basis", "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")
@@ -359,26 +368,9 @@ class Codec:
         self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool, steps: Any = stages
     ) -> Tensor:
         """Keys [B, H, S, D] through every stage before the quantizer. `steps` carries out the stages, by their names."""
-        s = self.key
-        x = _ranged(_wide(k), -s.exponent)
-        if s.domain == "block":
-            x = steps.unrope_rows(x, cos, sin) if roped else x
-            if s.center:
-                x = steps.center(x, p["k_mean"])
-            if s.block > 1:
-                x = steps.rope_offset(x, p["offset_cos"], p["offset_sin"], positions, s.block)
-        else:
-            if roped:
-                x = steps.center_roped(x, p["k_mean"], cos, sin) if s.center else x
-            else:
-                x = steps.rope_rows(steps.center(x, p["k_mean"]) if s.center else x, cos, sin)
-        if s.transform == "klt":
-            x = steps.project(steps.center(x, p["k_mean2"]), p["k_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group)
-        if s.reorder:
-            x = steps.reorder_heads(x, p["k_perm"])
-        return x
+        s, x = self.key, _ranged(_wide(k), -self.key.exponent)
+        at = At(p, positions, cos, sin, s.block)
+        return _through(stages_in(s, "k", roped), steps, x, at)
 
     def decode_keys(
         self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params, wide: torch.dtype = torch.float32
@@ -391,22 +383,8 @@ class Codec:
 
     def restore_keys(self, x: Tensor, positions: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """The stages of `transform_keys` taken back, last first; keys after RoPE."""
-        s = self.key
-        if s.reorder:
-            x = steps.reorder_heads(x, p["k_unperm"])
-        if s.transform == "klt":
-            x = steps.unproject(x, p["k_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
-        n = self.table_tokens
-        if s.domain == "block":
-            if s.center:
-                x = x + steps.table_rows(p["k_table"], positions)
-            x = steps.rope_start(x, p["start_cos"], p["start_sin"], positions, n)
-        elif s.center:
-            mean = steps.table_rows(p["k_table"], positions)
-            x = x + steps.rope_start(mean, p["start_cos"], p["start_sin"], positions, n)
-        return _ranged(x, s.exponent)
+        x = _through(stages_back(self.key, "k"), steps, x, At(p, positions, block=self.table_tokens))
+        return _ranged(x, self.key.exponent)
 
     # -- values ------------------------------------------------------------------------------------------------------
 
@@ -419,15 +397,7 @@ class Codec:
 
     def transform_values(self, v: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """Values [B, H, S, D] through every stage before the quantizer."""
-        s = self.value
-        x = _ranged(_wide(v), -s.exponent)
-        if s.center:
-            x = steps.center(x, p["v_mean"])
-        if s.transform == "klt":
-            x = steps.project(x, p["v_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group)
-        return x
+        return _through(stages_in(self.value, "v"), steps, _ranged(_wide(v), -self.value.exponent), At(p))
 
     def decode_values(self, codes: Tensor, scale: Tensor, p: Params, wide: torch.dtype = torch.float32) -> Tensor:
         """Packed values → values [B, H, L, D], computed in `wide`."""
@@ -438,12 +408,29 @@ class Codec:
 
     def restore_values(self, x: Tensor, p: Params, steps: Any = stages) -> Tensor:
         """The stages of `transform_values` taken back, last first."""
-        s = self.value
-        if s.transform == "klt":
-            x = steps.unproject(x, p["v_basis"])
-        elif s.transform == "hadamard" and not s.folded:
-            x = steps.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)
-        return _ranged(x + p["v_mean"][:, None, :] if s.center else x, s.exponent)
+        return _ranged(_through(stages_back(self.value, "v"), steps, x, At(p)), self.value.exponent)
+
+
+_TOLD = tuple(f.name for f in fields(SideFormat) if f.name != "beyond")
+_READ = (*_TOLD, "bits", "clip", "shared", "axis", "group_tokens", "outlier_tokens", "visual_clip", "weights")
+"""Fields of a side that kernels are told of, read off the side itself, or have no use for."""
+_SETTINGS = {"domain": ("post", "block"), "transform": ("none", "hadamard", "klt"), "axis": ("token", "channel")}
+"""Fields that are words, with the words that kernels know."""
+
+
+def _beyond(s: SideSpec, prefix: str) -> tuple[str, ...]:
+    """Names of what a side declares and no kernel was written for: other fields, other words, other stages."""
+    if not s.packed:
+        return ()
+    names = [f.name for f in fields(s) if f.name not in _READ and getattr(s, f.name) != f.default]
+    names += [getattr(s, field) for field, words in _SETTINGS.items() if getattr(s, field) not in words]
+    return (*names, *(name for name in functions_of(s, prefix) if name not in KNOWN_STAGES))
+
+
+def _through(chain: Sequence[Stage], do: Any, x: Tensor, at: At) -> Tensor:
+    for stage in chain:
+        x = stage.run(do, x, at)
+    return x
 
 
 def _ranged(x: Tensor, exponent: int) -> Tensor:

@@ -40,8 +40,9 @@ class Quantizer:
     code tensor in bytes and of the scale tensor in numbers. learns(spec): calibration rows its tables need at the least, 0
     when none are learnt from samples. shapes(spec, prefix, heads, head_dim): shapes of tables that have one. scalar: the ops
     `kvsink::quantize` and `kvsink::dequantize` do it; other kinds go through `kvsink::encode` and `kvsink::decode`.
-    scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n]. least, most: bits of a run of channels;
-    distortion: mean squared error by bits on a unit Gaussian, for kinds whose runs have widths of their own.
+    scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n]. check(spec): what the kind does not take of
+    a declaration, in words; empty when it takes it. least, most: bits of a run of channels; distortion: mean squared error by bits
+    on a unit Gaussian, for kinds whose runs have widths of their own.
     """
 
     encode: Callable[[Tensor, SideSpec, Params, str], tuple[Tensor, Tensor]]
@@ -53,6 +54,7 @@ class Quantizer:
     shapes: Callable[[SideSpec, str, int, int], Mapping[str, tuple[int, ...]]] = lambda s, prefix, heads, dim: {}
     scalar: bool = False
     scale_of_token: bool = False
+    check: Callable[[SideSpec], str] = lambda s: ""
     least: int = 0
     most: int = 8
     distortion: Callable[[int], float] = distortion
@@ -75,6 +77,12 @@ def _encode(x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor, Ten
 
 def _decode(codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str) -> Tensor:
     return dequantize_ref(codes, scale, p.get(f"{prefix}_sigma"), s.kind, s.widths, s.group_size, s.gain)
+
+
+def _no_walk(s: SideSpec) -> str:
+    if not 1 <= s.bits <= 4 or not set(s.widths) <= set(TRELLIS_WIDTHS):
+        return f"a trellis has 1 to 4 bits a channel, not bits={s.bits:g} and widths {sorted(set(s.widths))}"
+    return "a trellis has its gain in the last byte of its codes: gain=True" if s.gain else ""
 
 
 def _tables(s: SideSpec, prefix: str) -> tuple[str, ...]:
@@ -122,6 +130,7 @@ register_quantizer(
         row_bytes=lambda s, dim: sum(s.widths) + 1,
         row_scales=lambda s, dim: 0,
         shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)},
+        check=_no_walk,
         least=min(TRELLIS_WIDTHS),
         most=max(TRELLIS_WIDTHS),
         distortion=DISTORTION.__getitem__,

@@ -10,7 +10,6 @@ from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_core
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.kernels.sparse import INDEX_LIMIT
-from kvsink.kernels.trellis import TRELLIS_WIDTHS
 
 from .quantizers import QUANTIZERS
 
@@ -123,15 +122,12 @@ class SideSpec:
             refuse(f"{self.code_bits} bits for {self.couple} channels are not {self.bits:g} bits each, of codes of 1 to 12 bits")
         if self.kind != "none" and self.kind not in QUANTIZERS:
             refuse(f"quantizer {self.kind!r} is not one of none, {', '.join(QUANTIZERS)}")
+        if self.kind != "none" and (reason := QUANTIZERS[self.kind].check(self)):
+            refuse(reason)
         if self.kind == "none" and self.bits != 16:
             refuse(f"bits={self.bits:g} without a quantizer")
         if self.kind != "none" and not 0.125 <= self.bits <= 8:
             refuse(f"bits={self.bits:g} is impossible: choose 1 to 8, or 16 to keep rows exact")
-        if self.kind == "trellis":
-            if not 1 <= self.bits <= 4 or not set(self.widths) <= set(TRELLIS_WIDTHS):
-                refuse(f"a trellis has 1 to 4 bits a channel, not bits={self.bits:g} and widths {sorted(set(self.widths))}")
-            if self.gain:
-                refuse("a trellis has its gain in the last byte of its codes: gain=True")
         if self.block < 1:
             refuse(f"block={self.block} is not positive")
         if self.kind not in ("none", *SIGMA_KINDS) and len(set(self.widths)) > 1:

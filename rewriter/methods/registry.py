@@ -37,7 +37,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Modality:
-    """How a method treats text-salient layers of a vision-language model; see `kvsink.patterns` for ratio and share.
+    """How a method treats text-salient layers of a vision-language model; see `kvsink.calibrate.patterns` for ratio and share.
 
     text_bits: of text rows there, visual rows keep the method's own bits; protect: what such layers keep exact. coarse:
     whether a visual row there uses the levels of its own bits alone; its place is as wide as a text row's either way.

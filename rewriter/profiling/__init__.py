@@ -1,5 +1,6 @@
 """What `kvsink-profile` measures: attention sinks, massive activations and the experts that make them."""
 
-from kvsink.profiling.record import FORMAT, ProfileOptions, load_profile, profile, profile_stages
+from kvsink.profiling.reading import FORMAT, load_profile, profile_stages
+from kvsink.profiling.record import ProfileOptions, profile
 
 __all__ = ["FORMAT", "ProfileOptions", "load_profile", "profile", "profile_stages"]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from kvsink.errors import UnsupportedError
-from kvsink.observed import check_observable, watching
-from kvsink.runtime import Anatomy
+from kvsink.model.anatomy import Anatomy
+from kvsink.model.observed import check_observable, watching
 
 __all__ = ["LEAST", "START", "AttentionSums", "attention_rows", "sink_decay", "watching_attention"]
 

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.errors import UnsupportedError
-from kvsink.evaluation import dynamic_cache
-from kvsink.passing import given_cache
+from kvsink.evaluate.evaluation import dynamic_cache
+from kvsink.model.anatomy import anatomy
+from kvsink.model.passing import given_cache
+from kvsink.model.runtime import runtime_of
 from kvsink.profiling.attention import START, AttentionSums, sink_decay, watching_attention
-from kvsink.runtime import anatomy, runtime_of
 
 __all__ = ["TARGET", "SinkHealth", "sink_health"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError
-from kvsink.protect import SinkStage
-from kvsink.runtime import Anatomy
+from kvsink.model.anatomy import Anatomy
 
 __all__ = ["Hidden", "StageLife", "life_of", "watching_hidden"]
 

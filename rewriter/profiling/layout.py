@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvsink.errors import UnsupportedError
-from kvsink.runtime import Anatomy
+from kvsink.model.anatomy import Anatomy
 
 __all__ = ["DENSE", "SHARED", "Entry", "Layout", "find_layout"]
 

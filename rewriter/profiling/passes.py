@@ -7,7 +7,7 @@ written once, in `kvsink.profiling.record` and `.causal`.
 Source     ours
 Shapes     ids int64 [N, T]; logits [1, T, V]
 Exact      yes: by layers the same modules run on the same numbers, in float32
-Raises     as the model and `kvsink.streaming` do
+Raises     as the model and `kvsink.calibrate.streaming` do
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibration import fingerprint
-from kvsink.checkpoint import Checkpoint
-from kvsink.passing import cache_of
+from kvsink.calibrate.memory import Needs, needs
+from kvsink.calibrate.streaming import Job, Stream
+from kvsink.folder.checkpoint import Checkpoint
+from kvsink.model.anatomy import anatomy
+from kvsink.model.fingerprint import fingerprint
+from kvsink.model.passing import cache_of
 from kvsink.profiling.layout import Entry
 from kvsink.profiling.watch import down_weight
-from kvsink.runtime import anatomy
-from kvsink.streaming import Job, Needs, Stream, needs
 
 __all__ = ["BY_LAYER", "WHOLE", "ByLayer", "Passes", "Whole", "passes_of", "profile_needs"]
 
@@ -52,7 +53,7 @@ class Passes:
         raise NotImplementedError
 
     def fingerprint(self) -> Tensor:
-        """As `kvsink.calibration.fingerprint`."""
+        """As `kvsink.model.fingerprint.fingerprint`."""
         raise NotImplementedError
 
     def down_row(self, entry: Entry, channel: int) -> Tensor:

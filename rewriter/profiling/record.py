@@ -7,22 +7,21 @@ Raises     CalibrationError, UnsupportedError; `record` then holds what was meas
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvsink.calibration import find_stages, fingerprint, same_model
+from kvsink.calibrate.calibration import find_stages
 from kvsink.errors import CalibrationError, KvsinkError, UnsupportedError
-from kvsink.evaluation import device_name, is_rewritten, versions
+from kvsink.evaluate.evaluation import device_name, is_rewritten, versions
+from kvsink.model.anatomy import anatomy
+from kvsink.model.runtime import Runtime
 from kvsink.profiling.attention import START, AttentionSums, watching_attention
 from kvsink.profiling.causal import causal_check, negative_log_likelihood
 from kvsink.profiling.findings import findings
@@ -30,17 +29,15 @@ from kvsink.profiling.hidden import Hidden, StageLife, life_of, watching_hidden
 from kvsink.profiling.ignore import ignore_lists
 from kvsink.profiling.layout import Entry, Layout, find_layout
 from kvsink.profiling.passes import Passes, passes_of
+from kvsink.profiling.reading import FORMAT
+from kvsink.profiling.rows import Seen, attention_row, entry_rows, hidden_row, layers_of, stage_row
 from kvsink.profiling.sinks import KVRanges, predictor_rows, truth
 from kvsink.profiling.superexperts import PERCENTILE, SHARE, forming_layers, judge, robustness
 from kvsink.profiling.watch import Stats, watching_experts
-from kvsink.protect import SinkStage
-from kvsink.runtime import Runtime, anatomy
 
-__all__ = ["FORMAT", "ProfileOptions", "load_profile", "profile", "profile_stages", "windows_of"]
+__all__ = ["ProfileOptions", "profile", "windows_of"]
 
-FORMAT = "kvsink-profile-1"
 Progress = Callable[[str, int, int], None]
-_CARRIERS = 24
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def profile(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Measure `model` over `ids` [N, T]: the record and the arrays for figures.
 
-    model: one in memory, or a `kvsink.streaming.Stream`, whose layers are read one at a time; the record is the same.
+    model: one in memory, or a `kvsink.calibrate.streaming.Stream`, whose layers are read one at a time; the record is the same.
     Give `record` to keep what was measured when an error ends the run.
     """
     options = options or ProfileOptions()
@@ -104,7 +101,7 @@ def profile(
         try:
             _first_look(passes, layout, ids[:2], hidden, tell)
         finally:
-            record["hidden"] = _hidden_row(hidden)
+            record["hidden"] = hidden_row(hidden)
         stages = find_stages(hidden.largest(), hidden.median(), hidden.top())
         record["stages"] = [asdict(s) for s in stages]
         channels = {c for s in stages for c in s.channels[:4]} or {hidden.top(1)[-1][0]}
@@ -113,22 +110,22 @@ def profile(
         try:
             seen = _second_look(passes, layout, ids, hidden, stats, options, tell)
         finally:
-            record["entries"] = _entry_rows(layout, stats, tokenizer, ids)
-    record["hidden"] = _hidden_row(hidden)
+            record["entries"] = entry_rows(layout, stats, tokenizer, ids)
+    record["hidden"] = hidden_row(hidden)
     record["perplexity"] = seen.perplexity
     lives = [life_of(s, hidden) for s in stages]
     record["stages"] = [
-        _stage_row(passes, layout, life, stats, ids, tokenizer, i, lives) for i, life in enumerate(lives)
+        stage_row(passes, layout, life, stats, ids, tokenizer, i, lives) for i, life in enumerate(lives)
     ]
     arrays["curves"] = torch.tensor([life.curve for life in lives])
     arrays["largest"], arrays["medians"] = torch.tensor(hidden.largest()), torch.tensor(hidden.median())
     if seen.mass is not None and seen.first is not None:
-        record["attention"] = _attention_row(seen, ids, tokenizer)
+        record["attention"] = attention_row(seen, ids, tokenizer)
         record["predictor"] = [
             {"stage": i, "block": life.stage.block, "layers": [span.start, span.stop - 1],
              "true_tokens": truth(seen.mass, span).shape[1], "rows": predictor_rows(life, hidden, seen.mass, span)}
             for i, life in enumerate(lives)
-            if len(span := _layers_of(i, lives, len(where.blocks)))
+            if len(span := layers_of(i, lives, len(where.blocks)))
         ]  # fmt: skip
         arrays["mass"] = seen.mass.sum(2)
         arrays["first"] = seen.first[..., START:].mean((0, 3))
@@ -152,18 +149,6 @@ def profile(
 # -- looks -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Seen:
-    perplexity: float
-    mass: Tensor | None  # [N, L, Hq, T]
-    first: Tensor | None
-    how: str
-    maps: dict[int, Tensor]
-    ranges: dict[int, KVRanges]
-    token_map: Tensor
-    token_channels: list[int]
-
-
 def _first_look(passes: Passes, layout: Layout, ids: Tensor, hidden: Hidden, tell: Progress) -> None:
     with watching_experts(passes.model, layout), watching_hidden(passes.model, passes.where, hidden):
         passes.run(ids, tell=partial(tell, "finding stages"))
@@ -171,7 +156,7 @@ def _first_look(passes: Passes, layout: Layout, ids: Tensor, hidden: Hidden, tel
 
 def _second_look(
     passes: Passes, layout: Layout, ids: Tensor, hidden: Hidden, stats: Stats, options: ProfileOptions, tell: Progress
-) -> _Seen:
+) -> Seen:
     model, where, sums = passes.model, passes.where, AttentionSums(64)
     nll: list[float] = []
     masses: dict[tuple[int, int], Tensor] = {}
@@ -195,7 +180,7 @@ def _second_look(
         passes.run(ids, window=window, layer=layer, logits=logits, cache=True, tell=partial(tell, "profiling"))
     perplexity = float(torch.tensor(sum(nll) / (ids.shape[0] * (ids.shape[1] - 1))).exp())
     size = (len(ids), len(where.blocks))
-    return _Seen(
+    return Seen(
         perplexity, _stacked(masses, *size), _stacked(firsts, *size), how, sums.maps, ranges,
         torch.stack([hidden.kept[i][0] for i in range(len(where.blocks))]), list(hidden.channels),
     )  # fmt: skip
@@ -223,97 +208,6 @@ def _ranges(
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
-
-
-def _hidden_row(hidden: Hidden) -> dict[str, Any]:
-    return {
-        "largest": hidden.largest(), "medians": hidden.median(), "channels": [t[0] for t in hidden.top(1)],
-        "entering": hidden.entering,
-    }  # fmt: skip
-
-
-def _layers_of(i: int, lives: Sequence[StageLife], count: int) -> range:
-    """The layers whose sinks a stage makes: behind its block, up to its end, the next stage or the last layer."""
-    life = lives[i]
-    stop = count if life.end is None else min(count, life.end + 1)
-    if i + 1 < len(lives):
-        stop = min(stop, lives[i + 1].stage.block + 1)
-    return range(life.stage.block + 1, stop)
-
-
-def _said(tokenizer: Any, ids: Tensor, window: int, position: int) -> str | None:
-    if tokenizer is None or position < 0:
-        return None
-    return str(tokenizer.decode([int(ids[window, position])]))
-
-
-def _stage_row(
-    passes: Passes, layout: Layout, life: StageLife, stats: Stats, ids: Tensor, tokenizer: Any, i: int, lives: Sequence[StageLife]
-) -> dict[str, Any]:
-    stage, span = life.stage, _layers_of(i, lives, layout.layers)
-    main = stage.channels[0]
-    carriers = [{"window": w, "position": p, "value": v, "text": _said(tokenizer, ids, w, p)} for w, p, v in life.carriers]
-    ends = [] if life.end is None else _writers(passes, layout, stats, life.end, main)
-    return {
-        **asdict(stage), "channels": list(stage.channels), "stable_channels": list(life.stable), "end": life.end,
-        "ended_at_once": life.at_once, "layers": [span.start, span.stop - 1], "curve": list(life.curve),
-        "carriers_total": len(carriers), "carriers": carriers[:_CARRIERS],
-        "carriers_first": sum(c["position"] == 0 for c in carriers),
-        "first_token_only": bool(carriers) and all(c["position"] == 0 for c in carriers),
-        "windows_with_carriers": len({c["window"] for c in carriers}),
-        "neurons": _writers(passes, layout, stats, stage.block, main), "ended_by": ends,
-    }  # fmt: skip
-
-
-def _writers(passes: Passes, layout: Layout, stats: Stats, layer: int, channel: int) -> list[dict[str, Any]]:
-    """The parts of a layer whose largest output is in `channel`, with the neuron behind it and the weight view beside it."""
-    rows: list[dict[str, Any]] = []
-    for entry in layout.of_layer(layer):
-        held = stats.entries.get(entry.label)
-        if held is None or held.channel != channel:
-            continue
-        weight = passes.down_row(entry, channel).abs()
-        top = weight.topk(min(3, len(weight)))
-        rows.append(
-            {"entry": entry.label, "channel": channel, "neuron": held.neuron, "value": held.value, "weight": held.weight,
-             "activation": held.activation, "share": held.share,
-             "rank_by_weight": int((weight > weight[held.neuron]).sum()) + 1,
-             "weight_view": [{"neuron": int(n), "weight": float(w)} for w, n in zip(top.values, top.indices, strict=True)]}
-        )  # fmt: skip
-    return sorted(rows, key=lambda r: -abs(r["value"]))[:4]
-
-
-def _attention_row(seen: _Seen, ids: Tensor, tokenizer: Any) -> dict[str, Any]:
-    assert seen.mass is not None and seen.first is not None
-    n, layers, _, t = seen.mass.shape
-    share = seen.mass / t  # of all attention of a head
-    rows = []
-    for l in range(layers):
-        whole = share[:, l].mean(1)  # [N, T]
-        best = whole.flatten().topk(min(5, n * t))
-        at = [divmod(int(i), t) for i in best.indices]
-        sinks = [{"window": w, "position": p, "share": float(x), "text": _said(tokenizer, ids, w, p)}
-                 for x, (w, p) in zip(best.values, at, strict=True)]  # fmt: skip
-        other = share[:, l, :, 1:].permute(1, 0, 2).flatten(1).max(1)  # over windows and tokens, by head
-        rows.append(
-            {"layer": l, "sinks": sinks, "first_token": seen.first[:, l, :, START:].mean((0, 2)).tolist(),
-             "elsewhere": [{"share": float(x), "window": int(i) // (t - 1), "position": int(i) % (t - 1) + 1}
-                           for x, i in zip(other.values, other.indices, strict=True)]}
-        )  # fmt: skip
-    return {"how": seen.how, "layers": rows}
-
-
-def _entry_rows(layout: Layout, stats: Stats, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
-    held = stats.entries
-    return {e.label: _entry_row(held[e.label], tokenizer, ids) for e in layout.entries if e.label in held}
-
-
-def _entry_row(e: Any, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
-    row = dict(asdict(e))
-    total = row.pop("routing_total")
-    row["routing_mean"] = total / e.rows if e.routing is not None and e.rows else None
-    row["text"] = _said(tokenizer, ids, e.window, e.position) if e.window >= 0 else None
-    return row
 
 
 def _experts(
@@ -352,46 +246,6 @@ def _experts(
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-
-
-def load_profile(path: str | Path) -> dict[str, Any]:
-    """Read a profile.json. Raises CalibrationError for anything else, or one that is not complete."""
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CalibrationError(f"profile {path} cannot be read ({error}); make it with kvsink-profile") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CalibrationError(f"{path} is not a profile of this version (expected {FORMAT!r}); make it with kvsink-profile")
-    if record.get("status") != "complete":
-        raise CalibrationError(f"profile {path} is partial ({record.get('stopped', 'it was stopped')}); make it again")
-    return record
-
-
-def profile_stages(record: dict[str, Any], model: Any = None) -> tuple[SinkStage, ...]:
-    """The emergence stages of a record; with `model`, refuse a record of other weights."""
-    try:
-        held = torch.tensor(record["fingerprint"], dtype=torch.float32)
-        stages = tuple(SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in record["stages"])
-        _check_stages(stages, model)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise CalibrationError(f"the profile lacks or garbles {error}; make it again with kvsink-profile") from error
-    if model is not None and not same_model(held, fingerprint(model)):
-        raise CalibrationError("the profile was made from other weights; profile this model again")
-    return stages
-
-
-def _check_stages(stages: tuple[SinkStage, ...], model: Any) -> None:
-    """Raise ValueError unless every stage names a block and channels that can be, and of `model` that there are."""
-    blocks, channels = 1 << 31, 1 << 31
-    if model is not None:
-        blocks, channels = len(anatomy(model).blocks), model.config.get_text_config(decoder=True).hidden_size
-    for s in stages:
-        whole = all(type(n) is int for n in (s.block, *s.channels))
-        real = all(isinstance(x, float | int) and math.isfinite(x) for x in (s.size, s.median))
-        if not whole or not real or not s.channels or not 0 <= s.block < blocks:
-            raise ValueError(f"stage {s}")
-        if min(s.channels) < 0 or max(s.channels) >= channels:
-            raise ValueError(f"the channels of stage {s}")
 
 
 def prune(model: Any, labels: Sequence[str]) -> list[Entry]:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import kvsink
-from kvsink.backend import last_report
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.graph.backend import last_report
 from kvsink.kernels import stages
 from kvsink.kernels.packing import unpack_bits, unpack_codes
 from kvsink.kernels.quantize import segments
+from kvsink.model.runtime import runtime_of
 from kvsink.report import counted_bits
-from kvsink.runtime import runtime_of
 from tests.close import FUSED_FLOAT32, SOFTMAX_IN_FLOAT32, largest_difference
 from tests.graphs import rewritten
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens
@@ -104,7 +104,8 @@ def test_the_error_falls_with_every_bit(method: str) -> None:
     _, k, v, positions, cos, sin = rows_of_the_model()
     errors = []
     chosen = [bits for bits in KINDS_OF_BITS if takes(method, bits)]
-    assert len(chosen) >= 2
+    if len(chosen) < 2:
+        pytest.skip(f"{method} has no two of {KINDS_OF_BITS} bits")
     for bits in chosen:
         codec, p = codec_of(method, key_bits=bits, value_bits=bits)
         k_back, v_back = read_codes(replace(codec, segments=()), p, k, v, positions, cos, sin)
@@ -122,7 +123,7 @@ def test_the_error_falls_with_every_bit(method: str) -> None:
 def test_codes_do_not_depend_on_where_the_key_is_taken(method: str) -> None:
     """Before RoPE in a compiled graph, after it uncompiled: the same codes, but for rounding at a threshold."""
     pre, _, _, positions, cos, sin = rows_of_the_model()
-    codec, p = codec_of(method, key_bits=4)
+    codec, p = codec_of(method, **({"key_bits": 4} if takes(method, 4) else {}))
     roped = stages.rope_rows(pre, cos, sin)
     (one, one_scale), (two, two_scale) = (
         codec.encode_keys(k, cos, sin, positions, p, after) for k, after in ((pre, False), (roped, True))
@@ -190,7 +191,8 @@ def test_chunks_equal_one_prefill_when_strict(method: str, max_length: int | Non
 
 @pytest.mark.parametrize("method", METHODS)
 def test_new_rows_are_exact_unless_strict(method: str) -> None:
-    plain, model = build("llama"), rewritten("llama", "sdpa", method, key_bits=2, value_bits=2, fold=False)
+    bits = {"key_bits": 2, "value_bits": 2} if takes(method, 2) else {}
+    plain, model = build("llama"), rewritten("llama", "sdpa", method, fold=False, **bits)
     ids = tokens(1, 20 + runtime_of(model).plans[1].codec.ring, seed=8)  # recent rows are exact even then
     with torch.no_grad():
         wanted = plain(ids).logits

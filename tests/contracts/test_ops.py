@@ -1,4 +1,4 @@
-"""What every op promises: it equals its reference, its fake says the truth, and the dispatcher agrees.
+"""What every op promises: it follows the formula of its docstring, its fake says the truth, and the dispatcher agrees.
 
 Runs over `kvsink.kernels.op_specs()` with the examples the ops declare, and over append, read and attend with the state of
 every method.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import kvsink
 from kvsink.kernels.base import nbytes
+from tests.contracts.formulas import FORMULAS
 from tests.states import CODECS, append_arguments, filled, layer_of, rows
 
 SPECS = kvsink.kernels.op_specs()
@@ -49,13 +51,40 @@ def test_every_op_is_here() -> None:
     ops = {n.removeprefix("kvsink::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvsink::")}
     # The cache ops take the state of a layer; they are tested below, over the codecs of all methods.
     assert {n.split(".")[0] for n in ops} == set(SPECS) | {"append_", "read", "attend", "append_attend_", "release_", "settle_"}
+    assert set(FORMULAS) == set(SPECS)
     for name, spec in SPECS.items():
         assert spec.name == name and len(spec.examples) >= 2
         assert spec.op is getattr(kvsink.kernels, name) and spec.ref.__name__ == f"{name}_ref"
 
 
+def arrays(x: Any) -> Any:
+    """The same nest with arrays in place of tensors."""
+    return tree_map(lambda t: t.numpy() if isinstance(t, Tensor) else t, x)
+
+
 @pytest.mark.parametrize(("name", "i"), EXAMPLES)
-def test_the_op_is_its_reference(name: str, i: int) -> None:
+def test_the_op_follows_its_formula(name: str, i: int) -> None:
+    """In float64 numpy, written out in formulas.py."""
+    a = arguments(name, i)
+    assert FORMULAS[name](arrays(SPECS[name].op(**a)), **arrays(a))
+
+
+@pytest.mark.parametrize(("name", "i"), EXAMPLES)
+def test_a_formula_notices_another_result(name: str, i: int) -> None:
+    a = arguments(name, i)
+    out = arrays(SPECS[name].op(**a))
+    for at in range(len(out)) if isinstance(out, tuple) else [None]:
+        each = [t.copy() for t in out] if isinstance(out, tuple) else [out.copy()]
+        wrong = each[at or 0].reshape(-1)
+        if not wrong.size:
+            continue
+        wrong[0] = wrong[0] ^ 1 if wrong.dtype == np.uint8 else wrong[0] + 1
+        assert not FORMULAS[name](tuple(each) if isinstance(out, tuple) else wrong.reshape(out.shape), **arrays(a))
+
+
+@pytest.mark.parametrize(("name", "i"), EXAMPLES)
+def test_the_op_is_its_reference_and_leaves_its_arguments(name: str, i: int) -> None:
+    """The reference is what kernels are compared with; where it is what runs here, the formula above is its oracle."""
     a = arguments(name, i)
     before = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, a)
     out = SPECS[name].op(**a)

@@ -12,10 +12,10 @@ import torch
 pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
-from kvsink.cache import KVSinkLayer
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.export import ExportError, OnnxGenerator, in_float64, onnx
 from kvsink.export.past import FIXED, STATE_OF, past_names
-from kvsink.loading import load_model, load_tokenizer
+from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.tools.families import rewritten as of_family
 from kvsink.tools.rewrite import main as rewrite_main
 from tests.graphs import rewritten

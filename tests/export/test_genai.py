@@ -9,9 +9,9 @@ pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
-from kvsink.cache import KVSinkCache
-from kvsink.loading import load_model
-from kvsink.passing import cache_name
+from kvsink.cache.cache import KVSinkCache
+from kvsink.folder.loading import load_model
+from kvsink.model.passing import cache_name
 from kvsink.tools.rewrite import main as rewrite_main
 from tests.tools.conftest import tiny_dir  # noqa: F401
 

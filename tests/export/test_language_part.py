@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import kvsink
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.export import ExportError, OnnxGenerator, onnx
 from kvsink.export.past import STATE_OF, past_names
-from kvsink.passing import cache_name
+from kvsink.model.passing import cache_name
 from tests.vision import build, prompt
 
 IMAGES = (1, 2)

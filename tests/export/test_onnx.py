@@ -18,8 +18,8 @@ pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 import kvsink
 from kvsink.export import ExportError, OnnxGenerator, check, flavour_table, onnx
 from kvsink.export.flavours import explain_flavours, method_refusal
-from kvsink.loading import load_model
-from kvsink.runtime import runtime_of
+from kvsink.folder.loading import load_model
+from kvsink.model.runtime import runtime_of
 from kvsink.tools.eval import main as eval_main
 from kvsink.tools.families import rewritten as of_family
 from kvsink.tools.rewrite import main as rewrite_main
@@ -383,4 +383,4 @@ def test_the_table_knows_every_method() -> None:
     assert not any(method_refusal(name) for name in ("klt", "klt-scalar", "centred", "rotatekv", "rtn", "cq"))
     assert all(method_refusal(name) for name in ("kivi", "antkv", "kvquant"))
     assert not any(method_refusal(name, "gqa") for name in ("static", "static-rotated", "static-plain"))
-    assert table in (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), "paste kvsink.export.flavour_table() into docs/onnx.md"
+    assert table in (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), "run python -m kvsink.tools.methods_doc"

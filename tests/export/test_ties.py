@@ -14,13 +14,13 @@ from torch import Tensor
 pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import Codec, SideSpec
 from kvsink.export import ExportError, OnnxGenerator
 from kvsink.export.ties import NEAR, Ties
-from kvsink.loading import load_model, load_tokenizer
-from kvsink.passing import cache_name
-from kvsink.runtime import runtime_of
+from kvsink.folder.loading import load_model, load_tokenizer
+from kvsink.model.passing import cache_name
+from kvsink.model.runtime import runtime_of
 from kvsink.tools.eval import main as eval_main
 from kvsink.tools.rewrite import main as rewrite_main
 from tests.test_acceptance import PROMPTS

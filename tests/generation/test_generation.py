@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import CompileConfig
 
 import kvsink
+from kvsink.cache.sliding import SlidingWindow
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.runtime import detach
+from kvsink.model.runtime import detach
 from kvsink.tools.families import ids, rewritten
 
 NEW = 14
@@ -400,49 +401,6 @@ def test_a_cache_of_another_model_is_refused(klt: Any) -> None:
             klt.generate(row, past_key_values=kvsink.KVSinkCache.for_model(other), **GREEDY)
 
 
-@torch.no_grad()
-def test_what_cannot_join_says_why_and_changes_nothing(klt: Any) -> None:
-    def held(model: Any, length: int, **options: Any) -> Any:
-        cache = kvsink.KVSinkCache.for_model(model, **options)
-        model(input_ids=ids(1, length, length), past_key_values=cache, use_cache=True)
-        return cache
-
-    kivi = rewritten("llama", "kivi", key_bits=2, value_bits=2, protect="none")[0]
-    anchored = rewritten("llama", "rtn", protect="anchors:10%")[0]
-    sliding, windowed = rewritten("gemma3", "klt")[0], rewritten("llama", "rtn", window=6)[0]
-    cropped = held(windowed, 30)
-    cropped.crop(20)
-    pairs = [
-        (held(klt, 9), kvsink.KVSinkCache.for_model(klt), "an empty cache"),
-        (held(klt, 9), held(klt, 9, max_length=32), "differ in codec, max_length"),
-        (held(kivi, 40), held(kivi, 13), "128 tokens are coded or stored together"),
-        (held(anchored, 40), held(anchored, 30), "anchors are a share of the length"),
-        (held(sliding, 9), held(sliding, 9), "sliding-window layers"),
-        (held(windowed, 20), cropped, "a crop has left one cache fewer recent rows"),
-    ]
-    for a, b, reason in pairs:
-        before = {n: t.clone() for c in (a, b) for n, t in {f"{id(c)}.{n}": t for n, t in c.tensors().items()}.items()}
-        with pytest.raises(KvsinkError, match=reason) as raised:
-            a.batch_join(b)
-        assert "\n" not in str(raised.value)
-        after = {f"{id(c)}.{n}": t for c in (a, b) for n, t in c.tensors().items()}
-        assert after.keys() == before.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
-
-
-@pytest.mark.parametrize(("method", "options"), [("kivi", {"key_bits": 2, "value_bits": 2}), ("rtn", {"protect": "anchors:10%"})])
-@torch.no_grad()
-def test_rows_of_one_length_join_whatever_their_codec(method: str, options: dict[str, Any]) -> None:
-    model = rewritten("llama", method, **{"protect": "none", **options})[0]
-    rows, caches = ids(2, 140, 3), []
-    for row in rows:
-        caches.append(kvsink.KVSinkCache.for_model(model))
-        model(input_ids=row[None, :-1], past_key_values=caches[-1], use_cache=True)
-    wanted = [alone(model, row[-1:], cache=copy.deepcopy(cache)) for row, cache in zip(rows, caches, strict=True)]
-    assert caches[0].batch_join(caches[1]) == (0, 0)
-    out = model.generate(rows, past_key_values=caches[0], **GREEDY)
-    assert torch.equal(out[:, -NEW:], torch.stack(wanted))
-
-
 @pytest.mark.parametrize(("family", "method"), [("falcon-alibi", "klt"), ("falcon-alibi", "rtn"), ("bloom", "rtn")])
 @torch.no_grad()
 def test_position_biases_over_a_fixed_cache(family: str, method: str) -> None:
@@ -467,8 +425,7 @@ def test_position_biases_over_a_fixed_cache(family: str, method: str) -> None:
 
 
 def test_crop_of_a_sliding_window_says_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsink.sliding.SLACK", 8)
-    monkeypatch.setattr("kvsink.sliding.BACK", 4)
+    monkeypatch.setattr("kvsink.cache.cache.SlidingWindow", partial(SlidingWindow, back=4, slack=8))
     model = rewritten("mistral-sliding", "klt")[0]
     cache = kvsink.KVSinkCache.for_model(model)
     alone(model, ids(1, 13, 3)[0], 30, cache)
@@ -492,8 +449,7 @@ def test_a_packed_window_that_moves_changes_no_token(
     prompt[1, :3], mask[1, :3] = 0, 0
     settings = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
     wanted = model.generate(prompt, **settings)
-    monkeypatch.setattr("kvsink.sliding.SLACK", 8)
-    monkeypatch.setattr("kvsink.sliding.BACK", 2)
+    monkeypatch.setattr("kvsink.cache.cache.SlidingWindow", partial(SlidingWindow, back=2, slack=8))
     for config in (None, compiled()):
         torch._dynamo.reset()
         out = model.generate(prompt, compile_config=config, return_dict_in_generate=True, **settings)

@@ -14,11 +14,12 @@ from torch import Tensor
 from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.kernels.append import append_
 from kvsink.kernels.cpu.append import by_definition, declines, select_one
-from kvsink.kernels.cuda import backend, launch
+from kvsink.kernels.cuda import launch
 from kvsink.kernels.select_sinks import select_sinks
 from kvsink.kernels.selection import merge_exact, top_rows
 from kvsink.kernels.triton import append as append_triton
-from kvsink.runtime import Frame, order_candidates
+from kvsink.model.candidates import order_candidates
+from kvsink.model.frame import Frame
 from tests import states
 from tests.kernels.cuda import test_tiles
 from tests.kernels.cuda.emulated import Emulated
@@ -242,9 +243,9 @@ def test_cuda(kernel: str) -> None:
         st, p = layer.st, dict(zip(layer.codec.param_names(), layer.params, strict=True))
         given = a["k"], a["v"], a["positions"], candidates
         if kernel == "attend" and k.shape[2] == 1:
-            assert launch.step(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
+            assert launch.step_one(lib, layer.codec, a["k"], *given, st, p, None, 0.1) is not None
         else:
-            backend.append(states.coding(**a), lib)
+            launch.append(states.coding(**a), lib)
 
     play(layer.st, offer, False, 20)
 

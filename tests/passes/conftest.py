@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import fx
 
-from kvsink import backend
+from kvsink.graph import backend
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 import kvsink
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.graph.targets import kind
 from kvsink.passes import fuse
-from kvsink.targets import kind
 from tests.models import VOCAB, build
 
 HELD, STEPS = 9, 3

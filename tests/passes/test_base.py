@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from kvsink.errors import UnknownName
+from kvsink.graph.sites import AttentionSite, find_sites
+from kvsink.graph.targets import kind, shape, value
 from kvsink.passes.base import (
     RewritePass,
     erase_orphans,
@@ -18,8 +20,6 @@ from kvsink.passes.base import (
     register_pass,
     registered_passes,
 )
-from kvsink.sites import AttentionSite, find_sites
-from kvsink.targets import kind, shape, value
 
 from ..graphs import run, stock_graph
 

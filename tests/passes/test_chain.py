@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.pipeline import DEFAULT, run_passes
-from kvsink.targets import kind
+from kvsink.graph.pipeline import DEFAULT, run_passes
+from kvsink.graph.targets import kind
 
 from ..close import FUSED_FLOAT32, SOFTMAX_IN_FLOAT32, largest_difference
 from ..graphs import packed_graph, run

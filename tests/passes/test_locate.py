@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvsink.pipeline import run_passes
+from kvsink.graph.pipeline import run_passes
 
 from ..graphs import stock_graph
 

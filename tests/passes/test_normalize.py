@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from kvsink.pipeline import run_passes
-from kvsink.targets import kind
+from kvsink.graph.pipeline import run_passes
+from kvsink.graph.targets import kind
 
 from ..close import EXACT_FLOAT64, SOFTMAX_IN_FLOAT32, largest_difference
 from ..graphs import run, stock_graph

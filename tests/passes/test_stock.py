@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.capture import capture, capture_export
-from kvsink.pipeline import run_passes
-from kvsink.sites import find_sites
-from kvsink.targets import kind
+from kvsink.graph.capture import capture, capture_export
+from kvsink.graph.pipeline import run_passes
+from kvsink.graph.sites import find_sites
+from kvsink.graph.targets import kind
 
 from ..close import FUSED_FLOAT32, largest_difference
 from ..graphs import PAST, plan_of, rewritten, run, values_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import fx
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.graph.targets import kind
 from kvsink.passes.visibility import only_causal
-from kvsink.targets import kind
 
 from ..kernels.cuda.test_tiles import model_of
 

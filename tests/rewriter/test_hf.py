@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import kvsink
 from kvsink.hf import KvsinkConfig, KvsinkQuantizer, install_generate
-from kvsink.runtime import runtime_of
+from kvsink.model.runtime import runtime_of
 from tests.graphs import rewritten
 from tests.models import build, tokens
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvsink
-from kvsink import outdir, place
+from kvsink import outdir
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, SidecarError
+from kvsink.folder import place
+from kvsink.model.runtime import runtime_of
 from kvsink.outdir import rewrite_dir
 from kvsink.rewrite import RewriteOptions
-from kvsink.runtime import runtime_of
 from tests.close import largest_difference
 from tests.models import build, tokens
 
@@ -280,7 +281,7 @@ def test_sources_that_are_refused(
 
 
 def test_a_record_of_another_model_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
-    from kvsink.calibration import calibrate
+    from kvsink.calibrate.calibration import calibrate
 
     record = tmp_path / "record.safetensors"
     calibrate(build("mistral"), tokens(2, 64), [()] * 2, {0: (64,), 1: (64,)}).save(record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,97 +14,13 @@ import transformers as hf
 
 import kvsink
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
-from kvsink.report import Report, counted_bits
-from kvsink.rewrite import LayerChoice, calibration_windows, parse_layers
-from kvsink.runtime import runtime_of
-from tests.models import _DECODER, HEAD_DIM, KV_HEADS, LAYERS, VOCAB, build, tokens
+from kvsink.model.runtime import runtime_of
+from tests.models import _DECODER, LAYERS, build, tokens
 
-BASE = LayerChoice(2, 4, "kvsink:5", 0)
 IDS = tokens(8, 64, seed=1)
 
 
-class Characters:
-    """A tokenizer that knows letters."""
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [3 + ord(c) % (VOCAB - 3) for c in text]}
-
-
 # -- options -----------------------------------------------------------------------------------------------------------
-
-
-def test_layers_are_read() -> None:
-    text = "0-1:key_bits=4,protect=none; 3:value_bits=2.5,window=8"
-    assert parse_layers(text, 5, BASE) == [
-        LayerChoice(4, 4, "none", 0), LayerChoice(4, 4, "none", 0), BASE, LayerChoice(2, 2.5, "kvsink:5", 8), BASE,
-    ]  # fmt: skip
-    assert parse_layers("", 3, BASE) == [BASE] * 3
-    assert parse_layers("0-2:key_bits=4;1:key_bits=8", 3, BASE)[1].key_bits == 8  # the later one wins
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("0-9:key_bits=4", "names layers outside 0 to 4"),
-        ("3-1:key_bits=4", "names layers outside"),
-        ("5:key_bits=4", "names layers outside"),
-        ("x:key_bits=4", "'x:key_bits=4' cannot be read; write for example"),
-        ("-1:key_bits=4", "cannot be read"),
-        ("0", "cannot be read"),
-        ("0:", "cannot be read"),
-        ("0:bits=4", "'bits=4' is not one of key_bits="),
-        ("0:key_bits=many", "'key_bits=many' is not one of"),
-        ("0:window=2.5", "'window=2.5' is not one of"),
-    ],
-)
-def test_layers_that_cannot_be_read(text: str, words: str) -> None:
-    with pytest.raises(KvsinkError, match=re.escape(words) if "'" not in words else words):
-        parse_layers(text, 5, BASE)
-
-
-def test_layers_reach_the_plan() -> None:
-    model = build("llama")
-    kvsink.rewrite(model, "rtn", protect="first:2", layers="1:key_bits=8,protect=none,window=3")
-    first, second = (plan.codec for plan in runtime_of(model).plans)
-    assert (first.key.bits, first.exact_rows, first.window) == (4, 2, 0)
-    assert (second.key.bits, second.exact_rows, second.window) == (8, 0, 3)
-
-
-@pytest.mark.parametrize("source", [IDS, IDS.flatten(), ["some text of its own " * 20] * 2])
-def test_calibration_sources(source: Any) -> None:
-    report = kvsink.rewrite(build("llama"), "klt", calibration=source, calibration_tokens=512, tokenizer=Characters())
-    assert report.calibration_tokens == 512
-
-
-def test_a_text_file_is_a_source(tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text("some text of its own " * 40)
-    windows = calibration_windows(build("llama"), file, 512, Characters())
-    assert windows.shape == (4, 128)  # windows of the model's own length
-    with pytest.raises(CalibrationError, match=f"{file} has 840 tokens, 1000 were asked for.*--calibration-tokens 840"):
-        calibration_windows(build("llama"), file, 1000, Characters())
-
-
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (torch.full((4, 64), VOCAB), f"token {VOCAB} is outside the vocabulary of {VOCAB}"),
-        (torch.full((4, 64), -1), "token -1 is outside the vocabulary"),
-        (torch.empty(0, dtype=torch.int64), "0 calibration tokens"),
-        (torch.empty(0, 8, dtype=torch.int64), "0 calibration tokens"),
-        ("no-such-file.txt", "text file no-such-file.txt does not exist"),
-        ([], "0 calibration tokens"),
-    ],
-)
-def test_impossible_calibration(source: Any, words: str) -> None:
-    with pytest.raises(CalibrationError, match=words):
-        kvsink.rewrite(build("llama"), "klt", calibration=source, tokenizer=Characters())
-
-
-def test_without_a_tokenizer_text_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="no tokenizer found for 'LlamaForCausalLM'; pass tokenizer="):
-        kvsink.rewrite(build("llama"), "klt", calibration=["text"])
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -160,17 +76,6 @@ def test_a_cache_of_latents_is_declined() -> None:
 
     with pytest.raises(UnsupportedError, match="DeepseekV2ForCausalLM has multi-head latent attention"):
         kvsink.rewrite(build_family("deepseek-v2"), "rtn")
-
-
-def test_sliding_layers_are_packed_where_there_are_no_others_or_when_asked() -> None:
-    alone, mixed = build("mistral-sliding"), build("gemma3")
-    assert all(row.packed for row in kvsink.rewrite(alone, "rtn").layers)
-    assert [row.packed for row in kvsink.rewrite(mixed, "rtn").layers] == [False, True]
-    assert [row.packed for row in kvsink.rewrite(mixed, "rtn", sliding=True).layers] == [True, True]
-    with pytest.raises(UnsupportedError, match="every layer is left alone .sliding attention"):
-        kvsink.rewrite(build("mistral-sliding"), "rtn", sliding=False)
-    with pytest.raises(UnsupportedError, match="layer 0 .*sliding window of 8: keys are coded by blocks of tokens"):
-        kvsink.rewrite(build("gemma3"), "kivi", sliding=True)
 
 
 def head_of(dim: int) -> Any:
@@ -234,60 +139,10 @@ def test_a_model_that_was_not_turned_can_be_rewritten_again() -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def planted() -> Any:
-    model = build("llama")
-    model.model.embed_tokens.weight[5, 7] = 800.0
-    return model
-
-
-def test_the_report_says_what_was_done() -> None:
-    report = kvsink.rewrite(planted(), "klt", calibration=IDS, protect="kvsink:5+first:1", key_bits=2, value_bits=4)
-    assert (report.method, report.protect, report.calibration_tokens) == ("klt", "kvsink:5+first:1", 512)
-    assert [row.protect for row in report.layers] == ["first:1", "stage:0:5, first:1"]
-    assert [row.path for row in report.layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert report.stages[0]["block"] == 0 and report.stages[0]["channels"][0] == 7
-    assert all(row.packed and row.key.startswith("centred, block 64, klt, lloyd") for row in report.layers)
-    assert report.smaller == 16 / report.bits and 2 < report.bits < 16 and report.table_bytes > 0 and report.seconds > 0
-    assert set(report.versions) == {"kvsink", "torch", "transformers", "python"}
-    record = json.loads(report.to_json())
-    assert record["layers"][1]["protect"] == "stage:0:5, first:1" and record["bits_per_element"] == round(report.bits, 4)
-    assert record["bits_counted_at_tokens"] == 4096 and record["times_smaller"] == round(report.smaller, 3)
-    page = report.to_markdown()
-    assert "Sinks emerge at the output of block 0: channel 7, |H| up to 8" in page
-    assert f"{report.bits:.2f} bits per cached element" in page and "| 1 `model.layers.1.self_attn` |" in page
-
-
-def test_the_report_names_what_is_left_alone() -> None:
-    report = kvsink.rewrite(build("gemma3"), "klt", calibration=IDS)
-    left = report.layers[0]
-    assert not left.packed and left.reason.startswith("sliding attention: its window of 8 tokens already bounds its size")
-    assert (left.key_bits, left.value_bits) == (16.0, 16.0) and report.layers[1].packed
-    assert left.reason in report.to_markdown() and "no massive activation was found" in report.to_markdown()
-
-
 def test_rotations_that_run_online_are_noted() -> None:
     notes = kvsink.rewrite(build("phi3"), "rotatekv", calibration=IDS).notes
     assert notes == ["value rotation runs online: v_proj is nothing, not a plain Linear"]
     assert kvsink.rewrite(build("llama"), "rotatekv", calibration=IDS, fold=False).notes == []
-
-
-def test_16_bit_is_reported_as_16_bit() -> None:
-    report = kvsink.rewrite(build("llama"), "klt", key_bits=16, value_bits=16)
-    assert report.protect == "none" and report.calibration_tokens == 0
-    assert all((row.key, row.value, row.protect) == ("16 bit", "16 bit", "") for row in report.layers)
-    assert 16 < report.bits < 16.6  # the positions are counted too
-    assert Report("m", "rtn", "none").bits == 16.0
-
-
-def test_counted_bits_follow_the_formula() -> None:
-    model = build("llama")
-    kvsink.rewrite(model, "rtn", key_bits=2, value_bits=4, protect="first:3", window=5)
-    codec, n = runtime_of(model).plans[1].codec, 1000
-    shared = 32 * 2 * 3 + 40 * n + 32 * 5 + 64  # slots and scores, positions and real slots, slots of the window, the length
-    for bits, counted in zip((2, 4), counted_bits(codec, KV_HEADS, HEAD_DIM, tokens=n), strict=True):
-        row = HEAD_DIM * bits + 2 * 16  # codes, step and minimum
-        total = KV_HEADS * (n * row + 8 * HEAD_DIM * 16) + shared / 2
-        assert abs(counted - total / (KV_HEADS * HEAD_DIM * n)) < 1e-9
 
 
 def test_a_saved_rewritten_model_is_a_valid_plain_one(tmp_path: Path) -> None:
@@ -316,3 +171,27 @@ def test_a_copy_of_a_rewritten_model_works_alone() -> None:
         for weight in model.parameters():
             weight.zero_()
     assert torch.equal(other.generate(ids, **settings), wanted)
+
+
+def test_the_model_passes_through_few_files() -> None:
+    """Every call that hands the model on, each place of a call once: the files in turn, and how often one is come back to."""
+    root, model, calls, files = Path(kvsink.__file__).parents[1], build("llama"), set(), list[str]()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or not Path(code.co_filename).is_relative_to(root) or "tests" in Path(code.co_filename).parts:
+            return
+        given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        place = (frame.f_back.f_code, frame.f_back.f_lineno, code)
+        if code.co_name[0] != "<" and place not in calls and any(frame.f_locals.get(name) is model for name in given):
+            calls.add(place)
+            if files[-1:] != [code.co_filename]:
+                files.append(code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        kvsink.rewrite(model, calibration=IDS)
+    finally:
+        sys.setprofile(None)
+    assert files[0].endswith("rewrite.py") and len(set(files)) > 3
+    assert len(set(files)) <= 8 and len(files) - len(set(files)) <= 10, files

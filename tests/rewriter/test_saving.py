@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kvsink
 from kvsink.errors import KvsinkError
-from kvsink.runtime import detach, runtime_of
+from kvsink.model.runtime import detach, runtime_of
 from tests.graphs import rewritten
 from tests.models import build, tokens
 

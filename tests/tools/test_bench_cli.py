@@ -27,7 +27,7 @@ def test_without_a_gpu_it_says_so_in_one_line(command: str, capsys: pytest.Captu
 
 
 def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
     from kvsink.tools.bench_cpu import step_times
     from tests.kernels.cuda.test_tiles import model_of
 
@@ -173,7 +173,7 @@ def test_a_sequence_that_is_no_longer_a_number_is_not_timed() -> None:
 def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
     from kvsink.tools import bench_sequence
     from tests.kernels.cuda.emulated import act_as_on_a_gpu
     from tests.kernels.cuda.test_tiles import HEADS, append, library, model_of, rows
@@ -201,7 +201,7 @@ def test_a_batch_that_belongs_to_no_side_is_named(text: str, capsys: pytest.Capt
 
 
 def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kvsink.tools import bench, bench_model, bench_sdpa, timing
+    from kvsink.tools import bench, bench_decode, bench_model, bench_sdpa, timing
 
     asked = []
 
@@ -211,7 +211,7 @@ def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(bench, "_gpu", lambda: None)
     monkeypatch.setattr(bench_model, "llama", lambda layers: None)
-    monkeypatch.setattr(bench_model, "decode_rows", rows)
+    monkeypatch.setattr(bench_decode, "decode_rows", rows)
     monkeypatch.setattr(bench_sdpa, "sdpa_best", lambda b, t, *rest: (f"{b}x{t}", (0.0, 0.0, 0.0)))
     monkeypatch.setattr(timing, "device_facts", dict)
     out = tmp_path / "rows.jsonl"

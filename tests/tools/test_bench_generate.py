@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.tools import bench, bench_generate, bench_model, timing
 from kvsink.tools.bench import main
 from kvsink.tools.bench_generate import generate_rows, generate_table, ratios

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.runtime import runtime_of
+from kvsink.model.runtime import runtime_of
 from kvsink.tools import bench, bench_ops, bench_sdpa, bench_shapes, timing
 from kvsink.tools.bench import main
 from kvsink.tools.bench_model import Shape, llama, rewritten

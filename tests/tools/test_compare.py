@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from kvsink.errors import KvsinkError
-from kvsink.evaluation import evaluate
+from kvsink.evaluate.evaluation import evaluate
+from kvsink.evaluate.reference import Reference
 from kvsink.methods import Claim, methods
-from kvsink.reference import Reference
 from kvsink.tools import compare as tool
-from kvsink.tools.compare import Bench, Store, compare, main, measure, python_source
+from kvsink.tools import compare_measure
+from kvsink.tools.compare import Store, compare, main, python_source
+from kvsink.tools.compare_measure import Bench, measure
 from kvsink.tools.compare_report import COLUMNS, markdown, pareto
 from kvsink.tools.compare_rows import SETS, Row, read_rows, row
 from kvsink.tools.stock import tensor_bytes
@@ -271,8 +273,8 @@ def test_a_row_that_asks_too_much_does_not_stop_its_neighbours(bench, tmp_path):
 
 def test_rows_of_one_protection_share_one_record(bench, tmp_path, monkeypatch):
     calls = []
-    calibrate = tool.calibrate
-    monkeypatch.setattr(tool, "calibrate", lambda *a, **k: calls.append(1) or calibrate(*a, **k))
+    calibrate = compare_measure.calibrate
+    monkeypatch.setattr(compare_measure, "calibrate", lambda *a, **k: calls.append(1) or calibrate(*a, **k))
     rows = (
         row("klt", 2, 4, "first:1"),
         row("rotatekv", 2, 2, "none"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from kvsink.runtime import Runtime
+from kvsink.model.runtime import Runtime
 from kvsink.tools import families, family_cells
 from kvsink.tools.against_stock import BOUND, cached_logits, distance, forced_logits, planted
 from kvsink.tools.cache_share import MODELS, share, weight
@@ -46,7 +46,7 @@ def test_layers_unlike_llamas_are_right_compiled_too(family: str) -> None:
 
 def test_a_graph_takes_keys_as_turned_where_the_cache_knows_no_angles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rotary module that is not found: the graph shows RoPE, and the codec must not code the keys before it."""
-    monkeypatch.setattr("kvsink.runtime._rotary_of", lambda model, base: None)
+    monkeypatch.setattr("kvsink.model.anatomy._rotary_of", lambda model, base: None)
     assert check_family("llama", ("compiled",))["compiled"].startswith("right (0.0")
 
 

@@ -81,6 +81,7 @@ def test_shapes_are_told_apart_by_gpu_build_and_rows_kept(results: Path) -> None
     rows = [
         shape("a", 8192, 1.0), shape("a", 8192, 2.0, speedup_with_both_writes=1.5), shape("a", 1024, 3.0),
         shape("b", 8192, None, why="too wide", kernel="triton", error="1e-2"),
+        shape("gpt-oss-20b", 8192, 4.0),
         shape("a", 8192, 1.0, exact=64, window=256, of_plain=1.125), shape("b", 8192, None, exact=64, window=256, of_plain=None),
         shape("a", 8192, 9.0, target="compute_80"),
     ]  # fmt: skip
@@ -90,9 +91,9 @@ def test_shapes_are_told_apart_by_gpu_build_and_rows_kept(results: Path) -> None
     assert "| a | 8/2/64 | cuda | 3.00, 2.00x |" in plain and "| a | 3.00, 1.50x |" in plain
     assert "| b | 8/2/64 | triton | –, –x |" in plain and "- too wide: b `centred-even` 2" in plain
     assert "- B16 T8192 b `centred-even` 2: error 1e-2" in plain
-    assert "flash 3; FlashInfer: not installed" in plain and "64 rows exact and a window of 256" in plain
+    assert "flash 4; FlashInfer: not installed" in plain and "64 rows exact and a window of 256" in plain
     assert "| a | 8/2/64 | cuda | 1.12x |" in kept and "built for compute_80" in other and "| 9.00x |" in other
-    assert "`centred-even-2`, GPU: a 2.0x of" in BLOCKS["speed"](results)
+    assert "`centred-even-2`, GPU: gpt-oss-20b 4.0x of" in BLOCKS["speed"](results)
 
 
 def test_generate_is_held_against_the_faster_side_of_16_bit(results: Path) -> None:

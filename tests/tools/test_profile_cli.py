@@ -11,12 +11,12 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from kvsink import streaming
-from kvsink.checkpoint import Checkpoint
-from kvsink.loading import load_model
+from kvsink.calibrate import memory, streaming
+from kvsink.calibrate.skeleton import skeleton
+from kvsink.folder.checkpoint import Checkpoint
+from kvsink.folder.loading import load_model
 from kvsink.profiling import load_profile
 from kvsink.profiling.passes import profile_needs
-from kvsink.streaming import skeleton
 from kvsink.tools import profile as tool
 from kvsink.tools import rewrite as rewrite_tool
 from kvsink.tools import to_mixtral
@@ -192,11 +192,11 @@ def test_a_model_that_would_fill_the_memory_is_read_by_layers(tiny_dir, text, tm
     wanted = profile_needs(skeleton(tiny_dir), Checkpoint.find(tiny_dir), 2, 96).whole
     args = [str(tiny_dir), "--text", text, *SMALL, "--no-page", "--no-attention"]
     for share, how in ((0.79, "whole"), (0.81, "layer by layer")):
-        monkeypatch.setattr(streaming, "available_memory", lambda device, share=share: int(wanted / share))
+        monkeypatch.setattr(memory, "available_memory", lambda device, share=share: int(wanted / share))
         assert tool.main([*args[:1], str(tmp_path / how), *args[1:]]) == 0
         assert f"read {how}" in capsys.readouterr().err
         assert json.loads((tmp_path / how / "profile.json").read_text())["read"] == how
-    monkeypatch.setattr(streaming, "available_memory", lambda device: wanted)
+    monkeypatch.setattr(memory, "available_memory", lambda device: wanted)
     pruned = ["--prune", "1:dense", "--prune-to", str(tmp_path / "pruned")]  # needs the whole model
     assert tool.main([*args[:1], str(tmp_path / "out"), *args[1:], *pruned]) == 0
     assert "read whole" in capsys.readouterr().err

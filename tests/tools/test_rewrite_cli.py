@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import kvsink
-from kvsink.cache import KVSinkLayer
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.errors import KvsinkError
-from kvsink.loading import load_model, load_tokenizer
+from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.tools import rewrite
 from kvsink.tools.rewrite import main
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvsink import calibration, sidecar
-from kvsink.cache import KVSinkLayer
+from kvsink.cache.layer import KVSinkLayer
+from kvsink.calibrate import calibration
+from kvsink.folder import sidecar
 from kvsink.tools.stress import files as files_module
 from kvsink.tools.stress.__main__ import main
 from kvsink.tools.stress.endurance import generate_long, reuse

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.pictures import HELD_BACK, drawn, picture
+from kvsink.evaluate.pictures import HELD_BACK, drawn, picture
 from kvsink.tools.train_vision import IMAGE_TOKEN, PATCHES, document, pixels, words_of
 from kvsink.tools.vision_table import ROWS, chance, markdown
 

@@ -10,7 +10,7 @@ import pytest
 import transformers
 from PIL import Image
 
-from kvsink.runtime import Runtime, runtime_of
+from kvsink.model.runtime import Runtime, runtime_of
 from kvsink.tools.eval import main as evaluate
 from kvsink.tools.rewrite import main as rewrite
 

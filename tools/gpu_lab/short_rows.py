@@ -24,7 +24,7 @@ from torch import Tensor
 from kvsink.kernels.append_attend import append_attend_
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import Call, LayerState
-from kvsink.kernels.cuda.backend import attend, library
+from kvsink.kernels.cuda.launch import attend, library
 from kvsink.kernels.cuda.variants import by_warp
 from kvsink.tools.bench_model import LLAMA_3_8B, LLAVA_15_7B, fill, llama, rewritten
 from kvsink.tools.bench_ops import BOUND, packed_bytes
@@ -39,7 +39,7 @@ _DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 c
 
 def made(model: Any, b: int, t: int, exact: int) -> Any:
     """A layer that holds t - 1 tokens. Many exact rows lie all over the row, as pivots do, few at its start, as sinks do."""
-    from kvsink.cache import KVSinkCache
+    from kvsink.cache.cache import KVSinkCache
 
     cache = KVSinkCache.for_model(model, b, t)
     fill(cache, t - 1)
@@ -57,7 +57,7 @@ def error_of(layer: Any, out: Tensor, given: tuple[Tensor, ...], mask: Tensor | 
     codec, worst = layer.codec, 0.0
     for i in pick.split(1):
         few = [x if n in ("recent_slot", "length") else x[i] for n, x in codec.named(layer.state()).items()]
-        tables = [x[i] if n.startswith("anchor_") else x for n, x in zip(codec.param_names(), layer.params, strict=True)]
+        tables = [x[i] if n.startswith("origin_") else x for n, x in zip(codec.param_names(), layer.params, strict=True)]
         q, k, v = (x[i].float() for x in given)
         wanted = attend_ref(q, k, v, few, tables, mask, SCALE, False, layer.codec_text)
         worst = max(worst, float((out[i].float() - wanted).norm() / wanted.norm()))

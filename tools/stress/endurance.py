@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import _BLOCK, KVSinkCache
-from kvsink.passing import given_cache
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.storage import BLOCK
+from kvsink.model.passing import given_cache
 from kvsink.tools.stress.models import rewritten, tokens
 
 __all__ = ["Reuse", "generate_long", "reuse"]
@@ -67,7 +68,7 @@ def generate_long(
 
 
 def _drift(cache: KVSinkCache, count: int) -> str | None:
-    slots = -(-count // _BLOCK) * _BLOCK
+    slots = -(-count // BLOCK) * BLOCK
     assert cache.shared.positions is not None
     if int(cache.get_seq_length()) != count or any(int(layer.length) != count for layer in cache.packed_layers()):
         return f"length {int(cache.get_seq_length())}"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from kvsink.errors import KvsinkError
-from kvsink.passing import given_cache
+from kvsink.model.passing import given_cache
 from kvsink.tools.stress.models import tiny_folder, tokens
 
 __all__ = ["KINDS", "Bench"]
@@ -48,12 +48,14 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         import kvsink
-        from kvsink.calibration import Calibration, calibrate, fingerprint
-        from kvsink.loading import load_model
+        from kvsink.calibrate.calibration import calibrate
+        from kvsink.calibrate.record import Calibration
+        from kvsink.codecs.protect import SinkStage, parse_policies
+        from kvsink.folder.loading import load_model
+        from kvsink.model.fingerprint import fingerprint
+        from kvsink.model.runtime import runtime_of
         from kvsink.outdir import rewrite_dir
-        from kvsink.profiling.record import FORMAT
-        from kvsink.protect import SinkStage, parse_policies
-        from kvsink.runtime import runtime_of
+        from kvsink.profiling import FORMAT
 
         self.folder, self.trace = folder, folder / "trace"
         source, text = tiny_folder(folder / "model"), folder / "text.txt"
@@ -133,7 +135,7 @@ class Bench:
         return None if verdict is None else f"{label}: {verdict}"
 
     def _plan(self, path: Path) -> str | None:
-        from kvsink.sidecar import read_sidecar
+        from kvsink.folder.sidecar import read_sidecar
 
         found = read_sidecar(self.model, self.files["plan"], self.files["tables"])
         same = found.plans == self.runtime.plans and found.stages == self.runtime.stages and found.method == self.runtime.method
@@ -144,7 +146,7 @@ class Bench:
     _tables = _plan
 
     def _config(self, path: Path) -> str | None:
-        from kvsink.loading import load_model
+        from kvsink.folder.loading import load_model
 
         with torch.no_grad():
             found = load_model(self.out)(self.ids).logits
@@ -158,7 +160,7 @@ class Bench:
         return None if _equal_records(found, self.record) else "other statistics were taken"
 
     def _cache(self, path: Path) -> str | None:
-        from kvsink.cache import KVSinkCache
+        from kvsink.cache.cache import KVSinkCache
 
         found = KVSinkCache.load(path, self.model).tensors()
         same = set(found) == set(self.cache) and all(torch.equal(t, self.cache[n]) for n, t in found.items())

@@ -29,7 +29,7 @@ __all__ = ["Yard"]
 
 # Forking the caller would copy locks that its other threads hold (progress bars, thread pools), which nobody then opens.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["kvsink.tools.rewrite", "kvsink.loading"])
+_PROCESSES.set_forkserver_preload(["kvsink.tools.rewrite", "kvsink.folder.loading"])
 _PATIENCE = 300.0  # seconds, for what takes one
 
 
@@ -190,7 +190,7 @@ def _read(out: Path, ids: torch.Tensor, known: list[torch.Tensor], seconds: floa
 
 def _logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Logits [1, V] of the eighth token that the model in a folder generates; one thread, so that every process sums alike."""
-    from kvsink.loading import load_model
+    from kvsink.folder.loading import load_model
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

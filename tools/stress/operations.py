@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.errors import KvsinkError
 from kvsink.kernels import read
 from kvsink.methods import get_method
-from kvsink.runtime import Frame, position_hash
+from kvsink.model.candidates import position_hash
+from kvsink.model.frame import Frame
 from kvsink.tools.stress.dense import DenseLayer
 from kvsink.tools.stress.models import HEAD_DIM, HEADS, KV_HEADS, rewritten
 from kvsink.tools.stress.rows import FORMS, Rows

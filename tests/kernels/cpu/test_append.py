@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
-from kvsink.kernels import append, append_
+from kvsink.kernels import append_
+from kvsink.kernels.cpu import append
 from kvsink.kernels.cpu.append import by_definition, declines, select_one, store_rows
 from kvsink.kernels.cpu.c_library import c_library
 from kvsink.kernels.selection import merge_exact

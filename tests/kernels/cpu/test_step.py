@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import STATE_NAMES, Codec, SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.kernels import stages
-from kvsink.kernels.append import append_in_c, append_ref
+from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cpu import append as append_cpu
 from kvsink.kernels.cpu import attend as attend_cpu
 from kvsink.kernels.cpu import c_library
+from kvsink.kernels.cpu.append import append as append_in_c
 from tests.close import FUSED_FLOAT32, largest_difference
 from tests.graphs import rewritten
 from tests.models import VOCAB

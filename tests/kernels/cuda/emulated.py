@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvsink.kernels import backends
-from kvsink.kernels.cuda import backend, module, variants
+from kvsink.kernels.cuda import backend, launch, module, variants
 from kvsink.kernels.cuda.rows_of_bytes import CodesVariant
 
 FOLDER = Path(module.__file__).parent
@@ -85,7 +85,7 @@ class Emulated:
 
 
 def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any], seen: Callable[[Any], None]) -> None:
-    """Layers in tiles on the CPU are served as on a GPU, by `library` in place of `backend.library`; seen: told of every call
+    """Layers in tiles on the CPU are served as on a GPU, by `library` in place of `launch.library`; seen: told of every call
     that attends."""
 
     def part(held: backends.Part, said: Callable[..., str], attends: bool = True) -> backends.Part:
@@ -102,7 +102,7 @@ def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any]
         tiles, append=part(tiles.append, backend.declines, False), attend=part(tiles.attend, backend.declines_mask),
         step=part(tiles.step, backend.declines_step),
     )  # fmt: skip
-    monkeypatch.setattr(backend, "library", library)
+    monkeypatch.setattr(launch, "library", library)
     monkeypatch.setattr(backends, "table", lambda: (tiles, *rest))
     monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink import served
+from kvsink.cache import served
 from kvsink.kernels import backends
 from kvsink.kernels.backends import Device, Shape, plan
 from kvsink.kernels.cuda import backend, driver, module, variants
-from kvsink.runtime import runtime_of
+from kvsink.model.runtime import runtime_of
 
 from .test_tiles import CODECS, layer_of, model_of
 

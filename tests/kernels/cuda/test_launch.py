@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels import prefill
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.cuda import backend, launch, module
+from kvsink.kernels.cuda import launch, module
 from kvsink.kernels.read import read_ref
 from tests.states import asking, coding
 
@@ -49,7 +49,7 @@ def test_append_stores_the_codes_of_the_definition(index: int, batch: int, lengt
     gpu = [t.cuda() for t in scores]
     none = torch.empty(1, k.shape[2], 0, device="cuda")
     given = k.cuda(), v.cuda(), positions.cuda(), none, none, gpu, state, params, layer.codec, True
-    backend.append(coding(*given), lib)
+    launch.append(coding(*given), lib)
     sums = CODECS[index][0] == "klt-even"
     for name, mine in layer.codec.named(state).items():
         wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
@@ -85,7 +85,7 @@ def test_attend_equals_the_definition(
         mask = (torch.rand(batch, 1, 1, SLOTS, generator=torch.Generator().manual_seed(3)) > 0.4) & (slots <= length)
     gpu = [t.cuda() for t in (q, k, v)]
     for _ in range(3):  # a later launch finds the scratch words as the first did
-        got = backend.attend(asking(*gpu, state, params, None if mask is None else mask.cuda(), 0.09, layer.codec), lib)
+        got = launch.attend(asking(*gpu, state, params, None if mask is None else mask.cuda(), 0.09, layer.codec), lib)
         wide = [x.float() for x in (q, k, v)]
         wanted = attend_ref(*wide, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
         assert got is not None
@@ -117,7 +117,7 @@ def test_a_chunk_equals_the_definition(index: int, masked: bool, monkeypatch: py
         slots = torch.arange(SLOTS)
         mask = ((slots <= torch.arange(300, 366)[:, None]) & (slots >= 9))[None, None].expand(2, -1, -1, -1)
     gpu = [t.cuda() for t in (q, k, v)]
-    got = backend.attend(asking(*gpu, state, params, None if mask is None else mask.cuda(), 0.09, layer.codec), lib)
+    got = launch.attend(asking(*gpu, state, params, None if mask is None else mask.cuda(), 0.09, layer.codec), lib)
     wide = [x.float() for x in (q, k, v)]
     wanted = attend_ref(*wide, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
     assert got is not None
@@ -142,7 +142,7 @@ def test_a_step_is_the_same_side_by_side(index: int, batch: int, monkeypatch: py
         monkeypatch.setattr(lib, "overlap", overlap)
 
         def step(st: Any = st, p: Any = p, lib: Any = lib) -> torch.Tensor:
-            out = launch.step(lib, layer.codec, q, k, v, positions, scores, st, p, None, 0.09)
+            out = launch.step_one(lib, layer.codec, q, k, v, positions, scores, st, p, None, 0.09)
             assert out is not None
             return out
 
@@ -173,7 +173,7 @@ def test_launches_that_overlap_do_not_meet(captured: bool) -> None:
     calls = [[rows(3, 1, 5 * i, n, torch.float16).cuda() for n in (HEADS, 2, 2)] for i in (1, 2)]
 
     def attend(x: list[torch.Tensor]) -> torch.Tensor:
-        out = backend.attend(asking(*x, state, params, None, 0.09, layer.codec), lib)
+        out = launch.attend(asking(*x, state, params, None, 0.09, layer.codec), lib)
         assert out is not None
         return out
 
@@ -206,7 +206,7 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     import kvsink
-    from kvsink.runtime import attach, runtime_of
+    from kvsink.model.runtime import attach, runtime_of
 
     attach(model, runtime_of(model_of(index)))
     from kvsink.hf import install_generate
@@ -244,7 +244,7 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
 def test_generate_takes_the_packed_path() -> None:
     model = copy.deepcopy(model_of(0)).cuda().to(torch.bfloat16)
     from kvsink.hf import install_generate
-    from kvsink.runtime import attach, runtime_of
+    from kvsink.model.runtime import attach, runtime_of
 
     attach(model, runtime_of(model_of(0)))
     install_generate(model)
@@ -258,7 +258,7 @@ def test_generate_takes_the_packed_path() -> None:
 
 def test_a_cache_larger_than_the_gpu_is_refused_before_it_is_made() -> None:
     from kvsink.errors import KvsinkError
-    from kvsink.runtime import attach, runtime_of
+    from kvsink.model.runtime import attach, runtime_of
 
     model = copy.deepcopy(model_of(0)).cuda().to(torch.bfloat16)
     attach(model, runtime_of(model_of(0)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import launch, variants
 
@@ -109,7 +110,7 @@ def test_a_step_enters_new_rows_after_every_head_has_read_the_exact_ones(
     for layer, whole in zip(layers, (True, False), strict=False):
         st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
         lib = Emulated(launch.variant_of(layer.codec, repeats), 2, by_warp=whole)
-        outs.append(launch.step(lib, layer.codec, q, k, v, positions, scores, st, p, None, 0.09))
+        outs.append(launch.step_one(lib, layer.codec, q, k, v, positions, scores, st, p, None, 0.09))
         assert not lib.arrived.any()
     wanted = defined(layers[2], (q, k, v), None, repeats)
     assert outs[0] is not None and outs[1] is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import Codec
 from kvsink.kernels import append_attend
 from kvsink.kernels.attend import attend_ref
@@ -88,6 +88,23 @@ def test_padding_ratios_and_types(side: str, repeats: int, pad: tuple[int, ...],
     slots = torch.arange(SLOTS)
     mask = ((slots >= torch.tensor(pad).clamp_max(length - 1)[:, None]) & (slots <= length))[:, None, None]
     assert compared(layer, q, k, v, mask) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("moved", [slice(0, 100), slice(100, 151), slice(150, 151), slice(0, 151)], ids=str)
+@pytest.mark.parametrize("side", ["klt-2/4", "klt-dense-2"])
+def test_positions_that_run_ahead_of_the_slots_unevenly_are_never_a_wrong_number(side: str, moved: slice) -> None:
+    """No kernel knows of them where a compiled step brings them: then rows lie before the first block, behind the last or, all
+    of them, behind the table of angles."""
+    layer, q, k, v = filled(side, 1, 1, 150, (0,), torch.float16)
+    layer.shared.positions[:, moved] += 3000
+    codec = Codec.parse(layer.codec_text)
+    st = {n: x.half() if n in ("exact_k", "exact_v") else x for n, x in codec.named(layer.state()).items()}
+    made = rows_of_bytes.variant_of(codec.format, states.shape_of(k, q.shape[1]))
+    assert not isinstance(made, str)
+    p = dict(zip(codec.param_names(), layer.params, strict=True))
+    assert p["start_cos"].shape[0] * codec.table_tokens < 3000
+    got = rows_of_bytes.attend_one(EmulatedCodes(made), made, codec, q, k, v, st, p, None, SCALE, 3)
+    assert got.isnan().all()
 
 
 @pytest.mark.parametrize(("splits", "warps"), [(5, 1), (9, 2), (33, 8)])

@@ -12,13 +12,14 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
+from kvsink.cache.ranges import LARGE_STEPS
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.cuda import backend, launch, variants
+from kvsink.kernels.cuda import launch, variants
 from kvsink.kernels.read import read_ref
-from kvsink.ranges import LARGE_STEPS
 from tests.states import coding
 
 from .emulated import Emulated
@@ -131,10 +132,10 @@ def fill(layer: KVSinkLayer, index: int, batch: int, length: int, shift: Tensor)
     kind = KINDS[index]
     layer.lazy_initialization(*[rows(batch, 0, 0, KV_HEADS, kind.dim, torch.float32)] * 2) if not layer.is_initialized else None
     positions = torch.arange(length)[None] - shift
-    if layer.shared.anchor_cos is not None:
-        from kvsink.runtime import Frame
+    if layer.shared.origin_cos is not None:
+        from kvsink.model.frame import Frame
 
-        layer._set_anchors(Frame(), positions)
+        layer._set_origins(Frame(), positions)
     if length:
         k, v = (rows(batch, length, s, KV_HEADS, kind.dim, torch.float32) for s in (1, 2))
         none = torch.empty(1, length, 0)
@@ -202,7 +203,7 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: in
     for name, t in halves.items():
         setattr(other, name, t)
     given = k.half(), v.half(), positions, none, none, scores, other.state(), other.params, other.codec, True
-    backend.append(coding(*given), kernels(other, index, 2))
+    launch.append(coding(*given), kernels(other, index, 2))
     for name, mine in other.codec.named(other.state()).items():
         wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
         sums = kind.method == "klt-even" or kind.dim in (80, 96)  # of floats, in another order than the definition's
@@ -236,7 +237,7 @@ def test_a_step_enters_the_new_row_when_every_group_has_read_the_exact_ones(inde
     st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
     lib = kernels(layer, index, 3)
     alone = launch.attend_one(lib, layer.codec, q, k, v, st, p, None, 0.09)
-    got = launch.step(lib, layer.codec, q, k, v, torch.full((1, 1), 140), scores, st, p, None, 0.09)
+    got = launch.step_one(lib, layer.codec, q, k, v, torch.full((1, 1), 140), scores, st, p, None, 0.09)
     assert got is not None and alone is not None and torch.equal(got, alone)
     assert (layer.exact_slot == 140).any(1).all() and not lib.arrived.any()
     place = (layer.exact_slot == 140).int().argmax(1)

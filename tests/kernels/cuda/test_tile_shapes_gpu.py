@@ -12,7 +12,7 @@ import torch
 
 from kvsink.codecs import SHARED_NAMES
 from kvsink.kernels.append import append_ref
-from kvsink.kernels.cuda import backend, launch, module, variants
+from kvsink.kernels.cuda import launch, module, variants
 from tests.states import coding
 
 from .test_tile_shapes import HELD, KINDS, KV_HEADS, NAMES, SLOTS, defined, fill, layer_of, rows, scores_of
@@ -79,7 +79,7 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int) -> None:
         gpu = [t.cuda() for t in (k.half(), v.half(), positions, none, none)]
         lib = kernels(index, other)
         given = [t.cuda() for t in scores], half, [t.cuda() for t in other.params], other.codec, True
-        backend.append(coding(*gpu, *given), lib)
+        launch.append(coding(*gpu, *given), lib)
         for name, mine in other.codec.named(half).items():
             wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
             if name in ("k_codes", "k_scale", "v_codes", "v_scale"):
@@ -104,7 +104,7 @@ def test_the_code_of_a_smaller_card_reads_and_writes_the_same_bytes() -> None:
         scores = [t.cuda() for t in scores_of(layer, 2, 1, 3, better=9.0)]
         none = torch.empty(1, 1, 0, device="cuda")
         positions = torch.full((2, 1), 130).cuda()
-        backend.append(coding(k, v, positions, none, none, scores, state, params, layer.codec, True), lib)
+        launch.append(coding(k, v, positions, none, none, scores, state, params, layer.codec, True), lib)
         found.append((out, state))
     assert (found[0][0].float() - found[1][0].float()).norm() <= 1e-3 * found[0][0].float().norm()
     for a, b in zip(found[0][1], found[1][1], strict=True):

@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 
 import kvsink
-from kvsink.cache import KVSinkCache, KVSinkLayer
+from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.layer import KVSinkLayer
 from kvsink.codecs import Anchors, Codec
 from kvsink.errors import UnsupportedError
 from kvsink.kernels import layout, prefill
@@ -81,15 +82,15 @@ def append(
         score = torch.randn(b, s, generator=torch.Generator().manual_seed(i + s)).add(best).topk(n, dim=1)
         scores += [score[0], score[1]]
     none = torch.empty(1, s, 0)
-    if layer.shared.anchor_cos is not None and int(layer.length) == 0:
-        from kvsink.runtime import Frame
+    if layer.shared.origin_cos is not None and int(layer.length) == 0:
+        from kvsink.model.frame import Frame
 
-        layer._set_anchors(Frame(), positions)
+        layer._set_origins(Frame(), positions)
     if lib is None:
         angles = (none, none) if layer.codec.tiles else layer.shared.runtime.angles(1, positions)
         append_ref(k, v, positions, *angles, scores, layer.state(), layer.params, layer.codec_text, True)
     else:
-        backend.append(coding(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec, True), lib)
+        launch.append(coding(k, v, positions, none, none, scores, layer.state(), layer.params, layer.codec, True), lib)
 
 
 def library(layer: KVSinkLayer, blocks: int = 3, single_rows: int = 0) -> Emulated:
@@ -216,9 +217,9 @@ def test_rows_with_left_padding_are_coded_like_rows_without() -> None:
     shift = 37
     wide_k, wide_v = (torch.cat([torch.zeros(1, KV_HEADS, shift, DIM), x], 2) for x in (k, v))
     positions = torch.cat([torch.zeros(1, shift, dtype=torch.int64), torch.arange(100)[None]], 1)
-    from kvsink.runtime import Frame
+    from kvsink.model.frame import Frame
 
-    padded._set_anchors(Frame(valid=torch.arange(shift + 100)[None] >= shift), positions)
+    padded._set_origins(Frame(valid=torch.arange(shift + 100)[None] >= shift), positions)
     none = torch.empty(1, shift + 100, 0)
     score = [torch.full((1, 1), float("-inf")), torch.zeros(1, 1, dtype=torch.int64)] * len(padded.segments)
     append_ref(wide_k, wide_v, positions, none, none, score, padded.state(), padded.params, padded.codec_text, True)
@@ -505,7 +506,7 @@ def test_a_step_stores_the_new_row_and_attends_in_one_launch(
     append_ref(k, v, positions, none, none, scores, wanted.state(), wanted.params, wanted.codec_text, True)
     st, p = mine.codec.named(mine.state()), dict(zip(mine.codec.param_names(), mine.params, strict=True))
     lib = library(mine, blocks)
-    got = launch.step(lib, mine.codec, q, k, v, positions, scores, st, p, mask, 0.09)
+    got = launch.step_one(lib, mine.codec, q, k, v, positions, scores, st, p, mask, 0.09)
     assert got is not None and (got.float() - expected).norm() <= 2e-3 * expected.norm()
     assert (lib.partial == -1).all() and not lib.arrived.any()
     for a, b in zip(decoded(mine, length + 1), decoded(wanted, length + 1), strict=True):
@@ -525,5 +526,5 @@ def test_a_step_whose_rows_are_read_from_their_codes_is_left_to_two_launches() -
     q, k = rows(2, 1, 1, HEADS, torch.float16), rows(2, 1, 2, dtype=torch.float16)
     scores = [torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64)] * len(layer.codec.segments)
     call = (q, k, k, torch.zeros(2, 1, dtype=torch.int64), scores, st, p, None, 1.0)
-    assert launch.step(library(layer), replace(layer.codec, strict=True), *call) is None
-    assert launch.step(library(layer), layer.codec, *call) is not None
+    assert launch.step_one(library(layer), replace(layer.codec, strict=True), *call) is None
+    assert launch.step_one(library(layer), layer.codec, *call) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.cache import KVSinkCache
+from kvsink.cache.cache import KVSinkCache
 from kvsink.codecs import Codec
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.backends import GROWS
@@ -126,12 +127,12 @@ def test_positions_that_run_ahead_of_the_slots_are_never_a_wrong_number() -> Non
     assert got.isnan().all()
 
 
-def run_in_the_interpreter(file: str, count: int) -> None:
-    """The tests of a file in a process whose Triton interprets: `count` of them pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+def run_in_the_interpreter(file: str, count: int, which: str = "") -> None:
+    """The tests of a file, or those named so, in a process whose Triton interprets: `count` of them pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *(("-k", which) if which else ())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{count} passed" in done.stdout, done.stdout[-400:]
+    assert re.findall(r"(\d+) passed", done.stdout.splitlines()[-1]) == [str(count)], done.stdout[-400:]
 
 
 @here

@@ -1,0 +1,116 @@
+"""The statistics that the chosen declarations need: read from a record, or taken from the model over text or prompts.
+
+Source     ours
+Shapes     windows int64 [N, T] of token ids
+Raises     CalibrationError for text, tokens or records that cannot be used; ModelError for damaged weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from kvsink.calibrate.calibration import gather
+from kvsink.calibrate.choices import Chosen, are_prompts
+from kvsink.calibrate.record import Calibration
+from kvsink.codecs.protect import SinkStage, probe_stage
+from kvsink.errors import CalibrationError
+from kvsink.evaluate.texts import builtin_text, read_text
+from kvsink.model.decoder import Decoder
+from kvsink.model.rows import visual_tokens
+
+__all__ = ["CALIBRATION_WINDOW", "Progress", "calibration_windows", "observe"]
+
+CALIBRATION_WINDOW = 1024
+Progress = Callable[[str, int, int], None]
+
+
+def observe(
+    decoder: Decoder, chosen: Chosen, calibration: Any, tokens: int, tokenizer: Any, batch: int = 1,
+    progress: Progress | None = None, stages: Callable[[nn.Module], tuple[SinkStage, ...]] | None = None,
+) -> Calibration:  # fmt: skip
+    """The record that the declarations of all layers are designed from; empty where they need none.
+
+    calibration, tokens, tokenizer, batch: as `kvsink.rewrite` takes them. stages: tells the emergence stages, where a profile
+    holds them.
+    """
+    policies, notes = chosen.policies, chosen.notes
+    kinds = {p.kind for ps in policies for p in ps}
+    if decoder.stream is None:
+        decoder.check_weights()
+    record = Calibration((), {}, {}, torch.zeros(0), 0)
+    known = None if stages is None else stages(decoder.model)
+    if known is not None and not chosen.blocks:
+        record.stages = known
+    elif chosen.blocks or kinds & {"kvsink", "pivots"}:
+        if isinstance(calibration, Calibration):
+            record = calibration
+        elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
+            record = Calibration.load(calibration, decoder.model if decoder.stream is None else None)
+        else:
+            seen = are_prompts(calibration) and visual_tokens(decoder.model.config)
+            ids = calibration if seen else calibration_windows(decoder, calibration, tokens, tokenizer)
+            record = gather(decoder, ids, policies, chosen.blocks, batch, progress, chosen.samples, known)
+        if known is not None and record.stages != known:
+            record = replace(record, stages=known)
+    if "kvsink" in kinds and not record.stages:
+        notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
+    if any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
+        notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
+    return record
+
+
+def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any) -> Tensor:
+    """Windows [N, T] of token ids from ids, texts, "builtin" or a text file."""
+    config = decoder.config
+    length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW)
+    if are_prompts(source):
+        kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
+        source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
+    if isinstance(source, Tensor):
+        ids = source if source.dim() == 2 else source.flatten()
+    else:
+        if isinstance(source, str) and source == "builtin":
+            text = builtin_text()
+        elif isinstance(source, str | Path):
+            text = read_text(source)
+        else:
+            text = "\n\n".join(source)
+        tokenizer = tokenizer or _tokenizer_of(decoder)
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if ids.dim() == 1:
+        if ids.numel() < length:
+            length = ids.numel()
+        count = min(ids.numel(), tokens) // max(1, length)
+        if count == 0:
+            raise CalibrationError(f"{ids.numel()} calibration tokens, {tokens} asked for: give a longer text")
+        if ids.numel() < tokens and isinstance(source, str | Path) and source != "builtin":
+            raise CalibrationError(
+                f"calibration text {source} has {ids.numel()} tokens, {tokens} were asked for; give a longer text or "
+                f"--calibration-tokens {ids.numel()}"
+            )
+        ids = ids[: count * length].reshape(count, length)
+    if ids.numel() == 0:
+        raise CalibrationError("0 calibration tokens: give token ids [N, T], or a longer text")
+    vocabulary = config.vocab_size
+    if wrong := ids[(ids < 0) | (ids >= vocabulary)].tolist():
+        raise CalibrationError(
+            f"calibration token {wrong[0]} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
+        )
+    return ids
+
+
+def _tokenizer_of(decoder: Decoder) -> Any:
+    name = getattr(decoder.model.config, "_name_or_path", "")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"no tokenizer found for {name or type(decoder.model).__name__!r}; pass tokenizer=, or calibration= as token ids"
+        ) from error

@@ -1,0 +1,1 @@
+"""Measure a model through its real cache: perplexity, retrieval, pictures, and a rewrite's own check."""

@@ -1,0 +1,129 @@
+"""What an evaluation found: one row with what was measured, on what and with what, and tables of rows.
+
+Units      perplexity per token, KL in nats, bits per element as the cache counts its own bytes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PasskeyResult:
+    """How often a five-digit number hidden in filler text was repeated correctly within 8 greedy tokens."""
+
+    right: int
+    total: int
+    rows: tuple[dict[str, Any], ...] = ()  # length, depth, right, said
+
+    @property
+    def fraction(self) -> float:
+        return self.right / self.total if self.total else math.nan
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One row: what was measured, on what, and with what."""
+
+    model: str
+    method: str
+    text: str
+    windows: int
+    window_tokens: int
+    chunk: int
+    batch: int
+    tokens: int  # tokens that were predicted: windows * (window_tokens - 1)
+    perplexity: float
+    bits_per_element: float
+    cache_nbytes: int  # of one batch of `batch` rows at `window_tokens` tokens
+    baseline: str | None = None
+    baseline_perplexity: float | None = None
+    baseline_bits_per_element: float | None = None
+    baseline_cache_nbytes: int | None = None
+    kl: float | None = None
+    top1: float | None = None
+    window_nll: tuple[float, ...] = ()
+    baseline_window_nll: tuple[float, ...] = ()
+    passkey: PasskeyResult | None = None
+    baseline_passkey: PasskeyResult | None = None
+    device: str = ""
+    dtype: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    sink_decay: tuple[float | None, ...] | None = None  # D_sink by layer, of the packed cache against the reference
+
+    @property
+    def perplexity_change(self) -> float | None:
+        """Relative change against the reference: 0.05 is five per cent worse."""
+        return None if self.baseline_perplexity is None else self.perplexity / self.baseline_perplexity - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`, with the derived numbers included."""
+        record = dataclasses.asdict(self)
+        for name in ("passkey", "baseline_passkey"):
+            if (result := getattr(self, name)) is not None:
+                record[name]["fraction"] = result.fraction
+        return {**record, "perplexity_change": self.perplexity_change}
+
+    def table(self) -> Any:
+        """The row and its reference as a rich table."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"{self.model}: {self.windows} windows of {self.window_tokens} tokens in chunks of {self.chunk}",
+            caption=self.provenance(),
+        )
+        for heading in HEADINGS:
+            table.add_column(heading, justify="left" if heading == "cache" else "right")
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells under HEADINGS: the reference first, where there is one."""
+        change, kl, top1 = self.perplexity_change, self.kl, self.top1
+        compared = ("", "", "")
+        rows: list[tuple[str, ...]] = []
+        if change is not None and kl is not None and top1 is not None and self.baseline_perplexity is not None:
+            compared = (f"{change:+.2%}", f"{kl:.4f}", f"{top1:.1%}")
+            held = self._held(self.baseline_bits_per_element, self.baseline_cache_nbytes)
+            quality = (f"{self.baseline_perplexity:.3f}", "", "", "", _share(self.baseline_passkey))
+            rows.append((f"{self.baseline} (reference)", *held, *quality))
+        held = self._held(self.bits_per_element, self.cache_nbytes)
+        rows.append((self.method, *held, f"{self.perplexity:.3f}", *compared, _share(self.passkey)))
+        return rows
+
+    def _held(self, bits: float | None, nbytes: int | None) -> tuple[str, str]:
+        if bits is None or nbytes is None:
+            return "", ""
+        return f"{bits:.2f}", f"{nbytes / (self.batch * self.window_tokens) / 1e3:.2f}"
+
+    def provenance(self) -> str:
+        """Text, tokens, device and versions in one line."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"{self.text}; {self.tokens} tokens predicted; {self.batch} rows at a time; {self.device}, {self.dtype};"
+            f" {versions}; {self.seconds:.0f} s"
+        )
+
+
+HEADINGS = ("cache", "bits", "KB/token", "perplexity", "change", "KL (nats)", "top-1", "passkey")
+
+
+def markdown_table(results: Sequence[EvalResult]) -> str:
+    """The rows of several results as one Markdown table; a reference that appears twice is listed once."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
+    for result in results:
+        for row in result.rows():
+            line = "| " + " | ".join(cell or " " for cell in row) + " |"
+            if line not in lines:
+                lines.append(line)
+    return "\n".join(lines)
+
+
+def _share(result: PasskeyResult | None) -> str:
+    return "" if result is None else f"{result.right}/{result.total}"

@@ -1,0 +1,227 @@
+"""The rules of the house as functions of a tree: each returns its faults in words, an empty list where there are none."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+FOLDERS = {"rewriter": "kvsink", "passes": "kvsink.passes", "kernels": "kvsink.kernels", "export": "kvsink.export",
+           "tools": "kvsink.tools"}  # fmt: skip
+
+LAYERS = (
+    ("tools",), ("",), ("outdir", "explain"), ("rewrite",), ("hf",), ("saving",), ("export", "profiling"), ("evaluate",),
+    ("report",), ("graph+passes", "calibrate"), ("cache",), ("folder",), ("model",), ("methods",), ("codecs",),
+    ("kernels", "evaluate.texts"), ("errors",),
+)  # fmt: skip
+"""From the top: a folder imports folders of the rows below its own. `graph` and `passes` know each other; the texts are data."""
+
+_MUTATORS = {"add", "append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
+
+
+@dataclass(frozen=True)
+class File:
+    """What the rules look at in one file."""
+
+    imports: tuple[ast.Import | ast.ImportFrom, ...]  # that run, inside functions too
+    lines: int
+    state: dict[str, str]  # names of the module level that hold hidden state, and of which kind
+    marks: frozenset[str]  # attributes of ours that it sets
+
+
+@cache
+def read(text: str) -> File:
+    """Parse a file once, whatever trees it stands in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module = ast.parse(text)
+    state = dict.fromkeys(_changed(module), "is changed by functions: give it a home, or hand it on")
+    for name, value in _bound(module):
+        if isinstance(value, ast.Constant) and isinstance(value.value, bool):
+            state[name] = "is a switch: make it an argument"
+    stored = (n for n in ast.walk(module) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+    return File(
+        tuple(n for n in running(module) if isinstance(n, (ast.Import, ast.ImportFrom))), len(text.splitlines()), state,
+        frozenset(n.attr for n in stored if n.attr.startswith("_kvsink")),
+    )  # fmt: skip
+
+
+class Tree:
+    """The modules below a root, and what they import of each other."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.paths: dict[str, Path] = {}  # module → file, relative to the root
+        self.files: dict[str, File] = {}
+        for folder in FOLDERS:
+            for path in sorted((root / folder).rglob("*.py")):
+                name = module_name(path.relative_to(root))
+                self.paths[name] = path.relative_to(root)
+                self.files[name] = read(path.read_text(encoding="utf-8"))
+        self.imports = {name: dict(self._imports(name)) for name in self.paths}
+
+    def _imports(self, name: str) -> Iterator[tuple[str, int]]:
+        """Modules of ours that a module imports, with the line; inside functions too, but not for types alone. The version that
+        stands in the package's root is a text, not a module."""
+        package = name if self.paths[name].name == "__init__.py" else name.rpartition(".")[0]
+        for node in self.files[name].imports:
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            else:
+                base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+                base = ".".join(filter(None, (base, node.module)))
+                found = [f"{base}.{alias.name}" for alias in node.names if (base, alias.name) != ("kvsink", "__version__")]
+            for target in found:
+                while target and target not in self.paths:  # a name in a module
+                    target = target.rpartition(".")[0]
+                if target and target != name:
+                    yield target, node.lineno
+
+
+def running(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree but for `if TYPE_CHECKING` blocks, which do not run."""
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from running(child)
+
+
+def module_name(path: Path) -> str:
+    """kvsink.… of a file, its path below the root."""
+    folder, *rest = path.with_suffix("").parts
+    return ".".join([FOLDERS[folder], *(part for part in rest if part != "__init__")])
+
+
+def layer(name: str) -> str:
+    """The entry of `LAYERS` that a module belongs to."""
+    parts = name.split(".")[1:]
+    if not parts:
+        return ""
+    if parts[:2] == ["evaluate", "texts"]:
+        return "evaluate.texts"
+    return "graph+passes" if parts[0] in ("graph", "passes") else parts[0]
+
+
+def layering(tree: Tree) -> list[str]:
+    """Imports of a folder that does not stand below."""
+    row = {name: i for i, names in enumerate(LAYERS) for name in names}
+    faults = [f"{path}: {layer(name)!r} stands in no row of LAYERS" for name, path in tree.paths.items() if layer(name) not in row]
+    for name, targets in tree.imports.items():
+        for target, line in targets.items():
+            mine, other = layer(name), layer(target)
+            if mine in row and other in row and mine != other and row[mine] >= row[other]:
+                faults.append(f"{tree.paths[name]}:{line} imports {target}, which does not stand below {mine or 'kvsink'}")
+    return faults
+
+
+def circles(tree: Tree) -> list[frozenset[str]]:
+    """Sets of modules that import each other in a circle, imports inside functions counted."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[frozenset[str]] = []
+
+    def visit(name: str) -> None:  # Tarjan
+        number[name] = low[name] = len(number)
+        stack.append(name)
+        for target in tree.imports[name]:
+            if target not in number:
+                visit(target)
+                low[name] = min(low[name], low[target])
+            elif target in stack:
+                low[name] = min(low[name], number[target])
+        if low[name] == number[name]:
+            at = stack.index(name)
+            circle, stack[at:] = frozenset(stack[at:]), []
+            if len(circle) > 1:
+                found.append(circle)
+
+    for name in tree.paths:
+        if name not in number:
+            visit(name)
+    return found
+
+
+def long_files(tree: Tree, reasons: Mapping[str, str], most: int = 350) -> list[str]:
+    """Files above `most` lines that nobody gave a reason for, and reasons that are no longer needed."""
+    long = {str(tree.paths[name]): file.lines for name, file in tree.files.items() if file.lines > most}
+    unsaid = {path: count for path, count in long.items() if path not in reasons}
+    faults = [f"{path} has {count} lines, more than {most}: split it, or say why not" for path, count in unsaid.items()]
+    return faults + [f"{path} needs no reason to be long" for path in reasons if path not in long]
+
+
+def untested(tree: Tree, elsewhere: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Modules without a test file in the mirrored place. elsewhere: by path of the module, a test file that stands in another
+    place, and why it tests the module where it does not import it."""
+    faults = []
+    for name, path in tree.paths.items():
+        mirrored = Path("tests", *path.parts[:-1], f"test_{path.stem}.py")
+        if path.name == "__init__.py" or (tree.root / mirrored).is_file():
+            if str(path) in elsewhere:
+                faults.append(f"{path} has its test in the mirrored place")
+            continue
+        if str(path) not in elsewhere:
+            faults.append(f"{path} has no {mirrored}")
+            continue
+        test, why = elsewhere[str(path)]
+        if not (tree.root / test).is_file():
+            faults.append(f"{path}: its test {test} does not exist")
+        elif not why and name not in imported((tree.root / test).read_text(encoding="utf-8")):
+            faults.append(f"{path}: {test} does not import it; say why it tests it all the same")
+    return faults + [f"{path} does not exist" for path in elsewhere if not (tree.root / path).is_file()]
+
+
+def imported(text: str) -> set[str]:
+    """Absolute names that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def state(tree: Tree, homes: Mapping[str, str]) -> list[str]:
+    """Hidden state: tables of a module that its functions change, `global`, switches. homes: "path:name" and why it may be."""
+    found = {f"{tree.paths[name]}:{x}": what for name, file in tree.files.items() for x, what in file.state.items()}
+    faults = [f"{where} {what}" for where, what in found.items() if where not in homes]
+    return faults + [f"{where} is no longer there" for where in homes if where not in found]
+
+
+def _bound(module: ast.Module) -> Iterator[tuple[str, ast.expr | None]]:
+    for node in module.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    yield target.id, node.value
+
+
+def _changed(module: ast.Module) -> set[str]:
+    """Names of the module level that a function declares global, puts items into, or calls a changing method of."""
+    known, found = {name for name, _ in _bound(module)}, set[str]()
+    for function in ast.walk(module):
+        if not isinstance(function, (ast.FunctionDef, ast.Lambda)):
+            continue
+        arguments = {a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)}
+        for node in ast.walk(function):
+            held: ast.expr | None = None
+            if isinstance(node, ast.Global):
+                found |= set(node.names)
+            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                held = node.value
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATORS:
+                held = node.func.value
+            if isinstance(held, ast.Name):
+                found |= {held.id} & known - arguments
+    return found
+
+
+def marks(tree: Tree, owners: Mapping[str, str]) -> list[str]:
+    """Attributes of ours on objects that are not ours. owners: "path:attribute" and on what it stands; never a tensor."""
+    found = {f"{tree.paths[name]}:{mark}" for name, file in tree.files.items() for mark in file.marks}
+    faults = [f"{where} is set on an object that is not ours: hand it on" for where in sorted(found) if where not in owners]
+    return faults + [f"{where} is no longer set" for where in owners if where not in found]

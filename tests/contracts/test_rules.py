@@ -1,0 +1,141 @@
+"""The rules of the house, each broken once on a copy of the tree: the rule says so, and is silent again when the copy is mended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.contracts import rules, test_house
+
+Faults = Callable[[rules.Tree], list[str]]
+Break = tuple[str, str, Faults, str]  # file, what is added to it, the rule, what it is to say
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("house")
+    for folder in (*rules.FOLDERS, "tests"):
+        shutil.copytree(test_house.ROOT / folder, root / folder, ignore=_but_python)
+    return root
+
+
+def _but_python(folder: str, names: list[str]) -> list[str]:
+    return [n for n in names if not n.endswith(".py") and not Path(folder, n).is_dir()]
+
+
+@pytest.fixture
+def house(copy: Path) -> Iterator[Path]:
+    """The copy; what a test has added to it is gone afterwards."""
+    before = {p: p.read_bytes() for p in copy.rglob("*.py")}
+    yield copy
+    for path in copy.rglob("*.py"):
+        if path not in before:
+            path.unlink()
+    for path, held in before.items():
+        if not path.exists() or path.read_bytes() != held:
+            path.write_bytes(held)
+
+
+def circles(tree: rules.Tree) -> list[str]:
+    known = [frozenset(f"kvsink.kernels.{name}" for name in names) for names in test_house.CIRCLES]
+    return [" ".join(sorted(c)) for c in rules.circles(tree) if not any(c <= k for k in known)]
+
+
+def long_files(tree: rules.Tree) -> list[str]:
+    return rules.long_files(tree, test_house.LONG)
+
+
+def untested(tree: rules.Tree) -> list[str]:
+    return rules.untested(tree, test_house.elsewhere())
+
+
+def state(tree: rules.Tree) -> list[str]:
+    return rules.state(tree, test_house.STATE)
+
+
+def marks(tree: rules.Tree) -> list[str]:
+    return rules.marks(tree, test_house.MARKS)
+
+
+BREAKS: dict[str, Break] = {
+    "a forbidden import": (
+        "rewriter/codecs/spec.py", "from kvsink.model.anatomy import Anatomy\n", rules.layering,
+        "imports kvsink.model.anatomy, which does not stand below codecs",
+    ),
+    "one inside a function": (
+        "rewriter/cache/ranges.py", "def late():\n    from kvsink import report\n    return report\n", rules.layering,
+        "imports kvsink.report, which does not stand below cache",
+    ),
+    "one by a relative name": (
+        "rewriter/methods/rtn.py", "from ..calibrate import plan\n", rules.layering,
+        "imports kvsink.calibrate.plan, which does not stand below methods",
+    ),
+    "a front end in a pass": (
+        "passes/center.py", "import kvsink.export.onnx\n", rules.layering,
+        "imports kvsink.export, which does not stand below graph+passes",
+    ),
+    "a folder that nobody placed": (
+        "rewriter/odd/thing.py", '"""A thing."""\n', rules.layering, "'odd' stands in no row of LAYERS"
+    ),
+    "a circle": (
+        "rewriter/model/turning.py", "def late():\n    from kvsink.model import tables\n    return tables\n", circles,
+        "kvsink.model.tables kvsink.model.turning",
+    ),
+    "a long file": ("kernels/rope.py", "#\n" * 350, long_files, "kernels/rope.py has"),
+    "a module without a test": (
+        "rewriter/model/extra.py", '"""Something that nobody tests."""\n', untested, "has no tests/rewriter/model/test_extra.py"
+    ),
+    "a table that changes": (
+        "kernels/rope.py", "_seen = {}\ndef note(x):\n    _seen[x] = 1\n", state, "kernels/rope.py:_seen is changed by functions"
+    ),
+    "a list that grows": ("passes/center.py", "_all = list()\ndef note(x):\n    _all.append(x)\n", state, "passes/center.py:_all"),
+    "a global": ("export/check.py", "_now = None\ndef note(x):\n    global _now\n    _now = x\n", state, "export/check.py:_now"),
+    "a switch": ("kernels/read.py", "FAST = True\n", state, "kernels/read.py:FAST is a switch"),
+    "a mark on a tensor": (
+        "rewriter/cache/layer.py", "def mark(keys):\n    keys._kvsink_note = 1\n", marks,
+        "rewriter/cache/layer.py:_kvsink_note is set on an object that is not ours",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_rule_is_noticed(house: Path, what: str) -> None:
+    file, added, rule, said = BREAKS[what]
+    path = house / file
+    path.parent.mkdir(exist_ok=True)
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    assert rule(rules.Tree(house)) == []
+    path.write_text((before or "") + added, encoding="utf-8")
+    (fault,) = rule(rules.Tree(house))
+    assert said in fault
+    if before is None:
+        path.unlink()
+
+
+def test_what_is_allowed_is_not_a_fault(house: Path) -> None:
+    """An import for types alone, a name that a function has as its argument, a table that nobody changes."""
+    with (house / "kernels" / "rope.py").open("a", encoding="utf-8") as file:
+        file.write("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kvsink.report import Report\n")
+        file.write("TABLE = {1: 2}\ndef change(TABLE):\n    TABLE[1] = 3\n")
+    tree = rules.Tree(house)
+    assert rules.layering(tree) == [] and state(tree) == []
+
+
+def test_a_test_that_is_taken_away_is_missed(house: Path) -> None:
+    (house / "tests" / "kernels" / "test_rope.py").unlink()
+    faults = untested(rules.Tree(house))
+    assert any(f.startswith("kernels/rope.py has no tests/kernels/test_rope.py") for f in faults)
+    assert any(f.startswith("kernels/stages.py: its test") for f in faults)  # which names it as the one elsewhere
+
+
+def test_a_test_elsewhere_that_no_longer_imports_its_module(house: Path) -> None:
+    test = house / "tests" / "kernels" / "test_quantize.py"
+    text = test.read_text(encoding="utf-8")
+    assert "kvsink.kernels.dequantize" in text
+    test.write_text(text.replace("kvsink.kernels.dequantize", "kvsink.kernels"), encoding="utf-8")
+    assert untested(rules.Tree(house)) == [
+        "kernels/dequantize.py: tests/kernels/test_quantize.py does not import it; say why it tests it all the same"
+    ]

@@ -1,0 +1,61 @@
+"""Calibration text: every kind of source, and what cannot be used is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvsink
+from kvsink.calibrate.observing import calibration_windows
+from kvsink.errors import CalibrationError
+from kvsink.model.decoder import Decoder
+from tests.models import VOCAB, build, tokens
+
+IDS = tokens(8, 64, seed=1)
+
+
+class Characters:
+    """A tokenizer that knows letters."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [3 + ord(c) % (VOCAB - 3) for c in text]}
+
+
+@pytest.mark.parametrize("source", [IDS, IDS.flatten(), ["some text of its own " * 20] * 2])
+def test_calibration_sources(source: Any) -> None:
+    report = kvsink.rewrite(build("llama"), "klt", calibration=source, calibration_tokens=512, tokenizer=Characters())
+    assert report.calibration_tokens == 512
+
+
+def test_a_text_file_is_a_source(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("some text of its own " * 40)
+    windows = calibration_windows(Decoder(build("llama")), file, 512, Characters())
+    assert windows.shape == (4, 128)  # windows of the model's own length
+    with pytest.raises(CalibrationError, match=f"{file} has 840 tokens, 1000 were asked for.*--calibration-tokens 840"):
+        calibration_windows(Decoder(build("llama")), file, 1000, Characters())
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (torch.full((4, 64), VOCAB), f"token {VOCAB} is outside the vocabulary of {VOCAB}"),
+        (torch.full((4, 64), -1), "token -1 is outside the vocabulary"),
+        (torch.empty(0, dtype=torch.int64), "0 calibration tokens"),
+        (torch.empty(0, 8, dtype=torch.int64), "0 calibration tokens"),
+        ("no-such-file.txt", "text file no-such-file.txt does not exist"),
+        ([], "0 calibration tokens"),
+    ],
+)
+def test_impossible_calibration(source: Any, words: str) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        kvsink.rewrite(build("llama"), "klt", calibration=source, tokenizer=Characters())
+
+
+def test_without_a_tokenizer_text_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="no tokenizer found for 'LlamaForCausalLM'; pass tokenizer="):
+        kvsink.rewrite(build("llama"), "klt", calibration=["text"])
