@@ -12,7 +12,7 @@ Formula    b bits a channel choose among 2^(b+1) levels: the lowest bit u drives
            the smaller error counts, the first one at ties
            g is one byte at the end of a row: 4 bits of exponent and 4 of fraction, g = 2^(e - 9) (1 + f / 16), the nearest
            one by half to even: the upper bits of a float16, so that a kernel shifts and adds; 0 is a row of zeros, 255 one
-           with an entry that is not finite, which reads as not a number
+           with an x / sigma that is not finite, which reads as not a number
 Source     Marcellin and Fischer 1990; the code (5, 2) with 4 states: Ungerboeck 1987; circles across the channels: ours
 Differs    walks are circular and short, the gain is of a row
 Shapes     x [..., H, S, D], sigma float32 [H, D], widths 1 to 4 per run of 8 channels [D / 8] →
@@ -128,9 +128,7 @@ def _choices(y: Tensor, weight: Tensor, widths: Sequence[int]) -> tuple[Tensor, 
             m = torch.bucketize(part.contiguous(), edge)
             nearest.append(m.to(torch.uint8))
             cost.append((part - level[m]).square() * weight[:, a:b])
-    runs = len(nearest) // 4
     index, error = (torch.stack([torch.cat(x[j::4], -1) for j in range(4)]) for x in (nearest, cost))
-    assert runs
     return index.unflatten(-1, (-1, 8)), error.unflatten(-1, (-1, 8))
 
 
@@ -179,16 +177,16 @@ def trellis_encode(x: Tensor, sigma: Tensor, widths: Sequence[int]) -> Tensor:
     flat = x.flatten(0, -2)
     wide = deviation.expand(x.shape).flatten(0, -2)
     weight = (deviation / deviation.amax(-1, keepdim=True)).square().expand(x.shape).flatten(0, -2)
-    parts = zip(*(t.split(_ROWS) for t in (flat, wide, weight)), strict=True)
-    codes = [_encode(*part, widths) for part in parts]
+    parts = zip(flat.split(_ROWS), wide.split(_ROWS), weight.split(_ROWS), strict=True)
+    codes = [_encode(rows, sigmas, weights, widths) for rows, sigmas, weights in parts]
     out = torch.cat(codes) if codes else torch.empty((0, sum(widths) + 1), dtype=torch.uint8, device=x.device)
     return out.unflatten(0, x.shape[:-1])
 
 
 def _encode(x: Tensor, deviation: Tensor, weight: Tensor, widths: Sequence[int]) -> Tensor:
-    finite = x.isfinite().all(-1, keepdim=True)
-    x = torch.where(finite, x, torch.zeros_like(x))
     y = x / deviation
+    finite = y.isfinite().all(-1, keepdim=True)
+    y = torch.where(finite, y, torch.zeros_like(y))
     least = gain_of(torch.ones((), dtype=torch.uint8, device=x.device))
 
     def found(start: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,13 +100,15 @@ static uint8_t trellis_row(
     float *y = room, *weight = y + dim, *level = weight + dim, most = 6.0e-8f;
     double square = 0.0;
     int finite = 1;
-    for (int64_t i = 0; i < dim; i++) most = sigma[i] > most ? sigma[i] : most, finite &= isfinite(x[i]) != 0;
+    for (int64_t i = 0; i < dim; i++) most = sigma[i] > most ? sigma[i] : most;
     for (int64_t i = 0; i < dim; i++) {
         const float deviation = sigma[i] > 6.0e-8f ? sigma[i] : 6.0e-8f, share = deviation / most;
-        y[i] = finite ? x[i] / deviation : 0.0f;
+        y[i] = x[i] / deviation;
         weight[i] = share * share;
-        square += y[i] * y[i];
+        finite &= isfinite(y[i]) != 0;
     }
+    if (!finite) memset(y, 0, sizeof(float) * dim);
+    for (int64_t i = 0; i < dim; i++) square += y[i] * y[i];
     const float rms = (float)sqrt(square / (double)dim), start[2] = {0.9f * rms, 1.1f * rms};
     uint16_t *other = (uint16_t *)(level + 7 * dim);
     uint8_t gain[2];
