@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from kvsink.codecs import STATE_NAMES, Codec
+from kvsink.codecs.steps import asks_positions
 from kvsink.graph.sites import AttentionSite
 from kvsink.graph.targets import argument, kind, value
 from kvsink.kernels import stages
@@ -80,7 +81,8 @@ class Attach(RewritePass):
 
 
 def _needs_positions(codec: Codec) -> bool:
-    return codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+    before_rope = codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+    return before_rope or any(s.packed and asks_positions(s, prefix) for s, prefix in ((codec.key, "k"), (codec.value, "v")))
 
 
 def _read_once(site: AttentionSite) -> bool:
