@@ -68,8 +68,20 @@ def every_kernel_says(name: str, made: Codec) -> None:
 
 
 SERVED = (
-    "akvq-vl", "antkv", "centred", "centred-even", "cq", "kivi", "klt", "klt-even", "kvquant", "oscar", "rotatekv", "rtn", "static",
-)  # fmt: skip
+    "akvq-vl",
+    "antkv",
+    "centred",
+    "centred-even",
+    "cq",
+    "kivi",
+    "klt",
+    "klt-even",
+    "kvquant",
+    "oscar",
+    "rotatekv",
+    "rtn",
+    "static",
+)
 
 
 def test_methods_are_made_of_stages_that_kernels_know() -> None:
