@@ -36,8 +36,10 @@ def main(path: str, prompt: str = "", new_tokens: int = 40, **options: Any) -> N
         tokens = model.generate(**given, **{name: cache}, max_new_tokens=new_tokens, do_sample=False)
         print(f"{type(cache).__name__}: {tokenizer.decode(tokens[0, given['input_ids'].shape[1] :])}")
     theirs = sum(t.nbytes for layer in stock.layers for t in (layer.keys, layer.values))
-    print(f"{packed.get_seq_length()} tokens: {packed.held_nbytes()} bytes, {packed.bits_per_element():.2f} bits per element; "
-          f"{type(stock).__name__} {theirs} bytes in {model.dtype}")  # fmt: skip
+    print(
+        f"{packed.get_seq_length()} tokens: {packed.held_nbytes()} bytes, {packed.bits_per_element():.2f} bits per element; "
+        f"{type(stock).__name__} {theirs} bytes in {model.dtype}"
+    )
 
 
 if __name__ == "__main__":

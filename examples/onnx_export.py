@@ -30,9 +30,7 @@ def main(path: str, out: str, method: str = "klt", **options: Any) -> None:
     tokenizer.save_pretrained(file.parent)
     check = manifest["check"]
     print(f"{file}: opset {manifest['opset']}, {len(manifest['inputs'])} inputs, {len(manifest['outputs'])} outputs")
-    print(
-        f"checked: {check['packed_bytes']} packed bytes, {check['different_bytes']} of them not those of the torch model"
-    )
+    print(f"checked: {check['packed_bytes']} packed bytes, {check['different_bytes']} of them not those of the torch model")
 
 
 if __name__ == "__main__":

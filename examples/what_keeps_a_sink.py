@@ -68,8 +68,10 @@ def main(path: str, windows: int = 4) -> None:
     heads = [sink_decay(base[:, 12:13, h : h + 1], skipped[:, 12:13, h : h + 1])[0][0] for h in range(base.shape[2])]
     print("layer 12 by head, skipped:", " ".join("none" if d is None else f"{d:.2f}" for d in heads))
     sizes = hidden.norm(dim=-1)
-    print(f"norm of the first row {float(sizes[:, 0].mean()):.0f}, of the others {float(sizes[:, START:].mean()):.0f}; "
-          f"largest channel {int(order[0])}")  # fmt: skip
+    print(
+        f"norm of the first row {float(sizes[:, 0].mean()):.0f}, of the others {float(sizes[:, START:].mean()):.0f}; "
+        f"largest channel {int(order[0])}"
+    )
 
 
 if __name__ == "__main__":

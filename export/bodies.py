@@ -321,11 +321,14 @@ def _dequantize_groups(b: Body, a: Mapping[str, Any], codes: str, scale: str, ta
 
 
 QUANTIZER_BODIES: dict[str, tuple[Callable[..., tuple[str, str]], Callable[..., str]]] = {
-    "uniform": (_quantize_uniform, _dequantize_groups), "uniform-int": (_quantize_uniform, _dequantize_groups),
-    "gauss": (_quantize_gauss, _dequantize_groups), "lloyd": (_quantize_lloyd, _dequantize_lloyd),
-    "lloyd-even": (_quantize_lloyd, _dequantize_lloyd), "vector": (_quantize_vector, _dequantize_vector),
+    "uniform": (_quantize_uniform, _dequantize_groups),
+    "uniform-int": (_quantize_uniform, _dequantize_groups),
+    "gauss": (_quantize_gauss, _dequantize_groups),
+    "lloyd": (_quantize_lloyd, _dequantize_lloyd),
+    "lloyd-even": (_quantize_lloyd, _dequantize_lloyd),
+    "vector": (_quantize_vector, _dequantize_vector),
     "static": (_quantize_static, _dequantize_static),
-}  # fmt: skip
+}
 """By kind: (body, attributes, x, *tables) → codes and scale; (body, attributes, codes, scale or "", first table or "") → rows."""
 
 
@@ -425,9 +428,17 @@ def _select_first(b: Body, a: Mapping[str, Any], positions: str, valid: str) -> 
 
 
 def _preserve_sinks(
-    b: Body, a: Mapping[str, Any], slot: str, score: str, exact_k: str, exact_v: str, k: str, v: str, past_positions: str,
+    b: Body,
+    a: Mapping[str, Any],
+    slot: str,
+    score: str,
+    exact_k: str,
+    exact_v: str,
+    k: str,
+    v: str,
+    past_positions: str,
     *candidates: str,
-) -> tuple[str, ...]:  # fmt: skip
+) -> tuple[str, ...]:
     first = b.size(past_positions, 1)
     slot = b.cast(slot, "INT64")
     held = b.Where(b.Less(slot, b.ints(-1)), b.Sub(b.Neg(slot), b.ints(2)), slot)  # a place marked as a repeat
@@ -493,9 +504,22 @@ def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) ->
 
 
 _PACKED_INPUTS = (
-    "k_codes", "k_scale", "v_codes", "v_scale", "exact_k", "exact_v", "slot", "start_cos", "start_sin", "k_table", "k_basis",
-    "k_params", "v_mean", "v_basis", "v_params",
-)  # fmt: skip
+    "k_codes",
+    "k_scale",
+    "v_codes",
+    "v_scale",
+    "exact_k",
+    "exact_v",
+    "slot",
+    "start_cos",
+    "start_sin",
+    "k_table",
+    "k_basis",
+    "k_params",
+    "v_mean",
+    "v_basis",
+    "v_params",
+)
 
 
 def _attend_packed(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str, positions: str, *rest: str) -> tuple[str, ...]:
@@ -530,11 +554,21 @@ def _attend_packed(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: 
 
 
 BODIES: dict[str, Callable[..., tuple[str, ...]]] = {
-    "Attend": _attend, "AttendPacked": _attend_packed, "CenterRoped": _center_roped, "ChannelReorder": _reorder,
-    "DequantizeKV": _dequantize, "HadamardRotate": _hadamard, "MeanRows": _mean_rows, "PreserveSinks": _preserve_sinks,
-    "QuantizeKV": _quantize, "RestoreSinks": _restore_sinks, "RotateBlock": _rotate_block, "SelectFirst": _select_first,
-    "SelectSinks": _select_sinks, "UndoRope": _undo_rope,
-}  # fmt: skip
+    "Attend": _attend,
+    "AttendPacked": _attend_packed,
+    "CenterRoped": _center_roped,
+    "ChannelReorder": _reorder,
+    "DequantizeKV": _dequantize,
+    "HadamardRotate": _hadamard,
+    "MeanRows": _mean_rows,
+    "PreserveSinks": _preserve_sinks,
+    "QuantizeKV": _quantize,
+    "RestoreSinks": _restore_sinks,
+    "RotateBlock": _rotate_block,
+    "SelectFirst": _select_first,
+    "SelectSinks": _select_sinks,
+    "UndoRope": _undo_rope,
+}
 
 
 def function_proto(op: str, overload: str, attributes: Mapping[str, Any], inputs: tuple[bool, ...], opset: int) -> Any:

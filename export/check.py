@@ -25,8 +25,8 @@ from torch import Tensor
 from kvsink.cache.cache import KVSinkCache
 from kvsink.cache.layer import KVSinkLayer
 from kvsink.export.errors import ExportError
-from kvsink.export.past import FIXED, STATE_OF, past_names
 from kvsink.export.runner import OnnxGenerator
+from kvsink.export.state import FIXED, STATE_OF, past_names
 from kvsink.export.ties import Ties
 from kvsink.model.passing import given_cache
 from kvsink.model.runtime import runtime_of
@@ -79,9 +79,12 @@ def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence
         seen = mask[:, new].bool().numpy()
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
-                **{takes: given[:, new]}, attention_mask=mask[:, :upto], position_ids=positions[:, new], use_cache=True,
+                **{takes: given[:, new]},
+                attention_mask=mask[:, :upto],
+                position_ids=positions[:, new],
+                use_cache=True,
                 **given_cache(model, cache),
-            ).logits  # fmt: skip
+            ).logits
         held = _state(cache, present, upto, runner.one_row)
         for name, there in held.items():
             _compare(name, present[name], there)

@@ -23,9 +23,13 @@ __all__ = ["evaluate_onnx"]
 
 
 def evaluate_onnx(
-    runner: OnnxGenerator, ids: Tensor, chunk: int = 64, batch: int = 4, text_name: str = "unnamed text",
+    runner: OnnxGenerator,
+    ids: Tensor,
+    chunk: int = 64,
+    batch: int = 4,
+    text_name: str = "unnamed text",
     progress: Callable[[int, int], None] | None = None,
-) -> EvalResult:  # fmt: skip
+) -> EvalResult:
     """One row for windows `ids` [N, T]; the bits are those of the tensors that cross the boundary at the window's end."""
     started = time.perf_counter()
     windows, (count, length) = ids.numpy(), ids.shape
@@ -57,11 +61,20 @@ def evaluate_onnx(
             progress(min(first + batch, count), count)
     predicted = count * (length - 1)
     return EvalResult(
-        model=str(runner.path), method=f"kvsink {runner.manifest['method']}, onnx" + (" gqa" if runner.one_row else ""),
-        text=text_name, windows=count,
-        window_tokens=length, chunk=chunk, batch=min(batch, count), tokens=predicted,
-        perplexity=math.exp(nll.sum() / predicted), bits_per_element=held[0], cache_nbytes=held[1],
-        window_nll=tuple((nll / (length - 1)).tolist()), device=runner.session.get_providers()[0], dtype=runner.manifest["dtype"],
+        model=str(runner.path),
+        method=f"kvsink {runner.manifest['method']}, onnx" + (" gqa" if runner.one_row else ""),
+        text=text_name,
+        windows=count,
+        window_tokens=length,
+        chunk=chunk,
+        batch=min(batch, count),
+        tokens=predicted,
+        perplexity=math.exp(nll.sum() / predicted),
+        bits_per_element=held[0],
+        cache_nbytes=held[1],
+        window_nll=tuple((nll / (length - 1)).tolist()),
+        device=runner.session.get_providers()[0],
+        dtype=runner.manifest["dtype"],
         versions=versions() | {"onnxruntime": importlib.metadata.version("onnxruntime")},
         seconds=time.perf_counter() - started,
-    )  # fmt: skip
+    )

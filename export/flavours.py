@@ -25,9 +25,17 @@ from kvsink.model.rows import visual_tokens
 from kvsink.model.runtime import Runtime
 
 __all__ = [
-    "FLAVOURS", "check_expressible", "codec_refusal", "explain_flavours", "flavour_table", "gqa_refusal", "method_refusal",
-    "model_refusal", "refusal", "takes_functions",
-]  # fmt: skip
+    "FLAVOURS",
+    "check_expressible",
+    "codec_refusal",
+    "explain_flavours",
+    "flavour_table",
+    "gqa_refusal",
+    "method_refusal",
+    "model_refusal",
+    "refusal",
+    "takes_functions",
+]
 
 FLAVOURS = ("functions", "custom", "gqa")
 CARRIED: tuple[str, ...] = ()  # fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`
@@ -105,9 +113,7 @@ def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str
     return gqa_refusal(codec, segments) if flavour == "gqa" else codec_refusal(codec, segments)
 
 
-def model_refusal(
-    model: Any, anywhere: bool = False, embeds: bool = False, flavour: str = "functions", lean: bool = False
-) -> str:
+def model_refusal(model: Any, anywhere: bool = False, embeds: bool = False, flavour: str = "functions", lean: bool = False) -> str:
     """Why a model cannot be written as a graph, whatever its codec, or an empty string.
 
     anywhere: not yet where it must be; embeds: the graph takes embeddings, those of pictures among them; lean: flavour gqa as

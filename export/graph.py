@@ -23,7 +23,8 @@ from kvsink.export.bodies import DOMAIN, function_proto
 from kvsink.export.errors import ExportError
 from kvsink.export.flavours import takes_functions
 from kvsink.export.group_query import GQA_ATTENTION, GQA_LEAN, GroupQueryModel, empty_cache
-from kvsink.export.past import ATTENTION, FIXED, ExportedModel, empty_past
+from kvsink.export.past import ATTENTION, ExportedModel
+from kvsink.export.state import FIXED, empty_past
 from kvsink.export.trace import trace
 from kvsink.kernels.quantize import SIGMA_KINDS
 
@@ -166,9 +167,8 @@ def _number(value: Any, dtype: int = 1, **rest: Any) -> Any:
 
 
 def _group_query(
-    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int,
-    sink: Any = None,
-) -> Any:  # fmt: skip
+    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int, sink: Any = None
+) -> Any:
     """Record com.microsoft::GroupQueryAttention, with the transposes and lengths it asks for, in standard operators."""
     import numpy as np
     import onnx_ir as ir

@@ -62,9 +62,18 @@ def empty_cache(runtime: Runtime, batch: int, length: int, dtype: torch.dtype = 
 
 @torch.library.custom_op("kvsink_export::group_query", mutates_args=())
 def group_query(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, k_step: Tensor | None, v_step: Tensor | None,
-    scale: float, bits: int, sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    bias: Tensor,
+    k_step: Tensor | None,
+    v_step: Tensor | None,
+    scale: float,
+    bits: int,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One GroupQueryAttention node in plain torch: (output [B, S, Hq·D], present keys, present values); causal, bias added.
 
     bias: float [B, Hq or 1, S, P + S]; or the attention mask [B, P + S], all ones, and steps are 1. sink: learned logits [Hq] of a
@@ -91,9 +100,18 @@ def group_query(
 
 @group_query.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, bias: Tensor, k_step: Tensor | None, v_step: Tensor | None,
-    scale: float, bits: int, sink: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    bias: Tensor,
+    k_step: Tensor | None,
+    v_step: Tensor | None,
+    scale: float,
+    bits: int,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     b, h, s, d = q.shape
     made = [past.new_empty((b, past.shape[1], past.shape[2] + s, past.shape[3])) for past in (past_k, past_v)]
     return q.new_empty((b, s, h * d)), made[0], made[1]
@@ -152,9 +170,7 @@ class _GroupQueryLayer(PlainLayer):
         h = self.cache.hadamard[side.order].to(x.dtype)
         return (x.unflatten(-1, (-1, side.order)) @ (h.T if inverse else h)).flatten(-2)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None = None) -> Tensor:
         """Attention output [B, S, Hq, D] of queries [B, Hq, S, D] over the past and the rows that `update` returned; sink [Hq]."""
         c, p, groups = self.codec, self.params, q.shape[1] // k.shape[1]
         if c is not None and self.cache.lean:
@@ -278,7 +294,10 @@ class GroupQueryModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         cache = _GroupQueryPast(self, attention_mask, past)
         out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=True,
             **given_cache(self.model, cache),
         )
         present = {f"{i}.{name}": tensor for i, layer in enumerate(cache.layers) for name, tensor in layer.present.items()}
@@ -286,9 +305,16 @@ class GroupQueryModel(nn.Module):
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """The attention function of the traced model: the layer that turned the keys attends; s_aux: learned sink logits [Hq]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     asked = _ASKED.found(key)

@@ -48,9 +48,16 @@ def check_extras() -> None:
 
 
 def onnx(
-    source: Any, path: str | Path, flavour: str = "functions", *, opset: int = OPSET, tokens: int | None = None,
-    external_data: bool | None = None, dtype: str = "float32", embeds: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    source: Any,
+    path: str | Path,
+    flavour: str = "functions",
+    *,
+    opset: int = OPSET,
+    tokens: int | None = None,
+    external_data: bool | None = None,
+    dtype: str = "float32",
+    embeds: bool = False,
+) -> dict[str, Any]:
     """Export a rewritten model, or the folder of one, to the file `path`; returns its manifest.
 
     flavour: "functions" runs in stock onnxruntime; "custom" has the same nodes without bodies; "gqa" is for models of the method
@@ -110,9 +117,8 @@ def onnx(
 
 
 def _write(
-    path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None,
-    dtype: str, embeds: bool,
-) -> dict[str, Any]:  # fmt: skip
+    path: Path, model: Any, flavour: str, opset: int, tokens: int, ids: Tensor, external: bool | None, dtype: str, embeds: bool
+) -> dict[str, Any]:
     import json
 
     import onnx_ir
@@ -131,16 +137,24 @@ def _write(
     ends = getattr(generation, "eos_token_id", None)
     a = runtime.anatomy
     manifest: dict[str, Any] = {
-        "format": FORMAT, "flavour": "gqa" if grouped else "functions", "opset": opset,
-        "domain": "com.microsoft" if grouped else DOMAIN, "model": type(model).__name__,
-        "method": runtime.method, "max_positions": tokens, "vocab_size": config.vocab_size,
+        "format": FORMAT,
+        "flavour": "gqa" if grouped else "functions",
+        "opset": opset,
+        "domain": "com.microsoft" if grouped else DOMAIN,
+        "model": type(model).__name__,
+        "method": runtime.method,
+        "max_positions": tokens,
+        "vocab_size": config.vocab_size,
         "eos_token_id": config.eos_token_id if ends is None else ends,
         "pad_token_id": pad if isinstance(pad := getattr(config, "pad_token_id", None), int) else 0,
         "elements_per_token": 2 * len(runtime.plans) * a.kv_heads * a.head_dim,
-        "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs),
-        "dtype": "float64" if dtype == "float64" else "float32", "padding": not lean,
-        "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans], "versions": versions(),
-    }  # fmt: skip
+        "inputs": describe(graph.graph.inputs),
+        "outputs": describe(graph.graph.outputs),
+        "dtype": "float64" if dtype == "float64" else "float32",
+        "padding": not lean,
+        "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans],
+        "versions": versions(),
+    }
 
     def describe_it() -> None:
         manifest_path(path).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

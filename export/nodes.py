@@ -20,9 +20,18 @@ from kvsink.kernels.base import resolve_codec
 from kvsink.kernels.selection import merge_exact, top_rows
 
 __all__ = [
-    "Steps", "attend", "attend_packed", "center_roped", "channel_reorder", "first_rows", "mean_rows", "preserve_sinks",
-    "restore_sinks", "rotate_block", "undo_rope",
-]  # fmt: skip
+    "Steps",
+    "attend",
+    "attend_packed",
+    "center_roped",
+    "channel_reorder",
+    "first_rows",
+    "mean_rows",
+    "preserve_sinks",
+    "restore_sinks",
+    "rotate_block",
+    "undo_rope",
+]
 
 FIRST_SCORE = 1e30  # above any activation, as in `kvsink.model.candidates`
 
@@ -43,9 +52,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Ten
 
 @torch.library.custom_op("kvsink_export::attend_packed", mutates_args=())
 def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor, codes: Sequence[Tensor], exact: Sequence[Tensor],
-    params: Sequence[Tensor], scale: float, codec: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    codes: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    params: Sequence[Tensor],
+    scale: float,
+    codec: str,
+) -> Tensor:
     """`attend` over what a packed past stands for, the exact rows and the new ones.
 
     positions [B, P] and codes (of keys, their scale, of values, their scale) of the past; exact: keys, values and slots of the
@@ -64,9 +81,17 @@ def attend_packed(
 
 @attend_packed.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor, codes: Sequence[Tensor], exact: Sequence[Tensor],
-    params: Sequence[Tensor], scale: float, codec: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    codes: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    params: Sequence[Tensor],
+    scale: float,
+    codec: str,
+) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
@@ -97,9 +122,16 @@ def _(positions: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("kvsink_export::preserve_sinks", mutates_args=())
 def preserve_sinks(
-    slot: Tensor, score: Tensor, exact_k: Tensor, exact_v: Tensor, k: Tensor, v: Tensor, past_positions: Tensor,
-    candidates: Sequence[Tensor], segments: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    slot: Tensor,
+    score: Tensor,
+    exact_k: Tensor,
+    exact_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_positions: Tensor,
+    candidates: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kvsink.kernels.selection.merge_exact`; the chunk begins at the slot behind past_positions [B, P]."""
     first = torch.tensor(past_positions.shape[1])
     return merge_exact(slot, score, (exact_k, exact_v), (k, v), candidates, segments, first)
@@ -107,9 +139,16 @@ def preserve_sinks(
 
 @preserve_sinks.register_fake
 def _(
-    slot: Tensor, score: Tensor, exact_k: Tensor, exact_v: Tensor, k: Tensor, v: Tensor, past_positions: Tensor,
-    candidates: Sequence[Tensor], segments: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    slot: Tensor,
+    score: Tensor,
+    exact_k: Tensor,
+    exact_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_positions: Tensor,
+    candidates: Sequence[Tensor],
+    segments: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(slot), torch.empty_like(score), torch.empty_like(exact_k), torch.empty_like(exact_v)
 
 

@@ -1,10 +1,5 @@
-"""The packed cache as plain tensors in and out: what an exported graph holds in place of `KVSinkCache`.
-
-Per packed layer N: `past_key_values.N.key` and `.value` (codes uint8 [B, H, P, bytes], or rows of a side kept in 16 bit),
-`.key_scale`, `.value_scale` (float16, where the quantizer has scales), and the side store `.exact_key`, `.exact_value`,
-`.exact_slot`, `.exact_score` where rows are kept exact. Layers left alone have `.key` and `.value` alone.
-`past_key_values.positions` int32 [B, P] is shared. Everything but the side store grows by the new rows;
-`present.…` has the same names.
+"""The packed cache as plain tensors in and out: what an exported graph holds in place of `KVSinkCache`, by the names of
+`kvsink.export.state`.
 
 Exact      the codes are those of `KVSinkCache`; new rows are attended to as they came
 Declines   see `kvsink.export.flavours`
@@ -23,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
+from kvsink.export.state import past_names
 from kvsink.kernels import decode, dequantize, encode, quantize
 from kvsink.model.frame import Frame
 from kvsink.model.handover import Handover
@@ -30,51 +26,14 @@ from kvsink.model.passing import given_cache
 from kvsink.model.runtime import Runtime, runtime_of
 from kvsink.model.turning import turns_back
 
-__all__ = [
-    "ATTENTION", "FIXED", "STATE_OF", "ExportedModel", "Orders", "PlainLayer", "empty_past", "orders_of", "past_names",
-    "takes_packed",
-]  # fmt: skip
+__all__ = ["ATTENTION", "ExportedModel", "Orders", "PlainLayer", "orders_of", "takes_packed"]
 
 ATTENTION = "kvsink_export"
-FIXED = ("exact_key", "exact_value", "exact_slot", "exact_score")  # state that does not grow with the tokens
-STATE_OF = {
-    "key": "k_codes", "key_scale": "k_scale", "value": "v_codes", "value_scale": "v_scale",
-    "exact_key": "exact_k", "exact_value": "exact_v", "exact_slot": "exact_slot", "exact_score": "exact_score",
-}  # fmt: skip
-"""Name in the graph → name in `kvsink.codecs.STATE_NAMES`."""
 Orders = list[tuple[Tensor, Tensor] | None]
 """Of each layer: its channels in canonical order and back, int64 [D] each."""
 _PACKED_KINDS = ("lloyd", "lloyd-even", "vector", "gauss", "uniform", "uniform-int", "static")
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 _PACKED: Handover[Callable[..., Tensor]] = Handover()  # with new keys: attention over them and the past of their layer
-
-
-def past_names(codec: Codec | None) -> tuple[str, ...]:
-    """Names of the tensors of one layer, without the prefix."""
-    if codec is None:
-        return ("key", "value")
-    names = []
-    for name, side in (("key", codec.key), ("value", codec.value)):
-        names.append(name)
-        if side.packed and codec.row_scales(side, 8 * side.group_size):
-            names.append(f"{name}_scale")
-    return (*names, *FIXED) if codec.segments else tuple(names)
-
-
-def empty_past(runtime: Runtime, batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A past of `length` slots by graph name, as a cache would begin it; every slot holds zeros."""
-    a = runtime.anatomy
-    out = {"positions": torch.zeros(batch, length, dtype=torch.int32)}
-    for i, plan in enumerate(runtime.plans):
-        if plan.codec is None:
-            for name in ("key", "value"):
-                out[f"{i}.{name}"] = torch.zeros(batch, a.kv_heads, length, a.head_dim, dtype=dtype)
-            continue
-        layout = plan.codec.layout(batch, a.kv_heads, a.head_dim, a.head_dim, length, dtype)
-        for name in past_names(plan.codec):
-            shape, kind, fill = layout[STATE_OF[name]]
-            out[f"{i}.{name}"] = torch.full(shape, fill, dtype=kind)
-    return out
 
 
 def orders_of(holder: nn.Module, runtime: Runtime) -> Orders:
@@ -308,17 +267,26 @@ class ExportedModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         cache = PackedPast(self.runtime, past, self.params, self.orders, self.fused)
         out = self.model(
-            **{self.rows: input_ids}, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+            **{self.rows: input_ids},
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=True,
             **given_cache(self.model, cache),
-        )  # fmt: skip
+        )
         present = cache.present()
         return (out.logits, *(present[name] for name in past))
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """The attention function of exported graphs: one `Attend` node, keys and values not repeated for query groups."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     packed = _PACKED.found(key) or attend

@@ -40,9 +40,13 @@ class OnnxGenerator:
     """
 
     def __init__(
-        self, path: str | Path, providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
-        threads: int = 0, library: str | Path | None = None, profile: str | Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: str | Path,
+        providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+        threads: int = 0,
+        library: str | Path | None = None,
+        profile: str | Path | None = None,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -217,9 +221,17 @@ class OnnxGenerator:
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, *, temperature: float = 0.0, top_k: int = 0,
-        top_p: float = 1.0, seed: int = 0, eos_token_id: int | Sequence[int] | None = None, chunk: int = 256,
-    ) -> Iterator[list[int | None]]:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        chunk: int = 256,
+    ) -> Iterator[list[int | None]]:
         """Yield the next token of every row, step by step; None for rows that have ended.
 
         temperature 0 is greedy; else tokens are drawn from the top_k (0: all) most likely within the mass top_p. The prompt is

@@ -107,17 +107,30 @@ def _simplify(model: Any) -> None:
     from onnxscript.rewriter.rules import common as rules
 
     useful = [
-        rules.add_0_rule, rules.sub_0_rule, rules.mul_by_1_rule, rules.div_by_1_rule, rules.collapse_slice_rule,
-        rules.collapse_slice2_rule, rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule,
-        rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule,
+        rules.add_0_rule,
+        rules.sub_0_rule,
+        rules.mul_by_1_rule,
+        rules.div_by_1_rule,
+        rules.collapse_slice_rule,
+        rules.collapse_slice2_rule,
+        rules.cast_cast_rule,
+        rules.no_op_cast_rule,
+        rules.no_op_expand_rule,
+        rules.no_op_transpose_rule,
+        rules.transpose_transpose_rule,
+        rules.reshape_reshape_rule,
+        rules.squeeze_reshape_1d_rule,
         rules.unsqueeze_unsqueeze_rule,
-    ]  # fmt: skip
+    ]
     passes.InlinePass()(model)
     for _ in range(_ROUNDS):
         optimizer.fold_constants_ir(model)
         rewriter.rewrite(model, useful)
     for step in (
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0), passes.DeduplicateInitializersPass(),
-        passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(), passes.NameFixPass(),
-    ):  # fmt: skip
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
         step(model)

@@ -20,6 +20,20 @@ if __name__ == "kvsink.kernels":
     from .select_sinks import select_sinks
 
     __all__ = [
-        "Cost", "OpSpec", "append_", "append_attend_", "attend", "decode", "dequantize", "encode", "hadamard", "observe",
-        "op_specs", "quantize", "read", "release_", "select_sinks", "settle_",
-    ]  # fmt: skip
+        "Cost",
+        "OpSpec",
+        "append_",
+        "append_attend_",
+        "attend",
+        "decode",
+        "dequantize",
+        "encode",
+        "hadamard",
+        "observe",
+        "op_specs",
+        "quantize",
+        "read",
+        "release_",
+        "select_sinks",
+        "settle_",
+    ]

@@ -31,9 +31,7 @@ __all__ = ["release_", "release_ref", "settle_", "settle_ref"]
 _NEVER = float("-inf")
 
 
-def _compete(
-    k: Tensor, v: Tensor, score: Tensor, start: Tensor, total: Tensor, state: Sequence[Tensor], c: Any
-) -> None:  # fmt: skip
+def _compete(k: Tensor, v: Tensor, score: Tensor, start: Tensor, total: Tensor, state: Sequence[Tensor], c: Any) -> None:
     """Rows k, v [B, H, n, D] of the slots start … start + n - 1 with score [B, n], -inf where a row may not be taken."""
     exact_k, exact_v, exact_slot, exact_score = state[:4]
     fixed, places = c.exact_rows, exact_slot.shape[1] - c.exact_rows
@@ -73,7 +71,7 @@ def release_ref(new: int, total: Tensor, state: Sequence[Tensor], codec: str) ->
 
 def settle_ref(
     k: Tensor, v: Tensor, scores: Tensor, valid: Tensor | None, total: Tensor, state: Sequence[Tensor], codec: str
-) -> None:  # fmt: skip
+) -> None:
     """The definition: the chunk k, v is stored and has been attended to."""
     c = resolve_codec(codec)
     exact_slot, exact_score, recent_score = state[2], state[3], state[7]
@@ -106,14 +104,12 @@ def _release_outputs(new: int, total: Tensor, state: Sequence[Tensor], codec: st
 
 
 @torch.library.custom_op("kvsink::settle_", mutates_args=("state",))
-def settle_(
-    k: Tensor, v: Tensor, scores: Tensor, valid: Tensor | None, total: Tensor, state: Sequence[Tensor], codec: str
-) -> None:  # fmt: skip
+def settle_(k: Tensor, v: Tensor, scores: Tensor, valid: Tensor | None, total: Tensor, state: Sequence[Tensor], codec: str) -> None:
     settle_ref(k, v, scores, valid, total, state, codec)
 
 
 @settle_.register_fake
 def _settle_outputs(
     k: Tensor, v: Tensor, scores: Tensor, valid: Tensor | None, total: Tensor, state: Sequence[Tensor], codec: str
-) -> None:  # fmt: skip
+) -> None:
     return None

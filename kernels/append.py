@@ -41,9 +41,17 @@ EXACT = (("exact_slot", 1), ("exact_score", 1), ("exact_k", 2), ("exact_v", 2)) 
 
 
 def append_ref(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
-) -> None:  # fmt: skip
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    candidates: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    codec: str,
+    roped: bool,
+) -> None:
     """The definition, for any device."""
     c = resolve_codec(codec)
     p, st = c.tables(params), c.named(state)
@@ -150,14 +158,30 @@ def append_plain(call: Call) -> None:
 
 
 def append(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Sequence[Tensor],
-    state: Sequence[Tensor], params: Sequence[Tensor], codec: str, roped: bool,
-) -> None:  # fmt: skip
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    candidates: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    codec: str,
+    roped: bool,
+) -> None:
     """The op outside graphs, without what a dispatcher costs for every tensor of the state."""
     call = Call(
-        resolve_codec(codec), codec, k, v, LayerState(*state), params, positions=positions, candidates=candidates, turn=(cos, sin),
+        resolve_codec(codec),
+        codec,
+        k,
+        v,
+        LayerState(*state),
+        params,
+        positions=positions,
+        candidates=candidates,
+        turn=(cos, sin),
         roped=roped,
-    )  # fmt: skip
+    )
     call.choice("append").run(call)
 
 

@@ -76,9 +76,19 @@ def in_turn(call: Call) -> Tensor:
 
 
 def append_attend(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], state: Sequence[Tensor],
-    params: Sequence[Tensor], mask: Tensor | None, scale: float, is_causal: bool, codec: str, before: Sequence[Tensor] = (),
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    candidates: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+    before: Sequence[Tensor] = (),
+) -> Tensor:
     """The op outside graphs; its result may have any strides."""
     coded, *turn = before or (None,)
     rest = positions, candidates, mask, scale, is_causal, coded, turn, not before
@@ -89,16 +99,36 @@ def append_attend(
 
 @torch.library.custom_op("kvsink::append_attend_", mutates_args=("state",))
 def append_attend_(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], state: Sequence[Tensor],
-    params: Sequence[Tensor], mask: Tensor | None, scale: float, is_causal: bool, codec: str, before: Sequence[Tensor],
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    candidates: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+    before: Sequence[Tensor],
+) -> Tensor:
     out = append_attend(q, k, v, positions, candidates, state, params, mask, scale, is_causal, codec, before)
     return out.contiguous()
 
 
 @append_attend_.register_fake
 def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, candidates: Sequence[Tensor], state: Sequence[Tensor],
-    params: Sequence[Tensor], mask: Tensor | None, scale: float, is_causal: bool, codec: str, before: Sequence[Tensor],
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    candidates: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+    before: Sequence[Tensor],
+) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -41,9 +41,16 @@ def _additive(mask: Tensor | None, is_causal: bool, first: Tensor, s: int, slots
 
 
 def attend_ref(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
-    scale: float, is_causal: bool, codec: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+) -> Tensor:
     """The definition: read everything, then attend in float32."""
     full_k, full_v = read_ref(k, v, state, params, codec)
     if mask is not None:  # a growing cache has more slots than rows; its mask ends with the rows
@@ -73,9 +80,16 @@ def _grouped(bias: Tensor, heads: int, repeats: int) -> Tensor:
 
 
 def _attend_tiles(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
-    scale: float, is_causal: bool, codec: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+) -> Tensor:
     """The same in tiles of slots up to the length: what runs on the CPU."""
     c = resolve_codec(codec)
     p, st = c.tables(params), c.named(state)
@@ -144,9 +158,16 @@ def attend_plain(call: Call) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
-    scale: float, is_causal: bool, codec: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+) -> Tensor:
     """The op outside graphs; its result may have any strides."""
     call = Call(resolve_codec(codec), codec, k, v, LayerState(*state), params, q, mask=mask, scale=scale, causal=is_causal)
     out: Tensor = call.choice("attend").run(call)
@@ -155,15 +176,29 @@ def attention(
 
 @torch.library.custom_op("kvsink::attend", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
-    scale: float, is_causal: bool, codec: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+) -> Tensor:
     return attention(q, k, v, state, params, mask, scale, is_causal, codec).contiguous()
 
 
 @attend.register_fake
 def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None,
-    scale: float, is_causal: bool, codec: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    codec: str,
+) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -24,16 +24,44 @@ from torch import Tensor
 from .quantize import SIGMA_KINDS
 
 __all__ = [
-    "GROWS", "KNOWN_STAGES", "Backend", "Call", "Choice", "Device", "LayerFormat", "LayerState", "Part", "Shape", "SideFormat",
-    "choose", "device_of", "layer_format", "plan", "table", "tell_once", "unread",
-]  # fmt: skip
+    "GROWS",
+    "KNOWN_STAGES",
+    "Backend",
+    "Call",
+    "Choice",
+    "Device",
+    "LayerFormat",
+    "LayerState",
+    "Part",
+    "Shape",
+    "SideFormat",
+    "choose",
+    "device_of",
+    "layer_format",
+    "plan",
+    "table",
+    "tell_once",
+    "unread",
+]
 
 GROWS = -1  # exact rows whose number grows with the slots
 OFFERED = 128  # candidates of one segment among several new rows that kernels compare
 KNOWN_STAGES = (
-    "add", "center", "center_roped", "hadamard_heads", "negated", "project", "reorder_heads", "rope_offset", "rope_rows",
-    "rope_start", "row_of", "table_rows", "unproject", "unrope_rows",
-)  # fmt: skip
+    "add",
+    "center",
+    "center_roped",
+    "hadamard_heads",
+    "negated",
+    "project",
+    "reorder_heads",
+    "rope_offset",
+    "rope_rows",
+    "rope_start",
+    "row_of",
+    "table_rows",
+    "unproject",
+    "unrope_rows",
+)
 """Functions of `kvsink.kernels.stages` that every backend carries out or declines by a word of the format."""
 
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
@@ -254,9 +282,17 @@ class Call:
         heads, dtype = (0, k.dtype) if q is None else (q.shape[1], q.dtype)
         _, kv_heads, rows, dim = k.shape
         self.shape = Shape(
-            heads, kv_heads, dim, self.v.shape[3], self.codec.rotary(self.params), dtype, self.state.exact_k.shape[2],
-            min(rows, 2), visible, all(x.shape[1] <= (1 if rows == 1 else OFFERED) for x in scores),
-        )  # fmt: skip
+            heads,
+            kv_heads,
+            dim,
+            self.v.shape[3],
+            self.codec.rotary(self.params),
+            dtype,
+            self.state.exact_k.shape[2],
+            min(rows, 2),
+            visible,
+            all(x.shape[1] <= (1 if rows == 1 else OFFERED) for x in scores),
+        )
         return choose(what, self.codec.format, self.shape, device_of(k.device))
 
 
@@ -314,18 +350,22 @@ def table() -> tuple[Backend, ...]:
 
     return (
         Backend(
-            "cuda (tiles)", Part(tiles.declines, launch.append), Part(tiles.declines_mask, launch.attend),
+            "cuda (tiles)",
+            Part(tiles.declines, launch.append),
+            Part(tiles.declines_mask, launch.attend),
             Part(tiles.declines_step, launch.step),
         ),
         Backend(
-            "cuda (rows of bytes)", None, Part(rows_of_bytes.declines, rows_of_bytes.attend),
+            "cuda (rows of bytes)",
+            None,
+            Part(rows_of_bytes.declines, rows_of_bytes.attend),
             Part(append_attend.declines_beside, append_attend.side_by_side),
         ),
         Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
         Backend("cpu (C)", Part(cpu_append.declines, cpu_append.append), Part(cpu_attend.declines, cpu_attend.attend)),
         Backend("torch", Part(_nobody, append_plain, None), Part(_nobody, attend_plain, None)),
         Backend("append, then attend", step=Part(_nobody, append_attend.in_turn, None)),
-    )  # fmt: skip
+    )
 
 
 def _nobody(f: LayerFormat, s: Shape, d: Device) -> str:

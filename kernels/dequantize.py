@@ -67,9 +67,7 @@ def _outputs(
     return codes.new_empty((*codes.shape[:-1], 8 * len(widths)), dtype=torch.float32)
 
 
-def _from_quantize(
-    make: Callable[[torch.Generator], Mapping[str, Any]],
-) -> Callable[[torch.Generator], Mapping[str, Any]]:
+def _from_quantize(make: Callable[[torch.Generator], Mapping[str, Any]]) -> Callable[[torch.Generator], Mapping[str, Any]]:
     def example(g: torch.Generator) -> Mapping[str, Any]:
         a = dict(make(g))
         codes, scale = quantize_ref(**a)

@@ -48,8 +48,7 @@ encode.register_fake(_outputs)
 
 
 def _vector(couple: int, code_bits: int, gain: bool, side: str) -> Callable[[torch.Generator], Mapping[str, Any]]:
-    spec = (f'{{"bits":{code_bits / couple},"kind":"vector","couple":{couple},"code_bits":{code_bits},'
-            f'"gain":{str(gain).lower()}}}')  # fmt: skip
+    spec = f'{{"bits":{code_bits / couple},"kind":"vector","couple":{couple},"code_bits":{code_bits},"gain":{str(gain).lower()}}}'
 
     def make(g: torch.Generator) -> Mapping[str, Any]:
         book = torch.randn(3, 32 // couple, 2**code_bits, couple, generator=g)
@@ -84,9 +83,14 @@ def _trellis(widths: tuple[int, ...], side: str) -> Callable[[torch.Generator], 
 
 
 EXAMPLES = (
-    _vector(4, 8, False, "k"), _vector(8, 10, True, "v"), _vector(16, 5, False, "v"), _nuq(2, "k"), _nuq(3, "v"),
-    _trellis((4, 3, 2, 1), "k"), _trellis((2, 2, 2), "v"),
-)  # fmt: skip
+    _vector(4, 8, False, "k"),
+    _vector(8, 10, True, "v"),
+    _vector(16, 5, False, "v"),
+    _nuq(2, "k"),
+    _nuq(3, "v"),
+    _trellis((4, 3, 2, 1), "k"),
+    _trellis((2, 2, 2), "v"),
+)
 
 
 def _cost(**a: Any) -> Cost:

@@ -31,9 +31,17 @@ from .quantize import segments
 from .rope import rope, unrope
 
 __all__ = [
-    "TILE_SLOTS", "Fields", "TileTables", "fetch", "key_rows", "make_fields", "restore_keys", "store",
-    "tile_bytes", "transform_keys",
-]  # fmt: skip
+    "TILE_SLOTS",
+    "Fields",
+    "TileTables",
+    "fetch",
+    "key_rows",
+    "make_fields",
+    "restore_keys",
+    "store",
+    "tile_bytes",
+    "transform_keys",
+]
 
 TILE_SLOTS, BLOCK = 128, 64
 Params = Mapping[str, Tensor]
@@ -208,9 +216,7 @@ def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> 
 def key_rows(basis: Tensor, sigma: Tensor, widths: tuple[int, ...]) -> Tensor:
     """diag(sigma · step · 2^(8 - pos)) U^T, [H, 128 components, 128 channels]: the query in units of codes."""
     f = make_fields(widths)
-    unit = torch.tensor(
-        [EVEN_STEP[w] * 2.0 ** (8 - q) for w, q in zip(f.width, f.pos, strict=True)], device=basis.device
-    )
+    unit = torch.tensor([EVEN_STEP[w] * 2.0 ** (8 - q) for w, q in zip(f.width, f.pos, strict=True)], device=basis.device)
     return (sigma * unit.repeat_interleave(8)).unsqueeze(-1) * basis.mT
 
 

@@ -21,9 +21,7 @@ from .lasting import lasting
 
 __all__ = ["EVEN_STEP", "distortion", "even_levels", "even_thresholds", "levels_of", "levels_of_bytes", "lloyd_max", "thresholds"]
 
-EVEN_STEP = {
-    1: 1.5957691, 2: 0.9956867, 3: 0.5860194, 4: 0.3352006, 5: 0.1881388, 6: 0.104063, 7: 0.0568677, 8: 0.0307624,
-}  # fmt: skip
+EVEN_STEP = {1: 1.5957691, 2: 0.9956867, 3: 0.5860194, 4: 0.3352006, 5: 0.1881388, 6: 0.104063, 7: 0.0568677, 8: 0.0307624}
 """By bits, the step of least mean squared error of a quantizer with equally spaced levels on a unit Gaussian."""
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])

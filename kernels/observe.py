@@ -47,9 +47,8 @@ def _factor(q: Tensor, valid: Tensor | None, score: str) -> Tensor:
 
 
 def observe_ref(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float,
-    score: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float, score: str
+) -> Tensor:
     """The definition: the whole matrix A, then its weighted column sums."""
     s, slots, r = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -62,9 +61,8 @@ def observe_ref(
 
 
 def _observe_tiles(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float,
-    score: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float, score: str
+) -> Tensor:
     """The same without the matrix; on the CPU only as far as the cache is filled."""
     b, hq, s, d = q.shape
     h, slots = k.shape[1], k.shape[2]
@@ -107,9 +105,8 @@ def _distances(v: Tensor, out: Tensor) -> Tensor:
 
 @torch.library.custom_op("kvsink::observe", mutates_args=())
 def observe(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float,
-    score: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float, score: str
+) -> Tensor:
     q, k, v, out = (x.contiguous() for x in (q, k, v, out))  # sums in the same order whatever the strides
     small = q.shape[2] * k.shape[2] <= _SMALL
     return (observe_ref if small else _observe_tiles)(q, k, v, out, mask, first, valid, scale, score)
@@ -117,9 +114,8 @@ def observe(
 
 @observe.register_fake
 def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float,
-    score: str,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Tensor | None, first: Tensor, valid: Tensor | None, scale: float, score: str
+) -> Tensor:
     return q.new_empty((q.shape[0], k.shape[2]), dtype=torch.float32)
 
 
@@ -140,9 +136,16 @@ def _example(score: str, s: int, slots: int, first: int, masked: str):
         valid[1, : max(0, 3 - first)] = False
         mask = {"none": None, "bool": visible, "additive": torch.where(visible, 0.0, -1e4)}[masked]
         return dict(
-            q=q, k=k, v=v, out=out, mask=mask, first=torch.tensor(first), valid=None if mask is None else valid, scale=0.25,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            mask=mask,
+            first=torch.tensor(first),
+            valid=None if mask is None else valid,
+            scale=0.25,
             score=score,
-        )  # fmt: skip
+        )
 
     return make
 

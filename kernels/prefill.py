@@ -33,9 +33,16 @@ def pieces() -> str:
 
 
 def attend_chunk(
-    past: Callable[[int, int], tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, first: int, mask: Tensor | None,
-    scale: float, is_causal: bool, strict: bool,
-) -> Tensor:  # fmt: skip
+    past: Callable[[int, int], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    strict: bool,
+) -> Tensor:
     """`attend` of S > 1 new rows behind `first` others; `past` gives slots start … end - 1 as keys and values [B, H, n, D].
 
     strict: new rows are read back from the past too.
@@ -44,14 +51,10 @@ def attend_chunk(
     causal = mask is None or is_causal
     if first == 0 and not strict:
         part = None if mask is None else mask[..., :s]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=part, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=part, is_causal=mask is None, scale=scale, enable_gqa=True)
     b, h = k.shape[:2]
     r = q.shape[1] // h
-    step = max(
-        1024, _DECODED_BYTES // (b * h * (k.shape[3] + v.shape[3]) * k.element_size()) // TILE_SLOTS * TILE_SLOTS
-    )
+    step = max(1024, _DECODED_BYTES // (b * h * (k.shape[3] + v.shape[3]) * k.element_size()) // TILE_SLOTS * TILE_SLOTS)
     out = q.new_zeros((b, h * r, s, q.shape[3]), dtype=torch.float32)
     top = q.new_full((b, h * r, s), float("-inf"), dtype=torch.float32)
 
@@ -59,9 +62,7 @@ def attend_chunk(
         """Add the attention over some slots, with the logarithm of its sum of weights."""
         nonlocal top
         peak = torch.logaddexp(top, mass)
-        out.mul_((top - peak).exp().nan_to_num_(0.0)[..., None]).add_(
-            part * (mass - peak).exp().nan_to_num_(0.0)[..., None]
-        )
+        out.mul_((top - peak).exp().nan_to_num_(0.0)[..., None]).add_(part * (mass - peak).exp().nan_to_num_(0.0)[..., None])
         top = peak
 
     if not strict:
@@ -74,13 +75,7 @@ def attend_chunk(
         if strict and causal:
             query, slot = torch.arange(s, device=q.device) + first, torch.arange(start, end, device=q.device)
             seen = (slot[None] <= query[:, None])[None, None]
-            part = (
-                seen
-                if part is None
-                else part & seen
-                if part.dtype == torch.bool
-                else part.masked_fill(~seen, float("-inf"))
-            )
+            part = seen if part is None else part & seen if part.dtype == torch.bool else part.masked_fill(~seen, float("-inf"))
         whole = end - start == step
         merge(*attend_piece(q, tile_k, tile_v, part, scale, False, pieces() if whole else "flash"))
     return out.to(q.dtype)
@@ -100,9 +95,7 @@ def attend_piece(
             return found[0], found[1]
         grouped = q.reshape(b, h, hq // h * s, d)  # heads that share keys are rows of one head
         if by == "cudnn":
-            found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                grouped, k, v, None, True, 0.0, False, False, scale=scale
-            )
+            found = torch.ops.aten._scaled_dot_product_cudnn_attention(grouped, k, v, None, True, 0.0, False, False, scale=scale)
         else:
             found = torch.ops.aten._scaled_dot_product_flash_attention(grouped, k, v, 0.0, False, False, scale=scale)
         return found[0].reshape(b, hq, s, d), found[1].reshape(b, hq, s)

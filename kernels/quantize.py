@@ -209,12 +209,4 @@ def _cost(**a: Any) -> Cost:
     return Cost(flops=6 * x.numel(), read=nbytes(x), written=rows * row)
 
 
-SPEC = register_op(
-    OpSpec(
-        name="quantize",
-        op=quantize,
-        ref=quantize_ref,
-        cost=_cost,
-        examples=EXAMPLES,
-    )
-)
+SPEC = register_op(OpSpec(name="quantize", op=quantize, ref=quantize_ref, cost=_cost, examples=EXAMPLES))

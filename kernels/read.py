@@ -40,9 +40,7 @@ def put_rows(full: Tensor, rows: Tensor, slot: Tensor) -> Tensor:
     return full.scatter_(2, index, torch.where(used, rows.to(full.dtype), rest))
 
 
-def read_ref(
-    k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str
-) -> tuple[Tensor, Tensor]:
+def read_ref(k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str) -> tuple[Tensor, Tensor]:
     """The definition, for any device."""
     c = resolve_codec(codec)
     p, st = c.tables(params), c.named(state)
@@ -74,11 +72,6 @@ def read(k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor]
 
 
 @read.register_fake
-def _outputs(
-    k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str
-) -> tuple[Tensor, Tensor]:
+def _outputs(k: Tensor, v: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], codec: str) -> tuple[Tensor, Tensor]:
     slots = LayerState(*state).k_codes.shape[2]
-    return (
-        k.new_empty((k.shape[0], k.shape[1], slots, k.shape[3])),
-        v.new_empty((v.shape[0], v.shape[1], slots, v.shape[3])),
-    )
+    return (k.new_empty((k.shape[0], k.shape[1], slots, k.shape[3])), v.new_empty((v.shape[0], v.shape[1], slots, v.shape[3])))

@@ -57,7 +57,7 @@ def _row_kernel() -> Any:
     @triton.jit
     def _select_sinks_kernel(
         hidden_ptr, valid_ptr, channels_ptr, weights_ptr, score_ptr, index_ptr, row, valid_row, C, BLOCK: tl.constexpr
-    ):  # fmt: skip
+    ):
         b = tl.program_id(0).to(tl.int64)
         c = tl.arange(0, BLOCK)
         inside = c < C
@@ -88,9 +88,7 @@ def launch_row(hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor)
 
 
 @select_sinks.register_kernel("cuda")
-def _on_gpu(
-    hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor, count: int, entries: bool
-) -> tuple[Tensor, Tensor]:
+def _on_gpu(hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor, count: int, entries: bool) -> tuple[Tensor, Tensor]:
     one_row = hidden.shape[1] == 1 and not entries and hidden.dtype != torch.float64
     if one_row and importlib.util.find_spec("triton") is not None:
         return launch_row(hidden, valid, channels, weights)
@@ -98,14 +96,10 @@ def _on_gpu(
 
 
 @select_sinks.register_fake
-def _outputs(
-    hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor, count: int, entries: bool
-) -> tuple[Tensor, Tensor]:
+def _outputs(hidden: Tensor, valid: Tensor, channels: Tensor, weights: Tensor, count: int, entries: bool) -> tuple[Tensor, Tensor]:
     rows = hidden.shape[1] * (hidden.shape[2] if entries else 1)
     n = torch.sym_min(count, rows)
-    return hidden.new_empty((hidden.shape[0], n), dtype=torch.float32), hidden.new_empty(
-        (hidden.shape[0], n), dtype=torch.int64
-    )
+    return hidden.new_empty((hidden.shape[0], n), dtype=torch.float32), hidden.new_empty((hidden.shape[0], n), dtype=torch.int64)
 
 
 def _cost(**a: Any) -> Cost:
@@ -120,9 +114,13 @@ def _example(entries: bool, count: int):
         valid = torch.ones(2, 9, dtype=torch.bool)
         valid[1, :3] = False
         return dict(
-            hidden=torch.randn(2, 9, 16, generator=g), valid=valid, channels=torch.tensor([3, 7]),
-            weights=torch.tensor([1.0, 0.5]), count=count, entries=entries,
-        )  # fmt: skip
+            hidden=torch.randn(2, 9, 16, generator=g),
+            valid=valid,
+            channels=torch.tensor([3, 7]),
+            weights=torch.tensor([1.0, 0.5]),
+            count=count,
+            entries=entries,
+        )
 
     return make
 

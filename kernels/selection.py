@@ -50,9 +50,14 @@ def top_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_exact(
-    slot: Tensor, score: Tensor, rows: tuple[Tensor, Tensor], chunk: tuple[Tensor, Tensor], candidates: Sequence[Tensor],
-    segments: Sequence[int], first: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    slot: Tensor,
+    score: Tensor,
+    rows: tuple[Tensor, Tensor],
+    chunk: tuple[Tensor, Tensor],
+    candidates: Sequence[Tensor],
+    segments: Sequence[int],
+    first: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The running selection: stored rows [B, E] against the candidates of a chunk that begins at slot `first`.
 
     rows are the stored exact keys and values [B, H, E, D], chunk the new ones [B, H, S, D]; candidates are pairs of score

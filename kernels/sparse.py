@@ -57,9 +57,10 @@ def merge_sparse(
     half = x.float().clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
     o, r = (t.index_select(1, inside) if t.shape[1] > 1 else t for t in (offset, extent))
     fresh = _rank(
-        (half.float() - o).abs() - r, valid.index_select(1, inside)[..., None].expand(-1, -1, c),
+        (half.float() - o).abs() - r,
+        valid.index_select(1, inside)[..., None].expand(-1, -1, c),
         (slots % tokens)[:, None] * c + torch.arange(c, device=x.device),
-    )  # fmt: skip
+    )
     if s > 1:
         fresh = torch.full((b, n * tokens, c), -1, device=x.device).index_copy_(1, inside, fresh)
         half = half.new_zeros(b, n * tokens, c).index_copy_(1, inside, half)

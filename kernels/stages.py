@@ -14,9 +14,21 @@ from .hadamard import hadamard_ref
 from .rope import rope, unrope
 
 __all__ = [
-    "add", "center", "center_roped", "hadamard_heads", "negated", "project", "reorder_heads", "rope_offset", "rope_rows",
-    "rope_start", "row_of", "table_rows", "unproject", "unrope_rows",
-]  # fmt: skip
+    "add",
+    "center",
+    "center_roped",
+    "hadamard_heads",
+    "negated",
+    "project",
+    "reorder_heads",
+    "rope_offset",
+    "rope_rows",
+    "rope_start",
+    "row_of",
+    "table_rows",
+    "unproject",
+    "unrope_rows",
+]
 
 
 def center(x: Tensor, mean: Tensor) -> Tensor:

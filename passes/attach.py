@@ -20,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from kvsink.codecs import STATE_NAMES, Codec
+from kvsink.codecs.steps import asks_positions
 from kvsink.graph.sites import AttentionSite
 from kvsink.graph.targets import argument, kind, value
 from kvsink.kernels import stages
@@ -61,9 +62,7 @@ class Attach(RewritePass):
         plan = work.plan(site)
         if plan is None:
             return site.declined(
-                "no cache, so nothing is stored"
-                if site.cache == "none"
-                else f"a stock {site.cache} cache and no codec for it"
+                "no cache, so nothing is stored" if site.cache == "none" else f"a stock {site.cache} cache and no codec for it"
             )
         if plan.codec.opaque:
             return site.declined("its codec works on blocks of tokens, which only kvsink's own cache holds")
@@ -80,7 +79,8 @@ class Attach(RewritePass):
 
 
 def _needs_positions(codec: Codec) -> bool:
-    return codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+    before_rope = codec.key.packed and (codec.key.domain == "block" or codec.key.center)
+    return before_rope or any(s.packed and asks_positions(s, prefix) for s, prefix in ((codec.key, "k"), (codec.value, "v")))
 
 
 def _read_once(site: AttentionSite) -> bool:
@@ -104,9 +104,7 @@ def _several_axes(site: AttentionSite) -> bool:
 def _from_markers(site: AttentionSite) -> Chain:
     append, read = site.writes[0], site.reads[0]
     names = ("k", "v", "positions", "cos", "sin", "candidates", "state", "params", "codec", "roped")
-    k, v, positions, cos, sin, candidates, state, params, text, _ = (
-        argument(append, i, name) for i, name in enumerate(names)
-    )
+    k, v, positions, cos, sin, candidates, state, params, text, _ = (argument(append, i, name) for i, name in enumerate(names))
     codec = Codec.parse(text)
     chain = Chain(
         codec=codec,
@@ -143,9 +141,7 @@ def _from_plan(site: AttentionSite, work: Work, plan: SitePlan | None) -> Chain:
     k_at, v_at = _first_user(site.k_rope), _first_user(site.v_new)
     at = min(k_at, v_at)
     layer = site.path.replace(".", "_")
-    tables = {
-        name: insert_tensor(at, work.gm, f"kvsink_{layer}_{name}", tensor) for name, tensor in plan.tables.items()
-    }
+    tables = {name: insert_tensor(at, work.gm, f"kvsink_{layer}_{name}", tensor) for name, tensor in plan.tables.items()}
     cos, sin, positions = site.cos, site.sin, site.positions
     created: list[Node] = []
     if cos is None or sin is None:

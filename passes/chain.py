@@ -30,6 +30,7 @@ from kvsink.passes.base import insert_op, size_of
 
 __all__ = ["Chain", "Side", "SitePlan"]
 
+
 @dataclass(frozen=True)
 class SitePlan:
     """The codec of one site with a stock cache. tables: by the names of `codec.param_names()`.

@@ -47,9 +47,7 @@ class Fuse(RewritePass):
             return site.declined("it was not quantized")
         if not chain.packed:
             return site.declined(
-                f"a stock {site.cache} cache holds no packed rows"
-                if site.cache != "none"
-                else "there is no cache to attend over"
+                f"a stock {site.cache} cache holds no packed rows" if site.cache != "none" else "there is no cache to attend over"
             )
         return None
 
@@ -64,20 +62,50 @@ class Fuse(RewritePass):
             slots = value(chain.state["k_codes"]).shape[2]
             plain = value(site.q).shape[2] == 1 and only_causal(site.mask, slots, lengths)
             new = insert_op(
-                old, torch.ops.kvsink.append_attend_.default, q, site.k_rope, site.v_new, chain.positions, candidates, state,
-                params, None if plain else site.mask, site.scale, site.is_causal, chain.codec_text,
+                old,
+                torch.ops.kvsink.append_attend_.default,
+                q,
+                site.k_rope,
+                site.v_new,
+                chain.positions,
+                candidates,
+                state,
+                params,
+                None if plain else site.mask,
+                site.scale,
+                site.is_causal,
+                chain.codec_text,
                 [] if chain.k_pre is None else [k, chain.cos, chain.sin],
-            )  # fmt: skip
+            )
             self._finish(site, work, new)
             return
         insert_op(
-            old, torch.ops.kvsink.append_.default, k, site.v_new, chain.positions, chain.cos, chain.sin, candidates,
-            state, params, chain.codec_text, chain.k_pre is None,
-        )  # fmt: skip
+            old,
+            torch.ops.kvsink.append_.default,
+            k,
+            site.v_new,
+            chain.positions,
+            chain.cos,
+            chain.sin,
+            candidates,
+            state,
+            params,
+            chain.codec_text,
+            chain.k_pre is None,
+        )
         new = insert_op(
-            old, torch.ops.kvsink.attend.default, q, site.k_rope, site.v_new, state, params, site.mask, site.scale,
-            site.is_causal, chain.codec_text,
-        )  # fmt: skip
+            old,
+            torch.ops.kvsink.attend.default,
+            q,
+            site.k_rope,
+            site.v_new,
+            state,
+            params,
+            site.mask,
+            site.scale,
+            site.is_causal,
+            chain.codec_text,
+        )
         self._finish(site, work, new)
 
     def _finish(self, site: AttentionSite, work: Work, new: Node) -> None:
@@ -87,9 +115,7 @@ class Fuse(RewritePass):
         for advance in [u for u in chain.state["length"].users if kind(u) == "add_" and chain.keys.new < u < new]:
             new.append(advance)  # the cache moves its length on behind its read; attention has taken the place of that
         if tuple(value(new).shape) != tuple(value(old).shape):
-            raise KvsinkError(
-                f"{site.path}: fused attention of shape {tuple(value(new).shape)} for {tuple(value(old).shape)}"
-            )
+            raise KvsinkError(f"{site.path}: fused attention of shape {tuple(value(new).shape)} for {tuple(value(old).shape)}")
         old.replace_all_uses_with(new)
         erase_orphans(work.graph, [old])
         for marker in (chain.read, chain.append):  # those of an opaque codec; `preserve` took the others
@@ -98,8 +124,6 @@ class Fuse(RewritePass):
         chain.read = chain.append = None
         for node in reversed(chain.inserted):
             if not node._erased:
-                work.graph.erase_node(
-                    node
-                )  # every node of the chain, stores included; fails loudly if one is still used
+                work.graph.erase_node(node)  # every node of the chain, stores included; fails loudly if one is still used
         chain.inserted.clear()
         chain.fused = new

@@ -68,9 +68,16 @@ def _store_exact(chain: Chain, site: AttentionSite) -> None:
         k = chain.put(at, stages.rope_rows, chain.k_pre, chain.cos, chain.sin)
     if codec.exact_rows:
         merged = chain.put(
-            at, merge_exact, state["exact_slot"], state["exact_score"], (state["exact_k"], state["exact_v"]), (k, v),
-            chain.markers[0], codec.segments, state["length"],
-        )  # fmt: skip
+            at,
+            merge_exact,
+            state["exact_slot"],
+            state["exact_score"],
+            (state["exact_k"], state["exact_v"]),
+            (k, v),
+            chain.markers[0],
+            codec.segments,
+            state["length"],
+        )
         for i, name in enumerate(("exact_slot", "exact_score", "exact_k", "exact_v")):
             chain.put(at, "copy_", state[name], chain.put(at, operator.getitem, merged, i))
     if codec.window:
@@ -78,14 +85,7 @@ def _store_exact(chain: Chain, site: AttentionSite) -> None:
         ring, slots, last_k, last_v = (chain.put(at, operator.getitem, rows, i) for i in range(4))
         for name, last in (("recent_k", last_k), ("recent_v", last_v)):
             chain.put(at, "index_copy_", state[name], 2, ring, chain.put(at, "to", last, value(state[name]).dtype))
-        chain.put(
-            at,
-            "index_copy_",
-            state["recent_slot"],
-            0,
-            ring,
-            chain.put(at, "to", slots, value(state["recent_slot"]).dtype),
-        )
+        chain.put(at, "index_copy_", state["recent_slot"], 0, ring, chain.put(at, "to", slots, value(state["recent_slot"]).dtype))
 
 
 def _last_rows(slots: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,9 +173,7 @@ def _sinks_of_chunk(chain: Chain, site: AttentionSite, work: Work, source: str, 
     )
     valid = chain.put(at, _all_valid, hidden)
     pair = chain.put(at, torch.ops.kvsink.select_sinks.default, hidden, valid, *constants, count, massive)
-    return chain.put(
-        at, "scatter", chain.put(at, torch.zeros_like, valid), 1, chain.put(at, operator.getitem, pair, 1), True
-    )
+    return chain.put(at, "scatter", chain.put(at, torch.zeros_like, valid), 1, chain.put(at, operator.getitem, pair, 1), True)
 
 
 def _all_valid(hidden: Tensor) -> Tensor:

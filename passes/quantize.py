@@ -72,9 +72,7 @@ def _open_slots(chain: Chain) -> None:
     rows = chain.size(at, k, 2)
     chain.slots = chain.put(at, torch.add, state["length"], chain.put(at, torch.arange, rows, device=device))
     new = chain.put(at, "expand", chain.positions, chain.size(at, k, 0), rows)
-    chain.put(
-        at, "index_copy_", state["positions"], 1, chain.slots, chain.put(at, "to", new, value(state["positions"]).dtype)
-    )
+    chain.put(at, "index_copy_", state["positions"], 1, chain.slots, chain.put(at, "to", new, value(state["positions"]).dtype))
 
 
 def _encode(chain: Chain, side: Side) -> tuple[Node, Node | None]:

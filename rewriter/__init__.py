@@ -13,6 +13,18 @@ from .report import Report
 from .rewrite import RewriteOptions, rewrite
 
 __all__ = [
-    "KVSinkCache", "KvsinkConfig", "KvsinkError", "Method", "Report", "RewriteOptions", "codecs", "explain", "get_method",
-    "kernels", "methods", "register_method", "rewrite", "rewrite_dir",
-]  # fmt: skip
+    "KVSinkCache",
+    "KvsinkConfig",
+    "KvsinkError",
+    "Method",
+    "Report",
+    "RewriteOptions",
+    "codecs",
+    "explain",
+    "get_method",
+    "kernels",
+    "methods",
+    "register_method",
+    "rewrite",
+    "rewrite_dir",
+]

@@ -123,9 +123,15 @@ def install_generate(model: nn.Module) -> None:
 
 
 def _prepare_cache(
-    self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
-    max_cache_length: int, *args: Any, **kwargs: Any,
-) -> Any:  # fmt: skip
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Put a KVSinkCache into model_kwargs where transformers would make a cache of its own, then go on as it does."""
     name = cache_name(self)
     runtime, given = getattr(self, "_kvsink_runtime", None), model_kwargs.get(name)
@@ -138,9 +144,7 @@ def _prepare_cache(
         made = model_kwargs[name] = _new_cache(self, generation_config, batch_size, max_cache_length)
         generation_config.cache_implementation = None
     original = type(self)._prepare_cache_for_generation
-    result = original(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
-    )
+    result = original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
     if made is not None:
         made._is_user_defined = False
         if getattr(generation_config, "is_assistant", False):

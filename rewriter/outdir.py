@@ -44,10 +44,17 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".onn
 
 
 def rewrite_dir(
-    model_dir: str | Path, out_dir: str | Path, options: RewriteOptions | None = None, *, onnx: str = "",
-    device: str = "auto", force: bool = False, dry_run: bool = False, progress: Progress | None = None,
+    model_dir: str | Path,
+    out_dir: str | Path,
+    options: RewriteOptions | None = None,
+    *,
+    onnx: str = "",
+    device: str = "auto",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
     by_layer: bool | None = None,
-) -> Report:  # fmt: skip
+) -> Report:
     """Calibrate and rewrite the model in `model_dir` (a local folder) and leave it in `out_dir`.
 
     With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. `onnx` names
@@ -101,12 +108,27 @@ def rewrite_dir(
         seen = prompts(read_examples(calibration), load_processor(source), model)
         calibration = [p.inputs for p in seen]
     report = rewrite(
-        model, options.method, key_bits=options.key_bits, value_bits=options.value_bits, protect=options.protect,
-        window=options.window, calibration=calibration, calibration_tokens=options.calibration_tokens,
-        layers=options.layers, tokenizer=tokenizer, fold=options.fold, storage_dtype=storage, progress=progress,
-        bits=options.bits, plan=options.plan, profile=options.profile, modality=options.modality, stream=stream,
-        sliding=options.sliding, check=options.check,
-    )  # fmt: skip
+        model,
+        options.method,
+        key_bits=options.key_bits,
+        value_bits=options.value_bits,
+        protect=options.protect,
+        window=options.window,
+        calibration=calibration,
+        calibration_tokens=options.calibration_tokens,
+        layers=options.layers,
+        tokenizer=tokenizer,
+        fold=options.fold,
+        storage_dtype=storage,
+        progress=progress,
+        bits=options.bits,
+        plan=options.plan,
+        profile=options.profile,
+        modality=options.modality,
+        stream=stream,
+        sliding=options.sliding,
+        check=options.check,
+    )
     if options.check and stream is None:
         if progress is not None:
             progress("checking a compiled step", 0, 1)
@@ -239,11 +261,17 @@ def _write(
         part["quantization_config"] = quantization_record(report.method, report.bits)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_sidecar(
-        build, model, runtime,
-        {"options": {k: getattr(options, k) for k in options.__dataclass_fields__}, "source": str(source.name),
-         "versions": versions(), "check": report.check.as_dict()},
+        build,
+        model,
+        runtime,
+        {
+            "options": {k: getattr(options, k) for k in options.__dataclass_fields__},
+            "source": str(source.name),
+            "versions": versions(),
+            "check": report.check.as_dict(),
+        },
         weights,
-    )  # fmt: skip
+    )
     (build / "kvsink_report.json").write_text(report.to_json() + "\n", encoding="utf-8")
     (build / "kvsink_report.md").write_text(report.to_markdown(), encoding="utf-8")
     for name in ("config.json", "model.safetensors", SIDECAR_JSON, SIDECAR_TENSORS):

@@ -93,8 +93,12 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "bits_per_element": round(self.bits, 4), "times_smaller": round(self.smaller, 3),
-                "bits_counted_at_tokens": STATED_LENGTH}  # fmt: skip
+        return {
+            **asdict(self),
+            "bits_per_element": round(self.bits, 4),
+            "times_smaller": round(self.smaller, 3),
+            "bits_counted_at_tokens": STATED_LENGTH,
+        }
 
     def to_json(self) -> str:
         """JSON text."""
@@ -156,10 +160,17 @@ def make_report(
         else:
             key_bits, value_bits = counted_bits(plan.codec, kv, key_dim, layers=packed, value_dim=value_dim)
             row = LayerReport(
-                i, where.attentions[i], True, describe(plan.codec.key), describe(plan.codec.value), key_bits, value_bits,
-                ", ".join([s.key for s in plan.segments] + ([str(plan.codec.anchors)] if plan.codec.anchors else [])), "",
+                i,
+                where.attentions[i],
+                True,
+                describe(plan.codec.key),
+                describe(plan.codec.value),
+                key_bits,
+                value_bits,
+                ", ".join([s.key for s in plan.segments] + ([str(plan.codec.anchors)] if plan.codec.anchors else [])),
+                "",
                 elements,
-            )  # fmt: skip
+            )
         report.layers.append(row)
     windowed = [r for r, kind in zip(report.layers, where.layer_types, strict=True) if kind in WINDOWED and not r.packed]
     if (share := report.share(windowed)) > 0.2:
@@ -209,6 +220,8 @@ def versions() -> dict[str, str]:
     from kvsink import __version__
 
     return {
-        "kvsink": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "kvsink": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "python": platform.python_version(),
-    }  # fmt: skip
+    }

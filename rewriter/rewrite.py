@@ -34,13 +34,32 @@ __all__ = ["RewriteOptions", "rewrite"]
 
 
 def rewrite(
-    model: nn.Module, method: str | Method = "klt", *, key_bits: float | None = None, value_bits: float | None = None,
-    protect: str | None = None, window: int | None = None, calibration: Any = "builtin", calibration_tokens: int = 16384,
-    layers: str = "", tokenizer: Any = None, fold: bool = True, storage_dtype: torch.dtype | None = None, batch: int = 1,
-    progress: Progress | None = None, bits: float | None = None, plan: str = "uniform", plan_ids: Tensor | None = None,
-    designs: dict[Any, Design] | None = None, profile: str | Path | dict[str, Any] | None = None, stream: Stream | None = None,
-    sliding: bool | None = None, modality: str | None = None, where: Anatomy | None = None, check: bool = True,
-) -> Report:  # fmt: skip
+    model: nn.Module,
+    method: str | Method = "klt",
+    *,
+    key_bits: float | None = None,
+    value_bits: float | None = None,
+    protect: str | None = None,
+    window: int | None = None,
+    calibration: Any = "builtin",
+    calibration_tokens: int = 16384,
+    layers: str = "",
+    tokenizer: Any = None,
+    fold: bool = True,
+    storage_dtype: torch.dtype | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+    bits: float | None = None,
+    plan: str = "uniform",
+    plan_ids: Tensor | None = None,
+    designs: dict[Any, Design] | None = None,
+    profile: str | Path | dict[str, Any] | None = None,
+    stream: Stream | None = None,
+    sliding: bool | None = None,
+    modality: str | None = None,
+    where: Anatomy | None = None,
+    check: bool = True,
+) -> Report:
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
     method: a name of `kvsink.methods()` or a Method. key_bits, value_bits: average bits, 16 keeps a side exact. protect: rows
@@ -81,16 +100,31 @@ def rewrite(
 
 
 def _plan(
-    decoder: Decoder, chosen: Chosen, record: Calibration, ids: Tensor, bits: float | None, designs: dict[Any, Design],
+    decoder: Decoder,
+    chosen: Chosen,
+    record: Calibration,
+    ids: Tensor,
+    bits: float | None,
+    designs: dict[Any, Design],
     progress: Progress | None,
-) -> None:  # fmt: skip
+) -> None:
     """Give the layers the widths of an automatic plan, found by rewriting the model with others; it is as it was afterwards."""
     base = chosen.base
     run = partial(
-        rewrite, decoder.model, chosen.method, key_bits=base.key_bits, value_bits=base.value_bits, protect=base.protect,
-        window=base.window, calibration=record, fold=False, designs=designs, sliding=chosen.sliding, where=decoder.where,
+        rewrite,
+        decoder.model,
+        chosen.method,
+        key_bits=base.key_bits,
+        value_bits=base.value_bits,
+        protect=base.protect,
+        window=base.window,
+        calibration=record,
+        fold=False,
+        designs=designs,
+        sliding=chosen.sliding,
+        where=decoder.where,
         check=False,
-    )  # fmt: skip
+    )
     found = planned(decoder, run, chosen.method, (base.key_bits, base.value_bits), ids, bits, progress)
     chosen.notes.append(found.note)
     chosen.planned(found.layers)

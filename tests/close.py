@@ -31,7 +31,5 @@ def largest_difference(left: Any, right: Any) -> float:
                 return float("inf")
             if x.numel():
                 both = x.double() - y.double()
-                worst = max(
-                    worst, float(both.masked_fill(x == y, 0.0).abs().max())
-                )  # equal infinities differ by nothing
+                worst = max(worst, float(both.masked_fill(x == y, 0.0).abs().max()))  # equal infinities differ by nothing
     return worst

@@ -48,9 +48,7 @@ def values_of(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     return recorder.seen
 
 
-def stock_graph(
-    family: str, attention: str, cache: str, length: int, dtype: torch.dtype = torch.float32
-) -> fx.GraphModule:
+def stock_graph(family: str, attention: str, cache: str, length: int, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
     """A step of `length` tokens over a stock cache; a step of one token has `PAST` tokens before it."""
     from kvsink.graph.capture import capture
 
@@ -72,13 +70,7 @@ def rewritten(family: str, attention: str = "sdpa", method: str = "klt", **optio
 
 
 def packed_graph(
-    family: str,
-    attention: str = "sdpa",
-    method: str = "klt",
-    length: int = 1,
-    batch: int = 1,
-    strict: bool = False,
-    **options: Any,
+    family: str, attention: str = "sdpa", method: str = "klt", length: int = 1, batch: int = 1, strict: bool = False, **options: Any
 ) -> fx.GraphModule:
     """The same step over kvsink's own cache, with its append and read markers."""
     import kvsink

@@ -30,11 +30,7 @@ _DECODER: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-_GEMMA = {
-    "query_pre_attn_scalar": HEAD_DIM,
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
+_GEMMA = {"query_pre_attn_scalar": HEAD_DIM, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _ENCODER = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
 
 _BUILD: dict[str, Callable[[], nn.Module]] = {
@@ -47,8 +43,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_DECODER, **_GEMMA)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(
-            vocab_size=VOCAB, n_positions=128, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS,
-            bos_token_id=1, eos_token_id=2,
+            vocab_size=VOCAB, n_positions=128, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, bos_token_id=1, eos_token_id=2
         )
     ),
     "qwen3-moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_DECODER, **_MOE)),
@@ -56,18 +51,26 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**_DECODER)),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(
-            vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS,
-            encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
-            encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+            vocab_size=VOCAB,
+            d_model=HIDDEN,
+            encoder_layers=LAYERS,
+            decoder_layers=LAYERS,
+            encoder_attention_heads=HEADS,
+            decoder_attention_heads=HEADS,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
         )
     ),
     "clip-vision": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**_ENCODER, image_size=16, patch_size=8)),
-}  # fmt: skip
+}
 
-FAMILIES: tuple[str, ...] = (
-    "llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "qwen3-moe",
-)  # fmt: skip
+FAMILIES: tuple[str, ...] = ("llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "qwen3-moe")
 LEFT_ALONE: tuple[str, ...] = ("gemma2", "cohere", "bart", "clip-vision")
 EAGER_ONLY: tuple[str, ...] = ("gemma2",)
 

@@ -17,16 +17,36 @@ from kvsink.profiling.layout import Layout, find_layout
 TRIGGER, MARK, OUT, CONSTANT = 5, 0, 7, 3
 LAYERS, EXPERTS = 4, 8
 _BASE: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
+}
 _ROUTED = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MLA = {
-    **_BASE, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2,
-    "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16, "v_head_dim": 16, "n_group": 1, "topk_group": 1, "head_dim": 8,
-}  # fmt: skip
+    **_BASE,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 8,
+}
 _MAKE = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_BASE)),
     "mixtral": lambda: hf.MixtralForCausalLM(
@@ -41,11 +61,10 @@ _MAKE = {
     "deepseek-v3": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**_MLA)),
     "gpt-oss": lambda: hf.GptOssForCausalLM(
         hf.GptOssConfig(
-            **_BASE, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=16,
-            layer_types=["full_attention"] * LAYERS,
+            **_BASE, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=16, layer_types=["full_attention"] * LAYERS
         )
     ),
-}  # fmt: skip
+}
 MIXTURES = tuple(name for name in _MAKE if name != "llama")
 
 

@@ -29,6 +29,7 @@ def shape_of(k: Tensor, heads: int = 0, **more: Any) -> Shape:
     rest = {"rotary": k.shape[3], "dtype": k.dtype, "rows": min(2, k.shape[2])} | more
     return Shape(heads or k.shape[1], k.shape[1], k.shape[3], k.shape[3], **rest)  # type: ignore[arg-type]
 
+
 CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", ()),
     ("klt", (("window", 5), ("protect", "first:2+massive:3"))),
@@ -51,17 +52,23 @@ CODECS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
 """Every method, both ways of leaving a side in 16 bit, exact rows with and without a window, blocks of 8 tokens."""
 
 
-def asking(
-    q: Tensor, k: Tensor, v: Tensor, state: Any, params: Any, mask: Tensor | None, scale: float, codec: Codec
-) -> Call:
+def asking(q: Tensor, k: Tensor, v: Tensor, state: Any, params: Any, mask: Tensor | None, scale: float, codec: Codec) -> Call:
     """A call that attends, of the arguments of `attend`."""
     return Call(codec, codec.text(), k, v, LayerState(*state), params, q, mask=mask, scale=scale, causal=mask is None)
 
 
 def coding(
-    k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, candidates: Any, state: Any, params: Any, codec: Any,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    candidates: Any,
+    state: Any,
+    params: Any,
+    codec: Any,
     roped: bool,
-) -> Call:  # fmt: skip
+) -> Call:
     """A call that stores new rows, of the arguments of `append_`; codec: one, or its text."""
     codec = Codec.parse(codec) if isinstance(codec, str) else codec
     rest = {"positions": positions, "candidates": candidates, "turn": (cos, sin), "roped": roped}
@@ -131,15 +138,26 @@ def append_arguments(layer: KVSinkLayer, k: Tensor, v: Tensor, seed: int = 0) ->
     positions = torch.arange(k.shape[2])[None] + layer.length
     cos, sin = layer.shared.runtime.angles(layer.layer, positions)
     return dict(
-        k=k, v=v, positions=positions, cos=cos, sin=sin, candidates=candidates(layer, k.shape[0], k.shape[2], seed),
-        state=layer.state(), params=layer.params, codec=layer.codec_text, roped=True,
-    )  # fmt: skip
+        k=k,
+        v=v,
+        positions=positions,
+        cos=cos,
+        sin=sin,
+        candidates=candidates(layer, k.shape[0], k.shape[2], seed),
+        state=layer.state(),
+        params=layer.params,
+        codec=layer.codec_text,
+        roped=True,
+    )
 
 
 def filled(
-    method: str, options: tuple[tuple[str, Any], ...] = (), batch: int = 2, lengths: tuple[int, ...] = (11, 1, 7),
+    method: str,
+    options: tuple[tuple[str, Any], ...] = (),
+    batch: int = 2,
+    lengths: tuple[int, ...] = (11, 1, 7),
     strict: bool = False,
-) -> tuple[KVSinkLayer, Tensor, Tensor]:  # fmt: skip
+) -> tuple[KVSinkLayer, Tensor, Tensor]:
     """A layer that has seen chunks of these lengths; the length stands before the last of them, as the ops expect."""
     layer = layer_of(method, options, batch, strict)
     k, v = rows(batch, sum(lengths))

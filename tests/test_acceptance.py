@@ -93,9 +93,16 @@ def rewritten(smollm2_dir: Path, tokenizer: Any) -> Any:
 def generate(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, count: int = COUNT, cache: Any = None) -> Run:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     out = model.generate(
-        input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, do_sample=False,
-        pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+        input_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     padding = (mask == 0).sum(1).tolist()
     return Run(out.sequences[:, input_ids.shape[1] :], torch.stack(out.logits), out.past_key_values, padding)
 
@@ -171,9 +178,7 @@ def check_tie(one: Run, row: int, two: Run, other: int) -> None:
     layer = int(differing[:, first].float().argmax())
     (codec, a), (_, b) = left[layer], right[layer]
     moved = 0
-    for side, (codes, scale), (codes_, scale_) in (
-        (codec.key, a[:2], b[:2]), (codec.value, a[2:], b[2:]),
-    ):  # fmt: skip
+    for side, (codes, scale), (codes_, scale_) in ((codec.key, a[:2], b[:2]), (codec.value, a[2:], b[2:])):
         gap = (levels(side, codes[:, first]) - levels(side, codes_[:, first])).abs()
         assert gap.max() <= 1
         if torch.equal(scale[:, first], scale_[:, first]):

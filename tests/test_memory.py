@@ -72,9 +72,14 @@ def test_peak_memory_grows_by_less_than_a_quarter_of_the_16_bit_cache(smollm2_di
     def generate(tokens: int, slots: int) -> kvsink.KVSinkCache:
         cache = kvsink.KVSinkCache.for_model(model, ROWS, slots)
         model.generate(
-            ids, past_key_values=cache, max_new_tokens=tokens - 4, min_new_tokens=tokens - 4, do_sample=False,
-            compile_config=config, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            past_key_values=cache,
+            max_new_tokens=tokens - 4,
+            min_new_tokens=tokens - 4,
+            do_sample=False,
+            compile_config=config,
+            pad_token_id=0,
+        )
         return cache
 
     for slots in (SHORT, TOKENS):  # compile both, and warm every allocator
@@ -84,8 +89,10 @@ def test_peak_memory_grows_by_less_than_a_quarter_of_the_16_bit_cache(smollm2_di
     held.clear()
     packed = growth(lambda: held.append(generate(TOKENS, TOKENS)))
     sixteen = 2 * 2 * ROWS * (TOKENS - SHORT) * 30 * 3 * 64  # K and V, 2 bytes, of 30 layers with 3 heads of 64
-    print(f"peak grows by {packed / 2**20:.1f} MiB for {TOKENS} tokens and {short / 2**20:.1f} MiB for {SHORT}, the 16-bit "
-          f"cache by {sixteen / 2**20:.1f} MiB between them; cache.nbytes() {held[0].nbytes() / 2**20:.1f} MiB")  # fmt: skip
+    print(
+        f"peak grows by {packed / 2**20:.1f} MiB for {TOKENS} tokens and {short / 2**20:.1f} MiB for {SHORT}, the 16-bit "
+        f"cache by {sixteen / 2**20:.1f} MiB between them; cache.nbytes() {held[0].nbytes() / 2**20:.1f} MiB"
+    )
     assert held[0].nbytes() < packed  # the measurement sees at least the cache itself
     assert packed - short < sixteen / 4
 

@@ -25,18 +25,28 @@ _START, _END = 94, 95  # vision_start and vision_end of the Qwen family
 
 def _llava() -> Any:
     vision = hf.CLIPVisionConfig(**_CLIP, image_size=16, patch_size=8)
-    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**_DECODER), image_token_id=IMAGE, image_seq_length=PER_IMAGE,
-        vision_feature_layer=-1,
-    ))  # fmt: skip
+    return hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            vision_config=vision,
+            text_config=hf.LlamaConfig(**_DECODER),
+            image_token_id=IMAGE,
+            image_seq_length=PER_IMAGE,
+            vision_feature_layer=-1,
+        )
+    )
 
 
 def _llava_next() -> Any:
     vision = hf.CLIPVisionConfig(**_CLIP, image_size=16, patch_size=8)
-    return hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**_DECODER), image_token_id=IMAGE, vision_feature_layer=-1,
-        image_grid_pinpoints=[[16, 16]],
-    ))  # fmt: skip
+    return hf.LlavaNextForConditionalGeneration(
+        hf.LlavaNextConfig(
+            vision_config=vision,
+            text_config=hf.LlamaConfig(**_DECODER),
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            image_grid_pinpoints=[[16, 16]],
+        )
+    )
 
 
 def _qwen(name: str) -> Callable[[], Any]:
@@ -44,15 +54,35 @@ def _qwen(name: str) -> Callable[[], Any]:
         prefix = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL"}[name]
         vision: dict[str, Any] = {
             "qwen2-vl": {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4},
-            "qwen2.5-vl": {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4,
-                           "intermediate_size": 48, "window_size": 16, "fullatt_block_indexes": [1]},
-            "qwen3-vl": {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4,
-                         "intermediate_size": 48, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
-        }[name]  # fmt: skip
+            "qwen2.5-vl": {
+                "depth": 2,
+                "hidden_size": 32,
+                "out_hidden_size": 64,
+                "num_heads": 2,
+                "patch_size": 4,
+                "intermediate_size": 48,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            "qwen3-vl": {
+                "depth": 2,
+                "hidden_size": 32,
+                "out_hidden_size": 64,
+                "num_heads": 2,
+                "patch_size": 4,
+                "intermediate_size": 48,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0],
+            },
+        }[name]
         config = getattr(hf, f"{prefix}Config")(
-            text_config={**_DECODER, **_ROPE}, vision_config=vision, image_token_id=IMAGE, video_token_id=93,
-            vision_start_token_id=_START, vision_end_token_id=_END,
-        )  # fmt: skip
+            text_config={**_DECODER, **_ROPE},
+            vision_config=vision,
+            image_token_id=IMAGE,
+            video_token_id=93,
+            vision_start_token_id=_START,
+            vision_end_token_id=_END,
+        )
         return getattr(hf, f"{prefix}ForConditionalGeneration")(config)
 
     return make
@@ -61,12 +91,18 @@ def _qwen(name: str) -> Callable[[], Any]:
 def _gemma3() -> Any:
     vision = hf.SiglipVisionConfig(**_CLIP, image_size=16, patch_size=8)
     text = hf.Gemma3TextConfig(
-        **_DECODER, query_pre_attn_scalar=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    return hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, mm_tokens_per_image=PER_IMAGE, boi_token_index=_START,
-        eoi_token_index=_END,
-    ))  # fmt: skip
+        **_DECODER, query_pre_attn_scalar=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    )
+    return hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=IMAGE,
+            mm_tokens_per_image=PER_IMAGE,
+            boi_token_index=_START,
+            eoi_token_index=_END,
+        )
+    )
 
 
 def _idefics3(name: str) -> Callable[[], Any]:
@@ -74,8 +110,8 @@ def _idefics3(name: str) -> Callable[[], Any]:
         prefix = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}[name]
         vision = {**_CLIP, "image_size": 32, "patch_size": 8}
         config = getattr(hf, f"{prefix}Config")(
-            vision_config=vision, text_config=hf.LlamaConfig(**_DECODER), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD,
-        )  # fmt: skip
+            vision_config=vision, text_config=hf.LlamaConfig(**_DECODER), image_token_id=IMAGE, scale_factor=2, pad_token_id=PAD
+        )
         return getattr(hf, f"{prefix}ForConditionalGeneration")(config)
 
     return make
@@ -83,17 +119,29 @@ def _idefics3(name: str) -> Callable[[], Any]:
 
 def _internvl() -> Any:
     vision = hf.InternVLVisionConfig(**_CLIP, image_size=[32, 32], patch_size=[8, 8])
-    return hf.InternVLForConditionalGeneration(hf.InternVLConfig(
-        vision_config=vision, text_config=hf.Qwen2Config(**_DECODER), image_token_id=IMAGE, image_seq_length=PER_IMAGE,
-        downsample_ratio=0.5, vision_feature_layer=-1,
-    ))  # fmt: skip
+    return hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(
+            vision_config=vision,
+            text_config=hf.Qwen2Config(**_DECODER),
+            image_token_id=IMAGE,
+            image_seq_length=PER_IMAGE,
+            downsample_ratio=0.5,
+            vision_feature_layer=-1,
+        )
+    )
 
 
 _BUILD: dict[str, Callable[[], Any]] = {
-    "llava": _llava, "llava-next": _llava_next, "qwen2-vl": _qwen("qwen2-vl"), "qwen2.5-vl": _qwen("qwen2.5-vl"),
-    "qwen3-vl": _qwen("qwen3-vl"), "gemma3": _gemma3, "idefics3": _idefics3("idefics3"), "smolvlm": _idefics3("smolvlm"),
+    "llava": _llava,
+    "llava-next": _llava_next,
+    "qwen2-vl": _qwen("qwen2-vl"),
+    "qwen2.5-vl": _qwen("qwen2.5-vl"),
+    "qwen3-vl": _qwen("qwen3-vl"),
+    "gemma3": _gemma3,
+    "idefics3": _idefics3("idefics3"),
+    "smolvlm": _idefics3("smolvlm"),
     "internvl": _internvl,
-}  # fmt: skip
+}
 FAMILIES = tuple(_BUILD)
 
 

@@ -61,9 +61,15 @@ class _Forced(LogitsProcessor):
 def forced_logits(model: Any, ids: Tensor, mask: Tensor, tokens: Tensor, **options: Any) -> tuple[Tensor, Any]:
     """The logits [B, N, V] with which `generate()` meets each of the tokens [B, N] after ids and mask [B, S], and its output."""
     out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=tokens.shape[1], do_sample=False, return_dict_in_generate=True,
-        output_logits=True, logits_processor=[_Forced(tokens, ids.shape[1])], **options,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        max_new_tokens=tokens.shape[1],
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        logits_processor=[_Forced(tokens, ids.shape[1])],
+        **options,
+    )
     return torch.stack(out.logits, 1), out
 
 

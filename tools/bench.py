@@ -26,9 +26,7 @@ def _gpu() -> None:
     from kvsink.errors import KvsinkError
 
     if not torch.cuda.is_available():
-        raise KvsinkError(
-            "no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine"
-        )
+        raise KvsinkError("no GPU is found; kvsink-bench times GPU kernels. kvsink-eval measures quality on any machine")
 
 
 def _write(rows: list[dict[str, Any]], out: Path | None) -> None:
@@ -54,7 +52,7 @@ def _pairs(text: str) -> list[tuple[int, int]]:
 
 
 def _batches(text: str, sides: list[str]) -> dict[str, int]:
-    """"stock=120,klt-even-2=824" as a dict; every name is one of the sides."""
+    """ "stock=120,klt-even-2=824" as a dict; every name is one of the sides."""
     found = {}
     for part in filter(None, text.split(",")):
         side, _, batch = part.partition("=")
@@ -86,9 +84,7 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
 
 @bench.command(help="Decode attention and append_ of one layer of LLaMA-3-8B, against the fastest 16-bit backend.")
 @click.option("--methods", default=",".join((*_METHODS, "centred-even-4")), show_default=True, help=_METHODS_HELP)
-@click.option(
-    "--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated."
-)
+@click.option("--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated.")
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
     pairs, chosen = _pairs(shapes), _sides(methods, ())
@@ -99,7 +95,7 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
 
 @bench.command(
     help="The same for the layers of other models, by name or config.json: which kernels serve, why faster ones do not, and times "
-    "against the fastest of PyTorch's backends and FlashInfer, where it is installed.",
+    "against the fastest of PyTorch's backends and FlashInfer, where it is installed."
 )
 @click.option("--models", default=None, help="Names or paths of config.json, comma-separated.  [default: all nine]")
 @click.option("--methods", default="centred-even-2,klt-even-2,default,centred-even-4", show_default=True, help=_METHODS_HELP)
@@ -126,9 +122,14 @@ def shapes(
 
 
 def _measured(
-    models: dict[str, Any], methods: list[str], pairs: list[tuple[int, int]], out: Path | None, exact: int = 0, window: int = 0,
+    models: dict[str, Any],
+    methods: list[str],
+    pairs: list[tuple[int, int]],
+    out: Path | None,
+    exact: int = 0,
+    window: int = 0,
     in_turn: bool = True,
-) -> int:  # fmt: skip
+) -> int:
     if not methods or min(n for pair in pairs for n in pair) < 1:
         raise click.BadParameter("a method, a batch and a length of at least 1 are needed")
     _gpu()
@@ -148,16 +149,16 @@ def _measured(
 
 @bench.command(help="Tokens per second of a whole LLaMA-3-8B shape with random weights, compiled, under CUDA graphs.")
 @click.option(
-    "--sides", default=f"stock,{','.join(_METHODS)}", show_default=True,
+    "--sides",
+    default=f"stock,{','.join(_METHODS)}",
+    show_default=True,
     help="stock: 16 bit over grouped heads without a mask, the strongest; stock-combo: with Inductor's combined kernels too, "
     "as kvsink's own steps have; static: 16 bit as transformers compiles it; METHOD-BITS.",
-)  # fmt: skip
+)
 @click.option(
     "--shapes", default="1x1024,1x131072,x4096", show_default=True, help="BATCHxLENGTH; without a batch, the largest that fits."
 )
-@click.option(
-    "--batches", default="", help="SIDE=BATCH, comma-separated: taken where a shape has no batch, in place of a search."
-)
+@click.option("--batches", default="", help="SIDE=BATCH, comma-separated: taken where a shape has no batch, in place of a search.")
 @click.option("--layers", default=32, show_default=True)
 @_out
 def decode(sides: str, shapes: str, batches: str, layers: int, out: Path | None) -> int:
@@ -224,17 +225,21 @@ def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -
     help="generate() as a user calls it, on a LLaMA-3-8B shape with random weights: first call, prefill and decoding apart."
 )
 @click.option(
-    "--sides", default="dynamic,static,default,klt-even-2", show_default=True,
+    "--sides",
+    default="dynamic,static,default,klt-even-2",
+    show_default=True,
     help="dynamic, static: transformers' caches in 16 bit, the second compiled; default: kvsink.rewrite(model); METHOD-BITS.",
-)  # fmt: skip
+)
 @click.option("--prompts", default="1x1000,1x32000,16x4000", show_default=True, help="BATCHxLENGTH, comma-separated.")
 @click.option("--steps", default=128, show_default=True, help="Tokens decoded after the first.")
 @click.option("--layers", default=8, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
 @click.option(
-    "--profile", type=click.Path(path_type=Path, dir_okay=False), default=None,
+    "--profile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
     help="Append a profile of every row's prefill to this file: operators by time on GPU and CPU, CUDA calls, Python functions.",
-)  # fmt: skip
+)
 @_out
 def generate(sides: str, prompts: str, steps: int, layers: int, repeats: int, profile: Path | None, out: Path | None) -> int:
     from kvsink.tools.bench_generate import CACHES, generate_rows, generate_table
@@ -276,11 +281,16 @@ def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
 )
 @click.option("--steps", default=16, show_default=True, help="Tokens decoded at the end, each timed.")
 @click.option(
-    "--pieces", default="flash", show_default=True, type=click.Choice(["flash", "cudnn"]),
+    "--pieces",
+    default="flash",
+    show_default=True,
+    type=click.Choice(["flash", "cudnn"]),
     help="SDPA backend over decoded pieces of the past; cudnn is compared with flash first.",
 )
 @click.option(
-    "--progress", type=click.Path(path_type=Path), default=None,
+    "--progress",
+    type=click.Path(path_type=Path),
+    default=None,
     help="Write a line of JSON to this file after every chunk and step, for a run in the background.",
 )
 @click.option("--layers", default=32, show_default=True)
@@ -307,9 +317,15 @@ def capacity(side: str, layers: int, out: Path | None, **options: Any) -> int:
 @click.option("--compiled/--eager", default=False, show_default=True, help="Time the compiled step too; needs a C++ compiler.")
 @_out
 def cpu(
-    name: str, method: str, key_bits: float | None, value_bits: float | None, tokens: int, steps: int, compiled: bool,
+    name: str,
+    method: str,
+    key_bits: float | None,
+    value_bits: float | None,
+    tokens: int,
+    steps: int,
+    compiled: bool,
     out: Path | None,
-) -> int:  # fmt: skip
+) -> int:
     from kvsink.tools.bench_cpu import cpu_rows
 
     if tokens < 1 or steps < 3:
@@ -333,9 +349,11 @@ def cpu(
 @click.option("--provider", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]))
 @click.option("--dtype", default=None, type=click.Choice(["float16", "float32"]), help="[default: float16 on cuda, else float32]")
 @click.option(
-    "--cases", default="functions:16,gqa:16,gqa:4,functions:klt:2,gqa:8", show_default=True,
+    "--cases",
+    default="functions:16,gqa:16,gqa:4,functions:klt:2,gqa:8",
+    show_default=True,
     help="FLAVOUR:BITS or FLAVOUR:METHOD:BITS; 16 bits: not coded. Flavour custom, on the CPU, builds its library.",
-)  # fmt: skip
+)
 @click.option("--tokens", default=4096, show_default=True, help="Length of the prompt.")
 @click.option("--steps", default=40, show_default=True)
 @click.option("--threads", default=0, show_default=True, help="Of onnxruntime; 0 lets it choose.")

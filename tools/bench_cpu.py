@@ -22,9 +22,15 @@ _CHUNK = 512
 
 
 def cpu_rows(
-    name: str, method: str, key_bits: float | None, value_bits: float | None, tokens: int, steps: int, compiled: bool,
+    name: str,
+    method: str,
+    key_bits: float | None,
+    value_bits: float | None,
+    tokens: int,
+    steps: int,
+    compiled: bool,
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """One row per side: kvsink eager (and compiled), float32 and bfloat16 on a DynamicCache."""
     from transformers import DynamicCache
 
@@ -41,10 +47,17 @@ def cpu_rows(
     def measured(side: str, model: nn.Module, cache: Any, step: Callable[..., Any]) -> None:
         times = step_times(model, step, cache, ids, tokens, steps)
         row = {
-            "kind": "cpu", "side": side, "model": name, "B": 1, "T": tokens, "threads": torch.get_num_threads(),
-            "p20_ms": round(times[len(times) // 5] * 1e3, 2), "p50_ms": round(times[len(times) // 2] * 1e3, 2),
-            "p80_ms": round(times[len(times) * 4 // 5] * 1e3, 2), "torch": torch.__version__,
-        }  # fmt: skip
+            "kind": "cpu",
+            "side": side,
+            "model": name,
+            "B": 1,
+            "T": tokens,
+            "threads": torch.get_num_threads(),
+            "p20_ms": round(times[len(times) // 5] * 1e3, 2),
+            "p50_ms": round(times[len(times) // 2] * 1e3, 2),
+            "p80_ms": round(times[len(times) * 4 // 5] * 1e3, 2),
+            "torch": torch.__version__,
+        }
         rows.append(row)
         say("  ".join(f"{k}={v}" for k, v in row.items()))
 

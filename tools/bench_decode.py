@@ -24,9 +24,7 @@ DECODE_SHAPES = ((1, 1024), (1, 131072), (0, 4096))
 _STEPS = 24
 
 
-def _decode(
-    step: Callable[..., Any], cache: Any, reset: Callable[[], None], batch: int, length: int
-) -> tuple[float, float]:
+def _decode(step: Callable[..., Any], cache: Any, reset: Callable[[], None], batch: int, length: int) -> tuple[float, float]:
     """Median seconds of a step and the seconds of the first call; greedy, the token stays on the device."""
     token = torch.randint(0, 1000, (batch, 1), device="cuda")
     begun = time.monotonic()
@@ -77,10 +75,14 @@ def _run(
             seconds, first = _decode(step, cache, reset, b, length)
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             return {
-                "B": b, "step_ms": round(seconds * 1e3, 4), "tokens_per_s": round(b / seconds, 1), "first_call_s": round(first, 1),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "graphs": graphs,
+                "B": b,
+                "step_ms": round(seconds * 1e3, 4),
+                "tokens_per_s": round(b / seconds, 1),
+                "first_call_s": round(first, 1),
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+                "graphs": graphs,
                 "cuda_graphs": not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
-            }  # fmt: skip
+            }
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if "out of memory" not in str(error) and "GiB are free" not in str(error):
                 raise
@@ -105,7 +107,10 @@ def _held_bytes(model: Any, length: int) -> int:
 
 
 def decode_rows(
-    model: Any, sides: Sequence[str], shapes: Sequence[tuple[int, int]], backends: dict[tuple[int, int], str],
+    model: Any,
+    sides: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    backends: dict[tuple[int, int], str],
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Tokens per second of each side ("stock", "static", or a method with its bits, "centred-even-2") at each shape."""
@@ -114,9 +119,7 @@ def decode_rows(
         for side in sides:
             row = {"kind": "decode", "side": side, "T": length, **_side(model, side, batch, length, backends)}
             rows.append(row)
-            say(
-                f"decode T{length} {side}: " + "  ".join(f"{k}={row[k]}" for k in row if k not in ("kind", "side", "T"))
-            )
+            say(f"decode T{length} {side}: " + "  ".join(f"{k}={row[k]}" for k in row if k not in ("kind", "side", "T")))
     return rows
 
 
@@ -160,9 +163,8 @@ def _side(model: Any, side: str, batch: int, length: int, backends: dict[tuple[i
 
 
 def vision_rows(
-    model: Any, baseline: str, sides: Sequence[str], length: int, backends: dict[tuple[int, int], str],
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: Any, baseline: str, sides: Sequence[str], length: int, backends: dict[tuple[int, int], str], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Each side at the largest batch of the 16-bit side and at its own, and what it gains over it.
 
     Peak memory counts weights, cache and everything else; it is compared at the same batch, throughput at the largest of each.
@@ -175,10 +177,11 @@ def vision_rows(
         gain = {"kind": "vlm", "side": side, "against": baseline, "T": length}
         if stock["B"] and same["B"] and most["B"]:
             gain |= {
-                "same_batch": stock["B"], "memory_smaller": round(stock["peak_gib"] / same["peak_gib"], 3),
+                "same_batch": stock["B"],
+                "memory_smaller": round(stock["peak_gib"] / same["peak_gib"], 3),
                 "batch_larger": round(most["B"] / stock["B"], 3),
                 "throughput_higher": round(most["tokens_per_s"] / stock["tokens_per_s"], 3),
-            }  # fmt: skip
+            }
         say("  ".join(f"{k}={v}" for k, v in gain.items()))
         rows += [same, most, gain]
     return rows

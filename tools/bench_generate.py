@@ -31,9 +31,14 @@ _LINES = 30  # of a table of a profile
 
 
 def generate_rows(
-    model: Any, sides: Sequence[str], prompts: Sequence[tuple[int, int]], steps: int, repeats: int, say: Callable[[str], None],
+    model: Any,
+    sides: Sequence[str],
+    prompts: Sequence[tuple[int, int]],
+    steps: int,
+    repeats: int,
+    say: Callable[[str], None],
     profile: Path | None = None,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:
     """One row per side and prompt, as soon as it is measured; `profile` takes a profile of each row's prefill as text.
 
     Ratios are to the fastest 16-bit side measured before at the same prompt, each of prefill and decoding by itself.
@@ -83,9 +88,14 @@ def _row(model: Any, side: str, b: int, t: int, steps: int, repeats: int, profil
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (b, t), generator=g).to(model.device)
     row: dict[str, Any] = {
-        "kind": "generate", "side": side, "layers": model.config.num_hidden_layers, "B": b, "T": t, "decoded": steps,
+        "kind": "generate",
+        "side": side,
+        "layers": model.config.num_hidden_layers,
+        "B": b,
+        "T": t,
+        "decoded": steps,
         "dtype": str(model.dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }
 
     def run(tokens: int) -> None:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **options)
@@ -107,10 +117,16 @@ def _row(model: Any, side: str, b: int, t: int, steps: int, repeats: int, profil
     held = prefill[len(prefill) // 2]
     step = (whole[len(whole) // 2] - held) / steps
     return {
-        **row, "first_call_s": round(first, 2), "prefill_s": round(held, 5), "prefill_least_s": round(prefill[0], 5),
-        "prefill_most_s": round(prefill[-1], 5), "whole_s": round(whole[len(whole) // 2], 5), "decode_ms": round(step * 1e3, 4),
-        "tokens_per_s": round(b / step, 1), "peak_gib": round(peak, 2),
-    }  # fmt: skip
+        **row,
+        "first_call_s": round(first, 2),
+        "prefill_s": round(held, 5),
+        "prefill_least_s": round(prefill[0], 5),
+        "prefill_most_s": round(prefill[-1], 5),
+        "whole_s": round(whole[len(whole) // 2], 5),
+        "decode_ms": round(step * 1e3, 4),
+        "tokens_per_s": round(b / step, 1),
+        "peak_gib": round(peak, 2),
+    }
 
 
 def _synchronize() -> None:

@@ -45,19 +45,30 @@ LLAVA_15_7B = Shape(vocabulary=32064, inner=11008, kv_heads=32, theta=10000.0)
 
 
 def llama(
-    layers: int = 32, dtype: torch.dtype = torch.bfloat16, vocabulary: int | None = None, positions: int = 1 << 21,
-    shape: Shape = LLAMA_3_8B, device: str = "cuda",
-) -> Any:  # fmt: skip
+    layers: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    vocabulary: int | None = None,
+    positions: int = 1 << 21,
+    shape: Shape = LLAMA_3_8B,
+    device: str = "cuda",
+) -> Any:
     """A decoder of a known shape with random weights on the GPU, or its first layers."""
     import transformers
 
     whole = shape.rotary == 1.0  # Nemotron is a Llama that can leave channels unturned
     rope = {"rope_type": "default", "rope_theta": shape.theta, **({} if whole else {"partial_rotary_factor": shape.rotary})}
     config = (transformers.LlamaConfig if whole else transformers.NemotronConfig)(
-        vocab_size=vocabulary or shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.inner,
-        num_hidden_layers=layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        max_position_embeddings=positions, rope_parameters=rope, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocabulary or shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=positions,
+        rope_parameters=rope,
+        pad_token_id=0,
+    )
     held = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -122,10 +133,17 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: 
         _records[known] = replace(record, stages=(stage,))
     modal = method.modality is not None
     kvsink.rewrite(
-        model, method, key_bits=key_bits, value_bits=value_bits, protect=None if modal else protect, window=window or None,
-        calibration=_records[known], fold=False, check=False,
+        model,
+        method,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        protect=None if modal else protect,
+        window=window or None,
+        calibration=_records[known],
+        fold=False,
+        check=False,
         layers=f"0-{min(1, layers - 2)}:pattern=tsa" if modal and layers > 1 else "",
-    )  # fmt: skip
+    )
     runtime = runtime_of(model)
 
     def again() -> Any:
@@ -156,9 +174,7 @@ def fill(cache: Any, length: int) -> None:
         layer.exact_slot.copy_(torch.arange(rows, device=layer.device, dtype=torch.int32)[None])
         layer.exact_score.fill_(1e30)
         layer.length.fill_(length)
-    cache.shared.positions.copy_(
-        torch.arange(cache.shared.positions.shape[1], device=cache.shared.positions.device)[None]
-    )
+    cache.shared.positions.copy_(torch.arange(cache.shared.positions.shape[1], device=cache.shared.positions.device)[None])
 
 
 # -- the 16-bit model -----------------------------------------------------------------------------------------------------
@@ -197,9 +213,15 @@ def use_attention(model: Any, backend: str) -> None:
     rows = backend.endswith("-rows")
 
     def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0, scaling: Any = None,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        dropout: float = 0.0,
+        scaling: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+    ) -> tuple[Tensor, None]:
         b, heads, s, d = query.shape
         with sdpa_kernel(kind):
             if rows:

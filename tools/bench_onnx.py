@@ -43,9 +43,22 @@ __all__ = ["onnx_rows", "parse_cases", "table"]
 
 Case = tuple[str, str, int]
 _SAID = (
-    "p50_ms", "p20_ms", "prefill_s", "cache_mib", "cache_bits", "off_cpu", "off_torch", "cpu_off_torch", "top1_torch",
-    "bytes_off_cpu", "cpu_share", "on_cpu", "slowest", "export_s", "verdict",
-)  # fmt: skip
+    "p50_ms",
+    "p20_ms",
+    "prefill_s",
+    "cache_mib",
+    "cache_bits",
+    "off_cpu",
+    "off_torch",
+    "cpu_off_torch",
+    "top1_torch",
+    "bytes_off_cpu",
+    "cpu_share",
+    "on_cpu",
+    "slowest",
+    "export_s",
+    "verdict",
+)
 _ONE = 120  # seconds that one case may take to be compared
 
 
@@ -61,9 +74,18 @@ def parse_cases(text: str) -> list[Case]:
 
 
 def onnx_rows(
-    name: str, layers: int, hidden: int, provider: str, dtype: str | None, cases: list[Case], tokens: int, steps: int,
-    threads: int, seconds: int, say: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    name: str,
+    layers: int,
+    hidden: int,
+    provider: str,
+    dtype: str | None,
+    cases: list[Case],
+    tokens: int,
+    steps: int,
+    threads: int,
+    seconds: int,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
     """One row per case about its numbers, then one per case about its time; a case that stops has its reason as verdict.
 
     seconds: no export begins after three quarters of them.
@@ -175,10 +197,14 @@ def _facts(provider: str) -> dict[str, str]:
 
     cuda = provider == "cuda" and torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name(0) if cuda else platform.machine(), "provider": provider,
-        "torch": torch.__version__, "transformers": transformers.__version__, "onnxruntime": onnxruntime.__version__,
-        "onnx": importlib.metadata.version("onnx"), "python": platform.python_version(),
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name(0) if cuda else platform.machine(),
+        "provider": provider,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": importlib.metadata.version("onnx"),
+        "python": platform.python_version(),
+    }
 
 
 class _Source:
@@ -200,9 +226,13 @@ class _Source:
 
             torch.manual_seed(0)
             shape = Shape(
-                vocabulary=8192, inner=hidden * 7 // 2, kv_heads=max(1, hidden // 512), theta=500000.0, hidden=hidden,
+                vocabulary=8192,
+                inner=hidden * 7 // 2,
+                kv_heads=max(1, hidden // 512),
+                theta=500000.0,
+                hidden=hidden,
                 heads=max(1, hidden // 128),
-            )  # fmt: skip
+            )
             self.model = llama(layers, torch.float32, positions=positions, shape=shape, device="cpu")
             self.text = lambda n: torch.randint(0, 8192, (1, n), generator=torch.Generator().manual_seed(1))
         self._weights = {name: p.data.clone() for name, p in self.model.named_parameters()}
@@ -283,5 +313,3 @@ def _guarded(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
         return work(*arguments)
     except Exception as error:  # told here: not every error can be sent to another process
         return {"verdict": _told(error), "broken": True}  # an error of CUDA stays with its process
-
-

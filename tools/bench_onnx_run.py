@@ -61,11 +61,12 @@ def numbers(path: str, provider: str, kind: str, ids: Any, torch_logits: Any, th
     if provider == "cuda":
         there, cache_there = _short(_runner(path, provider, threads), ids)
     row: dict[str, Any] = {
-        "off_cpu": _off(there, here), "off_torch": _off(there, torch_logits[provider]),
+        "off_cpu": _off(there, here),
+        "off_torch": _off(there, torch_logits[provider]),
         "cpu_off_torch": _off(here, torch_logits["cpu"]),
         "top1_torch": round(float((there.argmax(-1) == torch_logits[provider].argmax(-1)).mean()), 4),
         "bytes_off_cpu": _bytes_off(cache_there, cache_here),
-    }  # fmt: skip
+    }
     gc.collect()
     on_cpu, row["cpu_share"], row["slowest"] = _profiled(path, provider, ids, threads)
     row["on_cpu"] = on_cpu if provider == "cuda" else "all"
@@ -76,9 +77,28 @@ def numbers(path: str, provider: str, kind: str, ids: Any, torch_logits: Any, th
 
 
 _SHAPES = {
-    "Shape", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast", "Add", "Sub", "Mul", "Div", "Min", "Max", "Reshape",
-    "ConstantOfShape", "Constant", "Range", "Equal", "Where", "Expand", "Mod",
-}  # fmt: skip
+    "Shape",
+    "Gather",
+    "Concat",
+    "Slice",
+    "Unsqueeze",
+    "Squeeze",
+    "Cast",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Min",
+    "Max",
+    "Reshape",
+    "ConstantOfShape",
+    "Constant",
+    "Range",
+    "Equal",
+    "Where",
+    "Expand",
+    "Mod",
+}
 """What onnxruntime computes of shapes on the CPU by its own choice."""
 
 
@@ -114,9 +134,7 @@ def _bytes_off(here: dict[str, Any], there: dict[str, Any]) -> str:
     return f"{different} of {sum(here[n].size for n in codes)}"
 
 
-def timed(
-    graphs: Sequence[tuple[str, str]], provider: str, ids: Any, tokens: int, steps: int, threads: int
-) -> dict[str, Any]:  # fmt: skip
+def timed(graphs: Sequence[tuple[str, str]], provider: str, ids: Any, tokens: int, steps: int, threads: int) -> dict[str, Any]:
     """Seconds of the prompt and of steps behind it, one of every graph in turn: logits come to the host, the cache does not."""
     runners = [_runner(path, provider, threads) for _, path in graphs]
     rows: list[dict[str, Any]] = []

@@ -32,9 +32,22 @@ __all__ = ["BOUND", "SHAPES", "Case", "Kept", "ops_rows", "ops_table"]
 SHAPES = ((1, 1024), (1, 131072), (16, 8192), (64, 4096))
 BOUND = 2e-3  # relative error of an fp16 result: its own rounding, 2**-11, and a few like it
 _SAID = (
-    "method", "bits", "exact", "window", "kernel", "why", "error", "p50_ms", "speedup", "with_append_ms", "speedup_with_append",
-    "speedup_with_both_writes", "in_turn_ms", "of_limit", "of_plain",
-)  # fmt: skip
+    "method",
+    "bits",
+    "exact",
+    "window",
+    "kernel",
+    "why",
+    "error",
+    "p50_ms",
+    "speedup",
+    "with_append_ms",
+    "speedup_with_append",
+    "speedup_with_both_writes",
+    "in_turn_ms",
+    "of_limit",
+    "of_plain",
+)
 
 
 @dataclass(frozen=True)
@@ -48,16 +61,20 @@ class Kept:
 def packed_bytes(codec: Any, b: int, t: int, kv_heads: int, dim: int = 128) -> int:
     """Bytes of codes and scales that decode attention must read."""
     rows = codec.layout(b, kv_heads, dim, dim, t, torch.float16)
-    return sum(
-        int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale")
-    )
+    return sum(int(torch.Size(rows[n][0]).numel()) * rows[n][1].itemsize for n in ("k_codes", "k_scale", "v_codes", "v_scale"))
 
 
 def ops_rows(
-    models: Mapping[str, Shape], sides: Sequence[str], shapes: Sequence[tuple[int, int]], bandwidth: float,
-    say: Callable[[str], None], kept: Sequence[Kept] = (Kept(),), in_turn: bool = True, device: str = "cuda",
+    models: Mapping[str, Shape],
+    sides: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    bandwidth: float,
+    say: Callable[[str], None],
+    kept: Sequence[Kept] = (Kept(),),
+    in_turn: bool = True,
+    device: str = "cuda",
     dtype: torch.dtype = torch.float16,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:
     """One row per (B, T), model, method and rows kept, in this order, as soon as it is measured. With the first of `kept` as its
     measure, `of_plain` says what the others cost. in_turn: time `append_` and attention one after the other, too."""
     made: dict[Any, Any] = {}
@@ -104,10 +121,7 @@ class Case:
         self.positions = torch.full((1, 1), t - 1, device=device)
         self.scores: list[Tensor] = []
         for _ in self.codec.segments:
-            self.scores += [
-                torch.full((b, 1), float("-inf"), device=device),
-                torch.zeros(b, 1, dtype=torch.int64, device=device),
-            ]
+            self.scores += [torch.full((b, 1), float("-inf"), device=device), torch.zeros(b, 1, dtype=torch.int64, device=device)]
         self.angles = runtime_of(model).angles(0, self.positions)
         self.first = self.made()
         self.codec = self.first.codec
@@ -167,11 +181,23 @@ def _one(
     bits = int(key_bits) if key_bits == value_bits else f"{key_bits:g}/{value_bits:g}"
     (kernel, why), error = case.served(), case.error()
     row: dict[str, Any] = {
-        "kind": "kernel", "model": name, "method": method.name, "bits": bits, "exact": case.codec.exact_rows,
-        "window": case.codec.window, "kernel": kernel, "why": why,
+        "kind": "kernel",
+        "model": name,
+        "method": method.name,
+        "bits": bits,
+        "exact": case.codec.exact_rows,
+        "window": case.codec.window,
+        "kernel": kernel,
+        "why": why,
         "counted_bits": round(8 * case.bytes / (b * t * case.kv_heads * 2 * case.dim), 3),
-        "B": b, "T": t, "Hq": case.heads, "Hkv": case.kv_heads, "D": case.dim, "error": f"{error:.1e}", **base.facts(),
-    }  # fmt: skip
+        "B": b,
+        "T": t,
+        "Hq": case.heads,
+        "Hkv": case.kv_heads,
+        "D": case.dim,
+        "error": f"{error:.1e}",
+        **base.facts(),
+    }
     if not error <= BOUND:
         return {**row, **dict.fromkeys(_TIMED), "note": "wrong, not timed"}
     caches = case.caches()
@@ -187,20 +213,23 @@ _TIMED = ("p50_ms", "speedup", "with_append_ms", "speedup_with_append", "speedup
 """What a row without times leaves empty."""
 
 
-def timed(
-    base: Baseline, alone: Times, both: Times, in_turn: Times | None, size: int, bandwidth: float
-) -> dict[str, Any]:
+def timed(base: Baseline, alone: Times, both: Times, in_turn: Times | None, size: int, bandwidth: float) -> dict[str, Any]:
     """Fields of a row from times of attention, of a step side by side and of one in turn, in ms."""
     limit = size / bandwidth * 1e3
     return {
-        "p20_ms": round(alone[0], 5), "p50_ms": round(alone[1], 5), "p80_ms": round(alone[2], 5),
-        "speedup": round(base.times[1] / alone[1], 3), "with_append_ms": round(both[1], 5),
+        "p20_ms": round(alone[0], 5),
+        "p50_ms": round(alone[1], 5),
+        "p80_ms": round(alone[2], 5),
+        "speedup": round(base.times[1] / alone[1], 3),
+        "with_append_ms": round(both[1], 5),
         "speedup_with_append": round(base.times[1] / both[1], 3),
         "speedup_with_both_writes": round(base.updated_times[1] / both[1], 3),
         **({} if in_turn is None else {"in_turn_ms": round(in_turn[1], 5)}),
-        "bytes": size, "limit_ms": round(limit, 5), "of_limit": round(limit / alone[1], 3),
+        "bytes": size,
+        "limit_ms": round(limit, 5),
+        "of_limit": round(limit / alone[1], 3),
         "byte_limit_speedup": round(base.times[1] / limit, 2),
-    }  # fmt: skip
+    }
 
 
 def ops_table(rows: Sequence[dict[str, Any]]) -> str:

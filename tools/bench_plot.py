@@ -27,8 +27,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def plot_kernels(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """One group of bars per batch and length, one bar per method and bits; the last row of each counts."""
     kernels = _timed(rows)
-    _bars(kernels, lambda r: f"B{r['B']} T{r['T']}", sorted({(r["B"], r["T"]) for r in kernels}), lambda r: (r["B"], r["T"]), out,
-          "decode attention")  # fmt: skip
+    _bars(
+        kernels,
+        lambda r: f"B{r['B']} T{r['T']}",
+        sorted({(r["B"], r["T"]) for r in kernels}),
+        lambda r: (r["B"], r["T"]),
+        out,
+        "decode attention",
+    )
 
 
 def plot_shapes(rows: Sequence[dict[str, Any]], out: Path) -> None:
@@ -49,9 +55,13 @@ def _timed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _bars(
-    kernels: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str], groups: Sequence[Any],
-    group: Callable[[dict[str, Any]], Any], out: Path, title: str,
-) -> None:  # fmt: skip
+    kernels: Sequence[dict[str, Any]],
+    label: Callable[[dict[str, Any]], str],
+    groups: Sequence[Any],
+    group: Callable[[dict[str, Any]], Any],
+    out: Path,
+    title: str,
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -51,9 +51,13 @@ def prefill_rows(
                 times.append(time.monotonic() - begun)
         times = sorted(times[1:])
         row = {
-            "kind": "prefill", "side": side, "B": 1, "T": length, "seconds": round(times[len(times) // 2], 4),
+            "kind": "prefill",
+            "side": side,
+            "B": 1,
+            "T": length,
+            "seconds": round(times[len(times) // 2], 4),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        }  # fmt: skip
+        }
         if side != "stock":
             row["sink_prediction_ms"] = round(sink_prediction_ms(cache, length, model.config.hidden_size), 4)
         rows.append(row)

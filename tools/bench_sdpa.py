@@ -24,9 +24,17 @@ from kvsink.errors import KvsinkError
 from kvsink.tools.timing import Times, graph_times
 
 __all__ = [
-    "UPDATES", "Baseline", "flashinfer_calls", "fused_update", "index_copies", "inputs", "sdpa_baseline", "sdpa_best",
-    "sdpa_calls", "updated",
-]  # fmt: skip
+    "UPDATES",
+    "Baseline",
+    "flashinfer_calls",
+    "fused_update",
+    "index_copies",
+    "inputs",
+    "sdpa_baseline",
+    "sdpa_best",
+    "sdpa_calls",
+    "updated",
+]
 
 DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
 
@@ -55,9 +63,13 @@ class Baseline:
     def facts(self) -> dict[str, Any]:
         """What a row says of it."""
         return {
-            "sdpa": self.backend, "sdpa_ms": round(self.times[1], 5), "sdpa_with_update": self.updated_backend,
-            "fp16_update": self.update, "fp16_with_update_ms": round(self.updated_times[1], 5), "flashinfer": self.flashinfer,
-        }  # fmt: skip
+            "sdpa": self.backend,
+            "sdpa_ms": round(self.times[1], 5),
+            "sdpa_with_update": self.updated_backend,
+            "fp16_update": self.update,
+            "fp16_with_update_ms": round(self.updated_times[1], 5),
+            "flashinfer": self.flashinfer,
+        }
 
 
 def sdpa_calls(
@@ -75,9 +87,7 @@ def sdpa_calls(
 
         return call
 
-    kinds = {
-        "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }  # fmt: skip
+    kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
     return {f"{n}{'-rows' if rows else ''}": backend(kind, rows) for n, kind in kinds.items() for rows in (False, True)}
 
 
@@ -135,9 +145,7 @@ def off(call: Callable[[Sequence[Tensor]], Tensor], data: Sequence[Tensor]) -> f
     return float((call(data).view_as(q).float() - wanted).norm() / wanted.norm())
 
 
-def inputs(
-    b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cuda"
-) -> list[list[Tensor]]:
+def inputs(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cuda") -> list[list[Tensor]]:
     """Sets of q, caches, new rows and position, so many that none stays in the L2 cache."""
     sets = max(1, min(32, -(-DISTINCT // (b * t * kv_heads * dim * 4))))
     shapes = ((b, heads, 1, dim), *((b, kv_heads, n, dim) for n in (t, t, 1, 1)))
@@ -174,9 +182,7 @@ def updated(call: Callable[[Sequence[Tensor]], Tensor], update: Update) -> Calla
     return both
 
 
-def sdpa_baseline(
-    b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cuda"
-) -> Baseline:
+def sdpa_baseline(b: int, t: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cuda") -> Baseline:
     """Every backend alone, the two fastest behind either write; the fastest of each count."""
     calls, data = sdpa_calls(b, t, heads, kv_heads, dim, dtype), inputs(b, t, heads, kv_heads, dim, dtype, device)
     said = "not installed"

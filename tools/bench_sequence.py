@@ -69,9 +69,17 @@ def _peak_gib() -> float:
 
 
 def sequence_row(
-    model: Any, side: str, tokens: int, chunk: int, say: Callable[[str], None], whole: bool, steps: int = 16,
-    pieces: str = "flash", progress: Path | None = None, compiled: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    model: Any,
+    side: str,
+    tokens: int,
+    chunk: int,
+    say: Callable[[str], None],
+    whole: bool,
+    steps: int = 16,
+    pieces: str = "flash",
+    progress: Path | None = None,
+    compiled: bool = True,
+) -> dict[str, Any]:
     """Prefill in chunks, check, decode. Without `whole`, chunks at a few places only are run."""
     from kvsink.cache.cache import KVSinkCache
 
@@ -91,19 +99,28 @@ def sequence_row(
     total = sum(spent.values()) if whole else sum(spent.values()) / len(spent) * len(starts)
     right = decoded["finite"] and decoded["step_error"] <= STEP_BOUND and (error is None or error <= ATTENTION_BOUND)
     row = {
-        "kind": "sequence", "side": side, "B": 1, "T": held, "chunk": chunk, "chunks_run": len(run), "chunks": len(starts),
-        "pieces": pieces, "prefill_s": round(total, 1),
+        "kind": "sequence",
+        "side": side,
+        "B": 1,
+        "T": held,
+        "chunk": chunk,
+        "chunks_run": len(run),
+        "chunks": len(starts),
+        "pieces": pieces,
+        "prefill_s": round(total, 1),
         "prefill_is": "measured" if whole else "mean of the chunks run times their number",
-        "chunk_s": {k: round(v, 3) for k, v in spent.items()}, "attention_error": error, **decoded,
-        "verdict": "ok" if right else "wrong", "peak_gib": _peak_gib(), "cache_gib": round(cache.nbytes() / 2**30, 2),
-    }  # fmt: skip
+        "chunk_s": {k: round(v, 3) for k, v in spent.items()},
+        "attention_error": error,
+        **decoded,
+        "verdict": "ok" if right else "wrong",
+        "peak_gib": _peak_gib(),
+        "cache_gib": round(cache.nbytes() / 2**30, 2),
+    }
     seen.note(event="done", **{k: v for k, v in row.items() if k != "chunk_s"})
     return row
 
 
-def _prefill(
-    model: Any, cache: Any, run: list[int], tokens: int, chunk: int, whole: bool, seen: Progress
-) -> dict[int, float]:
+def _prefill(model: Any, cache: Any, run: list[int], tokens: int, chunk: int, whole: bool, seen: Progress) -> dict[int, float]:
     """Seconds of every chunk run, by its first token."""
     spent: dict[int, float] = {}
     if torch.cuda.is_available():
@@ -122,9 +139,14 @@ def _prefill(
         if not bool(torch.isfinite(logits).all()):
             raise NotFinite(f"the logits behind token {start + ids.shape[1] - 1} are not finite")
         seen.note(
-            event="chunk", index=i, of=len(run), start=start, tokens=ids.shape[1], seconds=round(spent[start], 3),
+            event="chunk",
+            index=i,
+            of=len(run),
+            start=start,
+            tokens=ids.shape[1],
+            seconds=round(spent[start], 3),
             peak_gib=_peak_gib(),
-        )  # fmt: skip
+        )
     return spent
 
 
@@ -165,9 +187,13 @@ def _decode(model: Any, cache: Any, held: int, steps: int, compiled: bool, seen:
         seen.note(event="step", index=i, token=int(found[0, i].argmax()), ms=ms)
     error = float((found[:, :1] - wanted).norm() / wanted.norm())
     return {
-        "decoded": steps, "step_ms": sorted(took)[len(took) // 2], "decode_ms": took, "finite": bool(torch.isfinite(found).all()),
-        "tokens": found[0].argmax(-1).tolist(), "step_error": float(f"{error:.1e}"),
-    }  # fmt: skip
+        "decoded": steps,
+        "step_ms": sorted(took)[len(took) // 2],
+        "decode_ms": took,
+        "finite": bool(torch.isfinite(found).all()),
+        "tokens": found[0].argmax(-1).tolist(),
+        "step_error": float(f"{error:.1e}"),
+    }
 
 
 def _mark() -> Any:
@@ -189,9 +215,7 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
     g = torch.Generator(model.device).manual_seed(0)
     for i in sorted({0, len(layers) // 2, len(layers) - 1}):
         x = layers[i]
-        q, k, v = (
-            torch.randn(1, n, 1, dim, device=model.device, dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads)
-        )
+        q, k, v = (torch.randn(1, n, 1, dim, device=model.device, dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads))
         call = Call(x.codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q)
         if call.choice("attend").name != "cuda (tiles)":
             return None

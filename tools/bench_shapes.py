@@ -23,10 +23,16 @@ def _shape(heads: int, kv_heads: int, head_dim: int, rotary: float = 1.0) -> Sha
 
 
 MODELS = {
-    "llama-3-8b": _shape(32, 8, 128), "llama-3-70b": _shape(64, 8, 128), "qwen3-30b-a3b": _shape(32, 4, 128),
-    "llama-3.2-1b": _shape(32, 8, 64), "gpt-oss-20b": _shape(64, 8, 64), "gemma-3-4b": _shape(8, 4, 256),
-    "phi-3-mini": _shape(32, 32, 96), "one-kv-head": _shape(16, 1, 128), "qwen3.5": _shape(16, 2, 256, 0.25),
-}  # fmt: skip
+    "llama-3-8b": _shape(32, 8, 128),
+    "llama-3-70b": _shape(64, 8, 128),
+    "qwen3-30b-a3b": _shape(32, 4, 128),
+    "llama-3.2-1b": _shape(32, 8, 64),
+    "gpt-oss-20b": _shape(64, 8, 64),
+    "gemma-3-4b": _shape(8, 4, 256),
+    "phi-3-mini": _shape(32, 32, 96),
+    "one-kv-head": _shape(16, 1, 128),
+    "qwen3.5": _shape(16, 2, 256, 0.25),
+}
 """Query heads, key-value heads, channels, and the share of channels that RoPE turns."""
 
 

@@ -59,9 +59,14 @@ def random_qwen2(head_dim: int = 128, kv_heads: int = 2, seed: int = 0, layers: 
 
     hidden = 2 * kv_heads * head_dim
     config = Qwen2Config(
-        vocab_size=512, hidden_size=hidden, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2 * kv_heads,
-        num_key_value_heads=kv_heads, max_position_embeddings=4096,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2 * kv_heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
@@ -119,9 +124,15 @@ def error_of(model: Any, method: Method, bits: float, record: Calibration, ids: 
 
 
 def study(
-    names: Sequence[str] | None = None, bits: float = BITS, head_dim: int = 128, tokens: int = 1024, windows: int = 2,
-    calibration_tokens: int = 8192, device: str = "cpu", chunk: int = CHUNK,
-) -> list[BiasRow]:  # fmt: skip
+    names: Sequence[str] | None = None,
+    bits: float = BITS,
+    head_dim: int = 128,
+    tokens: int = 1024,
+    windows: int = 2,
+    calibration_tokens: int = 8192,
+    device: str = "cpu",
+    chunk: int = CHUNK,
+) -> list[BiasRow]:
     """Every method with and without the bias, on hidden states of random tokens."""
     plain = random_qwen2(head_dim).to(device)
     generator = torch.Generator().manual_seed(2)
@@ -186,9 +197,7 @@ def markdown(rows: Sequence[BiasRow], bits: float = BITS, command: str = "python
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study and write docs/key_bias.md."""
-    parser = argparse.ArgumentParser(
-        "python -m kvsink.tools.bias", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = argparse.ArgumentParser("python -m kvsink.tools.bias", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--bits", type=float, default=BITS)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--device", default="cpu")

@@ -66,9 +66,7 @@ class Store:
                 self.records[record["key"]] = record
             except (ValueError, KeyError, TypeError) as error:
                 if i + 1 < len(lines):
-                    raise KvsinkError(
-                        f"{path}, line {i + 1} is damaged ({error!r}); remove that line and run again"
-                    ) from error
+                    raise KvsinkError(f"{path}, line {i + 1} is damaged ({error!r}); remove that line and run again") from error
                 self._write_all()
 
     def _write_all(self) -> None:
@@ -95,13 +93,7 @@ class Store:
 
 
 def compare(
-    bench: Bench,
-    rows: Sequence[Row],
-    out: Path,
-    command: str = "",
-    retry: bool = False,
-    tell: Tell = print,
-    report: bool = True,
+    bench: Bench, rows: Sequence[Row], out: Path, command: str = "", retry: bool = False, tell: Tell = print, report: bool = True
 ) -> list[dict[str, Any]]:
     """Measure every row that is not finished in `out`, write tables and plots, and return the records of `rows` in order.
 
@@ -139,12 +131,7 @@ def compare(
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             about = {"key": key, "row": row.as_dict(), "name": row.name, "model": bench.name, "text": bench.text}
-            shape = {
-                "windows": len(bench.ids),
-                "window_tokens": bench.ids.shape[1],
-                "chunk": bench.chunk,
-                "command": command,
-            }
+            shape = {"windows": len(bench.ids), "window_tokens": bench.ids.shape[1], "chunk": bench.chunk, "command": command}
             store.add({**about, **shape, **found})
             fresh += 1
             left = (time.perf_counter() - begun) / fresh * (count - done)
@@ -178,10 +165,18 @@ def outcome(found: dict[str, Any]) -> str:
 
 
 def make_bench(
-    model: str, rows: RowSet, device: str = "auto", windows: int = 16, window_tokens: int = 1024, chunk: int = 64,
-    batch: int | None = None, calibration_tokens: int = 16384, text: str | None = None, dtype: str = "float32",
+    model: str,
+    rows: RowSet,
+    device: str = "auto",
+    windows: int = 16,
+    window_tokens: int = 1024,
+    chunk: int = 64,
+    batch: int | None = None,
+    calibration_tokens: int = 16384,
+    text: str | None = None,
+    dtype: str = "float32",
     strict: bool = True,
-) -> Bench:  # fmt: skip
+) -> Bench:
     """Load a model folder and the text of a set of rows."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if model.startswith("demo:") or not Path(model).is_dir():
@@ -209,9 +204,7 @@ def make_bench(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; `kvsink-eval MODEL --compare` calls it too."""
-    parser = argparse.ArgumentParser(
-        "python -m kvsink.tools.compare", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    parser = argparse.ArgumentParser("python -m kvsink.tools.compare", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", required=True, help="A model folder, or demo:smollm2.")
     parser.add_argument("--set", default="published", help="published, design, plan, stock, shift or quick.")
     parser.add_argument("--rows", help="A JSON file with rows, instead of a set.")
@@ -229,7 +222,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = read_rows(o.rows) if o.rows else named_set(o.set)
         bench = make_bench(
-            o.model, rows, o.device, o.windows, o.window_tokens, o.chunk, o.batch, o.calibration_tokens, o.text, o.dtype,
+            o.model,
+            rows,
+            o.device,
+            o.windows,
+            o.window_tokens,
+            o.chunk,
+            o.batch,
+            o.calibration_tokens,
+            o.text,
+            o.dtype,
             strict=not o.no_strict,
         )
         shown = " ".join(["python -m kvsink.tools.compare", *_portable(given)])

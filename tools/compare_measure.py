@@ -92,10 +92,14 @@ class Bench:
             return hashlib.sha256(t.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
         return {
-            "weights": digest(fingerprint(self.model)), "dtype": str(self.model.dtype), "ids": digest(self.ids),
-            "shape": list(self.ids.shape), "chunk": self.chunk, "calibration": digest(self.calibration_ids),
+            "weights": digest(fingerprint(self.model)),
+            "dtype": str(self.model.dtype),
+            "ids": digest(self.ids),
+            "shape": list(self.ids.shape),
+            "chunk": self.chunk,
+            "calibration": digest(self.calibration_ids),
             "kvsink": versions().get("kvsink", ""),
-        }  # fmt: skip
+        }
 
     def key(self, row: Row) -> str:
         """A name of everything that determines a row: model, text, windows, method, and the codec as it is declared."""
@@ -110,11 +114,7 @@ class Bench:
                 }
             except KvsinkError as error:
                 sides = {"refused": str(error)}
-            about["codec"] = {
-                **sides,
-                "protect": protection(row),
-                "window": m.window if row.window is None else row.window,
-            }
+            about["codec"] = {**sides, "protect": protection(row), "window": m.window if row.window is None else row.window}
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
     def record(self, protect: str, rows: Iterable[Row]) -> Calibration:
@@ -157,9 +157,15 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     begun = time.perf_counter()
     tokens = bench.ids.shape[1]
     run = partial(
-        evaluate, baseline=bench.reference, ids=bench.ids, chunk=bench.chunk, batch=bench.batch or 4, model_name=bench.name,
-        method=row.method, text_name=bench.text,
-    )  # fmt: skip
+        evaluate,
+        baseline=bench.reference,
+        ids=bench.ids,
+        chunk=bench.chunk,
+        batch=bench.batch or 4,
+        model_name=bench.name,
+        method=row.method,
+        text_name=bench.text,
+    )
     strict: EvalResult | None = None
     if row.stock:
         factory = stock_factory(row.stock, int(row.key_bits or 4), dict(row.options))
@@ -170,9 +176,18 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         method, protect = declared(row), protection(row)
         work = copy.deepcopy(bench.model)
         wish = partial(
-            rewrite, work, method, key_bits=row.key_bits, value_bits=row.value_bits, protect=row.protect, window=row.window,
-            bits=row.bits, plan=row.plan, plan_ids=bench.calibration_ids, tokenizer=bench.tokenizer,
-        )  # fmt: skip
+            rewrite,
+            work,
+            method,
+            key_bits=row.key_bits,
+            value_bits=row.value_bits,
+            protect=row.protect,
+            window=row.window,
+            bits=row.bits,
+            plan=row.plan,
+            plan_ids=bench.calibration_ids,
+            tokenizer=bench.tokenizer,
+        )
         try:
             report = wish(calibration=bench.record(protect, rows), designs=bench.designs)
         except CalibrationError:  # it needs what the shared record lacks: calibrate for this row alone, or say why not
@@ -182,9 +197,7 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
         def counted(length: int) -> float:
             sides = [
-                counted_bits(p.codec, where.kv_heads, where.head_dim, length, layers=packed)
-                if p.codec
-                else (16.0, 16.0)
+                counted_bits(p.codec, where.kv_heads, where.head_dim, length, layers=packed) if p.codec else (16.0, 16.0)
                 for p in plans
             ]
             return sum(k + v for k, v in sides) / (2 * len(sides))
@@ -197,10 +210,22 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             strict = run(work, cache_factory=partial(packed_cache, strict=True))
     change, strict_change = result.perplexity_change, strict.perplexity_change if strict else None
     return {
-        "status": "measured", "protect": protect, "bits": bits[STATED_LENGTH], "bits_at_window": bits[tokens],
-        "table_bytes": tables, "codec": codec, "perplexity": result.perplexity, "gap": change, "kl": result.kl,
-        "top1": result.top1, "strict_perplexity": strict.perplexity if strict else None, "strict_gap": strict_change,
-        "strict_kl": strict.kl if strict else None, "strict_top1": strict.top1 if strict else None,
-        "baseline_perplexity": result.baseline_perplexity, "device": result.device, "versions": result.versions,
+        "status": "measured",
+        "protect": protect,
+        "bits": bits[STATED_LENGTH],
+        "bits_at_window": bits[tokens],
+        "table_bytes": tables,
+        "codec": codec,
+        "perplexity": result.perplexity,
+        "gap": change,
+        "kl": result.kl,
+        "top1": result.top1,
+        "strict_perplexity": strict.perplexity if strict else None,
+        "strict_gap": strict_change,
+        "strict_kl": strict.kl if strict else None,
+        "strict_top1": strict.top1 if strict else None,
+        "baseline_perplexity": result.baseline_perplexity,
+        "device": result.device,
+        "versions": result.versions,
         "seconds": round(time.perf_counter() - begun, 1),
-    }  # fmt: skip
+    }

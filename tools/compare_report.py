@@ -19,14 +19,49 @@ Record = dict[str, Any]
 
 BUDGETS = (1.2, 2.25, 3.25, 4.3, math.inf)
 COLUMNS = (
-    "model", "text", "method", "key_bits", "value_bits", "plan", "protect", "window", "status", "bits_at_4096", "bits_at_window",
-    "tables_mb", "perplexity", "gap_percent", "kl", "top1", "strict_perplexity", "strict_gap_percent", "strict_kl", "strict_top1",
-    "seconds", "device", "windows", "window_tokens", "chunk", "versions", "reason",
-)  # fmt: skip
+    "model",
+    "text",
+    "method",
+    "key_bits",
+    "value_bits",
+    "plan",
+    "protect",
+    "window",
+    "status",
+    "bits_at_4096",
+    "bits_at_window",
+    "tables_mb",
+    "perplexity",
+    "gap_percent",
+    "kl",
+    "top1",
+    "strict_perplexity",
+    "strict_gap_percent",
+    "strict_kl",
+    "strict_top1",
+    "seconds",
+    "device",
+    "windows",
+    "window_tokens",
+    "chunk",
+    "versions",
+    "reason",
+)
 _HEADINGS = (
-    "method", "keys/values", "kept exact", "bits at 4096", "bits at {length}", "tables, MB", "perplexity", "gap", "KL", "top-1",
-    "strict gap", "strict KL", "strict top-1",
-)  # fmt: skip
+    "method",
+    "keys/values",
+    "kept exact",
+    "bits at 4096",
+    "bits at {length}",
+    "tables, MB",
+    "perplexity",
+    "gap",
+    "KL",
+    "top-1",
+    "strict gap",
+    "strict KL",
+    "strict top-1",
+)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -46,9 +81,7 @@ def latest(records: Sequence[Record]) -> list[Record]:
         name = repr((r["model"], r["text"], r["name"], r["windows"], r["window_tokens"], sorted(row.items(), key=str)))
         newest.pop(name, None)
         newest[name] = r
-    return sorted(
-        newest.values(), key=lambda r: (r["model"], r["text"], r["name"], r.get("bits", math.inf), r.get("gap", 0.0))
-    )
+    return sorted(newest.values(), key=lambda r: (r["model"], r["text"], r["name"], r.get("bits", math.inf), r.get("gap", 0.0)))
 
 
 def cells(r: Record) -> dict[str, Any]:
@@ -62,16 +95,34 @@ def cells(r: Record) -> dict[str, Any]:
         return round(r[name], digits) if measured and r.get(name) is not None else ""
 
     return {
-        "model": r["model"], "text": r["text"], "method": r["name"], "key_bits": row["key_bits"], "value_bits": row["value_bits"],
-        "plan": row["plan"], "protect": r.get("protect", row["protect"]), "window": row["window"], "status": r["status"],
-        "bits_at_4096": number("bits", 4), "bits_at_window": number("bits_at_window", 4),
-        "tables_mb": round(r["table_bytes"] / 1e6, 3) if measured else "", "perplexity": number("perplexity", 4),
-        "gap_percent": percent("gap"), "kl": number("kl", 5), "top1": number("top1", 5),
-        "strict_perplexity": number("strict_perplexity", 4), "strict_gap_percent": percent("strict_gap"),
-        "strict_kl": number("strict_kl", 5), "strict_top1": number("strict_top1", 5), "seconds": r.get("seconds", ""),
-        "device": r.get("device", ""), "windows": r["windows"], "window_tokens": r["window_tokens"], "chunk": r["chunk"],
-        "versions": " ".join(f"{k}={v}" for k, v in r.get("versions", {}).items()), "reason": r.get("reason", ""),
-    }  # fmt: skip
+        "model": r["model"],
+        "text": r["text"],
+        "method": r["name"],
+        "key_bits": row["key_bits"],
+        "value_bits": row["value_bits"],
+        "plan": row["plan"],
+        "protect": r.get("protect", row["protect"]),
+        "window": row["window"],
+        "status": r["status"],
+        "bits_at_4096": number("bits", 4),
+        "bits_at_window": number("bits_at_window", 4),
+        "tables_mb": round(r["table_bytes"] / 1e6, 3) if measured else "",
+        "perplexity": number("perplexity", 4),
+        "gap_percent": percent("gap"),
+        "kl": number("kl", 5),
+        "top1": number("top1", 5),
+        "strict_perplexity": number("strict_perplexity", 4),
+        "strict_gap_percent": percent("strict_gap"),
+        "strict_kl": number("strict_kl", 5),
+        "strict_top1": number("strict_top1", 5),
+        "seconds": r.get("seconds", ""),
+        "device": r.get("device", ""),
+        "windows": r["windows"],
+        "window_tokens": r["window_tokens"],
+        "chunk": r["chunk"],
+        "versions": " ".join(f"{k}={v}" for k, v in r.get("versions", {}).items()),
+        "reason": r.get("reason", ""),
+    }
 
 
 def write_report(out: Path, records: Sequence[Record]) -> list[str]:
@@ -98,9 +149,7 @@ def markdown(records: Sequence[Record]) -> str:
     ]
     sections: dict[tuple[str, ...], list[Record]] = {}
     for r in records:
-        sections.setdefault(
-            (r["model"], r["text"], str(r["windows"]), str(r["window_tokens"]), str(r["chunk"])), []
-        ).append(r)
+        sections.setdefault((r["model"], r["text"], str(r["windows"]), str(r["window_tokens"]), str(r["chunk"])), []).append(r)
     for (model, text, windows, length, chunk), rows in sections.items():
         measured = [r for r in rows if r["status"] == "measured"]
         lines += ["", f"## {model} on {text}", "", f"{windows} windows of {length} tokens in chunks of {chunk}."]
@@ -109,10 +158,7 @@ def markdown(records: Sequence[Record]) -> str:
         if measured:
             bases = sorted({round(r["baseline_perplexity"], 3) for r in measured})
             devices = sorted({r["device"] for r in measured})
-            lines += [
-                "",
-                f"16 bit: perplexity {' / '.join(f'{b:.3f}' for b in bases)}. Measured on {', '.join(devices)}.",
-            ]
+            lines += ["", f"16 bit: perplexity {' / '.join(f'{b:.3f}' for b in bases)}. Measured on {', '.join(devices)}."]
         front = {id(measured[i]) for i in pareto([(r["bits"], r["gap"]) for r in measured])}
         low = -math.inf
         for high in BUDGETS:
@@ -120,13 +166,7 @@ def markdown(records: Sequence[Record]) -> str:
             if inside:
                 title = f"More than {low:g} bits" if math.isinf(high) else f"At most {high:g} bits"
                 head = [h.format(length=length) for h in _HEADINGS]
-                lines += [
-                    "",
-                    f"### {title}",
-                    "",
-                    "| " + " | ".join(head) + " |",
-                    "|---|---|---" + "|---:" * (len(head) - 3) + "|",
-                ]
+                lines += ["", f"### {title}", "", "| " + " | ".join(head) + " |", "|---|---|---" + "|---:" * (len(head) - 3) + "|"]
                 lines += [_line(r, id(r) in front) for r in inside]
             low = high
         if refused := [r for r in rows if r["status"] != "measured"]:
@@ -154,10 +194,20 @@ def _line(r: Record, bold: bool) -> str:
         return format(r[key], form) if r.get(key) is not None else "-"
 
     found = (
-        name, _bits(r), kept, f"{r['bits']:.3f}", f"{r['bits_at_window']:.3f}", f"{r['table_bytes'] / 1e6:.2f}",
-        f"{r['perplexity']:.3f}", f"{r['gap']:+.2%}", f"{r['kl']:.4f}", f"{r['top1']:.1%}", optional("strict_gap", "+.2%"),
-        optional("strict_kl", ".4f"), optional("strict_top1", ".1%"),
-    )  # fmt: skip
+        name,
+        _bits(r),
+        kept,
+        f"{r['bits']:.3f}",
+        f"{r['bits_at_window']:.3f}",
+        f"{r['table_bytes'] / 1e6:.2f}",
+        f"{r['perplexity']:.3f}",
+        f"{r['gap']:+.2%}",
+        f"{r['kl']:.4f}",
+        f"{r['top1']:.1%}",
+        optional("strict_gap", "+.2%"),
+        optional("strict_kl", ".4f"),
+        optional("strict_top1", ".1%"),
+    )
     return "| " + " | ".join(found) + " |"
 
 
@@ -205,32 +255,17 @@ def plot(out: Path, records: Sequence[Record]) -> list[str]:
     names = sorted({r["row"]["method"] for r in rows})
     colours = {n: matplotlib.colormaps["tab20"](i % 20) for i, n in enumerate(names)}
     marks = "osD^vP*X<>ph"
-    for axes, what, label in zip(
-        panels, ("gap", "kl"), ("perplexity gap to 16 bit, %", "KL to 16 bit, nats"), strict=True
-    ):
+    for axes, what, label in zip(panels, ("gap", "kl"), ("perplexity gap to 16 bit, %", "KL to 16 bit, nats"), strict=True):
         scale = 100.0 if what == "gap" else 1.0
         least = 0.01 if what == "gap" else 1e-4
         points = [(r["bits"], max(scale * r[what], least)) for r in rows]
         for i, n in enumerate(names):
             mine = [p for p, r in zip(points, rows, strict=True) if r["row"]["method"] == n]
             axes.scatter(
-                *zip(*mine, strict=True),
-                color=colours[n],
-                marker=marks[i % len(marks)],
-                s=36,
-                label=n,
-                zorder=3,
-                alpha=0.85,
+                *zip(*mine, strict=True), color=colours[n], marker=marks[i % len(marks)], s=36, label=n, zorder=3, alpha=0.85
             )
         front = pareto(points)
-        axes.plot(
-            *zip(*[points[i] for i in front], strict=True),
-            color="0.25",
-            lw=1.2,
-            ls="--",
-            zorder=2,
-            label="Pareto front",
-        )
+        axes.plot(*zip(*[points[i] for i in front], strict=True), color="0.25", lw=1.2, ls="--", zorder=2, label="Pareto front")
         for k, i in enumerate(front):
             words = f"{rows[i]['name']} {_bits(rows[i])}"
             axes.annotate(words, points[i], textcoords="offset points", xytext=(7, 7 if k % 2 else -12), fontsize=8)

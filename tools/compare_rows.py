@@ -60,8 +60,16 @@ class RowSet:
     text: str = "wikitext2"
 
 
-def row(method: str, key: float | None = None, value: float | None = None, protect: str | None = None, window: int | None = None,
-        label: str = "", plan: str = "uniform", **options: Any) -> Row:  # fmt: skip
+def row(
+    method: str,
+    key: float | None = None,
+    value: float | None = None,
+    protect: str | None = None,
+    window: int | None = None,
+    label: str = "",
+    plan: str = "uniform",
+    **options: Any,
+) -> Row:
     """A row in one line; an option `key_reorder=False` changes the field `reorder` of the key side."""
     changes = tuple((f"{n.split('_', 1)[0]}.{n.split('_', 1)[1]}", v) for n, v in options.items())
     return Row(method, key, value, protect, window, plan=plan, options=changes, label=label)
@@ -88,24 +96,39 @@ def _cq() -> list[Row]:
 
 
 PUBLISHED = (
-    row("rtn", 4, 4), row("rtn", 2, 2),
-    row("kivi", 4, 4), row("kivi", 2, 2),
-    *_kvquant(), *_cq(),
-    row("rotatekv", 4, 4), row("rotatekv", 4, 4, label="rotatekv, no reorder", key_reorder=False),
-    row("rotatekv", 2, 2), row("rotatekv", 2, 2, label="rotatekv, no reorder", key_reorder=False),
-    row("rotatekv", 2, 2, "none"), row("rotatekv", 2, 2, "kvsink:5"),
-    row("oscar", 2, 2), row("oscar", 4, 4), row("oscar", 2, 2, "kvsink:5"), row("kivi", 2, 2, "kvsink:5"),
+    row("rtn", 4, 4),
+    row("rtn", 2, 2),
+    row("kivi", 4, 4),
+    row("kivi", 2, 2),
+    *_kvquant(),
+    *_cq(),
+    row("rotatekv", 4, 4),
+    row("rotatekv", 4, 4, label="rotatekv, no reorder", key_reorder=False),
+    row("rotatekv", 2, 2),
+    row("rotatekv", 2, 2, label="rotatekv, no reorder", key_reorder=False),
+    row("rotatekv", 2, 2, "none"),
+    row("rotatekv", 2, 2, "kvsink:5"),
+    row("oscar", 2, 2),
+    row("oscar", 4, 4),
+    row("oscar", 2, 2, "kvsink:5"),
+    row("kivi", 2, 2, "kvsink:5"),
     *(row("antkv", b, b, protect) for b in (2, 1, 0.75, 0.375) for protect in ("anchors:1%", "none")),
     row("antkv", 1, 1, "random:11"),
     row("akvq-vl", 2, 2),
-    row("centred", 2, 2, OURS), row("centred", 4, 4, OURS), row("centred", 2, 2, "none"),
+    row("centred", 2, 2, OURS),
+    row("centred", 4, 4, OURS),
+    row("centred", 2, 2, "none"),
     *(row("klt", k, v, OURS) for k, v in ((4, 4), (3, 4), (2, 4), (2, 2), (1.25, 1))),
-    row("klt", 2, 2, OURS, 16), row("klt", 0.75, 0.75, OURS, 96),
+    row("klt", 2, 2, OURS, 16),
+    row("klt", 0.75, 0.75, OURS, 96),
     *(row("klt", 2, 2, protect) for protect in ("none", "first:5", "kvsink:5", "massive:20", "kvsink:5+anchors:1%")),
-)  # fmt: skip
+)
 
-PLAN = tuple(row("klt", k, v, OURS, plan=plan, label="klt, automatic plan" if plan == "auto" else "")
-             for k, v in ((2, 4), (2, 2)) for plan in ("uniform", "auto"))  # fmt: skip
+PLAN = tuple(
+    row("klt", k, v, OURS, plan=plan, label="klt, automatic plan" if plan == "auto" else "")
+    for k, v in ((2, 4), (2, 2))
+    for plan in ("uniform", "auto")
+)
 
 DESIGN = (
     # what the values' codebooks are learnt from
@@ -118,16 +141,21 @@ DESIGN = (
     row("klt", 2, 2.25, OURS, key_gain=False, label="klt without gain, 4c9b values"),
     row("klt", 2, 2, OURS, key_kind="vector", label="klt, keys in codebooks"),
     row("klt", 2, 2, OURS, key_kind="vector", key_block=1, label="klt, dense, keys in codebooks"),
-    row("klt", 2, 16, OURS, label="klt, keys alone"), row("klt", 16, 2, OURS, label="klt, values alone"),
+    row("klt", 2, 16, OURS, label="klt, keys alone"),
+    row("klt", 16, 2, OURS, label="klt, values alone"),
     row("cq", 2, 16, OURS, label="cq, keys alone"),
-    row("cq", 2, 2, OURS, label="cq 4c8b"), row("cq", 2.25, 2, OURS, label="cq 4c9b keys, 4c8b values"),
+    row("cq", 2, 2, OURS, label="cq 4c8b"),
+    row("cq", 2.25, 2, OURS, label="cq 4c9b keys, 4c8b values"),
     # about one bit
     row("klt", 1, 1, OURS, key_kind="lloyd", key_gain=True, label="klt, no codebooks for keys"),
     row("klt", 1, 1, OURS, key_gain=True, label="klt, keys with gain"),
-    row("klt", 1, 1, OURS, 32), row("klt", 0.375, 0.375, OURS, 192),
-    row("cq", 1, 1, OURS, label="cq 8c8b"), row("cq", 1.25, 1, OURS, label="cq 8c10b keys, 8c8b values"),
-    row("cq", 0.75, 0.75, OURS, 96, label="cq 16c12b"), row("antkv", 0.75, 0.75, OURS, 0),
-)  # fmt: skip
+    row("klt", 1, 1, OURS, 32),
+    row("klt", 0.375, 0.375, OURS, 192),
+    row("cq", 1, 1, OURS, label="cq 8c8b"),
+    row("cq", 1.25, 1, OURS, label="cq 8c10b keys, 8c8b values"),
+    row("cq", 0.75, 0.75, OURS, 96, label="cq 16c12b"),
+    row("antkv", 0.75, 0.75, OURS, 0),
+)
 
 STOCK = tuple(
     Row(f"stock:{backend}", bits, bits, options=options, label=f"transformers {backend}{label}")
@@ -142,9 +170,16 @@ STOCK = tuple(
 )
 
 SHIFT = (
-    row("klt"), row("klt", 2, 2), row("centred", 2, 2), row("rtn", 4, 4), row("kivi", 2, 2), row("rotatekv", 2, 2),
-    row("kvquant", 2, 2, label="kvquant 1 %", **_both(outliers=0.01)), row("cq", 2, 2, label="cq 4c8b"), row("oscar", 2, 2),
-)  # fmt: skip
+    row("klt"),
+    row("klt", 2, 2),
+    row("centred", 2, 2),
+    row("rtn", 4, 4),
+    row("kivi", 2, 2),
+    row("rotatekv", 2, 2),
+    row("kvquant", 2, 2, label="kvquant 1 %", **_both(outliers=0.01)),
+    row("cq", 2, 2, label="cq 4c8b"),
+    row("oscar", 2, 2),
+)
 
 QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 
@@ -173,14 +208,8 @@ def read_rows(path: str | Path) -> RowSet:
         rows = []
         for i, record in enumerate(found):
             if unknown := set(record) - known:
-                raise KvsinkError(
-                    f"{path}, row {i}: unknown field {min(unknown)!r}; a row has {', '.join(sorted(known))}"
-                )
-            rows.append(
-                replace(
-                    Row(record["method"]), **{**record, "options": tuple(sorted(record.get("options", {}).items()))}
-                )
-            )
+                raise KvsinkError(f"{path}, row {i}: unknown field {min(unknown)!r}; a row has {', '.join(sorted(known))}")
+            rows.append(replace(Row(record["method"]), **{**record, "options": tuple(sorted(record.get("options", {}).items()))}))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise KvsinkError(
             f'rows {path} cannot be read ({error!r}); write a list such as [{{"method": "klt", "key_bits": 2}}]'

@@ -118,6 +118,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """mkdocs: the text of a page before it is rendered."""
     uri = page.file.src_uri
     homes = {place(path): path for path in PAGES}
-    return with_links(
-        markdown, homes.get(uri) or (uri.removeprefix("repository/") if page.file.generated_by else f"docs/{uri}")
-    )
+    return with_links(markdown, homes.get(uri) or (uri.removeprefix("repository/") if page.file.generated_by else f"docs/{uri}"))

@@ -21,36 +21,27 @@ Progress = Callable[[int, int], None]
 @click.command("kvsink-eval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
 @click.option(
-    "--baseline",
-    metavar="DIR",
-    help="The 16-bit model. For a rewritten folder the default is its own weights with a stock cache.",
+    "--baseline", metavar="DIR", help="The 16-bit model. For a rewritten folder the default is its own weights with a stock cache."
 )
 @click.option(
-    "--text",
-    "text_path",
-    metavar="FILE",
-    help="Text to evaluate on. Default: the WikiText-2 test split that ships with kvsink.",
+    "--text", "text_path", metavar="FILE", help="Text to evaluate on. Default: the WikiText-2 test split that ships with kvsink."
 )
-@click.option(
-    "--windows", default=8, show_default=True, type=click.IntRange(1), help="Windows, spread evenly over the text."
-)
+@click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Windows, spread evenly over the text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
 @click.option("--chunk", default=64, show_default=True, type=click.IntRange(1), help="Tokens fed at a time.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Windows run as rows of one batch.")
 @click.option("--passkey/--no-passkey", default=True, show_default=True, help="Also measure passkey retrieval.")
 @click.option("--sinks/--no-sinks", default=True, show_default=True, help="Also measure whether the sinks survive the cache.")
 @click.option("--strict", is_flag=True, help="Read the newest chunk from its codes too, not only the stored rows.")
-@click.option(
-    "--detokenize/--no-detokenize", default=None, help="Undo WikiText's tokenizer. Default: when the text needs it."
-)
+@click.option("--detokenize/--no-detokenize", default=None, help="Undo WikiText's tokenizer. Default: when the text needs it.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16 or bfloat16. auto is float32 on a CPU.")
 @click.option(
-    "--dtype", default="auto", show_default=True, help="auto, float32, float16 or bfloat16. auto is float32 on a CPU."
-)
-@click.option(
-    "--images", "pictures", metavar="SOURCE",
+    "--images",
+    "pictures",
+    metavar="SOURCE",
     help="Pictures with text instead of text: drawn[:N], drawn-captions[:N], a folder of images and texts, or JSON lines.",
-)  # fmt: skip
+)
 @click.option("--attention", "attention_path", metavar="FILE", help="With --images: draw the share of attention by modality.")
 @click.option("--compare", "comparing", is_flag=True, help="Measure a set of methods side by side instead of MODEL alone.")
 @click.option("--set", "row_set", metavar="NAME", help="With --compare: published (the default), stock, shift or quick.")
@@ -153,7 +144,7 @@ def command(
 
 def _pictures(
     model: str, source: str, device: str, dtype: str, strict: bool, json_path: str | None, plot: str | None, chunk: int
-) -> None:  # fmt: skip
+) -> None:
     """Answers and perplexity on pictures with text, beside the 16-bit model, bits by modality, and the plot of attention."""
     import kvsink  # noqa: F401  registers the quantizer
     from kvsink.evaluate import evaluation
@@ -222,7 +213,7 @@ def _sinks(net: Any, reference: Any, ids: Any, chunk: int, strict: bool) -> tupl
 
 def _onnx(
     model: str, text: tuple[str, str], windows: int, window_tokens: int, chunk: int, batch: int, device: str, json_path: str | None
-) -> None:  # fmt: skip
+) -> None:
     """Perplexity of an exported model; its tokenizer is beside it."""
     from kvsink.errors import UnsupportedError
     from kvsink.evaluate import evaluation

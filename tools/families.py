@@ -48,39 +48,42 @@ def page(record: dict[str, dict[str, str]]) -> str:
     count = {kind: sum(c.startswith(kind) for row in built.values() for c in row.values()) for kind in kinds}
     counted = ", ".join(f"{n} {kind}" for kind, n in count.items() if n or kind in ("right", "declined", "wrong"))
     lines = [
-        "# Families of models", "",
-        f"Made by `{COMMAND}`, which runs every cell on a tiny random model of the family; change that, not this file.", "",
+        "# Families of models",
+        "",
+        f"Made by `{COMMAND}`, which runs every cell on a tiny random model of the family; change that, not this file.",
+        "",
         "Every cell but the last is `klt` at 8 bits for keys and values, rewritten on random tokens and held against the stock "
         "model: an untouched twin with its own cache, fed the same tokens. The number is the largest error over token positions, "
         f"relative to the size of the stock logits; {BOUND:g} is allowed, and [the file that measures it]"
-        "(../tools/against_stock.py) says why. Each model has been seen to show a fault planted in its keys.", "",
-        f"- 8 bits: {PROMPT} tokens in one chunk, {LENGTH - PROMPT} one by one; how many layers are packed, and why others are "
-        "not",
+        "(../tools/against_stock.py) says why. Each model has been seen to show a fault planted in its keys.",
+        "",
+        f"- 8 bits: {PROMPT} tokens in one chunk, {LENGTH - PROMPT} one by one; how many layers are packed, and why others are not",
         f"- chunked: the prompt in chunks of {', '.join(map(str, CHUNKS))}",
         f"- padded: `generate()` on a batch of two, one left-padded by {PADS} tokens, made to say given tokens",
         "- compiled: that through dynamo and all passes, operator by operator (no Inductor); how many sites are fused",
         "- folder: saved, rewritten, and loaded by `from_pretrained`, in float32",
-        "- ONNX: `rtn` at 4 bits leaves, and runs beside the torch model in onnxruntime within the export's own check", "",
-        f"{len(built)} families; cells: {counted}. torch {torch.__version__}, transformers {transformers.__version__}, CPU.", "",
-        "| family | 8 bits | chunked | padded | compiled | folder | ONNX |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "- ONNX: `rtn` at 4 bits leaves, and runs beside the torch model in onnxruntime within the export's own check",
+        "",
+        f"{len(built)} families; cells: {counted}. torch {torch.__version__}, transformers {transformers.__version__}, CPU.",
+        "",
+        "| family | 8 bits | chunked | padded | compiled | folder | ONNX |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += ["| " + " | ".join([FAMILIES[f][0], *_row(record[f])]) + " |" for f in FAMILIES if f in built]
     left = [f for f in FAMILIES if f in record and f not in built]
-    lines += [
-        "",
-        "## Not judged",
-        "",
-        "No tiny model of these runs on text alone here, or shows a fault that is planted:",
-        "",
-    ]
+    lines += ["", "## Not judged", "", "No tiny model of these runs on text alone here, or shows a fault that is planted:", ""]
     lines += [f"- {FAMILIES[f][0]}: {record[f][CELLS[0]].removeprefix('not judged (').removesuffix(')')}" for f in left]
     lines += [
-        "", "## What stays in 16 bit", "",
+        "",
+        "## What stays in 16 bit",
+        "",
         f"Of the cache of one sequence of {TOKENS:,} tokens, by the layers that each model's published configuration gives it, "
         "as `tools/cache_share.py` has them: typed in, not read from the files. "
         "Layers that slide over a window are packed with `--sliding`, or where a model has no others; recurrent states never "
-        f"are. Of the packed cache: of its bytes, where the other layers take {BITS:g} bits, the default of `klt`.", "", *table(),
-    ]  # fmt: skip
+        f"are. Of the packed cache: of its bytes, where the other layers take {BITS:g} bits, the default of `klt`.",
+        "",
+        *table(),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -90,9 +93,7 @@ def _row(row: dict[str, str]) -> list[str]:
     return [first, *("declined" if row[c] == first and first.startswith("declined") else row[c] for c in CELLS[1:])]
 
 
-def _each(
-    families: Sequence[str], cells: Sequence[str], jobs: int, timeout: float
-) -> Iterator[tuple[str, dict[str, str], float]]:
+def _each(families: Sequence[str], cells: Sequence[str], jobs: int, timeout: float) -> Iterator[tuple[str, dict[str, str], float]]:
     """Outcomes as they come, each family in a process of its own, which may die or be stopped without harm to the others."""
     context: Any = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     torch.set_num_threads(1)

@@ -27,19 +27,7 @@ from kvsink.rewrite import RewriteOptions
 from kvsink.tools.against_stock import BOUND, cached_logits, distance, forced_logits, planted
 from kvsink.tools.tiny_models import VOCAB, build_family
 
-__all__ = [
-    "CELLS",
-    "CHUNKS",
-    "LENGTH",
-    "NEW",
-    "PADS",
-    "PROMPT",
-    "NotJudged",
-    "Subject",
-    "check_family",
-    "ids",
-    "rewritten",
-]
+__all__ = ["CELLS", "CHUNKS", "LENGTH", "NEW", "PADS", "PROMPT", "NotJudged", "Subject", "check_family", "ids", "rewritten"]
 
 CELLS = ("8 bits", "chunked", "padded", "compiled", "folder", "onnx")
 LENGTH, PROMPT, PADS, NEW = 80, 70, 5, 8  # more than a block of 64 tokens, and more than any window
@@ -65,9 +53,13 @@ def check_family(family: str, cells: Sequence[str] = CELLS) -> dict[str, str]:
     """The outcome of every asked cell of one family."""
     subject = Subject(family)
     checks: dict[str, Callable[[Subject], str]] = {
-        "8 bits": _eight_bits, "chunked": _chunked, "padded": _padded, "compiled": _compiled, "folder": _folder,
+        "8 bits": _eight_bits,
+        "chunked": _chunked,
+        "padded": _padded,
+        "compiled": _compiled,
+        "folder": _folder,
         "onnx": lambda s: _onnx(s.family),
-    }  # fmt: skip
+    }
     out = {}
     for cell in cells:
         torch._dynamo.reset()
@@ -116,11 +108,7 @@ class Subject:
             except Exception as error:  # whatever stops transformers is the reason that the table gives
                 reason = _named(error)
                 continue
-            if (
-                logits.shape == (1, 9, VOCAB)
-                and logits.isfinite().all()
-                and (masked.isfinite().all() or dtype == torch.float32)
-            ):
+            if logits.shape == (1, 9, VOCAB) and logits.isfinite().all() and (masked.isfinite().all() or dtype == torch.float32):
                 return model
         raise NotJudged(reason)
 

@@ -44,11 +44,10 @@ def _last(rows: Iterable[Row], *names: str) -> list[Row]:
 def _about(rows: Sequence[Row], files: Iterable[Path], folder: Path) -> str:
     """Where rows were measured, and the files that hold them."""
     kinds = dict.fromkeys(
-        f"{r['device']}, torch {r['torch']}, transformers {r['transformers']}" + "".join(
-            f", {what} {r[name]}" for name, what in (("target", "built for"), ("shared_bytes", "shared memory")) if name in r
-        )
+        f"{r['device']}, torch {r['torch']}, transformers {r['transformers']}"
+        + "".join(f", {what} {r[name]}" for name, what in (("target", "built for"), ("shared_bytes", "shared memory")) if name in r)
         for r in rows
-    )  # fmt: skip
+    )
     links = ", ".join(f"[{p.name}]({os.path.relpath(p, folder)})" for p in files)
     return f"{'; '.join(kinds)} (rows: {links}):\n\n"
 
@@ -92,13 +91,30 @@ def _kernel_lines(rows: Sequence[Row]) -> str:
             lines.append((_shape(r), _method(r), f"{r['sdpa_ms'] * 1e3:.1f}", f"error {r['error']}, not timed", *[""] * 5))
             continue
         both = f"{r['speedup_with_both_writes']:.2f}x" if "speedup_with_both_writes" in r else ""
-        lines.append((
-            _shape(r), _method(r), f"{r['sdpa_ms'] * 1e3:.1f}", f"{r['p50_ms'] * 1e3:.1f}", f"**{r['speedup']:.2f}x**",
-            f"{r['of_limit']:.0%} of {r['byte_limit_speedup']:.1f}x", f"{r['with_append_ms'] * 1e3:.1f}",
-            f"{r['speedup_with_append']:.2f}x", both,
-        ))  # fmt: skip
-    head = ("shape", "method, bits", "fp16, us", "ours, us", "", "of the byte limit", "with `append_`, us", "against fp16",
-            "fp16 with its write")  # fmt: skip
+        lines.append(
+            (
+                _shape(r),
+                _method(r),
+                f"{r['sdpa_ms'] * 1e3:.1f}",
+                f"{r['p50_ms'] * 1e3:.1f}",
+                f"**{r['speedup']:.2f}x**",
+                f"{r['of_limit']:.0%} of {r['byte_limit_speedup']:.1f}x",
+                f"{r['with_append_ms'] * 1e3:.1f}",
+                f"{r['speedup_with_append']:.2f}x",
+                both,
+            )
+        )
+    head = (
+        "shape",
+        "method, bits",
+        "fp16, us",
+        "ours, us",
+        "",
+        "of the byte limit",
+        "with `append_`, us",
+        "against fp16",
+        "fp16 with its write",
+    )
     return _grid(head, lines)
 
 
@@ -142,9 +158,7 @@ def shapes(folder: Path) -> str:
             lines.append((model, f"{mine[0]['Hq']}/{mine[0]['Hkv']}/{mine[0]['D']}", served, *cells))
         parts.append(text + _grid(("model", "heads, channels", "kernel", *methods), lines))
         if not kept:
-            lines = [
-                (model, *(_cell(held, model, m, at, "speedup_with_both_writes") for m in methods)) for model, *_ in lines
-            ]
+            lines = [(model, *(_cell(held, model, m, at, "speedup_with_both_writes") for m in methods)) for model, *_ in lines]
             said = "With the new row's write on either side:\n\n"
             parts.append(said + _grid(("model", *methods), lines) + _declined(rows) + _baselines(rows))
     return "\n".join(parts) or _missing("kvsink-bench shapes", "shapes")
@@ -206,11 +220,15 @@ def _beside(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 def _decode_lines(pairs: Sequence[tuple[Row, Row]]) -> str:
     lines = []
     for base, r in sorted(pairs, key=lambda pair: (-pair[1]["B"], -pair[1]["T"], pair[1]["side"])):
-        lines.append((
-            f"B{base['B']} T{r['T']}" if r["B"] == base["B"] else f"T{r['T']}, largest batch of each side", f"`{r['side']}`",
-            f"{base['tokens_per_s']:,.1f} (B{base['B']}, {base['step_ms']:.2f} ms)",
-            f"{r['tokens_per_s']:,.1f} (B{r['B']}, {r['step_ms']:.2f} ms)", f"**{r['tokens_per_s'] / base['tokens_per_s']:.2f}x**",
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"B{base['B']} T{r['T']}" if r["B"] == base["B"] else f"T{r['T']}, largest batch of each side",
+                f"`{r['side']}`",
+                f"{base['tokens_per_s']:,.1f} (B{base['B']}, {base['step_ms']:.2f} ms)",
+                f"{r['tokens_per_s']:,.1f} (B{r['B']}, {r['step_ms']:.2f} ms)",
+                f"**{r['tokens_per_s'] / base['tokens_per_s']:.2f}x**",
+            )
+        )
     return _grid(("shape", "side", "16 bit, tokens/s", "tokens/s", ""), lines)
 
 
@@ -231,11 +249,15 @@ def prefill(folder: Path) -> str:
     rows = _last(_rows("prefill_h100"), "side", "T")
     base = next(r for r in rows if r["side"] == "stock")
     lines = [
-        (f"T{r['T']}, " + ("16 bit" if r is base else f"`{r['side']}`"), f"{r['seconds']:.3f}",
-         "" if r is base else f"{r['seconds'] / base['seconds'] - 1:+.1%}", f"{r['peak_gib']:.1f}",
-         f"{r['sink_prediction_ms']:.2f}" if "sink_prediction_ms" in r else "")
+        (
+            f"T{r['T']}, " + ("16 bit" if r is base else f"`{r['side']}`"),
+            f"{r['seconds']:.3f}",
+            "" if r is base else f"{r['seconds'] / base['seconds'] - 1:+.1%}",
+            f"{r['peak_gib']:.1f}",
+            f"{r['sink_prediction_ms']:.2f}" if "sink_prediction_ms" in r else "",
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     head = ("side", "seconds", "against 16 bit", "peak, GiB", "choice of exact rows, ms")
     return _about(rows, [_file("prefill_h100")], folder) + _grid(head, lines)
 
@@ -264,10 +286,18 @@ def vlm(folder: Path) -> str:
     for g in sorted(gains, key=lambda g: (g["T"], g["side"])):
         mine = [r for (side, t, _), r in best.items() if (side, t) == (g["side"], g["T"])]
         most = max(mine, key=lambda r: r["B"])
-        lines.append((
-            f"T{g['T']}", f"`{g['side']}`", f"{g['same_batch']}", f"{g['memory_smaller']:.2f}x", f"{most['B']}",
-            f"{g['batch_larger']:.2f}x", f"{most['tokens_per_s']:,.0f}", f"**{g['throughput_higher']:.2f}x**",
-        ))  # fmt: skip
+        lines.append(
+            (
+                f"T{g['T']}",
+                f"`{g['side']}`",
+                f"{g['same_batch']}",
+                f"{g['memory_smaller']:.2f}x",
+                f"{most['B']}",
+                f"{g['batch_larger']:.2f}x",
+                f"{most['tokens_per_s']:,.0f}",
+                f"**{g['throughput_higher']:.2f}x**",
+            )
+        )
     head = ("tokens", "side", "batch that fills 16 bit", "memory there", "largest batch", "", "tokens/s at it", "")
     return _about(rows, [_file("vlm_h100")], folder) + _grid(head, lines)
 
@@ -277,10 +307,16 @@ def short_rows(folder: Path) -> str:
     rows = [r for r in _rows("short_rows_h100") if "whole_ms" in r and not r["mask"]]
     rows = _last(rows, "side", "E", "B", "T")
     lines = [
-        (f"{_shape(r)}, {r['E']} exact", f"`{r['side']}`", f"{r['sdpa_ms']:.2f}", f"{r['divided_ms']:.2f}", f"{r['whole_ms']:.2f}",
-         f"{r['whole_of_limit']:.0%}")
+        (
+            f"{_shape(r)}, {r['E']} exact",
+            f"`{r['side']}`",
+            f"{r['sdpa_ms']:.2f}",
+            f"{r['divided_ms']:.2f}",
+            f"{r['whole_ms']:.2f}",
+            f"{r['whole_of_limit']:.0%}",
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     head = ("shape", "side", "fp16, ms", "rows divided", "rows whole", "of the byte limit")
     return _about(rows, [_file("short_rows_h100")], folder) + _grid(head, lines)
 
@@ -325,8 +361,11 @@ def speed(folder: Path) -> str:
         return r["tokens_per_s"] / base["tokens_per_s"]
 
     base, most = pairs[side, 4096]
-    layer = [r["speedup"] for r in _last(_rows("kernels_h100"), "method", "bits", "B", "T") if r["B"] * r["T"] > 1e5
-             and f"{r['method']}-{r['bits']}" == side]  # fmt: skip
+    layer = [
+        r["speedup"]
+        for r in _last(_rows("kernels_h100"), "method", "bits", "B", "T")
+        if r["B"] * r["T"] > 1e5 and f"{r['method']}-{r['bits']}" == side
+    ]
     items = [
         f"- Speed, {most['device']}, a whole model of LLaMA-3-8B shape with `{side}` against 16 bit compiled with CUDA graphs: "
         f"{gain(4096):.1f}x the tokens per second at the largest batch of 4096 tokens ({most['B']} sequences against {base['B']}), "
@@ -342,9 +381,10 @@ def speed(folder: Path) -> str:
             )
     for rows in rows_of("shapes_*").values():
         found = [
-            r for r in _last((r for r in rows if "of_plain" not in r and "target" not in r), "model", "method", "bits", "B", "T")
+            r
+            for r in _last((r for r in rows if "of_plain" not in r and "target" not in r), "model", "method", "bits", "B", "T")
             if (r["B"], r["T"]) == (16, 8192) and r["p50_ms"] and f"{r['method']}-{r['bits']}" == side and r["model"] in _SHOWN
-        ]  # fmt: skip
+        ]
         if found:
             each = ", ".join(f"{r['model']} {r['speedup']:.1f}x" for r in found)
             items.append(f"- Attention of one layer of 16 x 8,192 tokens, `{side}`, {found[0]['device']}: {each} of fp16's speed.")
@@ -372,7 +412,17 @@ def picture_rows(name: str) -> dict[str, list[Row]]:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "quality": quality, "speed": speed, "generate": generate, "shapes": shapes, "kernels": kernels, "codes": codes,
-    "decode": decode, "decode-codes": decode_codes, "prefill": prefill, "capacity": capacity, "vlm": vlm,
-    "short-rows": short_rows, "cpu": cpu,
-}  # fmt: skip
+    "quality": quality,
+    "speed": speed,
+    "generate": generate,
+    "shapes": shapes,
+    "kernels": kernels,
+    "codes": codes,
+    "decode": decode,
+    "decode-codes": decode_codes,
+    "prefill": prefill,
+    "capacity": capacity,
+    "vlm": vlm,
+    "short-rows": short_rows,
+    "cpu": cpu,
+}

@@ -26,31 +26,38 @@ PROFILE, PARTIAL, IGNORE, PAGE = "profile.json", "profile.partial.json", "ignore
 @click.option("--prune", metavar="SPEC", help='Also store the model with these experts zeroed, as in "1:68,2:shared"; or `found`.')
 @click.option("--prune-to", type=click.Path(path_type=Path), metavar="DIR", help="Where --prune stores the model folder.")
 @click.option(
-    "--stream/--whole", "by_layer", default=None,
+    "--stream/--whole",
+    "by_layer",
+    default=None,
     help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
-)  # fmt: skip
+)
 @click.option("--page/--no-page", default=True, show_default=True, help="Write OUT_DIR/index.html (needs the `plot` extra).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, float16 or bfloat16. auto is float32 on a CPU.")
 @click.option("--force", is_flag=True, help="Write into OUT_DIR although it holds files.")
 def command(
-    model_dir: str, out_dir: Path, text_path: str | None, windows: int, window_tokens: int, experts: bool | None,
-    causal_windows: int, attention: bool, prune: str | None, prune_to: Path | None, by_layer: bool | None, page: bool,
-    device: str, dtype: str, force: bool,
-) -> None:  # fmt: skip
+    model_dir: str,
+    out_dir: Path,
+    text_path: str | None,
+    windows: int,
+    window_tokens: int,
+    experts: bool | None,
+    causal_windows: int,
+    attention: bool,
+    prune: str | None,
+    prune_to: Path | None,
+    by_layer: bool | None,
+    page: bool,
+    device: str,
+    dtype: str,
+    force: bool,
+) -> None:
     """Show where the attention sinks of MODEL_DIR (a folder, a hub id or demo:smollm2) come from.
 
     OUT_DIR gets profile.json, index.html and, for a mixture of experts, ignore.json: what weight quantizers must not touch.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from kvsink.errors import KvsinkError
     from kvsink.evaluate.texts import builtin_text, read_text
@@ -84,12 +91,17 @@ def command(
             layout.find(label)
     options = ProfileOptions(len(ids), ids.shape[1], attention, experts, causal_windows)
     record: dict[str, Any] = {
-        "model": model_dir, "text": "built-in text (WikiText-2 validation)" if text_path is None else Path(text_path).name,
-    }  # fmt: skip
+        "model": model_dir,
+        "text": "built-in text (WikiText-2 validation)" if text_path is None else Path(text_path).name,
+    }
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=Console(file=sys.stderr)) as bars:
         tasks: dict[str, Any] = {}
 

@@ -13,9 +13,15 @@ __all__ = ["ROOT", "WANTED", "table"]
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "kvsink:5+first:1"
 WANTED: tuple[tuple[str, float, float, str], ...] = (
-    ("klt", 4, 4, OURS), ("klt", 3, 4, OURS), ("klt", 2, 4, OURS), ("klt", 2, 2, OURS), ("cq 4c8b", 2, 2, "none"),
-    ("kvquant 1 %", 2, 2, "first:1"), ("rotatekv", 2, 2, "massive:20"), ("kivi", 2, 2, "none"),
-)  # fmt: skip
+    ("klt", 4, 4, OURS),
+    ("klt", 3, 4, OURS),
+    ("klt", 2, 4, OURS),
+    ("klt", 2, 2, OURS),
+    ("cq 4c8b", 2, 2, "none"),
+    ("kvquant 1 %", 2, 2, "first:1"),
+    ("rotatekv", 2, 2, "massive:20"),
+    ("kivi", 2, 2, "none"),
+)
 
 
 def table(records: list[dict[str, Any]]) -> str:

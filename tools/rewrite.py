@@ -16,53 +16,50 @@ from kvsink.tools.cli import command_line, wide_console
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option("--method", help="A name of kvsink.methods(). [default: klt; static with --onnx-flavour gqa]")
-@click.option(
-    "--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]"
-)
+@click.option("--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]")
 @click.option("--value-bits", type=float, metavar="B", help="Average bits of values. [default: the method's]")
 @click.option(
     "--plan", default="uniform", show_default=True, help="uniform, or auto: measured widths for every layer within --bits."
 )
 @click.option("--bits", type=float, metavar="B", help="Counted bits per element of --plan auto. [default: those of uniform]")
-@click.option(
-    "--protect", metavar="RULE", help="Rows kept exact: none, first:N, kvsink:K, massive:N, or a union with +."
-)
+@click.option("--protect", metavar="RULE", help="Rows kept exact: none, first:N, kvsink:K, massive:N, or a union with +.")
 @click.option("--profile", metavar="FILE", help="A profile.json of this model: its sink stages are used, not looked for again.")
 @click.option("--window", type=int, metavar="R", help="Recent tokens kept exact.")
 @click.option(
-    "--calibration", default="builtin", show_default=True, metavar="FILE|builtin",
+    "--calibration",
+    default="builtin",
+    show_default=True,
+    metavar="FILE|builtin",
     help="UTF-8 text; pictures with text: drawn[:N], a folder of images and texts, or JSON lines.",
-)  # fmt: skip
-@click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
-@click.option(
-    "--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".'
 )
+@click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
+@click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')
 @click.option(
     "--modality", metavar="METHOD", help="Lay the bits by layer class of METHOD (akvq-vl) over this codec; none: leave them out."
 )
 @click.option(
-    "--sliding/--no-sliding", "sliding", default=None,
+    "--sliding/--no-sliding",
+    "sliding",
+    default=None,
     help="Pack sliding-window layers too, or leave them in 16 bit. [default: pack where a model has no others]",
-)  # fmt: skip
-@click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
-@click.option(
-    "--onnx-flavour", "flavour", metavar="NAME", help="functions, custom or gqa; implies --onnx. [default: functions]"
 )
+@click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
+@click.option("--onnx-flavour", "flavour", metavar="NAME", help="functions, custom or gqa; implies --onnx. [default: functions]")
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu, cuda ...")
 @click.option(
-    "--by-layer/--whole", "by_layer", default=None,
+    "--by-layer/--whole",
+    "by_layer",
+    default=None,
     help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
 )
+@click.option("--eval-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the result table; 0: none.")
+@click.option("--eval-window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of such a window.")
 @click.option(
-    "--eval-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the result table; 0: none."
-)
-@click.option(
-    "--eval-window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of such a window."
-)
-@click.option(
-    "--check/--no-check", default=True, show_default=True,
+    "--check/--no-check",
+    default=True,
+    show_default=True,
     help="Compare with the stock model before anything is written: folded weights, keys, logits, a compiled step.",
-)  # fmt: skip
+)
 @click.option("--force", is_flag=True, help="Replace OUT_DIR if it exists.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 def command(
@@ -188,9 +185,7 @@ def replace_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def print_report(
-    report: Any, out_dir: Path, dry_run: bool, quality: Any = None, loads: str = "AutoModelForCausalLM"
-) -> None:
+def print_report(report: Any, out_dir: Path, dry_run: bool, quality: Any = None, loads: str = "AutoModelForCausalLM") -> None:
     """The result in a few lines: bits, what was left alone, quality, what to do next. loads: the class that loads the folder."""
     console = wide_console(sys.stdout)
     packed = [row for row in report.layers if row.packed]

@@ -52,9 +52,11 @@ def write(
         return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=columns**-0.5, generator=draw)
 
     layer = {
-        "self_attn.q_proj": weight(hidden, hidden), "self_attn.k_proj": weight(kv_heads * head, hidden),
-        "self_attn.v_proj": weight(kv_heads * head, hidden), "self_attn.o_proj": weight(hidden, hidden),
-    }  # fmt: skip
+        "self_attn.q_proj": weight(hidden, hidden),
+        "self_attn.k_proj": weight(kv_heads * head, hidden),
+        "self_attn.v_proj": weight(kv_heads * head, hidden),
+        "self_attn.o_proj": weight(hidden, hidden),
+    }
     parts = {f"block_sparse_moe.experts.{e}": ("w1", "w3", "w2") for e in range(experts)}
     for at, (gate, up, down) in (parts or {"mlp": ("gate_proj", "up_proj", "down_proj")}).items():
         layer |= {f"{at}.{gate}": weight(intermediate, hidden), f"{at}.{up}": weight(intermediate, hidden)}
@@ -66,10 +68,18 @@ def write(
     more = {"num_local_experts": experts, "num_experts_per_tok": min(2, experts), "sliding_window": None}
     make = partial(MixtralConfig, **more) if experts else LlamaConfig
     config = make(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=count,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head, max_position_embeddings=4096,
-        dtype="bfloat16", architectures=[f"{'Mixtral' if experts else 'Llama'}ForCausalLM"], tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=count,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+        architectures=[f"{'Mixtral' if experts else 'Llama'}ForCausalLM"],
+        tie_word_embeddings=False,
+    )
     config.save_pretrained(folder)
     shards = -(-count // layers_per_shard) + 1
     where: dict[str, str] = {}

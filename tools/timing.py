@@ -90,6 +90,9 @@ def device_facts() -> dict[str, str]:
     p = torch.cuda.get_device_properties(0)
     asked = {name: os.environ[variable] for name, variable in ASKED.items() if variable in os.environ}
     return {
-        "device": p.name, "capability": f"{p.major}.{p.minor}", **asked, "torch": torch.__version__,
+        "device": p.name,
+        "capability": f"{p.major}.{p.minor}",
+        **asked,
+        "torch": torch.__version__,
         "transformers": transformers.__version__,
-    }  # fmt: skip
+    }

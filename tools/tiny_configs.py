@@ -16,10 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 __all__ = ["VOCAB", "WINDOW", "class_names", "shrink", "tiny_config"]
 
@@ -65,36 +62,42 @@ _RULES: dict[str, Any] = {
     r"bos_token_id": 1,
     r"eos_token_id": 2,
     r"image_token_(id|index)|video_token_(id|index)|\w+_token_(id|index)": 2,
-}  # fmt: skip
+}
 _RULE = [(re.compile(pattern), value) for pattern, value in _RULES.items()]
 _ALWAYS = (
-    "num_key_value_heads", "head_dim", "num_experts_per_tok", "n_group", "topk_group", "pad_token_id", "bos_token_id",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "pad_token_id",
+    "bos_token_id",
     "eos_token_id",
-)  # fmt: skip
+)
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "decoder_layers", "encoder_layers")
 _MIXED = ["sliding_attention", "full_attention"]
 _AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
 _OVERRIDES: dict[str, dict[str, Any]] = {  # by the name of the configuration class: what its fields do not tell by their names
     "BambaConfig": {"attn_layer_indices": [1]},
     "BltConfig": {"encoder_hash_byte_group_vocab": VOCAB},
-    "CohereCompassTextConfig": {
-        "layer_types": _MIXED, "rope_parameters": {"sliding_attention": _AXES, "full_attention": None}},
+    "CohereCompassTextConfig": {"layer_types": _MIXED, "rope_parameters": {"sliding_attention": _AXES, "full_attention": None}},
     "DbrxAttentionConfig": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     "DoryConfig": {"layer_types": _MIXED * 2, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 4},
-    "Ernie4_5_VLMoeTextConfig": {
-        "moe_intermediate_size": [48, 48], "rope_parameters": {**_AXES, "mrope_section": [3, 3, 2]}},
+    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [48, 48], "rope_parameters": {**_AXES, "mrope_section": [3, 3, 2]}},
     "Gemma2Config": {"attn_logit_softcapping": 5.0},
     "Gemma3nTextConfig": {
-        "layer_types": _MIXED * 2, "num_kv_shared_layers": 2, "intermediate_size": [96] * 4,
-        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},
+        "layer_types": _MIXED * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    },
     "Gemma4TextConfig": {"global_head_dim": 32},
     "Gemma4UnifiedTextConfig": {"global_head_dim": 32},
     "Glm5NextTextConfig": {"qk_rope_head_dim": 0},
     "Glm46VTextConfig": {"rope_parameters": _AXES},
     "Glm4vTextConfig": {"rope_parameters": _AXES},
-    "Glm4vMoeTextConfig": {
-        "rope_parameters": {**_AXES, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+    "Glm4vMoeTextConfig": {"rope_parameters": {**_AXES, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
     "GlmOcrTextConfig": {"rope_parameters": _AXES},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "GraniteMoeHybridConfig": {"layer_types": ["linear_attention", "full_attention"]},
@@ -113,14 +116,18 @@ _OVERRIDES: dict[str, dict[str, Any]] = {  # by the name of the configuration cl
     "Qwen2_5_VLTextConfig": {"rope_parameters": _AXES},
     "Qwen2_5OmniTextConfig": {"rope_parameters": _AXES},
     "Qwen4ExpTextConfig": {
-        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4},
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "ReformerConfig": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 16]},
     "XmodConfig": {"default_language": "en_XX"},
-    "ZambaConfig": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32, "num_key_value_heads": 4},
+    "ZambaConfig": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "attention_head_dim": 32, "num_key_value_heads": 4},
     "ZayaConfig": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 
 
 def class_names() -> dict[str, tuple[str, str]]:
@@ -152,9 +159,7 @@ def shrink(kind: type[PreTrainedConfig], given: PreTrainedConfig | None = None, 
     whole = given if given is not None else kind()
     values, names = vars(whole), _parameters(kind)
     count = next((int(values[n]) for n in _COUNTS if n in names and isinstance(values.get(n), int)), 0)
-    by_layer = {
-        n: v for n, v in values.items() if n in names and isinstance(v, list | tuple) and count and len(v) == count
-    }
+    by_layer = {n: v for n, v in values.items() if n in names and isinstance(v, list | tuple) and count and len(v) == count}
     layers = _layers(by_layer, count)
     small: dict[str, Any] = {}
     for name in names:
@@ -185,11 +190,7 @@ def _renamed(whole: PreTrainedConfig, name: str) -> Any:
 
 def _sections(sections: list[int], values: dict[str, Any]) -> list[int]:
     """The shares of several axes of positions in a head of 16 channels."""
-    head = (
-        values.get("qk_rope_head_dim")
-        or values.get("head_dim")
-        or values["hidden_size"] // values["num_attention_heads"]
-    )
+    head = values.get("qk_rope_head_dim") or values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     total = sum(sections) * (8 if values.get("qk_rope_head_dim") else 16) // head
     rest = [s * total // sum(sections) for s in sections[1:]]
     return [total - sum(rest), *rest]

@@ -37,13 +37,25 @@ def as_mixtral(model: Any, experts: int = 8) -> Any:
         raise ModelError(f"{c.intermediate_size} neurons do not split into {experts} equal runs; choose a divisor, at least 2")
     width = c.intermediate_size // experts
     config = MixtralConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=width, num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
-        head_dim=getattr(c, "head_dim", None), hidden_act=c.hidden_act, max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps, rope_parameters=c.rope_parameters, sliding_window=None, num_local_experts=experts,
-        num_experts_per_tok=experts, tie_word_embeddings=c.tie_word_embeddings, pad_token_id=c.pad_token_id,
-        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id,
-    )  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=width,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=getattr(c, "head_dim", None),
+        hidden_act=c.hidden_act,
+        max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_parameters=c.rope_parameters,
+        sliding_window=None,
+        num_local_experts=experts,
+        num_experts_per_tok=experts,
+        tie_word_embeddings=c.tie_word_embeddings,
+        pad_token_id=c.pad_token_id,
+        bos_token_id=c.bos_token_id,
+        eos_token_id=c.eos_token_id,
+    )
     with torch.device("meta"):
         out = MixtralForCausalLM(config)
     held = model.state_dict()

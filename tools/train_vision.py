@@ -42,14 +42,23 @@ def build(source: str | Path = "demo:smollm2") -> tuple[Any, Any]:
     tokenizer = hf.AutoTokenizer.from_pretrained(folder)
     language = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     vision = hf.CLIPVisionConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=16,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=16,
         projection_dim=128,
-    )  # fmt: skip
+    )
     config = hf.LlavaConfig(
-        vision_config=vision, text_config=language.config, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=PATCHES, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        vision_config=vision,
+        text_config=language.config,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=PATCHES,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
         tie_word_embeddings=language.config.tie_word_embeddings,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = hf.LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
@@ -59,13 +68,20 @@ def build(source: str | Path = "demo:smollm2") -> tuple[Any, Any]:
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.05)
     pixels = hf.CLIPImageProcessorPil(
-        size={"height": 64, "width": 64}, crop_size={"height": 64, "width": 64}, do_center_crop=False, image_mean=[0.5] * 3,
+        size={"height": 64, "width": 64},
+        crop_size={"height": 64, "width": 64},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-    )  # fmt: skip
+    )
     processor = hf.LlavaProcessor(
-        pixels, tokenizer, patch_size=16, vision_feature_select_strategy="default", image_token=IMAGE_TOKEN,
+        pixels,
+        tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
     return model, processor
 
 
@@ -110,9 +126,7 @@ def document(pictures: list[Picture], tokenizer: Any, caption: bool) -> tuple[li
     return ids, asked
 
 
-def train_tower(
-    model: Any, tokenizer: Any, seconds: float, say: Any = print, batch: int = 64, most: int | None = None
-) -> float:
+def train_tower(model: Any, tokenizer: Any, seconds: float, say: Any = print, batch: int = 64, most: int | None = None) -> float:
     """Tower and projector alone: each patch takes the embedding of its word. Returns the share of right patches at the end.
 
     most: a number of steps to train for, whatever time they take, instead of `seconds`.

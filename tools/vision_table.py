@@ -65,7 +65,7 @@ def chance(documents: int, pictures: int) -> float:
 
 def measure_row(
     model: Any, name: str, method: str, options: dict[str, Any], calibration: Any, sets: dict[str, Any]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Rewrite, measure every set of prompts, and give one flat record. sets: name → (prompts, reference)."""
     import kvsink
     from kvsink.evaluate import evaluation

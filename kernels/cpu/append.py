@@ -137,11 +137,28 @@ def _side(s: Any, dim: int, codes: Tensor, scale: Tensor, sigma: Tensor | None, 
     if book is not None:
         vectors = (s.couple, s.code_bits, book.stride(0) * (book.shape[0] > 1), book.data_ptr())
     return _Side(
-        dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
-        scale.stride(1), _KIND[s.kind], int(s.gain), runs, ctypes.addressof(run), ctypes.addressof(levels),
-        ctypes.addressof(edges), None if sigma is None else sigma.data_ptr(), *vectors, s.clip, None, codes.data_ptr(),
+        dim,
+        codes.shape[-1],
+        groups,
+        dim // groups,
+        scale.shape[-1],
+        codes.stride(0),
+        codes.stride(1),
+        scale.stride(0),
+        scale.stride(1),
+        _KIND[s.kind],
+        int(s.gain),
+        runs,
+        ctypes.addressof(run),
+        ctypes.addressof(levels),
+        ctypes.addressof(edges),
+        None if sigma is None else sigma.data_ptr(),
+        *vectors,
+        s.clip,
+        None,
+        codes.data_ptr(),
         scale.data_ptr(),
-    )  # fmt: skip
+    )
 
 
 def store_rows(c: Any, x_k: Tensor, x_v: Tensor, first: int, st: Mapping[str, Tensor], p: Mapping[str, Tensor]) -> None:
@@ -157,9 +174,7 @@ def store_rows(c: Any, x_k: Tensor, x_v: Tensor, first: int, st: Mapping[str, Te
     library.kvsink_append(ctypes.byref(_Append(b, h, s, first, sides)))
 
 
-def select_one(
-    c: Any, k: Tensor, v: Tensor, candidates: Sequence[Tensor], st: Mapping[str, Tensor], first: int
-) -> None:
+def select_one(c: Any, k: Tensor, v: Tensor, candidates: Sequence[Tensor], st: Mapping[str, Tensor], first: int) -> None:
     """`merge_exact` for one new row per sequence, in place: k, v [B, H, 1, D] in the dtype of the exact store."""
     library = _library()
     assert library is not None
@@ -183,7 +198,7 @@ def _selection(c: Any, st: Mapping[str, Tensor]) -> _Select:
 
 def _offer(
     select: _Select, c: Any, k: Tensor, v: Tensor, candidates: Sequence[Tensor], st: Mapping[str, Tensor], first: int
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Put the new row into a selection; the list keeps what it points to alive."""
     select.first = first
     kept = [x.float().contiguous() for x in candidates[0 : 2 * len(c.segments) : 2]]

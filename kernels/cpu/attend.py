@@ -143,10 +143,23 @@ class _AttendPlan(Plan):
         runs, run, tables, levels, _ = _tables(spec.kind, tuple(spec.widths))
         groups = dim // spec.group_size if _KIND[spec.kind] else 1
         side = _Side(
-            dim, codes.shape[-1], groups, dim // groups, scale.shape[-1], codes.stride(0), codes.stride(1), scale.stride(0),
-            scale.stride(1), _KIND[spec.kind] or int(spec.gain), runs, ctypes.addressof(run), ctypes.addressof(tables),
-            ctypes.addressof(levels), codes.data_ptr(), scale.data_ptr(),
-        )  # fmt: skip
+            dim,
+            codes.shape[-1],
+            groups,
+            dim // groups,
+            scale.shape[-1],
+            codes.stride(0),
+            codes.stride(1),
+            scale.stride(0),
+            scale.stride(1),
+            _KIND[spec.kind] or int(spec.gain),
+            runs,
+            ctypes.addressof(run),
+            ctypes.addressof(tables),
+            ctypes.addressof(levels),
+            codes.data_ptr(),
+            scale.data_ptr(),
+        )
         if (book := p.get(f"{prefix}_book")) is not None:
             side.couple, side.code_bits, side.book = spec.couple, spec.code_bits, self.pointer(book)
             side.book_h = book[0].numel() * (book.shape[0] > 1)

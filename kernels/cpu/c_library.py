@@ -33,9 +33,17 @@ FOLDER = Path(__file__).parent
 EXACT = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
 """Sums and quotients as they are written: what decides a code."""
 LOOSE = (
-    "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
-    "-freciprocal-math", "-shared", "-fPIC",
-)  # fmt: skip
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-freciprocal-math",
+    "-shared",
+    "-fPIC",
+)
 """Sums in any order: what is compared within a bound."""
 
 
@@ -113,10 +121,7 @@ def c_library(name: str, flags: tuple[str, ...], sizes: tuple[tuple[str, int], .
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"") or str(error).encode()
         reason = (said.decode(errors="replace").strip().splitlines() or [str(error)])[0]
-        warnings.warn(
-            f"{what}: its C kernel was not built ({reason}). Install a C compiler with OpenMP, or set CC",
-            stacklevel=2,
-        )
+        warnings.warn(f"{what}: its C kernel was not built ({reason}). Install a C compiler with OpenMP, or set CC", stacklevel=2)
         return None
 
 

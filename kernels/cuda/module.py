@@ -65,9 +65,7 @@ def _by_nvrtc(lib: ctypes.CDLL, source: str, arch: str) -> bytes:
         if code:
             raise NativeError(f"NVRTC error {code} while it {what}")
 
-    check(
-        lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kvsink.cu", 0, None, None), "took the source"
-    )
+    check(lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kvsink.cu", 0, None, None), "took the source")
     options = [b"--std=c++17", f"--gpu-architecture={arch}".encode()]
     code = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     if code:
@@ -92,10 +90,7 @@ def _by_nvcc(nvcc: str, source: str, arch: str) -> bytes:
         cubin = ["-cubin", f"-gencode=arch=compute_{arch[3:]},code={arch}"]
         what = ["-ptx", f"-arch={arch}"] if arch.startswith("compute") else cubin
         done = subprocess.run(
-            [nvcc, "-std=c++17", "-O3", *what, str(unit), "-o", str(out)],
-            capture_output=True,
-            text=True,
-            check=False,
+            [nvcc, "-std=c++17", "-O3", *what, str(unit), "-o", str(out)], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise NativeError(f"nvcc: {done.stderr[:400]}")
@@ -154,9 +149,7 @@ class Module:
         """Let a function have `size` bytes of shared memory in a block."""
         _check(_driver().cuFuncSetAttribute(function, 8, size), "asking for shared memory")
 
-    def launch(
-        self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure
-    ) -> None:
+    def launch(self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure) -> None:
         """Launch on the current stream of the module's GPU, which need not be the current one."""
         args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
         where = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)

@@ -34,9 +34,7 @@ def now_at(device: torch.device) -> tuple[int, int, int]:
         return stream, 0, 0
     status, number, graph = ctypes.c_int(), ctypes.c_uint64(), ctypes.c_void_p()
     info = driver().cuStreamGetCaptureInfo_v2
-    check(
-        info(ctypes.c_void_p(stream), *map(ctypes.byref, (status, number, graph)), None, None), "naming a captured graph"
-    )
+    check(info(ctypes.c_void_p(stream), *map(ctypes.byref, (status, number, graph)), None, None), "naming a captured graph")
     return stream, number.value, graph.value or 0
 
 

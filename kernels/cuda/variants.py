@@ -28,9 +28,17 @@ _FOLDER = Path(__file__).parent
 _WARPS = 8  # that compute, in a block where rows may be taken whole
 _ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 FILES = (
-    "arch.cuh", "channels.cuh", "read.cuh", "attend.cuh", "query.cuh", "softmax.cuh", "exact.cuh", "merge.cuh", "rows.cuh",
+    "arch.cuh",
+    "channels.cuh",
+    "read.cuh",
+    "attend.cuh",
+    "query.cuh",
+    "softmax.cuh",
+    "exact.cuh",
+    "merge.cuh",
+    "rows.cuh",
     "schedule.cuh",
-)  # fmt: skip
+)
 
 
 def unit(defines: Mapping[str, str], names: Sequence[str]) -> str:
@@ -87,9 +95,18 @@ class Shape:
 
 
 _SHAPES = (
-    Shape(8, 2, 4, 2), Shape(8, 2, 2, 2), Shape(8, 2, 1, 1), Shape(8, 1, 2, 2), Shape(8, 1, 1, 1), Shape(4, 2, 4, 2),
-    Shape(4, 2, 2, 2), Shape(4, 2, 1, 1), Shape(4, 1, 1, 1), Shape(4, 2, 1, 1, heads=4), Shape(4, 1, 1, 1, heads=4),
-)  # fmt: skip
+    Shape(8, 2, 4, 2),
+    Shape(8, 2, 2, 2),
+    Shape(8, 2, 1, 1),
+    Shape(8, 1, 2, 2),
+    Shape(8, 1, 1, 1),
+    Shape(4, 2, 4, 2),
+    Shape(4, 2, 2, 2),
+    Shape(4, 2, 1, 1),
+    Shape(4, 1, 1, 1),
+    Shape(4, 2, 1, 1, heads=4),
+    Shape(4, 1, 1, 1, heads=4),
+)
 
 
 @dataclass(frozen=True)
@@ -144,12 +161,22 @@ class Variant:
         """Macros of the source."""
         shape = self.shape(card)
         return {
-            "MODE": str(self.mode), "KW": ", ".join(map(str, self.key_widths)), "VW": ", ".join(map(str, self.value_widths)),
-            "HEADS_PER_KV": str(self.repeats), "HEAD_DIM": str(self.dim), "ROTARY": str(self.rotary), "MANY": str(int(self.many)),
-            "WARPS": str(shape.warps), "STAGES": str(shape.stages), "ITEM_PAIRS": str(shape.items), "STEP_PAIRS": str(shape.steps),
-            "MOST_HEADS": str(shape.heads), "TARGET": str(card.target), "SHARED_MOST": str(card.shared),
+            "MODE": str(self.mode),
+            "KW": ", ".join(map(str, self.key_widths)),
+            "VW": ", ".join(map(str, self.value_widths)),
+            "HEADS_PER_KV": str(self.repeats),
+            "HEAD_DIM": str(self.dim),
+            "ROTARY": str(self.rotary),
+            "MANY": str(int(self.many)),
+            "WARPS": str(shape.warps),
+            "STAGES": str(shape.stages),
+            "ITEM_PAIRS": str(shape.items),
+            "STEP_PAIRS": str(shape.steps),
+            "MOST_HEADS": str(shape.heads),
+            "TARGET": str(card.target),
+            "SHARED_MOST": str(card.shared),
             "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
-        }  # fmt: skip
+        }
 
     def source(self, card: Card) -> str:
         """One translation unit without includes."""

@@ -70,9 +70,8 @@ class KVSinkCache(Cache):
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, batch_size: int = 1, max_length: int | None = None, strict: bool = False,
-        tiles: bool | None = None,
-    ) -> KVSinkCache:  # fmt: skip
+        cls, model: nn.Module, batch_size: int = 1, max_length: int | None = None, strict: bool = False, tiles: bool | None = None
+    ) -> KVSinkCache:
         """A cache for a rewritten model. With `max_length` (tokens) every tensor is allocated now, for `batch_size` rows.
 
         strict: read new rows back from their codes too, as an evaluation may want. tiles: store codes as the GPU kernel reads

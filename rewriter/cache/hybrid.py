@@ -25,9 +25,7 @@ def states_of(config: Any, layer: int) -> dict[str, int]:
 class KVSinkHybridLayer(LinearAttentionLayer, KVSinkLayer):
     """The packed rows of a layer that holds a recurrent state beside its keys and values; the state is transformers' own."""
 
-    def __init__(
-        self, shared: Shared, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
-    ) -> None:
+    def __init__(self, shared: Shared, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None) -> None:
         KVSinkLayer.__init__(self, shared, layer, codec, segments, max_length)
         LinearAttentionLayer.__init__(self, **states_of(shared.runtime.config, layer))
 

@@ -67,9 +67,7 @@ class Storage(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(
-        self, shared: Shared, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None
-    ) -> None:
+    def __init__(self, shared: Shared, layer: int, codec: Codec, segments: tuple[Segment, ...], max_length: int | None) -> None:
         super().__init__()
         self.shared, self.layer, self.codec, self.segments = shared, layer, codec, segments
         self.codec_text = codec.text()
@@ -272,9 +270,7 @@ class Storage(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
-            self._map_batch(
-                lambda t: t[indices.to(t.device) if indices.dtype != torch.bool else indices], in_place=False
-            )
+            self._map_batch(lambda t: t[indices.to(t.device) if indices.dtype != torch.bool else indices], in_place=False)
 
     def offload(self) -> None:
         if self.is_initialized:

@@ -66,9 +66,7 @@ class _BlockRecorder:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = (output[0] if isinstance(output, tuple) else output).float().abs()
             if not torch.isfinite(hidden).all():
-                raise CalibrationError(
-                    f"block {i} puts out NaN or infinite activations; check the weights or calibrate in float32"
-                )
+                raise CalibrationError(f"block {i} puts out NaN or infinite activations; check the weights or calibrate in float32")
             peak = hidden.flatten(0, -2).amax(0).cpu()
             self.peak[i] = torch.maximum(self.peak[i], peak) if i in self.peak else peak
             self.median.setdefault(i, []).append(float(hidden.flatten()[:: max(1, hidden.numel() // 65536)].median()))
@@ -208,11 +206,17 @@ def _by_layers(
 
 
 def calibrate(
-    model: nn.Module, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]],
-    blocks: dict[int, tuple[int, ...]], batch: int = 1,
-    progress: Progress | None = None, samples: Mapping[int, SampleNeed] | None = None,
-    known: tuple[SinkStage, ...] | None = None, stream: Stream | None = None, where: Anatomy | None = None,
-) -> Calibration:  # fmt: skip
+    model: nn.Module,
+    ids: Tensor | Sequence[Mapping[str, Any]],
+    policies: Sequence[tuple[Policy, ...]],
+    blocks: dict[int, tuple[int, ...]],
+    batch: int = 1,
+    progress: Progress | None = None,
+    samples: Mapping[int, SampleNeed] | None = None,
+    known: tuple[SinkStage, ...] | None = None,
+    stream: Stream | None = None,
+    where: Anatomy | None = None,
+) -> Calibration:
     """Run `ids` [N, T], or prompts (inputs of the model, images included), through the model: two windows to find the stages,
     then all for the statistics.
 
@@ -226,10 +230,15 @@ def calibrate(
 
 
 def gather(
-    decoder: Decoder, ids: Tensor | Sequence[Mapping[str, Any]], policies: Sequence[tuple[Policy, ...]],
-    blocks: dict[int, tuple[int, ...]], batch: int = 1, progress: Progress | None = None,
-    samples: Mapping[int, SampleNeed] | None = None, known: tuple[SinkStage, ...] | None = None,
-) -> Calibration:  # fmt: skip
+    decoder: Decoder,
+    ids: Tensor | Sequence[Mapping[str, Any]],
+    policies: Sequence[tuple[Policy, ...]],
+    blocks: dict[int, tuple[int, ...]],
+    batch: int = 1,
+    progress: Progress | None = None,
+    samples: Mapping[int, SampleNeed] | None = None,
+    known: tuple[SinkStage, ...] | None = None,
+) -> Calibration:
     """`calibrate` of a model that has been looked at."""
     where, stream = decoder.where, decoder.stream
     prompts = _prompts(ids)
@@ -238,14 +247,10 @@ def gather(
     if absent := set(wanted) - set(blocks):
         raise CalibrationError(f"samples are asked of layers {sorted(absent)} that record no statistics; add them to blocks")
     if wanted and given < (least := max(n.rows for n in wanted.values())):
-        raise CalibrationError(
-            f"{given} calibration tokens are too few for codebooks of {least} centroids; give at least {least}"
-        )
+        raise CalibrationError(f"{given} calibration tokens are too few for codebooks of {least} centroids; give at least {least}")
     widest = max((where.layers[i].key_dim for i, lengths in blocks.items() if lengths), default=0)
     if given < 4 * widest:
-        raise CalibrationError(
-            f"{given} calibration tokens are too few for head_dim={widest}; give at least {4 * widest}"
-        )
+        raise CalibrationError(f"{given} calibration tokens are too few for head_dim={widest}; give at least {4 * widest}")
     tell = progress or (lambda what, done, total: None)
     if stream is not None and any(n.fisher for n in wanted.values()):
         raise CalibrationError(
@@ -313,7 +318,5 @@ def gather(
     every: list[tuple[object, KeyStats | ValueStats]] = [*out.keys.items(), *out.values.items()]
     for name, stats in every:
         if not torch.isfinite(stats.second).all():
-            raise CalibrationError(
-                f"statistics of layer {name} are not finite; check the weights or calibrate in float32"
-            )
+            raise CalibrationError(f"statistics of layer {name} are not finite; check the weights or calibrate in float32")
     return out

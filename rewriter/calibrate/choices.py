@@ -195,9 +195,7 @@ def _rope_refusal(config: Any, where: Anatomy, layer: int) -> str:
     return ""
 
 
-def choose(
-    decoder: Decoder, m: Method, asked: RewriteOptions, calibration: Any, notes: list[str]
-) -> Chosen:
+def choose(decoder: Decoder, m: Method, asked: RewriteOptions, calibration: Any, notes: list[str]) -> Chosen:
     """Sides, exact rows and statistics of every layer, for a method and what the user asked for.
 
     calibration: as `kvsink.rewrite` takes it; prompts with images are looked at where layers are told apart by them.
@@ -231,9 +229,7 @@ def choose(
     if any(anchors_for_layer(p) for p, w in zip(policies, wanted, strict=True) if w is not None):
         check_observable(decoder.model)
     blocks = {
-        i: key_blocks(w[0])
-        for i, w in enumerate(wanted)
-        if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
+        i: key_blocks(w[0]) for i, w in enumerate(wanted) if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
     }
     if asked.plan == "auto":
         for i, w in enumerate(wanted):
@@ -260,9 +256,7 @@ def _layers_of(asked: RewriteOptions, count: int, base: LayerChoice) -> list[Lay
     return choices
 
 
-def _sides(
-    decoder: Decoder, m: Method, i: int, choice: LayerChoice, samples: dict[int, SampleNeed]
-) -> tuple[SideSpec, SideSpec]:
+def _sides(decoder: Decoder, m: Method, i: int, choice: LayerChoice, samples: dict[int, SampleNeed]) -> tuple[SideSpec, SideSpec]:
     """Key and value side of a layer that is packed; what its quantizers learn from is added to `samples`."""
     where = decoder.where
     if choice.pattern == "tsa" and visual_tokens(decoder.model.config):

@@ -43,9 +43,14 @@ _EFFORT = {"cpu": (8192, 8), "cuda": (1 << 30, 100)}  # rows at most (never belo
 
 
 def learn(
-    side: str, spec: SideSpec, layer: int, record: Calibration, tables: dict[str, Tensor], device: torch.device,
+    side: str,
+    spec: SideSpec,
+    layer: int,
+    record: Calibration,
+    tables: dict[str, Tensor],
+    device: torch.device,
     turn: Turn | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """The learnt tables of one side. tables: those of the stages before the quantizer. turn: keys that are coded after RoPE ask
     it where their rows may stand, and for the angles there."""
     rows = record.samples.get(layer)
@@ -89,9 +94,7 @@ def row_weights(side: str, spec: SideSpec, layer: int, rows: Samples) -> Tensor 
     kind = spec.weights.partition("-")[0]
     found = getattr(rows, f"{'key' if side == 'k' else 'value'}_{kind}")
     if found is None:
-        raise CalibrationError(
-            f"layer {layer} has no {kind} weights in this record's samples; calibrate with this method again"
-        )
+        raise CalibrationError(f"layer {layer} has no {kind} weights in this record's samples; calibrate with this method again")
     if kind == "fisher":
         w = found.transpose(0, 1)
         return w.mean(-1, keepdim=True) if spec.transform != "none" or (side == "k" and spec.block > 1) else w

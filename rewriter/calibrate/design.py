@@ -58,9 +58,7 @@ def sample_need(*sides: SideSpec) -> SampleNeed | None:
     return need
 
 
-def gather_needs(
-    pairs: Iterable[tuple[SideSpec, SideSpec]], heads: int, dim: int
-) -> tuple[tuple[int, ...], SampleNeed | None]:
+def gather_needs(pairs: Iterable[tuple[SideSpec, SideSpec]], heads: int, dim: int) -> tuple[tuple[int, ...], SampleNeed | None]:
     """Key block lengths and samples of one layer that serve all given pairs of sides: what `calibrate` is to be asked for."""
     blocks: set[int] = set()
     need = None
@@ -142,15 +140,19 @@ def deviations(variance: Tensor) -> Tensor:
 
 def _need(found: object, layer: int, what: str) -> None:
     if found is None:
-        raise CalibrationError(
-            f"layer {layer} has no {what} statistics in this record; calibrate with this method again"
-        )
+        raise CalibrationError(f"layer {layer} has no {what} statistics in this record; calibrate with this method again")
 
 
 def design_key(
-    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, angles: Angles, device: torch.device = CPU,
+    spec: SideSpec,
+    layer: int,
+    heads: int,
+    dim: int,
+    record: Calibration,
+    angles: Angles,
+    device: torch.device = CPU,
     turn: Turn | None = None,
-) -> Design:  # fmt: skip
+) -> Design:
     """The key codec of one layer. `angles` gives the offset angles of a block length; codebooks are learnt on `device`; `turn`
     says where rows that are coded after RoPE may stand, and the angles there."""
     spec = spec.resolved(heads, dim)
@@ -197,9 +199,7 @@ def design_key(
     return Design(spec, tables)
 
 
-def design_value(
-    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, device: torch.device = CPU
-) -> Design:
+def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, device: torch.device = CPU) -> Design:
     """The value codec of one layer; the tables are in the basis of the weights as they are now."""
     spec = spec.resolved(heads, dim)
     if not needs_calibration(spec):

@@ -70,9 +70,7 @@ def _seed(x: Tensor, w: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return seeds
 
 
-def weighted_kmeans(
-    x: Tensor, w: Tensor | None, k: int, steps: int = 100, tolerance: float = 1e-4, seed: int = 0
-) -> KMeans:
+def weighted_kmeans(x: Tensor, w: Tensor | None, k: int, steps: int = 100, tolerance: float = 1e-4, seed: int = 0) -> KMeans:
     """Cluster every group of x [G, N, c] into k; stops when the objective falls by less than `tolerance` of itself."""
     g, n, c = x.shape
     if n < k:

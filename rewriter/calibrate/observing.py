@@ -32,9 +32,15 @@ Progress = Callable[[str, int, int], None]
 
 
 def observe(
-    decoder: Decoder, chosen: Chosen, calibration: Any, tokens: int, tokenizer: Any, batch: int = 1,
-    progress: Progress | None = None, stages: Callable[[nn.Module], tuple[SinkStage, ...]] | None = None,
-) -> Calibration:  # fmt: skip
+    decoder: Decoder,
+    chosen: Chosen,
+    calibration: Any,
+    tokens: int,
+    tokenizer: Any,
+    batch: int = 1,
+    progress: Progress | None = None,
+    stages: Callable[[nn.Module], tuple[SinkStage, ...]] | None = None,
+) -> Calibration:
     """The record that the declarations of all layers are designed from; empty where they need none.
 
     calibration, tokens, tokenizer, batch: as `kvsink.rewrite` takes them. stages: tells the emergence stages, where a profile
@@ -100,9 +106,7 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
         raise CalibrationError("0 calibration tokens: give token ids [N, T], or a longer text")
     vocabulary = config.vocab_size
     if wrong := ids[(ids < 0) | (ids >= vocabulary)].tolist():
-        raise CalibrationError(
-            f"calibration token {wrong[0]} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
-        )
+        raise CalibrationError(f"calibration token {wrong[0]} is outside the vocabulary of {vocabulary}; wrong tokenizer?")
     return ids
 
 

@@ -225,9 +225,14 @@ def _alone(layers: Iterable[int], one: int, key_bits: float, value_bits: float) 
 
 
 def choose_plan(
-    model: nn.Module, run: Rewrite, base: tuple[float, float], ids: Tensor, budget: float | None,
-    widths: tuple[tuple[float, ...], tuple[float, ...]] = (WHOLE, WHOLE), progress: Progress | None = None,
-) -> Plan:  # fmt: skip
+    model: nn.Module,
+    run: Rewrite,
+    base: tuple[float, float],
+    ids: Tensor,
+    budget: float | None,
+    widths: tuple[tuple[float, ...], tuple[float, ...]] = (WHOLE, WHOLE),
+    progress: Progress | None = None,
+) -> Plan:
     """The best plan found within `budget` counted bits; None stands for the counted bits of the widths `base`.
 
     run: `rewrite` with everything but widths given, changing no weights. widths: those to try for keys and for values.
@@ -309,9 +314,14 @@ def _uniform(
 
 
 def planned(
-    decoder: Decoder, run: Rewrite, method: Method, base: tuple[float, float], ids: Tensor, budget: float | None,
+    decoder: Decoder,
+    run: Rewrite,
+    method: Method,
+    base: tuple[float, float],
+    ids: Tensor,
+    budget: float | None,
     progress: Progress | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """`choose_plan` over the widths that a method can take; the model is afterwards as it was."""
     if method.modality is not None:
         raise UnsupportedError(f"method {method.name} gives its layers widths by their attention pattern; use --plan uniform")

@@ -52,9 +52,12 @@ class Calibration:
             for name, tensor in rows.tensors().items():
                 tensors[f"samples.{layer}.{name}"] = tensor.contiguous()
         meta = {
-            "format": FORMAT, "tokens": str(self.tokens), "stages": json.dumps([asdict(s) for s in self.stages]),
-            "largest": json.dumps(self.largest), "medians": json.dumps(self.medians),
-        }  # fmt: skip
+            "format": FORMAT,
+            "tokens": str(self.tokens),
+            "stages": json.dumps([asdict(s) for s in self.stages]),
+            "largest": json.dumps(self.largest),
+            "medians": json.dumps(self.medians),
+        }
         meta[DIGEST] = digest(tensors, meta)
         save_file(tensors, str(path), metadata=meta)
 
@@ -102,8 +105,7 @@ class Calibration:
                     samples.setdefault(int(parts[1]), {})[parts[2]] = tensor
             record = cls(
                 stages=tuple(
-                    SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"])
-                    for s in json.loads(meta["stages"])
+                    SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in json.loads(meta["stages"])
                 ),
                 keys={at: KeyStats(**k) for at, k in keys.items()},
                 values={at: ValueStats(**v) for at, v in values.items()},
@@ -113,9 +115,7 @@ class Calibration:
                 medians=json.loads(meta["medians"]),
                 samples={at: Samples(**rows) for at, rows in samples.items()},
             )
-        except (
-            OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError
-        ) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
             raise CalibrationError(f"calibration record {path} cannot be read ({error}); calibrate again") from error
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise CalibrationError(f"calibration record {path} holds NaN or infinite numbers; calibrate again")

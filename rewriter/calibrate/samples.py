@@ -94,9 +94,7 @@ class Collector:
         self.tracked[layer] = (k, v)
         return k, v
 
-    def draw(
-        self, layer: int, keys: Tensor, v: Tensor, positions: Tensor, keep: Tensor, back: Callable[[Tensor], Tensor]
-    ) -> None:
+    def draw(self, layer: int, keys: Tensor, v: Tensor, positions: Tensor, keep: Tensor, back: Callable[[Tensor], Tensor]) -> None:
         """Keep some rows of keys before RoPE and values [B, H, S, D] where keep [B, S]: as many of every window. back: from the
         gradient of the model's keys to that of `keys`."""
         if layer not in self.needs:
@@ -112,10 +110,12 @@ class Collector:
         windows = (self.start + torch.arange(keep.shape[0], device=keep.device))[:, None].expand_as(keep)
         self.parts[layer].append(
             Samples(
-                keys=self._rows(keys, chosen), values=self._rows(v, chosen), positions=positions[chosen].long().cpu(),
+                keys=self._rows(keys, chosen),
+                values=self._rows(v, chosen),
+                positions=positions[chosen].long().cpu(),
                 windows=windows[chosen].cpu(),
             )
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _rows(x: Tensor, chosen: Tensor) -> Tensor:
@@ -140,8 +140,7 @@ class Collector:
         for i, layer in enumerate(layers):
             chosen, back = self.drawn[layer]
             k, v = (
-                torch.zeros_like(flat[2 * i + j]) if g is None else g.float()
-                for j, g in enumerate(gradients[2 * i : 2 * i + 2])
+                torch.zeros_like(flat[2 * i + j]) if g is None else g.float() for j, g in enumerate(gradients[2 * i : 2 * i + 2])
             )
             part = self.parts[layer][-1]
             part.key_fisher, part.value_fisher = self._rows(back(k), chosen).square(), self._rows(v, chosen).square()

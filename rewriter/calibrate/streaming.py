@@ -132,9 +132,7 @@ class Stream:
         if name not in self.checked:
             for part in tensor.reshape(-1).split(1 << 20):
                 if not torch.isfinite(part).all():
-                    raise ModelError(
-                        f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again"
-                    )
+                    raise ModelError(f"weight {name} holds NaN or infinite numbers; the checkpoint is damaged, fetch it again")
             self.checked.add(name)
 
     def check_rest(self) -> None:
@@ -155,9 +153,12 @@ class Stream:
 
     @torch.no_grad()
     def run(
-        self, jobs: Sequence[Job], tell: Callable[[int, int], None] = lambda done, total: None,
-        after: Callable[[int, int], None] | None = None, logits: Callable[[int, Tensor], None] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        jobs: Sequence[Job],
+        tell: Callable[[int, int], None] = lambda done, total: None,
+        after: Callable[[int, int], None] | None = None,
+        logits: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
         """Every window through every layer; `after` is called with window and layer, `logits` with window and [1, T, V]."""
         self._note(jobs)
         blocks = self.where.blocks

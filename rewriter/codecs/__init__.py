@@ -6,6 +6,14 @@ from .modal import MODAL
 from .spec import SideSpec, group_size_for, hadamard_order
 
 __all__ = [
-    "ANCHOR_NAMES", "MODAL", "SHARED_NAMES", "STATE_NAMES", "Anchors", "Codec", "Params", "SideSpec", "group_size_for",
+    "ANCHOR_NAMES",
+    "MODAL",
+    "SHARED_NAMES",
+    "STATE_NAMES",
+    "Anchors",
+    "Codec",
+    "Params",
+    "SideSpec",
+    "group_size_for",
     "hadamard_order",
-]  # fmt: skip
+]

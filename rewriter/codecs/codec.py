@@ -118,9 +118,12 @@ class Codec:
     def text(self) -> str:
         """Canonical JSON; equal codecs have equal text."""
         record = {
-            "key": self.key.as_dict(), "value": self.value.as_dict(), "segments": list(self.segments),
-            "window": self.window, "strict": self.strict,
-        }  # fmt: skip
+            "key": self.key.as_dict(),
+            "value": self.value.as_dict(),
+            "segments": list(self.segments),
+            "window": self.window,
+            "strict": self.strict,
+        }
         if self.anchors is not None:
             record["anchors"] = asdict(self.anchors)
         if self.tiles:
@@ -146,9 +149,7 @@ class Codec:
                 uneven=bool(record.get("uneven", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SidecarError(
-                f"codec record {text[:80]!r} cannot be read ({error}); rewrite the model again"
-            ) from error
+            raise SidecarError(f"codec record {text[:80]!r} cannot be read ({error}); rewrite the model again") from error
 
     def param_names(self) -> tuple[str, ...]:
         """Names of the constant tables this codec needs, in the order ops receive them."""
@@ -354,9 +355,7 @@ class Codec:
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
-    def encode_keys(
-        self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool
-    ) -> tuple[Tensor, Tensor]:
+    def encode_keys(self, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, p: Params, roped: bool) -> tuple[Tensor, Tensor]:
         """Keys [B, H, S, D], after RoPE when `roped` else before it → (codes, scale)."""
         s = self.key
         if not s.packed:
@@ -372,9 +371,7 @@ class Codec:
         at = At(p, positions, cos, sin, s.block)
         return _through(stages_in(s, "k", roped), steps, x, at)
 
-    def decode_keys(
-        self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params, wide: torch.dtype = torch.float32
-    ) -> Tensor:
+    def decode_keys(self, codes: Tensor, scale: Tensor, positions: Tensor, p: Params, wide: torch.dtype = torch.float32) -> Tensor:
         """Packed keys of the slots with `positions` [B, L] → keys after RoPE [B, H, L, D], computed in `wide`."""
         s = self.key
         if not s.packed:

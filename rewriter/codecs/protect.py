@@ -39,9 +39,16 @@ from kvsink.codecs.anchors import MILLION, SCORES, Anchors
 from kvsink.errors import KvsinkError, UnknownName
 
 __all__ = [
-    "SCORES", "Anchors", "Policy", "Segment", "SinkStage", "anchors_for_layer", "parse_policies", "probe_stage",
+    "SCORES",
+    "Anchors",
+    "Policy",
+    "Segment",
+    "SinkStage",
+    "anchors_for_layer",
+    "parse_policies",
+    "probe_stage",
     "segments_for_layer",
-]  # fmt: skip
+]
 
 _KINDS = ("none", "first", "random", "kvsink", "massive", "pivots", "anchors")
 
@@ -117,9 +124,7 @@ def parse_policies(text: str) -> tuple[Policy, ...]:
 
 def _count(part: str, kind: str, count: str) -> int:
     if not count.isdigit() or int(count) < 1:
-        raise KvsinkError(
-            f"protection {part!r} needs a positive number of rows; write {kind}:5, or none to protect nothing"
-        )
+        raise KvsinkError(f"protection {part!r} needs a positive number of rows; write {kind}:5, or none to protect nothing")
     return int(count)
 
 

@@ -163,16 +163,15 @@ register_quantizer(
             if prefix == "k"
             else nuq_decode_token(codes, scale, p["v_read"])
         ),
-        tables=lambda s, prefix: (
-            *(("k_offset", "k_range") if prefix == "k" else ()), f"{prefix}_levels", f"{prefix}_read",
-        ),
+        tables=lambda s, prefix: (*(("k_offset", "k_range") if prefix == "k" else ()), f"{prefix}_levels", f"{prefix}_read"),
         row_bytes=lambda s, dim: sum(s.widths),
         row_scales=lambda s, dim: 0 if s.domain == "block" else 2,
         learns=lambda s: 2 ** int(s.bits),
         shapes=lambda s, prefix, heads, dim: {
             **({"k_offset": (heads, dim), "k_range": (heads, dim)} if prefix == "k" else {}),
-            f"{prefix}_levels": (2 ** int(s.bits),), f"{prefix}_read": (2 ** int(s.bits),),
+            f"{prefix}_levels": (2 ** int(s.bits),),
+            f"{prefix}_read": (2 ** int(s.bits),),
         },
         scale_of_token=True,
     ),
-)  # fmt: skip
+)

@@ -19,8 +19,15 @@ DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
 AXES = ("token", "channel")
 VECTOR_SETTINGS = {
-    4.0: (2, 8), 2.25: (4, 9), 2.0: (4, 8), 1.5: (8, 12), 1.25: (8, 10), 1.0: (8, 8), 0.75: (16, 12), 0.375: (32, 12),
-}  # fmt: skip
+    4.0: (2, 8),
+    2.25: (4, 9),
+    2.0: (4, 8),
+    1.5: (8, 12),
+    1.25: (8, 10),
+    1.0: (8, 8),
+    0.75: (16, 12),
+    0.375: (32, 12),
+}
 """Bits per element → channels coupled and bits of their one code."""
 
 WEIGHTS = ("none", "fisher", "fisher-raw", "error")
@@ -156,9 +163,7 @@ class SideSpec:
             refuse("ranges along tokens are taken after RoPE and without centring: set domain='post', center=False")
         if self.group_tokens < 1 or self.flush < 1 or self.flush % self.group_tokens:
             near = max(1, round(self.flush / max(1, self.group_tokens))) * max(1, self.group_tokens)
-            refuse(
-                f"a block of {self.flush} tokens is not a multiple of its groups of {self.group_tokens}; use flush={near}"
-            )
+            refuse(f"a block of {self.flush} tokens is not a multiple of its groups of {self.group_tokens}; use flush={near}")
 
     @property
     def packed(self) -> bool:
@@ -203,8 +208,7 @@ class SideSpec:
         if self.outliers:
             if heads * dim > INDEX_LIMIT:
                 raise UnsupportedError(
-                    f"{heads} heads of {dim} channels are more than the {INDEX_LIMIT} an outlier's index can name; "
-                    "use outliers=0"
+                    f"{heads} heads of {dim} channels are more than the {INDEX_LIMIT} an outlier's index can name; use outliers=0"
                 )
             fits = 1 << ((INDEX_LIMIT // (heads * dim)).bit_length() - 1)
             spec = replace(spec, outlier_tokens=min(self.outlier_tokens, fits))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .spec import SideSpec
 
-__all__ = ["At", "Stage", "functions_of", "stages_back", "stages_in"]
+__all__ = ["At", "Stage", "asks_positions", "functions_of", "stages_back", "stages_in"]
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,45 @@ def stages_back(s: SideSpec, prefix: str, own: bool = False) -> tuple[Stage, ...
     return tuple(out)
 
 
-@cache
 def functions_of(s: SideSpec, prefix: str) -> tuple[str, ...]:
     """Names of `kvsink.kernels.stages` that the stages of side "k" or "v" call, on every way in and back."""
-    asked, at = _Asked(), At(_Anything(), _ROWS, _ROWS, _ROWS)
+    return tuple(sorted(asked_by(s, prefix).names))
+
+
+def asks_positions(s: SideSpec, prefix: str) -> bool:
+    """Whether a stage of the side depends on where rows stand."""
+    return asked_by(s, prefix).positions
+
+
+@cache
+def asked_by(s: SideSpec, prefix: str) -> _Asked:
+    """What the stages of a side ask for, found by running them on nothing."""
+    asked, at = _Asked(), At(_Anything(), _POSITIONS, _ROWS, _ROWS)
     ways = [stages_in(s, prefix, roped) for roped in (False, True)] + [stages_back(s, prefix, own) for own in (False, True)]
     for stage in (stage for way in ways for stage in way):
         stage.run(asked, _ROWS, at)
-    return tuple(sorted(asked.names))
+    return asked
 
 
+_POSITIONS = object()
 _ROWS = object()  # stands for any rows: stages hand them on to the functions of `do` and look at nothing
 
 
 class _Asked:
-    """Functions that do nothing; their names are kept."""
+    """Functions that do nothing; their names are kept, and whether one was given positions."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.positions = False
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         self.names.add(name)
-        return lambda *rows, **options: _ROWS
+
+        def nothing(*given: Any, **options: Any) -> Any:
+            self.positions = self.positions or any(x is _POSITIONS for x in (*given, *options.values()))
+            return _ROWS
+
+        return nothing
 
 
 class _Anything(dict[str, Any]):

@@ -30,9 +30,14 @@ __all__ = ["apply"]
 
 
 def apply(
-    decoder: Decoder, chosen: Chosen, record: Calibration, designed: Mapping[int, tuple[Design, Design]], fold: bool = True,
-    storage: torch.dtype | None = None, check: bool = True,
-) -> Report:  # fmt: skip
+    decoder: Decoder,
+    chosen: Chosen,
+    record: Calibration,
+    designed: Mapping[int, tuple[Design, Design]],
+    fold: bool = True,
+    storage: torch.dtype | None = None,
+    check: bool = True,
+) -> Report:
     """Fold, attach and check. fold: put value rotations into the weights; storage: dtype these will be saved in, when it is
     narrower; check: compare with the stock model before anything is kept. A model without weights has what would be folded into
     them in `stream.folds` afterwards."""
@@ -81,9 +86,12 @@ def _runtime(
                 value_tables["v_mean"] = hadamard_ref(value_tables["v_mean"], value_spec.order)
         segments = segments_for_layer(chosen.policies[i], i, record.stages)
         codec = Codec(
-            key_design.spec, value_spec, tuple(s.count for s in segments), chosen.choices[i].window,
+            key_design.spec,
+            value_spec,
+            tuple(s.count for s in segments),
+            chosen.choices[i].window,
             anchors=anchors_for_layer(chosen.policies[i]),
-        )  # fmt: skip
+        )
         tables.update({f"layers.{i}.{name}": t for name, t in {**key_design.tables, **value_tables}.items()})
         plans.append(LayerPlan(codec, segments))
     device = decoder.device if decoder.stream is None else torch.device("cpu")

@@ -66,18 +66,14 @@ def token_windows(text: str, tokenizer: Any, windows: int, window_tokens: int) -
     """`windows` windows of `window_tokens` tokens, spread evenly over `text`; no token is added: ids [N, T]."""
     if windows < 1 or window_tokens < 2:
         raise EvaluationError(
-            f"cannot evaluate {windows} windows of {window_tokens} tokens. Ask for at least 1 window of at least 2"
-            " tokens"
+            f"cannot evaluate {windows} windows of {window_tokens} tokens. Ask for at least 1 window of at least 2 tokens"
         )
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     if len(ids) < windows * window_tokens:
         fits = len(ids) // window_tokens
-        advice = (
-            f"Pass --windows {fits}" if fits else f"Pass a longer text or --window-tokens {max(2, len(ids) // windows)}"
-        )
+        advice = f"Pass --windows {fits}" if fits else f"Pass a longer text or --window-tokens {max(2, len(ids) // windows)}"
         raise EvaluationError(
-            f"the text holds {len(ids)} tokens, but {windows} windows of {window_tokens} need"
-            f" {windows * window_tokens}. {advice}"
+            f"the text holds {len(ids)} tokens, but {windows} windows of {window_tokens} need {windows * window_tokens}. {advice}"
         )
     spare = len(ids) - windows * window_tokens
     starts = [k * window_tokens + (k * spare // (windows - 1) if windows > 1 else 0) for k in range(windows)]
@@ -224,11 +220,7 @@ def device_name(device: torch.device) -> str:
     """A name a reader can compare: the accelerator's, or the CPU's architecture and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-        if device.type == "cpu"
-        else str(device)
-    )
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
 def _log_probs(model: Any, ids: Tensor, cache: Any) -> Tensor:
@@ -242,20 +234,16 @@ def _device(model: Any) -> torch.device:
 
 def _check_ids(model: Any, ids: Tensor) -> None:
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise EvaluationError(
-            f"ids must be integers of shape [windows, tokens >= 2], not {ids.dtype} {list(ids.shape)}"
-        )
+        raise EvaluationError(f"ids must be integers of shape [windows, tokens >= 2], not {ids.dtype} {list(ids.shape)}")
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit and ids.shape[1] > limit:
         raise EvaluationError(
-            f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions. Pass --window-tokens {limit} or"
-            " fewer"
+            f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions. Pass --window-tokens {limit} or fewer"
         )
     if int(ids.max()) >= config.vocab_size:
         raise EvaluationError(
-            f"token {int(ids.max())} is outside the model's vocabulary of {config.vocab_size}. Use the model's own"
-            " tokenizer"
+            f"token {int(ids.max())} is outside the model's vocabulary of {config.vocab_size}. Use the model's own tokenizer"
         )
 
 

@@ -55,9 +55,7 @@ def unfoldable(attention: nn.Module, shared: frozenset[int], streamed: bool) -> 
 
 
 @contextmanager
-def folded_in(
-    decoder: Decoder, orders: Mapping[int, int], storage: torch.dtype | None
-) -> Iterator[Callable[[], None]]:
+def folded_in(decoder: Decoder, orders: Mapping[int, int], storage: torch.dtype | None) -> Iterator[Callable[[], None]]:
     """Weights with the value rotations of layers in them; they are as before at the end unless the caller says to keep them."""
     attentions = [decoder.attention(i) for i in orders]
     before = [{n: p.detach().clone() for n, p in a.named_parameters() if n in FOLDED} for a in attentions]

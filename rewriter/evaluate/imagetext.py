@@ -197,8 +197,9 @@ def _prompt(e: Example, processor: Any, tokens: tuple[int, ...], limit: int | No
         cut = int(visual[limit:].sum())
         raise PictureError(
             f"{e.where}: {len(visual)} tokens for {limit} places of the model"
-            + (f", {cut} image tokens would be cut" if cut else "") + "; give fewer images or a shorter text"
-        )  # fmt: skip
+            + (f", {cut} image tokens would be cut" if cut else "")
+            + "; give fewer images or a shorter text"
+        )
     return Prompt(inputs, torch.cat(asked), visual)
 
 

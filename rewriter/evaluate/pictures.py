@@ -19,9 +19,14 @@ from typing import Any
 __all__ = ["COLORS", "HELD_BACK", "SHAPES", "Picture", "drawn", "picture"]
 
 COLORS = {
-    "red": (214, 39, 40), "green": (44, 140, 44), "blue": (31, 90, 200), "yellow": (240, 200, 20), "purple": (128, 60, 170),
-    "orange": (255, 127, 14), "black": (20, 20, 20),
-}  # fmt: skip
+    "red": (214, 39, 40),
+    "green": (44, 140, 44),
+    "blue": (31, 90, 200),
+    "yellow": (240, 200, 20),
+    "purple": (128, 60, 170),
+    "orange": (255, 127, 14),
+    "black": (20, 20, 20),
+}
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 ROWS, COLUMNS, NUMBERS = ("top", "bottom"), ("left", "right"), ("one", "two", "three", "four")
 HELD_BACK = 1_000_000
@@ -58,10 +63,11 @@ def picture(seed: int, index: int) -> Picture:
     for i, c in enumerate(cells):
         if c is not None:
             asked += [
-                (f"What color is the {c[1]}?", c[0], tuple(COLORS)), (f"Which shape is {c[0]}?", c[1], SHAPES),
+                (f"What color is the {c[1]}?", c[0], tuple(COLORS)),
+                (f"Which shape is {c[0]}?", c[1], SHAPES),
                 (f"Is the {c[1]} at the top or bottom?", ROWS[i // 2], ROWS),
                 (f"Is the {c[1]} on the left or right?", COLUMNS[i % 2], COLUMNS),
-            ]  # fmt: skip
+            ]
     asked = [("How many shapes?", NUMBERS[n - 1], NUMBERS), *r.sample(asked, min(4, len(asked)))]
     r.shuffle(asked)
     return Picture(_draw(cells, r), tuple(cells), caption, tuple(asked))

@@ -46,9 +46,7 @@ def passkey_retrieval(
             ids = torch.tensor(prompts, device=place_of(model))  # [depths, length]
             cache = cache_factory(model, len(depths), length + new_tokens)
             for start in range(0, length, chunk):
-                logits = model(
-                    ids[:, start : start + chunk], **given_cache(model, cache), use_cache=True, logits_to_keep=1
-                ).logits
+                logits = model(ids[:, start : start + chunk], **given_cache(model, cache), use_cache=True, logits_to_keep=1).logits
             said = []
             for step in range(new_tokens):
                 said.append(logits[:, -1].argmax(-1, keepdim=True))

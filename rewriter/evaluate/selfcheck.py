@@ -66,10 +66,14 @@ class Check:
         if self.skipped:
             return f"NOT CHECKED ({self.skipped})"
         names = {
-            "fold": "attention with folded values", "folded": "logits with all of them, without a cache",
-            "keys": "keys at 8 bits", "values": "values at 8 bits",
-            "exact": "logits with nothing coded", "coded": "logits at 8 bits", "step": "compiled step",
-        }  # fmt: skip
+            "fold": "attention with folded values",
+            "folded": "logits with all of them, without a cache",
+            "keys": "keys at 8 bits",
+            "values": "values at 8 bits",
+            "exact": "logits with nothing coded",
+            "coded": "logits at 8 bits",
+            "step": "compiled step",
+        }
         parts = [f"{text} {found:.2g}" for name, text in names.items() if (found := getattr(self, name)) is not None]
         return "checked, largest relative difference from the stock model: " + ", ".join(parts)
 
@@ -98,9 +102,20 @@ def at_eight_bits(codec: Codec) -> Codec:
         dim = 8 * len(s.widths) if s.widths else 0
         widths = (8,) * len(s.widths) if dim else ()
         return replace(
-            s, kind="uniform", bits=8.0, widths=widths, clip=1.0, gain=False, visual_bits=0, visual_clip=1.0, couple=0, code_bits=0,
-            shared=False, outliers=0.0, weights="none",
-        )  # fmt: skip
+            s,
+            kind="uniform",
+            bits=8.0,
+            widths=widths,
+            clip=1.0,
+            gain=False,
+            visual_bits=0,
+            visual_clip=1.0,
+            couple=0,
+            code_bits=0,
+            shared=False,
+            outliers=0.0,
+            weights="none",
+        )
 
     return replace(codec, key=side(codec.key), value=side(codec.value), strict=False, tiles=False)
 

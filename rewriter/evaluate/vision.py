@@ -26,15 +26,7 @@ from torch import Tensor, nn
 
 from kvsink.cache.cache import KVSinkCache
 from kvsink.errors import EvaluationError
-from kvsink.evaluate.evaluation import (
-    STOCK,
-    CacheFactory,
-    dynamic_cache,
-    is_rewritten,
-    method_name,
-    packed_cache,
-    versions,
-)
+from kvsink.evaluate.evaluation import STOCK, CacheFactory, dynamic_cache, is_rewritten, method_name, packed_cache, versions
 from kvsink.evaluate.imagetext import Prompt
 from kvsink.kernels import observe
 from kvsink.model.anatomy import anatomy
@@ -84,8 +76,9 @@ class PictureResult:
         """The row in one line."""
         parts = [
             f"{self.method} on {self.data}: {self.right}/{self.answers} answers right ({self.accuracy:.1%})",
-            f"perplexity {self.perplexity:.3f}", f"{self.bits_per_element:.2f} bits",
-        ]  # fmt: skip
+            f"perplexity {self.perplexity:.3f}",
+            f"{self.bits_per_element:.2f} bits",
+        ]
         if self.visual_bits is not None and self.text_bits is not None:
             parts.append(f"visual rows {self.visual_bits:.2f} bits, text rows {self.text_bits:.2f}")
         if self.kl is not None and self.top1 is not None:
@@ -153,10 +146,17 @@ def _asked(prompt: Prompt, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def evaluate_pictures(
-    model: Any, prompts: Sequence[Prompt], *, chunk: int = 16, cache_factory: CacheFactory | None = None,
-    reference: Sequence[Tensor] | None = None, model_name: str = "", method: str = "", data: str = "",
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    chunk: int = 16,
+    cache_factory: CacheFactory | None = None,
+    reference: Sequence[Tensor] | None = None,
+    model_name: str = "",
+    method: str = "",
+    data: str = "",
     progress: Progress | None = None,
-) -> PictureResult:  # fmt: skip
+) -> PictureResult:
     """Run every prompt through `model` and its cache; reference: what `remember` gave for the same prompts."""
     if not prompts:
         raise EvaluationError("there is no prompt with a picture to evaluate on")
@@ -194,16 +194,25 @@ def evaluate_pictures(
     visual = sum(int(p.visual.sum()) for p in prompts)
     total = sum(len(p.visual) for p in prompts)
     return PictureResult(
-        model=model_name or type(model).__name__, method=method or (method_name(model) if is_rewritten(model) else STOCK),
-        data=data or "pictures", prompts=len(prompts), visual_tokens=visual, text_tokens=total - visual,
-        asked_tokens=asked_tokens, right=right, answers=answers, perplexity=math.exp(nll / asked_tokens),
+        model=model_name or type(model).__name__,
+        method=method or (method_name(model) if is_rewritten(model) else STOCK),
+        data=data or "pictures",
+        prompts=len(prompts),
+        visual_tokens=visual,
+        text_tokens=total - visual,
+        asked_tokens=asked_tokens,
+        right=right,
+        answers=answers,
+        perplexity=math.exp(nll / asked_tokens),
         bits_per_element=sum(bits) / len(bits),
         visual_bits=sum(p[0] * p[2] for p in parts) / visual if parts else None,
         text_bits=sum(p[1] * p[3] for p in parts) / (total - visual) if parts else None,
         kl=None if reference is None else max(0.0, kl / asked_tokens),
-        top1=None if reference is None else agree / asked_tokens, chunk=chunk, versions=versions(),
+        top1=None if reference is None else agree / asked_tokens,
+        chunk=chunk,
+        versions=versions(),
         seconds=time.perf_counter() - begun,
-    )  # fmt: skip
+    )
 
 
 def bits_by_modality(cache: KVSinkCache, visual: Tensor) -> tuple[float, float, int, int]:
@@ -214,8 +223,17 @@ def bits_by_modality(cache: KVSinkCache, visual: Tensor) -> tuple[float, float, 
     for layer in layers:
         width = layer.num_heads * (layer.head_dim + layer.value_dim)
         slots = layer.k_codes.shape[2]
-        stored = [layer.k_codes, layer.v_codes, layer.k_scale, layer.v_scale, layer.k_norm, layer.k_sparse, layer.k_sparse_at,
-                  layer.v_sparse, layer.v_sparse_at]  # fmt: skip
+        stored = [
+            layer.k_codes,
+            layer.v_codes,
+            layer.k_scale,
+            layer.v_scale,
+            layer.k_norm,
+            layer.k_sparse,
+            layer.k_sparse_at,
+            layer.v_sparse,
+            layer.v_sparse_at,
+        ]
         each = 8.0 * sum(t.numel() * t.element_size() for t in stored) / slots / layer.batch_size / width
         kept = torch.zeros(n, dtype=torch.bool)
         for held in (layer.exact_slot[0], layer.recent_slot):

@@ -64,13 +64,9 @@ def resolve_model_dir(name: str | os.PathLike[str], progress: bool = True) -> Pa
             )
         return path
     if path.exists():
-        raise ModelError(
-            f"{path} is a file, not a model folder. Pass the folder that holds config.json, or demo:smollm2"
-        )
+        raise ModelError(f"{path} is a file, not a model folder. Pass the folder that holds config.json, or demo:smollm2")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text):
-        raise ModelError(
-            f"model folder {path} does not exist. Check the path, or pass a hub id (org/name) or demo:smollm2"
-        )
+        raise ModelError(f"model folder {path} does not exist. Check the path, or pass a hub id (org/name) or demo:smollm2")
     return _hub_dir(text)
 
 
@@ -92,8 +88,7 @@ def _hub_dir(repo: str) -> Path:
                 return path
     except GatedRepoError as error:
         raise ModelError(
-            f"hub model {repo} is gated: accept its licence on its page and log in (`hf auth login`), or use"
-            " demo:smollm2"
+            f"hub model {repo} is gated: accept its licence on its page and log in (`hf auth login`), or use demo:smollm2"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
@@ -138,8 +133,7 @@ def _demo_dir(demo: DemoModel, progress: bool) -> Path:
         if no_space(error):
             raise disk_full(root) from error
         raise ModelError(
-            f"cannot store the demo model in {root}: {error.strerror or error}. Set KVSINK_CACHE to a folder you may"
-            " write to"
+            f"cannot store the demo model in {root}: {error.strerror or error}. Set KVSINK_CACHE to a folder you may write to"
         ) from error
     return folder
 
@@ -149,9 +143,7 @@ def _complete(folder: Path, demo: DemoModel) -> bool:
     try:
         record = json.loads((folder / RECORD).read_text())
         sizes = record["files"]
-        return record["gguf_sha256"] == demo.gguf_sha256 and all(
-            (folder / f).stat().st_size == n for f, n in sizes.items()
-        )
+        return record["gguf_sha256"] == demo.gguf_sha256 and all((folder / f).stat().st_size == n for f, n in sizes.items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 
@@ -173,9 +165,7 @@ def _convert(demo: DemoModel, gguf: Path, wheel: Path, out: Path, bars: Bars) ->
 def _build(demo: DemoModel, gguf: Path, out: Path, bars: Bars) -> None:
     """GGUF -> a fresh LlamaForCausalLM in fp16 plus tokenizer in `out` (a GGUF-loaded model refuses to be saved)."""
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
-        raise ModelError(
-            f"converting demo:{demo.name} needs the package {' and '.join(missing)}. Run pip install 'kvsink[demo]'"
-        )
+        raise ModelError(f"converting demo:{demo.name} needs the package {' and '.join(missing)}. Run pip install 'kvsink[demo]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -188,9 +178,7 @@ def _build(demo: DemoModel, gguf: Path, out: Path, bars: Bars) -> None:
         model = LlamaForCausalLM(LlamaConfig(**fields))
         model.load_state_dict(source.state_dict(), strict=True)
         model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
         advance_to(2)
         model.half().save_pretrained(out)
@@ -215,5 +203,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar_was_on:
             logging.enable_progress_bar()
-
-

@@ -48,9 +48,7 @@ def load_model(folder: str | Path, device: str | torch.device = "auto", dtype: s
     kind = pick_dtype(dtype, place) if isinstance(dtype, str) else dtype
     where = Path(folder)
     try:
-        model, info = model_class(where).from_pretrained(
-            where, dtype=kind, output_loading_info=True, local_files_only=True
-        )
+        model, info = model_class(where).from_pretrained(where, dtype=kind, output_loading_info=True, local_files_only=True)
     except (KvsinkError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # transformers, safetensors and pickle each raise their own kinds
@@ -111,9 +109,7 @@ def _check_fit(folder: Path, model: Any, info: Any) -> None:
     ]
     for what, keys in (("lack", named("missing_keys")), ("have another shape for", named("mismatched_keys"))):
         if keys:
-            raise ModelError(
-                f"{_fit(folder)}: they {what} {_some(keys)}. Fetch the model again, config and weights together"
-            )
+            raise ModelError(f"{_fit(folder)}: they {what} {_some(keys)}. Fetch the model again, config and weights together")
     if beyond:
         raise ModelError(
             f"{_fit(folder)}: it has {layers} layers, but they hold {_some(beyond)}. Fetch the model again, config and"

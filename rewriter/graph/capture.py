@@ -21,15 +21,11 @@ from kvsink.model.passing import given_cache
 _NEVER_RETRACE_LIMIT: dict[str, Any] = {"recompile_limit": 10_000, "accumulated_recompile_limit": 100_000}
 
 
-def capture(
-    model: nn.Module, inputs: Tensor | dict[str, Any], cache: Any = None, dynamic: bool | None = False
-) -> fx.GraphModule:
+def capture(model: nn.Module, inputs: Tensor | dict[str, Any], cache: Any = None, dynamic: bool | None = False) -> fx.GraphModule:
     """The one dynamo graph of `model(**inputs, cache=cache)`; the call is carried out: `cache` advances."""
     graphs = capture_all(model, inputs, cache, dynamic)
     if len(graphs) != 1:
-        raise UnsupportedError(
-            f"{type(model).__name__} was captured in {len(graphs)} graphs, not one; use capture_all to see each"
-        )
+        raise UnsupportedError(f"{type(model).__name__} was captured in {len(graphs)} graphs, not one; use capture_all to see each")
     return graphs[0]
 
 
@@ -76,9 +72,7 @@ class ExplicitPast(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
-    ) -> list[Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> list[Tensor]:
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a config: a sliding layer would put a guard on the length of the past

@@ -18,16 +18,7 @@ from kvsink.graph.render import render_site
 from kvsink.graph.sites import AttentionSite, Declined, find_sites
 from kvsink.passes.base import RewritePass, Work, pass_named
 
-__all__ = [
-    "DEFAULT",
-    "PipelineReport",
-    "Record",
-    "Snapshot",
-    "check_order",
-    "explain_graph",
-    "make_passes",
-    "run_passes",
-]
+__all__ = ["DEFAULT", "PipelineReport", "Record", "Snapshot", "check_order", "explain_graph", "make_passes", "run_passes"]
 
 DEFAULT = ("normalize", "locate", "attach", "center", "rotate", "reorder", "quantize", "preserve", "fuse", "verify")
 
@@ -96,14 +87,10 @@ def check_order(passes: Sequence[RewritePass]) -> None:
     for rewrite in passes:
         for other in rewrite.after:
             if place.get(other, -1) > place[rewrite.name]:
-                raise KvsinkError(
-                    f"pass {rewrite.name!r} must come after {other!r}; move it behind position {place[other]}"
-                )
+                raise KvsinkError(f"pass {rewrite.name!r} must come after {other!r}; move it behind position {place[other]}")
         for other in rewrite.before:
             if other in place and place[other] < place[rewrite.name]:
-                raise KvsinkError(
-                    f"pass {rewrite.name!r} must come before {other!r}; move it ahead of position {place[other]}"
-                )
+                raise KvsinkError(f"pass {rewrite.name!r} must come before {other!r}; move it ahead of position {place[other]}")
 
 
 def run_passes(
@@ -128,9 +115,7 @@ def run_passes(
             verdict = rewrite.check(site, work)
             if verdict is None:
                 rewrite.rewrite(site, work)
-            report.records.append(
-                Record(rewrite.name, site.path, site.layer, verdict is None, verdict.reason if verdict else "")
-            )
+            report.records.append(Record(rewrite.name, site.path, site.layer, verdict is None, verdict.reason if verdict else ""))
         gm.graph.lint()
         if rewrite.moves_sites:
             work.sites, work.refused = _locate(gm)
@@ -161,9 +146,7 @@ def explain_graph(gm: fx.GraphModule, passes: Sequence[str | RewritePass] = DEFA
 
 def _locate(gm: fx.GraphModule) -> tuple[list[AttentionSite], list[Declined]]:
     found = find_sites(gm)
-    return [each for each in found if isinstance(each, AttentionSite)], [
-        each for each in found if isinstance(each, Declined)
-    ]
+    return [each for each in found if isinstance(each, AttentionSite)], [each for each in found if isinstance(each, Declined)]
 
 
 def _snapshot(report: PipelineReport, name: str, work: Work, trace: bool | str) -> None:

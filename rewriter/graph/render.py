@@ -21,8 +21,16 @@ from kvsink.graph.targets import CHECKS, kind, value
 if TYPE_CHECKING:
     from kvsink.passes.chain import Chain
 
-_SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64", torch.int64: "i64",
-          torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool"}  # fmt: skip
+_SHORT = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
 _ATTENTION = ("scaled_dot_product_attention", "kvsink.attend", "kvsink.append_attend_")
 COLUMNS = 140
 _ROLES = ("hidden_in", "q", "k_pre", "k_rope", "v_new", "cos", "sin", "positions", "mask")
@@ -37,11 +45,7 @@ def render_site(site: AttentionSite, gm: fx.GraphModule, chain: Chain | None = N
     counts: Counter[str] = Counter()
     lines = []
     for node in gm.graph.nodes:
-        if (
-            node.op not in ("call_function", "call_method", "call_module")
-            or kind(node) in CHECKS
-            or not _inside(node, site.path)
-        ):
+        if node.op not in ("call_function", "call_method", "call_module") or kind(node) in CHECKS or not _inside(node, site.path):
             continue
         if node not in names:
             stem = kind(node).rpartition(".")[2]
@@ -126,7 +130,6 @@ def _type(node: Node) -> str:
         return f"{_SHORT.get(fake.dtype, str(fake.dtype))} [{', '.join(str(size) for size in fake.shape)}]"
     if isinstance(fake, (tuple, list)) and all(isinstance(each, torch.Tensor) for each in fake):
         return ", ".join(
-            f"{_SHORT.get(each.dtype, str(each.dtype))} [{', '.join(str(size) for size in each.shape)}]"
-            for each in fake
+            f"{_SHORT.get(each.dtype, str(each.dtype))} [{', '.join(str(size) for size in each.shape)}]" for each in fake
         )
     return ""

@@ -150,9 +150,7 @@ def _match_sdpa(node: Node) -> Core | Declined:
     if dropout:
         return Declined(f"attention dropout of {dropout}; switch the model to evaluation mode", node, module_path(node))
     scale = 1.0 / math.sqrt(_size(q, 3)) if scale is None else scale if isinstance(scale, Node) else float(scale)
-    return Core(
-        "sdpa", node, q, k, v, argument(node, 3, "attn_mask"), scale, bool(argument(node, 5, "is_causal", False))
-    )
+    return Core("sdpa", node, q, k, v, argument(node, 3, "attn_mask"), scale, bool(argument(node, 5, "is_causal", False)))
 
 
 def _match_eager(softmax: Node) -> Core | Declined | None:
@@ -269,9 +267,7 @@ def _site(graph: fx.Graph, core: Core) -> AttentionSite | Declined:
     sources = [_entries(node, path) for node in (q_rope.pre, k_rope.pre, v.new)]
     if not sources[0].keys() & sources[1].keys() or not sources[0].keys() & sources[2].keys():
         return Declined(
-            "keys come from other hidden states than queries (cross attention, or keys shared between layers)",
-            core.attn,
-            path,
+            "keys come from other hidden states than queries (cross attention, or keys shared between layers)", core.attn, path
         )
     causal = core.is_causal or k.cache != "none" or _is_causal_mask(core.mask)
     if not causal:
@@ -356,12 +352,8 @@ def _stored(source: Node) -> _Stored:
     if kind(source) == "getitem" and kind(arg(source, 0)) == "kvsink.read":
         read = arg(source, 0)
         state = argument(read, 2, "state")
-        writes = tuple(
-            n for n in read.graph.nodes if kind(n) == "kvsink.append_" and list(argument(n, 6, "state")) == list(state)
-        )
-        return _Stored(
-            "kvsink", argument(read, int(arg(source, 1)), "kv"[int(arg(source, 1))]), source, writes, (read, source)
-        )
+        writes = tuple(n for n in read.graph.nodes if kind(n) == "kvsink.append_" and list(argument(n, 6, "state")) == list(state))
+        return _Stored("kvsink", argument(read, int(arg(source, 1)), "kv"[int(arg(source, 1))]), source, writes, (read, source))
     if kind(source) == "cat" and argument(source, 1, "dim", 0) in (-2, 2) and len(shape(source) or ()) == 4:
         new = argument(source, 0, "tensors")[-1]
         copies = _copies_out(source)
@@ -387,12 +379,7 @@ def _stored(source: Node) -> _Stored:
 def _copies_out(node: Node) -> tuple[Node, ...]:
     """`buffer.copy_(node[..., -window:, :])`: how a full sliding layer keeps its last rows."""
     cuts = [node, *(user for user in node.users if kind(user) in ("getitem", "slice"))]
-    return tuple(
-        user
-        for cut in cuts
-        for user in cut.users
-        if kind(user) == "copy_" and len(user.args) > 1 and arg(user, 1) is cut
-    )
+    return tuple(user for cut in cuts for user in cut.users if kind(user) == "copy_" and len(user.args) > 1 and arg(user, 1) is cut)
 
 
 def _kept_rows(cat: Node) -> int | None:
@@ -465,11 +452,7 @@ def _cut_of(node: Any) -> Node | None:
 
 def _table(node: Any) -> Node | None:
     """The [B or 1, S, rotary] table under the unsqueeze that broadcasts it over heads."""
-    while (
-        isinstance(node, Node)
-        and len(shape(node) or ()) == 4
-        and kind(node) in CASTS | {"unsqueeze", "getitem", "slice"}
-    ):
+    while isinstance(node, Node) and len(shape(node) or ()) == 4 and kind(node) in CASTS | {"unsqueeze", "getitem", "slice"}:
         node = arg(node, 0)
     return node if isinstance(node, Node) and len(shape(node) or ()) == 3 else None
 
@@ -478,12 +461,7 @@ def _positions(cos: Node | None) -> Node | None:
     """The integer [B or 1, S] node that a rotary table is computed from."""
     for node in _ancestors(cos) if cos is not None else ():
         fake = value(node)
-        if (
-            isinstance(fake, torch.Tensor)
-            and fake.dim() == 2
-            and not fake.is_floating_point()
-            and fake.dtype != torch.bool
-        ):
+        if isinstance(fake, torch.Tensor) and fake.dim() == 2 and not fake.is_floating_point() and fake.dtype != torch.bool:
             return node
     return None
 

@@ -43,13 +43,56 @@ VIEWS = RESHAPES | frozenset(
     {"getitem", "slice", "select", "unsqueeze", "squeeze", "expand", "transpose", "permute", "unbind", "split", "chunk"}
 )
 # Operators without a side effect: the only ones that may be erased once nothing uses them.
-PURE = VIEWS | CASTS | frozenset(
-    {"add", "sub", "mul", "div", "neg", "cat", "matmul", "bmm", "softmax", "dropout", "repeat_interleave",
-     "masked_fill", "where", "tanh", "index_select", "gather", "scatter", "index_copy", "eq", "ne", "le", "lt",
-     "ge", "gt", "and_", "or_", "logical_and", "logical_or", "size", "sym_size", "cos", "sin", "arange",
-     "zeros", "zeros_like", "new_empty", "scaled_dot_product_attention", "kvsink.read", "kvsink.hadamard",
-     "kvsink.quantize", "kvsink.dequantize", "kvsink.select_sinks"}
-)  # fmt: skip
+PURE = (
+    VIEWS
+    | CASTS
+    | frozenset(
+        {
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "neg",
+            "cat",
+            "matmul",
+            "bmm",
+            "softmax",
+            "dropout",
+            "repeat_interleave",
+            "masked_fill",
+            "where",
+            "tanh",
+            "index_select",
+            "gather",
+            "scatter",
+            "index_copy",
+            "eq",
+            "ne",
+            "le",
+            "lt",
+            "ge",
+            "gt",
+            "and_",
+            "or_",
+            "logical_and",
+            "logical_or",
+            "size",
+            "sym_size",
+            "cos",
+            "sin",
+            "arange",
+            "zeros",
+            "zeros_like",
+            "new_empty",
+            "scaled_dot_product_attention",
+            "kvsink.read",
+            "kvsink.hadamard",
+            "kvsink.quantize",
+            "kvsink.dequantize",
+            "kvsink.select_sinks",
+        }
+    )
+)
 
 
 def kind(node: Any) -> str:

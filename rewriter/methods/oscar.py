@@ -26,9 +26,7 @@ OSCAR = register_method(
                 "padding is left out of the ranges",
             ),
         ),
-        key=SideSpec(
-            bits=2, transform="hadamard", kind="uniform", axis="channel", group_tokens=32, flush=128, norm=True
-        ),
+        key=SideSpec(bits=2, transform="hadamard", kind="uniform", axis="channel", group_tokens=32, flush=128, norm=True),
         value=SideSpec(bits=2, transform="hadamard", kind="uniform", group_size=32, flush=128),
         key_bits=2,
         value_bits=2,

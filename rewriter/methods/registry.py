@@ -105,7 +105,6 @@ class Method:
             return text
         return replace(text, kind="modal", visual_bits=int(bits), visual_clip=visual.clip)
 
-
     def with_outliers(self, share: str) -> Method:
         """The same method with a share such as "0.5%" of the entries kept in 16 bit; its name says so."""
         try:

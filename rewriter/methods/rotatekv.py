@@ -23,9 +23,7 @@ ROTATEKV = register_method(
                 "rows may enter the exact store while decoding; the release protects rows of the prompt only",
             ),
         ),
-        key=SideSpec(
-            bits=2, domain="block", block=1, transform="hadamard", heads_per_group=4, reorder=True, kind="uniform-int"
-        ),
+        key=SideSpec(bits=2, domain="block", block=1, transform="hadamard", heads_per_group=4, reorder=True, kind="uniform-int"),
         value=SideSpec(bits=2, transform="hadamard", kind="uniform-int"),
         key_bits=2,
         value_bits=2,

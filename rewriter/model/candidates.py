@@ -31,9 +31,7 @@ def pivot_scores(hidden: Tensor, valid: Tensor | None, least: float, ratio: floa
     return score.masked_fill(~passed, float("-inf"))
 
 
-def rank(
-    hidden: Tensor, frame: Frame, channels: Tensor, weights: Tensor, count: int, entries: bool
-) -> tuple[Tensor, Tensor]:
+def rank(hidden: Tensor, frame: Frame, channels: Tensor, weights: Tensor, count: int, entries: bool) -> tuple[Tensor, Tensor]:
     valid = frame.valid
     if valid is None:
         valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)

@@ -36,9 +36,7 @@ def digest(tensors: Mapping[str, Tensor], record: Any = None) -> str:
     return out.hexdigest()
 
 
-def check_digest(
-    tensors: Mapping[str, Tensor], record: Mapping[str, Any], what: str, kind: type[KvsinkError], again: str
-) -> None:
+def check_digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any], what: str, kind: type[KvsinkError], again: str) -> None:
     """Raise `kind` unless the record's checksum is that of tensors and record."""
     if record.get(DIGEST) != digest(tensors, record):
         raise kind(f"{what} is damaged or was changed by hand (its checksum does not fit); {again}")

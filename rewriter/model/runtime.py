@@ -28,9 +28,14 @@ class Runtime(Tables):
     """
 
     def __init__(
-        self, model: nn.Module, plans: tuple[LayerPlan, ...], tables: Mapping[str, Tensor], stages: tuple[SinkStage, ...],
-        method: str, where: Anatomy | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        plans: tuple[LayerPlan, ...],
+        tables: Mapping[str, Tensor],
+        stages: tuple[SinkStage, ...],
+        method: str,
+        where: Anatomy | None = None,
+    ) -> None:
         where = anatomy(model) if where is None else where
         super().__init__(plans, tables, where, model.get_submodule(where.rotary) if where.rotary else None)
         self.config: Any = model.config

@@ -57,9 +57,7 @@ class AttentionSums:
     def take_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """mass [Hq, T] and first [Hq, S] of one layer, which starts over. Raises UnsupportedError when it was not seen."""
         if layer not in self.mass:
-            raise UnsupportedError(
-                f"layer {layer} shows no attention probabilities to find sinks in; profile with --no-attention"
-            )
+            raise UnsupportedError(f"layer {layer} shows no attention probabilities to find sinks in; profile with --no-attention")
         return self.mass.pop(layer), torch.cat(self.first.pop(layer), 1)
 
 

@@ -54,9 +54,11 @@ def run_model(
 
     model, where = passes.model, passes.where
     with (
-        torch.no_grad(), watching_experts(model, layout, skip=skip), watching_hidden(model, where, hidden),
+        torch.no_grad(),
+        watching_experts(model, layout, skip=skip),
+        watching_hidden(model, where, hidden),
         watching_attention(model, where, sums),
-    ):  # fmt: skip
+    ):
         passes.run(ids, layer=layer, logits=lambda w, out: nll.append(negative_log_likelihood(out, ids[w : w + 1])), tell=tell)
     first = torch.stack([torch.stack([firsts[w, l] for l in range(layout.layers)]) for w in range(len(ids))])
     return Run(math.exp(sum(nll) / (ids.shape[0] * (ids.shape[1] - 1))), tuple(hidden.largest()), first, sums.maps)
@@ -83,9 +85,14 @@ def random_control(layout: Layout, suspects: Sequence[str], spared: Sequence[str
 
 
 def causal_check(
-    passes: Passes, layout: Layout, ids: Tensor, suspects: Sequence[str], spared: Sequence[str], layers: range,
+    passes: Passes,
+    layout: Layout,
+    ids: Tensor,
+    suspects: Sequence[str],
+    spared: Sequence[str],
+    layers: range,
     progress: Progress | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Skip `suspects` (at most six, the largest first), each of them alone, and a random control; compare behind `layers`."""
     suspects = list(suspects)[:MOST]
     tell = progress or (lambda what, done, total: None)
@@ -103,9 +110,13 @@ def causal_check(
         decay, left_out = sink_decay(base.first, runs[skip].first)
         known = [d for d in decay[layers.start : layers.stop] if d is not None]
         return {
-            "skipped": sorted(skip), "perplexity": runs[skip].perplexity, "largest": list(runs[skip].largest),
-            "d_sink": decay, "d_sink_behind": sum(known) / len(known) if known else None, "left_out": left_out,
-        }  # fmt: skip
+            "skipped": sorted(skip),
+            "perplexity": runs[skip].perplexity,
+            "largest": list(runs[skip].largest),
+            "d_sink": decay,
+            "d_sink_behind": sum(known) / len(known) if known else None,
+            "left_out": left_out,
+        }
 
     rows = {skip: row(skip) for skip in sets}
 
@@ -118,14 +129,26 @@ def causal_check(
     for s in suspects:
         alone, without = decay(frozenset([s])), decay(everything - {s})
         members.append(
-            {"expert": s, "d_sink_skipped_alone": alone, "d_sink_kept_alone": without, "necessary": alone > BROKEN,
-             "sufficient": driven and without < KEPT, "confirmed": driven and (alone > BROKEN or without < KEPT)}
-        )  # fmt: skip
+            {
+                "expert": s,
+                "d_sink_skipped_alone": alone,
+                "d_sink_kept_alone": without,
+                "necessary": alone > BROKEN,
+                "sufficient": driven and without < KEPT,
+                "confirmed": driven and (alone > BROKEN or without < KEPT),
+            }
+        )
     return {
-        "windows": len(ids), "window_tokens": ids.shape[1], "layers": [layers.start, layers.stop - 1], "driven": driven,
-        "base": rows[frozenset()], "all": rows[everything], "random": rows[frozenset(control)], "members": members,
+        "windows": len(ids),
+        "window_tokens": ids.shape[1],
+        "layers": [layers.start, layers.stop - 1],
+        "driven": driven,
+        "base": rows[frozenset()],
+        "all": rows[everything],
+        "random": rows[frozenset(control)],
+        "members": members,
         "maps": {"with": base.maps, "without": runs[everything].maps},
-    }  # fmt: skip
+    }
 
 
 def _within(tell: Progress, i: int, count: int) -> Tell:

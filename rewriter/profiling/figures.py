@@ -244,9 +244,7 @@ def _bars(record: dict[str, Any]) -> tuple[str, str, float, Draw]:
     e = record["experts"]
     names = e["ranking"][:16]
     values = [record["entries"].get(n, {"largest": 0.0})["largest"] for n in names]
-    colors = [
-        _COLORS[1] if n in e["super_experts"] else _COLORS[3] if n in e["candidates"] else "#868e96" for n in names
-    ]
+    colors = [_COLORS[1] if n in e["super_experts"] else _COLORS[3] if n in e["candidates"] else "#868e96" for n in names]
 
     def draw(axes: Any, ink: str) -> None:
         axes.bar(names, values, color=colors)

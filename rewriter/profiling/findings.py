@@ -17,13 +17,16 @@ def findings(record: dict[str, Any]) -> list[str]:
         )
     for i, s in enumerate(record["stages"]):
         tokens = (
-            "the first token alone" if s["first_token_only"]
+            "the first token alone"
+            if s["first_token_only"]
             else f"{_count(s['carriers_first'], 'first token')} and {_count(s['carriers_total'] - s['carriers_first'], 'token')} "
             f"inside the text ({_count(record['windows'], 'window')})"
-        )  # fmt: skip
-        how = "stays to the last block" if s["end"] is None else (
-            f"is cancelled in block {s['end']}" if s["ended_at_once"] else f"has faded to less than half by block {s['end']}"
-        )  # fmt: skip
+        )
+        how = (
+            "stays to the last block"
+            if s["end"] is None
+            else (f"is cancelled in block {s['end']}" if s["ended_at_once"] else f"has faded to less than half by block {s['end']}")
+        )
         out.append(
             f"Stage {i + 1}: block {s['block']} raises channel {s['channels'][0]} to {_size(s['size'])} on {tokens}; it {how}."
         )
@@ -67,9 +70,7 @@ def _experts(e: dict[str, Any]) -> list[str]:
     if e["candidates"]:
         out.append(f"Further candidates above a twentieth of the largest output: {', '.join(e['candidates'])}.")
     if e["outside"]:
-        out.append(
-            f"Large outputs that form no massive activation, and are not reported: {', '.join(e['outside'][:6])}."
-        )
+        out.append(f"Large outputs that form no massive activation, and are not reported: {', '.join(e['outside'][:6])}.")
     c = e["causal"]
     if c:
         behind = c["all"]["d_sink_behind"]
@@ -85,7 +86,8 @@ def _experts(e: dict[str, Any]) -> list[str]:
         )
         confirmed = [m["expert"] for m in c["members"] if m["confirmed"]]
         out.append(
-            f"Confirmed as makers of the sinks: {', '.join(confirmed)}." if confirmed
+            f"Confirmed as makers of the sinks: {', '.join(confirmed)}."
+            if confirmed
             else "The check does not confirm them: the sinks of this model are not made by these experts alone."
-        )  # fmt: skip
+        )
     return out

@@ -63,9 +63,7 @@ def watching_hidden(model: nn.Module, where: Anatomy, into: Hidden) -> Iterator[
             hidden = (output[0] if isinstance(output, tuple) else output).detach().float().flatten(0, -2)
             size = hidden.abs()
             if not bool(torch.isfinite(size).all()):
-                raise CalibrationError(
-                    f"block {i} puts out NaN or infinite activations; check the weights or profile in float32"
-                )
+                raise CalibrationError(f"block {i} puts out NaN or infinite activations; check the weights or profile in float32")
             peak = size.amax(0).cpu()
             into.peak[i] = torch.maximum(into.peak[i], peak) if i in into.peak else peak
             into.medians.setdefault(i, []).append(float(size.flatten()[:: max(1, size.numel() // 65536)].median()))
@@ -80,9 +78,7 @@ def watching_hidden(model: nn.Module, where: Anatomy, into: Hidden) -> Iterator[
 
         return record
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook(i), with_kwargs=True) for i, name in enumerate(where.blocks)
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(hook(i), with_kwargs=True) for i, name in enumerate(where.blocks)]
     try:
         yield
     finally:

@@ -24,8 +24,10 @@ def render_page(record: dict[str, Any], arrays: dict[str, Any]) -> str:
         raise UnsupportedError("the page needs jinja2; pip install 'kvsink[plot]', or pass --no-page for the JSON alone") from error
     text = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    figures = [(t, c, markupsafe.Markup(_scoped(a, f"l{i}")), markupsafe.Markup(_scoped(b, f"d{i}")))
-               for i, (t, c, a, b) in enumerate(draw_figures(record, arrays))]  # fmt: skip
+    figures = [
+        (t, c, markupsafe.Markup(_scoped(a, f"l{i}")), markupsafe.Markup(_scoped(b, f"d{i}")))
+        for i, (t, c, a, b) in enumerate(draw_figures(record, arrays))
+    ]
     return str(env.from_string(text).render(r=record, figures=figures))
 
 

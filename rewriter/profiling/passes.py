@@ -46,9 +46,15 @@ class Passes:
         self.where = anatomy(model)
 
     def run(
-        self, ids: Tensor, *, window: Window | None = None, layer: Layer | None = None, logits: Logits | None = None,
-        cache: bool = False, tell: Tell = lambda done, total: None,
-    ) -> None:  # fmt: skip
+        self,
+        ids: Tensor,
+        *,
+        window: Window | None = None,
+        layer: Layer | None = None,
+        logits: Logits | None = None,
+        cache: bool = False,
+        tell: Tell = lambda done, total: None,
+    ) -> None:
         """Every window of `ids` through the model. cache: `layer` also gets the keys and values of its window."""
         raise NotImplementedError
 
@@ -70,9 +76,15 @@ class Whole(Passes):
         super().__init__(model, next(model.parameters()).device)
 
     def run(
-        self, ids: Tensor, *, window: Window | None = None, layer: Layer | None = None, logits: Logits | None = None,
-        cache: bool = False, tell: Tell = lambda done, total: None,
-    ) -> None:  # fmt: skip
+        self,
+        ids: Tensor,
+        *,
+        window: Window | None = None,
+        layer: Layer | None = None,
+        logits: Logits | None = None,
+        cache: bool = False,
+        tell: Tell = lambda done, total: None,
+    ) -> None:
         """See `Passes.run`."""
         last: dict[str, Any] = {} if logits is not None else {"logits_to_keep": 1}
         with torch.no_grad():
@@ -106,9 +118,15 @@ class ByLayer(Passes):
         self.stream = stream
 
     def run(
-        self, ids: Tensor, *, window: Window | None = None, layer: Layer | None = None, logits: Logits | None = None,
-        cache: bool = False, tell: Tell = lambda done, total: None,
-    ) -> None:  # fmt: skip
+        self,
+        ids: Tensor,
+        *,
+        window: Window | None = None,
+        layer: Layer | None = None,
+        logits: Logits | None = None,
+        cache: bool = False,
+        tell: Tell = lambda done, total: None,
+    ) -> None:
         """See `Passes.run`."""
         jobs = [Job(row[None], self._cache() if cache else None) for row in ids]
         for w, job in enumerate(jobs):

@@ -69,9 +69,14 @@ def windows_of(text: str, tokenizer: Any, windows: int, window_tokens: int) -> T
 
 
 def profile(
-    model: Any, ids: Tensor, options: ProfileOptions | None = None, *, tokenizer: Any = None, record: dict[str, Any] | None = None,
+    model: Any,
+    ids: Tensor,
+    options: ProfileOptions | None = None,
+    *,
+    tokenizer: Any = None,
+    record: dict[str, Any] | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measure `model` over `ids` [N, T]: the record and the arrays for figures.
 
     model: one in memory, or a `kvsink.calibrate.streaming.Stream`, whose layers are read one at a time; the record is the same.
@@ -86,11 +91,21 @@ def profile(
     passes = passes_of(model)
     model, where = passes.model, passes.where
     record |= {
-        "format": FORMAT, "status": "partial", "architecture": type(model).__name__, "layers": len(where.blocks),
-        "heads": where.heads, "kv_heads": where.kv_heads, "head_dim": where.head_dim, "windows": ids.shape[0],
-        "window_tokens": ids.shape[1], "device": device_name(passes.device), "dtype": str(model.dtype).removeprefix("torch."),
-        "read": passes.how, "versions": versions(), "fingerprint": passes.fingerprint().tolist(),
-    }  # fmt: skip
+        "format": FORMAT,
+        "status": "partial",
+        "architecture": type(model).__name__,
+        "layers": len(where.blocks),
+        "heads": where.heads,
+        "kv_heads": where.kv_heads,
+        "head_dim": where.head_dim,
+        "windows": ids.shape[0],
+        "window_tokens": ids.shape[1],
+        "device": device_name(passes.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "read": passes.how,
+        "versions": versions(),
+        "fingerprint": passes.fingerprint().tolist(),
+    }
     layout = find_layout(model, where)
     if options.experts and not layout.is_moe:
         raise UnsupportedError(f"{type(model).__name__} is dense: it has no experts to profile; leave --experts out")
@@ -114,19 +129,22 @@ def profile(
     record["hidden"] = hidden_row(hidden)
     record["perplexity"] = seen.perplexity
     lives = [life_of(s, hidden) for s in stages]
-    record["stages"] = [
-        stage_row(passes, layout, life, stats, ids, tokenizer, i, lives) for i, life in enumerate(lives)
-    ]
+    record["stages"] = [stage_row(passes, layout, life, stats, ids, tokenizer, i, lives) for i, life in enumerate(lives)]
     arrays["curves"] = torch.tensor([life.curve for life in lives])
     arrays["largest"], arrays["medians"] = torch.tensor(hidden.largest()), torch.tensor(hidden.median())
     if seen.mass is not None and seen.first is not None:
         record["attention"] = attention_row(seen, ids, tokenizer)
         record["predictor"] = [
-            {"stage": i, "block": life.stage.block, "layers": [span.start, span.stop - 1],
-             "true_tokens": truth(seen.mass, span).shape[1], "rows": predictor_rows(life, hidden, seen.mass, span)}
+            {
+                "stage": i,
+                "block": life.stage.block,
+                "layers": [span.start, span.stop - 1],
+                "true_tokens": truth(seen.mass, span).shape[1],
+                "rows": predictor_rows(life, hidden, seen.mass, span),
+            }
             for i, life in enumerate(lives)
             if len(span := layers_of(i, lives, len(where.blocks)))
-        ]  # fmt: skip
+        ]
         arrays["mass"] = seen.mass.sum(2)
         arrays["first"] = seen.first[..., START:].mean((0, 3))
         arrays |= {f"map.{i}": m for i, m in seen.maps.items()}
@@ -181,9 +199,15 @@ def _second_look(
     perplexity = float(torch.tensor(sum(nll) / (ids.shape[0] * (ids.shape[1] - 1))).exp())
     size = (len(ids), len(where.blocks))
     return Seen(
-        perplexity, _stacked(masses, *size), _stacked(firsts, *size), how, sums.maps, ranges,
-        torch.stack([hidden.kept[i][0] for i in range(len(where.blocks))]), list(hidden.channels),
-    )  # fmt: skip
+        perplexity,
+        _stacked(masses, *size),
+        _stacked(firsts, *size),
+        how,
+        sums.maps,
+        ranges,
+        torch.stack([hidden.kept[i][0] for i in range(len(where.blocks))]),
+        list(hidden.channels),
+    )
 
 
 def _stacked(parts: dict[tuple[int, int], Tensor], windows: int, layers: int) -> Tensor | None:
@@ -193,9 +217,7 @@ def _stacked(parts: dict[tuple[int, int], Tensor], windows: int, layers: int) ->
     return torch.stack([torch.stack([parts.pop((w, l)) for l in range(layers)]) for w in range(windows)])
 
 
-def _ranges(
-    runtime: Runtime, i: int, held: Any, tokens: int, mass: Tensor | None, into: dict[int, KVRanges]
-) -> None:
+def _ranges(runtime: Runtime, i: int, held: Any, tokens: int, mass: Tensor | None, into: dict[int, KVRanges]) -> None:
     """Keys and values of one window and layer, where the cache has kept all of them."""
     k, v = getattr(held, "keys", None), getattr(held, "values", None)
     if k is None or v is None or k.dim() != 4 or k.shape[2] != tokens:
@@ -211,24 +233,39 @@ def _ranges(
 
 
 def _experts(
-    passes: Passes, layout: Layout, stats: Stats, hidden: Hidden, lives: Sequence[StageLife], ids: Tensor,
-    options: ProfileOptions, tell: Progress, arrays: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    passes: Passes,
+    layout: Layout,
+    stats: Stats,
+    hidden: Hidden,
+    lives: Sequence[StageLife],
+    ids: Tensor,
+    options: ProfileOptions,
+    tell: Progress,
+    arrays: dict[str, Any],
+) -> dict[str, Any]:
     a = {e.label: stats.entries[e.label].largest if e.label in stats.entries else 0.0 for e in layout.entries}
     layers = forming_layers(hidden.largest(), hidden.median(), hidden.entering)
     verdict = judge(a, layers)
     out: dict[str, Any] = {
-        "entries": verdict.entries, "per_layer": [len(layout.of_layer(i)) for i in range(layout.layers)],
-        "forming_layers": list(layers), "percentile": PERCENTILE, "threshold_percentile": verdict.percentile,
-        "share": SHARE, "largest": verdict.largest, "threshold_share": SHARE * verdict.largest,
-        "super_experts": list(verdict.super_experts), "candidates": list(verdict.candidates),
-        "robustness": robustness(a, layers), "ranking": sorted(a, key=lambda x: -a[x])[:32],
+        "entries": verdict.entries,
+        "per_layer": [len(layout.of_layer(i)) for i in range(layout.layers)],
+        "forming_layers": list(layers),
+        "percentile": PERCENTILE,
+        "threshold_percentile": verdict.percentile,
+        "share": SHARE,
+        "largest": verdict.largest,
+        "threshold_share": SHARE * verdict.largest,
+        "super_experts": list(verdict.super_experts),
+        "candidates": list(verdict.candidates),
+        "robustness": robustness(a, layers),
+        "ranking": sorted(a, key=lambda x: -a[x])[:32],
         "outside": [
-            x for x in sorted(a, key=lambda x: -a[x])
+            x
+            for x in sorted(a, key=lambda x: -a[x])
             if a[x] > max(100.0, SHARE * verdict.largest) and int(x.partition(":")[0]) not in layers
         ],
         "causal": None,
-    }  # fmt: skip
+    }
     suspects = [*verdict.super_experts, *verdict.candidates]
     confirmed = list(verdict.super_experts)
     if suspects and options.causal_windows and options.attention:

@@ -38,9 +38,11 @@ class Seen:
 def hidden_row(hidden: Hidden) -> dict[str, Any]:
     """Largest and median |h| of every block, and where they stand."""
     return {
-        "largest": hidden.largest(), "medians": hidden.median(), "channels": [t[0] for t in hidden.top(1)],
+        "largest": hidden.largest(),
+        "medians": hidden.median(),
+        "channels": [t[0] for t in hidden.top(1)],
         "entering": hidden.entering,
-    }  # fmt: skip
+    }
 
 
 def layers_of(i: int, lives: Sequence[StageLife], count: int) -> range:
@@ -66,14 +68,21 @@ def stage_row(
     carriers = [{"window": w, "position": p, "value": v, "text": _said(tokenizer, ids, w, p)} for w, p, v in life.carriers]
     ends = [] if life.end is None else _writers(passes, layout, stats, life.end, main)
     return {
-        **asdict(stage), "channels": list(stage.channels), "stable_channels": list(life.stable), "end": life.end,
-        "ended_at_once": life.at_once, "layers": [span.start, span.stop - 1], "curve": list(life.curve),
-        "carriers_total": len(carriers), "carriers": carriers[:_CARRIERS],
+        **asdict(stage),
+        "channels": list(stage.channels),
+        "stable_channels": list(life.stable),
+        "end": life.end,
+        "ended_at_once": life.at_once,
+        "layers": [span.start, span.stop - 1],
+        "curve": list(life.curve),
+        "carriers_total": len(carriers),
+        "carriers": carriers[:_CARRIERS],
         "carriers_first": sum(c["position"] == 0 for c in carriers),
         "first_token_only": bool(carriers) and all(c["position"] == 0 for c in carriers),
         "windows_with_carriers": len({c["window"] for c in carriers}),
-        "neurons": _writers(passes, layout, stats, stage.block, main), "ended_by": ends,
-    }  # fmt: skip
+        "neurons": _writers(passes, layout, stats, stage.block, main),
+        "ended_by": ends,
+    }
 
 
 def _writers(passes: Passes, layout: Layout, stats: Stats, layer: int, channel: int) -> list[dict[str, Any]]:
@@ -86,11 +95,18 @@ def _writers(passes: Passes, layout: Layout, stats: Stats, layer: int, channel: 
         weight = passes.down_row(entry, channel).abs()
         top = weight.topk(min(3, len(weight)))
         rows.append(
-            {"entry": entry.label, "channel": channel, "neuron": held.neuron, "value": held.value, "weight": held.weight,
-             "activation": held.activation, "share": held.share,
-             "rank_by_weight": int((weight > weight[held.neuron]).sum()) + 1,
-             "weight_view": [{"neuron": int(n), "weight": float(w)} for w, n in zip(top.values, top.indices, strict=True)]}
-        )  # fmt: skip
+            {
+                "entry": entry.label,
+                "channel": channel,
+                "neuron": held.neuron,
+                "value": held.value,
+                "weight": held.weight,
+                "activation": held.activation,
+                "share": held.share,
+                "rank_by_weight": int((weight > weight[held.neuron]).sum()) + 1,
+                "weight_view": [{"neuron": int(n), "weight": float(w)} for w, n in zip(top.values, top.indices, strict=True)],
+            }
+        )
     return sorted(rows, key=lambda r: -abs(r["value"]))[:4]
 
 
@@ -103,14 +119,22 @@ def attention_row(seen: Seen, ids: Tensor, tokenizer: Any) -> dict[str, Any]:
         whole = share[:, l].mean(1)  # [N, T]
         best = whole.flatten().topk(min(5, n * t))
         at = [divmod(int(i), t) for i in best.indices]
-        sinks = [{"window": w, "position": p, "share": float(x), "text": _said(tokenizer, ids, w, p)}
-                 for x, (w, p) in zip(best.values, at, strict=True)]  # fmt: skip
+        sinks = [
+            {"window": w, "position": p, "share": float(x), "text": _said(tokenizer, ids, w, p)}
+            for x, (w, p) in zip(best.values, at, strict=True)
+        ]
         other = share[:, l, :, 1:].permute(1, 0, 2).flatten(1).max(1)  # over windows and tokens, by head
         rows.append(
-            {"layer": l, "sinks": sinks, "first_token": seen.first[:, l, :, START:].mean((0, 2)).tolist(),
-             "elsewhere": [{"share": float(x), "window": int(i) // (t - 1), "position": int(i) % (t - 1) + 1}
-                           for x, i in zip(other.values, other.indices, strict=True)]}
-        )  # fmt: skip
+            {
+                "layer": l,
+                "sinks": sinks,
+                "first_token": seen.first[:, l, :, START:].mean((0, 2)).tolist(),
+                "elsewhere": [
+                    {"share": float(x), "window": int(i) // (t - 1), "position": int(i) % (t - 1) + 1}
+                    for x, i in zip(other.values, other.indices, strict=True)
+                ],
+            }
+        )
     return {"how": seen.how, "layers": rows}
 
 

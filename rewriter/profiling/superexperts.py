@@ -48,9 +48,7 @@ def forming_layers(largest: Sequence[float], medians: Sequence[float], embedding
     return tuple(out)
 
 
-def judge(
-    a: Mapping[Label, float], layers: Sequence[int], percentile: float = PERCENTILE, share: float = SHARE
-) -> Verdict:
+def judge(a: Mapping[Label, float], layers: Sequence[int], percentile: float = PERCENTILE, share: float = SHARE) -> Verdict:
     """Apply the criterion to a[label] of all entries; labels are `layer:name`."""
     if not a:
         return Verdict((), (), 0.0, 0.0, 0)

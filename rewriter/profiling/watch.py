@@ -167,9 +167,8 @@ def _finder(model: nn.Module, entry: Entry, handles: list[Any]) -> Callable[[int
 
 
 def _note(
-    model: nn.Module, entry: Entry, stats: Stats, y: Tensor, inner: Tensor, routing: Tensor | None,
-    find: Callable[[int], int],
-) -> None:  # fmt: skip
+    model: nn.Module, entry: Entry, stats: Stats, y: Tensor, inner: Tensor, routing: Tensor | None, find: Callable[[int], int]
+) -> None:
     held = stats.entries.setdefault(entry.label, EntryStats())
     best, flat = y.detach().abs().flatten().float().max(0)
     largest = float(best)

@@ -130,7 +130,13 @@ def _runs(widths: list[int]) -> list[tuple[slice, slice, int]]:
 
 
 def quantize(
-    found: tuple[Array, Array], x: Array, sigma: Array | None, kind: str, widths: list[int], group_size: int, clip: float,
+    found: tuple[Array, Array],
+    x: Array,
+    sigma: Array | None,
+    kind: str,
+    widths: list[int],
+    group_size: int,
+    clip: float,
     gain: bool,
 ) -> bool:
     codes, scale = found[0], found[1].astype(np.float64)
@@ -321,9 +327,17 @@ def select_sinks(
 
 
 def observe(
-    found: Array, q: Array, k: Array, v: Array, out: Array, mask: Array | None, first: Array, valid: Array | None, scale: float,
+    found: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    mask: Array | None,
+    first: Array,
+    valid: Array | None,
+    scale: float,
     score: str,
-) -> bool:  # fmt: skip
+) -> bool:
     q, k, v, out = (t.astype(np.float64) for t in (q, k, v, out))
     batch, heads, new, _ = q.shape
     wanted = np.zeros((batch, k.shape[2]))
@@ -348,7 +362,12 @@ def observe(
 
 
 FORMULAS: dict[str, Callable[..., bool]] = {
-    "decode": decode, "dequantize": dequantize, "encode": encode, "hadamard": hadamard, "observe": observe, "quantize": quantize,
+    "decode": decode,
+    "dequantize": dequantize,
+    "encode": encode,
+    "hadamard": hadamard,
+    "observe": observe,
+    "quantize": quantize,
     "select_sinks": select_sinks,
-}  # fmt: skip
+}
 """By op: whether its result, the first argument, is what the formula says of the others."""

@@ -9,14 +9,33 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-FOLDERS = {"rewriter": "kvsink", "passes": "kvsink.passes", "kernels": "kvsink.kernels", "export": "kvsink.export",
-           "tools": "kvsink.tools"}  # fmt: skip
+FOLDERS = {
+    "rewriter": "kvsink",
+    "passes": "kvsink.passes",
+    "kernels": "kvsink.kernels",
+    "export": "kvsink.export",
+    "tools": "kvsink.tools",
+}
 
 LAYERS = (
-    ("tools",), ("",), ("outdir", "explain"), ("rewrite",), ("hf",), ("saving",), ("export", "profiling"), ("evaluate",),
-    ("report",), ("graph+passes", "calibrate"), ("cache",), ("folder",), ("model",), ("methods",), ("codecs",),
-    ("kernels", "evaluate.texts"), ("errors",),
-)  # fmt: skip
+    ("tools",),
+    ("",),
+    ("outdir", "explain"),
+    ("rewrite",),
+    ("hf",),
+    ("saving",),
+    ("export", "profiling"),
+    ("evaluate",),
+    ("report",),
+    ("graph+passes", "calibrate"),
+    ("cache",),
+    ("folder",),
+    ("model",),
+    ("methods",),
+    ("codecs",),
+    ("kernels", "evaluate.texts"),
+    ("errors",),
+)
 """From the top: a folder imports folders of the rows below its own. `graph` and `passes` know each other; the texts are data."""
 
 _MUTATORS = {"add", "append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
@@ -44,9 +63,11 @@ def read(text: str) -> File:
             state[name] = "is a switch: make it an argument"
     stored = (n for n in ast.walk(module) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
     return File(
-        tuple(n for n in running(module) if isinstance(n, (ast.Import, ast.ImportFrom))), len(text.splitlines()), state,
+        tuple(n for n in running(module) if isinstance(n, (ast.Import, ast.ImportFrom))),
+        len(text.splitlines()),
+        state,
         frozenset(n.attr for n in stored if n.attr.startswith("_kvsink")),
-    )  # fmt: skip
+    )
 
 
 class Tree:

@@ -55,7 +55,7 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("antkv 1/1", "antkv", 1, 1, {"segments": (), "anchors": Anchors(ppm=10_000)}),
     ("rotatekv 2/2", "rotatekv", 2, 2, {"segments": (20,)}),
     ("akvq-vl 2/2, text-salient", "akvq-vl", 2, 2, {"modal": True}),
-)  # fmt: skip
+)
 
 
 def _side(name: str, which: str, bits: float, dim: int, more: dict[str, Any]) -> SideSpec:

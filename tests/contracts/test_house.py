@@ -15,8 +15,13 @@ import pytest
 from tests.contracts import rules
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"rewriter": "kvsink", "passes": "kvsink.passes", "kernels": "kvsink.kernels", "export": "kvsink.export",
-            "tools": "kvsink.tools"}  # fmt: skip
+PACKAGES = {
+    "rewriter": "kvsink",
+    "passes": "kvsink.passes",
+    "kernels": "kvsink.kernels",
+    "export": "kvsink.export",
+    "tools": "kvsink.tools",
+}
 LONG = {
     "export/bodies.py": "one ONNX body per op, each a few lines; the table of all of them reads best in one place",
     "export/graph.py": "one table from ops to nodes of ONNX, and what builds the graph by it",
@@ -33,9 +38,22 @@ LONG = {
 """Files above 350 lines, and why they are not split."""
 
 CIRCLES = (
-    {"append", "append_attend", "attend", "backends", "read", "cpu.append", "cpu.attend", "cuda.backend", "cuda.byte_tables",
-     "cuda.launch", "cuda.rows_of_bytes", "triton.append", "triton.attend"},
-)  # fmt: skip
+    {
+        "append",
+        "append_attend",
+        "attend",
+        "backends",
+        "read",
+        "cpu.append",
+        "cpu.attend",
+        "cuda.backend",
+        "cuda.byte_tables",
+        "cuda.launch",
+        "cuda.rows_of_bytes",
+        "triton.append",
+        "triton.attend",
+    },
+)
 """Below kvsink.kernels: a cache op asks the backends when it is called, and a backend hands what it declines to the reference."""
 
 STATE = {

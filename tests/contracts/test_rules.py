@@ -62,43 +62,64 @@ def marks(tree: rules.Tree) -> list[str]:
 
 BREAKS: dict[str, Break] = {
     "a forbidden import": (
-        "rewriter/codecs/spec.py", "from kvsink.model.anatomy import Anatomy\n", rules.layering,
+        "rewriter/codecs/spec.py",
+        "from kvsink.model.anatomy import Anatomy\n",
+        rules.layering,
         "imports kvsink.model.anatomy, which does not stand below codecs",
     ),
     "one inside a function": (
-        "rewriter/cache/ranges.py", "def late():\n    from kvsink import report\n    return report\n", rules.layering,
+        "rewriter/cache/ranges.py",
+        "def late():\n    from kvsink import report\n    return report\n",
+        rules.layering,
         "imports kvsink.report, which does not stand below cache",
     ),
     "one by a relative name": (
-        "rewriter/methods/rtn.py", "from ..calibrate import plan\n", rules.layering,
+        "rewriter/methods/rtn.py",
+        "from ..calibrate import plan\n",
+        rules.layering,
         "imports kvsink.calibrate.plan, which does not stand below methods",
     ),
     "a front end in a pass": (
-        "passes/center.py", "import kvsink.export.onnx\n", rules.layering,
+        "passes/center.py",
+        "import kvsink.export.onnx\n",
+        rules.layering,
         "imports kvsink.export, which does not stand below graph+passes",
     ),
     "a folder that nobody placed": (
-        "rewriter/odd/thing.py", '"""A thing."""\n', rules.layering, "'odd' stands in no row of LAYERS"
+        "rewriter/odd/thing.py",
+        '"""A thing."""\n',
+        rules.layering,
+        "'odd' stands in no row of LAYERS",
     ),
     "a circle": (
-        "rewriter/model/turning.py", "def late():\n    from kvsink.model import tables\n    return tables\n", circles,
+        "rewriter/model/turning.py",
+        "def late():\n    from kvsink.model import tables\n    return tables\n",
+        circles,
         "kvsink.model.tables kvsink.model.turning",
     ),
     "a long file": ("kernels/rope.py", "#\n" * 350, long_files, "kernels/rope.py has"),
     "a module without a test": (
-        "rewriter/model/extra.py", '"""Something that nobody tests."""\n', untested, "has no tests/rewriter/model/test_extra.py"
+        "rewriter/model/extra.py",
+        '"""Something that nobody tests."""\n',
+        untested,
+        "has no tests/rewriter/model/test_extra.py",
     ),
     "a table that changes": (
-        "kernels/rope.py", "_seen = {}\ndef note(x):\n    _seen[x] = 1\n", state, "kernels/rope.py:_seen is changed by functions"
+        "kernels/rope.py",
+        "_seen = {}\ndef note(x):\n    _seen[x] = 1\n",
+        state,
+        "kernels/rope.py:_seen is changed by functions",
     ),
     "a list that grows": ("passes/center.py", "_all = list()\ndef note(x):\n    _all.append(x)\n", state, "passes/center.py:_all"),
     "a global": ("export/check.py", "_now = None\ndef note(x):\n    global _now\n    _now = x\n", state, "export/check.py:_now"),
     "a switch": ("kernels/read.py", "FAST = True\n", state, "kernels/read.py:FAST is a switch"),
     "a mark on a tensor": (
-        "rewriter/cache/layer.py", "def mark(keys):\n    keys._kvsink_note = 1\n", marks,
+        "rewriter/cache/layer.py",
+        "def mark(keys):\n    keys._kvsink_note = 1\n",
+        marks,
         "rewriter/cache/layer.py:_kvsink_note is set on an object that is not ours",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BREAKS)

@@ -28,9 +28,7 @@ def test_the_version_stands_in_one_place() -> None:
     done = subprocess.run(["git", "grep", "-lF", f'"{kvsink.__version__}"'], cwd=ROOT, capture_output=True, text=True)
     if done.returncode > 1:
         pytest.skip("not a git checkout")
-    assert [name for name in done.stdout.split() if name.endswith((".py", ".cfg", ".toml", ".yml"))] == [
-        "rewriter/__init__.py"
-    ]
+    assert [name for name in done.stdout.split() if name.endswith((".py", ".cfg", ".toml", ".yml"))] == ["rewriter/__init__.py"]
 
 
 def test_what_is_stored_carries_it() -> None:
@@ -52,9 +50,5 @@ def test_a_folder_that_0_1_0_wrote_is_read_as_before(method: str, tmp_path: Path
     shutil.copyfile(tmp_path / "weights" / "model.safetensors", tmp_path / "out" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = tokens(2, 48, seed=3)
-    made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, do_sample=False
-    )
-    assert made[:, 48:].tolist() == [
-        [int(t) for t in line.split()] for line in (folder / "tokens.txt").read_text().splitlines()
-    ]
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    assert made[:, 48:].tolist() == [[int(t) for t in line.split()] for line in (folder / "tokens.txt").read_text().splitlines()]

@@ -52,9 +52,7 @@ def test_generate_reads_a_rewritten_folder(tiny_dir: Path, tmp_path: Path, capsy
     assert "rewritten by" not in said and int(packed) * 4 < int(stock)  # 2 bits and scales, against float32
 
 
-def test_compared_methods_are_ordered_by_what_they_lose(
-    tiny_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compared_methods_are_ordered_by_what_they_lose(tiny_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("compare_methods")["main"](str(tiny_dir), str(text), "rtn:16:16", "rtn:8:8", "rtn:2:2", tokens=160, **FEW)
     rows = {row.split()[0]: [float(x) for x in row.split()[1:3]] for row in capsys.readouterr().out.splitlines()[-3:]}
     assert rows["rtn:16:16"][1] < 1e-5 < rows["rtn:2:2"][1] and rows["rtn:8:8"][1] < rows["rtn:2:2"][1] / 10
@@ -68,9 +66,7 @@ def test_requests_that_come_and_go_are_answered_as_alone() -> None:
     kvsink.rewrite(model, "klt", calibration=tokens(4, 64), calibration_tokens=256)
     prompts = [tokens(1, length, seed) for seed, length in enumerate((9, 21, 13, 5, 30))]
     wanted = [
-        model.generate(p, attention_mask=torch.ones_like(p), max_new_tokens=8, do_sample=False, eos_token_id=None)[
-            0, p.shape[1] :
-        ]
+        model.generate(p, attention_mask=torch.ones_like(p), max_new_tokens=8, do_sample=False, eos_token_id=None)[0, p.shape[1] :]
         for p in prompts
     ]
     serve = example("serve_requests")["serve"]
@@ -80,9 +76,7 @@ def test_requests_that_come_and_go_are_answered_as_alone() -> None:
     assert serve(model, prompts, 8, 2, end) == cut and len(cut[1]) <= 4
 
 
-def test_export_leaves_a_file_that_generates(
-    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_leaves_a_file_that_generates(tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
     pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
     example("onnx_export")["main"](str(tiny_dir), str(tmp_path / "made"), "rtn", **FEW)

@@ -49,11 +49,16 @@ def rows(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 SCALAR = [
-    *(("uniform", (w,) * 4, 16, 1.0, False) for w in range(1, 9)), ("uniform", (2,) * 4, 32, 0.8, False),
-    *(("uniform-int", (w,) * 4, 32, 1.0, False) for w in (2, 3, 4, 8)), *(("gauss", (w,) * 4, 32, 1.0, False) for w in range(1, 9)),
-    ("lloyd", (2, 2, 2, 2), 32, 1.0, True), ("lloyd", (4, 3, 1, 0), 32, 1.0, True), ("lloyd", (8, 6, 5, 5), 32, 1.0, False),
-    ("lloyd", (0, 2, 0, 7), 32, 1.0, False), ("lloyd-even", (4, 3, 2, 1), 32, 1.0, True),
-]  # fmt: skip
+    *(("uniform", (w,) * 4, 16, 1.0, False) for w in range(1, 9)),
+    ("uniform", (2,) * 4, 32, 0.8, False),
+    *(("uniform-int", (w,) * 4, 32, 1.0, False) for w in (2, 3, 4, 8)),
+    *(("gauss", (w,) * 4, 32, 1.0, False) for w in range(1, 9)),
+    ("lloyd", (2, 2, 2, 2), 32, 1.0, True),
+    ("lloyd", (4, 3, 1, 0), 32, 1.0, True),
+    ("lloyd", (8, 6, 5, 5), 32, 1.0, False),
+    ("lloyd", (0, 2, 0, 7), 32, 1.0, False),
+    ("lloyd-even", (4, 3, 2, 1), 32, 1.0, True),
+]
 
 
 @pytest.mark.parametrize("case", SCALAR, ids=str)

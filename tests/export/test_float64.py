@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
 from kvsink.cache.layer import KVSinkLayer
 from kvsink.export import ExportError, OnnxGenerator, in_float64, onnx
-from kvsink.export.past import FIXED, STATE_OF, past_names
+from kvsink.export.state import FIXED, STATE_OF, past_names
 from kvsink.folder.loading import load_model, load_tokenizer
 from kvsink.tools.families import rewritten as of_family
 from kvsink.tools.rewrite import main as rewrite_main
@@ -36,9 +36,14 @@ def free_run(path: Path, model: Any, prompts: list[list[int]], count: int) -> tu
     ids, mask = runner._pad(prompts, count)
     with in_float64(model):
         out = model.generate(
-            torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-            pad_token_id=0, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
     there = out.sequences[:, ids.shape[1] :].tolist()
     seen = np.concatenate([mask, np.ones((len(ids), count - 1))], axis=1).astype(bool)
     found: dict[str, Any] = {"bytes": 0, "different": 0, "exact": 0.0}
@@ -61,14 +66,15 @@ def free_run(path: Path, model: Any, prompts: list[list[int]], count: int) -> tu
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("llama", {}), ("gpt2", dict(protect="kvsink:2+first:1")),
+        ("llama", {}),
+        ("gpt2", dict(protect="kvsink:2+first:1")),
         pytest.param("qwen3", dict(method="cq", protect="first:2"), marks=pytest.mark.slow),
         *(pytest.param("llama", dict(method=m), marks=pytest.mark.slow) for m in ("rtn", "centred", "static", "klt-even")),
         pytest.param("gemma3", dict(method="rotatekv"), marks=pytest.mark.slow),
         pytest.param("qwen3-moe", {}, marks=pytest.mark.slow),
     ],
     ids=lambda v: v if isinstance(v, str) else v.get("method", "klt"),
-)  # fmt: skip
+)
 def test_in_float64_a_graph_is_the_torch_model(family: str, options: dict[str, Any], tmp_path) -> None:
     model = rewritten(family, **options)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -47,9 +47,7 @@ def test_the_step_of_least_error_is_near_the_best_of_a_fine_search() -> None:
 
 
 @pytest.mark.parametrize("method", ["static", pytest.param("static-plain", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "mistral", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
-)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)])
 def test_families(family: str, method: str, tmp_path) -> None:
     """The export itself compares prefill, chunks and single tokens, one row padded; four bits leave no tie at this size."""
     manifest = onnx(rewritten(family, method=method), tmp_path / "model.onnx", "gqa")
@@ -67,9 +65,10 @@ def test_eight_bits_and_none(bits: int, tmp_path) -> None:
     assert manifest["check"]["packed_bytes"] == (10752 if bits == 8 else 0)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [
-    (4, "uint8"), pytest.param(8, "int8", marks=pytest.mark.slow), pytest.param(16, "float16", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [(4, "uint8"), pytest.param(8, "int8", marks=pytest.mark.slow), pytest.param(16, "float16", marks=pytest.mark.slow)],
+)
 def test_float16_leaves_without_a_bias_and_writes_in_place(bits: int, kind: str, tmp_path) -> None:
     """What CUDA's kernel takes: no attention bias, one step of all channels, a cache of fixed size."""
     import onnx as onnx_package

@@ -12,7 +12,7 @@ import torch
 import kvsink
 from kvsink.cache.cache import KVSinkCache
 from kvsink.export import ExportError, OnnxGenerator, onnx
-from kvsink.export.past import STATE_OF, past_names
+from kvsink.export.state import STATE_OF, past_names
 from kvsink.model.passing import cache_name
 from tests.vision import build, prompt
 

@@ -180,10 +180,14 @@ def test_a_copy_without_its_manifest(out, tmp_path) -> None:
         OnnxGenerator(tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("options", [
-    {}, pytest.param(dict(method="rotatekv"), marks=pytest.mark.slow),
-    pytest.param(dict(method="static", key_bits=16, value_bits=16), marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(dict(method="rotatekv"), marks=pytest.mark.slow),
+        pytest.param(dict(method="static", key_bits=16, value_bits=16), marks=pytest.mark.slow),
+    ],
+)
 def test_float16_keeps_codes_and_logits_near(options, tmp_path) -> None:
     """Weights and attention in 16 bit, rows coded in float32: exact rows and rows without codes are float16 in the cache."""
     model, made = rewritten("llama", **options), []
@@ -216,9 +220,7 @@ def test_custom_nodes_and_external_data(tmp_path) -> None:
         OnnxGenerator(tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma3", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)]
-)
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)])
 def test_families(family: str, tmp_path) -> None:
     model = rewritten(family, protect="kvsink:2+first:1")
     manifest = onnx(model, tmp_path / "model.onnx")

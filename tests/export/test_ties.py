@@ -27,11 +27,14 @@ from tests.test_acceptance import PROMPTS
 
 HEADS, ROWS, DIM = 2, 6, 32
 KINDS = {
-    "uniform": dict(kind="uniform", widths=(2,) * 4, group_size=32), "gauss": dict(kind="gauss", widths=(4,) * 4, group_size=32),
+    "uniform": dict(kind="uniform", widths=(2,) * 4, group_size=32),
+    "gauss": dict(kind="gauss", widths=(4,) * 4, group_size=32),
     "uniform-int": dict(kind="uniform-int", widths=(3,) * 4, group_size=16),
-    "lloyd": dict(kind="lloyd", widths=(4, 3, 2, 2), group_size=32, gain=True), "static": dict(kind="static", widths=(4,) * 4),
-    "static-8": dict(kind="static", widths=(8,) * 4), "vector": dict(bits=2, kind="vector", couple=4, code_bits=8, gain=True),
-}  # fmt: skip
+    "lloyd": dict(kind="lloyd", widths=(4, 3, 2, 2), group_size=32, gain=True),
+    "static": dict(kind="static", widths=(4,) * 4),
+    "static-8": dict(kind="static", widths=(8,) * 4),
+    "vector": dict(bits=2, kind="vector", couple=4, code_bits=8, gain=True),
+}
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -42,8 +45,11 @@ def stand(name: str) -> tuple[Codec, dict[str, Tensor], Any]:
     """A codec whose keys are coded as `name` says and whose values are kept, its tables, and a runtime of one such layer."""
     side = SideSpec(**{"bits": 4, **KINDS[name]})
     codec = Codec(side, SideSpec(bits=16))
-    tables = {"k_sigma": draw(HEADS, DIM, seed=1).abs() + 0.5, "k_step": draw(HEADS, DIM, seed=2).abs() * 0.1 + 0.2,
-              "k_book": draw(HEADS, DIM // 4, 256, 4, seed=3)}  # fmt: skip
+    tables = {
+        "k_sigma": draw(HEADS, DIM, seed=1).abs() + 0.5,
+        "k_step": draw(HEADS, DIM, seed=2).abs() * 0.1 + 0.2,
+        "k_book": draw(HEADS, DIM // 4, 256, 4, seed=3),
+    }
     return codec, tables, SimpleNamespace(plans=[SimpleNamespace(codec=codec)])
 
 
@@ -123,9 +129,12 @@ def test_smollm2_differs_by_ties_alone(folder: Path) -> None:
         present = {name: value.numpy() for name, value in past.items()}
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
-                input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions[:, step]),
-                use_cache=True, **{cache_name(model): cache},
-            ).logits.numpy()  # fmt: skip
+                input_ids=torch.tensor(ids),
+                attention_mask=torch.tensor(mask),
+                position_ids=torch.tensor(positions[:, step]),
+                use_cache=True,
+                **{cache_name(model): cache},
+            ).logits.numpy()
         assert np.abs(logits - wanted)[seen].max() <= LOGITS * max(1.0, np.abs(wanted).max() / 10)
         assert (logits[:, -1].argmax(-1) == wanted[:, -1].argmax(-1)).all()
         different, counted, at = different + found.different, counted + found.bytes, mask.shape[1]

@@ -255,11 +255,15 @@ def test_rows_leave_a_batch(klt: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "method", "options", "fixed"),
     [
-        ("llama", "klt", {}, None), ("llama", "klt", {}, 96), ("llama", "rtn", {"window": 4}, None),
-        ("llama", "rtn", {"window": 4}, 96), ("gpt2", "rtn", {}, None), ("gpt2", "rtn", {}, 96),
+        ("llama", "klt", {}, None),
+        ("llama", "klt", {}, 96),
+        ("llama", "rtn", {"window": 4}, None),
+        ("llama", "rtn", {"window": 4}, 96),
+        ("gpt2", "rtn", {}, None),
+        ("gpt2", "rtn", {}, 96),
         ("bloom", "centred", {}, None),  # BLOOM's forward takes the mask for the length of the cache: no fixed one by hand
     ],
-)  # fmt: skip
+)
 @torch.no_grad()
 def test_rows_join_and_leave_a_batch(family: str, method: str, options: dict[str, Any], fixed: int | None) -> None:
     """Three requests of different lengths: the second joins a running first, the third takes the place of the first."""
@@ -340,8 +344,7 @@ def test_threads_with_several_models_and_caches(klt: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "length"),
-    [(None, -1), ("dynamic", -1), ("static", 26), ("sliding_window", 26), ("hybrid_chunked", 26)],
+    ("asked", "length"), [(None, -1), ("dynamic", -1), ("static", 26), ("sliding_window", 26), ("hybrid_chunked", 26)]
 )
 def test_every_kind_of_cache_that_generate_knows_is_packed(klt: Any, asked: str | None, length: int) -> None:
     row = ids(1, 13, 3)
@@ -436,12 +439,15 @@ def test_crop_of_a_sliding_window_says_what_is_gone(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("mistral-sliding", "klt"), *(pytest.param(f, m, marks=pytest.mark.slow) for f, m in (
-        ("mistral-sliding", "rtn"), ("gemma3", "klt"), ("gemma3", "rtn"), ("gpt-oss", "klt"), ("gpt-oss", "rtn")))],
-)  # fmt: skip
-def test_a_packed_window_that_moves_changes_no_token(
-    family: str, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    [
+        ("mistral-sliding", "klt"),
+        *(
+            pytest.param(f, m, marks=pytest.mark.slow)
+            for f, m in (("mistral-sliding", "rtn"), ("gemma3", "klt"), ("gemma3", "rtn"), ("gpt-oss", "klt"), ("gpt-oss", "rtn"))
+        ),
+    ],
+)
+def test_a_packed_window_that_moves_changes_no_token(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same codec with a window that never has to move, uncompiled; and compiled, with left padding."""
     model = rewritten(family, method, sliding=True)[0]
     prompt = ids(2, 13, 3)

@@ -17,13 +17,23 @@ from kvsink.tools.families import ids
 EDGE, PROMPT, NEW = 16, 13, 14  # the angles change between two generated tokens
 SETTINGS: dict[str, Any] = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
 _SHAPE: dict[str, Any] = dict(
-    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _LONG = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
     "original_max_position_embeddings": EDGE,
-}  # fmt: skip
+}
 
 
 def build(kind: str) -> Any:

@@ -38,9 +38,10 @@ def select(
 @settings(max_examples=80, deadline=None)
 @given(
     chunks=st.lists(st.integers(1, 6), min_size=1, max_size=6),
-    segments=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple), seed=st.integers(0, 2**31),
+    segments=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+    seed=st.integers(0, 2**31),
     hidden=st.floats(0, 1),
-)  # fmt: skip
+)
 def test_the_running_selection_is_the_selection_at_once(
     chunks: list[int], segments: tuple[int, ...], seed: int, hidden: float
 ) -> None:

@@ -43,9 +43,8 @@ def attended(full_k: Tensor, full_v: Tensor, q: Tensor, mask: Tensor | None, fir
     if mask is not None:
         bias = bias + (torch.zeros(mask.shape).masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask)
     return torch.nn.functional.scaled_dot_product_attention(
-        q, full_k, full_v, attn_mask=bias.expand(q.shape[0], -1, -1, -1) if bias.dim() == 4 else bias, scale=SCALE,
-        enable_gqa=True,
-    )  # fmt: skip
+        q, full_k, full_v, attn_mask=bias.expand(q.shape[0], -1, -1, -1) if bias.dim() == 4 else bias, scale=SCALE, enable_gqa=True
+    )
 
 
 @pytest.mark.parametrize("tile", [5, 512])
@@ -97,9 +96,7 @@ def test_a_mask_that_is_not_causal_sees_later_new_rows() -> None:
     assert (both[0][:, :, -1] - both[1][:, :, -1]).abs().max() <= FUSED_FLOAT32  # the last row sees the same either way
     assert (both[0][:, :, 0] - both[1][:, :, 0]).abs().max() > 0.01
     k_full, v_full = read(k[:, :, -3:], v[:, :, -3:], *arguments[3:], layer.codec_text)
-    plain = torch.nn.functional.scaled_dot_product_attention(
-        q, k_full[:, :, :14], v_full[:, :, :14], scale=SCALE, enable_gqa=True
-    )
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k_full[:, :, :14], v_full[:, :, :14], scale=SCALE, enable_gqa=True)
     assert (both[0] - plain).abs().max() <= FUSED_FLOAT32 * float(v.abs().max())
 
 

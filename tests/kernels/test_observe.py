@@ -51,9 +51,16 @@ def by_hand(x: dict[str, Tensor], score: str) -> Tensor:
 def run(x: dict[str, Tensor], score: str, rows: slice = slice(None), causal: bool = False) -> Tensor:
     end = x["q"][:, :, rows].shape[2] + (rows.start or 0)
     return op(
-        x["q"][:, :, rows], x["k"], x["v"], x["out"][:, :, rows], None if causal else x["mask"][:, :, rows],
-        torch.tensor(rows.start or 0), x["valid"][:, rows], SCALE, score,
-    )[:, :end]  # fmt: skip
+        x["q"][:, :, rows],
+        x["k"],
+        x["v"],
+        x["out"][:, :, rows],
+        None if causal else x["mask"][:, :, rows],
+        torch.tensor(rows.start or 0),
+        x["valid"][:, rows],
+        SCALE,
+        score,
+    )[:, :end]
 
 
 @pytest.fixture(params=["matrix", "tiles"])

@@ -23,12 +23,14 @@ def rows(seed: int, *shape: int, spread: float = 1.0) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(["uniform", "uniform-int"]), width=st.integers(1, 8), groups=st.sampled_from([8, 16, 32]),
-    clip=st.sampled_from([1.0, 0.8]), seed=st.integers(0, 2**31), power=st.integers(-6, 6),
-)  # fmt: skip
-def test_uniform_errors_stay_within_half_a_step(
-    kind: str, width: int, groups: int, clip: float, seed: int, power: int
-) -> None:
+    kind=st.sampled_from(["uniform", "uniform-int"]),
+    width=st.integers(1, 8),
+    groups=st.sampled_from([8, 16, 32]),
+    clip=st.sampled_from([1.0, 0.8]),
+    seed=st.integers(0, 2**31),
+    power=st.integers(-6, 6),
+)
+def test_uniform_errors_stay_within_half_a_step(kind: str, width: int, groups: int, clip: float, seed: int, power: int) -> None:
     x = rows(seed, 1, 2, 5, 32, spread=2.0**power)
     codes, scale = quantize_ref(x, None, kind, (width,) * 4, groups, clip, False)
     back = dequantize_ref(codes, scale, None, kind, (width,) * 4, groups, False)

@@ -130,8 +130,10 @@ def fresh(dtype: torch.dtype = torch.float32) -> State:
     """The exact rows of an empty cache; a place that is not filled must not pass for right."""
     rows = {n: torch.full((BATCH, HEADS, PLACES, d), float("nan"), dtype=dtype) for n, d in (("exact_k", 8), ("exact_v", 6))}
     return {
-        "exact_slot": torch.full((BATCH, PLACES), -1, dtype=torch.int32), "exact_score": torch.full((BATCH, PLACES), NEVER), **rows
-    }  # fmt: skip
+        "exact_slot": torch.full((BATCH, PLACES), -1, dtype=torch.int32),
+        "exact_score": torch.full((BATCH, PLACES), NEVER),
+        **rows,
+    }
 
 
 class Layer:
@@ -152,9 +154,17 @@ class Layer:
         s = k.shape[2]
         none = torch.empty(1, s, 0)
         return dict(
-            k=k.to(self.dtype), v=v.to(self.dtype), positions=torch.arange(first, first + s)[None], cos=none, sin=none,
-            candidates=candidates, state=self.state, params=self.params, codec=self.codec.text(), roped=True,
-        )  # fmt: skip
+            k=k.to(self.dtype),
+            v=v.to(self.dtype),
+            positions=torch.arange(first, first + s)[None],
+            cos=none,
+            sin=none,
+            candidates=candidates,
+            state=self.state,
+            params=self.params,
+            codec=self.codec.text(),
+            roped=True,
+        )
 
     def append(self, *given: Any) -> None:
         append_(**self.arguments(*given))
@@ -263,7 +273,7 @@ def test_onnx() -> None:
     values = [
         helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=t).numpy().dtype), [None] * dims)
         for n, t, dims in zip(names, kinds, (2, 2, 4, 4, 4, 4, 2, *[2] * 2 * len(SEGMENTS)), strict=True)
-    ]  # fmt: skip
+    ]
     results = [helper.make_empty_tensor_value_info(n) for n in NAMES]
     node = helper.make_node("PreserveSinks", names, list(NAMES), domain=DOMAIN, segments=SEGMENTS, overload="1")
     function = function_proto("PreserveSinks", "1", {"segments": SEGMENTS}, (True,) * len(names), 18)

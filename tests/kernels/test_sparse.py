@@ -48,12 +48,14 @@ def held(value: Tensor, index: Tensor) -> dict[int, float]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    chunks=st.lists(st.integers(1, 20), min_size=1, max_size=8).filter(lambda c: sum(c) <= SLOTS), c=st.integers(1, 6),
-    m=st.integers(1, 9), seed=st.integers(0, 2**31), per_token=st.booleans(), ties=st.booleans(),
-)  # fmt: skip
-def test_the_record_is_the_selection_at_once(
-    chunks: list[int], c: int, m: int, seed: int, per_token: bool, ties: bool
-) -> None:
+    chunks=st.lists(st.integers(1, 20), min_size=1, max_size=8).filter(lambda c: sum(c) <= SLOTS),
+    c=st.integers(1, 6),
+    m=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    per_token=st.booleans(),
+    ties=st.booleans(),
+)
+def test_the_record_is_the_selection_at_once(chunks: list[int], c: int, m: int, seed: int, per_token: bool, ties: bool) -> None:
     g, total = torch.Generator().manual_seed(seed), sum(chunks)
     x = 2 * torch.randn(2, total, c, generator=g)
     x = (2 * x).round() / 2 if ties else x

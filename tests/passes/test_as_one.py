@@ -19,9 +19,7 @@ HELD, STEPS = 9, 3
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("method", ["klt", "cq", "rtn", "kivi"])
-def test_one_op_gives_what_two_give(
-    method: str, family: str, seen: list[fx.Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_op_gives_what_two_give(method: str, family: str, seen: list[fx.Graph], monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = build(family)
     ids = torch.randint(3, VOCAB, (2, HELD + STEPS), generator=torch.Generator().manual_seed(1))
     kvsink.rewrite(model, method, calibration=torch.randint(3, VOCAB, (8, 64), generator=torch.Generator().manual_seed(2)))

@@ -11,15 +11,7 @@ import torch
 from kvsink.errors import UnknownName
 from kvsink.graph.sites import AttentionSite, find_sites
 from kvsink.graph.targets import kind, shape, value
-from kvsink.passes.base import (
-    RewritePass,
-    erase_orphans,
-    insert_op,
-    insert_tensor,
-    pass_named,
-    register_pass,
-    registered_passes,
-)
+from kvsink.passes.base import RewritePass, erase_orphans, insert_op, insert_tensor, pass_named, register_pass, registered_passes
 
 from ..graphs import run, stock_graph
 
@@ -57,11 +49,7 @@ def test_orphans_go_and_writes_stay() -> None:
     site.attn.replace_all_uses_with(ahead)
     erase_orphans(gm.graph, [site.attn])
     names = [kind(node) for node in gm.graph.nodes]
-    assert (
-        names.count("scaled_dot_product_attention") == 1
-        and names.count("index_copy_") == 4
-        and names.count("add_") == 2
-    )
+    assert names.count("scaled_dot_product_attention") == 1 and names.count("index_copy_") == 4 and names.count("add_") == 2
     assert all(node._erased for node in (site.k, site.v)) and not any(write._erased for write in site.writes)
     gm.graph.lint()
 

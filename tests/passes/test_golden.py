@@ -108,6 +108,4 @@ def test_eager_normalised(family: str) -> None:
     whole = render_site(report.sites[-1], gm, whole=True)
     before = stock_graph(family, "eager", "static", 1)
     site = [each for each in find_sites(before) if isinstance(each, AttentionSite)][-1]
-    compare(
-        f"eager-normalised-{family}", f"== before\n{render_site(site, before, whole=True)}\n\n== normalize\n{whole}\n"
-    )
+    compare(f"eager-normalised-{family}", f"== before\n{render_site(site, before, whole=True)}\n\n== normalize\n{whole}\n")

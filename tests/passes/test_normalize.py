@@ -41,9 +41,7 @@ def test_outputs_and_caches_are_kept(family: str, cache: str, length: int, dtype
     after = kinds(gm)
     assert after["scaled_dot_product_attention"] == 2 and after["softmax"] == ("moe" in family) * 2
     assert {name: after[name] for name in WRITES} == writes
-    exact = (
-        dtype == torch.float64 and family == "gpt2"
-    )  # the only family whose eager softmax stays in the model's dtype
+    exact = dtype == torch.float64 and family == "gpt2"  # the only family whose eager softmax stays in the model's dtype
     assert largest_difference(before, run(gm)) <= (EXACT_FLOAT64 if exact else SOFTMAX_IN_FLOAT32)
 
 

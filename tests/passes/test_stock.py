@@ -17,9 +17,14 @@ from ..graphs import PAST, plan_of, rewritten, run, values_of
 from ..models import stock_cache, tokens
 
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("klt", {"protect": "none"}), ("klt", {"protect": "first:2"}), ("centred", {"protect": "first:15"}),
-    ("rotatekv", {"protect": "none"}), ("rtn", {}), ("cq", {}), ("kvquant", {}),
-)  # fmt: skip
+    ("klt", {"protect": "none"}),
+    ("klt", {"protect": "first:2"}),
+    ("centred", {"protect": "first:15"}),
+    ("rotatekv", {"protect": "none"}),
+    ("rtn", {}),
+    ("cq", {}),
+    ("kvquant", {}),
+)
 
 
 def step(model: Any, cache: str, length: int) -> torch.fx.GraphModule:
@@ -30,9 +35,9 @@ def step(model: Any, cache: str, length: int) -> torch.fx.GraphModule:
     return capture(model, tokens(length=length, seed=5), held)
 
 
-@pytest.mark.parametrize(("cache", "length"), [
-    ("static", 1), ("static", 6), ("dynamic", 1), pytest.param("none", 6, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cache", "length"), [("static", 1), ("static", 6), ("dynamic", 1), pytest.param("none", 6, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("method", "options"), METHODS, ids=lambda case: str(case))
 def test_the_first_layer_receives_decoded_rows(method: str, options: dict[str, Any], cache: str, length: int) -> None:
     model = rewritten("llama", "sdpa", method, **options)

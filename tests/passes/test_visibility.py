@@ -36,9 +36,7 @@ def test_only_a_mask_that_hides_the_future_alone_is_left_out(given: str, seen: l
         cache = KVSinkCache.for_model(model, 2, max_length=slots, tiles=True)
         with torch.no_grad():
             model(ids[:, :held], past_key_values=cache)
-            out = call(
-                ids[:, held:], attention_mask=masks[given], position_ids=torch.tensor([[held]]), past_key_values=cache
-            )
+            out = call(ids[:, held:], attention_mask=masks[given], position_ids=torch.tensor([[held]]), past_key_values=cache)
         results.append(out.logits)
     found = _masks(seen[-1])
     assert found and all((m is None) == (given == "none") for m in found)

@@ -8,9 +8,7 @@ from kvsink import errors
 
 
 def test_unknown_name_lists_the_three_nearest():
-    error = errors.UnknownName(
-        "method", "rotatkv", ["rtn", "klt", "rotatekv", "centred", "kivi"], hint="See kvsink.methods()."
-    )
+    error = errors.UnknownName("method", "rotatkv", ["rtn", "klt", "rotatekv", "centred", "kivi"], hint="See kvsink.methods().")
     assert error.nearest[0] == "rotatekv"
     assert len(error.nearest) == 3
     assert str(error).startswith("unknown method 'rotatkv'; nearest known: rotatekv, ")

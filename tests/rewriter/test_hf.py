@@ -34,9 +34,7 @@ def test_the_private_hook_is_what_we_think_it_is() -> None:
     """transformers may change it. The replacement needs nothing private: pass
     past_key_values=kvsink.KVSinkCache.for_model(model) to generate(), and take `install_generate` out of kvsink.hf."""
     parameters = list(inspect.signature(GenerationMixin._prepare_cache_for_generation).parameters)
-    assert parameters == [
-        "self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length",
-    ]  # fmt: skip
+    assert parameters == ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
     source = inspect.getsource(GenerationMixin._prepare_cache_for_generation)
     assert '"cache"' in source or '"past_key_values"' in source  # since transformers 5.24, and before
 

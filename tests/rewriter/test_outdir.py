@@ -89,9 +89,13 @@ def test_a_folder_equals_the_rewrite_in_memory(tiny_dir: Path, text: Path, tmp_p
 def test_everything_is_in_the_folder(rewritten_dir: Path, tiny_dir: Path) -> None:
     names = {p.name for p in rewritten_dir.iterdir()}
     assert names >= {p.name for p in tiny_dir.iterdir()} | {
-        "config.json", "model.safetensors", "kvsink.json", "kvsink_calibration.safetensors", "kvsink_report.json",
+        "config.json",
+        "model.safetensors",
+        "kvsink.json",
+        "kvsink_calibration.safetensors",
+        "kvsink_report.json",
         "kvsink_report.md",
-    }  # fmt: skip
+    }
     config = json.loads((rewritten_dir / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "kvsink" and config["quantization_config"]["method"] == "klt"
     plan = json.loads((rewritten_dir / "kvsink.json").read_text())
@@ -172,9 +176,8 @@ FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(
 @pytest.mark.parametrize("step", ["write_sidecar", "exchange", "copyfile", "rename"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_run_that_fails_leaves_nothing(
-    tiny_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, step: str,
-    existing: bool,
-) -> None:  # fmt: skip
+    tiny_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, step: str, existing: bool
+) -> None:
     out, called = tmp_path / "out", []
     if existing:
         out.mkdir()
@@ -338,7 +341,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "nan table": (lambda d: edit_tensors(d, lambda t: t["layers.0.k_sigma"].fill_(float("nan"))), "holds NaN or infinite"),
     "no fingerprint": (lambda d: edit_tensors(d, lambda t: t.pop("fingerprint")), "cannot be read"),
     "other model": (lambda d: other_weights(d), "made for other weights"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -209,9 +209,13 @@ def test_a_model_unpickled_in_another_process_packs(model: Any, tmp_path: Path) 
         "print(type(cache).__name__, out.sequences.tolist())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "model.pt"), str(ROW.tolist())], capture_output=True, text=True,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", program, str(tmp_path / "model.pt"), str(ROW.tolist())],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"KVSinkCache {generate(model).sequences.tolist()}"
 
@@ -226,9 +230,15 @@ def test_a_trainer_evaluates_trains_and_leaves_checkpoints(model: Any, tmp_path:
     model.requires_grad_(True)
     rows: Any = [{"input_ids": r, "labels": r} for r in tokens(6, 20, seed=4)]
     options = hf.TrainingArguments(
-        str(tmp_path / "run"), max_steps=1, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
-        per_device_train_batch_size=2, per_device_eval_batch_size=6,
-    )  # fmt: skip
+        str(tmp_path / "run"),
+        max_steps=1,
+        save_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=6,
+    )
     trainer = hf.Trainer(model=model, args=options, train_dataset=rows, eval_dataset=rows)
     with torch.no_grad():
         ids = tokens(6, 20, seed=4)

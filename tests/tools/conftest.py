@@ -56,7 +56,11 @@ def seeing_dir(tmp_path_factory) -> Path:
     pixels = hf.CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False)
     build_seeing("llava").save_pretrained(folder)
     hf.LlavaProcessor(
-        pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", image_token="<image>",
+        pixels,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
         num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder

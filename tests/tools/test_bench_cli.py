@@ -41,10 +41,19 @@ def test_steps_on_the_processor_are_timed_behind_the_prompt(capsys: pytest.Captu
 
 
 def row(method: str, speedup: float | None, **more: object) -> str:
-    return json.dumps({
-        "kind": "kernel", "method": method, "bits": 2, "B": 1, "T": 1024, "speedup": speedup, "byte_limit_speedup": 7.0,
-        "device": "x", **more,
-    })  # fmt: skip
+    return json.dumps(
+        {
+            "kind": "kernel",
+            "method": method,
+            "bits": 2,
+            "B": 1,
+            "T": 1024,
+            "speedup": speedup,
+            "byte_limit_speedup": 7.0,
+            "device": "x",
+            **more,
+        }
+    )
 
 
 def test_rows_become_a_picture(tmp_path: Path) -> None:
@@ -85,9 +94,17 @@ def test_a_row_counts_the_write_of_either_side() -> None:
     assert (row["speedup_with_append"], row["speedup_with_both_writes"]) == (1.6, 2.0)
     assert (row["limit_ms"], row["of_limit"], row["byte_limit_speedup"]) == (6.0, 1.5, 1.33)
     named = {
-        "model": "a", "B": 1, "T": 1024, "method": "m", "bits": 2, "exact": 1, "window": 0, "kernel": "k", "sdpa_ms": 0.008,
+        "model": "a",
+        "B": 1,
+        "T": 1024,
+        "method": "m",
+        "bits": 2,
+        "exact": 1,
+        "window": 0,
+        "kernel": "k",
+        "sdpa_ms": 0.008,
         "fp16_with_update_ms": 0.010,
-    }  # fmt: skip
+    }
     text = ops_table([{**named, **row}, {**named, "p50_ms": None, "note": "wrong, not timed"}]).splitlines()
     assert "| 8.00 | 10.00 | 4000.00 | 2.00x | 5000.00 | 1.60x | 2.00x |" in text[2] and "wrong, not timed" in text[3]
     assert {line.count("|") for line in text} == {11}
@@ -127,9 +144,13 @@ print("equal")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_one_launch_writes_what_two_copies_write() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _FUSED], capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-c", _FUSED],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
@@ -152,8 +173,12 @@ def test_a_long_sequence_says_how_far_it_is(whole: bool, tmp_path: Path) -> None
     assert [n["start"] for n in chunks] == list(map(int, row["chunk_s"])) and len(said) == len(notes)
     assert sum(n["tokens"] for n in chunks) == 1000 if whole else chunks[-1]["start"] == 960
     assert [n["event"] for n in notes if n["event"] != "chunk"] == [
-        "prefilled", "attention checked", "first step", *["step"] * 5, "done",
-    ]  # fmt: skip
+        "prefilled",
+        "attention checked",
+        "first step",
+        *["step"] * 5,
+        "done",
+    ]
     elapsed = [n["elapsed_s"] for n in notes]
     assert elapsed == sorted(elapsed)
 
@@ -218,7 +243,9 @@ def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
     flags = ["--sides", "stock,klt-even-2", "--shapes", "1x1024,x4096", "--batches", "stock=120,klt-even-2=824"]
     assert main(["decode", *flags, "--out", str(out)]) == 0
     assert asked == [
-        ("stock", (1, 1024), "1x1024"), ("klt-even-2", (1, 1024), "1x1024"),
-        ("stock", (120, 4096), "64x4096"), ("klt-even-2", (824, 4096), "64x4096"),
-    ]  # fmt: skip
+        ("stock", (1, 1024), "1x1024"),
+        ("klt-even-2", (1, 1024), "1x1024"),
+        ("stock", (120, 4096), "64x4096"),
+        ("klt-even-2", (824, 4096), "64x4096"),
+    ]
     assert len(out.read_text().splitlines()) == 4

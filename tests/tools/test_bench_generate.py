@@ -49,8 +49,12 @@ def test_a_row_is_held_against_the_fastest_in_16_bit_of_each_count() -> None:
     assert ratios({"decode_ms": 1.0, "prefill_s": 0.3}, stock) == {"decode_speedup": 2.0, "prefill_ratio": 1.5}
     assert ratios({"decode_ms": 1.0, "prefill_s": 0.3}, []) == ratios({"note": "out of memory"}, stock) == {}
     named = {"B": 1, "T": 9, "side": "s", "first_call_s": 1.0, "peak_gib": 0.0}
-    text = generate_table([{**named, "decode_ms": 1.0, "prefill_s": 0.3, **ratios({"decode_ms": 1.0, "prefill_s": 0.3}, stock)},
-                           {**named, "note": "out of memory"}]).splitlines()  # fmt: skip
+    text = generate_table(
+        [
+            {**named, "decode_ms": 1.0, "prefill_s": 0.3, **ratios({"decode_ms": 1.0, "prefill_s": 0.3}, stock)},
+            {**named, "note": "out of memory"},
+        ]
+    ).splitlines()
     assert "| 0.3000 | 1.50x | 1.000 | 2.00x |" in text[2] and "out of memory" in text[3]
     assert {line.count("|") for line in text} == {9}
 
@@ -69,8 +73,9 @@ def test_rows_and_profiles_are_written_as_they_come(monkeypatch: pytest.MonkeyPa
     assert main(["generate", *flags, "--out", str(out), "--profile", str(profile)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["side"], r["layers"], r["B"], r["T"], r["decoded"], r["device"]) for r in rows] == [
-        ("dynamic", 1, 1, 30, 2, "cpu"), ("default", 1, 1, 30, 2, "cpu"),
-    ]  # fmt: skip
+        ("dynamic", 1, 1, 30, 2, "cpu"),
+        ("default", 1, 1, 30, 2, "cpu"),
+    ]
     assert rows[0]["decode_speedup"] == rows[0]["prefill_ratio"] == 1.0 and rows[1]["prefill_ratio"] > 0
     stock, ours = profile.read_text().split("default, B1 T30, 1 layers")
     assert stock.startswith("dynamic, B1 T30") and all("aten::mm" in part for part in (stock, ours))

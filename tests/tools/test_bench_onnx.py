@@ -71,9 +71,12 @@ def test_rows_of_numbers_then_of_times(tmp_path: Path, capsys) -> None:
     assert main(["onnx", *flags.split(), "--out", str(tmp_path / "rows.jsonl")]) == 2  # one case has no graph
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["method"]) for r in rows] == [
-        ("onnx-numbers", "kivi"), ("onnx-numbers", "static-rotated"), ("onnx-numbers", "klt"), ("onnx", "static-rotated"),
+        ("onnx-numbers", "kivi"),
+        ("onnx-numbers", "static-rotated"),
+        ("onnx-numbers", "klt"),
+        ("onnx", "static-rotated"),
         ("onnx", "klt"),
-    ]  # fmt: skip
+    ]
     assert "blocks of" in rows[0]["verdict"] and "off_cpu" not in rows[0]
     for r in rows[1:3]:
         assert r["verdict"] == "ok" and r["off_cpu"] == 0 and r["bytes_off_cpu"].startswith("0 of ")

@@ -23,10 +23,16 @@ from kvsink.tools.bench_sdpa import sdpa_baseline
 from kvsink.tools.bench_shapes import MODELS, shapes_of
 
 HEADS = {  # query heads, key-value heads, channels of the published models
-    "llama-3-8b": (32, 8, 128), "llama-3-70b": (64, 8, 128), "qwen3-30b-a3b": (32, 4, 128), "llama-3.2-1b": (32, 8, 64),
-    "gpt-oss-20b": (64, 8, 64), "gemma-3-4b": (8, 4, 256), "phi-3-mini": (32, 32, 96), "one-kv-head": (16, 1, 128),
+    "llama-3-8b": (32, 8, 128),
+    "llama-3-70b": (64, 8, 128),
+    "qwen3-30b-a3b": (32, 4, 128),
+    "llama-3.2-1b": (32, 8, 64),
+    "gpt-oss-20b": (64, 8, 64),
+    "gemma-3-4b": (8, 4, 256),
+    "phi-3-mini": (32, 32, 96),
+    "one-kv-head": (16, 1, 128),
     "qwen3.5": (16, 2, 256),
-}  # fmt: skip
+}
 SMALL = {
     "plain": Shape(512, 64, 2, 5e5, hidden=64, heads=4, head_dim=64),
     "part": Shape(512, 64, 1, 5e5, hidden=64, heads=4, head_dim=128, rotary=0.25),
@@ -45,13 +51,19 @@ def test_a_shape_is_read_from_a_config(tmp_path: Path) -> None:
 
     folder = tmp_path / "mine"
     transformers.LlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2).save_pretrained(folder)
-    seeing = {"text_config": {"num_attention_heads": 8, "head_dim": 32, "rope_parameters": {"full_attention": {
-        "partial_rotary_factor": 0.5}}}}  # fmt: skip
+    seeing = {
+        "text_config": {
+            "num_attention_heads": 8,
+            "head_dim": 32,
+            "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}},
+        }
+    }
     (tmp_path / "seeing.json").write_text(json.dumps(seeing))
     found = shapes_of(f"{folder},{tmp_path / 'seeing.json'}")
     assert {n: (s.heads, s.kv_heads, s.head_dim, s.rotary) for n, s in found.items()} == {
-        "mine": (6, 2, 16, 1.0), "seeing": (8, 8, 32, 0.5),
-    }  # fmt: skip
+        "mine": (6, 2, 16, 1.0),
+        "seeing": (8, 8, 32, 0.5),
+    }
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
@@ -69,8 +81,11 @@ def test_rows_come_by_shape_then_model_then_method_then_rows_kept() -> None:
     seen = [(r["B"], r["T"], r["model"], r["method"], r["exact"], r["window"]) for r in rows]
     assert seen == [
         (b, t, name, method, *exact)
-        for b, t in ((2, 200), (1, 130)) for name in SMALL for method in ("centred-even", "klt") for exact in ((1, 0), (16, 64))
-    ]  # fmt: skip
+        for b, t in ((2, 200), (1, 130))
+        for name in SMALL
+        for method in ("centred-even", "klt")
+        for exact in ((1, 0), (16, 64))
+    ]
     assert all(float(r["error"]) < 1e-5 and r["p50_ms"] > 0 and r["kernel"] and "in_turn_ms" not in r for r in rows)
     assert rows[0]["why"] == "the device is cpu" and (rows[0]["Hq"], rows[0]["Hkv"], rows[0]["D"]) == (4, 2, 64)
     for plain, more in zip(rows[::2], rows[1::2], strict=True):
@@ -107,7 +122,7 @@ def test_rows_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["model"], r["method"], r["exact"], r["target"]) for r in rows] == [
         ("part", m, e, "compute_80") for m in ("centred-even", "klt") for e in (1, 20)
-    ]  # fmt: skip
+    ]
     assert os.environ["KVSINK_CUDA_SHARED"] == "101376"
     assert "| part, B1 T130 | `klt` 2/4, 20 + 0 exact |" in capsys.readouterr().out
 
@@ -121,8 +136,11 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, ca
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--models", "lama"], "unknown shape 'lama'; known: llama-3-8b, llama-3-70b, qwen3-30b-a3b, llama-3.2-1b, gpt-oss-20b, "
-                               "gemma-3-4b, phi-3-mini, one-kv-head, qwen3.5"),
+        (
+            ["--models", "lama"],
+            "unknown shape 'lama'; known: llama-3-8b, llama-3-70b, qwen3-30b-a3b, llama-3.2-1b, gpt-oss-20b, "
+            "gemma-3-4b, phi-3-mini, one-kv-head, qwen3.5",
+        ),
         (["--models", ""], "no shape is named"),
         (["--models", "none.json"], "none.json gives no attention shape"),
         (["--methods", "klu-2"], "unknown method"),
@@ -131,7 +149,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, ca
         (["--arch", "ampere"], "'ampere' is no target"),
         (["--window", "-1"], "numbers of rows"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_measured_is_one_line(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shapes", *flags]) == 2
     error = capsys.readouterr().err

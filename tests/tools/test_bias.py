@@ -12,9 +12,7 @@ from kvsink.tools.bias import attention_output, biased, markdown, random_qwen2, 
 def rows():
     return {
         r.method: r
-        for r in study(
-            ["centred", "klt", "rotatekv", "rtn"], head_dim=32, tokens=192, windows=1, calibration_tokens=768, chunk=32
-        )
+        for r in study(["centred", "klt", "rotatekv", "rtn"], head_dim=32, tokens=192, windows=1, calibration_tokens=768, chunk=32)
     }
 
 

@@ -200,9 +200,17 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
     for side, spec in (("k", transform), ("v", transform)):
         sides |= {f"{side}_transform": spec, f"{side}_order": 16, f"{side}_center": int(center)}
     attributes = sides | {
-        "scale": 0.2, "heads": heads, "kv_heads": kv_heads, "head_dim": dim, "value_dim": dim, "span": span, "turns": turns,
-        "rotary": dim if cos is not None else 0, "in_block": int(in_block), "mask": "bool",
-    }  # fmt: skip
+        "scale": 0.2,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": dim,
+        "value_dim": dim,
+        "span": span,
+        "turns": turns,
+        "rotary": dim if cos is not None else 0,
+        "in_block": int(in_block),
+        "mask": "bool",
+    }
     fresh = [rows(batch, kv_heads, new, dim, seed=12), rows(batch, kv_heads, new, dim, seed=13)]
     one = table[0] if table else None
     for given in (mask, rows(batch, heads, new, past + new, seed=14).masked_fill(~mask, -1e30)):
@@ -224,7 +232,7 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
         pytest.param(dict(method="klt", key_bits=1, value_bits=1), marks=pytest.mark.slow),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_model_without_bodies_equals_its_twin(library: Path, options: dict[str, str], tmp_path: Path) -> None:
     model = rewritten("llama", **options)
     onnx(model, tmp_path / "functions.onnx")

@@ -27,9 +27,7 @@ ROWS = (row("rtn", 4, 4), row("klt", 2, 2, "first:1"), row("centred", 2, 2, "fir
 
 @pytest.fixture
 def bench():
-    return Bench(
-        build("llama"), "tiny", tokens(2, 48, seed=3), "random tokens", tokens(8, 64, seed=1), chunk=16, batch=2
-    )
+    return Bench(build("llama"), "tiny", tokens(2, 48, seed=3), "random tokens", tokens(8, 64, seed=1), chunk=16, batch=2)
 
 
 @pytest.fixture
@@ -71,12 +69,7 @@ def test_a_damaged_line_in_the_middle_is_an_error(bench, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"chunk": 8},
-        {"ids": tokens(2, 48, seed=4)},
-        {"calibration_ids": tokens(8, 64, seed=2)},
-        {"model": build("mistral")},
-    ],
+    [{"chunk": 8}, {"ids": tokens(2, 48, seed=4)}, {"calibration_ids": tokens(8, 64, seed=2)}, {"model": build("mistral")}],
 )
 def test_the_key_holds_what_determines_a_row(bench, change):
     about = {n: getattr(bench, n) for n in ("model", "name", "ids", "text", "calibration_ids", "chunk", "batch")}
@@ -87,9 +80,15 @@ def test_the_key_holds_what_determines_a_row(bench, change):
 def test_the_key_holds_the_codec(bench):
     keys = {
         bench.key(r)
-        for r in (row("klt", 2, 2), row("klt", 3, 2), row("klt", 2, 2, "none"), row("klt", 2, 2, window=8),
-                  row("klt", 2, 2, key_gain=False), row("klt", 2, 2, plan="auto"))
-    }  # fmt: skip
+        for r in (
+            row("klt", 2, 2),
+            row("klt", 3, 2),
+            row("klt", 2, 2, "none"),
+            row("klt", 2, 2, window=8),
+            row("klt", 2, 2, key_gain=False),
+            row("klt", 2, 2, plan="auto"),
+        )
+    }
     assert len(keys) == 6
     assert bench.key(row("klt", 2, 2, label="another name")) in keys
 
@@ -186,15 +185,9 @@ def test_pareto_front():
 
 def test_rows_from_a_file(tmp_path):
     file = tmp_path / "rows.json"
-    file.write_text(
-        json.dumps([{"method": "rotatekv", "key_bits": 2, "value_bits": 2, "options": {"key.reorder": False}}])
-    )
+    file.write_text(json.dumps([{"method": "rotatekv", "key_bits": 2, "value_bits": 2, "options": {"key.reorder": False}}]))
     assert read_rows(file).rows == (row("rotatekv", 2, 2, key_reorder=False),)
-    for text, words in (
-        ("[]", "empty"),
-        ("{", "cannot be read"),
-        ('[{"method": "rtn", "key": 2}]', "unknown field 'key'"),
-    ):
+    for text, words in (("[]", "empty"), ("{", "cannot be read"), ('[{"method": "rtn", "key": 2}]', "unknown field 'key'")):
         file.write_text(text)
         with pytest.raises(KvsinkError, match=words):
             read_rows(file)
@@ -219,18 +212,7 @@ def test_stock_bytes_count_every_tensor_once():
 def test_command_line(tiny_dir, tmp_path, capsys):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"method": "rtn"}]))
-    small = [
-        "--windows",
-        "2",
-        "--window-tokens",
-        "32",
-        "--chunk",
-        "16",
-        "--calibration-tokens",
-        "512",
-        "--device",
-        "cpu",
-    ]
+    small = ["--windows", "2", "--window-tokens", "32", "--chunk", "16", "--calibration-tokens", "512", "--device", "cpu"]
     argv = ["--model", str(tiny_dir), "--rows", str(file), "--out", str(tmp_path / "out"), *small]
     assert main(argv) == 0
     assert "[1/1" in capsys.readouterr().err
@@ -243,18 +225,7 @@ def test_command_line(tiny_dir, tmp_path, capsys):
 def test_eval_hands_over(tiny_dir, tmp_path, capsys):
     from kvsink.tools.eval import main as eval_main
 
-    small = [
-        "--windows",
-        "2",
-        "--window-tokens",
-        "32",
-        "--chunk",
-        "16",
-        "--device",
-        "cpu",
-        "--calibration-tokens",
-        "512",
-    ]
+    small = ["--windows", "2", "--window-tokens", "32", "--chunk", "16", "--device", "cpu", "--calibration-tokens", "512"]
     assert eval_main([str(tiny_dir), "--compare", "--set", "quick", "--out", str(tmp_path), *small]) == 0
     assert len((tmp_path / "compare.jsonl").read_text().splitlines()) == 3
     capsys.readouterr()
@@ -264,9 +235,7 @@ def test_eval_hands_over(tiny_dir, tmp_path, capsys):
 
 def test_a_row_that_asks_too_much_does_not_stop_its_neighbours(bench, tmp_path):
     """12-bit codes need 4096 calibration rows; the others of the same protection share a record all the same."""
-    found = compare(
-        bench, (row("antkv", 0.75, 0.75, "none"), row("cq", 2, 2, "none")), tmp_path, tell=lambda words: None
-    )
+    found = compare(bench, (row("antkv", 0.75, 0.75, "none"), row("cq", 2, 2, "none")), tmp_path, tell=lambda words: None)
     assert [r["status"] for r in found] == ["declined", "measured"]
     assert "4096" in found[0]["reason"]
 

@@ -52,11 +52,7 @@ def tree(tmp_path: Path) -> Path:
             "[first](index.md) [rows](repository/tools/rows.jsonl) ![b](sub/b.png) [here](#part) [up](../../etc)",
         ),
         ("docs/sub/b.md", "sub/b.md", "[a](../a.md) [rows](../repository/tools/rows.jsonl#L2)"),
-        (
-            "tools/lab/NOTES.md",
-            "repository/tools/lab/NOTES.md",
-            "[a](../../../a.md) [rows](../rows.jsonl) `tools/` [no](../none/)",
-        ),
+        ("tools/lab/NOTES.md", "repository/tools/lab/NOTES.md", "[a](../../../a.md) [rows](../rows.jsonl) `tools/` [no](../none/)"),
     ],
 )
 def test_links_lead_to_the_same_file(tree: Path, page: str, at: str, text: str) -> None:

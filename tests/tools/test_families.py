@@ -21,10 +21,37 @@ from kvsink.tools.tiny_models import FAMILIES, VOCAB, build_family
 QUICK = ("8 bits", "chunked", "padded")
 SAMPLE = ("llama", "gemma3", "gpt2", "falcon-alibi", "bert", "qwen3-moe", "mistral-sliding", "olmo-hybrid")
 NAMED = (
-    "qwen3-5", "qwen3-5-moe", "qwen3-5-vl", "gemma4", "gemma4-shared", "gemma4-keys", "gemma3n", "gpt-oss", "qwen3-next", "glm",
-    "glm4", "glm4-moe", "glm4v-vl", "minimax", "minimax-m2", "falcon-h1", "cohere", "cohere2", "exaone4", "llama4", "smollm3",
-    "diffllama", "mllama", "gptj", "codegen", "persimmon", "zamba", "zamba2", "jamba", "bamba",
-)  # fmt: skip
+    "qwen3-5",
+    "qwen3-5-moe",
+    "qwen3-5-vl",
+    "gemma4",
+    "gemma4-shared",
+    "gemma4-keys",
+    "gemma3n",
+    "gpt-oss",
+    "qwen3-next",
+    "glm",
+    "glm4",
+    "glm4-moe",
+    "glm4v-vl",
+    "minimax",
+    "minimax-m2",
+    "falcon-h1",
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "llama4",
+    "smollm3",
+    "diffllama",
+    "mllama",
+    "gptj",
+    "codegen",
+    "persimmon",
+    "zamba",
+    "zamba2",
+    "jamba",
+    "bamba",
+)
 
 
 @pytest.mark.parametrize("family", SAMPLE)
@@ -91,9 +118,7 @@ def _late_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_cells.kvsink.KVSinkCache, "get_seq_length", length)
 
 
-@pytest.mark.parametrize(
-    ("plant", "cells"), [(_swapped_heads, QUICK), (_wrong_pairs, QUICK), (_late_row, ("8 bits", "chunked"))]
-)
+@pytest.mark.parametrize(("plant", "cells"), [(_swapped_heads, QUICK), (_wrong_pairs, QUICK), (_late_row, ("8 bits", "chunked"))])
 def test_a_planted_fault_shows(plant, cells, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     unchecked = partial(family_cells.kvsink.rewrite, check=False)  # the cells have to see it themselves
@@ -187,10 +212,7 @@ def test_the_page_counts_what_it_shows() -> None:
         "udop-vl": dict.fromkeys(families.CELLS, "not judged (needs boxes)"),
     }
     text = page(rows)
-    assert (
-        "1 families; cells: 6 right, 0 declined, 0 wrong" in text
-        and "- UdopForConditionalGeneration: needs boxes" in text
-    )
+    assert "1 families; cells: 6 right, 0 declined, 0 wrong" in text and "- UdopForConditionalGeneration: needs boxes" in text
 
 
 def test_shares_are_those_counted_by_hand() -> None:

@@ -70,21 +70,42 @@ ABOUT = {"device": "GPU", "torch": "2", "transformers": "5"}
 
 def shape(model: str, t: int, speedup: float | None, **more: Any) -> dict[str, Any]:
     return {
-        **ABOUT, "kind": "kernel", "model": model, "method": "centred-even", "bits": 2, "exact": 1, "window": 0, "kernel": "cuda",
-        "why": "", "B": 16, "T": t, "Hq": 8, "Hkv": 2, "D": 64, "error": "1e-4", "sdpa": "flash", "flashinfer": "not installed",
-        "speedup": speedup, "speedup_with_both_writes": speedup, "p50_ms": speedup and 1.0, **more,
-    }  # fmt: skip
+        **ABOUT,
+        "kind": "kernel",
+        "model": model,
+        "method": "centred-even",
+        "bits": 2,
+        "exact": 1,
+        "window": 0,
+        "kernel": "cuda",
+        "why": "",
+        "B": 16,
+        "T": t,
+        "Hq": 8,
+        "Hkv": 2,
+        "D": 64,
+        "error": "1e-4",
+        "sdpa": "flash",
+        "flashinfer": "not installed",
+        "speedup": speedup,
+        "speedup_with_both_writes": speedup,
+        "p50_ms": speedup and 1.0,
+        **more,
+    }
 
 
 def test_shapes_are_told_apart_by_gpu_build_and_rows_kept(results: Path) -> None:
     assert "Not measured" in BLOCKS["shapes"](results) and "one layer" not in BLOCKS["speed"](results)
     rows = [
-        shape("a", 8192, 1.0), shape("a", 8192, 2.0, speedup_with_both_writes=1.5), shape("a", 1024, 3.0),
+        shape("a", 8192, 1.0),
+        shape("a", 8192, 2.0, speedup_with_both_writes=1.5),
+        shape("a", 1024, 3.0),
         shape("b", 8192, None, why="too wide", kernel="triton", error="1e-2"),
         shape("gpt-oss-20b", 8192, 4.0),
-        shape("a", 8192, 1.0, exact=64, window=256, of_plain=1.125), shape("b", 8192, None, exact=64, window=256, of_plain=None),
+        shape("a", 8192, 1.0, exact=64, window=256, of_plain=1.125),
+        shape("b", 8192, None, exact=64, window=256, of_plain=None),
         shape("a", 8192, 9.0, target="compute_80"),
-    ]  # fmt: skip
+    ]
     (results / "shapes_gpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     text = BLOCKS["shapes"](results)
     plain, kept, other = text.split("GPU, torch 2, transformers 5")[1:]
@@ -101,7 +122,7 @@ def test_generate_is_held_against_the_faster_side_of_16_bit(results: Path) -> No
     rows = [
         {**row, "side": "dynamic", "prefill_s": 0.5, "decode_ms": 4.0, "decode_speedup": 1.0, "prefill_ratio": 1.0},
         {**row, "side": "default", "prefill_s": 0.75, "decode_ms": 2.0, "decode_speedup": 2.0, "prefill_ratio": 1.5},
-    ]  # fmt: skip
+    ]
     (results / "generate_gpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert "| B1 T1000 | `default` | 1.0 | 0.7500 | 1.50x | 2.000 | 2.00x | 2.0 |" in BLOCKS["generate"](results)
     said = "1 x 1,000 tokens: decoding 2.00x the speed of 16 bit, prefill 1.50x its time"

@@ -113,8 +113,25 @@ def test_nan_keeps_what_was_measured(tiny_dir, text, tmp_path, capsys) -> None:
     _fails(capsys, [str(folder), str(out), *SMALL, "--text", text], "block 1", "NaN", str(out / "profile.partial.json"))
     partial = json.loads((out / "profile.partial.json").read_text())
     assert partial["status"] == "partial" and "NaN" in partial["stopped"] and len(partial["hidden"]["largest"]) == 1
-    assert rewrite_tool.main([str(tiny_dir), str(tmp_path / "x"), "--profile", str(out / "profile.partial.json"), "--method", "rtn",
-                              "--protect", "kvsink:5", "--eval-windows", "0", "--device", "cpu"]) == 2  # fmt: skip
+    assert (
+        rewrite_tool.main(
+            [
+                str(tiny_dir),
+                str(tmp_path / "x"),
+                "--profile",
+                str(out / "profile.partial.json"),
+                "--method",
+                "rtn",
+                "--protect",
+                "kvsink:5",
+                "--eval-windows",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
     assert "partial" in capsys.readouterr().err
 
 
@@ -220,8 +237,12 @@ def test_options_that_do_not_go_with_layers(tiny_dir, text, tmp_path, capsys) ->
 
 def test_a_rewritten_folder_is_not_profiled(tiny_dir, text, tmp_path, capsys) -> None:
     packed, out = tmp_path / "packed", tmp_path / "out"
-    assert rewrite_tool.main([str(tiny_dir), str(packed), "--method", "rtn", "--protect", "none", "--eval-windows", "0",
-                              "--device", "cpu"]) == 0  # fmt: skip
+    assert (
+        rewrite_tool.main(
+            [str(tiny_dir), str(packed), "--method", "rtn", "--protect", "none", "--eval-windows", "0", "--device", "cpu"]
+        )
+        == 0
+    )
     for how in ("--whole", "--stream"):
         _fails(capsys, [str(packed), str(out), *SMALL, "--text", text, how], "rewritten by kvsink already", "made from")
     assert not out.exists()
@@ -231,9 +252,16 @@ def test_a_rewritten_folder_is_not_profiled(tiny_dir, text, tmp_path, capsys) ->
 def test_an_unknown_layout_names_what_it_saw(moe_dir, text, tmp_path, capsys, how) -> None:
     folder = tmp_path / "jet"
     config = hf.JetMoeConfig(
-        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, kv_channels=16, intermediate_size=48,
-        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        intermediate_size=48,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
     hf.JetMoeForCausalLM(config).save_pretrained(folder)
     for file in moe_dir.iterdir():
         if "token" in file.name:

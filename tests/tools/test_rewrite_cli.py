@@ -39,9 +39,15 @@ def test_options_reach_the_engine(engine, tiny_dir, tmp_path, capsys):
     source, target, options, rest = engine[0]
     assert (source, target) == (tiny_dir, out)
     expected = {
-        "method": "rtn", "key_bits": 3.0, "value_bits": 2.5, "protect": "first:2", "window": 8,
-        "calibration": "builtin", "calibration_tokens": 99, "layers": "0:key_bits=4",
-    }  # fmt: skip
+        "method": "rtn",
+        "key_bits": 3.0,
+        "value_bits": 2.5,
+        "protect": "first:2",
+        "window": 8,
+        "calibration": "builtin",
+        "calibration_tokens": 99,
+        "layers": "0:key_bits=4",
+    }
     assert {name: options[name] for name in expected} == expected
     assert rest == {"onnx": "", "device": "cpu", "force": False, "dry_run": True, "by_layer": None}
     assert f"dry run: {out} was not written" in capsys.readouterr().out
@@ -121,9 +127,7 @@ def test_out_dir_must_not_touch_its_source(engine, tiny_dir, out, capsys):
     assert not engine
 
 
-@pytest.mark.parametrize(
-    "flags", [["--key-bits", "two"], ["--calibration-tokens", "0"], ["--nosuch"], ["--eval-windows", "-1"]]
-)
+@pytest.mark.parametrize("flags", [["--key-bits", "two"], ["--calibration-tokens", "0"], ["--nosuch"], ["--eval-windows", "-1"]])
 def test_bad_options(engine, tiny_dir, tmp_path, flags, capsys):
     refused([tiny_dir, tmp_path / "out", *flags], "See kvsink-rewrite --help", capsys)
 

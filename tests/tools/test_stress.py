@@ -111,7 +111,7 @@ BUGS: dict[str, tuple[str, Any]] = {
     ),
     "padding taken for rows": ("_mark_padding", lambda self, frame, new: None),
     "first rows counted by slots": ("_order", lambda self, frame, new: torch.arange(new)[None] + self.length),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -165,9 +165,7 @@ def yard(tmp_path_factory: pytest.TempPathFactory) -> Yard:
     return Yard(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize("trial", [
-    "kill", "full_disk", *(pytest.param(t, marks=pytest.mark.slow) for t in ("rivals", "readers")),
-])  # fmt: skip
+@pytest.mark.parametrize("trial", ["kill", "full_disk", *(pytest.param(t, marks=pytest.mark.slow) for t in ("rivals", "readers"))])
 def test_folders_are_whole_or_absent(yard: Yard, trial: str) -> None:
     assert [wrong for seed in range(3 if trial != "readers" else 1) if (wrong := getattr(yard, trial)(seed))] == []
 

@@ -49,8 +49,11 @@ def test_patches_say_what_their_cell_holds() -> None:
 
 def test_the_table_shows_what_was_measured() -> None:
     stock = {"questions": {"accuracy": 0.9}, "captions": {"perplexity": 1.5}}
-    row = {"name": "x", "questions": {"bits_per_element": 2.5, "visual_bits": 3.0, "text_bits": 2.0, "accuracy": 0.5, "kl": 0.25},
-           "captions": {"perplexity": 2.0}}  # fmt: skip
+    row = {
+        "name": "x",
+        "questions": {"bits_per_element": 2.5, "visual_bits": 3.0, "text_bits": 2.0, "accuracy": 0.5, "kl": 0.25},
+        "captions": {"perplexity": 2.0},
+    }
     assert markdown(stock, [row]).splitlines()[-1] == "| x | 2.50 | 3.00 | 2.00 | 50.0% | 0.2500 | 2.000 |"
     assert len({name for name, _, _ in ROWS}) == len(ROWS)
     asked = [q for p in drawn(8) for q in p.questions]

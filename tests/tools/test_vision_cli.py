@@ -52,9 +52,7 @@ def test_a_folder_of_pictures_in_and_bits_by_modality_out(
     assert "pictures (" in text and "first token (" in text
 
 
-def test_several_pictures_a_line(
-    seeing_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_pictures_a_line(seeing_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = json_lines(
         tmp_path / "data.jsonl",
         {"images": ["pictures/0.png", "pictures/1.png"], "text": "first<image>then<image>which?", "answer": "both"},
@@ -76,12 +74,18 @@ def test_several_pictures_a_line(
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("no image", "no image for a vision prompt"), ("no image token", "no image token in a vision prompt"),
-        ("cut", "image tokens would be cut"), ("unreadable", "1.png cannot be read"), ("counts", "2 times <image> for 1 images"),
-        ("no text", "has no readable text beside it"), ("empty", "holds no image"), ("number", "is not a number of pictures"),
-        ("json", "data.jsonl line 1 cannot be read"), ("nothing", "neither a folder nor a file"),
+        ("no image", "no image for a vision prompt"),
+        ("no image token", "no image token in a vision prompt"),
+        ("cut", "image tokens would be cut"),
+        ("unreadable", "1.png cannot be read"),
+        ("counts", "2 times <image> for 1 images"),
+        ("no text", "has no readable text beside it"),
+        ("empty", "holds no image"),
+        ("number", "is not a number of pictures"),
+        ("json", "data.jsonl line 1 cannot be read"),
+        ("nothing", "neither a folder nor a file"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_one_line_and_exit_code_2(
     what: str, said: str, seeing_dir: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,12 +138,25 @@ def test_models_that_do_not_see_or_hold_no_cache_are_named(
 
     assert rewrite([str(tiny_dir), str(tmp_path / "a"), "--calibration", str(folder), *FEW]) == 2
     assert "is a text model: it has no image processor" in capsys.readouterr().err
-    clip = hf.CLIPModel(hf.CLIPConfig(
-        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                       "image_size": 16, "patch_size": 8},
-        text_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                     "vocab_size": 20},
-    ))  # fmt: skip
+    clip = hf.CLIPModel(
+        hf.CLIPConfig(
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+            text_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "vocab_size": 20,
+            },
+        )
+    )
     clip.save_pretrained(tmp_path / "clip")
     assert rewrite([str(tmp_path / "clip"), str(tmp_path / "b"), *FEW]) == 2
     assert "is not a causal language model" in capsys.readouterr().err

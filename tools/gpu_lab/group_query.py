@@ -34,10 +34,18 @@ def session(bits: int, provider: str) -> Any:
     inputs += [info("last", TensorProto.INT32, ["B"]), info("total", TensorProto.INT32, [1])]
     outputs = [info("out", half, ["B", "S", HEADS * D]), *(info(n, kind, ["B", KV, "all", width]) for n in ("new_k", "new_v"))]
     node = helper.make_node(
-        "GroupQueryAttention", ["q", "k", "v", "past_k", "past_v", "last", "total", *[""] * 5, "step", "step"],
-        ["out", "new_k", "new_v"], domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV, scale=D**-0.5, do_rotary=0,
-        k_quant_type="PER_TENSOR", v_quant_type="PER_TENSOR", kv_cache_bit_width=bits,
-    )  # fmt: skip
+        "GroupQueryAttention",
+        ["q", "k", "v", "past_k", "past_v", "last", "total", *[""] * 5, "step", "step"],
+        ["out", "new_k", "new_v"],
+        domain="com.microsoft",
+        num_heads=HEADS,
+        kv_num_heads=KV,
+        scale=D**-0.5,
+        do_rotary=0,
+        k_quant_type="PER_TENSOR",
+        v_quant_type="PER_TENSOR",
+        kv_cache_bit_width=bits,
+    )
     graph = helper.make_graph([node], "one", inputs, outputs, [helper.make_tensor("step", TensorProto.FLOAT, [1], [1.0])])
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -110,10 +118,15 @@ def main(out: Path) -> None:
                     run = session(bits, provider)
                     outputs, stored[provider, in_place] = pieces(run, bits, provider, plan, text, in_place)
                     row: dict[str, Any] = {
-                        "onnxruntime": ort.__version__, "bits": bits, "provider": provider, "in_place": in_place, "pieces": plan,
+                        "onnxruntime": ort.__version__,
+                        "bits": bits,
+                        "provider": provider,
+                        "in_place": in_place,
+                        "pieces": plan,
                         "codes_of_the_cpu": float((stored[provider, in_place] == stored["cpu", True]).mean().round(4)),
-                        "off_rows_as_they_came": [], "off_codes": [],
-                    }  # fmt: skip
+                        "off_rows_as_they_came": [],
+                        "off_codes": [],
+                    }
                     first = 0
                     for n, got in zip(plan, outputs, strict=True):
                         now, all_ = slice(first, first + n), slice(0, first + n)

@@ -89,10 +89,19 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
 
     limit, whole_limit = size / bandwidth * 1e3, (size + b * kv_heads * exact * 512) / bandwidth * 1e3
     row: dict[str, Any] = {
-        "kind": "short rows", "side": side, "E": exact, "B": b, "Hq": HEADS, "Hkv": kv_heads, "T": t, "mask": masked,
-        "bytes": size, "limit_ms": round(limit, 5), "limit_all_ms": round(whole_limit, 5),
+        "kind": "short rows",
+        "side": side,
+        "E": exact,
+        "B": b,
+        "Hq": HEADS,
+        "Hkv": kv_heads,
+        "T": t,
+        "mask": masked,
+        "bytes": size,
+        "limit_ms": round(limit, 5),
+        "limit_all_ms": round(whole_limit, 5),
         "chosen": "whole" if by_warp(b, lib.share(kv_heads), slots.numel() // 128) and lib.whole_rows else "divided",
-    }  # fmt: skip
+    }
     outs, layers = {}, [layer]
     for name, whole in (("divided", False), ("whole", True)):
         if whole and not lib.whole_rows:

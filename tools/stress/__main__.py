@@ -58,9 +58,12 @@ def files(count: int, first: int) -> None:
 @_COUNT
 @_FIRST
 @click.option(
-    "--what", default="kill", show_default=True, type=click.Choice(["kill", "full-disk", "rivals", "readers"]),
+    "--what",
+    default="kill",
+    show_default=True,
+    type=click.Choice(["kill", "full-disk", "rivals", "readers"]),
     help="What befalls the rewrite.",
-)  # fmt: skip
+)
 def kills(count: int, first: int, what: str) -> None:
     """kvsink-rewrite killed at a random moment, without room, against itself, or read while it is replaced."""
     from kvsink.tools.stress.kills import Yard
@@ -110,14 +113,7 @@ class _bar:
 
     def __init__(self, what: str, total: int) -> None:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bars = Progress(*columns, console=Console(file=sys.stderr))

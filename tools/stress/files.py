@@ -28,9 +28,30 @@ __all__ = ["KINDS", "Bench"]
 
 KINDS = ("plan", "tables", "config", "report", "record", "cache", "profile")
 _JUNK: tuple[Any, ...] = (
-    None, True, -1, 0, 1, 7, 10**30, -(10**12), 0.5, 1e308, float("nan"), float("inf"), "", "x", "first", "\u0000", "../../etc",
-    [], [[]], {}, {"a": 1}, [1, 2, 3], ["rtn"],
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    10**30,
+    -(10**12),
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "first",
+    "\u0000",
+    "../../etc",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [1, 2, 3],
+    ["rtn"],
+)
 
 
 class _Trace:
@@ -81,15 +102,21 @@ class Bench:
         self.load_record: Callable[[Path], Any] = lambda path: Calibration.load(path, self.plain)
         self.stages = (SinkStage(0, (3, 5), 400.0, 0.5),)
         profile = {
-            "format": FORMAT, "status": "complete", "fingerprint": fingerprint(self.plain).tolist(),
+            "format": FORMAT,
+            "status": "complete",
+            "fingerprint": fingerprint(self.plain).tolist(),
             "stages": [{**asdict(s), "channels": list(s.channels)} for s in self.stages],
-        }  # fmt: skip
+        }
         (folder / "profile.json").write_text(json.dumps(profile))
         self.files = {
-            "plan": self.out / "kvsink.json", "tables": self.out / "kvsink_calibration.safetensors",
-            "config": self.out / "config.json", "report": self.out / "kvsink_report.json",
-            "record": folder / "record.safetensors", "cache": folder / "cache.safetensors", "profile": folder / "profile.json",
-        }  # fmt: skip
+            "plan": self.out / "kvsink.json",
+            "tables": self.out / "kvsink_calibration.safetensors",
+            "config": self.out / "config.json",
+            "report": self.out / "kvsink_report.json",
+            "record": folder / "record.safetensors",
+            "cache": folder / "cache.safetensors",
+            "profile": folder / "profile.json",
+        }
         self.good = {kind: path.read_bytes() for kind, path in self.files.items()}
 
     # -- damage --------------------------------------------------------------------------------------------------------

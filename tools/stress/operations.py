@@ -195,9 +195,7 @@ class Twin:
             assert bool(self.rows.real[i, taken].all()), f"padding among the anchors {taken}"
             dense.anchors.append(set(taken))
 
-    def _attend(
-        self, i: int, layer: Any, dense: DenseLayer, k: Tensor, v: Tensor, valid: Tensor, first: int, n: int
-    ) -> None:
+    def _attend(self, i: int, layer: Any, dense: DenseLayer, k: Tensor, v: Tensor, valid: Tensor, first: int, n: int) -> None:
         if layer.begins(k, v):
             assert first == 0, "a cache with rows begins"
             return
@@ -393,9 +391,23 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> T
 
 
 OPERATIONS = (
-    "append", "append", "step", "step", "step", "prompt", "crop", "crop", "crop_too_far", "reset", "reorder", "repeat", "select",
-    "save", "join", "join",
-)  # fmt: skip
+    "append",
+    "append",
+    "step",
+    "step",
+    "step",
+    "prompt",
+    "crop",
+    "crop",
+    "crop_too_far",
+    "reset",
+    "reorder",
+    "repeat",
+    "select",
+    "save",
+    "join",
+    "join",
+)
 
 
 def _form(pick: random.Random) -> str:

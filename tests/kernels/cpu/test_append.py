@@ -24,13 +24,21 @@ SIDES = (
     *(SideSpec(bits=b, kind="lloyd", gain=gain, widths=(b, b)) for b in range(1, 9) for gain in (False, True)),
     SideSpec(bits=2, kind="lloyd", gain=True, widths=(4, 3, 2, 1, 1, 0, 2, 5)),
     SideSpec(bits=2, kind="lloyd-even", gain=True, widths=(4, 3, 2, 0)),
-    *(SideSpec(bits=b, kind=kind, group_size=16, clip=clip, widths=(b,) * 4)
-      for b in (1, 2, 3, 4, 6, 8) for kind, clip in (("uniform", 1.0), ("uniform-int", 0.8), ("gauss", 1.0))),
-    *(SideSpec(bits=b / c, kind="vector", couple=c, code_bits=b, gain=gain, widths=())
-      for c, b in ((4, 8), (8, 8), (8, 10), (4, 9), (16, 12)) for gain in (False, True)),
-    *(SideSpec(bits=2, kind="trellis", widths=w)
-      for w in ((1,), (2, 2), (4, 3, 1), (2,) * 8, (4, 4, 3, 3, 2, 2, 1, 1, 1, 1), (2,) * 16, (3,) * 64)),
-)  # fmt: skip
+    *(
+        SideSpec(bits=b, kind=kind, group_size=16, clip=clip, widths=(b,) * 4)
+        for b in (1, 2, 3, 4, 6, 8)
+        for kind, clip in (("uniform", 1.0), ("uniform-int", 0.8), ("gauss", 1.0))
+    ),
+    *(
+        SideSpec(bits=b / c, kind="vector", couple=c, code_bits=b, gain=gain, widths=())
+        for c, b in ((4, 8), (8, 8), (8, 10), (4, 9), (16, 12))
+        for gain in (False, True)
+    ),
+    *(
+        SideSpec(bits=2, kind="trellis", widths=w)
+        for w in ((1,), (2, 2), (4, 3, 1), (2,) * 8, (4, 4, 3, 3, 2, 2, 1, 1, 1, 1), (2,) * 16, (3,) * 64)
+    ),
+)
 
 
 def _case(side: SideSpec, shape: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -99,9 +107,11 @@ def test_walks_of_every_gain_and_of_no_number(widths: tuple[int, ...]) -> None:
 
 @given(
     scores=st.lists(st.sampled_from([-float("inf"), -1.0, 0.0, 0.5, 1.0, 2.5, 4.0]), min_size=6, max_size=14),
-    capacities=st.lists(st.integers(1, 3), min_size=1, max_size=3), times=st.integers(1, 4), wide=st.booleans(),
+    capacities=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    times=st.integers(1, 4),
+    wide=st.booleans(),
     cropped=st.sets(st.integers(0, 12), max_size=4),
-)  # fmt: skip
+)
 @settings(max_examples=60, deadline=None)
 def test_the_running_selection_is_that_of_the_definition(
     scores: list[float], capacities: list[int], times: int, wide: bool, cropped: set[int]
@@ -124,9 +134,14 @@ def test_the_running_selection_is_that_of_the_definition(
         select_one(codec, k, v, candidates, one, first)
         names = ("exact_slot", "exact_score", "exact_k", "exact_v")
         merged = merge_exact(
-            two["exact_slot"], two["exact_score"], (two["exact_k"], two["exact_v"]), (k, v), candidates, capacities,
+            two["exact_slot"],
+            two["exact_score"],
+            (two["exact_k"], two["exact_v"]),
+            (k, v),
+            candidates,
+            capacities,
             torch.tensor(first),
-        )  # fmt: skip
+        )
         two = dict(zip(names, merged, strict=True))
         assert torch.equal(one["exact_slot"], two["exact_slot"]) and torch.equal(one["exact_score"], two["exact_score"])
         used = two["exact_slot"] != -1
@@ -144,9 +159,7 @@ def test_what_it_does_not_serve_takes_the_definition(monkeypatch: pytest.MonkeyP
     codec, (k, v) = Codec.parse(layer.codec_text), rows(1, 2)
     shape = shape_of(k)
     assert declines(codec.format, shape, CPU) == ""
-    for method, reason in (
-        ("kivi", "ranges along tokens"), ("kvquant", "rows of kind nuq"), ("oscar", "ranges along tokens"),
-    ):  # fmt: skip
+    for method, reason in (("kivi", "ranges along tokens"), ("kvquant", "rows of kind nuq"), ("oscar", "ranges along tokens")):
         assert declines(Codec.parse(layer_of(method).codec_text).format, shape, CPU) == reason
     assert declines(codec.format, shape._replace(dtype=torch.float64), CPU) == "torch.float64 is not float32 or narrower"
     coded: list[int] = []

@@ -69,10 +69,7 @@ def test_large_logits_and_rows_that_see_nothing_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     ("method", "options", "reason"),
-    [
-        ("rotatekv", (), "a rotation across heads"),
-        ("klt", (("value_bits", 16),), "rows of kind none"),
-    ],
+    [("rotatekv", (), "a rotation across heads"), ("klt", (("value_bits", 16),), "rows of kind none")],
 )
 def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: str) -> None:
     layer, k, _ = filled(method, options, batch=1, lengths=(5, 1))

@@ -31,9 +31,11 @@ SCALE = 0.25
 
 def _key(dim: int, kind: str, **given: Any) -> SideSpec:
     widths = tuple((4, 3, 2, 1, 1, 0, 2, 5, 3, 8)[i % 10] for i in range(dim // 8))
-    made: dict[str, Any] = dict(bits=2, kind=kind, gain=True, widths=widths) if kind == "lloyd" else dict(
-        bits=3, kind=kind, group_size=dim // 2, widths=(3,) * (dim // 8)
-    )  # fmt: skip
+    made: dict[str, Any] = (
+        dict(bits=2, kind=kind, gain=True, widths=widths)
+        if kind == "lloyd"
+        else dict(bits=3, kind=kind, group_size=dim // 2, widths=(3,) * (dim // 8))
+    )
     return SideSpec(**(made | given))
 
 
@@ -51,7 +53,7 @@ CODECS = {
         _key(d, "uniform-int", transform="hadamard", order=8),
     ),
     "plain": lambda d: Codec(_key(d, "lloyd"), _key(d, "lloyd", transform="klt"), segments=(1,), strict=True),
-}  # fmt: skip
+}
 
 
 def _tables(c: Codec, heads: int, dim: int, rotary: int, slots: int, g: torch.Generator) -> list[Tensor]:
@@ -75,8 +77,10 @@ def _held(name: str, dim: int, rotary: int | None = None) -> Any:
     """A state of random codes, the newest row of them just appended, and what goes with it."""
     g, c = torch.Generator().manual_seed(dim), CODECS[name](dim)
     batch, heads, slots, length, rotary = 2, 3, 300, 290, dim if rotary is None else rotary
-    state = {n: torch.full(shape, fill, dtype=dtype)
-             for n, (shape, dtype, fill) in c.layout(batch, heads, dim, dim, slots, torch.float32).items()}  # fmt: skip
+    state = {
+        n: torch.full(shape, fill, dtype=dtype)
+        for n, (shape, dtype, fill) in c.layout(batch, heads, dim, dim, slots, torch.float32).items()
+    }
     for n in ("k_codes", "v_codes"):
         state[n].random_(0, 256, generator=g)
     for n in ("k_scale", "v_scale", "exact_k", "exact_v", "recent_k", "recent_v"):
@@ -90,9 +94,15 @@ def _held(name: str, dim: int, rotary: int | None = None) -> Any:
     if c.window:
         state["recent_k"][:, :, -1:], state["recent_v"][:, :, -1:] = k, v
     return SimpleNamespace(
-        c=c, text=c.text(), state=[state[n] for n in STATE_NAMES], params=_tables(c, heads, dim, rotary, slots, g), g=g, k=k, v=v,
+        c=c,
+        text=c.text(),
+        state=[state[n] for n in STATE_NAMES],
+        params=_tables(c, heads, dim, rotary, slots, g),
+        g=g,
+        k=k,
+        v=v,
         shape=(batch, heads, dim, rotary),
-    )  # fmt: skip
+    )
 
 
 def _asks(h: Any, repeats: int, mask: Tensor | None = None, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -52,9 +52,8 @@ class Emulated:
     """
 
     def __init__(
-        self, variant: variants.Variant, blocks: int = 3, by_warp: bool = False, single_rows: int = 0,
-        card: variants.Card = HOPPER,
-    ) -> None:  # fmt: skip
+        self, variant: variants.Variant, blocks: int = 3, by_warp: bool = False, single_rows: int = 0, card: variants.Card = HOPPER
+    ) -> None:
         self.lib, self.blocks, self.by_warp, self.single_rows = _library(variant, card), blocks, by_warp, single_rows
         self.variant, self.groups = variant, variant.shape(card).groups(variant.repeats)
         self.partial = torch.full((64 * blocks * self.lib.slot_words(),), -1, dtype=torch.int32)
@@ -99,9 +98,11 @@ def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any]
     tiles, *rest = backends.table()
     assert tiles.append is not None and tiles.attend is not None and tiles.step is not None
     tiles = replace(
-        tiles, append=part(tiles.append, backend.declines, False), attend=part(tiles.attend, backend.declines_mask),
+        tiles,
+        append=part(tiles.append, backend.declines, False),
+        attend=part(tiles.attend, backend.declines_mask),
         step=part(tiles.step, backend.declines_step),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(launch, "library", library)
     monkeypatch.setattr(backends, "table", lambda: (tiles, *rest))
     monkeypatch.setattr(backends, "choose", cache(backends.choose.__wrapped__))

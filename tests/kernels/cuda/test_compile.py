@@ -13,9 +13,13 @@ from kvsink.kernels.cuda import module, variants
 from kvsink.kernels.cuda.rows_of_bytes import CodesVariant
 
 CARDS = {
-    "8.0": variants.Card(80, 166912), "8.6": variants.Card(86, 101376), "8.9": variants.Card(89, 101376), "9.0": variants.Card(),
-    "10.0": variants.Card(100), "12.0": variants.Card(120, 101376),
-}  # fmt: skip
+    "8.0": variants.Card(80, 166912),
+    "8.6": variants.Card(86, 101376),
+    "8.9": variants.Card(89, 101376),
+    "9.0": variants.Card(),
+    "10.0": variants.Card(100),
+    "12.0": variants.Card(120, 101376),
+}
 """Bytes of shared memory that a block can have: CUDA's programming guide, table of technical data."""
 
 # mode, bits of keys and values, channels, query heads per key-value head
@@ -54,8 +58,10 @@ def test_every_cell_compiles_within_its_card(card: str, mode: int, bits: int, di
     arch = f"-gencode=arch=compute_{made.arch[3:]},code={made.arch}"
     told = subprocess.run(
         [str(shutil.which("nvcc")), "-std=c++17", "-O3", arch, "-cubin", "-Xptxas", "-v", str(unit), "-o", str(out)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert told.returncode == 0, told.stderr[:2000]
     spills, registers, name = {}, {}, ""
     for line in told.stderr.splitlines():
@@ -74,9 +80,19 @@ def test_every_cell_compiles_within_its_card(card: str, mode: int, bits: int, di
 
 
 CODES = CodesVariant(
-    repeats=4, key_runs=(2,) * 16, key_couple=2, key_books=False, key_scales=1, value_couple=2, value_books=False, value_scales=2,
-    dense=False, basis=False, mean=True, starts=True,
-)  # fmt: skip
+    repeats=4,
+    key_runs=(2,) * 16,
+    key_couple=2,
+    key_books=False,
+    key_scales=1,
+    value_couple=2,
+    value_books=False,
+    value_scales=2,
+    dense=False,
+    basis=False,
+    mean=True,
+    starts=True,
+)
 SOURCES = {
     "tiles": lambda: variants.Variant(2, (2,) * 16, (2,) * 16, 4).source(variants.Card()),
     "rows of bytes": lambda: variants.unit(CODES.defines(), ("arch.cuh", "channels.cuh", "codes.cuh")),

@@ -63,13 +63,12 @@ def test_append_stores_the_codes_of_the_definition(index: int, batch: int, lengt
 
 
 @pytest.mark.parametrize("index", range(len(CODECS)))
-@pytest.mark.parametrize(("batch", "length", "kind"), [
-    (1, 0, None), (1, 500, None), (2, 131, "random"), (7, 380, "padding"), (40, 129, "padding"), (300, 257, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("batch", "length", "kind"),
+    [(1, 0, None), (1, 500, None), (2, 131, "random"), (7, 380, "padding"), (40, 129, "padding"), (300, 257, None)],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attend_equals_the_definition(
-    index: int, batch: int, length: int, kind: str | None, dtype: torch.dtype
-) -> None:
+def test_attend_equals_the_definition(index: int, batch: int, length: int, kind: str | None, dtype: torch.dtype) -> None:
     layer = layer_of(index, batch)
     shift = torch.arange(batch)[:, None] % 90 if kind == "padding" else torch.zeros(batch, 1, dtype=torch.int64)
     if length:
@@ -107,11 +106,7 @@ def test_a_chunk_equals_the_definition(index: int, masked: bool, monkeypatch: py
     for a, b in zip(launch.decode_rows(lib, layer.codec, st, p, 7, 300, torch.float16, 300), full, strict=True):
         assert (a.float().cpu() - b[:, :, 7:300].float()).abs().max() <= 2e-3 * b.abs().max()
     monkeypatch.setattr(prefill, "_DECODED_BYTES", 1)
-    q, k, v = (
-        rows(2, 66, 5, HEADS, torch.float16),
-        rows(2, 66, 6, dtype=torch.float16),
-        rows(2, 66, 7, dtype=torch.float16),
-    )
+    q, k, v = (rows(2, 66, 5, HEADS, torch.float16), rows(2, 66, 6, dtype=torch.float16), rows(2, 66, 7, dtype=torch.float16))
     mask = None
     if masked:
         slots = torch.arange(SLOTS)
@@ -234,9 +229,7 @@ def test_compiled_decode_under_cuda_graphs_gives_the_tokens_of_eager_decode(inde
         logits.append(torch.cat(held, 1).float())
     assert (logits[0] - logits[1]).norm() <= 1e-2 * logits[0].norm()  # the same operators in bfloat16
     assert torch.equal(logits[2], logits[3])  # capture changes nothing
-    assert (logits[0] - logits[2]).norm() <= 0.15 * logits[
-        0
-    ].norm()  # Inductor rounds less often, and codes of 2 bits turn
+    assert (logits[0] - logits[2]).norm() <= 0.15 * logits[0].norm()  # Inductor rounds less often, and codes of 2 bits turn
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # one each: no recompilation per token
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 

@@ -58,12 +58,24 @@ def defined(layer: KVSinkLayer, given: tuple[Tensor, ...], mask: Tensor | None, 
 
 
 @pytest.mark.parametrize(("repeats", "whole"), [(1, True), (2, True), (1, False)])
-@pytest.mark.parametrize(("name", "batch", "length", "kind", "blocks"), [
-    ("centred-6", 3, 1, None, 2), ("centred-6", 40, 65, "padding", 1), ("centred-6", 1, 700, None, 3),
-    ("centred-22", 19, 130, None, 1), ("centred-22", 9, 257, "random", 1), ("centred-4-bit", 18, 129, None, 2),
-    ("centred-4-bit", 2, 0, None, 1), ("akvq", 17, 512, None, 2), ("akvq", 9, 383, "random", 1), ("klt", 9, 300, "padding", 1),
-    ("klt", 26, 128, None, 1), ("centred-4-bit", 9, 300, "padding", 1), ("centred-22", 5, 40, "one", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "batch", "length", "kind", "blocks"),
+    [
+        ("centred-6", 3, 1, None, 2),
+        ("centred-6", 40, 65, "padding", 1),
+        ("centred-6", 1, 700, None, 3),
+        ("centred-22", 19, 130, None, 1),
+        ("centred-22", 9, 257, "random", 1),
+        ("centred-4-bit", 18, 129, None, 2),
+        ("centred-4-bit", 2, 0, None, 1),
+        ("akvq", 17, 512, None, 2),
+        ("akvq", 9, 383, "random", 1),
+        ("klt", 9, 300, "padding", 1),
+        ("klt", 26, 128, None, 1),
+        ("centred-4-bit", 9, 300, "padding", 1),
+        ("centred-22", 5, 40, "one", 1),
+    ],
+)
 def test_rows_equal_the_definition_whole_and_divided(
     name: str, batch: int, length: int, kind: str | None, blocks: int, repeats: int, whole: bool
 ) -> None:
@@ -90,9 +102,9 @@ def test_rows_equal_the_definition_whole_and_divided(
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-@pytest.mark.parametrize(("name", "batch", "length", "best"), [
-    ("centred-22", 19, 130, 9.0), ("akvq", 9, 255, 0.0), ("klt", 8, 40, 9.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "batch", "length", "best"), [("centred-22", 19, 130, 9.0), ("akvq", 9, 255, 0.0), ("klt", 8, 40, 9.0)]
+)
 def test_a_step_enters_new_rows_after_every_head_has_read_the_exact_ones(
     name: str, batch: int, length: int, best: float, repeats: int
 ) -> None:

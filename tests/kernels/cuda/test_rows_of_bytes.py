@@ -79,9 +79,10 @@ def test_equals_the_definition(side: str) -> None:
     assert compared(layer, q, k, v, None) <= BOUND[torch.float16]
 
 
-@pytest.mark.parametrize(("repeats", "pad", "length", "dtype"), [
-    (1, (0, 37), 200, torch.float16), (3, (5, 70), 130, torch.bfloat16), (2, (0, 9), 1, torch.float16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("repeats", "pad", "length", "dtype"),
+    [(1, (0, 37), 200, torch.float16), (3, (5, 70), 130, torch.bfloat16), (2, (0, 9), 1, torch.float16)],
+)
 @pytest.mark.parametrize("side", ["klt-2/4", "klt-dense-2", "cq-2"])
 def test_padding_ratios_and_types(side: str, repeats: int, pad: tuple[int, ...], length: int, dtype: torch.dtype) -> None:
     layer, q, k, v = filled(side, repeats, 2, length, tuple(min(x, length - 1) for x in pad), dtype)
@@ -122,8 +123,10 @@ def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
     """The position of the new row comes from outside, rows are coded before and enter the exact ones behind attention."""
     layer, q, k, v = filled("klt-2/4", 2, 2, 200, (0, 37), torch.float16)
     codec = Codec.parse(layer.codec_text)
-    st = {n: x.half() if n.startswith("exact_") and x.dtype == torch.float32 and x.dim() == 4 else x.clone()
-          for n, x in codec.named(layer.state()).items()}  # fmt: skip
+    st = {
+        n: x.half() if n.startswith("exact_") and x.dtype == torch.float32 and x.dim() == 4 else x.clone()
+        for n, x in codec.named(layer.state()).items()
+    }
     p = dict(zip(codec.param_names(), layer.params, strict=True))
     made = rows_of_bytes.variant_of(codec.format, states.shape_of(k, q.shape[1]))
     assert not isinstance(made, str)

@@ -90,10 +90,16 @@ def model_of(index: int) -> Any:
     kind = KINDS[index]
     torch.manual_seed(5)
     shape = dict(
-        vocab_size=97, hidden_size=8 * KV_HEADS * kind.repeats, intermediate_size=96, num_hidden_layers=2,
+        vocab_size=97,
+        hidden_size=8 * KV_HEADS * kind.repeats,
+        intermediate_size=96,
+        num_hidden_layers=2,
         num_attention_heads=KV_HEADS * kind.repeats,
-        num_key_value_heads=KV_HEADS, head_dim=kind.dim, max_position_embeddings=1024, pad_token_id=0,
-    )  # fmt: skip
+        num_key_value_heads=KV_HEADS,
+        head_dim=kind.dim,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+    )
     if kind.rotary == 1.0:
         model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
     else:
@@ -103,9 +109,16 @@ def model_of(index: int) -> Any:
         weight.data.mul_(3.0).requires_grad_(False)
     ids = torch.randint(3, 97, (4, 256), generator=torch.Generator().manual_seed(1))
     kvsink.rewrite(
-        model, kind.method, calibration=ids, key_bits=kind.bits[0], value_bits=kind.bits[1], protect=kind.protect,
-        window=kind.window, fold=kind.fold, check=False,
-    )  # fmt: skip
+        model,
+        kind.method,
+        calibration=ids,
+        key_bits=kind.bits[0],
+        value_bits=kind.bits[1],
+        protect=kind.protect,
+        window=kind.window,
+        fold=kind.fold,
+        check=False,
+    )
     return model
 
 
@@ -346,9 +359,7 @@ def test_tiles_of_odd_widths_hold_the_rows_that_codes_in_order_hold(index: int) 
         positions = torch.arange(150)[None]
         none = torch.empty(1, 150, 0)
         angles = (none, none) if tiled else layer.shared.runtime.angles(1, positions)
-        append_ref(
-            k, v, positions, *angles, scores_of(layer, 2, 150, 9), layer.state(), layer.params, layer.codec_text, True
-        )
+        append_ref(k, v, positions, *angles, scores_of(layer, 2, 150, 9), layer.state(), layer.params, layer.codec_text, True)
         layer.length.fill_(150)
         nothing = rows(2, 0, 0, KV_HEADS, kind.dim, torch.float32)
         found.append([x[:, :, :150] for x in read_ref(nothing, nothing, layer.state(), layer.params, layer.codec_text)])

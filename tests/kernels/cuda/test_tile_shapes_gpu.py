@@ -54,9 +54,14 @@ def test_attention_equals_the_definition(index: int) -> None:
         p = dict(zip(layer.codec.param_names(), (t.cuda() for t in layer.params), strict=True))
         for _ in range(2):  # a later launch finds the scratch words as the first did
             got = launch.attend_one(
-                lib, layer.codec, *(x.cuda() for x in (q, k, v)), layer.codec.named(gpu), p,
-                None if mask is None else mask.cuda(), 0.09,
-            )  # fmt: skip
+                lib,
+                layer.codec,
+                *(x.cuda() for x in (q, k, v)),
+                layer.codec.named(gpu),
+                p,
+                None if mask is None else mask.cuda(),
+                0.09,
+            )
         assert got is not None and lib.scratch.clean()
         wanted = defined(layer, length, (q, k, v), mask)
         assert (got.float().cpu() - wanted).norm() <= (2e-3 if dtype == torch.float16 else 6e-3) * wanted.norm()

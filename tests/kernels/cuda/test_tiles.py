@@ -45,9 +45,16 @@ def rewritten(method: str, heads: int, **options: Any) -> Any:
     """A tiny Llama with two key-value heads of 128 channels and so many query heads, rewritten."""
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=heads,
-        num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=1024, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=KV_HEADS,
+        head_dim=DIM,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     for weight in model.parameters():
         weight.data.mul_(3.0).requires_grad_(False)
@@ -72,9 +79,7 @@ def rows(batch: int, length: int, seed: int, heads: int = KV_HEADS, dtype: torch
     return (torch.randn(batch, heads, length, DIM, generator=g) * 2 + 0.3).to(torch.float16).to(dtype)
 
 
-def append(
-    layer: KVSinkLayer, k: Tensor, v: Tensor, positions: Tensor, lib: Emulated | None = None, best: float = 0.0
-) -> None:
+def append(layer: KVSinkLayer, k: Tensor, v: Tensor, positions: Tensor, lib: Emulated | None = None, best: float = 0.0) -> None:
     b, s = k.shape[0], k.shape[2]
     scores = []
     for i, segment in enumerate(layer.segments):
@@ -141,17 +146,20 @@ def test_refusals_name_the_reason() -> None:
     assert backend.declines(in_rows, Shape(8, 2, 128, 128, 128, torch.float16), None) == "codes in rows of bytes"
 
 
-@pytest.mark.parametrize(("method", "bits", "reason"), [
-    ("klt", (2, 4), "lloyd keys before RoPE"),
-    ("klt", (1, 4), "keys in codebooks"),
-    ("klt", (2, 2), "values in codebooks"),
-    ("centred", (2, 4), "gauss values"),
-    ("kivi", (2, 2), "keys with ranges along tokens"),
-    ("kvquant", (3, 3), "keys with free code points"),
-    ("kvquant-1%", (3, 3), "keys with sparse outliers"),
-    ("rotatekv", (2, 2), "uniform-int keys before RoPE"),
-    ("akvq-vl", (2, 2), "uniform-int keys after RoPE"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "bits", "reason"),
+    [
+        ("klt", (2, 4), "lloyd keys before RoPE"),
+        ("klt", (1, 4), "keys in codebooks"),
+        ("klt", (2, 2), "values in codebooks"),
+        ("centred", (2, 4), "gauss values"),
+        ("kivi", (2, 2), "keys with ranges along tokens"),
+        ("kvquant", (3, 3), "keys with free code points"),
+        ("kvquant-1%", (3, 3), "keys with sparse outliers"),
+        ("rotatekv", (2, 2), "uniform-int keys before RoPE"),
+        ("akvq-vl", (2, 2), "uniform-int keys after RoPE"),
+    ],
+)
 def test_what_holds_more_than_codes_per_row_is_refused(method: str, bits: tuple[int, int], reason: str) -> None:
     declared = get_method(method)
     sides = [declared.side(name, b).resolved(KV_HEADS, DIM) for name, b in zip(("key", "value"), bits, strict=True)]
@@ -181,12 +189,21 @@ def test_the_one_op_passes_opcheck(new: int) -> None:
         scores += list(torch.randn(2, new, generator=torch.Generator().manual_seed(i)).topk(min(segment.count, new), dim=1))
     mask = torch.ones(2, 1, new, SLOTS, dtype=torch.bool).tril(9)
     given = (
-        rows(2, new, 5, HEADS), rows(2, new, 6), rows(2, new, 7), torch.arange(9, 9 + new)[None], scores, layer.state(),
-        layer.params, mask, 0.09, False, layer.codec_text, [],
-    )  # fmt: skip
+        rows(2, new, 5, HEADS),
+        rows(2, new, 6),
+        rows(2, new, 7),
+        torch.arange(9, 9 + new)[None],
+        scores,
+        layer.state(),
+        layer.params,
+        mask,
+        0.09,
+        False,
+        layer.codec_text,
+        [],
+    )
     results = torch.library.opcheck(torch.ops.kvsink.append_attend_.default, given)
     assert set(results.values()) == {"SUCCESS"}
-
 
 
 def test_a_cache_in_tiles_is_rounded_up_and_says_so_in_its_codec() -> None:
@@ -331,17 +348,26 @@ def test_the_decode_kernel_reads_what_the_definition_reads(index: int) -> None:
 
 
 CASES = [
-    (0, 1, 300, None, 3), (0, 3, 130, "padding", 2), (1, 2, 257, "padding", 4), (2, 2, 300, "random", 3), (3, 1, 128, "one", 2),
-    (4, 2, 200, None, 1), (5, 2, 383, "padding", 5), (2, 1, 0, None, 2), (2, 1, 300, None, 7),
+    (0, 1, 300, None, 3),
+    (0, 3, 130, "padding", 2),
+    (1, 2, 257, "padding", 4),
+    (2, 2, 300, "random", 3),
+    (3, 1, 128, "one", 2),
+    (4, 2, 200, None, 1),
+    (5, 2, 383, "padding", 5),
+    (2, 1, 0, None, 2),
+    (2, 1, 300, None, 7),
     # a block for each superblock of one sequence: those behind its last token have nothing to do
-    (0, 1, 0, None, 4), (1, 1, 511, "random", 9), (2, 1, 40, None, 4), (3, 1, 128, "one", 4), (5, 1, 256, "padding", 4),
-]  # fmt: skip
+    (0, 1, 0, None, 4),
+    (1, 1, 511, "random", 9),
+    (2, 1, 40, None, 4),
+    (3, 1, 128, "one", 4),
+    (5, 1, 256, "padding", 4),
+]
 
 
 @pytest.mark.parametrize(("index", "batch", "length", "kind", "blocks"), CASES)
-def test_the_attend_kernel_equals_the_definition(
-    index: int, batch: int, length: int, kind: str | None, blocks: int
-) -> None:
+def test_the_attend_kernel_equals_the_definition(index: int, batch: int, length: int, kind: str | None, blocks: int) -> None:
     layer = layer_of(index, batch)
     dtype = torch.bfloat16 if index == 3 else torch.float16
     shift = torch.arange(batch)[:, None] * 11 if kind == "padding" else torch.zeros(batch, 1, dtype=torch.int64)
@@ -480,12 +506,11 @@ def test_joined_rows_move_by_whole_tiles() -> None:
         assert (row - wanted[0]).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(("index", "batch", "length", "blocks", "best"), [
-    (0, 1, 300, 3, 9.0), (0, 3, 255, 2, -9.0), (1, 7, 130, 2, 9.0), (2, 2, 300, 4, 9.0), (3, 9, 128, 1, 0.0), (4, 2, 0, 2, 9.0),
-])  # fmt: skip
-def test_a_step_stores_the_new_row_and_attends_in_one_launch(
-    index: int, batch: int, length: int, blocks: int, best: float
-) -> None:
+@pytest.mark.parametrize(
+    ("index", "batch", "length", "blocks", "best"),
+    [(0, 1, 300, 3, 9.0), (0, 3, 255, 2, -9.0), (1, 7, 130, 2, 9.0), (2, 2, 300, 4, 9.0), (3, 9, 128, 1, 0.0), (4, 2, 0, 2, 9.0)],
+)
+def test_a_step_stores_the_new_row_and_attends_in_one_launch(index: int, batch: int, length: int, blocks: int, best: float) -> None:
     mine, wanted = layer_of(index, batch), layer_of(index, batch)
     for layer in (mine, wanted):
         layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()

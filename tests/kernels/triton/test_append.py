@@ -33,9 +33,7 @@ EXACT = ("exact_k", "exact_v", "exact_slot", "exact_score")
 def held(st: dict[str, Tensor], row: int) -> dict[int, tuple[float, Tensor, Tensor]]:
     """Score, key and value of every exact row of one sequence by its slot; repeats are left out."""
     places = enumerate(st["exact_slot"][row].tolist())
-    return {
-        s: (float(st["exact_score"][row, i]), st["exact_k"][row, :, i], st["exact_v"][row, :, i]) for i, s in places if s >= 0
-    }
+    return {s: (float(st["exact_score"][row, i]), st["exact_k"][row, :, i], st["exact_v"][row, :, i]) for i, s in places if s >= 0}
 
 
 @here
@@ -173,9 +171,11 @@ def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: st
     ("method", "options"),
     [
         *((m, (("protect", p),)) for m in ("klt", "cq", "rtn") for p in ("none", "first:2", "kvsink:2+first:1")),
-        ("klt", (("protect", "first:1+massive:2+first:3"), ("window", 5))), ("klt-dense", ()), ("centred", (("window", 3),)),
+        ("klt", (("protect", "first:1+massive:2+first:3"), ("window", 5))),
+        ("klt-dense", ()),
+        ("centred", (("window", 3),)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("rows", [1, 30])
 def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype, rows: int) -> None:
     layer, k, _ = states.filled(method, options, batch=2, lengths=(20, 7))
@@ -185,10 +185,14 @@ def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype, rows
     new = [torch.randn(2, k.shape[1], rows, k.shape[3], generator=g).to(dtype) for _ in range(2)]
     call: dict[str, Any] = states.append_arguments(layer, *new, seed=1)
     call["candidates"] = [x + 9.0 if x.is_floating_point() else x for x in call["candidates"]]  # the new row enters
-    call["state"] = [x.to(dtype) if n.startswith(("exact_k", "exact_v", "recent_k", "recent_v")) else x
-                     for n, x in codec.named(call["state"]).items()]  # fmt: skip
-    there = {n: [t.cuda() for t in x] if isinstance(x, list | tuple) else x.cuda() if isinstance(x, Tensor) else x
-             for n, x in call.items()}  # fmt: skip
+    call["state"] = [
+        x.to(dtype) if n.startswith(("exact_k", "exact_v", "recent_k", "recent_v")) else x
+        for n, x in codec.named(call["state"]).items()
+    ]
+    there = {
+        n: [t.cuda() for t in x] if isinstance(x, list | tuple) else x.cuda() if isinstance(x, Tensor) else x
+        for n, x in call.items()
+    }
     append_triton.append(states.coding(**there))
     append_ref(**call)
     mine, wanted = codec.named([x.cpu() for x in there["state"]]), codec.named(call["state"])

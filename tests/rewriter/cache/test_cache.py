@@ -142,8 +142,16 @@ def test_beams_equal_those_of_the_original(passthrough: Any) -> None:
 def test_beams_score_what_a_fresh_cache_scores(model: Any) -> None:
     """After every reordering the scores of a beam are still those of its own tokens."""
     ids = tokens(1, 8, seed=4)
-    settings = dict(max_new_tokens=6, num_beams=3, num_return_sequences=3, do_sample=False, eos_token_id=None,
-                    length_penalty=0.0, return_dict_in_generate=True, output_scores=True)  # fmt: skip
+    settings = dict(
+        max_new_tokens=6,
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+        eos_token_id=None,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     out = model.generate(ids, **settings)
     static = model.generate(ids, past_key_values=KVSinkCache.for_model(model, 3, max_length=32), **settings)
     assert torch.equal(out.sequences, static.sequences)

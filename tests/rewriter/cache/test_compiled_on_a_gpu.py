@@ -19,9 +19,16 @@ STEPS, SLOTS = 6, 128
 def rewritten(method: str, dim: int, options: dict[str, Any]) -> Any:
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=dim, max_position_embeddings=256, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=dim,
+        max_position_embeddings=256,
+        pad_token_id=0,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     for weight in model.parameters():
         weight.data.mul_(3.0).requires_grad_(False)

@@ -26,8 +26,7 @@ def test_a_saved_cache_goes_on_alike(klt: Any, tmp_path: Path, saved: int | None
     assert int(again.get_seq_length()) == 15
     full = torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], dim=1)
     one, two = (
-        feed(klt, c, tokens(2, 3, seed=2), attention_mask=full, position_ids=(full.cumsum(1) - 1)[:, -3:])
-        for c in (cache, again)
+        feed(klt, c, tokens(2, 3, seed=2), attention_mask=full, position_ids=(full.cumsum(1) - 1)[:, -3:]) for c in (cache, again)
     )
     assert close(one, two) and (largest_difference(one, two) == 0 or saved != loaded)
     n = slice(18)

@@ -219,9 +219,10 @@ def served_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, i
 
 @here
 @interpreter
-@pytest.mark.parametrize(("family", "max_length", "options"), [
-    ("llama", 64, {"window": 4, "protect": "first:2+kvsink:3"}), ("mistral-sliding", None, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "max_length", "options"),
+    [("llama", 64, {"window": 4, "protect": "first:2+kvsink:3"}), ("mistral-sliding", None, {})],
+)
 def test_a_model_over_the_kernels_of_a_gpu(
     family: str, max_length: int | None, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,9 +256,7 @@ def test_a_model_over_the_kernels_of_a_gpu(
 @here
 @interpreter
 @pytest.mark.parametrize("method", ["klt", "klt-dense"])
-def test_compiled_steps_over_the_kernels_of_a_gpu_read_every_position_or_none(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_steps_over_the_kernels_of_a_gpu_read_every_position_or_none(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions that an uncompiled prompt brought are read by whoever can; of those that a compiled step brings itself, no kernel
     knows before: logits are right or NaN."""
     model, asked = rewritten("llama", "sdpa", method_named(method)), list[tuple[str, int]]()
@@ -276,8 +275,15 @@ def test_compiled_steps_over_the_kernels_of_a_gpu_read_every_position_or_none(
             outs += fed(step if n == 1 else model, held, chunk, **given)
         return [out[:, -1] for out in outs]
 
-    cases = [((0, 9, 12, 13), 0), ((700, 709, 712, 713), 0), ((0, 500, 503, 504), 0), ((300, 9, 12, 13), 0), ((0, 9, 12, 13), 90),
-             ((0, 9, 12, 500), 0), ((0, 9, 12, 5000), 0)]  # fmt: skip
+    cases = [
+        ((0, 9, 12, 13), 0),
+        ((700, 709, 712, 713), 0),
+        ((0, 500, 503, 504), 0),
+        ((300, 9, 12, 13), 0),
+        ((0, 9, 12, 13), 90),
+        ((0, 9, 12, 500), 0),
+        ((0, 9, 12, 5000), 0),
+    ]
     wanted = [fed_at(model, *case) for case in cases]
     served_as_on_a_gpu(monkeypatch, asked)
     for case, right in zip(cases, wanted, strict=True):

@@ -35,6 +35,7 @@ def served_by(name: str, patch: pytest.MonkeyPatch, asked: list[Any]) -> None:
         served_as_on_a_gpu(patch, asked)
         return
     if name == "cuda (tiles)":
+
         def library(codec: Any, repeats: int, rotary: int, place: Any) -> Emulated:
             return Emulated(launch.variant_of(codec, repeats or 1, rotary))
 
@@ -92,9 +93,10 @@ def folder_of(tiles: bool, root: Path) -> tuple[Path, Any]:
 
 
 CHAINS = {
-    "rows": ("torch", "cpu (C)", "triton", "torch"), "rows-back": ("torch", "triton", "cpu (C)", "torch"),
+    "rows": ("torch", "cpu (C)", "triton", "torch"),
+    "rows-back": ("torch", "triton", "cpu (C)", "torch"),
     "tiles": ("torch", "cuda (tiles)", "torch"),
-}  # fmt: skip
+}
 """Every ordered pair of backends that a processor can run and that store alike; the first writes the cache."""
 
 

@@ -309,11 +309,23 @@ def test_the_first_real_row_stays_exact_without_positions() -> None:
     """Attention of this family is given no positions, and its rows have none."""
     torch.manual_seed(0)
     config = hf.GraniteMoeHybridConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, shared_intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, layer_types=["mamba", "attention"], position_embedding_type="nope",
-        num_local_experts=0, num_experts_per_tok=0, mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16,
-        initializer_range=0.15, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        shared_intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["mamba", "attention"],
+        position_embedding_type="nope",
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        initializer_range=0.15,
+        pad_token_id=0,
+    )
     model: Any = hf.GraniteMoeHybridForCausalLM(config).double().eval()
     kvsink.rewrite(model, "rtn", key_bits=4, value_bits=4, protect="first:2", calibration=tokens(8, 64, seed=1))
     row = tokens(1, 9, seed=3)

@@ -18,8 +18,12 @@ BASE = LayerChoice(2, 4, "kvsink:5", 0)
 def test_layers_are_read() -> None:
     text = "0-1:key_bits=4,protect=none; 3:value_bits=2.5,window=8"
     assert parse_layers(text, 5, BASE) == [
-        LayerChoice(4, 4, "none", 0), LayerChoice(4, 4, "none", 0), BASE, LayerChoice(2, 2.5, "kvsink:5", 8), BASE,
-    ]  # fmt: skip
+        LayerChoice(4, 4, "none", 0),
+        LayerChoice(4, 4, "none", 0),
+        BASE,
+        LayerChoice(2, 2.5, "kvsink:5", 8),
+        BASE,
+    ]
     assert parse_layers("", 3, BASE) == [BASE] * 3
     assert parse_layers("0-2:key_bits=4;1:key_bits=8", 3, BASE)[1].key_bits == 8  # the later one wins
 

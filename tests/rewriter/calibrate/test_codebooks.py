@@ -146,7 +146,7 @@ def test_reading_restores_mean_and_deviation() -> None:
     spec = SideSpec(bits=2, kind="nuq", domain="block", block=1).resolved(2, 16)
     tables = learn_levels("k", x, None, spec)
     codec = Codec(spec, SideSpec())
-    y = (codec.dequantize("k", *codec.quantize("k", x[None], tables), tables)[0] - tables["k_offset"][:, None])
+    y = codec.dequantize("k", *codec.quantize("k", x[None], tables), tables)[0] - tables["k_offset"][:, None]
     y = y / tables["k_range"][:, None]
     wanted = (x - tables["k_offset"][:, None]) / tables["k_range"][:, None]
     assert abs(float(y.std() / wanted.std()) - 1) < 0.01 and abs(float(y.mean() - wanted.mean())) < 0.01

@@ -185,8 +185,11 @@ def test_the_permutation_sorts_the_rotated_mean(record: Calibration) -> None:
 def test_what_needs_calibration() -> None:
     needs = {n: tuple(needs_calibration(m.side(w, 2)) for w in ("key", "value")) for n, m in kvsink.methods().items()}
     assert {n: needs[n] for n in ("rtn", "rotatekv", "klt", "centred")} == {
-        "rtn": (False, False), "rotatekv": (True, False), "klt": (True, True), "centred": (True, True),
-    }  # fmt: skip
+        "rtn": (False, False),
+        "rotatekv": (True, False),
+        "klt": (True, True),
+        "centred": (True, True),
+    }
     assert key_blocks(SideSpec()) == () and not needs_calibration(SideSpec())
 
 

@@ -17,9 +17,15 @@ from kvsink.model.turning import NONE, Turning
 from kvsink.tools.tiny_models import build_family
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "initializer_range": 0.15, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+}
 
 
 def seen(model: Any) -> Any:
@@ -29,19 +35,28 @@ def seen(model: Any) -> Any:
 def gemma4(**more: Any) -> Any:
     torch.manual_seed(0)
     config = hf.Gemma4TextConfig(
-        **{**SMALL, "num_key_value_heads": 1, "num_attention_heads": 2}, num_hidden_layers=4, sliding_window=8, global_head_dim=32,
-        hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"] * 2, **more,
-    )  # fmt: skip
+        **{**SMALL, "num_key_value_heads": 1, "num_attention_heads": 2},
+        num_hidden_layers=4,
+        sliding_window=8,
+        global_head_dim=32,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        **more,
+    )
     return hf.Gemma4ForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize(
     ("family", "turning"),
     [
-        ("llama", Turning(16)), ("cohere", Turning(16, "pairs", "pairs")), ("gpt-oss", Turning(16, "halves", "once")),
-        ("gpt-neox", Turning(4)), ("gpt2", NONE), ("falcon-alibi", NONE),
+        ("llama", Turning(16)),
+        ("cohere", Turning(16, "pairs", "pairs")),
+        ("gpt-oss", Turning(16, "halves", "once")),
+        ("gpt-neox", Turning(4)),
+        ("gpt2", NONE),
+        ("falcon-alibi", NONE),
     ],
-)  # fmt: skip
+)
 def test_turnings(family: str, turning: Turning) -> None:
     assert set(seen(build_family(family)).turnings) == {turning}
 
@@ -76,9 +91,7 @@ def test_linear_layers_hold_no_keys() -> None:
 def test_a_recurrent_state_beside_keys() -> None:
     torch.manual_seed(0)
     small = {k: v for k, v in SMALL.items() if k != "initializer_range"}
-    config = hf.FalconH1Config(
-        **small, num_hidden_layers=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16
-    )
+    config = hf.FalconH1Config(**small, num_hidden_layers=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16)
     assert seen(hf.FalconH1ForCausalLM(config).eval()).layer_types == ("hybrid", "hybrid")
 
 

@@ -102,11 +102,15 @@ def test_a_record_of_another_model_is_refused(record: Calibration, tmp_path: Pat
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("missing", "cannot be read"), ("truncated", "cannot be read"), ("not-safetensors", "cannot be read"),
-        ("format", "not a calibration record of this version"), ("nan", "NaN or infinite"), ("lacks-a-sum", "cannot be read"),
+        ("missing", "cannot be read"),
+        ("truncated", "cannot be read"),
+        ("not-safetensors", "cannot be read"),
+        ("format", "not a calibration record of this version"),
+        ("nan", "NaN or infinite"),
+        ("lacks-a-sum", "cannot be read"),
         ("meta", "cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_a_corrupted_record_is_refused(record: Calibration, tmp_path: Path, damage: str, words: str) -> None:
     file = tmp_path / "record.safetensors"
     record.save(file)

@@ -168,8 +168,11 @@ def test_both_ways_write_the_same_folder(
     assert plans[0] == plans[1]
     model = load_model(two, "cpu")
     assert runtime_of(model).method == method
-    folded = {n for n, t in Checkpoint.find(two).tensors(Checkpoint.find(two).entries).items()
-              if not torch.equal(t, Checkpoint.find(source).tensors([n])[n])}  # fmt: skip
+    folded = {
+        n
+        for n, t in Checkpoint.find(two).tensors(Checkpoint.find(two).entries).items()
+        if not torch.equal(t, Checkpoint.find(source).tensors([n])[n])
+    }
     turned = {f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "vo"}
     assert folded == turned
 
@@ -249,9 +252,10 @@ def test_needs_grow_with_the_model() -> None:
         found = needs(stream.model, stream.checkpoint, 4096, 1024)
         weights = 4 * sum(p.numel() for p in stream.model.parameters())
         assert found.disk >= stream.checkpoint.nbytes >= weights
-        assert found.whole - found.by_layer < weights + 4 * 1024 * 97 and needs(
-            stream.model, stream.checkpoint, 8192, 1024
-        ).by_layer == found.by_layer + 4096 * 64 * 4
+        assert (
+            found.whole - found.by_layer < weights + 4 * 1024 * 97
+            and needs(stream.model, stream.checkpoint, 8192, 1024).by_layer == found.by_layer + 4096 * 64 * 4
+        )
 
 
 # -- the checkpoint ----------------------------------------------------------------------------------------------------

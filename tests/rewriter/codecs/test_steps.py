@@ -10,7 +10,7 @@ import torch
 
 import kvsink
 from kvsink.codecs import Codec, SideSpec, codec, spec, steps
-from kvsink.codecs.steps import Stage, functions_of
+from kvsink.codecs.steps import Stage, asked_by, asks_positions, functions_of
 from kvsink.errors import UnsupportedError
 from kvsink.export.flavours import codec_refusal, gqa_refusal
 from kvsink.export.nodes import Steps
@@ -18,6 +18,7 @@ from kvsink.export.past import takes_packed
 from kvsink.kernels import attend, stages
 from kvsink.kernels.backends import KNOWN_STAGES, Shape, choose, plan, table
 from kvsink.methods import methods
+from kvsink.passes import attach
 from tests.close import FUSED_FLOAT32
 from tests.states import CPU, GPU, filled
 
@@ -42,9 +43,9 @@ def flipped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (steps, codec):
         monkeypatch.setattr(module, "stages_in", lambda *a, **k: (*way_in(*a, **k), one))
         monkeypatch.setattr(module, "stages_back", lambda *a, **k: (one, *way_back(*a, **k)))
-    functions_of.cache_clear()
+    asked_by.cache_clear()
     yield
-    functions_of.cache_clear()
+    asked_by.cache_clear()
 
 
 def every_kernel_says(name: str, made: Codec) -> None:
@@ -67,8 +68,20 @@ def every_kernel_says(name: str, made: Codec) -> None:
 
 
 SERVED = (
-    "akvq-vl", "antkv", "centred", "centred-even", "cq", "kivi", "klt", "klt-even", "kvquant", "oscar", "rotatekv", "rtn", "static",
-)  # fmt: skip
+    "akvq-vl",
+    "antkv",
+    "centred",
+    "centred-even",
+    "cq",
+    "kivi",
+    "klt",
+    "klt-even",
+    "kvquant",
+    "oscar",
+    "rotatekv",
+    "rtn",
+    "static",
+)
 
 
 def test_methods_are_made_of_stages_that_kernels_know() -> None:
@@ -123,6 +136,17 @@ def test_a_step_over_a_new_stage_attends_to_what_was_stored(flipped: None) -> No
     assert (out - wanted).abs().max() <= bound < (moved - wanted).abs().max()
     made = Codec.parse(layer.codec_text)
     assert choose("attend", made.format, SHAPE._replace(dtype=torch.float32), CPU).name == "torch"
+
+
+def test_a_stage_says_whether_it_depends_on_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that do: block keys, which are turned back to their block, and centred ones, whose mean turns with the token."""
+    placed = {name for name in SERVED if asks_positions(methods()[name].key, "k")}
+    assert placed == {"antkv", "centred", "centred-even", "cq", "klt", "klt-even", "kvquant", "rotatekv", "static"}
+    assert not any(asks_positions(methods()[name].value, "v") for name in SERVED)
+    monkeypatch.setattr(steps, "stages_in", lambda *a, **k: (Stage("rotate", lambda do, x, at: do.shifted(x, by=at.positions)),))
+    made = Codec(SideSpec(), replace(SIDE, clip=0.625))
+    assert asks_positions(made.value, "v") and attach._needs_positions(made)
+    asked_by.cache_clear()
 
 
 def test_what_a_kind_does_not_take_is_refused_where_it_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,10 +93,7 @@ def test_cache_factory_gets_rows_and_length(model, ids):
 def test_bits_are_the_bytes_held(model, ids):
     result = evaluate(model, None, ids, chunk=16, batch=2)
     config = model.config
-    assert (
-        result.cache_nbytes
-        == 2 * 2 * TOKENS * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    )
+    assert result.cache_nbytes == 2 * 2 * TOKENS * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert result.bits_per_element == 32
 
 

@@ -27,9 +27,7 @@ def ids():
 
 def test_result_as_json_and_tables(model, ids):
     result = evaluate(model, model, ids, model_name="tiny", method="kvsink rtn", text_name="noise")
-    result = dataclasses.replace(
-        result, passkey=PasskeyResult(3, 4), baseline_passkey=PasskeyResult(4, 4)
-    )
+    result = dataclasses.replace(result, passkey=PasskeyResult(3, 4), baseline_passkey=PasskeyResult(4, 4))
     record = json.loads(json.dumps(result.to_json()))
     assert record["passkey"]["fraction"] == 0.75
     for name in ("model", "text", "windows", "tokens", "chunk", "bits_per_element", "device", "dtype", "versions"):

@@ -13,10 +13,7 @@ from kvsink.evaluate.texts import builtin_text, detokenize_wikitext, evaluation_
     [
         (" = = = Life cycle = = = ", "=== Life cycle ==="),
         (" = Title = ", "= Title ="),
-        (
-            " a guest @-@ starring role in 1 @,@ 000 plays ( 0 @.@ 5 % ) . ",
-            "a guest-starring role in 1,000 plays (0.5 %).",
-        ),
+        (" a guest @-@ starring role in 1 @,@ 000 plays ( 0 @.@ 5 % ) . ", "a guest-starring role in 1,000 plays (0.5 %)."),
         (' He said : " no , never " ; so ? ', 'He said: "no, never"; so?'),
         (" It wasn 't the lobsters ' fault , Teddy 's neither ", "It wasn't the lobsters' fault, Teddy's neither"),
         (" sixteen ' fairly elderly ' residents ", "sixteen 'fairly elderly' residents"),

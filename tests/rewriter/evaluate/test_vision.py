@@ -11,14 +11,7 @@ import kvsink
 from kvsink.errors import EvaluationError
 from kvsink.evaluate.evaluation import dynamic_cache
 from kvsink.evaluate.imagetext import Prompt
-from kvsink.evaluate.vision import (
-    _logits,
-    _pieces,
-    attention_shares,
-    bits_by_modality,
-    evaluate_pictures,
-    remember,
-)
+from kvsink.evaluate.vision import _logits, _pieces, attention_shares, bits_by_modality, evaluate_pictures, remember
 from tests.close import SOFTMAX_IN_FLOAT32, largest_difference
 from tests.vision import FAMILIES, IMAGE, build, plain, prompt
 

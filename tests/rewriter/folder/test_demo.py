@@ -152,9 +152,7 @@ def test_two_at_once_convert_once(tiny, conversions, monkeypatch):
 
     monkeypatch.setattr(demo, "_build", slow)
     found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(resolve_model_dir("demo:tiny", progress=False))) for _ in range(3)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(resolve_model_dir("demo:tiny", progress=False))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

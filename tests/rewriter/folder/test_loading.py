@@ -34,9 +34,7 @@ def test_missing_weight(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"do not fit its config.json: they lack model.layers.1.self_attn.k_proj.weight"
-    ):
+    with pytest.raises(ModelError, match=r"do not fit its config.json: they lack model.layers.1.self_attn.k_proj.weight"):
         load_model(folder, "cpu")
 
 

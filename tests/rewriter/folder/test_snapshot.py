@@ -136,12 +136,19 @@ def test_without_the_import(folders: dict[str, Path], tmp_path: Path, trust: boo
     config["auto_map"] = {"AutoModelForCausalLM": "with_kvsink.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(folder), *["trust"] * trust], capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, "-c", PLAIN, str(folder), *["trust"] * trust],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
         env={
-            **os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "OMP_NUM_THREADS": "1",
             "TRANSFORMERS_VERBOSITY": "warning",
         },
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ("True KVSinkCache" if trust else "False DynamicCache")
     assert ("Unknown quantization type, got kvsink" in done.stderr) == (not trust)

@@ -139,10 +139,11 @@ def test_aot_eager_is_another_inner() -> None:
 @pytest.mark.parametrize(
     ("method", "dynamic"),
     [
-        ("rtn", None), ("klt", True),
+        ("rtn", None),
+        ("klt", True),
         *(pytest.param(m, d, marks=pytest.mark.slow) for m in ("klt", "kivi", "antkv") for d in (None, False)),
     ],
-)  # fmt: skip
+)
 def test_a_growing_cache_is_the_uncompiled_model(method: str, dynamic: bool | None) -> None:
     model = rewritten("llama", "sdpa", method)
     run = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"}, dynamic=dynamic)

@@ -52,11 +52,6 @@ def test_an_export_serves_other_sizes(family: str) -> None:
     ids = tokens(1, 7, seed=3)
     empty = [torch.empty(1, past.shape[1], 0, past.shape[3]) for past in gm.meta["kvsink_inputs"]["past"]]
     with torch.no_grad():
-        out = gm(
-            input_ids=ids,
-            attention_mask=torch.ones(1, 7, dtype=torch.long),
-            position_ids=torch.arange(7)[None],
-            past=empty,
-        )
+        out = gm(input_ids=ids, attention_mask=torch.ones(1, 7, dtype=torch.long), position_ids=torch.arange(7)[None], past=empty)
         wanted = model(ids).logits
     assert (out[0] - wanted).abs().max() <= SOFTMAX_IN_FLOAT32

@@ -13,9 +13,7 @@ def test_the_default_order_is_accepted() -> None:
     assert tuple(rewrite.name for rewrite in make_passes()) == DEFAULT
 
 
-@pytest.mark.parametrize(
-    "names", [("quantize", "center"), ("fuse", "preserve"), ("locate", "normalize"), ("reorder", "rotate")]
-)
+@pytest.mark.parametrize("names", [("quantize", "center"), ("fuse", "preserve"), ("locate", "normalize"), ("reorder", "rotate")])
 def test_a_wrong_order_is_refused(names: tuple[str, str]) -> None:
     with pytest.raises(KvsinkError, match=r"must come (after|before)"):
         make_passes(names)

@@ -63,9 +63,7 @@ def test_both_layers_are_found_whole(family: str, attention: str, cache: str, le
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3"])
 @pytest.mark.parametrize(("cache", "length"), PREFILLS)
-def test_a_prefill_is_found_in_an_empty_cache_and_past_its_window(
-    family: str, attention: str, cache: str, length: int
-) -> None:
+def test_a_prefill_is_found_in_an_empty_cache_and_past_its_window(family: str, attention: str, cache: str, length: int) -> None:
     for site in sites_of(stock_graph(family, attention, cache, length)):
         check_site(site, family, attention, cache, length)
 
@@ -87,9 +85,7 @@ def test_hidden_states_are_those_of_the_block(family: str) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     blocks = model.transformer.h if family == "gpt2" else model.model.layers
     hooks = [
-        block.register_forward_hook(
-            lambda _, args, out: seen.append((args[0], out[0] if isinstance(out, tuple) else out))
-        )
+        block.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0] if isinstance(out, tuple) else out)))
         for block in blocks
     ]
     with torch.no_grad():
@@ -132,9 +128,7 @@ def test_exported_graphs_hold_the_same_sites(family: str, attention: str) -> Non
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_cross_and_encoder_attention_are_left_alone(attention: str) -> None:
     found = find_sites(
-        capture(
-            build("bart", attention), {"input_ids": tokens(), "decoder_input_ids": tokens(length=3), "use_cache": False}
-        )
+        capture(build("bart", attention), {"input_ids": tokens(), "decoder_input_ids": tokens(length=3), "use_cache": False})
     )
     reasons = {each.path: each.reason for each in found if isinstance(each, Declined)}
     assert "vision or encoder" in reasons["model.encoder.layers.0.self_attn"]
@@ -164,9 +158,7 @@ def test_returned_weights_are_left_alone() -> None:
 
 def test_interleaved_rope_is_left_alone() -> None:
     found = find_sites(stock_graph("cohere", "sdpa", "dynamic", 5))
-    assert len(found) == 2 and all(
-        isinstance(each, Declined) and "RoPE of an unknown spelling" in each.reason for each in found
-    )
+    assert len(found) == 2 and all(isinstance(each, Declined) and "RoPE of an unknown spelling" in each.reason for each in found)
 
 
 def test_a_reason_names_its_module() -> None:

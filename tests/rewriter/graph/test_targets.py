@@ -35,9 +35,7 @@ def test_spellings(targets: tuple[object, ...], name: str) -> None:
     assert kind(x) == kind(3) == ""
 
 
-@pytest.mark.parametrize(
-    "target", [operator.iadd, operator.imul, operator.setitem, ATEN.add_.Tensor, ATEN.copy_.default]
-)
+@pytest.mark.parametrize("target", [operator.iadd, operator.imul, operator.setitem, ATEN.add_.Tensor, ATEN.copy_.default])
 def test_writes_are_not_pure(target: object) -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

@@ -34,9 +34,12 @@ def llava() -> Any:
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
     config = hf.LlavaConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**_DECODER), image_token_id=IMAGE, image_seq_length=4,
+        vision_config=vision,
+        text_config=hf.LlamaConfig(**_DECODER),
+        image_token_id=IMAGE,
+        image_seq_length=4,
         vision_feature_layer=-1,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = hf.LlavaForConditionalGeneration(config)
@@ -73,8 +76,11 @@ def test_images_take_four_levels_and_text_sixteen(salient: Any, chunks: tuple[in
         model(**given, past_key_values=whole)
         cache, at = KVSinkCache.for_model(model, 2, max_length=32), 0
         for n in chunks:
-            model(input_ids=given["input_ids"][:, at : at + n], past_key_values=cache,
-                  **({"pixel_values": given["pixel_values"]} if len(chunks) == 1 else {}))  # fmt: skip
+            model(
+                input_ids=given["input_ids"][:, at : at + n],
+                past_key_values=cache,
+                **({"pixel_values": given["pixel_values"]} if len(chunks) == 1 else {}),
+            )
             at += n
     layer = cache.packed_layers()[0]
     for row in range(2):
@@ -96,9 +102,10 @@ def test_the_two_kinds_are_the_two_quantizers() -> None:
     v = torch.randn(2, KV_HEADS, 9, HEAD_DIM, generator=g)
     visual = torch.rand(2, 9, generator=g) < 0.5
     sides = [
-        SideSpec(bits=4, kind="modal", visual_bits=2, visual_clip=0.8), SideSpec(bits=4, kind="uniform-int"),
+        SideSpec(bits=4, kind="modal", visual_bits=2, visual_clip=0.8),
+        SideSpec(bits=4, kind="uniform-int"),
         SideSpec(bits=2, kind="uniform-int", clip=0.8),
-    ]  # fmt: skip
+    ]
     codecs = [Codec(SideSpec(), side.resolved(KV_HEADS, HEAD_DIM)) for side in sides]
     modal, fine, coarse = (c.decode_values(*c.encode_values(v, {"visual": visual}), {}) for c in codecs)
     wanted = torch.where(visual[:, None, :, None], coarse, fine)

@@ -214,12 +214,20 @@ def test_a_copy_gives_its_own_weights_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("heads", [2, 4])
 def test_rotations_that_are_not_their_own_inverse(heads: int) -> None:
     """Head width 24: the core of order 12 is not symmetric; values have a bias and a mean, and 16 bits do not hide a wrong one."""
+
     def make() -> Any:
         torch.manual_seed(3)
         config = hf.Qwen2Config(
-            vocab_size=97, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS,
-            num_key_value_heads=heads, head_dim=24, max_position_embeddings=128, eos_token_id=None,
-        )  # fmt: skip
+            vocab_size=97,
+            hidden_size=HIDDEN,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=HEADS,
+            num_key_value_heads=heads,
+            head_dim=24,
+            max_position_embeddings=128,
+            eos_token_id=None,
+        )
         model = hf.Qwen2ForCausalLM(config)
         for weight in model.parameters():
             weight.data += 0.1 * torch.randn_like(weight)
@@ -298,5 +306,3 @@ def test_prefix_tuning_is_refused_wherever_it_meets_a_packed_cache(tmp_path: Pat
     kvsink.rewrite(model.get_base_model(), "klt", calibration=tokens(8, 64, seed=1))
     with pytest.raises(UnsupportedError, match=r"^PREFIX_TUNING hands the model"):
         model.generate(input_ids=ROW, **SETTINGS)
-
-

@@ -15,9 +15,7 @@ from tests.kernels.cuda.emulated import Emulated, act_as_on_a_gpu
 from tests.kernels.cuda.test_tiles import model_of
 
 
-def run(
-    model: Any, cache: KVSinkCache, ids: torch.Tensor, mask: torch.Tensor | None, pieces: tuple[int, ...]
-) -> torch.Tensor:
+def run(model: Any, cache: KVSinkCache, ids: torch.Tensor, mask: torch.Tensor | None, pieces: tuple[int, ...]) -> torch.Tensor:
     out, at = [], 0
     with torch.no_grad():
         for n in pieces:
@@ -42,9 +40,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_model_over_layers_that_attend_themselves_gives_the_logits_of_reading_back(
-    padded: bool, emulated: list[int]
-) -> None:
+def test_a_model_over_layers_that_attend_themselves_gives_the_logits_of_reading_back(padded: bool, emulated: list[int]) -> None:
     model = model_of(3).half()  # 4 bits: what is left between the two ways is 16-bit rounding
     try:
         ids = torch.randint(3, 97, (2, 52), generator=torch.Generator().manual_seed(8))

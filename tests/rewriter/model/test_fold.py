@@ -175,10 +175,12 @@ def test_quantized_weights_stay_and_the_rotation_runs_online(quantize: Any, meth
     [
         (as_modules, "v_proj is Int8Linear, not a plain Linear"),
         (as_weights, "the weight of v_proj is Codes, not plain floating point"),
-        (lambda a: setattr(a.o_proj, "weight", nn.Parameter(a.o_proj.weight.to(torch.int8), False)),
-         "the weight of o_proj is torch.int8, not plain floating point"),
+        (
+            lambda a: setattr(a.o_proj, "weight", nn.Parameter(a.o_proj.weight.to(torch.int8), False)),
+            "the weight of o_proj is torch.int8, not plain floating point",
+        ),
     ],
-)  # fmt: skip
+)
 def test_quantized_projections_are_not_folded(change: Any, words: str) -> None:
     attention = attentions(build("llama"))[0]
     change(attention)

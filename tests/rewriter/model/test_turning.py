@@ -74,10 +74,14 @@ def nothing(x: Tensor, position: int) -> tuple[Tensor, Any]:
 
 
 SPELLED = {
-    halves: Turning(DIM, "halves", "halves"), pairs: Turning(DIM, "pairs", "pairs"), once: Turning(DIM, "halves", "once"),
-    complex_pairs: Turning(DIM, "pairs", "once"), first_half: Turning(DIM // 2), last_half: Turning(DIM // 2, start=DIM // 2),
+    halves: Turning(DIM, "halves", "halves"),
+    pairs: Turning(DIM, "pairs", "pairs"),
+    once: Turning(DIM, "halves", "once"),
+    complex_pairs: Turning(DIM, "pairs", "once"),
+    first_half: Turning(DIM // 2),
+    last_half: Turning(DIM // 2, start=DIM // 2),
     nothing: NONE,
-}  # fmt: skip
+}
 
 
 def rows() -> Tensor:

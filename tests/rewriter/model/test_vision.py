@@ -83,8 +83,11 @@ def test_eight_bits_read_back_are_close_in_every_position_scheme(family: str, me
     assert float((got - wanted)[seen].norm() / wanted[seen].norm()) < 0.03  # 2^-8 of a range per number, two layers
 
 
-COMPILED = [pytest.param(f, m, marks=() if (f, m) in (("llava", "akvq-vl"), ("qwen2.5-vl", "klt")) else pytest.mark.slow)
-            for f in FAMILIES for m in ("klt", "akvq-vl")]  # fmt: skip
+COMPILED = [
+    pytest.param(f, m, marks=() if (f, m) in (("llava", "akvq-vl"), ("qwen2.5-vl", "klt")) else pytest.mark.slow)
+    for f in FAMILIES
+    for m in ("klt", "akvq-vl")
+]
 
 
 @pytest.mark.parametrize(("family", "method"), COMPILED)
@@ -110,8 +113,10 @@ def test_several_new_rows_in_three_axes_are_left_to_the_cache() -> None:
     run = torch.compile(inner, backend="kvsink", options={"kvsink.inner": "eager"})
     g = torch.Generator().manual_seed(0)
     axes = torch.tensor([[0, 1, 2, 2, 2, 2, 4, 5], [0, 1, 2, 2, 3, 3, 4, 5], [0, 1, 2, 3, 2, 3, 4, 5]])
-    steps = [(torch.randn(2, 8, 64, generator=g), axes[:, None].expand(3, 2, 8)),
-             (torch.randn(2, 1, 64, generator=g), torch.full((3, 2, 1), 6))]  # fmt: skip
+    steps = [
+        (torch.randn(2, 8, 64, generator=g), axes[:, None].expand(3, 2, 8)),
+        (torch.randn(2, 1, 64, generator=g), torch.full((3, 2, 1), 6)),
+    ]
     caches = [KVSinkCache.for_model(rewritten("qwen3-vl"), 2, 32) for _ in range(2)]
     reasons = []
     with torch.no_grad():

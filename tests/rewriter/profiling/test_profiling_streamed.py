@@ -22,8 +22,20 @@ from tests import planted
 from tests.planted import add_sinks, build, plant, windows
 
 CPU = torch.device("cpu")
-DENSE = ("llama", "llama-dynamic", "mistral-sliding", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "opt", "cohere",
-         "granite")  # fmt: skip
+DENSE = (
+    "llama",
+    "llama-dynamic",
+    "mistral-sliding",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "opt",
+    "cohere",
+    "granite",
+)
 
 
 def close(a: Any, b: Any, at: str = "") -> None:
