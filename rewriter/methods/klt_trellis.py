@@ -1,5 +1,7 @@
 """The keys of `klt` and centred, rotated values, both as trellis-coded levels: no codebooks, no 16-bit numbers beside a row.
 
+Below 1.5 bits, where a walk has one bit for every component and none to spare for the strong ones, codebooks are far better.
+
 Source     ours; see `klt` and kvsink.kernels.trellis
 Differs    no
 """
@@ -10,10 +12,12 @@ from kvsink.methods.registry import Method, Paper, register_method
 KLT_TRELLIS = register_method(
     Method(
         name="klt-trellis",
-        summary="block-KLT keys and rotated values in trellis-coded levels up to 4 bits, one byte of gain per row",
+        summary="block-KLT keys and rotated values in trellis-coded levels of 1.5 to 4 bits, one byte of gain per row",
         source=Paper("ours"),
         key=SideSpec(bits=2, domain="block", block=64, center=True, transform="klt", kind="trellis"),
         value=SideSpec(bits=2, center=True, transform="hadamard", kind="trellis"),
+        key_below=(1.5, SideSpec(bits=1, domain="block", block=64, center=True, transform="klt", kind="vector")),
+        value_below=(1.5, SideSpec(bits=1, center=True, transform="hadamard", kind="vector", weights="error")),
         key_above=(4, SideSpec(bits=8, domain="block", block=64, center=True, transform="klt", kind="lloyd", gain=True)),
         value_above=(4, SideSpec(bits=8, center=True, transform="hadamard", kind="gauss")),
         key_bits=2,

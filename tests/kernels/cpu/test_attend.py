@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kvsink
-from kvsink.codecs import Codec
+from kvsink.codecs import STATE_NAMES, Codec, SideSpec
 from kvsink.kernels import backends
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cpu import attend as attend_cpu
@@ -32,7 +32,7 @@ OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt-even", (("key_bits", 2.25), ("value_bits", 2))),
     ("centred-even", (("key_bits", 2), ("value_bits", 3))),
     ("klt", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
-    *((("klt-trellis"), (("key_bits", key), ("value_bits", value))) for key, value in ((2, 2), (1, 1), (1.5, 4), (3.5, 3))),
+    *((("klt-trellis"), (("key_bits", key), ("value_bits", value))) for key, value in ((2, 2), (1.5, 4), (3.5, 3))),
 )
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options)}" for name, options in OPTIONS]
 
@@ -53,6 +53,26 @@ def test_c_equals_the_definition(method: str, options: tuple, kind: str) -> None
         got = attend(asking(*rest, codec))
         assert got.shape == wanted.shape and got.dtype == wanted.dtype
         assert (got - wanted).abs().max() <= FUSED_FLOAT32 * v.abs().max()
+
+
+@pytest.mark.parametrize("widths", [(1,), (2, 3), (1, 1, 1), (2,) * 8, (4, 4, 3, 3, 2, 2, 1, 1, 1), (4, 3, 3, 2), (3,) * 16])
+def test_walks_of_any_length_equal_the_definition(widths: tuple[int, ...]) -> None:
+    """Rows of any bytes are walks; odd numbers of rows and of steps, and a width that the last run has alone."""
+    side, g = SideSpec(bits=2, kind="trellis", widths=widths), torch.Generator().manual_seed(len(widths))
+    codec, dim, rows = Codec(side, side), 8 * len(widths), 77
+    state = {n: torch.full(s, f, dtype=t) for n, (s, t, f) in codec.layout(2, 2, dim, dim, rows, torch.float32).items()}
+    for n in ("k_codes", "v_codes"):
+        state[n].random_(0, 256, generator=g)
+        state[n][..., -1] = torch.randint(112, 160, state[n].shape[:-1], generator=g)
+        state[n][0, 0, 5, -1] = 0
+    state["positions"] = torch.arange(rows, dtype=torch.int32).expand(2, -1).contiguous()
+    state["real"] = torch.ones(2, rows, dtype=torch.bool)
+    state["length"] = torch.tensor(rows - 1)
+    q, k, v = (torch.randn(2, h, 1, dim, generator=g) for h in (6, 2, 2))
+    params = [torch.rand(2, dim, generator=g) + 0.5 for _ in codec.param_names()]
+    rest = (q, k, v, [state[n] for n in STATE_NAMES], params, None, 0.05)
+    wanted, got = attend_ref(*rest, True, codec.text()), attend(asking(*rest, codec))
+    assert (got - wanted).abs().max() <= FUSED_FLOAT32 * wanted.abs().max()
 
 
 def test_large_logits_and_rows_that_see_nothing_stay_finite() -> None:
