@@ -54,4 +54,6 @@ def main(path: str, text_path: str, *methods: str, tokens: int = 1024, **options
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

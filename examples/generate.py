@@ -43,4 +43,6 @@ def main(path: str, prompt: str = "", new_tokens: int = 40, **options: Any) -> N
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     main(*sys.argv[1:3])

@@ -34,4 +34,6 @@ def main(path: str, out: str, method: str = "klt", **options: Any) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     main(*sys.argv[1:4])

@@ -24,4 +24,6 @@ def main(path: str, *prompts: str, new_tokens: int = 40) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     main(sys.argv[1], *(sys.argv[2:] or ["Attention sinks are"]))

@@ -33,4 +33,6 @@ def main(path: str, text_path: str, windows: int = 4, window_tokens: int = 256, 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     main(*sys.argv[1:3])

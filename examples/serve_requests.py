@@ -86,4 +86,6 @@ def main(path: str, *prompts: str, new_tokens: int = 30, most: int = 2) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
     main(sys.argv[1], *(sys.argv[2:] or ["Attention sinks are", "A cache of keys and values", "The first token"]))

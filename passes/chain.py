@@ -55,6 +55,9 @@ class Side:
     write_at: Node  # nodes of the way in go before this one
     read_at: Node  # nodes of the way out go before this one
     full: Node | None = None
+    placed: list[int] = field(
+        default_factory=list
+    )  # stages on the way in, by their place in the codec's list, as they were entered
 
 
 @dataclass
@@ -124,8 +127,9 @@ class Chain:
         self.entered.add(by)
         for side in self.sides:
             at = At(self.params, self.positions, self.cos, self.sin, side.spec.block)
-            for stage in stages_in(side.spec, side.prefix, self.roped_input) if side.spec.packed else ():
+            for place, stage in enumerate(stages_in(side.spec, side.prefix, self.roped_input) if side.spec.packed else ()):
                 if stage.by == by:
+                    side.placed.append(place)
                     side.x = stage.run(_Nodes(self, side.write_at), side.x, at)
 
     def leave(self, side: Side, x: Node, positions: Node) -> Node:
@@ -137,10 +141,19 @@ class Chain:
         return x
 
     @property
-    def missing(self) -> str:
-        """A pass whose stages the codec has and the graph has not, or nothing."""
-        wanted = [] if self.opaque else [by for side in self.sides for by in self.passes_of(side)]
-        return next((by for by in wanted if by not in self.entered), "")
+    def fault(self) -> str:
+        """Why what stands on the way in is not what the codec has: a stage is missing, or they came in another order."""
+        if self.opaque:
+            return ""
+        for by in (by for side in self.sides for by in self.passes_of(side)):
+            if by not in self.entered:
+                return f"its codec has stages of pass {by!r}, which did not run"
+        for side in self.sides:
+            if side.placed != sorted(side.placed):
+                return (
+                    f"its passes put the stages of {'keys' if side.prefix == 'k' else 'values'} in another order than its codec has"
+                )
+        return ""
 
 
 class _Nodes:

@@ -41,8 +41,8 @@ class Fuse(RewritePass):
 
     def check(self, site: AttentionSite, work: Work) -> Declined | None:
         chain = work.chain(site)
-        if chain is not None and chain.missing:
-            return site.declined(f"its codec has stages of pass {chain.missing!r}, which did not run")
+        if chain is not None and chain.fault:
+            return site.declined(chain.fault)
         if chain is None or not chain.preserved:
             return site.declined("it was not quantized")
         if not chain.packed:

@@ -41,8 +41,8 @@ class Quantize(RewritePass):
         chain = work.chain(site)
         if chain is None:
             return site.declined("no codec is attached")
-        if chain.missing:
-            return site.declined(f"its codec has stages of pass {chain.missing!r}, which did not run")
+        if chain.fault:
+            return site.declined(chain.fault)
         if not chain.packed and not chain.keys.spec.packed and not chain.values.spec.packed:
             return site.declined("its codec keeps keys and values in 16 bit")
         return None

@@ -29,6 +29,29 @@ def test_what_no_pass_put_in_is_not_fused(missing: str) -> None:
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)  # angles that nobody reads are no numbers
 
 
+def test_stages_in_another_order_than_the_codec_has_are_not_coded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rotatekv` reorders behind its rotation: a last stage of pass `rotate` would come before that in a graph alone."""
+    late = Stage("rotate", lambda do, x, at: do.add(x, x))
+    way_in, way_back = chain.stages_in, chain.stages_back
+    monkeypatch.setattr(chain, "stages_in", lambda *a, **k: (*way_in(*a, **k), late))
+    gm = packed_graph("llama", method="rotatekv", length=6)
+    before = run(gm)
+    report = run_passes(gm)
+    said = [record.reason for record in report.declined("quantize")]
+    assert said and set(said) == {"its passes put the stages of keys in another order than its codec has"}
+    assert not report.done("quantize") and not report.done("fuse")
+    monkeypatch.setattr(chain, "stages_in", way_in)
+    assert all(torch.equal(a, b) for a, b in zip(run(gm)[0], before[0], strict=True)) and way_back is chain.stages_back
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_a_stage_of_either_side_is_missed(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra, way_in = Stage("never", lambda do, x, at: x), chain.stages_in
+    monkeypatch.setattr(chain, "stages_in", lambda s, prefix, *a: (*way_in(s, prefix, *a), *([extra] if prefix == side else [])))
+    report = run_passes(packed_graph("llama", method="rtn", length=6))
+    assert {record.reason for record in report.declined("quantize")} == {"its codec has stages of pass 'never', which did not run"}
+
+
 def test_a_stage_more_in_the_list_stands_in_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels the other way round before the quantizer and back behind it: other codes where widths or levels differ, the same
     rows where they do not (`rtn` has one scale for a row), and two nodes a side more."""
