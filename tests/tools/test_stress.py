@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvsink.cache.layer import KVSinkLayer
-from kvsink.calibrate import calibration
+from kvsink.calibrate import record
 from kvsink.folder import sidecar
 from kvsink.tools.stress import files as files_module
 from kvsink.tools.stress.__main__ import main
@@ -139,7 +139,7 @@ def test_good_files_are_read(bench: Bench) -> None:
 
 
 def test_damage_without_checksums_would_go_unnoticed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sidecar, calibration):
+    for module in (sidecar, record):
         monkeypatch.setattr(module, "check_digest", lambda *args: None)
     wrong = [w for seed in range(300) if (w := bench.run(seed))]
     assert any("was taken" in w or "were taken" in w for w in wrong)
