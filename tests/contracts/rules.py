@@ -48,7 +48,8 @@ class File:
     imports: tuple[ast.Import | ast.ImportFrom, ...]  # that run, inside functions too
     lines: int
     state: dict[str, str]  # names of the module level that hold hidden state, and of which kind
-    marks: frozenset[str]  # attributes of ours that it sets
+    marks: frozenset[str]  # attributes of ours that it sets, and any on an argument that is a tensor
+    named: tuple[tuple[str, int], ...]  # modules that it imports by a text
 
 
 @cache
@@ -66,7 +67,8 @@ def read(text: str) -> File:
         tuple(n for n in running(module) if isinstance(n, (ast.Import, ast.ImportFrom))),
         len(text.splitlines()),
         state,
-        frozenset(n.attr for n in stored if n.attr.startswith("_kvsink")),
+        frozenset(n.attr for n in stored if n.attr.startswith("_kvsink")) | frozenset(_on_tensors(module)),
+        tuple(_by_text(module)),
     )
 
 
@@ -87,6 +89,7 @@ class Tree:
     def _imports(self, name: str) -> Iterator[tuple[str, int]]:
         """Modules of ours that a module imports, with the line; inside functions too, but not for types alone. The version that
         stands in the package's root is a text, not a module."""
+        yield from ((target, line) for target, line in self.files[name].named if target in self.paths and target != name)
         package = name if self.paths[name].name == "__init__.py" else name.rpartition(".")[0]
         for node in self.files[name].imports:
             if isinstance(node, ast.Import):
@@ -100,6 +103,33 @@ class Tree:
                     target = target.rpartition(".")[0]
                 if target and target != name:
                     yield target, node.lineno
+
+
+def _by_text(module: ast.Module) -> Iterator[tuple[str, int]]:
+    """Names given to `import_module`, as far as they stand there."""
+    for node in running(module):
+        called = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args
+        if called and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+            yield node.args[0].value, node.lineno
+
+
+_OF_TENSORS = {"data", "grad", "requires_grad"}  # torch's own
+
+
+def _on_tensors(module: ast.Module) -> Iterator[str]:
+    """Attributes that functions set on arguments said to be tensors."""
+    for function in ast.walk(module):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        tensors = {
+            a.arg for a in arguments if a.annotation is not None and ast.unparse(a.annotation) in ("Tensor", "Tensor | None")
+        }
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) in tensors:
+                yield from {node.attr} - _OF_TENSORS
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr" and ast.unparse(node.args[0]) in tensors:
+                yield ast.unparse(node.args[1]).strip("'")
 
 
 def running(tree: ast.AST) -> Iterator[ast.AST]:
@@ -169,6 +199,11 @@ def circles(tree: Tree) -> list[frozenset[str]]:
 def long_files(tree: Tree, reasons: Mapping[str, str], most: int = 350) -> list[str]:
     """Files above `most` lines that nobody gave a reason for, and reasons that are no longer needed."""
     long = {str(tree.paths[name]): file.lines for name, file in tree.files.items() if file.lines > most}
+    for path in (
+        p for folder in FOLDERS for end in ("c", "h", "cuh", "cpp") for p in sorted((tree.root / folder).rglob(f"*.{end}"))
+    ):
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        long |= {str(path.relative_to(tree.root)): count} if count > most else {}
     unsaid = {path: count for path, count in long.items() if path not in reasons}
     faults = [f"{path} has {count} lines, more than {most}: split it, or say why not" for path, count in unsaid.items()]
     return faults + [f"{path} needs no reason to be long" for path in reasons if path not in long]
@@ -181,6 +216,8 @@ def untested(tree: Tree, elsewhere: Mapping[str, tuple[str, str]]) -> list[str]:
     for name, path in tree.paths.items():
         mirrored = Path("tests", *path.parts[:-1], f"test_{path.stem}.py")
         if path.name == "__init__.py" or (tree.root / mirrored).is_file():
+            if path.name != "__init__.py" and "def test_" not in (tree.root / mirrored).read_text(encoding="utf-8"):
+                faults.append(f"{mirrored} holds no test")
             if str(path) in elsewhere:
                 faults.append(f"{path} has its test in the mirrored place")
             continue
@@ -217,8 +254,9 @@ def _bound(module: ast.Module) -> Iterator[tuple[str, ast.expr | None]]:
     for node in module.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Name):
-                    yield target.id, node.value
+                for name in target.elts if isinstance(target, ast.Tuple) else [target]:
+                    if isinstance(name, ast.Name):
+                        yield name.id, node.value
 
 
 def _changed(module: ast.Module) -> set[str]:
@@ -236,6 +274,8 @@ def _changed(module: ast.Module) -> set[str]:
                 held = node.value
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATORS:
                 held = node.func.value
+            while isinstance(held, ast.Subscript):  # an entry of a table is part of it
+                held = held.value
             if isinstance(held, ast.Name):
                 found |= {held.id} & known - arguments
     return found

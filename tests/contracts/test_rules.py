@@ -18,20 +18,27 @@ Break = tuple[str, str, Faults, str]  # file, what is added to it, the rule, wha
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("house")
     for folder in (*rules.FOLDERS, "tests"):
-        shutil.copytree(test_house.ROOT / folder, root / folder, ignore=_but_python)
+        shutil.copytree(test_house.ROOT / folder, root / folder, ignore=_but_sources)
     return root
 
 
-def _but_python(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if not n.endswith(".py") and not Path(folder, n).is_dir()]
+SOURCES = ".py", ".c", ".h", ".cuh", ".cpp"
+
+
+def _but_sources(folder: str, names: list[str]) -> list[str]:
+    return [n for n in names if not n.endswith(SOURCES) and not Path(folder, n).is_dir()]
+
+
+def _sources(root: Path) -> list[Path]:
+    return [p for p in root.rglob("*") if p.suffix in SOURCES]
 
 
 @pytest.fixture
 def house(copy: Path) -> Iterator[Path]:
     """The copy; what a test has added to it is gone afterwards."""
-    before = {p: p.read_bytes() for p in copy.rglob("*.py")}
+    before = {p: p.read_bytes() for p in _sources(copy)}
     yield copy
-    for path in copy.rglob("*.py"):
+    for path in _sources(copy):
         if path not in before:
             path.unlink()
     for path, held in before.items():
@@ -98,6 +105,31 @@ BREAKS: dict[str, Break] = {
         "kvsink.model.tables kvsink.model.turning",
     ),
     "a long file": ("kernels/rope.py", "#\n" * 350, long_files, "kernels/rope.py has"),
+    "a long file that is not Python": ("kernels/cuda/arch.cuh", "//\n" * 350, long_files, "kernels/cuda/arch.cuh has"),
+    "one by a text": (
+        "rewriter/codecs/spec.py",
+        "import importlib\ndef late():\n    return importlib.import_module('kvsink.model.anatomy')\n",
+        rules.layering,
+        "imports kvsink.model.anatomy, which does not stand below codecs",
+    ),
+    "an entry of a table that changes": (
+        "kernels/rope.py",
+        "_all, _seen = {}, {'a': []}\ndef note(x):\n    _seen['a'].append(x)\n",
+        state,
+        "kernels/rope.py:_seen is changed by functions",
+    ),
+    "any attribute on a tensor": (
+        "rewriter/cache/layer.py",
+        "def mark(keys: Tensor):\n    keys.origin_of_rows = 1\n",
+        marks,
+        "rewriter/cache/layer.py:origin_of_rows is set on an object that is not ours",
+    ),
+    "one set by its name": (
+        "rewriter/cache/layer.py",
+        "def mark(keys: Tensor):\n    setattr(keys, 'place', 1)\n",
+        marks,
+        "rewriter/cache/layer.py:place is set on an object that is not ours",
+    ),
     "a module without a test": (
         "rewriter/model/extra.py",
         '"""Something that nobody tests."""\n',
@@ -134,6 +166,12 @@ def test_a_broken_rule_is_noticed(house: Path, what: str) -> None:
     assert said in fault
     if before is None:
         path.unlink()
+
+
+def test_a_mirrored_file_without_a_test_is_noticed(house: Path) -> None:
+    (house / "rewriter/model/extra.py").write_text('"""Something that nobody tests."""\n', encoding="utf-8")
+    (house / "tests/rewriter/model/test_extra.py").write_text('"""Nothing yet."""\n', encoding="utf-8")
+    assert untested(rules.Tree(house)) == ["tests/rewriter/model/test_extra.py holds no test"]
 
 
 def test_what_is_allowed_is_not_a_fault(house: Path) -> None:
