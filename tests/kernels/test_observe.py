@@ -81,6 +81,15 @@ def test_it_is_the_sum_over_queries(way: str, score: str, padding: int) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
+def test_padding_behind_a_sequence_gives_nothing(way: str, score: str) -> None:
+    """Padded queries on the right see the whole sequence, unlike those on the left, and count for nothing all the same."""
+    x = inputs(13)
+    x["valid"][0, 10:] = False
+    wanted = by_hand(x, score)
+    assert largest_difference(run(x, score), wanted) <= FUSED_FLOAT32 * float(wanted.max())
+
+
+@pytest.mark.parametrize("score", SCORES)
 def test_without_a_mask_queries_look_back(way: str, score: str) -> None:
     x = inputs(13)
     assert largest_difference(run(x, score, causal=True), run(x, score)) <= FUSED_FLOAT32 * 13 * HQ

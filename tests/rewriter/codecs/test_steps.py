@@ -107,6 +107,7 @@ def test_nobody_but_the_definition_takes_a_new_field() -> None:
     wide = Wider(bits=4, kind="uniform", widths=(4,) * 16)
     assert Codec(wide, SIDE).format is Codec(SIDE, SIDE).format
     every_kernel_says("flip", Codec(replace(wide, flip=True), SIDE))
+    assert "'flip' of values has no node" in codec_refusal(Codec(SIDE, replace(wide, flip=True)))
 
 
 def test_nobody_but_the_definition_takes_a_new_word(monkeypatch: pytest.MonkeyPatch) -> None:
