@@ -115,21 +115,21 @@ def pass_named(name: str) -> type[RewritePass]:
 # ---------------------------------------------------------------- editing
 
 
-def insert_op(anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """Insert one call before `anchor`, with its fake value and the module path of `anchor`. A str is a method."""
+def insert_op(before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    """Insert one call before a node, with its fake value and the module path of that node. A str is a method."""
     op = "call_method" if isinstance(target, str) else "call_function"
-    with anchor.graph.inserting_before(anchor):
-        node = anchor.graph.create_node(op, target, args, kwargs)
-    if "nn_module_stack" in anchor.meta:
-        node.meta["nn_module_stack"] = anchor.meta["nn_module_stack"]
+    with before.graph.inserting_before(before):
+        node = before.graph.create_node(op, target, args, kwargs)
+    if "nn_module_stack" in before.meta:
+        node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
     fake_args, fake_kwargs = fx.node.map_arg(args, value), fx.node.map_arg(kwargs, value)
     call = getattr(torch.Tensor, target) if isinstance(target, str) else target
-    with _fake_mode(anchor.graph), torch.no_grad():
-        node.meta[_value_key(anchor)] = call(*fake_args, **fake_kwargs)
+    with _fake_mode(before.graph), torch.no_grad():
+        node.meta[_value_key(before)] = call(*fake_args, **fake_kwargs)
     return node
 
 
-def insert_tensor(anchor: Node, gm: fx.GraphModule, name: str, tensor: Tensor) -> Node:
+def insert_tensor(before: Node, gm: fx.GraphModule, name: str, tensor: Tensor) -> Node:
     """A constant of the graph: `tensor` becomes a buffer of `gm` and one node that reads it, shared by name."""
     name = name.replace(".", "_")
     if not hasattr(gm, name):
@@ -137,15 +137,15 @@ def insert_tensor(anchor: Node, gm: fx.GraphModule, name: str, tensor: Tensor) -
         first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
         with gm.graph.inserting_before(first):
             node = gm.graph.get_attr(name)
-        node.meta[_value_key(anchor)] = _fake_mode(gm.graph).from_tensor(tensor, static_shapes=True)
+        node.meta[_value_key(before)] = _fake_mode(gm.graph).from_tensor(tensor, static_shapes=True)
         return node
     return next(node for node in gm.graph.find_nodes(op="get_attr") if node.target == name)
 
 
-def size_of(anchor: Node, node: Node, axis: int) -> Any:
+def size_of(before: Node, node: Node, axis: int) -> Any:
     """A size as an argument: the number itself, or a node when it is symbolic."""
     size = value(node).shape[axis]
-    return size if isinstance(size, int) else insert_op(anchor, "size", node, axis)
+    return size if isinstance(size, int) else insert_op(before, "size", node, axis)
 
 
 def erase_orphans(graph: fx.Graph, nodes: Iterable[Node]) -> None:
@@ -165,8 +165,8 @@ def erase_orphans(graph: fx.Graph, nodes: Iterable[Node]) -> None:
         todo.extend(inputs)
 
 
-def _value_key(anchor: Node) -> str:
-    near = [anchor, *anchor.all_input_nodes]
+def _value_key(before: Node) -> str:
+    near = [before, *before.all_input_nodes]
     return (
         "val"
         if any("val" in node.meta for node in near) and not any("example_value" in node.meta for node in near)

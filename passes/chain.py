@@ -100,15 +100,15 @@ class Chain:
         spec = self.codec.key
         return self.codec.tiles or not (spec.packed and (spec.domain == "block" or spec.center))
 
-    def put(self, anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def put(self, before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         """`insert_op`, remembered as this chain's own."""
-        node = insert_op(anchor, target, *args, **kwargs)
+        node = insert_op(before, target, *args, **kwargs)
         self.inserted.append(node)
         return node
 
-    def size(self, anchor: Node, node: Node, axis: int) -> Any:
+    def size(self, before: Node, node: Node, axis: int) -> Any:
         """A size as an argument: the number itself, or a node of this chain when it is symbolic."""
-        size = size_of(anchor, node, axis)
+        size = size_of(before, node, axis)
         if isinstance(size, Node):
             self.inserted.append(size)
         return size
@@ -157,37 +157,37 @@ class Chain:
 
 
 class _Nodes:
-    """The functions of `kvsink.kernels.stages` as nodes before an anchor."""
+    """The functions of `kvsink.kernels.stages` as nodes before a given one."""
 
-    def __init__(self, chain: Chain, anchor: Node) -> None:
-        self._chain, self._anchor = chain, anchor
+    def __init__(self, chain: Chain, before: Node) -> None:
+        self._chain, self._before = chain, before
 
     def __getattr__(self, name: str) -> Callable[..., Node]:
-        return partial(self._chain.put, self._anchor, getattr(stages, name))
+        return partial(self._chain.put, self._before, getattr(stages, name))
 
     def add(self, x: Node, rows: Node) -> Node:
-        return self._chain.put(self._anchor, torch.add, x, rows)
+        return self._chain.put(self._before, torch.add, x, rows)
 
     def row_of(self, mean: Node) -> Node:
-        return self._chain.put(self._anchor, "unsqueeze", mean, 1)
+        return self._chain.put(self._before, "unsqueeze", mean, 1)
 
     def negated(self, angles: Node) -> Node:
-        return self._chain.put(self._anchor, torch.neg, angles)
+        return self._chain.put(self._before, torch.neg, angles)
 
     def hadamard_heads(self, x: Node, order: int, heads_per_group: int = 1, inverse: bool = False) -> Node:
         """`kvsink.hadamard` over one head, or over neighbouring heads laid side by side."""
 
         def rotated(rows: Node) -> Node:
-            return self._chain.put(self._anchor, torch.ops.kvsink.hadamard.default, rows, order, inverse)
+            return self._chain.put(self._before, torch.ops.kvsink.hadamard.default, rows, order, inverse)
 
         return rotated(x) if heads_per_group == 1 else self._across(x, rotated)
 
     def reorder_heads(self, x: Node, permutation: Node) -> Node:
-        return self._across(x, lambda flat: self._chain.put(self._anchor, torch.index_select, flat, -1, permutation))
+        return self._across(x, lambda flat: self._chain.put(self._before, torch.index_select, flat, -1, permutation))
 
     def _across(self, x: Node, step: Callable[[Node], Node]) -> Node:
         """Apply `step` to [B, S, H·D] and shape the result back to [B, H, S, D]."""
-        put, at, heads, dim = self._chain.put, self._anchor, value(x).shape[1], value(x).shape[3]
+        put, at, heads, dim = self._chain.put, self._before, value(x).shape[1], value(x).shape[3]
         flat = put(at, torch.flatten, put(at, torch.transpose, x, 1, 2), 2)
         split = put(at, "unflatten", step(flat), 2, (heads, dim))
         return put(at, torch.transpose, split, 1, 2)
