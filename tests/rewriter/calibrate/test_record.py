@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import kvsink
 from kvsink.calibrate.calibration import calibrate
 from kvsink.calibrate.record import Calibration
 from kvsink.errors import CalibrationError
-from tests.models import LAYERS, build, tokens
-
-FLOAT32_SUMS = 1e-5
-"""Sums of products taken in float32 and added in float64, relative to the largest."""
-PLANTED, CHANNEL = 5, 7
-"""A token whose embedding carries a massive activation, and its channel."""
-
-BLOCKS = {0: (64,), 1: (64, 1)}
-NOTHING = [()] * LAYERS
-
-
-def planted(size: float) -> Any:
-    model = build("llama")
-    model.model.embed_tokens.weight[PLANTED, CHANNEL] = size
-    return model
-
-
-def ending_in_the_planted_token(windows: int = 6, length: int = 40) -> Tensor:
-    ids = tokens(windows, length, seed=3)
-    ids[ids == PLANTED] = PLANTED + 1
-    ids[:, -1] = PLANTED
-    return ids
-
-
-def sums(record: Calibration) -> list[Tensor]:
-    stats = [*(s for _, s in sorted(record.keys.items())), *(s for _, s in sorted(record.values.items()))]
-    return [getattr(s, name) for s in stats for name in vars(s)]
-
-
-def relative(one: Tensor, two: Tensor) -> float:
-    return float((one - two).abs().max() / two.abs().max())
-
-
-@pytest.fixture(scope="module")
-def record() -> Calibration:
-    return calibrate(build("llama"), tokens(8, 64, seed=1), NOTHING, BLOCKS)
+from tests.models import build, tokens
+from tests.rewriter.calibrate.recorded import BLOCKS, FLOAT32_SUMS, NOTHING, ending_in_the_planted_token, planted, relative, sums
 
 
 @pytest.mark.parametrize("batch", [1, 3])
