@@ -19,7 +19,7 @@ from kvsink.calibrate import record
 from kvsink.folder import sidecar
 from kvsink.tools.stress import files as files_module
 from kvsink.tools.stress.__main__ import main
-from kvsink.tools.stress.endurance import generate_long, reuse
+from kvsink.tools.stress.endurance import generate_long
 from kvsink.tools.stress.files import KINDS, Bench
 from kvsink.tools.stress.kills import Yard
 from kvsink.tools.stress.operations import CASES, Case, Twin, run_sequence
@@ -198,18 +198,26 @@ def test_a_drift_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bytes are held" in str(generate_long(20, "rtn"))
 
 
-def test_reuse_does_not_grow() -> None:
-    """In a process of its own: beside some thousand other tests, what those leave behind moves as well."""
-    program = "from kvsink.tools.stress.endurance import reuse; print(reuse(120, 'klt').wrong())"
+def reuse_alone(rounds: int, method: str, before: str = "") -> str:
+    """What `reuse` finds wrong in a process of its own: beside some thousand other tests, what those leave behind moves as well."""
+    program = f"from kvsink.tools.stress.endurance import reuse\n{before}\nprint(reuse({rounds}, {method!r}).wrong())"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "None", done.stdout + done.stderr
+    return done.stdout.strip() or done.stderr
 
 
-def test_growth_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[Any] = []
-    reset = KVSinkLayer.reset
-    monkeypatch.setattr(KVSinkLayer, "reset", lambda self: (kept.append([torch.zeros(1)]), reset(self)))
-    assert "objects more" in str(reuse(150, "rtn").wrong())
+def test_reuse_does_not_grow() -> None:
+    assert reuse_alone(120, "klt") == "None"
+
+
+KEEPING = """
+from kvsink.cache.layer import KVSinkLayer
+kept, reset = [], KVSinkLayer.reset
+KVSinkLayer.reset = lambda self: (kept.append([object()]), reset(self))
+"""
+
+
+def test_growth_is_noticed() -> None:
+    assert "objects more" in reuse_alone(150, "rtn", KEEPING)
 
 
 @pytest.mark.slow
