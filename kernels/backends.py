@@ -362,7 +362,11 @@ def table() -> tuple[Backend, ...]:
             Part(append_attend.declines_beside, append_attend.side_by_side),
         ),
         Backend("triton", Part(triton_append.declines, triton_append.append), Part(triton_attend.declines, triton_attend.attend)),
-        Backend("cpu (C)", Part(cpu_append.declines, cpu_append.append), Part(cpu_attend.declines, cpu_attend.attend)),
+        Backend(
+            "cpu (C)",
+            Part(cpu_append.declines, cpu_append.append, ("metric", "unbiased")),
+            Part(cpu_attend.declines, cpu_attend.attend, ("metric", "unbiased")),
+        ),
         Backend("torch", Part(_nobody, append_plain, None), Part(_nobody, attend_plain, None)),
         Backend("append, then attend", step=Part(_nobody, append_attend.in_turn, None)),
     )

@@ -90,7 +90,7 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def unproject(x: Tensor, basis: Tensor) -> Tensor:
-    """x U^T: the inverse of `project`."""
+    """x U^T: the inverse of `project` where U is orthogonal; else U is the transposed inverse of what `project` was given."""
     return x @ basis.mT.to(x.dtype)
 
 

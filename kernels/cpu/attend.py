@@ -164,10 +164,11 @@ class _AttendPlan(Plan):
             side.couple, side.code_bits, side.book = spec.couple, spec.code_bits, self.pointer(book)
             side.book_h = book[0].numel() * (book.shape[0] > 1)
         if spec.kind in SIGMA_KINDS:
-            side.sigma = self.pointer(p[f"{prefix}_sigma"])
+            side.sigma = self.pointer(p.get(f"{prefix}_unsigma", p[f"{prefix}_sigma"]))
         side.walk = spec.kind == "trellis"
         if spec.transform == "klt":
-            side.basis, side.basis_h = self.pointer(p[f"{prefix}_basis"]), dim * dim
+            basis = p.get(f"{prefix}_unbasis", p[f"{prefix}_basis"])  # to read, the one that brings rows back
+            side.basis, side.basis_h = self.pointer(basis), dim * dim
         elif spec.transform == "hadamard" and not spec.folded:
             side.basis = self.pointer(torch.block_diag(*[hadamard_matrix(spec.order, torch.float32)] * (dim // spec.order)))
         return side

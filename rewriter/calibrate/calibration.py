@@ -21,12 +21,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 from kvsink.cache.hybrid import states_of
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.samples import Collector, frozen, watched
-from kvsink.calibrate.statistics import KeyStats, SampleNeed, ValueStats
+from kvsink.calibrate.statistics import KeyStats, QueryStats, SampleNeed, ValueStats
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.codecs.protect import Policy, SinkStage, segments_for_layer
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
 from kvsink.model.anatomy import Anatomy
+from kvsink.model.attention import NOTES, install_attention
 from kvsink.model.candidates import order_candidates
 from kvsink.model.decoder import Decoder
 from kvsink.model.frame import Frame
@@ -34,6 +35,8 @@ from kvsink.model.runtime import Runtime
 from kvsink.model.tables import LayerPlan
 
 __all__ = ["calibrate", "find_stages", "gather"]
+
+_EVERY, _MOST = 8, 128  # queries of a window that are looked at
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,7 +93,7 @@ class _Recording(DynamicLayer):
         if collector is not None:
             key_states, value_states = collector.track(self.layer, key_states, value_states)
         with torch.no_grad():
-            self.owner.record(self.layer, key_states.detach(), value_states.detach())
+            self.owner.record(self.layer, key_states, value_states.detach())
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -117,7 +120,8 @@ class _RecordingCache(Cache):
         self.frame: Frame | None = None
         self.shared = self  # where the hooks put the frame, as in a KVSinkCache
 
-    def record(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def record(self, layer: int, given: Tensor, v: Tensor) -> None:
+        k = given.detach()
         frame = self.frame or Frame()
         b, _, s, _ = k.shape
         positions = frame.positions
@@ -141,7 +145,8 @@ class _RecordingCache(Cache):
             keep &= ~exact
         if frame.valid is not None:
             keep &= frame.valid
-        keys = unrope(k.float(), cos[:, None].float(), sin[:, None].float())
+        cos, sin = cos[:, None].float(), sin[:, None].float()
+        keys = unrope(k.float(), cos, sin)
         for block in self.blocks[layer]:
             offset_cos, offset_sin = self.runtime.offset_angles(layer, block, k.device)
             self.into.keys[layer, block].add(keys, positions.expand(b, s), keep, offset_cos, offset_sin)
@@ -149,12 +154,46 @@ class _RecordingCache(Cache):
         if self.collector is not None:
             back = partial(_back, order=order, cos=cos, sin=sin)
             self.collector.draw(layer, keys, v, positions.expand(b, s), keep, back)
+        if self.blocks[layer]:
+            seen = partial(_see_queries, self.into.queries[layer], k, keep, frame.valid, order=order, cos=cos, sin=sin)
+            NOTES.leave(given, seen)
 
 
 def _back(gradient: Tensor, order: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of keys [B, H, S, D] as that of the keys before RoPE: turned by the transpose, scaling included."""
     rows = gradient if order is None else gradient.index_select(-1, order[0])
-    return rope(rows, cos[:, None].float(), -sin[:, None].float())
+    return rope(rows, cos, -sin)
+
+
+@torch.no_grad()
+def _see_queries(
+    into: QueryStats,
+    k: Tensor,
+    coded: Tensor,
+    valid: Tensor | None,
+    module: nn.Module,
+    q: Tensor,
+    v: Tensor,
+    order: tuple[Tensor, Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+) -> None:
+    """Attention of a layer is about to run: its queries [B, Hq, S, D] over the keys k just recorded, after RoPE both, of which
+    coded [B, S] are not kept exact and valid [B, S] are no padding. Of every eighth query, `_MOST` at the most."""
+    if q.shape[2] != k.shape[2]:
+        return  # a prompt that is cut in pieces: the keys before these rows are not at hand
+    at = torch.arange(0, q.shape[2], max(_EVERY, -(-q.shape[2] // _MOST)), device=q.device)
+    rows = (q if order is None else q.index_select(-1, order[0])).index_select(2, at).float()
+    hidden = torch.arange(q.shape[2], device=q.device) > at[:, None]
+    hidden = hidden if valid is None else hidden | ~valid[:, None, None]
+    scale = getattr(module, "scaling", None) or q.shape[-1] ** -0.5
+    weights = []
+    for head, queries in enumerate(rows.unflatten(1, (k.shape[1], -1)).unbind(1)):  # [B, G, n, D]
+        logits = scale * queries @ k[:, head, None].float().mT
+        mass = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+        weights.append((mass * coded[:, None, None]).sum(-1))
+    turn = [t if t.shape[-2] == 1 else t.index_select(-2, at) for t in (cos, sin)]
+    into.add(unrope(rows, *turn), torch.cat(weights, 1))
 
 
 def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -277,10 +316,13 @@ def gather(
     for layer, lengths in blocks.items():
         _, kv, key_dim, value_dim = where.layers[layer]
         out.values[layer] = ValueStats.empty(kv, value_dim)
+        if lengths:
+            out.queries[layer] = QueryStats.empty(kv, key_dim)
         for block in lengths:
             out.keys[layer, block] = KeyStats.empty(block, kv, key_dim)
     if not blocks:
         return out
+    install_attention()
     plans = tuple(LayerPlan(None, segments_for_layer(policies[i], i, stages) if i in blocks else ()) for i in range(n))
     runtime = decoder.carrying(plans, {}, stages, "calibration")
     collector = Collector(wanted, len(prompts)) if wanted else None
@@ -315,7 +357,7 @@ def gather(
                 f"layer {layer}: {rows} rows are left to calibrate on beside those that are kept exact, fewer than {least}; give "
                 "more calibration tokens, or protect fewer rows"
             )
-    every: list[tuple[object, KeyStats | ValueStats]] = [*out.keys.items(), *out.values.items()]
+    every: list[tuple[object, KeyStats | QueryStats | ValueStats]] = [*out.keys.items(), *out.queries.items(), *out.values.items()]
     for name, stats in every:
         if not torch.isfinite(stats.second).all():
             raise CalibrationError(f"statistics of layer {name} are not finite; check the weights or calibrate in float32")

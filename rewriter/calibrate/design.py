@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvsink.calibrate.codebooks import Turn, learn
+from kvsink.calibrate.metric import basis_of_attention, turned_moment
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import SampleNeed
 from kvsink.codecs import SideSpec
@@ -138,6 +139,15 @@ def deviations(variance: Tensor) -> Tensor:
     return torch.maximum(sigma, 2.0**-10 * sigma.amax(-1, keepdim=True)).clamp_min(1e-6).float()
 
 
+def sigmas(prefix: str, spec: SideSpec, variance: Tensor) -> dict[str, Tensor]:
+    """sigma [H, D], and what levels are read with where their error is not to depend on the number."""
+    out = {f"{prefix}_sigma": deviations(variance)}
+    if spec.unbiased:
+        kept = [1.0 - QUANTIZERS[spec.kind].distortion(w) for w in spec.widths for _ in range(8)]
+        out[f"{prefix}_unsigma"] = out[f"{prefix}_sigma"] / torch.tensor(kept)
+    return out
+
+
 def _need(found: object, layer: int, what: str) -> None:
     if found is None:
         raise CalibrationError(f"layer {layer} has no {what} statistics in this record; calibrate with this method again")
@@ -173,10 +183,17 @@ def design_key(
     if spec.transform == "klt":
         if spec.domain != "block":
             raise UnsupportedError("klt keys are in the block domain; set domain='block' with a block length")
-        values, vectors = eigenbasis(covariance, spec)
-        tables["k_basis"] = vectors.float().contiguous()
+        if spec.metric == "attention":
+            queries = record.queries.get(layer)
+            _need(queries, layer, "query")
+            assert queries is not None
+            moment = turned_moment(queries.moment(), cos.shape[-1])
+            variance, basis, back = basis_of_attention(covariance, moment)
+            tables["k_unbasis"] = back.float().contiguous()
+        else:
+            variance, basis = eigenbasis(covariance, spec)
+        tables["k_basis"] = basis.float().contiguous()
         tables["k_mean2"] = mu2.float()
-        variance = values
     else:
         variance = rotated_variance(covariance, spec)
     if spec.center:
@@ -191,7 +208,7 @@ def design_key(
         tables["k_perm"], tables["k_unperm"] = order, order.argsort()
     if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
-        tables["k_sigma"] = deviations(variance)
+        tables.update(sigmas("k", spec, variance))
     if QUANTIZERS[spec.kind].learns(spec):
         if spec.domain != "block" and spec.kind != "static":
             raise UnsupportedError(f"{spec.kind} keys are in the block domain; set domain='block' with a block length")
@@ -219,7 +236,7 @@ def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calib
         variance = rotated_variance(covariance, spec)
     if spec.kind in SIGMA_KINDS:
         spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
-        tables["v_sigma"] = deviations(variance)
+        tables.update(sigmas("v", spec, variance))
     if QUANTIZERS[spec.kind].learns(spec):
         tables.update(learn("v", spec, layer, record, tables, device))
     return Design(spec, tables)

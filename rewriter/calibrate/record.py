@@ -1,4 +1,4 @@
-"""What a calibration run leaves, in memory and as one file: emergence stages, key and value statistics, a fingerprint.
+"""What a calibration run leaves, in memory and as one file: emergence stages, statistics, a fingerprint.
 
 Source     ours
 Raises     CalibrationError for a damaged record, or one of another model or version
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvsink.calibrate.statistics import KeyStats, Samples, ValueStats
+from kvsink.calibrate.statistics import KeyStats, QueryStats, Samples, ValueStats
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError
 from kvsink.model.digest import DIGEST, check_digest, digest
@@ -38,6 +38,7 @@ class Calibration:
     largest: list[float] = field(default_factory=list)  # largest |H| per block output
     medians: list[float] = field(default_factory=list)
     samples: dict[int, Samples] = field(default_factory=dict)  # layer → rows, where a quantizer learns from them
+    queries: dict[int, QueryStats] = field(default_factory=dict)  # of no rows where attention does not show them
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; tensors by name, the rest as JSON in its header."""
@@ -48,6 +49,9 @@ class Calibration:
         for layer, v in self.values.items():
             for name in ("count", "total", "second"):
                 tensors[f"values.{layer}.{name}"] = getattr(v, name).contiguous()
+        for layer, q in self.queries.items():
+            for name in ("count", "second"):
+                tensors[f"queries.{layer}.{name}"] = getattr(q, name).contiguous()
         for layer, rows in self.samples.items():
             for name, tensor in rows.tensors().items():
                 tensors[f"samples.{layer}.{name}"] = tensor.contiguous()
@@ -65,7 +69,7 @@ class Calibration:
         """Add another shard of the same model, made for the same needs. Raises CalibrationError when it is not."""
         if not same_model(self.fingerprint, other.fingerprint):
             raise CalibrationError("the two calibration records are of different weights; merge shards of one model only")
-        for what in ("keys", "values", "samples"):
+        for what in ("keys", "values", "queries", "samples"):
             mine, others = getattr(self, what), getattr(other, what)
             if set(mine) != set(others):
                 raise CalibrationError(
@@ -75,6 +79,8 @@ class Calibration:
             k.merge(other.keys[at])
         for layer, v in self.values.items():
             v.merge(other.values[layer])
+        for layer, q in self.queries.items():
+            q.merge(other.queries[layer])
         for layer, rows in self.samples.items():
             self.samples[layer] = rows.merge(other.samples[layer])
         self.tokens += other.tokens
@@ -94,6 +100,7 @@ class Calibration:
                 )
             keys: dict[tuple[int, int], dict[str, Tensor]] = {}
             values: dict[int, dict[str, Tensor]] = {}
+            queries: dict[int, dict[str, Tensor]] = {}
             samples: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 parts = name.split(".")
@@ -101,6 +108,8 @@ class Calibration:
                     keys.setdefault((int(parts[1]), int(parts[2])), {})[parts[3]] = tensor
                 elif parts[0] == "values":
                     values.setdefault(int(parts[1]), {})[parts[2]] = tensor
+                elif parts[0] == "queries":
+                    queries.setdefault(int(parts[1]), {})[parts[2]] = tensor
                 elif parts[0] == "samples":
                     samples.setdefault(int(parts[1]), {})[parts[2]] = tensor
             record = cls(
@@ -114,6 +123,7 @@ class Calibration:
                 largest=json.loads(meta["largest"]),
                 medians=json.loads(meta["medians"]),
                 samples={at: Samples(**rows) for at, rows in samples.items()},
+                queries={at: QueryStats(**q) for at, q in queries.items()},
             )
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError) as error:
             raise CalibrationError(f"calibration record {path} cannot be read ({error}); calibrate again") from error

@@ -27,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvsink.calibrate.statistics import SAMPLE_ROWS, SampleNeed, Samples
 from kvsink.errors import CalibrationError
+from kvsink.model.attention import NOTES
 from kvsink.model.decoder import Decoder
 
 __all__ = ["Collector", "error_factors", "frozen", "watched"]
@@ -220,6 +221,8 @@ def _watching(
     """Attention by `scaled_dot_product_attention`, shown to the module's watcher first."""
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise CalibrationError(f"attention with {odd[0]} cannot be weighed by its error; use a method with other weights")
+    if (note := NOTES.found(key)) is not None:
+        note(module, query, value)
     see = module.__dict__.get("_kvsink_watch")
     if see is not None:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5

@@ -5,6 +5,7 @@ Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), o
                    k^ = R_{j - d} (z^ U^T + M[d]),  M[d] = R_d mu + mu2       (block)
                    k^ = z^ U^T + R_{j - d} M[d]                               (post)
            values  z = (v - mu) U;  v^ = z^ U^T + mu
+           metric  where errors are measured by what attention makes of them, U is not orthogonal, and U^-1 stands for U^T
            axis "channel": z, divided by the norm of its token where the side says so, is coded by blocks of tokens
            (kvsink.kernels.tokens);  outliers: z^ = z at the entries of a record (kvsink.kernels.sparse)
 Source     ours (`klt`); with U a Hadamard matrix and n = 1 it is RotateKV (arXiv 2501.16383), without U it is plain
@@ -164,7 +165,7 @@ class Codec:
             if k.domain == "block" or k.center:
                 names += ["start_cos", "start_sin"]
             if k.transform == "klt":
-                names += ["k_mean2", "k_basis"]
+                names += ["k_mean2", "k_basis", *(["k_unbasis"] if k.metric != "none" else [])]
             if k.reorder:
                 names += ["k_perm", "k_unperm"]
             names += QUANTIZERS[k.kind].tables(k, "k")
@@ -172,7 +173,7 @@ class Codec:
             if v.center:
                 names += ["v_mean"]
             if v.transform == "klt":
-                names += ["v_basis"]
+                names += ["v_basis", *(["v_unbasis"] if v.metric != "none" else [])]
             names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
 
@@ -195,7 +196,7 @@ class Codec:
         if k.center:
             names += ["k_table", "start_cos", "start_sin", "origin_cos", "origin_sin", "tile_mean", "tile_turn"]
         if k.transform == "klt":
-            names += ["k_basis", "tile_rows", "tile_basis"]
+            names += ["k_basis", *(["k_unbasis"] if k.metric != "none" else []), "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")
         return (*names, "v_mean") if v.center else tuple(names)
 

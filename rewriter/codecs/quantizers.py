@@ -89,6 +89,10 @@ def _tables(s: SideSpec, prefix: str) -> tuple[str, ...]:
     return (f"{prefix}_sigma",) if s.kind in SIGMA_KINDS else ()
 
 
+def _walk_tables(s: SideSpec, prefix: str) -> tuple[str, ...]:
+    return (f"{prefix}_sigma", *([f"{prefix}_unsigma"] if s.unbiased else []))
+
+
 for _kind in KINDS:
     register_quantizer(
         _kind,
@@ -125,11 +129,11 @@ register_quantizer(
             trellis_encode(x, p[f"{prefix}_sigma"], s.widths),
             x.new_empty((*x.shape[:-1], 0), dtype=torch.float16),
         ),
-        decode=lambda codes, scale, s, p, prefix: trellis_decode(codes, p[f"{prefix}_sigma"], s.widths),
-        tables=_tables,
+        decode=lambda codes, scale, s, p, prefix: trellis_decode(codes, p[_walk_tables(s, prefix)[-1]], s.widths),
+        tables=_walk_tables,
         row_bytes=lambda s, dim: sum(s.widths) + 1,
         row_scales=lambda s, dim: 0,
-        shapes=lambda s, prefix, heads, dim: {f"{prefix}_sigma": (heads, dim)},
+        shapes=lambda s, prefix, heads, dim: dict.fromkeys(_walk_tables(s, prefix), (heads, dim)),
         check=_no_walk,
         least=min(TRELLIS_WIDTHS),
         most=max(TRELLIS_WIDTHS),

@@ -17,6 +17,7 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
+METRICS = ("none", "attention")
 AXES = ("token", "channel")
 VECTOR_SETTINGS = {
     4.0: (2, 8),
@@ -60,6 +61,8 @@ class SideSpec:
                block=1 is the key before RoPE. Values are always "post".
     center     subtract the calibrated mean (of keys: the mean before RoPE).
     transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
+    metric     what errors are measured by: "none", all alike; "attention", by what attention makes of them: the queries' second
+               moment (keys), the output projection (values). The basis is then not orthogonal and has an inverse of its own.
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd", "lloyd-even" or "trellis".
@@ -74,6 +77,8 @@ class SideSpec:
     outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
     outlier_tokens  tokens whose outliers share one record, at most; a power of two.
     exponent   codes and tables are of rows times 2^-exponent, where rows are too large or too small for float16 scales.
+    unbiased   kind "trellis": levels are read 1 / (1 - D) times as large, D the mean squared error of their width: an error does then
+               not depend on the number itself, and averages out over the rows that attention sums.
     weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
                normalised by a range r, times r^2), "fisher-raw" (without r^2), "error" (reach into the attention output).
     """
@@ -83,6 +88,8 @@ class SideSpec:
     block: int = 64
     center: bool = False
     transform: str = "none"
+    metric: str = "none"
+    unbiased: bool = False
     heads_per_group: int = 1
     order: int = 0
     reorder: bool = False
@@ -115,6 +122,12 @@ class SideSpec:
             refuse(f"domain {self.domain!r} is not one of {', '.join(DOMAINS)}")
         if self.transform not in TRANSFORMS:
             refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
+        if self.metric not in METRICS:
+            refuse(f"metric {self.metric!r} is not one of {', '.join(METRICS)}")
+        if self.metric != "none" and self.transform != "klt":
+            refuse("a metric needs transform='klt', whose basis it changes")
+        if self.unbiased and self.kind != "trellis":
+            refuse("unbiased levels need kind='trellis'")
         if self.weights not in WEIGHTS:
             refuse(f"weights {self.weights!r} is not one of {', '.join(WEIGHTS)}")
         if not 0 <= self.outliers < 1:

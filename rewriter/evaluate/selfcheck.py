@@ -108,6 +108,7 @@ def at_eight_bits(codec: Codec) -> Codec:
             widths=widths,
             clip=1.0,
             gain=False,
+            unbiased=False,
             visual_bits=0,
             visual_clip=1.0,
             couple=0,

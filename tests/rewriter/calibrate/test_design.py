@@ -15,7 +15,7 @@ import kvsink
 from kvsink.calibrate.calibration import calibrate
 from kvsink.calibrate.design import design_key, design_value, key_blocks, needs_calibration, water_fill
 from kvsink.calibrate.record import Calibration
-from kvsink.calibrate.statistics import KeyStats, SampleNeed, ValueStats
+from kvsink.calibrate.statistics import KeyStats, QueryStats, SampleNeed, ValueStats
 from kvsink.codecs import Codec, SideSpec, group_size_for, hadamard_order
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.hadamard import hadamard_ref
@@ -234,6 +234,8 @@ def test_rows_outside_the_span_of_the_calibration_rows_are_coded_as_well(method:
     rows = torch.randn(2, KV_HEADS, 1000, HEAD_DIM, generator=g) * spread
     record = Calibration((), {(0, 64): KeyStats.empty(64, KV_HEADS, HEAD_DIM)}, {}, torch.zeros(1), 2000)
     record.keys[0, 64].add(rows, torch.arange(1000).expand(2, -1), torch.ones(2, 1000, dtype=torch.bool), *still)
+    record.queries[0] = QueryStats.empty(KV_HEADS, HEAD_DIM)
+    record.queries[0].add(torch.randn(2, 2 * KV_HEADS, 1000, HEAD_DIM, generator=g), torch.ones(2, 2 * KV_HEADS, 1000))
     design = design_key(kvsink.get_method(method).side("key", 3), 0, KV_HEADS, HEAD_DIM, record, lambda block: still)
     codec = Codec(design.spec, SideSpec())
     off = []
