@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backends
 from .backends import Call, LayerState
 from .base import resolve_codec
 from .selection import merge_exact
@@ -182,7 +183,7 @@ def append(
         turn=(cos, sin),
         roped=roped,
     )
-    call.choice("append").run(call)
+    backends.choose("append", *call.facts).run(call)
 
 
 append_ = torch.library.custom_op("kvsink::append_", append, mutates_args=("state",))

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from . import backends
 from .backends import Call, Device, LayerFormat, LayerState, Shape
 from .base import resolve_codec
 from .cuda import rows_of_bytes
@@ -70,8 +71,8 @@ def side_by_side(call: Call) -> Tensor:
 
 def in_turn(call: Call) -> Tensor:
     """New rows are stored, then attended to with all others."""
-    call.choice("append").run(call)
-    out: Tensor = call.choice("attend").run(call)
+    backends.choose("append", *call.facts).run(call)
+    out: Tensor = backends.choose("attend", *call.facts).run(call)
     return out
 
 
@@ -93,7 +94,7 @@ def append_attend(
     coded, *turn = before or (None,)
     rest = positions, candidates, mask, scale, is_causal, coded, turn, not before
     call = Call(resolve_codec(codec), codec, k, v, LayerState(*state), params, q, *rest)
-    out: Tensor = call.choice("step").run(call)
+    out: Tensor = backends.choose("step", *call.facts).run(call)
     return out
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backends
 from .backends import Call, LayerState, tell_once
 from .base import resolve_codec
 from .prefill import attend_chunk
@@ -146,7 +147,8 @@ def attend_plain(call: Call) -> Tensor:
     if device == "cpu":
         return _attend_tiles(q, k, v, state, params, mask, scale, call.causal, call.text)
     if c.tiles and not several:
-        tell_once(f"attention over packed codes runs on the plain operators: {call.choice('attend').why[0][1]}")
+        faster = backends.choose("attend", *call.facts).why
+        tell_once(f"attention over packed codes runs on the plain operators: {faster[0][1]}")
     if device != "cuda" or not several or q.dtype == torch.float64 or torch.cuda.is_current_stream_capturing():
         return attend_ref(q, k, v, state, params, mask, scale, call.causal, call.text)
     first = int(call.state.length)
@@ -170,7 +172,7 @@ def attention(
 ) -> Tensor:
     """The op outside graphs; its result may have any strides."""
     call = Call(resolve_codec(codec), codec, k, v, LayerState(*state), params, q, mask=mask, scale=scale, causal=is_causal)
-    out: Tensor = call.choice("attend").run(call)
+    out: Tensor = backends.choose("attend", *call.facts).run(call)
     return out
 
 

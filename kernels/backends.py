@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -242,7 +242,11 @@ class Call:
     coded: Tensor | None = None
     turn: Sequence[Tensor] = ()
     roped: bool = True
-    shape: Shape = field(init=False)  # what `choice` was asked for
+
+    @property
+    def facts(self) -> tuple[LayerFormat, Shape, Device]:
+        """What `choose` goes by: how rows are stored, their sizes, where they are; the rows themselves stay here."""
+        return self.codec.format, self.shape, device_of(self.k.device)
 
     @cached_property
     def st(self) -> dict[str, Tensor]:
@@ -272,8 +276,9 @@ class Call:
         assert self.q is not None
         return self.q, self.k, self.v, self.state, self.params, self.mask, self.scale
 
-    def choice(self, what: str) -> Choice:
-        """Who serves this call."""
+    @cached_property
+    def shape(self) -> Shape:
+        """Sizes, and what else kernels have to know of the arguments before they see them."""
         k, q, mask, visible = self.k, self.q, self.mask, ""
         if mask is not None:
             plain = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[2] == 1
@@ -281,7 +286,7 @@ class Call:
         scores = self.candidates[: 2 * len(self.codec.segments) : 2]
         heads, dtype = (0, k.dtype) if q is None else (q.shape[1], q.dtype)
         _, kv_heads, rows, dim = k.shape
-        self.shape = Shape(
+        return Shape(
             heads,
             kv_heads,
             dim,
@@ -293,7 +298,6 @@ class Call:
             visible,
             all(x.shape[1] <= (1 if rows == 1 else OFFERED) for x in scores),
         )
-        return choose(what, self.codec.format, self.shape, device_of(k.device))
 
 
 class Part(NamedTuple):

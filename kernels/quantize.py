@@ -11,7 +11,8 @@ Formula    kind "uniform"      per row and group: lo = clip·min x, s = (clip·m
                                is fitted to the levels by least squares, before and after a second encoding;
                                                                                 scale holds (g)
            kind "lloyd-even"   the same with equally spaced levels, which a kernel reads without a table
-           rounding is half to even; s, lo, z, d, m, g are rounded to float16 first and the codes use the rounded value;
+           rounding is half to even; s, lo, z, d, m, g are rounded to float16 first, 65504 in place of anything larger, and
+           the codes use the rounded value;
            sums over a row or group are taken in float64, so that their order does not show in what is rounded
 Source     uniform: KIVI, arXiv 2402.02750 section 3; uniform-int and clip: RotateKV, arXiv 2501.16383 and its released
            code; gauss and lloyd: ours (`klt`)
@@ -182,9 +183,11 @@ def quantize(
 quantize.register_fake(_outputs)
 
 
-def _example(kind: str, widths: tuple[int, ...], group_size: int, gain: bool, shape: tuple[int, ...]):
+def _example(
+    kind: str, widths: tuple[int, ...], group_size: int, gain: bool, shape: tuple[int, ...], size: float = 1.0, middle: float = 0.0
+):
     def make(g: torch.Generator) -> dict[str, object]:
-        x = torch.randn(shape, generator=g)
+        x = size * torch.randn(shape, generator=g) + middle
         sigma = torch.rand(shape[-3], shape[-1], generator=g) + 0.5 if kind in SIGMA_KINDS else None
         clip = 0.8 if kind.startswith("uniform") and widths[0] == 2 else 1.0
         return dict(x=x, sigma=sigma, kind=kind, widths=list(widths), group_size=group_size, clip=clip, gain=gain)
@@ -200,6 +203,10 @@ EXAMPLES = (
     _example("lloyd", (4, 4, 3, 2, 2, 1, 1, 0), 64, True, (2, 3, 9, 64)),
     _example("lloyd", (1,) * 2, 16, False, (1, 2, 3, 16)),
     _example("lloyd-even", (4, 3, 2, 1), 32, True, (2, 2, 5, 32)),
+    _example("uniform", (3,) * 4, 32, False, (1, 2, 3, 32), 1e6),  # numbers beyond what float16 holds
+    _example("uniform-int", (8,) * 4, 32, False, (1, 2, 3, 32), 0.01, 1e3),
+    _example("gauss", (2,) * 4, 32, False, (1, 2, 3, 32), 1e6, -1e6),
+    _example("lloyd", (3, 2, 2, 1), 32, True, (1, 2, 3, 32), 1e6),
 )
 
 

@@ -106,14 +106,13 @@ def install_generate(model: nn.Module) -> None:
     plan. Safe to call again."""
     install_attention()
     watch(model)
-    instead(model, "_prepare_cache_for_generation", _prepare_cache)
-    instead(model, "init_continuous_batching", _continuous)
-    instead(model, "save_pretrained", save_pretrained)
+    ours: dict[str, Any] = {"_prepare_cache_for_generation": _prepare_cache, "init_continuous_batching": _continuous}
     settings: Any = getattr(model, "config", None)
     if getattr(settings, "model_type", "") == "falcon" and getattr(settings, "alibi", False):
         model.create_masks_for_generate = _flat_mask  # type: ignore[assignment]
     if hasattr(settings, "original_max_position_embeddings"):
-        instead(model, "prepare_inputs_for_generation", _kept)
+        ours["prepare_inputs_for_generation"] = _kept
+    instead(model, save_pretrained=save_pretrained, **ours)
     config = getattr(model, "generation_config", None)
     if _uncompilable(model) or config is None or config.compile_config is not None:
         return

@@ -26,7 +26,7 @@ from kvsink.codecs.protect import SinkStage
 from kvsink.evaluate.applying import apply
 from kvsink.hf import install_generate
 from kvsink.methods import Method, get_method
-from kvsink.model.anatomy import Anatomy
+from kvsink.model.anatomy import Anatomy, rewritable
 from kvsink.model.decoder import Decoder
 from kvsink.report import Report
 
@@ -84,7 +84,8 @@ def rewrite(
         m.name, key_bits, value_bits, protect, window, layers=layers, fold=fold, bits=bits, plan=plan, sliding=sliding, check=check
     )
     designs = {} if designs is None else designs
-    decoder, notes = check_model(model, stream, where)
+    decoder = Decoder(*rewritable(model, where), stream)
+    notes = check_model(decoder, where is not None)
     chosen = choose(decoder, m, asked, calibration, notes)
     stages = None if profile is None else partial(_profiled_stages, profile)
     record = observe(decoder, chosen, calibration, calibration_tokens, tokenizer, batch, progress, stages)

@@ -35,6 +35,7 @@ _ENCODER = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers":
 
 _BUILD: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)),
+    "llama-24": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**{**_DECODER, "head_dim": 24})),  # of a Hadamard that is not symmetric
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_DECODER, sliding_window=None)),
     "mistral-sliding": lambda: hf.MistralForCausalLM(hf.MistralConfig(**_DECODER, sliding_window=WINDOW)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_DECODER)),

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvsink.cache.new_rows import NewRows
 from kvsink.cache.ranges import RowSizes, check_range
 from kvsink.errors import KvsinkError
-from kvsink.kernels import append_, attend, observe, read, release_, settle_
+from kvsink.kernels import append_, attend, backends, observe, read, release_, settle_
 from kvsink.kernels.backends import Call, LayerState
 from kvsink.kernels.base import resolve_codec
 from kvsink.model.attention import ASKED
@@ -65,7 +65,7 @@ class KVSinkLayer(NewRows):
             cos, sin = self.shared.runtime.canonical(self.layer, cos, sin)
         self._check_positions(frame, positions, new)
         self._mark_padding(frame, new)
-        candidates = self._candidates(frame, key_states)
+        candidates = self._candidates(frame, new)
         if new > 1 and not torch.compiler.is_compiling():
             rows = RowSizes.of(self.layer, self.codec, key_states, value_states, partial(self._spared, frame.valid, candidates))
             if self.distant and frame.start is not None:  # looked at when the pass is over: one wait, not one in every layer
@@ -85,7 +85,7 @@ class KVSinkLayer(NewRows):
         defers = self._defers(frame)
         if defers:  # attention asks the layer, see kvsink.model.attention
             ASKED.leave(key_states, ref(self))
-            self._asked, self._given = False, value_states
+            self._asked, self._given = False, (key_states, value_states)
             if self.codec.tiles:
                 self._fresh = positions, candidates
                 return key_states, value_states
@@ -110,7 +110,7 @@ class KVSinkLayer(NewRows):
         """New rows into the state; direct: without the dispatcher, where no gradient is asked for."""
         if direct and not _differentiated(k, v):
             call = self._call(k, v, positions=positions, candidates=candidates, turn=angles)
-            call.choice("append").run(call)
+            backends.choose("append", *call.facts).run(call)
         else:
             append_(k, v, positions, *angles, candidates, self.state(), self.params, self.codec_text, True)
 
@@ -161,15 +161,18 @@ class KVSinkLayer(NewRows):
     def check_given(self, key: Tensor, value: Tensor) -> None:
         """Raise KvsinkError where attention asks for something else than the rows that `update` was given last, once: it would
         get what it has not asked for."""
-        given, self._given = self._given, None
-        if value is not given or key.shape[:3] != value.shape[:3]:
+        k, v = self._given or (None, None)
+        if key is not k or value is not v or key.shape[:3] != value.shape[:3]:
+            self._given = None
             raise KvsinkError(
                 f"layer {self.layer}: attention reads its keys more than once, or with other values than they were stored with; "
                 'load the model with attn_implementation="eager"'
             )
 
-    def begins(self, k: Tensor, v: Tensor) -> bool:
+    def begins(self) -> bool:
         """Whether the rows that `update` was given are all there is to attend to, as they came; then the length moves on."""
+        assert self._given is not None
+        k, v = self._given
         rows = k.shape[2]
         if self.codec.strict or (rows == 1 and self.distant) or self._rows_before():
             return False
@@ -177,7 +180,7 @@ class KVSinkLayer(NewRows):
             positions, candidates = self._fresh
             none = k.new_empty(1, rows, 0)
             self._store(k, v, positions, (none, none), candidates, True)
-        self._asked = True
+        self._asked, self._given = True, None
         self._advance(rows)
         return True
 
@@ -186,15 +189,16 @@ class KVSinkLayer(NewRows):
         if self.max_length is None:
             self._held += rows
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
-        """Attention of the rows that `update` was given, k after RoPE, over everything held; then the length moves on."""
-        self._asked = True
+    def attend(self, q: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+        """Attention of queries [B, Hq, S, D] of the rows that `update` was given over everything held; then the length moves on."""
+        assert self._given is not None
+        (k, v), self._asked, self._given = self._given, True, None
         if not self.codec.tiles and _differentiated(q, k, v):
             out: Tensor = attend(q, k, v, self.state(), self.params, mask, scale, is_causal, self.codec_text)
         else:
             call = self._call(k, v, q=q, mask=mask, scale=scale, causal=is_causal)
             if self.codec.tiles:  # they have not been stored yet
                 call.positions, call.candidates = self._fresh
-            out = call.choice("step" if self.codec.tiles else "attend").run(call)
+            out = backends.choose("step" if self.codec.tiles else "attend", *call.facts).run(call)
         self._advance(k.shape[2])
         return out

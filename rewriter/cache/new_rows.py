@@ -118,14 +118,15 @@ class NewRows(Storage):
             out |= torch.zeros_like(out).scatter_(1, index, score > float("-inf"))
         return out
 
-    def _candidates(self, frame: Frame, rows: Tensor) -> list[Tensor]:
+    def _candidates(self, frame: Frame, new: int) -> list[Tensor]:
         out: list[Tensor] = []
+        batch = self.k_codes.shape[0]
         for segment, key in self.sources:
             pair = frame.candidates.get(key)
             if pair is None and segment.source in ("first", "random"):
                 if frame.order is None:
-                    frame.order = self._order(frame, rows.shape[2])
-                pair = frame.candidates[key] = order_candidates(frame, frame.order, rows.shape[0], segment)
+                    frame.order = self._order(frame, new)
+                pair = frame.candidates[key] = order_candidates(frame, frame.order, batch, segment)
             if pair is None:
                 raise KvsinkError(
                     f"layer {self.layer} keeps {segment.source} rows exact but saw no hidden states; run the cache through "
@@ -134,5 +135,5 @@ class NewRows(Storage):
             out += pair
         if self.codec.modal:
             visual = frame.visual
-            out.append(rows.new_zeros(rows.shape[::2][:2], dtype=torch.bool) if visual is None else visual)
+            out.append(torch.zeros(batch, new, dtype=torch.bool, device=self.device) if visual is None else visual)
         return out

@@ -82,7 +82,7 @@ class Storage(CacheLayerMixin):
         self._fresh: tuple[Tensor, list[Tensor]]  # positions and candidates of rows that attention will store
         self._ahead: float | None = None  # how far positions run ahead of tokens; NaN: not all as far, which no GPU kernel reads
         self._reach: int | None = None  # positions below it are in the tables of block starts, where there are any
-        self._given: Tensor | None = None  # new values that attention is to ask for
+        self._given: tuple[Tensor, Tensor] | None = None  # new rows that attention is to ask for
         self._asked = True  # False from an update that left the reading to attention until attention has asked
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

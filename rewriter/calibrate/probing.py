@@ -19,8 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.errors import KvsinkError, UnsupportedError
-from kvsink.model.adapters import inner_model
-from kvsink.model.anatomy import Anatomy, Heads, anatomy, check_kind, towers
+from kvsink.model.anatomy import Anatomy, Heads
 from kvsink.model.attention import NOTES, install_attention
 from kvsink.model.decoder import Decoder
 from kvsink.model.passing import cache_of, given_cache
@@ -53,11 +52,12 @@ class _Layer:
     indexed: bool
 
 
-def check(model: nn.Module, stream: Stream | None = None, where: Anatomy | None = None) -> tuple[Decoder, list[str]]:
-    """A model that can be rewritten, looked at, and what a report is to say of it. where: what an earlier look has found."""
-    model = inner_model(model)
-    check_kind(model)
-    earlier: Any = model.__dict__.get("_kvsink_runtime")
+def check(decoder: Decoder, known: bool = False) -> list[str]:
+    """Look at a model that is to be rewritten; what a report is to say of it. known: an earlier look has found its anatomy.
+
+    Raises UnsupportedError where it cannot be rewritten.
+    """
+    earlier = decoder.runtime
     if earlier is not None and any(p.codec is not None and p.codec.value.folded for p in earlier.plans):
         raise UnsupportedError(
             f"this model has been rewritten by {earlier.method}, which turned its value weights; load the model again, or "
@@ -65,10 +65,9 @@ def check(model: nn.Module, stream: Stream | None = None, where: Anatomy | None 
         )
     notes = [
         f"{name}: {count} attention layers are left alone, an encoder attends over its input at once and keeps no cache"
-        for name, count in towers(model).items()
+        for name, count in decoder.where.towers
     ]
-    decoder = Decoder(model, anatomy(model) if where is None else where, stream)
-    if where is None:
+    if not known:
         decoder.where = look(decoder)
     if unknown := unknown_turnings(decoder.where):
         kept = [NONE if t is None else t for t in decoder.where.turnings]
@@ -76,7 +75,7 @@ def check(model: nn.Module, stream: Stream | None = None, where: Anatomy | None 
         notes.append(
             f"keys of layers {unknown} turn with position in a way that is not known here: they are coded as they are turned"
         )
-    return decoder, notes
+    return notes
 
 
 @torch.no_grad()
@@ -84,13 +83,13 @@ def look(decoder: Decoder) -> Anatomy:
     """The anatomy of a model with what a look at its keys adds: heads and widths, turnings, layers without keys of their own."""
     model, where, stream = decoder.model, decoder.where, decoder.stream
     install_attention()
-    base = _taking_tokens(model, where.base)
+    base = _taking_tokens(decoder)
     ids = probe_ids(model.config, TOKENS).to(decoder.device)
     limit = getattr(decoder.config, "max_position_embeddings", None) or POSITIONS[-1] + 1
     positions = [p for p in POSITIONS if p < limit] if where.rotary is not None else [0]
     seen: dict[int, _Seen] = {}
     if stream is None:
-        _check_own_cache(model, base, ids[:1])
+        _check_own_cache(decoder, base, ids[:1])
     training = model.training
     model.eval()
     try:
@@ -112,7 +111,7 @@ def look(decoder: Decoder) -> Anatomy:
         )
     found = [(layers + [_Layer(None, None, "", False)] * count)[:count] for layers in found]  # 5.17 leaves shared layers out
     at = {model.get_submodule(name): i for i, name in enumerate(where.attentions)}
-    readers = {i: [next((at[m] for m in _around(model, r) if m in at), -1) for r in s.readers] for i, s in seen.items()}
+    readers = {i: [next((at[m] for m in _around(decoder, r) if m in at), -1) for r in s.readers] for i, s in seen.items()}
     asking = bool(getattr(model, "_supports_attention_backend", False)) and decoder.config._attn_implementation == "sdpa"
     layers: list[Heads] = []
     turnings: list[Turning | None] = []
@@ -154,7 +153,7 @@ def probe_ids(whole: Any, rows: int, length: int = 1, seed: int = 0) -> Tensor:
     return torch.where(torch.isin(ids, taken), spare, ids)
 
 
-def _check_own_cache(model: nn.Module, base: nn.Module, ids: Tensor) -> None:
+def _check_own_cache(decoder: Decoder, base: nn.Module, ids: Tensor) -> None:
     """Refuse a model that makes itself a cache of another class than transformers' own."""
     made: list[Any] = []
 
@@ -171,8 +170,8 @@ def _check_own_cache(model: nn.Module, base: nn.Module, ids: Tensor) -> None:
     own = next((c for c in made if c is not None), None)
     if own is not None and not type(own).__module__.startswith("transformers.cache_utils"):
         raise UnsupportedError(
-            f"{type(model).__name__} keeps its past in a {type(own).__name__} of its own, which packed layers cannot stand in for; "
-            "it is left as it is"
+            f"{type(decoder.model).__name__} keeps its past in a {type(own).__name__} of its own, which packed layers cannot stand "
+            "in for; it is left as it is"
         )
 
 
@@ -222,15 +221,17 @@ def _noting(update: Any, seen: _Seen) -> Any:
     return noted
 
 
-def _taking_tokens(model: nn.Module, name: str) -> nn.Module:
+def _taking_tokens(decoder: Decoder) -> nn.Module:
     """The innermost module around the decoder blocks that can be called with token ids."""
+    model, name = decoder.model, decoder.where.base
     parts = name.split(".") if name else []
     around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts), 0, -1)]
     return next((m for m in around if _takes(m, "input_ids")), model)
 
 
-def _around(model: nn.Module, module: nn.Module) -> list[nn.Module]:
+def _around(decoder: Decoder, module: nn.Module) -> list[nn.Module]:
     """A module and those that hold it, innermost first."""
+    model = decoder.model
     name = next((n for n, m in model.named_modules() if m is module), "")
     parts = name.split(".")
     return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts), 0, -1)] if name else []

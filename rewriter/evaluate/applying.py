@@ -22,7 +22,7 @@ from kvsink.evaluate.folding import check_fold, folded_in, online_layers
 from kvsink.evaluate.selfcheck import Check, check_cache
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.model.decoder import Decoder
-from kvsink.model.runtime import Runtime, attach, detach
+from kvsink.model.runtime import Runtime
 from kvsink.model.tables import LayerPlan
 from kvsink.report import Report, make_report
 
@@ -53,13 +53,13 @@ def apply(
         stream.folds = [(where.attentions[i], order) for i, order in into.items()]
         stream.check_rest()
     with folded_in(decoder, into if stream is None else {}, storage) as keep:
-        attach(decoder.model, runtime)
+        decoder.restore(runtime)
         try:
             if check:
                 whole = check_fold(decoder, logits, storage) if logits is not None and into else None
                 checked = replace(_checked(decoder, runtime, notes), fold=checked.fold, folded=whole, online=online)
         except BaseException:
-            detach(decoder.model)
+            decoder.restore(None)
             raise
         keep()
     report = make_report(runtime, decoder.name, decoder.dtype, decoder.device, chosen.base.protect, record.tokens, notes)

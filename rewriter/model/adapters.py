@@ -1,4 +1,4 @@
-"""Adapters on a rewritten model: a wrapper is seen through, and a folded rotation leaves the weights an adapter is put on.
+"""Adapters on a rewritten model: a folded rotation leaves the weights that an adapter is put on.
 
 An adapter is made for the weights of its checkpoint, and those of v_proj and o_proj are others once a rotation is folded in. So
 the rotation of a layer is taken out again, and runs online from then on, before anything wraps one of its projections. That
@@ -7,7 +7,7 @@ other library, because each registers the projection as a part of a module of it
 
 Formula    W_V = (I ⊗ H) W_V',  b_V = b_V' (I ⊗ H)^T,  W_O = W_O' (I ⊗ H)^T; float64, rounded once to the dtype of the weight
 Source     ours
-Raises     UnsupportedError for a wrapper that is not seen through, and for folded weights that are offloaded
+Raises     UnsupportedError for a wrapper with keys and values of its own, and for folded weights that are offloaded
 """
 
 from __future__ import annotations
@@ -24,36 +24,17 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.utils.parametrize import ParametrizationList
-from transformers import PreTrainedModel
 
 from kvsink.errors import UnsupportedError
 from kvsink.kernels.hadamard import hadamard_ref
 from kvsink.model.fold import FOLDED, fold_value_rotation
 
-__all__ = ["inner_model", "unfold", "watch"]
+__all__ = ["check_prompts", "unfold", "watch"]
 
 _MARK = "_kvsink_folded"  # on a projection that holds a rotation; copied and pickled with it
 _MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _PROJECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in FOLDED))
 _PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The transformers model that `generate()` of a PEFT wrapper runs; any other model is given back as it is."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    found = next(((name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
-    if found is None:
-        return model
-    name, inner = found
-    adapters: Any = getattr(model, "peft_config", None)
-    if adapters is None or not hasattr(model, "get_base_model"):
-        raise UnsupportedError(
-            f"{type(model).__name__} is a wrapper that cannot be rewritten; rewrite the {type(inner).__name__} inside it "
-            f"(.{name}), best before it is wrapped"
-        )
-    check_prompts(model)
-    return inner
 
 
 def check_prompts(wrapper: Any) -> None:

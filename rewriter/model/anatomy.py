@@ -1,7 +1,8 @@
 """Which modules of a model are its decoder: blocks, attention, rotary angles, and what each layer stores.
 
 Source     transformers' names and config fields; ours where they differ between families
-Raises     UnsupportedError for a model without decoder attention layers, or whose cache holds something else than keys and values
+Raises     UnsupportedError for a model without decoder attention layers, or whose cache holds something else than keys and values;
+           for a wrapper that is not seen through
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from kvsink.errors import UnsupportedError
+from kvsink.model.adapters import check_prompts
 from kvsink.model.turning import Turning
 
-__all__ = ["Anatomy", "Heads", "anatomy", "check_kind", "is_tower", "rope_types", "towers"]
+__all__ = ["Anatomy", "Heads", "anatomy", "is_tower", "rewritable", "rope_types", "towers"]
 
 
 class Heads(NamedTuple):
@@ -37,7 +40,7 @@ class Anatomy:
 
     turnings: how each layer turns its keys; None as 0.1 assumed it, by all channels of its tables in halves. absent: why a layer
     keeps no keys and values that could be packed; empty where it does. apart: layers whose keys and values are not read by one
-    call of their own attention alone, so that they have to be handed out whole.
+    call of their own attention alone, so that they have to be handed out whole. towers: encoders beside the decoder, see `towers`.
     """
 
     base: str
@@ -49,6 +52,7 @@ class Anatomy:
     turnings: tuple[Turning | None, ...]
     absent: tuple[str, ...]
     apart: frozenset[int] = frozenset()
+    towers: tuple[tuple[str, int], ...] = ()
 
     @property
     def heads(self) -> int:
@@ -69,6 +73,31 @@ class Anatomy:
     def even(self) -> bool:
         """Whether all layers have the same heads, and values as wide as keys."""
         return len(set(self.layers)) == 1 and self.layers[0].key_dim == self.layers[0].value_dim
+
+
+def rewritable(model: nn.Module, where: Anatomy | None = None) -> tuple[nn.Module, Anatomy]:
+    """The model to rewrite, which may stand in a wrapper, and its anatomy. where: what an earlier look has found."""
+    model = _inner(model)
+    _check_kind(model)
+    return model, anatomy(model) if where is None else where
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model that `generate()` of a PEFT wrapper runs; any other model is given back as it is."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    found = next(((name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)), None)
+    if found is None:
+        return model
+    name, inner = found
+    adapters: Any = getattr(model, "peft_config", None)
+    if adapters is None or not hasattr(model, "get_base_model"):
+        raise UnsupportedError(
+            f"{type(model).__name__} is a wrapper that cannot be rewritten; rewrite the {type(inner).__name__} inside it "
+            f"(.{name}), best before it is wrapped"
+        )
+    check_prompts(model)
+    return inner
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -131,6 +160,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         layer_types=kinds_,
         turnings=(None,) * len(blocks),
         absent=("",) * len(blocks),
+        towers=tuple(towers(model).items()),
     )
 
 
@@ -191,7 +221,7 @@ def rope_types(config: Any) -> frozenset[str]:
     return frozenset(str(r.get("rope_type", r.get("type"))) for r in kinds)
 
 
-def check_kind(model: nn.Module) -> None:
+def _check_kind(model: nn.Module) -> None:
     """Raise UnsupportedError for a model whose cache holds something else than keys and values."""
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     if rank := _global(config, "kv_lora_rank") or _of_layers(config, "kv_lora_rank"):

@@ -67,12 +67,12 @@ def install_attention() -> None:
             return plain(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
         layer.check_given(key, value)
         query = layer.in_order(query)
-        if layer.begins(key, value):
+        if layer.begins():
             seen = None if attention_mask is None or is_plain_causal(attention_mask) else attention_mask[..., : key.shape[2]]
             return plain(module, query, key, value, seen, dropout, scaling, is_causal, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = None if is_plain_causal(attention_mask) else attention_mask
-        return layer.attend(query, key, value, mask, scale, mask is None).transpose(1, 2).contiguous(), None
+        return layer.attend(query, mask, scale, mask is None).transpose(1, 2).contiguous(), None
 
     attention._kvsink = True  # type: ignore[attr-defined]
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attention)

@@ -20,7 +20,7 @@ from kvsink.model.fingerprint import fingerprint_of
 from kvsink.model.fold import is_plain
 from kvsink.model.offload import number_of, place_of, weight_of
 from kvsink.model.passing import name_in
-from kvsink.model.runtime import Runtime, attach, detach
+from kvsink.model.runtime import Runtime, attach
 from kvsink.model.tables import LayerPlan
 
 if TYPE_CHECKING:
@@ -87,17 +87,15 @@ class Decoder:
     def attached(self, runtime: Runtime) -> Iterator[None]:
         """The model with a runtime for a while; afterwards with the one it had."""
         earlier = self.runtime
-        attach(self.model, runtime)
+        self.restore(runtime)
         try:
             yield
         finally:
             self.restore(earlier)
 
     def restore(self, earlier: Runtime | None) -> None:
-        """Give the model the runtime back that it had."""
-        detach(self.model)
-        if earlier is not None:
-            attach(self.model, earlier)
+        """Give the model the runtime back that it had, or one that it is to have, in place of any other; None: take it off."""
+        attach(self.model, earlier)
 
     def check_weights(self) -> None:
         """Raise ModelError when a weight is NaN or infinite; weights in a format of their own are not looked into."""

@@ -41,7 +41,8 @@ class Instead:
         watch(self.model)
 
 
-def instead(model: nn.Module, name: str, ours: Callable[..., Any]) -> None:
-    """Put ours(model, ...) in place of a method of this model alone, unless that has been done."""
-    if name not in vars(model) and hasattr(type(model), name):
-        setattr(model, name, Instead(model, name, ours))
+def instead(model: nn.Module, **ours: Callable[..., Any]) -> None:
+    """Put functions of (model, ...) in place of the methods of those names, of this model alone, unless that has been done."""
+    for name, function in ours.items():
+        if name not in vars(model) and hasattr(type(model), name):
+            setattr(model, name, Instead(model, name, function))

@@ -64,9 +64,11 @@ class Runtime(Tables):
         return any(p.codec is None or turns_back(p.codec) for p in self.plans)
 
 
-def attach(model: nn.Module, runtime: Runtime) -> None:
-    """Give a model its runtime and hooks; an earlier runtime is detached first."""
+def attach(model: nn.Module, runtime: Runtime | None) -> None:
+    """Give a model its runtime and hooks; an earlier runtime is detached first, and None leaves it at that."""
     detach(model)
+    if runtime is None:
+        return
     a = runtime.anatomy
     handles = []
     base = model.get_submodule(a.base) if a.base else model

@@ -17,6 +17,9 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+HALF_MAX = 65504.0  # the largest float16
+
+
 def close(found: Array, wanted: Array, eps: float = 2.0**-23) -> bool:
     """Equal up to the rounding of a few dozen sums in a dtype of this epsilon; infinities are the same ones."""
     if found.shape != wanted.shape or not np.array_equal(np.isfinite(found), np.isfinite(wanted)):
@@ -27,8 +30,9 @@ def close(found: Array, wanted: Array, eps: float = 2.0**-23) -> bool:
 
 
 def rounded(found: Array, wanted: Array) -> bool:
-    """float16 numbers within their last bit of what they round."""
-    step = np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float64)
+    """float16 numbers within their last bit of what they round, the largest one where that is beyond them."""
+    wanted = np.clip(wanted, -HALF_MAX, HALF_MAX)
+    step = np.spacing(np.minimum(np.abs(wanted), 65472.0).astype(np.float16)).astype(np.float64)  # that of the largest is infinite
     return found.shape == wanted.shape and bool((np.abs(found - wanted) <= step).all())
 
 
@@ -116,7 +120,7 @@ def _rms(x: Array) -> Array:
 
 
 def _half(x: Array) -> Array:
-    return x.astype(np.float16).astype(np.float64)
+    return np.clip(x, -HALF_MAX, HALF_MAX).astype(np.float16).astype(np.float64)
 
 
 def _runs(widths: list[int]) -> list[tuple[slice, slice, int]]:
@@ -156,7 +160,7 @@ def quantize(
     right = rounded(first, (high - low) / top)
     if kind == "uniform":
         return right and rounded(second, low) and np.array_equal(got, np.clip(np.rint((groups - second) / first), 0, top))
-    right = right and np.array_equal(second, np.rint(-low / first))
+    right = right and np.array_equal(second, _half(np.rint(-low / first)))
     return right and np.array_equal(got, np.clip(np.rint(groups / first) + second, 0, top))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,6 +50,9 @@ class File:
     state: dict[str, str]  # names of the module level that hold hidden state, and of which kind
     marks: frozenset[str]  # attributes of ours that it sets, and any on an argument that is a tensor
     named: tuple[tuple[str, int], ...]  # modules that it imports by a text
+    constants: frozenset[str]  # names of the module level that stand for a number, a text or None
+    conditions: tuple[frozenset[str], ...]  # what each condition consists of, where that is dotted names and literals alone
+    changes: tuple[tuple[str, int], ...]  # dotted names that begin at the module level, of what it binds anew or puts things into
 
 
 @cache
@@ -62,6 +65,7 @@ def read(text: str) -> File:
     for name, value in _bound(module):
         if isinstance(value, ast.Constant) and isinstance(value.value, bool):
             state[name] = "is a switch: make it an argument"
+    constants = frozenset(name for name, value in _bound(module) if isinstance(value, ast.Constant))
     stored = (n for n in ast.walk(module) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
     return File(
         tuple(n for n in running(module) if isinstance(n, (ast.Import, ast.ImportFrom))),
@@ -69,6 +73,9 @@ def read(text: str) -> File:
         state,
         frozenset(n.attr for n in stored if n.attr.startswith("_kvsink")) | frozenset(_on_tensors(module)),
         tuple(_by_text(module)),
+        constants,
+        tuple(_conditions(module)),
+        tuple(_changes(module)),
     )
 
 
@@ -84,25 +91,45 @@ class Tree:
                 name = module_name(path.relative_to(root))
                 self.paths[name] = path.relative_to(root)
                 self.files[name] = read(path.read_text(encoding="utf-8"))
+        self._known: dict[str, dict[str, str]] = {}
         self.imports = {name: dict(self._imports(name)) for name in self.paths}
 
     def _imports(self, name: str) -> Iterator[tuple[str, int]]:
         """Modules of ours that a module imports, with the line; inside functions too, but not for types alone. The version that
         stands in the package's root is a text, not a module."""
         yield from ((target, line) for target, line in self.files[name].named if target in self.paths and target != name)
-        package = name if self.paths[name].name == "__init__.py" else name.rpartition(".")[0]
         for node in self.files[name].imports:
-            if isinstance(node, ast.Import):
-                found = [alias.name for alias in node.names]
-            else:
-                base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-                base = ".".join(filter(None, (base, node.module)))
-                found = [f"{base}.{alias.name}" for alias in node.names if (base, alias.name) != ("kvsink", "__version__")]
-            for target in found:
-                while target and target not in self.paths:  # a name in a module
-                    target = target.rpartition(".")[0]
+            for _, target in self._aliases(name, node):
+                target = self.split(target)[0]
                 if target and target != name:
                     yield target, node.lineno
+
+    def _aliases(self, name: str, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
+        """What an import binds in a module: the name there, and the whole name of what it stands for."""
+        if isinstance(node, ast.Import):
+            yield from ((alias.asname or alias.name, alias.name) for alias in node.names)
+            return
+        package = (name if self.paths[name].name == "__init__.py" else name.rpartition(".")[0]).split(".")
+        base = ".".join(filter(None, (*(package[: len(package) - node.level + 1] if node.level else ()), node.module)))
+        for alias in node.names:
+            if (base, alias.name) != ("kvsink", "__version__"):
+                yield alias.asname or alias.name, f"{base}.{alias.name}"
+
+    def split(self, whole: str) -> tuple[str, str]:
+        """A whole name as a module of ours, "" where it is in none, and what is named in it."""
+        module = whole
+        while module and module not in self.paths:
+            module = module.rpartition(".")[0]
+        return module, whole[len(module) + 1 :] if module else whole
+
+    def resolved(self, name: str, dotted: str) -> tuple[str, str]:
+        """The same of a dotted name as a module spells it."""
+        if name not in self._known:
+            self._known[name] = dict(pair for node in self.files[name].imports for pair in self._aliases(name, node))
+        known, head = self._known[name], dotted
+        while head and head not in known:
+            head = head.rpartition(".")[0]
+        return self.split(known[head] + dotted[len(head) :]) if head else (name, dotted)
 
 
 def _by_text(module: ast.Module) -> Iterator[tuple[str, int]]:
@@ -165,6 +192,17 @@ def layering(tree: Tree) -> list[str]:
             mine, other = layer(name), layer(target)
             if mine in row and other in row and mine != other and row[mine] >= row[other]:
                 faults.append(f"{tree.paths[name]}:{line} imports {target}, which does not stand below {mine or 'kvsink'}")
+    return faults
+
+
+def ties(tree: Tree, known: Mapping[str, Collection[str]]) -> list[str]:
+    """Circles beside the known one, and imports inside that one which nobody named. known: by module, what it imports of it."""
+    found = circles(tree)
+    faults = [" ".join(sorted(circle)) for circle in found if not circle <= set(known)]
+    for name, named in known.items():
+        inside = {target for target in tree.imports.get(name, ()) if target in known}
+        faults += [f"{name} imports {target}: another tie of a circle" for target in sorted(inside - set(named))]
+        faults += [f"{name} no longer imports {target}" for target in sorted(set(named) - inside)]
     return faults
 
 
@@ -244,8 +282,18 @@ def imported(text: str) -> set[str]:
 
 
 def state(tree: Tree, homes: Mapping[str, str]) -> list[str]:
-    """Hidden state: tables of a module that its functions change, `global`, switches. homes: "path:name" and why it may be."""
+    """Hidden state: tables of a module that its functions change, `global`, switches, and what a module changes of another one,
+    there or here. homes: "path:name" and why it may be."""
     found = {f"{tree.paths[name]}:{x}": what for name, file in tree.files.items() for x, what in file.state.items()}
+    for name, file in tree.files.items():
+        for parts in file.conditions:  # of constants alone: it comes out the same unless somebody binds one anew
+            owners = [tree.resolved(name, part) for part in parts]
+            if all(owner in tree.files and x in tree.files[owner].constants for owner, x in owners):
+                found |= {f"{tree.paths[owner]}:{x}": "is a switch: make it an argument" for owner, x in owners}
+        for dotted, line in file.changes:
+            owner, x = tree.resolved(name, dotted)
+            if owner in tree.files and owner != name and x:
+                found[f"{tree.paths[name]}:{line}"] = f"changes {x} of {owner}: let a function there do it"
     faults = [f"{where} {what}" for where, what in found.items() if where not in homes]
     return faults + [f"{where} is no longer there" for where in homes if where not in found]
 
@@ -257,6 +305,50 @@ def _bound(module: ast.Module) -> Iterator[tuple[str, ast.expr | None]]:
                 for name in target.elts if isinstance(target, ast.Tuple) else [target]:
                     if isinstance(name, ast.Name):
                         yield name.id, node.value
+
+
+def _dotted(node: ast.AST) -> str:
+    """`a.b.c` as it is spelled, an entry of a table taken for the table; "" for anything else."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    if isinstance(node, ast.Attribute):
+        return f"{base}.{node.attr}" if (base := _dotted(node.value)) else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _conditions(module: ast.Module) -> Iterator[frozenset[str]]:
+    for node in ast.walk(module):
+        tests: list[ast.expr] = []
+        if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+            tests = [*node.test.values] if isinstance(node.test, ast.BoolOp) else [node.test]
+        elif isinstance(node, ast.BoolOp):  # its last operand is what it gives
+            tests = node.values[:-1]
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            tests = [node.operand]
+        for test in tests:
+            parts = [test.left, *test.comparators] if isinstance(test, ast.Compare) else [test]
+            names = [_dotted(part) for part in parts if not isinstance(part, ast.Constant)]
+            if names and all(names):
+                yield frozenset(names)
+
+
+def _changes(node: ast.AST, local: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
+    """local: names that functions around a node bind themselves."""
+    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+        local |= {n.arg for n in ast.walk(node.args) if isinstance(n, ast.arg)}
+        local |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    held: ast.AST | None = None
+    if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del)):
+        held = node
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATORS:
+        held = node.func.value
+    elif isinstance(node, ast.Call) and _dotted(node.func) in ("setattr", "delattr"):
+        held = ast.Attribute(node.args[0], ast.unparse(node.args[1]).strip("'\""))
+    dotted = "" if held is None else _dotted(held)
+    if dotted and dotted.partition(".")[0] not in local:
+        yield dotted, node.lineno  # type: ignore[attr-defined]
+    for child in ast.iter_child_nodes(node):
+        yield from _changes(child, local)
 
 
 def _changed(module: ast.Module) -> set[str]:

@@ -47,8 +47,7 @@ def house(copy: Path) -> Iterator[Path]:
 
 
 def circles(tree: rules.Tree) -> list[str]:
-    known = [frozenset(f"kvsink.kernels.{name}" for name in names) for names in test_house.CIRCLES]
-    return [" ".join(sorted(c)) for c in rules.circles(tree) if not any(c <= k for k in known)]
+    return rules.ties(tree, test_house.circle())
 
 
 def long_files(tree: rules.Tree) -> list[str]:
@@ -104,6 +103,24 @@ BREAKS: dict[str, Break] = {
         circles,
         "kvsink.model.tables kvsink.model.turning",
     ),
+    "another tie of the known circle": (
+        "kernels/read.py",
+        "def late():\n    from .append import append_plain\n    return append_plain\n",
+        circles,
+        "kvsink.kernels.read imports kvsink.kernels.append: another tie of a circle",
+    ),
+    "a tie along the others": (
+        "kernels/cuda/backend.py",
+        "from ..read import put_rows\n",
+        circles,
+        "kvsink.kernels.cuda.backend imports kvsink.kernels.read: another tie of a circle",
+    ),
+    "a module more in the circle": (
+        "kernels/rope.py",
+        "def late():\n    from .attend import TILE\n    return TILE\n",
+        circles,
+        "kvsink.kernels.rope",
+    ),
     "a long file": ("kernels/rope.py", "#\n" * 350, long_files, "kernels/rope.py has"),
     "a long file that is not Python": ("kernels/cuda/arch.cuh", "//\n" * 350, long_files, "kernels/cuda/arch.cuh has"),
     "one by a text": (
@@ -145,6 +162,60 @@ BREAKS: dict[str, Break] = {
     "a list that grows": ("passes/center.py", "_all = list()\ndef note(x):\n    _all.append(x)\n", state, "passes/center.py:_all"),
     "a global": ("export/check.py", "_now = None\ndef note(x):\n    global _now\n    _now = x\n", state, "export/check.py:_now"),
     "a switch": ("kernels/read.py", "FAST = True\n", state, "kernels/read.py:FAST is a switch"),
+    "a switch that is a number": (
+        "kernels/read.py",
+        "FAST = 1\ndef way():\n    return 2 if FAST else 3\n",
+        state,
+        "kernels/read.py:FAST is a switch",
+    ),
+    "a switch that is a text": (
+        "kernels/read.py",
+        "WAY = 'fast'\ndef way():\n    return TILE > 1 and (WAY == 'fast' or not TILE)\n",
+        lambda tree: [fault for fault in state(tree) if "WAY" in fault],
+        "kernels/read.py:WAY is a switch",
+    ),
+    "a switch of another module": (
+        "kernels/attend.py",
+        "def way():\n    from . import read\n    return 2 if read.TILE else 3\n",
+        state,
+        "kernels/read.py:TILE is a switch",
+    ),
+    "a constant that another module binds anew": (
+        "tools/bench_sequence.py",
+        "from kvsink.kernels.cuda import module\ndef quick():\n    module.SINGLE_ROWS = 0\n",
+        state,
+        "changes SINGLE_ROWS of kvsink.kernels.cuda.module",
+    ),
+    "one bound anew by its name": (
+        "tools/bench_sequence.py",
+        "import kvsink.kernels.cuda.module\ndef quick():\n    setattr(kvsink.kernels.cuda.module, 'SINGLE_ROWS', 0)\n",
+        state,
+        "changes SINGLE_ROWS of kvsink.kernels.cuda.module",
+    ),
+    "a table that another module puts into": (
+        "kernels/cuda/launch.py",
+        "def keep(key, held):\n    module._LOADED[key] = held\n",
+        state,
+        "changes _LOADED of kvsink.kernels.cuda.module",
+    ),
+    "one that was imported by name": (
+        "passes/center.py",
+        "from kvsink.passes.base import _PASSES as known\ndef forget():\n    known.clear()\n",
+        state,
+        "changes _PASSES of kvsink.passes.base",
+    ),
+    "an entry of one": (
+        "rewriter/graph/pipeline.py",
+        "def more(name):\n    from kvsink.codecs import quantizers\n    quantizers.QUANTIZERS[name].fields.append(name)\n",
+        state,
+        "changes QUANTIZERS.fields of kvsink.codecs.quantizers",
+    ),
+    "an entry of one taken out": (
+        "rewriter/graph/pipeline.py",
+        "from kvsink.codecs import quantizers\ndel quantizers.QUANTIZERS['uniform']\n",
+        state,
+        "changes QUANTIZERS of kvsink.codecs.quantizers",
+    ),
     "a mark on a tensor": (
         "rewriter/cache/layer.py",
         "def mark(keys):\n    keys._kvsink_note = 1\n",
@@ -175,10 +246,14 @@ def test_a_mirrored_file_without_a_test_is_noticed(house: Path) -> None:
 
 
 def test_what_is_allowed_is_not_a_fault(house: Path) -> None:
-    """An import for types alone, a name that a function has as its argument, a table that nobody changes."""
+    """An import for types alone, a name that a function has as its argument, a table that nobody changes, a number that is
+    compared with one that is not fixed, a table of a function's own that is called as a module is."""
     with (house / "kernels" / "rope.py").open("a", encoding="utf-8") as file:
         file.write("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kvsink.report import Report\n")
         file.write("TABLE = {1: 2}\ndef change(TABLE):\n    TABLE[1] = 3\n")
+        file.write("MOST = 8\ndef many(n):\n    return n > MOST or n or MOST\n")
+        file.write("from kvsink.kernels import read\ndef own():\n    read = {}\n    read[1] = 2\n    return read\n")
+        file.write("def given(read):\n    read.clear()\n    read.TILE = 3\n")
     tree = rules.Tree(house)
     assert rules.layering(tree) == [] and state(tree) == []
 

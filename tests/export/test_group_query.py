@@ -254,3 +254,10 @@ def test_learned_sinks_leave_as_the_operators_own(tmp_path) -> None:
     centred, _ = of_family("gpt-oss", "static", torch.float32, protect="none", key_bits=8, value_bits=8)
     with pytest.raises(ExportError, match="do not sum to one, so means cannot come back"):
         onnx(centred, tmp_path / "other.onnx", "gqa")
+
+
+@pytest.mark.parametrize(("flavour", "method"), [("gqa", "static"), ("functions", "rotatekv")])
+def test_rotations_that_are_not_their_own_inverse(flavour: str, method: str, tmp_path) -> None:
+    """At powers of two the matrix is symmetric, and the way back is the way in; at 24 and 48 it is not."""
+    manifest = onnx(rewritten("llama-24", method=method, fold=False), tmp_path / "model.onnx", flavour)
+    assert manifest["check"]["largest_logit_difference"] < 1e-5 and manifest["check"]["packed_bytes"] > 1000

@@ -72,6 +72,13 @@ def test_a_model_without_rope() -> None:
     check_runs(passes_and_runs(packed_graph("gpt2", "sdpa", "rtn", 6, protect="first:2")), eager=False)
 
 
+@pytest.mark.parametrize(("method", "options"), [("rotatekv", {"fold": False}), ("klt", {"fold": False})])
+def test_rotations_that_are_not_their_own_inverse(method: str, options: dict[str, Any]) -> None:
+    """At powers of two the matrix is symmetric, and the way back is the way in; at 24 and 48 it is not."""
+    gm = packed_graph("llama-24", "sdpa", method, 1, **options)
+    check_runs(passes_and_runs(gm), eager=False)
+
+
 def test_a_batch() -> None:
     check_runs(passes_and_runs(packed_graph("llama", "sdpa", "klt", 6, batch=3)), eager=False)
 

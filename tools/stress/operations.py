@@ -161,7 +161,7 @@ class Twin:
                 self._compare(i, (found[0][:, :, : first + n], found[1][:, :, : first + n]), n)
                 self._observe(layer, dense, k, v)
             else:
-                self._attend(i, layer, dense, k, v, valid, first, n)
+                self._attend(i, layer, dense, valid, first, n)
         self.cache.frame = None
 
     def _by_number(self, segment: Any, n: int) -> tuple[Tensor, Tensor]:
@@ -195,8 +195,8 @@ class Twin:
             assert bool(self.rows.real[i, taken].all()), f"padding among the anchors {taken}"
             dense.anchors.append(set(taken))
 
-    def _attend(self, i: int, layer: Any, dense: DenseLayer, k: Tensor, v: Tensor, valid: Tensor, first: int, n: int) -> None:
-        if layer.begins(k, v):
+    def _attend(self, i: int, layer: Any, dense: DenseLayer, valid: Tensor, first: int, n: int) -> None:
+        if layer.begins():
             assert first == 0, "a cache with rows begins"
             return
         q, scale, seen = self._rows(n, HEADS), HEAD_DIM**-0.5, self.rows.visible(n)
@@ -205,7 +205,7 @@ class Twin:
             mask = None
         elif self.case.max_length is not None:
             mask = torch.nn.functional.pad(seen, (0, self.case.max_length - seen.shape[-1]))
-        out = layer.attend(q, k, v, mask, scale, mask is None)
+        out = layer.attend(q, mask, scale, mask is None)
         full_k, full_v = dense.seen(n)
         self._learn_outliers(i, layer, dense)
         if layer.codec.key.outliers or layer.codec.value.outliers:

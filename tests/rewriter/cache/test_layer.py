@@ -19,6 +19,7 @@ from kvsink.codecs import Codec
 from kvsink.errors import KvsinkError
 from kvsink.kernels import backends
 from kvsink.kernels.append import append_ref
+from kvsink.kernels.cpu import append as append_cpu
 from kvsink.kernels.triton import append as append_triton
 from kvsink.kernels.triton import attend as attend_triton
 from tests.close import FUSED_FLOAT32, largest_difference
@@ -26,6 +27,7 @@ from tests.graphs import rewritten
 from tests.kernels.triton.test_attend import INTERPRETED, here, interpreter, run_in_the_interpreter
 from tests.models import LAYERS, build, tokens
 from tests.states import GPU, method_named, shape_of
+from tests.walks import files_from, rows_given_to_the_table
 
 
 class Reads(TorchDispatchMode):
@@ -137,10 +139,11 @@ def test_positions_that_do_not_all_run_ahead_alike_are_read_by_the_definition(
     chunks = tokens(1, 9, seed=1), tokens(1, 3, seed=2), tokens(1, 1, seed=3)
     plain, outs, reasons = KVSinkLayer.attend, [], set[str]()
 
-    def attend(layer: KVSinkLayer, q: Tensor, k: Tensor, *given: Any) -> Tensor:
+    def attend(layer: KVSinkLayer, q: Tensor, *given: Any) -> Tensor:
         if q.shape[2] == 1:
+            k = q[:, :: q.shape[1] // layer.num_heads]  # of the shape of the new keys
             reasons.add(attend_triton.declines(Codec.parse(layer.codec_text).format, shape_of(k, 4, exact=6), GPU))
-        return plain(layer, q, k, *given)
+        return plain(layer, q, *given)
 
     monkeypatch.setattr(KVSinkLayer, "attend", attend)
     for held in (KVSinkCache.for_model(model, 1, 64), far(KVSinkCache.for_model(model, 1, 64))):
@@ -353,3 +356,25 @@ def test_a_layer_takes_a_prompt_in_few_launches(options: dict[str, Any], monkeyp
     kernels = [name for name in mode.names if name.endswith("_kernel")]
     assert sorted(kernels) == ["code_rows_kernel", "code_rows_kernel", "enter_rows_kernel"]
     assert len(mode.names) <= 3 + 3, mode.names  # and the sizes of both sides and the length
+
+
+@pytest.mark.parametrize(
+    ("attention", "between"), [("sdpa", []), ("eager", ["kernels/append.py"])], ids=["asked by attention", "read back"]
+)
+def test_a_new_key_comes_to_its_bytes_through_four_files(
+    attention: str, between: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From `update` to the C code, `append.c` counted; who serves is decided by the rows' sizes, without the rows."""
+    model, ways, library = rewritten("llama", attention), list[list[str]](), append_cpu._library()
+    held = KVSinkCache.for_model(model)
+    fed(model, held, tokens(1, 9))
+    assert library is not None
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            ways.append(files_from("rewriter/cache/layer.py"))
+            return getattr(library, name)
+
+    monkeypatch.setattr(append_cpu, "_library", Library)
+    assert rows_given_to_the_table(lambda: fed(model, held, tokens(1, 1))) == []
+    assert ways == [["rewriter/cache/layer.py", *between, "kernels/cpu/append.py"]] * LAYERS

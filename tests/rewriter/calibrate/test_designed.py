@@ -13,11 +13,14 @@ from kvsink.calibrate.design import Design
 from kvsink.calibrate.designed import design
 from kvsink.calibrate.probing import check
 from kvsink.methods import get_method
+from kvsink.model.anatomy import rewritable
+from kvsink.model.decoder import Decoder
 from tests.models import LAYERS, build, tokens
 
 
 def test_a_design_is_made_once() -> None:
-    decoder, notes = check(build("llama"))
+    decoder = Decoder(*rewritable(build("llama")))
+    notes = check(decoder)
     chosen = choose(decoder, get_method("klt"), RewriteOptions(protect="none"), None, notes)
     record = calibrate(decoder.model, tokens(8, 64), chosen.policies, chosen.blocks)
     made: dict[Any, Design] = {}
@@ -32,7 +35,8 @@ def test_a_design_is_made_once() -> None:
 
 
 def test_what_is_left_alone_is_not_designed() -> None:
-    decoder, notes = check(build("gemma3"))  # a layer with a window, and one without
+    decoder = Decoder(*rewritable(build("gemma3")))  # a layer with a window, and one without
+    notes = check(decoder)
     chosen = choose(decoder, get_method("rtn"), RewriteOptions(protect="none"), None, notes)
     none = kvsink.calibrate.record.Calibration((), {}, {}, torch.zeros(0), 0)
     packed = [i for i, kind in enumerate(decoder.where.layer_types) if kind == "full_attention"]

@@ -12,11 +12,14 @@ from kvsink.calibrate.probing import check
 from kvsink.errors import UnsupportedError
 from kvsink.evaluate import applying
 from kvsink.methods import get_method
+from kvsink.model.anatomy import rewritable
+from kvsink.model.decoder import Decoder
 from tests.models import LAYERS, build, tokens
 
 
 def applied(monkeypatch: pytest.MonkeyPatch | None, fold: bool = True):  # type: ignore[no-untyped-def]
-    decoder, notes = check(build("llama"))
+    decoder = Decoder(*rewritable(build("llama")))
+    notes = check(decoder)
     chosen = choose(decoder, get_method("rotatekv"), RewriteOptions(protect="none"), None, notes)
     record = calibrate(decoder.model, tokens(8, 64), chosen.policies, chosen.blocks)
     before = {n: p.clone() for n, p in decoder.model.named_parameters()}

@@ -75,8 +75,8 @@ def test_a_mask_off_by_one_is_found(monkeypatch: Any) -> None:
 
     plain = KVSinkLayer.attend
 
-    def off(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
-        return plain(self, q, k, v, mask.roll(1, -1) if mask is not None else None, scale, is_causal)
+    def off(self: Any, q: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
+        return plain(self, q, mask.roll(1, -1) if mask is not None else None, scale, is_causal)
 
     monkeypatch.setattr(KVSinkLayer, "attend", off)
     report = kvsink.rewrite(build("llama"), "rtn", key_bits=4, value_bits=4, calibration=ids)

@@ -13,6 +13,7 @@ from kvsink.kernels.cuda import launch
 from kvsink.model.attention import causal_mask, install_attention, is_plain_causal
 from tests.kernels.cuda.emulated import Emulated, act_as_on_a_gpu
 from tests.kernels.cuda.test_tiles import model_of
+from tests.walks import files_from, rows_given_to_the_table
 
 
 def run(model: Any, cache: KVSinkCache, ids: torch.Tensor, mask: torch.Tensor | None, pieces: tuple[int, ...]) -> torch.Tensor:
@@ -56,6 +57,19 @@ def test_a_model_over_layers_that_attend_themselves_gives_the_logits_of_reading_
         visible = mask.bool() if padded else torch.ones_like(mask).bool()
         error = (got - wanted)[visible].float().norm() / wanted[visible].float().norm()
         assert error <= 3e-2  # codes that turn at a tie, fp16 angles of the model on the other side
+    finally:
+        model.float()
+
+
+def test_a_new_key_comes_to_its_bytes_on_a_gpu_through_four_files(emulated: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """layer.py, which keeps it until attention asks; launch.py; module.py, for which the emulation stands; rows.cuh."""
+    model, ways, plain = model_of(3).half(), list[list[str]](), Emulated.append
+    try:
+        held = KVSinkCache.for_model(model, 1, max_length=128, tiles=True)
+        run(model, held, torch.arange(3, 12)[None], None, (9,))
+        monkeypatch.setattr(Emulated, "append", lambda lib, a: ways.append(files_from("rewriter/cache/layer.py")) or plain(lib, a))
+        assert rows_given_to_the_table(lambda: run(model, held, torch.tensor([[5]]), None, (1,))) == []
+        assert ways == [["rewriter/cache/layer.py", "kernels/cuda/launch.py"]] * len(held.packed_layers())
     finally:
         model.float()
 

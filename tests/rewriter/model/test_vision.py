@@ -198,10 +198,10 @@ def seen_by(model: Any, given: dict[str, Tensor], run: Any = new_tokens) -> list
     masks: list[Tensor] = []
     original = KVSinkLayer._candidates
 
-    def note(self: Any, frame: Any, rows: Tensor) -> list[Tensor]:
+    def note(self: Any, frame: Any, new: int) -> list[Tensor]:
         if self.layer == 0:
             masks.append(frame.visual)
-        return original(self, frame, rows)
+        return original(self, frame, new)
 
     KVSinkLayer._candidates = note  # type: ignore[method-assign]
     try:
