@@ -27,10 +27,11 @@ from ..hadamard import hadamard_ref
 from ..lasting import kept, lasting
 from ..levels import levels_of, levels_of_bytes
 from ..quantize import segments
+from ..trellis import CUBIC
 
 __all__ = ["attend", "declines", "power", "transform"]
 
-_KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
+_KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static", "trellis")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DIMS = 16, 256
 _MOST_EXACT = 64  # exact rows that every tile is compared with
@@ -45,15 +46,16 @@ _ROTATED = 64  # rows that one program of the first launch rotates
 class _Side:
     """How a kernel reads one side's codes.
 
-    form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels.
+    form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels; 4: walks through a
+    trellis, whose levels are the factors of their cubic.
     """
 
     form: int
     meta: Tensor  # int32; see the readers in `attend_kernels`
     levels: Tensor
     wide: bool
-    multiple: int  # form 0: channels of a byte; 1: the widest run in bits; 2: channels coupled; 3: bits of a code
-    kind: int  # numbers beside a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero
+    multiple: int  # form 0: channels of a byte; 1, 4: the widest run in bits; 2: channels coupled; 3: bits of a code
+    kind: int  # numbers of a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero
     row_bytes: int
     scales: int
 
@@ -141,11 +143,22 @@ def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tu
     return 2, meta.to(device), bool((bit % 8 + bits > 8).any())
 
 
+@kept
+def _walks(widths: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+    """meta int32 [2, D / 8], bits and first byte of a run, and a and c of its levels, float32 [2, D / 8]."""
+    first = [sum(widths[:g]) for g in range(len(widths))]
+    return torch.tensor([widths, first], dtype=torch.int32, device=device), torch.tensor(
+        [CUBIC[w] for w in widths]
+    ).T.contiguous().to(device)
+
+
 def _side(spec: SideFormat, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None, dtype: torch.dtype) -> _Side:
     row_bytes, scales, device = codes.shape[-1], scale.shape[-1], str(codes.device)
     if book is not None:
         form, meta, wide = _vector(dim, spec.couple, spec.code_bits, row_bytes, device)
         return _Side(form, meta, derived(book, dtype, same), wide, spec.couple, spec.numbers, row_bytes, scales)
+    if spec.kind == "trellis":
+        return _Side(4, *_walks(spec.widths, device), False, max(spec.widths), 1, row_bytes, scales)
     form, meta, levels, wide, multiple = _scalar(spec.kind, spec.widths, device, dtype)
     return _Side(form, meta, levels, wide, multiple, spec.numbers, row_bytes, scales)
 
