@@ -209,7 +209,8 @@ def code_kernel(
     GROUP: tl.constexpr, COUPLE: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, BYTES_P: tl.constexpr,
     SCALES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One row of one side. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer zero, 5 static, 6 trellis."""
+    """One row of one side. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer zero, 5 static,
+    6 trellis."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     first = tl.load(length)

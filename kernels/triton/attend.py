@@ -1,8 +1,9 @@
 """Decode attention over packed rows on any GPU that Triton serves: one new query row per sequence, codes only looked up.
 
 Formula    keys coded after RoPE or by blocks of tokens: logit = a_t (w · level_t) + b_t sum(w) + t · mean_d, with t the query
-           rotated back to the start of the block and w that in the basis of the codec; keys coded before RoPE: the row is restored,
-           and the query rotated to its token;  out = restore(sum p_t (a_t level_t + b_t)) + exact rows
+           rotated back to the start of the block and w = t U for rows that are read as z^ U^T (U `k_unbasis` where that is
+           given, else the basis of the codec); keys coded before RoPE: the row is restored, and the query rotated to its
+           token;  out = restore(sum p_t (a_t level_t + b_t)) + exact rows
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
 Exact      products in float16 for 16-bit models (relative error of the output below 2e-3), in float32 for float32 models
@@ -46,8 +47,8 @@ _ROTATED = 64  # rows that one program of the first launch rotates
 class _Side:
     """How a kernel reads one side's codes.
 
-    form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels; 4: walks through a
-    trellis, whose levels are the factors of their cubic.
+    form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels; 4: walks
+    through a trellis, whose levels are the factors of their cubic.
     """
 
     form: int
@@ -227,7 +228,7 @@ def transform(side: Any, dim: int, basis: Tensor | None, device: torch.device) -
 
 
 def _matrix(basis: Tensor, sigma: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """diag(sigma) U^T [H or 1, D, D]: what takes rows of levels back."""
+    """diag(sigma) U^T [H or 1, D, D]: what takes rows of levels back; U that of the reader."""
 
     def inverse(u: Tensor) -> Tensor:
         return u.mT if sigma is None else u.mT * sigma[:, :, None]
@@ -258,7 +259,7 @@ def attend(call: Call) -> Tensor:
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
     key = _side(c.format.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
     value = _side(c.format.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
-    basis, basis_h = transform(c.key, d, p.get("k_basis"), device)
+    basis, basis_h = transform(c.key, d, p.get("k_unbasis", p.get("k_basis")), device)  # the reader's, where it is another
     per_key = c.key.domain == "block" and c.key.block == 1
     block = _OFFSETS if per_key else c.table_tokens
     tile, warps, waves = _BY_KEY if per_key else _BY_QUERY

@@ -1,7 +1,7 @@
 """Triton code of trellis-coded rows: levels from their codes, and the search for the codes of a row.
 
-Formula    as `kvsink.kernels.trellis`. A walk is known by its lowest bits u, at most 32 of them: the search carries, for every first
-           state and state, the sum and the bits of the best walk so far, and chooses all upper bits m behind it
+Formula    as `kvsink.kernels.trellis`. A walk is known by its lowest bits u, at most 32 of them: the search carries, for every
+           first state and state, the sum and the bits of the best walk so far, and chooses all upper bits m behind it
 Source     Viterbi search with exchange of registers; the rest as `kvsink.kernels.trellis`
 Shapes     rows [N, DP] or [R, DP] of one head, channels padded to a power of two; runs of 8 channels, one channel for every circle
 Exact      codes equal the definition's for the same rows, where nothing contracts products and sums (`enable_fp_fusion=False`);
@@ -47,7 +47,7 @@ def _lowest(word, meta, g, i, N: tl.constexpr, GP: tl.constexpr):
 def walk_levels(
     codes, row, meta, cubic, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
 ):  # fmt: skip
-    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: its a and c."""
+    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: a and c."""
     G: tl.constexpr = D // 8
     GP: tl.constexpr = DP // 8
     g, i = tl.arange(0, GP) % G, tl.arange(0, 8)  # padded channels repeat others
