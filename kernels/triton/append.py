@@ -196,8 +196,9 @@ def _code(
         BLOCK=side.block if offset else 1, CENTER=center, CENTER2=key and side.transform == "klt", BASIS=basis is not None,
         KIND=_KIND[side.kind], GAIN=side.gain, WIDEST=max(side.widths, default=0), GROUP=side.group_size, COUPLE=side.couple or 1,
         BITS=side.code_bits, BYTES=codes.shape[-1], SCALES=scale.shape[-1],
-        enable_fp_fusion=side.kind != "trellis",  # whose sums are those of the definition, bit for bit
     )  # fmt: skip
+    if side.kind == "trellis":
+        shape["enable_fp_fusion"] = False  # so that sums are those of the definition, bit for bit
     given = rows, positions, st["length"], cos, sin, *tables
     if s == 1:
         kernels.code_kernel[(b * h,)](

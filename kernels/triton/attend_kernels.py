@@ -119,13 +119,14 @@ def _side(
     """Rows of one side as levels [N, DP], with the factor and the offset [N] that are still to be applied."""
     if FORM == 4:
         x = walk_levels(codes, slot * BYTES, meta, table, N, D, DP, MULTIPLE, BYTES)
-        return x, byte_gains(codes, slot * BYTES, BYTES), tl.zeros(slot.shape, tl.float32)
-    x = _levels(codes, slot * BYTES, meta, table, c, N, D, DP, FORM, WIDE, MULTIPLE, DT)
-    if GROUP < D:
-        x = _grouped(x, scale, slot, c, D, KIND, COUNT, GROUP)
-        gain, shift = _steps(scale, slot, 0, COUNT)
+        gain, shift = byte_gains(codes, slot * BYTES, BYTES), tl.zeros(slot.shape, tl.float32)
     else:
-        gain, shift = _steps(scale, slot, KIND, COUNT)
+        x = _levels(codes, slot * BYTES, meta, table, c, N, D, DP, FORM, WIDE, MULTIPLE, DT)
+        if GROUP < D:
+            x = _grouped(x, scale, slot, c, D, KIND, COUNT, GROUP)
+            gain, shift = _steps(scale, slot, 0, COUNT)
+        else:
+            gain, shift = _steps(scale, slot, KIND, COUNT)
     return x, gain, shift
 
 

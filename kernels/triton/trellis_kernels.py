@@ -37,10 +37,29 @@ def _gain_byte(g):
 
 
 @triton.jit
-def _lowest(word, meta, g, i, N: tl.constexpr, GP: tl.constexpr):
-    """The lowest bits [N, GP, 8] of the codes of runs g [GP], from the words [N, GP] of all runs."""
-    shift = tl.load(meta + g)[:, None] * i[None, :]
-    return (tl.gather(word, tl.broadcast_to(g[None, :], [N, GP]), 1)[:, :, None] >> shift[None, :, :]) & 1
+def _nibbles(word, width):
+    """Words [N, GP] whose lower bits are 8 codes of `width` [GP] bits → the same codes, 4 bits apart: halves, quarters, eighths."""
+    gap = (4 - width)[None, :]
+    low = (1 << width).to(tl.uint32)[None, :] - 1  # of one code, below of two and of four
+    low_2 = low | (low << width[None, :])
+    low_4 = low_2 | (low_2 << (2 * width)[None, :])
+    x = (word & low_4) | ((word << (4 * gap)) & 0xFFFF0000)
+    x = (x & (low_2 * 0x00010001)) | ((x << (2 * gap)) & 0xFF00FF00)
+    x = (x & (low * 0x01010101)) | ((x << gap) & 0xF0F0F0F0)
+    return x & (low * 0x11111111)
+
+
+@triton.jit
+def _before(x, g, N: tl.constexpr, GP: tl.constexpr):
+    """The words [N, GP] of runs g [GP]."""
+    return tl.gather(x, tl.broadcast_to(g[None, :], [N, GP]), 1)
+
+
+@triton.jit
+def _bytes_of(word):
+    """Bytes of words [N, GP] → [N, GP, 2, 2], above them what stands there: a thread keeps the bytes of its words."""
+    x = tl.join(word, word >> 16)
+    return tl.join(x, x >> 8)
 
 
 @triton.jit
@@ -50,16 +69,19 @@ def walk_levels(
     """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: a and c."""
     G: tl.constexpr = D // 8
     GP: tl.constexpr = DP // 8
-    g, i = tl.arange(0, GP) % G, tl.arange(0, 8)  # padded channels repeat others
+    g = tl.arange(0, GP) % G  # padded channels repeat others
     width, first = tl.load(meta + g), tl.load(meta + G + g)
-    word = tl.zeros([N, GP], tl.int32)
+    word = tl.zeros([N, GP], tl.uint32)
     for n in tl.static_range(WIDEST):
         byte = tl.minimum(first + n, BYTES - 1)  # behind the run it is masked below
-        word = word | (tl.load(codes + row[:, None] + byte[None, :]).to(tl.int32) << (8 * n))
-    walk = word[:, :, None] >> (width[:, None] * i[None, :])[None, :, :]
+        word = word | (tl.load(codes + row[:, None] + byte[None, :]).to(tl.uint32) << (8 * n))
+    walk = _nibbles(word, width)
+    newer = _before(walk, (g + G - 1) % G, N, GP)
     if G > 2:  # in shorter walks u_(t-2) counts as 0
-        walk = walk ^ _lowest(word, meta, (g + G - 2) % G, i, N, GP)
-    index = (2 * walk + _lowest(word, meta, (g + G - 1) % G, i, N, GP)) & ((2 << width) - 1)[None, :, None]
+        walk = walk ^ (_before(walk, (g + G - 2) % G, N, GP) & 0x11111111)
+    even = ((walk << 1) & 0x1E1E1E1E) | (newer & 0x01010101)  # indices of even channels, one a byte
+    odd = ((walk >> 3) & 0x1E1E1E1E) | ((newer >> 4) & 0x01010101)
+    index = tl.reshape(tl.join(_bytes_of(even), _bytes_of(odd)), [N, GP, 8]) & 255
     j = index.to(tl.float32) - ((1 << width).to(tl.float32) - 0.5)[None, :, None]
     level = j * (tl.load(cubic + g)[None, :, None] + tl.load(cubic + G + g)[None, :, None] * (j * j))
     return tl.reshape(level, [N, DP])
