@@ -3,8 +3,9 @@
 Formula    as `kvsink.kernels.append`
 Source     ours
 Shapes     as `kvsink::append_`
-Exact      codes equal the definition's up to ties that the order of float32 sums in the transform decides; exact rows are the
-           same rows, in places of their own order. Rows behind the last slot are left out, for the cache to say
+Exact      codes equal the definition's up to ties that the order of float32 sums in the transform decides (a search through a
+           trellis is the definition's, bit for bit, of the row that it is given: a tie may change a few codes of one circle);
+           exact rows are the same rows, in places of their own order. Rows behind the last slot are left out, for the cache to say
 Declines   `declines` says in words what it does not serve, and the plain operators run
 Cost       three launches: the codes of keys, those of values, and exact rows with positions
 """
@@ -210,8 +211,9 @@ def _code(
 
     many = max(16, _ROWS // wide)
     tiles = -(-s // many)
+    few = many * wide <= _ROWS and side.kind != "trellis"  # whose searches four warps have too few registers for
     rows_kernels.code_rows_kernel[(tiles * b * h,)](
         *given, *rows.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *apart, s, codes.shape[2], tiles, side.clip,
         R=many, CHUNK=min(_DEPTH, wide), STEP=min(_TILE // (2 * many * wide), 1 << side.code_bits),
-        num_warps=_WARPS if many * wide <= _ROWS else 2 * _WARPS, num_stages=1, **shape,
+        num_warps=_WARPS if few else 2 * _WARPS, num_stages=1, **shape,
     )  # fmt: skip
