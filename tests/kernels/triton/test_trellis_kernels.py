@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvsink.codecs import SideSpec
+from kvsink.cache.cache import KVSinkCache
+from kvsink.codecs import Codec, SideSpec
 from kvsink.kernels.trellis import trellis_encode
 from kvsink.kernels.triton import append as append_triton
+from kvsink.kernels.triton import attend as attend_triton
 from kvsink.kernels.triton.attend import _walks, power
+from kvsink.tools.bench_model import rewritten
+from tests import states
 from tests.kernels.test_trellis import gauss, read_row
-from tests.kernels.triton.test_attend import INTERPRETED, interpreter, run_in_the_interpreter
+from tests.kernels.triton.test_attend import INTERPRETED, _decoder, interpreter, run_in_the_interpreter
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -80,6 +85,50 @@ def test_codes_are_those_of_the_definition(widths: tuple[int, ...], rows: int) -
     for row in (4, rows - 1):
         one, rest = written(x[:, :, row : row + 1], sigma, widths, 3)
         assert torch.equal(one, wanted[:, :, row : row + 1]) and (rest == 77).all()
+
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def compiled(kernel: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """A launch's kernel compiled for an H100, which need not be there: the interpreter lets types pass that differ by branch."""
+    values = dict(zip(kernel.arg_names, given, strict=False)) | {n: x for n, x in options.items() if n in kernel.arg_names}
+    constants = {n: x for n, x in values.items() if isinstance(x, bool | str | tl.dtype) or n in kernel.fn.__annotations__}
+    plain = {n: TYPES[x.dtype] if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32" for n, x in values.items()}
+    signature = {n: "constexpr" if n in constants else plain[n] for n in kernel.arg_names}
+    source = importlib.import_module("triton.compiler").ASTSource(kernel, signature, constants)
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    launch = {n: x for n, x in options.items() if n in ("num_warps", "num_stages", "enable_fp_fusion")}
+    assert triton.compile(source, target=target, options=launch).asm["cubin"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("what", ["attend", "code", "code_rows"])
+def test_kernels_compile(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = KVSinkCache.for_model(rewritten(_decoder(32, 1), "klt-trellis-2/2", "first:3")(), 1, 64).packed_layers()[0]
+    codec, rows = Codec.parse(layer.codec_text), 20 if what == "code_rows" else 1
+    state = [x.half() if n.startswith(("exact_k", "exact_v")) else x for n, x in codec.named(layer.state()).items()]
+    x = torch.zeros(1, 2, rows, 32, dtype=torch.float16)
+    launched = []
+    for name, members in (
+        ("attend", ("rotate_query", "attend", "merge")),
+        ("append", ("code", "enter")),
+        ("rows", ("code_rows", "enter_rows")),
+    ):
+        module = importlib.import_module(f"kvsink.kernels.triton.{name}_kernels")
+        for member in members:
+            kernel = getattr(module, f"{member}_kernel")
+
+            def launch(*given: Any, kernel: Any = kernel, member: str = member, **options: Any) -> None:
+                if member == what:
+                    launched.append((kernel, given, options))
+
+            monkeypatch.setattr(module, f"{member}_kernel", defaultdict(lambda launch=launch: launch))
+    if what == "attend":
+        attend_triton.attend(states.asking(x, x, x, state, layer.params, None, 0.1, codec))
+    else:
+        append_triton.append(states.coding(**{**states.append_arguments(layer, x, x), "state": state}))
+    compiled(*launched[-1])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
