@@ -77,11 +77,13 @@ def test_codes_are_those_of_the_definition(widths: tuple[int, ...], rows: int) -
     dim, heads = 8 * len(widths), 2 if len(widths) < 10 else 1
     sigma = gauss(heads, dim, seed=1).exp()
     x = gauss(1, heads, rows, dim, seed=2) * sigma[:, None] * torch.linspace(-12, 9, rows).exp2()[:, None]
+    if heads == 2:  # rows with ties between states before and between first states
+        sigma[1], x[:, 1, 6:] = 1.0, gauss(1, rows - 6, dim, seed=3).sign()
     x[:, :, 3], x[:, 0, 4, 3], x[:, -1, 5, 7] = 0.0, float("nan"), -float("inf")
     wanted = trellis_encode(x, sigma, widths)
     got, rest = written(x, sigma, widths, 3)
     assert torch.equal(got, wanted) and (rest == 77).all()
-    assert {0, 255} < set(wanted[..., -1].flatten().tolist()) and int(wanted[..., -1].unique().numel()) > 5
+    assert {0, 255} < set(wanted[..., -1].flatten().tolist()) and int(wanted[..., -1].unique().numel()) > 4
     for row in (4, rows - 1):
         one, rest = written(x[:, :, row : row + 1], sigma, widths, 3)
         assert torch.equal(one, wanted[:, :, row : row + 1]) and (rest == 77).all()
