@@ -250,7 +250,9 @@ def test_limits_are_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("side", ["klt-2/4", "klt-2", "klt-dense-2", "cq-2", "centred-3", "rtn-4"])
+@pytest.mark.parametrize(
+    "side", ["klt-2/4", "klt-2", "klt-dense-2", "klt-trellis-2", "klt-trellis-dense-2.5/3", "cq-2", "centred-3", "rtn-4"]
+)
 def test_natively_on_a_gpu(side: str, dtype: torch.dtype) -> None:
     shape = Shape(64, 64, 2, 1e4, 256, 8, 128)
     torch.manual_seed(0)
