@@ -34,7 +34,17 @@ from .lasting import kept
 from .packing import pack_bits, unpack_bits
 from .quantize import rms, segments
 
-__all__ = ["DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode", "trellis_levels"]
+__all__ = [
+    "CUBIC",
+    "DISTORTION",
+    "TRELLIS_WIDTHS",
+    "gain_bytes",
+    "gain_of",
+    "subsets",
+    "trellis_decode",
+    "trellis_encode",
+    "trellis_levels",
+]
 
 TRELLIS_WIDTHS = (1, 2, 3, 4)
 DISTORTION = {0: 1.0, 1: 0.3172, 2: 0.0875, 3: 0.0238, 4: 0.0063}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Call as Question
-from ..backends import Device, LayerFormat, Shape, SideFormat
+from ..backends import Device, LayerFormat, Shape, SideFormat, unread
 from ..quantize import SIGMA_KINDS
 from ..triton import attend as triton_attend
 from ..triton.attend import transform
@@ -38,6 +38,7 @@ DIM, WINDOW, BLOCK = 128, 64, 64
 CAPABILITY = 9  # compute capability, before the point
 REPEATS = 4  # query heads that share a key-value head
 DTYPES = (torch.float16, torch.bfloat16)
+_KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
 _COUPLES = (2, 4, 8)
 _ROTATED = 16  # blocks that a launched block of `rotate_queries` rotates to at a time: ROTATE_BLOCKS of codes.cuh
 _MERGE_WARPS = 8  # of a launched block of `merge_codes`
@@ -143,6 +144,8 @@ def _bytes_of(spec: SideFormat) -> tuple[int, bool] | str:
 def variant_of(f: LayerFormat, s: Shape) -> CodesVariant | str:
     """The kernel for a format that `kvsink.kernels.triton.attend` serves, or why there is none."""
     key, value = f.key, f.value
+    if reason := unread(f, _KINDS):
+        return reason
     if s.dim != DIM:
         return f"{s.dim} channels, not {DIM}"
     if s.repeats > REPEATS:

@@ -3,8 +3,9 @@
 Formula    as `kvsink.kernels.append`
 Source     ours
 Shapes     as `kvsink::append_`
-Exact      codes equal the definition's up to ties that the order of float32 sums in the transform decides; exact rows are the
-           same rows, in places of their own order. Rows behind the last slot are left out, for the cache to say
+Exact      codes equal the definition's up to ties that the order of float32 sums in the transform decides (a search through a
+           trellis is the definition's, bit for bit, of the row that it is given: a tie may change a few codes of one circle);
+           exact rows are the same rows, in places of their own order. Rows behind the last slot are left out, for the cache to say
 Declines   `declines` says in words what it does not serve, and the plain operators run
 Cost       three launches: the codes of keys, those of values, and exact rows with positions
 """
@@ -22,12 +23,13 @@ from ..backends import OFFERED, Call, Device, LayerFormat, Shape, device_of
 from ..lasting import kept
 from ..levels import even_levels, even_thresholds, lloyd_max, thresholds
 from ..quantize import segments
+from ..trellis import subsets
 from . import attend
 from .attend import power, transform
 
 __all__ = ["append", "declines", "keep_exact", "keeps", "launches"]
 
-_KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 1, "gauss": 2, "uniform": 3, "uniform-int": 4, "static": 5}
+_KIND = {"lloyd": 0, "lloyd-even": 0, "vector": 1, "gauss": 2, "uniform": 3, "uniform-int": 4, "static": 5, "trellis": 6}
 _SEGMENTS = 4
 _FAR = 1 << 20  # a bit that no row has
 _WARPS = 4  # more of them wait for each other: 8 take 1.3 to 1.6 times as long, 16 up to 3 times
@@ -56,7 +58,8 @@ def declines(f: LayerFormat, s: Shape, d: Device) -> str:
 
 @kept
 def _tables(kind: str, widths: tuple[int, ...], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """meta int32 [4, DP] (width, first threshold, first bit, first level of a channel), levels and thresholds."""
+    """meta int32 [4, DP] (width, first threshold, first bit, first level of a channel), levels and thresholds; of
+    a trellis by subset."""
     dim = 8 * len(widths)
     meta = torch.zeros(4, power(dim), dtype=torch.int32)
     meta[2] = _FAR
@@ -66,8 +69,13 @@ def _tables(kind: str, widths: tuple[int, ...], device: str) -> tuple[Tensor, Te
     for a, b, byte, w in segments(widths):
         if w not in first:
             first[w] = sum(len(e) for e in edges), sum(len(x) for x in levels)
-            levels.append((even_levels if even else lloyd_max)(w).float())
-            edges.append((even_thresholds if even else thresholds)(w).float())
+            if kind == "trellis":
+                level, edge = (x.flatten() for x in subsets(w, "cpu"))
+            else:
+                level = (even_levels if even else lloyd_max)(w).float()
+                edge = (even_thresholds if even else thresholds)(w).float()
+            levels.append(level)
+            edges.append(edge)
         meta[0, a:b], meta[1, a:b], meta[3, a:b] = w, first[w][0], first[w][1]
         meta[2, a:b] = 8 * byte + torch.arange(b - a) * w
     return meta.to(device), torch.cat(levels).to(device), torch.cat(edges).to(device)
@@ -190,6 +198,8 @@ def _code(
         KIND=_KIND[side.kind], GAIN=side.gain, WIDEST=max(side.widths, default=0), GROUP=side.group_size, COUPLE=side.couple or 1,
         BITS=side.code_bits, BYTES=codes.shape[-1], SCALES=scale.shape[-1],
     )  # fmt: skip
+    if side.kind == "trellis":
+        shape["enable_fp_fusion"] = False  # so that sums are those of the definition, bit for bit
     given = rows, positions, st["length"], cos, sin, *tables
     if s == 1:
         kernels.code_kernel[(b * h,)](
@@ -201,8 +211,9 @@ def _code(
 
     many = max(16, _ROWS // wide)
     tiles = -(-s // many)
+    few = many * wide <= _ROWS and side.kind != "trellis"  # whose searches four warps have too few registers for
     rows_kernels.code_rows_kernel[(tiles * b * h,)](
         *given, *rows.stride()[:3], step, positions.stride(1), cos_b, cos.stride(1), *apart, s, codes.shape[2], tiles, side.clip,
         R=many, CHUNK=min(_DEPTH, wide), STEP=min(_TILE // (2 * many * wide), 1 << side.code_bits),
-        num_warps=_WARPS if many * wide <= _ROWS else 2 * _WARPS, num_stages=1, **shape,
+        num_warps=_WARPS if few else 2 * _WARPS, num_stages=1, **shape,
     )  # fmt: skip

@@ -11,15 +11,11 @@ Imported only where Triton is there. Names in capitals are constants of the comp
 import triton
 import triton.language as tl
 
-_TINY = tl.constexpr(6.0e-8)
+from .trellis_kernels import _TINY, _divided, _search, walk_codes  # isort: skip
+
 _HALF_MAX = tl.constexpr(65504.0)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding and taking it away rounds half to even
 _LARGE = tl.constexpr(4.0e6)
-
-
-@triton.jit
-def _divided(a, b):
-    return tl.div_rn(a, b)
 
 
 @triton.jit
@@ -79,19 +75,6 @@ def _channels(
     else:
         x = (x - mu) * a - (y - mu_other) * b
     return x
-
-
-@triton.jit
-def _search(t, width, at, edges, STEPS: tl.constexpr):
-    """Number of thresholds below t, by bisection; those of one width begin at `at` in `edges`."""
-    code = tl.zeros(t.shape, tl.int32)
-    top = (1 << width) - 1
-    for i in tl.static_range(STEPS):
-        bit = 1 << (STEPS - 1 - i)
-        tried = code + bit
-        edge = tl.load(edges + at + tried - 1, mask=tried <= top, other=float("inf"))
-        code = tl.where(edge < t, tried, code)
-    return code
 
 
 @triton.jit
@@ -226,7 +209,8 @@ def code_kernel(
     GROUP: tl.constexpr, COUPLE: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, BYTES_P: tl.constexpr,
     SCALES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One row of one side. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer zero, 5 static."""
+    """One row of one side. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer zero, 5 static,
+    6 trellis."""
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // H, bh % H
     first = tl.load(length)
@@ -274,9 +258,14 @@ def code_kernel(
         _stored(codes, code, tl.where(g < G, g * BITS, 1 << 20), g * 0 + BITS, BYTES, BYTES_P)
     else:
         width, at, bit = tl.load(meta + c), tl.load(meta + DP + c), tl.load(meta + 2 * DP + c)
-        levels += tl.load(meta + 3 * DP + c)
         live = width > 0
-        if KIND == 0:
+        coded: tl.constexpr = BYTES - 1 if KIND == 6 else BYTES  # bytes of codes
+        if KIND == 6:
+            code, gain = walk_codes(x[None, :], sigma + h * D, meta, levels, edges, 1, D, DP, WIDEST)
+            code = tl.reshape(code, [DP])
+            tl.store(codes + coded + tl.arange(0, 1), gain.to(tl.uint8))
+        elif KIND == 0:
+            levels += tl.load(meta + 3 * DP + c)
             deviation = tl.maximum(tl.load(sigma + h * D + c, mask=c < D, other=1.0), _TINY)
             code, gain = _level_codes(x, deviation, c < D, width, at, levels, edges, D, GAIN, WIDEST, 0)
             if GAIN:
@@ -290,7 +279,7 @@ def code_kernel(
             code, step, low = _step_codes(x, c < D, [DP], groups, width, at, edges, clip, KIND, GROUP, WIDEST, 1)
             tl.store(scale + 2 * n, step.to(tl.float16), mask=n < D // GROUP)
             tl.store(scale + 2 * n + 1, low.to(tl.float16), mask=n < D // GROUP)
-        _stored(codes, tl.where(live, code, 0), bit, width, BYTES, BYTES_P)
+        _stored(codes, tl.where(live, code, 0), bit, width, coded, BYTES_P)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Decode attention over packed rows on any GPU that Triton serves: one new query row per sequence, codes only looked up.
 
 Formula    keys coded after RoPE or by blocks of tokens: logit = a_t (w · level_t) + b_t sum(w) + t · mean_d, with t the query
-           rotated back to the start of the block and w that in the basis of the codec; keys coded before RoPE: the row is restored,
-           and the query rotated to its token;  out = restore(sum p_t (a_t level_t + b_t)) + exact rows
+           rotated back to the start of the block and w = t U for rows that are read as z^ U^T (U `k_unbasis` where that is
+           given, else the basis of the codec); keys coded before RoPE: the row is restored, and the query rotated to its
+           token;  out = restore(sum p_t (a_t level_t + b_t)) + exact rows
 Source     FlashAttention, arXiv 2205.14135 (online softmax); split over slots as in Flash-Decoding; the rest ours
 Shapes     as `kvsink::attend` with S = 1
 Exact      products in float16 for 16-bit models (relative error of the output below 2e-3), in float32 for float32 models
@@ -27,10 +28,11 @@ from ..hadamard import hadamard_ref
 from ..lasting import kept, lasting
 from ..levels import levels_of, levels_of_bytes
 from ..quantize import segments
+from ..trellis import CUBIC
 
 __all__ = ["attend", "declines", "power", "transform"]
 
-_KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static")
+_KINDS = ("lloyd", "lloyd-even", "gauss", "uniform", "uniform-int", "vector", "static", "trellis")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DIMS = 16, 256
 _MOST_EXACT = 64  # exact rows that every tile is compared with
@@ -45,15 +47,16 @@ _ROTATED = 64  # rows that one program of the first launch rotates
 class _Side:
     """How a kernel reads one side's codes.
 
-    form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels.
+    form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels; 4: walks
+    through a trellis, whose levels are the factors of their cubic.
     """
 
     form: int
     meta: Tensor  # int32; see the readers in `attend_kernels`
     levels: Tensor
     wide: bool
-    multiple: int  # form 0: channels of a byte; 1: the widest run in bits; 2: channels coupled; 3: bits of a code
-    kind: int  # numbers beside a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero
+    multiple: int  # form 0: channels of a byte; 1, 4: the widest run in bits; 2: channels coupled; 3: bits of a code
+    kind: int  # numbers of a row: 0 none, 1 a gain, 2 step and lowest, 3 step and zero
     row_bytes: int
     scales: int
 
@@ -141,11 +144,22 @@ def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tu
     return 2, meta.to(device), bool((bit % 8 + bits > 8).any())
 
 
+@kept
+def _walks(widths: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+    """meta int32 [2, D / 8], bits and first byte of a run, and a and c of its levels, float32 [2, D / 8]."""
+    first = [sum(widths[:g]) for g in range(len(widths))]
+    return torch.tensor([widths, first], dtype=torch.int32, device=device), torch.tensor(
+        [CUBIC[w] for w in widths]
+    ).T.contiguous().to(device)
+
+
 def _side(spec: SideFormat, codes: Tensor, scale: Tensor, dim: int, book: Tensor | None, dtype: torch.dtype) -> _Side:
     row_bytes, scales, device = codes.shape[-1], scale.shape[-1], str(codes.device)
     if book is not None:
         form, meta, wide = _vector(dim, spec.couple, spec.code_bits, row_bytes, device)
         return _Side(form, meta, derived(book, dtype, same), wide, spec.couple, spec.numbers, row_bytes, scales)
+    if spec.kind == "trellis":
+        return _Side(4, *_walks(spec.widths, device), False, max(spec.widths), 1, row_bytes, scales)
     form, meta, levels, wide, multiple = _scalar(spec.kind, spec.widths, device, dtype)
     return _Side(form, meta, levels, wide, multiple, spec.numbers, row_bytes, scales)
 
@@ -214,7 +228,7 @@ def transform(side: Any, dim: int, basis: Tensor | None, device: torch.device) -
 
 
 def _matrix(basis: Tensor, sigma: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """diag(sigma) U^T [H or 1, D, D]: what takes rows of levels back."""
+    """diag(sigma) U^T [H or 1, D, D]: what takes rows of levels back; U that of the reader."""
 
     def inverse(u: Tensor) -> Tensor:
         return u.mT if sigma is None else u.mT * sigma[:, :, None]
@@ -245,7 +259,7 @@ def attend(call: Call) -> Tensor:
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
     key = _side(c.format.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
     value = _side(c.format.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
-    basis, basis_h = transform(c.key, d, p.get("k_basis"), device)
+    basis, basis_h = transform(c.key, d, p.get("k_unbasis", p.get("k_basis")), device)  # the reader's, where it is another
     per_key = c.key.domain == "block" and c.key.block == 1
     block = _OFFSETS if per_key else c.table_tokens
     tile, warps, waves = _BY_KEY if per_key else _BY_QUERY

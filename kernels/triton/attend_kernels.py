@@ -1,4 +1,4 @@
-"""Triton code of `attend`: decode attention over packed rows of any scalar or vector codec, and the merge of its parts.
+"""Triton code of `attend`: decode attention over packed rows of any scalar, trellis or vector codec, and the merge of its parts.
 
 Formula    as `kvsink.kernels.cpu.attend`: the query goes to the basis and to the start of a block, codes are only looked up
 Source     FlashAttention, arXiv 2205.14135 (online softmax over splits); the query that carries the transform: ours
@@ -12,6 +12,8 @@ padded to powers of two; PER_KEY: keys are restored and the query rotated to the
 
 import triton
 import triton.language as tl
+
+from .trellis_kernels import byte_gains, walk_levels  # isort: skip
 
 
 @triton.jit
@@ -115,12 +117,16 @@ def _side(
     GROUP: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Rows of one side as levels [N, DP], with the factor and the offset [N] that are still to be applied."""
-    x = _levels(codes, slot * BYTES, meta, table, c, N, D, DP, FORM, WIDE, MULTIPLE, DT)
-    if GROUP < D:
-        x = _grouped(x, scale, slot, c, D, KIND, COUNT, GROUP)
-        gain, shift = _steps(scale, slot, 0, COUNT)
+    if FORM == 4:
+        x = walk_levels(codes, slot * BYTES, meta, table, N, D, DP, MULTIPLE, BYTES)
+        gain, shift = byte_gains(codes, slot * BYTES, BYTES), tl.zeros(slot.shape, tl.float32)
     else:
-        gain, shift = _steps(scale, slot, KIND, COUNT)
+        x = _levels(codes, slot * BYTES, meta, table, c, N, D, DP, FORM, WIDE, MULTIPLE, DT)
+        if GROUP < D:
+            x = _grouped(x, scale, slot, c, D, KIND, COUNT, GROUP)
+            gain, shift = _steps(scale, slot, 0, COUNT)
+        else:
+            gain, shift = _steps(scale, slot, KIND, COUNT)
     return x, gain, shift
 
 
@@ -128,6 +134,7 @@ def _side(
 def _online_softmax(top, mass, acc, offset, s, seen, y, factor, shift, SHIFTED: tl.constexpr, DT: tl.constexpr):
     """One more tile into the online softmax: logits s [RP, N] in powers of two, rows y [N, DP] = factor · levels + shift."""
     s = tl.where(seen[None, :], s, float("-inf"))
+    factor = tl.where(seen, factor, 0.0)  # a row that nobody sees may have a gain that is not a number
     peak = tl.maximum(top, tl.max(s, 1))
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     fade = tl.exp2(top - safe)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .append_kernels import _TINY, _channels, _divided, _fitted, _gain, _level_codes, _repeats, _static_codes, _step_codes  # isort: skip
+from .trellis_kernels import walk_codes  # isort: skip
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def code_rows_kernel(
     SCALES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """R of S rows of one side of one head. KIND 0 levels with deviations, 1 codebook, 2 gauss, 3 uniform, 4 uniform with integer
-    zero, 5 static."""
+    zero, 5 static, 6 trellis."""
     tile = tl.program_id(0) % tiles
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
@@ -139,9 +140,13 @@ def code_rows_kernel(
         _stored(codes, code, held[:, None], run * BITS, run * 0 + BITS, R, GP // RUN, RUN, BITS, BYTES)
     else:
         width, at = tl.load(meta + n)[None, :], tl.load(meta + DP + n)[None, :]
-        levels += tl.load(meta + 3 * DP + n)[None, :]
         live = width > 0
-        if KIND == 0:
+        coded: tl.constexpr = BYTES - 1 if KIND == 6 else BYTES  # bytes of codes
+        if KIND == 6:
+            code, gain = walk_codes(x, sigma + h * D, meta, levels, edges, R, D, DP, WIDEST)
+            tl.store(codes + coded, gain[:, None].to(tl.uint8), mask=held[:, None])
+        elif KIND == 0:
+            levels += tl.load(meta + 3 * DP + n)[None, :]
             deviation = tl.maximum(tl.load(sigma + h * D + c, mask=c < D, other=1.0), _TINY)
             code, gain = _level_codes(x, deviation, c < D, width, at, levels, edges, D, GAIN, WIDEST, 1)
             if GAIN:
@@ -158,7 +163,7 @@ def code_rows_kernel(
             tl.store(scale[:, None] + 2 * m + 1, low.to(tl.float16), mask=stored)
         run = 8 * tl.arange(0, DP // 8)
         first, bits = tl.load(meta + 2 * DP + run) // 8, tl.load(meta + run)
-        _stored(codes, tl.where(live, code, 0), held[:, None], first, bits, R, DP // 8, 8, WIDEST, BYTES)
+        _stored(codes, tl.where(live, code, 0), held[:, None], first, bits, R, DP // 8, 8, WIDEST, coded)
 
 
 @triton.jit

@@ -159,6 +159,15 @@ def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
         assert "values of kind" in str(rows_of_bytes.variant_of(other.format, shape))
 
 
+def test_walks_are_declined_on_either_side() -> None:
+    """Values below 1.5 bits are codebooks, which the kernels read: the keys beside them are not."""
+    shape = states.shape_of(torch.zeros(1, KV, 1, 128, dtype=torch.float16), 4 * KV)
+    for side, kinds in (("klt-trellis-2/1", ("trellis", "vector")), ("klt-trellis-1/2", ("vector", "trellis"))):
+        f = Codec.parse(KVSinkCache.for_model(codes_of(side, 4)(), 1, SLOTS).packed_layers()[0].codec_text).format
+        assert (f.key.kind, f.value.kind) == kinds
+        assert rows_of_bytes.declines(f, shape, replace(states.GPU, capability=(9, 0))) == "rows of kind trellis"
+
+
 def test_a_call_reaches_the_kernels_with_its_coding_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the arguments of the op on: the kernels of the call's own variant, and the launches of the coding at their times."""
     layer, q, k, v = filled("klt-2/4", 4, 1, 150, (0,), torch.float16)

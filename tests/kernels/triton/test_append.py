@@ -146,7 +146,7 @@ def test_rows_behind_the_last_slot_are_left_out() -> None:
 @here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 2 * len(OPTIONS) + 9)
+    run_in_the_interpreter(__file__, 2 * len(OPTIONS) + 10)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,7 @@ def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: st
         *((m, (("protect", p),)) for m in ("klt", "cq", "rtn") for p in ("none", "first:2", "kvsink:2+first:1")),
         ("klt", (("protect", "first:1+massive:2+first:3"), ("window", 5))),
         ("klt-dense", ()),
+        ("klt-trellis", ()),
         ("centred", (("window", 3),)),
     ],
 )
@@ -210,7 +211,9 @@ def test_natively_on_a_gpu(method: str, options: tuple, dtype: torch.dtype, rows
             assert torch.allclose(key.float(), expected[slot][1].float(), rtol=2**-7) and torch.equal(value, expected[slot][2])
 
 
-@pytest.mark.parametrize("name", ["triton/append_kernels", "triton/attend_kernels", "triton/rows_kernels", "select_sinks"])
+@pytest.mark.parametrize(
+    "name", ["triton/append_kernels", "triton/attend_kernels", "triton/rows_kernels", "triton/trellis_kernels", "select_sinks"]
+)
 def test_no_loop_declares_a_constant(name: str) -> None:
     """Triton 3.6 refuses to declare a constexpr a second time, as an unrolled loop does; later versions let it pass."""
     path = Path(append_triton.__file__).parents[1] / f"{name}.py"

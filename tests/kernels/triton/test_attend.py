@@ -45,6 +45,9 @@ OPTIONS: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = (
     ("cq", (("key_bits", 1.25), ("windows", 18), ("value_bits", 2), ("protect", "first:2"))),
     ("static-rotated", ()),
     ("klt-dense", ()),
+    ("klt-trellis", ()),
+    ("klt-trellis", (("key_bits", 3.5), ("value_bits", 3), ("window", 5), ("protect", "first:2"))),
+    ("klt-trellis-dense", (("key_bits", 1.5), ("value_bits", 4))),
 )
 IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in options)}" for m, options in OPTIONS]
 TILED = [(*o, 64 if i % 5 == 0 else 16) for i, o in enumerate(OPTIONS)]  # slots of a step
@@ -86,8 +89,14 @@ def _decoder(dim: int, repeats: int) -> Any:
 
 @here
 @interpreter
-@pytest.mark.parametrize(("dim", "repeats"), [(64, 1), (96, 3), (256, 5)])
-@pytest.mark.parametrize("side", ["klt-2", "klt-dense-2/4", "centred-3"])
+@pytest.mark.parametrize(
+    ("side", "dim", "repeats"),
+    [
+        *((side, *shape) for side in ("klt-2", "klt-dense-2/4", "centred-3") for shape in ((64, 1), (96, 3), (256, 5))),
+        *(("klt-trellis-2/3", *shape) for shape in ((80, 1), (128, 4), (256, 2))),
+        ("klt-trellis-dense-2.5/2", 96, 2),
+    ],
+)
 def test_head_dimensions_and_ratios(side: str, dim: int, repeats: int) -> None:
     model = rewritten(_decoder(dim, repeats), side, "first:3")()
     layer = KVSinkCache.for_model(model, 1, 128).packed_layers()[0]
@@ -127,6 +136,71 @@ def test_positions_that_run_ahead_of_the_slots_are_never_a_wrong_number() -> Non
     assert got.isnan().all()
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of rows [.., S, D] in halves, cos and sin [.., S, D]."""
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+@here
+@interpreter
+@pytest.mark.parametrize("method", ["klt", "klt-dense", "klt-trellis", "klt-trellis-dense"])
+def test_a_basis_of_the_reader(method: str) -> None:
+    """Keys written as y T are read as z^ T^-1, T not orthogonal: against softmax in float64 over rows of the formula."""
+    layer, _, _ = states.filled(method, (("protect", "none"),), batch=2, lengths=(1,))
+    codec, (heads, dim) = Codec.parse(layer.codec_text), (states.KV_HEADS, states.HEAD_DIM)
+    g = torch.Generator().manual_seed(3)
+    # Singular values 0.5 to 2: rows and columns scaled between two orthogonal matrices.
+    left, right = (torch.linalg.qr(torch.randn(heads, dim, dim, generator=g, dtype=torch.float64))[0] for _ in range(2))
+    basis = left * torch.linspace(-1, 1, dim, dtype=torch.float64).exp2() @ right
+    names, back = codec.param_names(), torch.linalg.inv(basis).mT
+    params = [basis.float() if n == "k_basis" else x for n, x in zip(names, layer.params, strict=True)]
+    k, v = states.rows(2, 40, seed=4)
+    layer.length.zero_()
+    states.append_(**{**states.append_arguments(layer, k[:, :, :39], v[:, :, :39]), "params": params})
+    layer.length.fill_(39)
+    states.append_(**{**states.append_arguments(layer, k[:, :, 39:], v[:, :, 39:]), "params": params})
+    q = torch.randn(2, 2 * heads, 1, dim, generator=g)
+    call = states.asking(q, k[:, :, 39:], v[:, :, 39:], layer.state(), params, None, SCALE, codec)
+    call.p["k_unbasis"] = back.float().contiguous()
+    got = attend_triton.attend(call)
+
+    p, st = codec.tables(params), codec.named(layer.state())
+    z = codec.dequantize("k", st["k_codes"][:, :, :39], st["k_scale"][:, :, :39], p).double()
+    positions = st["positions"][:, :39].long()
+    start = positions // codec.key.block
+    cos, sin = (p[n].double()[start][:, None] for n in ("start_cos", "start_sin"))
+    rows = turned(z @ back.mT + p["k_table"].double()[:, positions % p["k_table"].shape[1]].movedim(0, 1), cos, sin)
+    assert (rows - k[:, :, :39]).norm() < 0.8 * k[:, :, :39].norm()
+    rows = torch.cat([rows, k[:, :, 39:].double()], 2).repeat_interleave(2, 1)
+    values = torch.cat([codec.read_values(st, p, 0, 39).double(), v[:, :, 39:].double()], 2).repeat_interleave(2, 1)
+    wanted = (q.double() @ rows.mT * SCALE).softmax(-1) @ values
+    assert (got - wanted).norm() <= FUSED_FLOAT32 * wanted.norm()
+    call.p["k_unbasis"] = call.p["k_basis"]
+    assert (attend_triton.attend(call) - wanted).norm() > 0.01 * wanted.norm()
+
+
+@here
+@interpreter
+def test_a_gain_that_is_not_a_number_counts_where_it_is_seen() -> None:
+    layer, k, v = states.filled("klt-trellis", (("protect", "first:2"),), batch=2, lengths=(40, 1))
+    q = torch.randn(2, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 1, 1, states.SLOTS, dtype=torch.bool)
+    exact = layer.exact_slot[:, 0].tolist()
+    row = next(slot for slot in range(40) if slot not in layer.exact_slot)
+    mask[1, ..., row] = False
+    codec, last = Codec.parse(layer.codec_text), (q, k[:, :, -1:], v[:, :, -1:])
+    rest = layer.state(), layer.params, mask, SCALE
+    wanted = attend_ref(*last, *rest, False, layer.codec_text)
+    for codes in (layer.k_codes, layer.v_codes):  # an exact row of each, the new one and one that is hidden
+        codes[0, :, exact[0], -1] = codes[1, :, exact[1], -1] = codes[:, :, 40, -1] = codes[1, :, row, -1] = 255
+    got = attend_triton.attend(states.asking(*last, *rest, codec))
+    assert (got - wanted).norm() <= FUSED_FLOAT32 * wanted.norm()
+    layer.v_codes[0, 1, row, -1] = 255  # seen by two heads
+    got = attend_triton.attend(states.asking(*last, *rest, codec))
+    assert got[0, 2:].isnan().all() and torch.isfinite(got[0, :2]).all() and torch.isfinite(got[1]).all()
+
+
 def run_in_the_interpreter(file: str, count: int, which: str = "") -> None:
     """The tests of a file, or those named so, in a process whose Triton interprets: `count` of them pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *(("-k", which) if which else ())]
@@ -138,7 +212,7 @@ def run_in_the_interpreter(file: str, count: int, which: str = "") -> None:
 @here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, len(TILED) + 15)
+    run_in_the_interpreter(__file__, len(TILED) + 24)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +250,9 @@ def test_limits_are_named() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("side", ["klt-2/4", "klt-2", "klt-dense-2", "cq-2", "centred-3", "rtn-4"])
+@pytest.mark.parametrize(
+    "side", ["klt-2/4", "klt-2", "klt-dense-2", "klt-trellis-2", "klt-trellis-dense-2.5/3", "cq-2", "centred-3", "rtn-4"]
+)
 def test_natively_on_a_gpu(side: str, dtype: torch.dtype) -> None:
     shape = Shape(64, 64, 2, 1e4, 256, 8, 128)
     torch.manual_seed(0)
