@@ -8,6 +8,9 @@ Exact      yes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from .hadamard import hadamard_ref
@@ -15,6 +18,7 @@ from .rope import rope, unrope
 
 __all__ = [
     "add",
+    "back_table",
     "center",
     "center_roped",
     "hadamard_heads",
@@ -92,6 +96,11 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
 def unproject(x: Tensor, basis: Tensor) -> Tensor:
     """x U^T: the inverse of `project` where U is orthogonal; else U is the transposed inverse of what `project` was given."""
     return x @ basis.mT.to(x.dtype)
+
+
+def back_table(tables: Mapping[str, Tensor], prefix: str, name: str) -> Any:
+    """The table that rows of side "k" or "v" are taken back with: "basis" or "sigma", or one of its own beside it; None without."""
+    return tables.get(f"{prefix}_un{name}", tables.get(f"{prefix}_{name}"))
 
 
 def hadamard_heads(x: Tensor, order: int, heads_per_group: int = 1, inverse: bool = False) -> Tensor:

@@ -27,6 +27,7 @@ from ..backends import Call, Device, LayerFormat, LayerState, Shape, unread
 from ..hadamard import hadamard_matrix
 from ..levels import levels_of, levels_of_bytes
 from ..quantize import SIGMA_KINDS, segments
+from ..stages import back_table
 from ..trellis import trellis_levels
 from .c_library import FLOAT_TYPES, LOOSE, Plan, c_library
 
@@ -164,11 +165,10 @@ class _AttendPlan(Plan):
             side.couple, side.code_bits, side.book = spec.couple, spec.code_bits, self.pointer(book)
             side.book_h = book[0].numel() * (book.shape[0] > 1)
         if spec.kind in SIGMA_KINDS:
-            side.sigma = self.pointer(p.get(f"{prefix}_unsigma", p[f"{prefix}_sigma"]))
+            side.sigma = self.pointer(back_table(p, prefix, "sigma"))
         side.walk = spec.kind == "trellis"
         if spec.transform == "klt":
-            basis = p.get(f"{prefix}_unbasis", p[f"{prefix}_basis"])  # to read, the one that brings rows back
-            side.basis, side.basis_h = self.pointer(basis), dim * dim
+            side.basis, side.basis_h = self.pointer(back_table(p, prefix, "basis")), dim * dim
         elif spec.transform == "hadamard" and not spec.folded:
             side.basis = self.pointer(torch.block_diag(*[hadamard_matrix(spec.order, torch.float32)] * (dim // spec.order)))
         return side

@@ -28,6 +28,7 @@ from ..hadamard import hadamard_ref
 from ..lasting import kept, lasting
 from ..levels import levels_of, levels_of_bytes
 from ..quantize import segments
+from ..stages import back_table
 from ..trellis import CUBIC
 
 __all__ = ["attend", "declines", "power", "transform"]
@@ -259,7 +260,7 @@ def attend(call: Call) -> Tensor:
     half = torch.float32 if q.dtype == torch.float32 else torch.float16
     key = _side(c.format.key, st["k_codes"], st["k_scale"], d, p.get("k_book"), half)
     value = _side(c.format.value, st["v_codes"], st["v_scale"], d, p.get("v_book"), half)
-    basis, basis_h = transform(c.key, d, p.get("k_unbasis", p.get("k_basis")), device)  # the reader's, where it is another
+    basis, basis_h = transform(c.key, d, back_table(p, "k", "basis"), device)
     per_key = c.key.domain == "block" and c.key.block == 1
     block = _OFFSETS if per_key else c.table_tokens
     tile, warps, waves = _BY_KEY if per_key else _BY_QUERY
@@ -267,7 +268,7 @@ def attend(call: Call) -> Tensor:
     rotary = 0 if cos is None else cos.shape[-1]
     mean = p.get("k_table") if c.key.center else None
     starts = cos is not None and (not per_key or rotary > 0)
-    sigma = p.get("k_sigma", p.get("k_step"))
+    sigma = p.get("k_step", back_table(p, "k", "sigma"))
     dt = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     by_block = c.key.domain == "block" and not per_key
     if basis is not None:
@@ -330,7 +331,7 @@ def _merged(acc: Tensor, top: Tensor, mass: Tensor, splits: int, q: Tensor, c: A
     heads, _, r, d = acc.shape
     b = q.shape[0]
     back, back_h = transform(c.value, d, p.get("v_basis"), q.device)
-    sigma, mean = p.get("v_sigma", p.get("v_step")), p.get("v_mean") if c.value.center else None
+    sigma, mean = p.get("v_step", back_table(p, "v", "sigma")), p.get("v_mean") if c.value.center else None
 
     def held(x: Tensor | None) -> Tensor:
         return q if x is None else x  # a pointer that is not followed

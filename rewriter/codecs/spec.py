@@ -77,8 +77,8 @@ class SideSpec:
     outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
     outlier_tokens  tokens whose outliers share one record, at most; a power of two.
     exponent   codes and tables are of rows times 2^-exponent, where rows are too large or too small for float16 scales.
-    unbiased   kind "trellis": levels are read 1 / (1 - D) times as large, D the mean squared error of their width: an error does then
-               not depend on the number itself, and averages out over the rows that attention sums.
+    unbiased   kind "trellis": levels are read 1 / (1 - D) times as large, D the mean squared error of their width: errors do not
+               depend on the number itself then, and average out over the rows that attention sums.
     weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
                normalised by a range r, times r^2), "fisher-raw" (without r^2), "error" (reach into the attention output).
     """
