@@ -1,8 +1,9 @@
-"""The keys of `klt` and centred, rotated values, both as trellis-coded levels: no codebooks, no 16-bit numbers beside a row.
+"""Block-KLT keys in the basis that attention asks for and centred, rotated values, both as trellis-coded levels: no codebooks, no
+16-bit numbers beside a row. Levels of values are read without bias, since attention sums many rows.
 
 Below 1.5 bits, where a walk has one bit for every component and none to spare for the strong ones, codebooks are far better.
 
-Source     ours; see `klt` and kvsink.kernels.trellis
+Source     ours; see `klt`, kvsink.kernels.trellis and kvsink.calibrate.metric
 Differs    no
 """
 
