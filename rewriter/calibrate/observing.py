@@ -67,20 +67,11 @@ def observe(
             record = replace(record, stages=known)
     if "kvsink" in kinds and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
-    blind = [i for i, w in enumerate(chosen.wanted) if w is not None and w[0].metric != "none" and not _seen(record, i)]
-    for i in blind:
-        key, value = chosen.wanted[i]  # type: ignore[misc]
-        chosen.wanted[i] = replace(key, metric="none"), value
-    if blind:
+    if blind := [i for i, w in enumerate(chosen.wanted) if w is not None and w[0] != record.measurable(i, w[0])]:
         notes.append(f"layers {blind}: their attention does not show its queries; errors of their keys count alike")
     if any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
         notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
     return record
-
-
-def _seen(record: Calibration, layer: int) -> bool:
-    """Whether queries of a layer were seen, or nobody has looked: then the record says so where they are needed."""
-    return layer not in record.queries or bool(record.queries[layer].count)
 
 
 def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any) -> Tensor:

@@ -7,7 +7,7 @@ Raises     CalibrationError for a damaged record, or one of another model or ver
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kvsink.calibrate.statistics import KeyStats, QueryStats, Samples, ValueStats
+from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError
 from kvsink.model.digest import DIGEST, check_digest, digest
@@ -39,6 +40,11 @@ class Calibration:
     medians: list[float] = field(default_factory=list)
     samples: dict[int, Samples] = field(default_factory=dict)  # layer → rows, where a quantizer learns from them
     queries: dict[int, QueryStats] = field(default_factory=dict)  # of no rows where attention does not show them
+
+    def measurable(self, layer: int, key: SideSpec) -> SideSpec:
+        """The declaration of a layer's keys without its metric where calibration saw that attention does not show its queries."""
+        blind = layer in self.queries and not self.queries[layer].count
+        return replace(key, metric="none") if blind else key
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; tensors by name, the rest as JSON in its header."""
