@@ -137,7 +137,7 @@ def _search(b: Body, z: str, weight: str, widths: Sequence[int]) -> tuple[str, s
     two = b.const(2, np.int32)
     z1 = b.Mod(b.Add(u, before(2)), two) if dim > 16 else u
     subset = b.Add(b.Mul(z1, two), before(1))
-    every = b.Reshape(m, b.Concat(b.ints(4), b.Shape(z), axis=0))
+    every = b.Reshape(m, b.Concat(b.ints(4), b.Shape(z), axis=0), allowzero=1)
     m = b.GatherElements(every, subset, axis=0)
     index = b.Add(b.Add(b.Mul(m, b.const(4, np.int32)), subset), b.const(_of_channels(widths, _FIRST), np.int32))
     return b.Add(b.Mul(m, two), u), b.Gather(b.const(_levels(), np.float32), index)

@@ -44,6 +44,8 @@ def test_bytes_are_those_of_the_definition(widths: tuple[int, ...]) -> None:
         codes, scale = run("QuantizeKV", coding(widths) | kind, [x.to(dtype), sigma], 2)
         assert codes.dtype == np.uint8 and scale.shape == (2, 3, 9, 0)
         np.testing.assert_array_equal(codes, trellis_encode(x.to(dtype), sigma, widths).numpy())
+    empty, _ = run("QuantizeKV", coding(widths), [x[:, :, :0], sigma], 2)
+    assert empty.shape == (2, 3, 0, sum(widths) + 1)
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
