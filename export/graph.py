@@ -265,7 +265,8 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
             own |= {"transform": turned, "order": s.order, "center": int(s.center)}
             attributes |= {f"{side}_{name}": value for name, value in own.items()}
             scaled = held if c.row_scales(s, 8 * s.group_size) else None
-            tables[side] = scaled, p.get(f"{side}_basis"), found[0] if found else None
+            back = p.get(f"{side}_unbasis", p.get(f"{side}_basis"))  # rows are read alone: what projects them is not asked for
+            tables[side] = scaled, back, found[0] if found else None
         (k_scale, k_basis, k_params), (v_scale, v_basis, v_params) = tables["k"], tables["v"]
         inputs = [q, k, v, mask, positions, codes[0], k_scale, codes[2], v_scale, *(exact or (None, None, None))]
         inputs += [starts, p.get("start_sin"), p.get("k_table"), k_basis, k_params, p.get("v_mean"), v_basis, v_params]
