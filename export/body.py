@@ -93,8 +93,8 @@ def pack(b: Body, codes: str, width: int, count: int) -> str:
         return b.cast(codes, "UINT8")
     if 8 % width == 0:
         per = 8 // width
-        fields = b.reshape(b.number(codes), 0, 0, 0, count // per, per)
-        return b.cast(b.MatMul(fields, b.const([1 << (i * width) for i in range(per)])), "UINT8")
+        fields = b.Mul(b.number(codes), b.const([1 << (i % per * width) for i in range(count)]))
+        return b.cast(b.reduce("ReduceSum", b.reshape(fields, 0, 0, 0, count // per, per), keep=False), "UINT8")
     return pack_any(b, codes, width, count)
 
 
@@ -122,6 +122,12 @@ def unpack(b: Body, packed: str, width: int, count: int) -> str:
     """Bytes → codes [.., count] as int32, any width from 1 to 12."""
     if width == 8:
         return b.cast(packed, "INT32")
+    if width in (3, 6) and not count * width % 24:  # whole words of three bytes
+        per, words = 24 // width, count * width // 24
+        shares = b.Mul(b.cast(packed, "FLOAT"), b.const(np.tile(256.0 ** np.arange(3), words)))
+        word = b.reduce("ReduceSum", b.reshape(shares, 0, 0, 0, words, 3))
+        word = b.Floor(b.Mul(word, b.const(2.0 ** (-width * np.arange(per)))))
+        return b.cast(b.reshape(_low_bits(b, word, width), 0, 0, 0, count), "INT32")
     last = packed_bytes(count, width) - 1
     bit = np.arange(count) * width
     words = b.cast(packed, "FLOAT")  # at most three bytes of one: whole numbers below 2**24

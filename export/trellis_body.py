@@ -3,10 +3,11 @@
 Formula    as in `kvsink.kernels.trellis`, in the same order of sums, so that codes are the same, ties included
            writer: a state carries its walk as a whole number whose bit t is u_t, so that nothing has to be traced back; the axes of
            the two bits of a state change places with every step, since the new bit stands where the oldest one was
-           reader: the eight bits u of a step are one byte, and level = table[code + 2^w u_(t-1) + 2^(w+1) u_(t-2)]
+           reader: with v = 2 (1 - 2 u), 4 j = 4 (4 m + 3/2 - (2^(w+1) - 1) / 2) - v_t v_(t-2) - v_(t-1), and levels are a cubic
+           of j: arithmetic, since onnxruntime takes longer over one look-up for every channel than over twenty sums
 Shapes     x [B, H, S, D], sigma [H, D] → codes uint8 [B, H, S, sum(widths) + 1], and back to rows float32; the searches hold
            [u or u_(t-2), u_(t-1), first state, search, B, H, S, 8]
-Cost       a writer has 8 nodes a step beside some 80, and holds some 3 KB + 64·D bytes for every row and head that it is given
+Exact      codes; what is read within eight roundings of float32
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvsink.export.body import Body, look_up, pack
+from kvsink.export.body import Body, look_up, pack, unpack
 from kvsink.kernels.quantize import segments
-from kvsink.kernels.trellis import STARTS, TRELLIS_WIDTHS, gain_of, subsets, trellis_levels
+from kvsink.kernels.trellis import CUBIC, STARTS, TRELLIS_WIDTHS, gain_of, subsets, trellis_levels
 
 __all__ = ["dequantize", "quantize"]
 
@@ -74,6 +75,13 @@ def _total(b: Body, x: str) -> str:
     return b.reduce("ReduceSum", b.cast(x, "DOUBLE"))
 
 
+def _before(b: Body, x: str, axis: int, dim: int) -> tuple[str, str]:
+    """Of walks [.., D] what stands one step before, and two; nothing in walks of one or two steps, where u_(t-2) counts as 0."""
+    back = 8 if dim <= 16 else 16
+    around = b.Concat(b.slice(x, dim - back, dim, axis), x, axis=axis)
+    return b.slice(around, back - 8, back - 8 + dim, axis), b.slice(around, 0, dim, axis) if dim > 16 else ""
+
+
 def _choices(b: Body, z: str, weight: str, widths: Sequence[int]) -> tuple[str, str]:
     """Of every subset its nearest level: index m int32 and weighted error, both [z1, z0, 1, search, B, H, S, D]."""
     known = {w: subsets(w, "cpu")[1].numpy() for w in set(widths)}  # thresholds [4, 2^(w - 1) - 1]
@@ -92,34 +100,38 @@ def _choices(b: Body, z: str, weight: str, widths: Sequence[int]) -> tuple[str, 
     return m, b.Mul(b.Mul(off, off), weight)
 
 
+def _whole(steps: int) -> Any:
+    """A type that holds whole numbers of so many bits."""
+    return np.float32 if steps <= 24 else np.float64
+
+
 def _walks(b: Body, error: str, dim: int) -> str:
     """Errors of `_choices` → the best walk of every circle [1, search, B, H, S, 8], a whole number whose bit t is u_t."""
     steps = dim // 8
-    whole = np.int32 if steps < 31 else np.int64
     costs: list[list[tuple[str, str]]] = [[], []]  # of even and odd steps, whose axis of u is 0 or 1: after a last bit of 0, of 1
+    parts = _split(b, error, 7, steps)
     for parity in range(min(steps, 2)):
-        channels = [c for c in range(dim) if c // 8 % 2 == parity]
-        zero = b.Gather(error, b.ints(*channels), axis=7)
+        zero = b.Concat(*parts[parity::2], axis=7)
         zero = b.Transpose(zero, perm=[1, 0, 2, 3, 4, 5, 6, 7]) if parity else zero
         one = b.Gather(zero, b.ints(1, 0), axis=parity) if steps > 2 else zero  # u_(t-2) of shorter walks counts as 0
-        costs[parity] = list(zip(*(_split(b, x, 7, len(channels) // 8) for x in (zero, one)), strict=True))
+        costs[parity] = list(zip(*(_split(b, x, 7, len(parts[parity::2])) for x in (zero, one)), strict=True))
     at = np.arange(4).reshape(2, 2, 1) == np.arange(4)  # a state is u_t + 2 u_(t-1)
     metric = b.const(np.where(at, 0, np.inf).reshape(2, 2, 4, 1, 1, 1, 1, 1))
-    word = b.const(np.zeros((2, 2, 1, 1, 1, 1, 1, 1)), whole)
+    word = b.const(np.zeros((2, 2, 1, 1, 1, 1, 1, 1)), _whole(steps))
     for t in range(steps):
         axis = t % 2
         (zero, one), (zero_word, one_word) = (_split(b, x, axis, 2) for x in (metric, word))
         after_zero, after_one = costs[axis][t // 2]
         zero, one = b.Add(zero, after_zero), b.Add(one, after_one)
-        less = b.Less(one, zero)
-        metric = b.Where(less, one, zero)
+        less = b.CastLike(b.Less(one, zero), word)
+        metric = b.Min(zero, one)
         bit = np.array([0, 1 << t]).reshape([2 if i == axis else 1 for i in range(8)])
-        word = b.Add(b.Where(less, one_word, zero_word), b.const(bit, whole))
+        word = b.Add(b.Add(b.Mul(less, b.Sub(one_word, zero_word)), zero_word), b.const(bit, _whole(steps)))
     if steps % 2:
         at = at.transpose(1, 0, 2)
     closed = b.const(at.reshape(2, 2, 4, 1, 1, 1, 1, 1), np.bool_)  # walks that end where they begin
     metric = b.ReduceMin(b.Where(closed, metric, b.const(np.inf)), b.ints(0, 1), keepdims=0)
-    word = b.ReduceSum(b.Where(closed, word, b.const(0, whole)), b.ints(0, 1), keepdims=0)
+    word = b.ReduceSum(b.Where(closed, word, b.const(0, _whole(steps))), b.ints(0, 1), keepdims=0)
     return str(b.GatherElements(word, b.ArgMin(metric, axis=0, keepdims=1), axis=0))
 
 
@@ -127,16 +139,14 @@ def _search(b: Body, z: str, weight: str, widths: Sequence[int]) -> tuple[str, s
     """Rows [search, B, H, S, D] → codes int32 of the best circular walks, and their levels float32, [1, search, B, H, S, D]."""
     dim = 8 * len(widths)
     m, error = _choices(b, z, weight, widths)
-    whole, step = (np.int32 if dim < 248 else np.int64), np.arange(dim) // 8
+    shift, whole = 0.5 ** (np.arange(dim) // 8), _whole(dim // 8)
     word = b.Concat(*[_walks(b, error, dim)] * (dim // 8), axis=-1)
-    u = b.cast(b.Mod(b.Div(word, b.const(1 << step, whole)), b.const(2, whole)), "INT32")
-
-    def before(k: int) -> str:
-        return str(b.Gather(u, b.ints(*((np.arange(dim) - 8 * k) % dim)), axis=5))
-
+    above = b.Floor(b.Mul(word, b.const(shift / 2, whole)))
+    u = b.cast(b.Sub(b.Floor(b.Mul(word, b.const(shift, whole))), b.Mul(above, b.const(2, whole))), "INT32")
+    newer, older = _before(b, u, 5, dim)
     two = b.const(2, np.int32)
-    z1 = b.Mod(b.Add(u, before(2)), two) if dim > 16 else u
-    subset = b.Add(b.Mul(z1, two), before(1))
+    z1 = b.Abs(b.Sub(u, older)) if older else u
+    subset = b.Add(b.Mul(z1, two), newer)
     every = b.Reshape(m, b.Concat(b.ints(4), b.Shape(z), axis=0), allowzero=1)
     m = b.GatherElements(every, subset, axis=0)
     index = b.Add(b.Add(b.Mul(m, b.const(4, np.int32)), subset), b.const(_of_channels(widths, _FIRST), np.int32))
@@ -171,41 +181,28 @@ def quantize(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, st
     return out, b.empty_scale(out)
 
 
-def _bits(b: Body, packed: str, width: int, steps: int) -> str:
-    """Bytes of codes [.., steps · width] → the lowest bits of the eight codes of every step, as one number int32 [.., steps]."""
-    at = np.arange(8) * width
-    of_byte = np.zeros((width, 256), dtype=np.int32)
-    for i in range(8):
-        of_byte[at[i] // 8] |= (np.arange(256) >> at[i] % 8 & 1) << i
-    rows = b.reshape(b.cast(packed, "INT32"), 0, 0, 0, steps, width)
-    return b.reduce(
-        "ReduceSum",
-        b.Gather(b.const(of_byte.flatten(), np.int32), b.Add(rows, b.const(256 * np.arange(width), np.int32))),
-        keep=False,
-    )
-
-
 def dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str) -> str:
     widths = a["widths"]
-    parts, steps = segments(widths), len(widths)
-    row, bits, tables, first = [], [], [], {}
-    for start, end, byte, w in parts:
-        if w not in first:  # levels by code, by the bit one step before it and the one before that
-            first[w] = sum(map(len, tables))
-            code, newer, older = np.arange(1 << w), *(np.arange(2).reshape(shape) for shape in ((-1, 1), (-1, 1, 1)))
-            index = 4 * (code >> 1) + 2 * ((code & 1) ^ older) + newer
-            tables.append(trellis_levels(w, "cpu").numpy()[index].flatten())
+    dim, rows, signs = 8 * len(widths), [], []
+    for start, end, byte, w in segments(widths):
         packed = b.slice(codes, byte, byte + (end - start) * w // 8, 3)
-        row.append(look_up(b, packed, w, end - start, first[w] + np.arange(1 << w), np.int32))
-        bits.append(_bits(b, packed, w, (end - start) // 8))
-    index, byte_of = (t[0] if len(t) == 1 else b.Concat(*t, axis=3) for t in (row, bits))
-    places = sorted({w + k for w in first for k in (0, 1)})  # to which a bit of an index is shifted
-    spread = (np.arange(256)[:, None] >> np.arange(8) & 1) << np.array(places)[:, None, None]  # [places, 256, 8]
-    for k in (1, 2) if steps > 2 else (1,):  # u_(t-2) of shorter walks counts as 0
-        before = b.Gather(byte_of, b.ints(*((np.arange(steps) - k) % steps)), axis=3)
-        at = b.Add(before, b.const([256 * places.index(w + k - 1) for w in widths], np.int32))
-        more = b.Gather(b.const(spread.reshape(-1, 8), np.int32), at)
-        index = b.Add(index, b.reshape(more, 0, 0, 0, 8 * steps))
-    level = b.Gather(b.const(np.concatenate(tables), np.float32), index)
+        least = 6 - 2 * (2 ** (w + 1) - 1)  # of 4 (4 m + 3/2 - middle)
+        if 8 % w:
+            code = b.cast(unpack(b, packed, w, end - start), "FLOAT")
+            m = b.Floor(b.Mul(code, b.const(0.5)))
+            u = b.Sub(code, b.Mul(m, b.const(2)))
+            row, sign = b.Add(b.Mul(m, b.const(16)), b.const(least)), b.Sub(b.const(2), b.Mul(u, b.const(4)))
+        else:
+            code = np.arange(1 << w)
+            row, sign = (look_up(b, packed, w, end - start, t) for t in (16 * (code >> 1) + least, 2 - 4 * (code & 1)))
+        rows.append(row), signs.append(sign)
+    row, sign = (t[0] if len(t) == 1 else b.Concat(*t, axis=3) for t in (rows, signs))
+    newer, older = _before(b, sign, 3, dim)
+    j = b.Sub(b.Sub(row, b.Mul(sign, older or b.const(2))), newer)
+    sigma = b.Unsqueeze(sigma, b.ints(1))
+    linear, cubic = (
+        b.Mul(sigma, b.const(_of_channels(widths, {w: CUBIC[w][i] / 4 ** (2 * i + 1) for w in CUBIC}))) for i in (0, 1)
+    )
+    level = b.Mul(j, b.Add(linear, b.Mul(cubic, b.Mul(j, j))))
     last = b.slice(codes, sum(widths), sum(widths) + 1, 3)
-    return str(b.Mul(b.Mul(level, b.Unsqueeze(sigma, b.ints(1))), _gain_of(b, b.cast(last, "INT32"))))
+    return str(b.Mul(level, _gain_of(b, b.cast(last, "INT32"))))

@@ -57,7 +57,7 @@ def test_rows_read_as_the_formula_says(widths: tuple[int, ...]) -> None:
     assert got.dtype == np.float32
     for at in np.ndindex(2, 3, 5):
         wanted = np.array(read_row(codes[at].tolist(), sigma[at[1]].tolist(), list(widths)))
-        np.testing.assert_allclose(got[at], wanted, rtol=2.0**-22, atol=2.0**-22 * np.nan_to_num(np.abs(wanted)).max())
+        np.testing.assert_allclose(got[at], wanted, rtol=2.0**-21)  # eight roundings
     assert run("DequantizeKV", coding(widths), [codes[:, :, :0], None, sigma], 1)[0].shape == (2, 3, 0, 8 * len(widths))
 
 
