@@ -124,13 +124,13 @@ def unpack(b: Body, packed: str, width: int, count: int) -> str:
         return b.cast(packed, "INT32")
     if width in (3, 6) and not count * width % 24:  # whole words of three bytes
         per, words = 24 // width, count * width // 24
-        shares = b.Mul(b.cast(packed, "FLOAT"), b.const(np.tile(256.0 ** np.arange(3), words)))
+        shares = b.Mul(b.number(packed), b.const(np.tile(256.0 ** np.arange(3), words)))
         word = b.reduce("ReduceSum", b.reshape(shares, 0, 0, 0, words, 3))
         word = b.Floor(b.Mul(word, b.const(2.0 ** (-width * np.arange(per)))))
         return b.cast(b.reshape(_low_bits(b, word, width), 0, 0, 0, count), "INT32")
     last = packed_bytes(count, width) - 1
     bit = np.arange(count) * width
-    words = b.cast(packed, "FLOAT")  # at most three bytes of one: whole numbers below 2**24
+    words = b.number(packed)  # at most three bytes of one: whole numbers below 2**24
     word = b.Gather(words, b.ints(*(bit // 8)), axis=3)
     for byte in range(1, -(-(width + 7) // 8)):
         more = b.Gather(words, b.ints(*np.minimum(bit // 8 + byte, last)), axis=3)

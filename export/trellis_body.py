@@ -7,7 +7,7 @@ Formula    as in `kvsink.kernels.trellis`, in the same order of sums, so that co
            of j: arithmetic, since onnxruntime takes longer over one look-up for every channel than over twenty sums
 Shapes     x [B, H, S, D], sigma [H, D] → codes uint8 [B, H, S, sum(widths) + 1], and back to rows float32; the searches hold
            [u or u_(t-2), u_(t-1), first state, search, B, H, S, 8]
-Exact      codes; what is read within eight roundings of float32
+Exact      codes; what is read within eight roundings of float32, and with dtype float64 to the last bit
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str
         packed = b.slice(codes, byte, byte + (end - start) * w // 8, 3)
         least = 6 - 2 * (2 ** (w + 1) - 1)  # of 4 (4 m + 3/2 - middle)
         if 8 % w:
-            code = b.cast(unpack(b, packed, w, end - start), "FLOAT")
+            code = b.number(unpack(b, packed, w, end - start))
             m = b.Floor(b.Mul(code, b.const(0.5)))
             u = b.Sub(code, b.Mul(m, b.const(2)))
             row, sign = b.Add(b.Mul(m, b.const(16)), b.const(least)), b.Sub(b.const(2), b.Mul(u, b.const(4)))
@@ -198,11 +198,13 @@ def dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str
         rows.append(row), signs.append(sign)
     row, sign = (t[0] if len(t) == 1 else b.Concat(*t, axis=3) for t in (rows, signs))
     newer, older = _before(b, sign, 3, dim)
-    j = b.Sub(b.Sub(row, b.Mul(sign, older or b.const(2))), newer)
-    sigma = b.Unsqueeze(sigma, b.ints(1))
-    linear, cubic = (
-        b.Mul(sigma, b.const(_of_channels(widths, {w: CUBIC[w][i] / 4 ** (2 * i + 1) for w in CUBIC}))) for i in (0, 1)
-    )
-    level = b.Mul(j, b.Add(linear, b.Mul(cubic, b.Mul(j, j))))
-    last = b.slice(codes, sum(widths), sum(widths) + 1, 3)
-    return str(b.Mul(level, _gain_of(b, b.cast(last, "INT32"))))
+    j = b.Sub(b.Sub(row, b.Mul(sign, older or b.const(2))), newer)  # four times as large
+    sigma, gain = b.Unsqueeze(sigma, b.ints(1)), _gain_of(b, b.cast(b.slice(codes, sum(widths), sum(widths) + 1, 3), "INT32"))
+    if b.kind == np.float64:  # levels as `trellis_levels` makes them
+        j = b.Mul(j, b.const(0.25))
+        linear, cubic = (b.const(_of_channels(widths, {w: CUBIC[w][i] for w in CUBIC})) for i in (0, 1))
+        level = b.cast(b.Add(b.Mul(linear, j), b.Mul(cubic, b.Mul(b.Mul(j, j), j))), "FLOAT")
+        return str(b.Mul(b.Mul(level, sigma), gain))
+    scaled = (_of_channels(widths, {w: CUBIC[w][i] / 4 ** (2 * i + 1) for w in CUBIC}) for i in (0, 1))
+    linear, cubic = (b.Mul(sigma, b.const(t)) for t in scaled)
+    return str(b.Mul(b.Mul(j, b.Add(linear, b.Mul(cubic, b.Mul(j, j)))), gain))

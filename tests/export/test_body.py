@@ -45,7 +45,7 @@ def test_codes_become_bytes_and_come_back(width: int) -> None:
             for writer in writers:
                 got = run(lambda b, x, writer=writer, count=count: writer(b, x, width, count), codes, dtype)
                 assert got.dtype == np.uint8 and np.array_equal(got, packed)
-        assert np.array_equal(run(lambda b, x, count=count: unpack(b, x, width, count), packed), codes)
+            assert np.array_equal(run(lambda b, x, count=count: unpack(b, x, width, count), packed, dtype), codes)
 
 
 @pytest.mark.parametrize("width", range(1, 9))

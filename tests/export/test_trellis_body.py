@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
 from kvsink.export import OnnxGenerator, onnx
 from kvsink.export.trellis_body import _gain_byte, _gain_of
-from kvsink.kernels.trellis import trellis_encode
+from kvsink.kernels.trellis import trellis_decode, trellis_encode
 from tests.export.test_bodies import rows, run
 from tests.export.test_body import run as run_nodes
 from tests.graphs import rewritten
@@ -55,6 +55,8 @@ def test_rows_read_as_the_formula_says(widths: tuple[int, ...]) -> None:
     codes[0, 0, :2, -1] = torch.tensor([0, 255], dtype=torch.uint8)
     got = run("DequantizeKV", coding(widths), [codes, None, sigma], 1)[0]
     assert got.dtype == np.float32
+    exact = run("DequantizeKV", coding(widths) | {"dtype": "float64"}, [codes, None, sigma], 1)[0]
+    np.testing.assert_array_equal(exact, trellis_decode(codes, sigma, widths).numpy())
     for at in np.ndindex(2, 3, 5):
         wanted = np.array(read_row(codes[at].tolist(), sigma[at[1]].tolist(), list(widths)))
         np.testing.assert_allclose(got[at], wanted, rtol=2.0**-21)  # eight roundings
