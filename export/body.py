@@ -123,9 +123,9 @@ def unpack(b: Body, packed: str, width: int, count: int) -> str:
     if width == 8:
         return b.cast(packed, "INT32")
     if width in (3, 6) and not count * width % 24:  # whole words of three bytes
-        per, words = 24 // width, count * width // 24
-        shares = b.Mul(b.number(packed), b.const(np.tile(256.0 ** np.arange(3), words)))
-        word = b.reduce("ReduceSum", b.reshape(shares, 0, 0, 0, words, 3))
+        per, whole = 24 // width, count * width // 24
+        shares = b.Mul(b.number(packed), b.const(np.tile(256.0 ** np.arange(3), whole)))
+        word = b.reduce("ReduceSum", b.reshape(shares, 0, 0, 0, whole, 3))
         word = b.Floor(b.Mul(word, b.const(2.0 ** (-width * np.arange(per)))))
         return b.cast(b.reshape(_low_bits(b, word, width), 0, 0, 0, count), "INT32")
     last = packed_bytes(count, width) - 1

@@ -183,7 +183,9 @@ def quantize(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, st
 
 def dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str) -> str:
     widths = a["widths"]
-    dim, rows, signs = 8 * len(widths), [], []
+    dim = 8 * len(widths)
+    rows: list[str] = []
+    signs: list[str] = []
     for start, end, byte, w in segments(widths):
         packed = b.slice(codes, byte, byte + (end - start) * w // 8, 3)
         least = 6 - 2 * (2 ** (w + 1) - 1)  # of 4 (4 m + 3/2 - middle)
@@ -193,9 +195,10 @@ def dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str
             u = b.Sub(code, b.Mul(m, b.const(2)))
             row, sign = b.Add(b.Mul(m, b.const(16)), b.const(least)), b.Sub(b.const(2), b.Mul(u, b.const(4)))
         else:
-            code = np.arange(1 << w)
-            row, sign = (look_up(b, packed, w, end - start, t) for t in (16 * (code >> 1) + least, 2 - 4 * (code & 1)))
-        rows.append(row), signs.append(sign)
+            of = np.arange(1 << w)
+            row, sign = (look_up(b, packed, w, end - start, t) for t in (16 * (of >> 1) + least, 2 - 4 * (of & 1)))
+        rows.append(row)
+        signs.append(sign)
     row, sign = (t[0] if len(t) == 1 else b.Concat(*t, axis=3) for t in (rows, signs))
     newer, older = _before(b, sign, 3, dim)
     j = b.Sub(b.Sub(row, b.Mul(sign, older or b.const(2))), newer)  # four times as large

@@ -53,11 +53,11 @@ def levels_header() -> str:
         for width in range(1, 9):
             numbers(f"k{name}{width}", table(width).tolist())
         lines.append(f"static const float* const k{name}[] = {{nullptr, {', '.join(f'k{name}{w}' for w in range(1, 9))}}};")
-    walks = {w: (trellis_levels(w, "cpu"), *subsets(w, "cpu")) for w in TRELLIS_WIDTHS}
-    for at, name in enumerate(("WalkLevels", "SubsetLevels", "SubsetEdges")):
-        for width, table in walks.items():
-            numbers(f"k{name}{width}", table[at].flatten().tolist() or [0.0])  # of one bit no subset has an edge
-        lines.append(f"static const float* const k{name}[] = {{nullptr, {', '.join(f'k{name}{w}' for w in walks)}}};")
+    walks = [(trellis_levels(w, "cpu"), *subsets(w, "cpu")) for w in TRELLIS_WIDTHS]
+    for name, of in zip(("WalkLevels", "SubsetLevels", "SubsetEdges"), zip(*walks, strict=True), strict=True):
+        for width, known in zip(TRELLIS_WIDTHS, of, strict=True):
+            numbers(f"k{name}{width}", known.flatten().tolist() or [0.0])  # of one bit no subset has an edge
+        lines.append(f"static const float* const k{name}[] = {{nullptr, {', '.join(f'k{name}{w}' for w in TRELLIS_WIDTHS)}}};")
     for order in (12, 20):
         numbers(f"kCore{order}", hadamard_matrix(order).flatten().tolist())
     return "\n".join(lines) + "\n"
@@ -91,9 +91,9 @@ def build(out: str | Path | None = None) -> Path:
             (Path(scratch) / "levels.h").write_text(header, encoding="utf-8")
             fresh = Path(scratch) / "ops.so"
             include, objects = [f"-I{folder}" for folder in (scratch, SOURCES, FOLDER)], []
-            for source, flags in PARTS:
+            for source, of_part in PARTS:
                 objects.append(str(Path(scratch) / f"{source.stem}.o"))
-                compiled = [flag for flag in flags if flag != "-shared"]
+                compiled = [flag for flag in of_part if flag != "-shared"]
                 _run([found, "-x", "c", "-c", *compiled, *include, "-o", objects[-1], str(source)], source)
             _run([found, *FLAGS, *include, "-o", str(fresh), str(SOURCES / "ops.cpp"), *objects], SOURCES / "ops.cpp")
             os.replace(fresh, target)
