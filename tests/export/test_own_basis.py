@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ def _back(s: Any, prefix: str, own: bool = False) -> tuple[Stage, ...]:
     return tuple(other(stage) if prefix == "k" and s.transform == "klt" else stage for stage in stages_back(s, prefix, own))
 
 
+@pytest.fixture
+def patch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """What is changed of codecs, with none left that was read before or meanwhile."""
+    yield monkeypatch
+    monkeypatch.undo()
+    Codec.parse.cache_clear()
+
+
 def skewed(bits: int, patch: pytest.MonkeyPatch) -> Any:
     """A tiny Llama whose keys are coded in U A for a random A of condition 4, with deviations that follow, and read back by
     `k_unbasis`: k^ = z^ k_unbasis^T. Kernels are told of a word that they do not know, so that definitions run."""
@@ -55,6 +64,7 @@ def skewed(bits: int, patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(Codec, "param_names", _names)
     patch.setattr(codec, "stages_back", _back)
     patch.setattr(codec, "_beyond", lambda s, prefix: (*BEYOND(s, prefix), *((WORD,) if s.transform == "klt" else ())))
+    Codec.parse.cache_clear()
     runtime.plans = tuple(replace(plan, codec=replace(plan.codec)) for plan in runtime.plans)
     return model
 
@@ -67,12 +77,12 @@ def logits(path: Path) -> Any:
     return runner.step(ids[:, 48:], ones, at[:, 48:], held)[0]
 
 
-def test_keys_come_back_near_those_of_the_stock_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_come_back_near_those_of_the_stock_model(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     """In 8 bits; by the basis they were coded in they do not."""
-    model = skewed(8, monkeypatch)
+    model = skewed(8, patch)
     with pytest.raises(ExportError, match=f"'{WORD}' of keys has no node"):
         onnx(model, tmp_path / "right.onnx")
-    monkeypatch.setattr(flavours, "CARRIED", (WORD,))
+    patch.setattr(flavours, "CARRIED", (WORD,))
     with torch.no_grad():
         stock = build("llama")((torch.arange(60)[None] * 7 + 5) % 97).logits[:, 48:].numpy()
     onnx(model, tmp_path / "right.onnx")
@@ -84,10 +94,10 @@ def test_keys_come_back_near_those_of_the_stock_model(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("flavour", ["functions", "custom"])
-def test_walks_in_such_a_basis(flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks_in_such_a_basis(flavour: str, tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
     """Single nodes, and the one node that reads a past from its codes, each beside the torch model step by step."""
-    model = skewed(2, monkeypatch)
-    monkeypatch.setattr(flavours, "CARRIED", (WORD,))
-    monkeypatch.setattr(past, "takes_packed", lambda c: True)
+    model = skewed(2, patch)
+    patch.setattr(flavours, "CARRIED", (WORD,))
+    patch.setattr(past, "takes_packed", lambda c: True)
     found = onnx(model, tmp_path / "model.onnx", flavour)["check"]
     assert found["packed_bytes"] > 1000 and found["different_bytes"] == 0 and found["largest_logit_difference"] < 1e-5
