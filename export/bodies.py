@@ -1,9 +1,7 @@
 """What each node of domain com.kvsink does, written in standard ONNX operators (opset 18): the body of a model-local function.
 
 A body is specialised to its node: attributes and static sizes are numbers in it; `dtype` says in which type it computes, and
-tables, which are float32, are widened to it. A byte of 1, 2, 4 or 8 bit codes becomes values
-by one look-up in a table of 256 rows; other widths are cut out of words of up to 24 bits, in float32. Thresholds are searched by
-halving.
+tables, which are float32, are widened to it. Thresholds are searched by halving.
 
 Formula    as in `kvsink.kernels`, step for step, so that codes agree up to the order of sums
 Shapes     x [B, H, S, D]; every dimension but H and D is dynamic and may be 0
@@ -17,82 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from kvsink.export import trellis_body
+from kvsink.export.body import HALF_MAX, Body, look_up, pack, pack_any, unpack
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
-from kvsink.kernels.packing import packed_bytes
 from kvsink.kernels.quantize import segments
 
 __all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZER_BODIES", "function_proto"]
 
 DOMAIN, OPSET = "com.kvsink", 18
-_HALF_MAX, _HALF_TINY = 65504.0, 6.0e-8
-
-
-class Body:
-    """Nodes of one function in the making: `b.Add(x, y)` appends a node and returns the name of its output."""
-
-    def __init__(self, dtype: str = "float32") -> None:
-        self.kind = np.dtype(dtype)
-        self.nodes: list[Any] = []
-        self._constants: dict[tuple[Any, ...], str] = {}
-
-    def __getattr__(self, op: str) -> Callable[..., Any]:
-        from onnx import helper
-
-        def call(*inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-            names = [f"t{len(self.nodes)}_{i}" for i in range(outputs)]
-            self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
-            return names[0] if outputs == 1 else names
-
-        return call
-
-    def const(self, value: Any, dtype: Any = None) -> str:
-        """A constant, of the type the body computes in by default; equal ones are one node."""
-        from onnx import numpy_helper
-
-        array = np.asarray(value, dtype=self.kind if dtype is None else dtype)
-        key = (str(array.dtype), array.shape, array.tobytes())
-        if key not in self._constants:
-            self._constants[key] = self.Constant(value=numpy_helper.from_array(array))
-        return self._constants[key]
-
-    def ints(self, *values: int) -> str:
-        return self.const(values, np.int64)
-
-    def cast(self, x: str, to: str) -> str:
-        from onnx import TensorProto
-
-        return str(self.Cast(x, to=getattr(TensorProto, to)))
-
-    def number(self, x: str) -> str:
-        """Cast to the type the body computes in."""
-        from onnx import helper
-
-        return str(self.Cast(x, to=helper.np_dtype_to_tensor_dtype(self.kind)))
-
-    def widened(self, x: str) -> str:
-        """A float32 table or product in the type the body computes in."""
-        return self.number(x) if self.kind == np.float64 else x
-
-    def half(self, x: str) -> str:
-        """Rounded to float16, saturating."""
-        return self.cast(self.Clip(x, self.const(-_HALF_MAX), self.const(_HALF_MAX)), "FLOAT16")
-
-    def reshape(self, x: str, *shape: int) -> str:
-        return str(self.Reshape(x, self.ints(*shape)))
-
-    def reduce(self, op: str, x: str, axis: int = -1, keep: bool = True) -> str:
-        return str(getattr(self, op)(x, self.ints(axis), keepdims=int(keep)))
-
-    def slice(self, x: str, start: int, stop: int, axis: int) -> str:
-        return str(self.Slice(x, self.ints(start), self.ints(stop), self.ints(axis)))
-
-    def size(self, x: str, axis: int) -> str:
-        """One dimension as int64 [1]."""
-        return str(self.Shape(x, start=axis, end=axis + 1))
-
-    def empty_scale(self, codes: str) -> str:
-        return self.cast(self.slice(codes, 0, 0, 3), "FLOAT16")
+_HALF_TINY = 6.0e-8
 
 
 def _codes(b: Body, x: str, width: int, even: bool = False) -> str:
@@ -111,62 +43,6 @@ def _codes(b: Body, x: str, width: int, even: bool = False) -> str:
         more = b.cast(b.Greater(x, at), "INT32")
         code = b.Add(code, b.Mul(more, b.const(1 << bit, np.int32)) if bit else more)
     return str(code)
-
-
-def _pack(b: Body, codes: str, width: int, count: int) -> str:
-    """Codes of `width` bits (any number type, [.., count]) → bytes, as `kvsink.kernels.packing.pack_bits`."""
-    if width == 8:
-        return b.cast(codes, "UINT8")
-    if 8 % width == 0:
-        per = 8 // width
-        fields = b.reshape(b.number(codes), 0, 0, 0, count // per, per)
-        return b.cast(b.MatMul(fields, b.const([1 << (i * width) for i in range(per)])), "UINT8")
-    return _pack_any(b, codes, width, count)
-
-
-def _pack_any(b: Body, codes: str, width: int, count: int) -> str:
-    """Codes of 1 to 12 bits in any count, as `kvsink.kernels.packing.pack_codes`."""
-    if width == 8:
-        return b.cast(codes, "UINT8")
-    size = packed_bytes(count, width)
-    shifted = b.Mul(b.Unsqueeze(b.number(codes), b.ints(-1)), b.const([2.0**-i for i in range(width)]))
-    bits = _low_bits(b, b.Floor(shifted), 1)
-    bits = b.reshape(bits, 0, 0, 0, count * width)
-    if rest := 8 * size - count * width:
-        bits = b.Pad(bits, b.ints(0, 0, 0, 0, 0, 0, 0, rest))
-    word = b.Mul(b.reshape(bits, 0, 0, 0, size, 8), b.const([1 << i for i in range(8)]))
-    return b.cast(b.reduce("ReduceSum", word, keep=False), "UINT8")
-
-
-def _low_bits(b: Body, x: str, width: int) -> str:
-    """x mod 2**width of whole numbers below 2**24 in float32, exactly; CUDA has no shifts."""
-    above = b.Floor(b.Mul(x, b.const(2.0**-width)))
-    return str(b.Sub(x, b.Mul(above, b.const(2.0**width))))
-
-
-def _unpack(b: Body, packed: str, width: int, count: int) -> str:
-    """Bytes → codes [.., count] as int32, any width from 1 to 12."""
-    if width == 8:
-        return b.cast(packed, "INT32")
-    last = packed_bytes(count, width) - 1
-    bit = np.arange(count) * width
-    words = b.cast(packed, "FLOAT")  # at most three bytes of one: whole numbers below 2**24
-    word = b.Gather(words, b.ints(*(bit // 8)), axis=3)
-    for byte in range(1, -(-(width + 7) // 8)):
-        more = b.Gather(words, b.ints(*np.minimum(bit // 8 + byte, last)), axis=3)
-        word = b.Add(word, b.Mul(more, b.const(256.0**byte)))
-    word = b.Floor(b.Mul(word, b.const(2.0 ** -(bit % 8))))
-    return b.cast(_low_bits(b, word, width), "INT32")
-
-
-def _look_up(b: Body, packed: str, width: int, count: int, table: Any) -> str:
-    """Bytes → table[code] float32 [.., count]."""
-    if 8 % width:
-        return str(b.Gather(b.const(table), _unpack(b, packed, width, count)))
-    per = 8 // width
-    byte = np.arange(256)[:, None] >> (width * np.arange(per)) & ((1 << width) - 1)
-    rows = b.Gather(b.const(np.asarray(table)[byte]), b.cast(packed, "INT32"))  # [.., bytes, per]
-    return b.reshape(rows, 0, 0, 0, count)
 
 
 # -- quantizers: (body, attributes, inputs) -> outputs -------------------------------------------------------------------
@@ -191,7 +67,7 @@ def _quantize_uniform(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
         codes = b.Round(b.Div(b.Sub(groups, b.number(base)), b.Max(step, b.const(_HALF_TINY))))
     codes = b.reshape(b.Clip(codes, b.const(0), b.const(top)), 0, 0, 0, dim)
     scale = b.reshape(b.Concat(s, base, axis=-1), 0, 0, 0, 2 * dim // size)
-    return _pack(b, codes, width, dim), scale
+    return pack(b, codes, width, dim), scale
 
 
 def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
@@ -202,7 +78,7 @@ def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
     d = b.half(b.Sqrt(b.reduce("ReduceMean", b.Mul(centred, centred))))
     codes = _codes(b, b.Div(centred, b.Max(b.number(d), b.const(_HALF_TINY))), width)
     scale = b.reshape(b.Concat(d, m, axis=-1), 0, 0, 0, 2 * dim // size)
-    return _pack(b, b.reshape(codes, 0, 0, 0, dim), width, dim), scale
+    return pack(b, b.reshape(codes, 0, 0, 0, dim), width, dim), scale
 
 
 def _quantize_lloyd(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, str]:
@@ -234,7 +110,7 @@ def _quantize_lloyd(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[
         scale = fit(codes)
     else:
         codes, scale = encode(y), ""
-    packed = [_pack(b, c, w, e - s) for c, (s, e, _, w) in zip(codes, parts, strict=True)]
+    packed = [pack(b, c, w, e - s) for c, (s, e, _, w) in zip(codes, parts, strict=True)]
     out = packed[0] if len(packed) == 1 else b.Concat(*packed, axis=-1)
     return out, scale or b.empty_scale(out)
 
@@ -261,28 +137,28 @@ def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[
     def fit(codes: str) -> str:
         y = _vector_rows(b, a, codes, book)
         dot, square = b.reduce("ReduceSum", b.Mul(x, y)), b.reduce("ReduceSum", b.Mul(y, y))
-        g = b.Clip(b.Div(dot, b.Max(square, b.const(1e-30))), b.const(0), b.const(_HALF_MAX))
+        g = b.Clip(b.Div(dot, b.Max(square, b.const(1e-30))), b.const(0), b.const(HALF_MAX))
         return b.cast(g, "FLOAT16")
 
     if not a["gain"]:
-        out = _pack_any(b, nearest(x), a["code_bits"], groups)
+        out = pack_any(b, nearest(x), a["code_bits"], groups)
         return out, b.empty_scale(out)
     rms = b.Max(b.Sqrt(b.reduce("ReduceMean", b.Mul(x, x))), b.const(_HALF_TINY))
     first = b.Max(b.number(fit(nearest(b.Div(x, rms)))), b.const(_HALF_TINY))
     codes = nearest(b.Div(x, first))
-    return _pack_any(b, codes, a["code_bits"], groups), fit(codes)
+    return pack_any(b, codes, a["code_bits"], groups), fit(codes)
 
 
 def _quantize_static(b: Body, a: Mapping[str, Any], x: str, step: str) -> tuple[str, str]:
     width, half = a["widths"][0], float(1 << (a["widths"][0] - 1))
     codes = b.Clip(b.Round(b.Div(x, b.widened(b.Unsqueeze(step, b.ints(1))))), b.const(-half), b.const(half - 1))
-    out = _pack(b, b.Add(codes, b.const(half)), width, 8 * len(a["widths"]))
+    out = pack(b, b.Add(codes, b.const(half)), width, 8 * len(a["widths"]))
     return out, b.empty_scale(out)
 
 
 def _dequantize_vector(b: Body, a: Mapping[str, Any], codes: str, scale: str, book: str) -> str:
     _, groups, _, _ = a["book"]
-    index = b.cast(_unpack(b, codes, a["code_bits"], groups), "INT64")
+    index = b.cast(unpack(b, codes, a["code_bits"], groups), "INT64")
     out = _vector_rows(b, a, index, book)
     return str(b.Mul(out, b.cast(scale, "FLOAT"))) if a["gain"] else out
 
@@ -290,7 +166,7 @@ def _dequantize_vector(b: Body, a: Mapping[str, Any], codes: str, scale: str, bo
 def _dequantize_static(b: Body, a: Mapping[str, Any], codes: str, scale: str, step: str) -> str:
     width = a["widths"][0]
     levels = np.arange(2**width, dtype=np.float32) - 2 ** (width - 1)
-    return str(b.Mul(_look_up(b, codes, width, 8 * len(a["widths"]), levels), b.Unsqueeze(step, b.ints(1))))
+    return str(b.Mul(look_up(b, codes, width, 8 * len(a["widths"]), levels), b.Unsqueeze(step, b.ints(1))))
 
 
 def _dequantize_lloyd(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str) -> str:
@@ -303,7 +179,7 @@ def _dequantize_lloyd(b: Body, a: Mapping[str, Any], codes: str, scale: str, sig
             rows.append(b.Expand(b.const(0), shape))
         if end > start:
             packed = codes if len(parts) == 1 else b.slice(codes, byte, byte + (end - start) * w // 8, 3)
-            rows.append(_look_up(b, packed, w, end - start, levels_of(w).numpy()))
+            rows.append(look_up(b, packed, w, end - start, levels_of(w).numpy()))
         at = end
     out = rows[0] if len(rows) == 1 else b.Concat(*rows, axis=-1)
     out = b.Mul(out, b.Unsqueeze(sigma, b.ints(1)))
@@ -313,7 +189,7 @@ def _dequantize_lloyd(b: Body, a: Mapping[str, Any], codes: str, scale: str, sig
 def _dequantize_groups(b: Body, a: Mapping[str, Any], codes: str, scale: str, table: str) -> str:
     kind, size, width, dim = a["kind"], a["group_size"], a["widths"][0], 8 * len(a["widths"])
     levels = lloyd_max(width).numpy() if kind == "gauss" else np.arange(2**width)
-    values = b.reshape(_look_up(b, codes, width, dim, levels), 0, 0, 0, dim // size, size)
+    values = b.reshape(look_up(b, codes, width, dim, levels), 0, 0, 0, dim // size, size)
     pairs = b.reshape(b.cast(scale, "FLOAT"), 0, 0, 0, dim // size, 2)
     step, base = b.slice(pairs, 0, 1, -1), b.slice(pairs, 1, 2, -1)
     out = b.Mul(b.Sub(values, base), step) if kind == "uniform-int" else b.Add(b.Mul(values, step), base)
@@ -328,6 +204,7 @@ QUANTIZER_BODIES: dict[str, tuple[Callable[..., tuple[str, str]], Callable[..., 
     "lloyd-even": (_quantize_lloyd, _dequantize_lloyd),
     "vector": (_quantize_vector, _dequantize_vector),
     "static": (_quantize_static, _dequantize_static),
+    "trellis": (trellis_body.quantize, trellis_body.dequantize),
 }
 """By kind: (body, attributes, x, *tables) → codes and scale; (body, attributes, codes, scale or "", first table or "") → rows."""
 

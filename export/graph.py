@@ -44,9 +44,10 @@ def build_graph(
     """
     grouped = flavour == "gqa"
     attention = (GQA_LEAN if lean else GQA_ATTENTION) if grouped else ATTENTION
-    table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes().items()}
+    wide = next(model.parameters()).dtype == torch.float64
+    table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes(wide).items()}
     table[torch.ops.kvsink_export.group_query.default] = _group_query
-    if next(model.parameters()).dtype == torch.float64:
+    if wide:
         table[torch.ops.aten.scalar_tensor.default] = _number
     log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
     level = log.level
@@ -207,7 +208,7 @@ def _group_query(
     return node("GroupQueryAttention", *inputs, domain="com.microsoft", outputs=3, **attributes)
 
 
-def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, Any], int]]]]:
+def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, Any], int]]]]:
     ours, theirs = torch.ops.kvsink_export, torch.ops.kvsink
 
     def quantize(x: Any, sigma: Any, kind: str, widths: Any, group_size: int, clip: float, gain: bool) -> Any:
@@ -224,6 +225,7 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
         attributes = _tabled(codec, side, params)
         c = Codec.parse(codec)
         scaled = c.row_scales(c.key if side == "k" else c.value, c.row_channels(side, params))
+        attributes |= {"dtype": "float64"} if wide and attributes["kind"] == "trellis" else {}  # its levels are a formula
         return [codes, scale if scaled else None, *params], attributes, 1
 
     def rotate(x: Any, order: int, inverse: bool = False) -> Any:
@@ -265,7 +267,8 @@ def _nodes() -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, An
             own |= {"transform": turned, "order": s.order, "center": int(s.center)}
             attributes |= {f"{side}_{name}": value for name, value in own.items()}
             scaled = held if c.row_scales(s, 8 * s.group_size) else None
-            tables[side] = scaled, p.get(f"{side}_basis"), found[0] if found else None
+            back = p.get(f"{side}_unbasis", p.get(f"{side}_basis"))  # rows are read alone: what projects them is not asked for
+            tables[side] = scaled, back, found[0] if found else None
         (k_scale, k_basis, k_params), (v_scale, v_basis, v_params) = tables["k"], tables["v"]
         inputs = [q, k, v, mask, positions, codes[0], k_scale, codes[2], v_scale, *(exact or (None, None, None))]
         inputs += [starts, p.get("start_sin"), p.get("k_table"), k_basis, k_params, p.get("v_mean"), v_basis, v_params]

@@ -31,7 +31,7 @@ __all__ = ["ATTENTION", "ExportedModel", "Orders", "PlainLayer", "orders_of", "t
 ATTENTION = "kvsink_export"
 Orders = list[tuple[Tensor, Tensor] | None]
 """Of each layer: its channels in canonical order and back, int64 [D] each."""
-_PACKED_KINDS = ("lloyd", "lloyd-even", "vector", "gauss", "uniform", "uniform-int", "static")
+_PACKED_KINDS = ("lloyd", "lloyd-even", "vector", "gauss", "uniform", "uniform-int", "static", "trellis")
 _SMALLEST_BLOCK = 16  # below it a query per block costs more than decoding
 _PACKED: Handover[Callable[..., Tensor]] = Handover()  # with new keys: attention over them and the past of their layer
 

@@ -22,16 +22,16 @@ from pathlib import Path
 
 from kvsink.errors import KvsinkError
 from kvsink.kernels.base import cache_folder
-from kvsink.kernels.cpu.c_library import FOLDER, LOOSE, machine
+from kvsink.kernels.cpu.c_library import EXACT, FOLDER, LOOSE, machine
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
+from kvsink.kernels.trellis import TRELLIS_WIDTHS, subsets, trellis_levels
 
 __all__ = ["build", "compiler", "main"]
 
 SOURCES = Path(__file__).parent / "ort_ops"
-PART = FOLDER / "attend.c"
-"""Attention of one new row over packed rows, which the cache's own path on the CPU uses too."""
-PART_FLAGS = tuple(flag for flag in LOOSE if flag != "-shared")
+PARTS = ((FOLDER / "attend.c", LOOSE), (SOURCES / "walks.c", EXACT))
+"""C of the cache's own path on the CPU, with its flags: attention of one new row over packed rows; walks of a trellis."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 
@@ -53,6 +53,11 @@ def levels_header() -> str:
         for width in range(1, 9):
             numbers(f"k{name}{width}", table(width).tolist())
         lines.append(f"static const float* const k{name}[] = {{nullptr, {', '.join(f'k{name}{w}' for w in range(1, 9))}}};")
+    walks = [(trellis_levels(w, "cpu"), *subsets(w, "cpu")) for w in TRELLIS_WIDTHS]
+    for name, of in zip(("WalkLevels", "SubsetLevels", "SubsetEdges"), zip(*walks, strict=True), strict=True):
+        for width, known in zip(TRELLIS_WIDTHS, of, strict=True):
+            numbers(f"k{name}{width}", known.flatten().tolist() or [0.0])  # of one bit no subset has an edge
+        lines.append(f"static const float* const k{name}[] = {{nullptr, {', '.join(f'k{name}{w}' for w in TRELLIS_WIDTHS)}}};")
     for order in (12, 20):
         numbers(f"kCore{order}", hadamard_matrix(order).flatten().tolist())
     return "\n".join(lines) + "\n"
@@ -73,8 +78,9 @@ def build(out: str | Path | None = None) -> Path:
         raise KvsinkError("no C++ compiler found; install g++, or set CXX")
     version = subprocess.run([found, "--version"], capture_output=True, check=False).stdout
     header = levels_header()
-    parts = [p.read_bytes() for p in (*sorted(SOURCES.iterdir()), PART, *sorted(PART.parent.glob("*.h")))]
-    key = hashlib.sha256(b"".join(parts) + header.encode() + version + " ".join(FLAGS).encode() + machine()).hexdigest()[:24]
+    parts = [p.read_bytes() for p in (*sorted(SOURCES.iterdir()), FOLDER / "attend.c", *sorted(FOLDER.glob("*.h")))]
+    flags = " ".join((*FLAGS, *LOOSE, *EXACT)).encode()
+    key = hashlib.sha256(b"".join(parts) + header.encode() + version + flags + machine()).hexdigest()[:24]
     target = Path(out) if out is not None else cache_folder() / "kernels" / f"ort-ops-{key}.so"
     if out is None and target.is_file():
         return target
@@ -84,10 +90,12 @@ def build(out: str | Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             (Path(scratch) / "levels.h").write_text(header, encoding="utf-8")
             fresh = Path(scratch) / "ops.so"
-            part = Path(scratch) / "attend.o"
-            _run([found, "-x", "c", "-c", *PART_FLAGS, "-o", str(part), str(PART)], PART)
-            include = [f"-I{folder}" for folder in (scratch, SOURCES, PART.parent)]
-            _run([found, *FLAGS, *include, "-o", str(fresh), str(SOURCES / "ops.cpp"), str(part)], SOURCES / "ops.cpp")
+            include, objects = [f"-I{folder}" for folder in (scratch, SOURCES, FOLDER)], []
+            for source, of_part in PARTS:
+                objects.append(str(Path(scratch) / f"{source.stem}.o"))
+                compiled = [flag for flag in of_part if flag != "-shared"]
+                _run([found, "-x", "c", "-c", *compiled, *include, "-o", objects[-1], str(source)], source)
+            _run([found, *FLAGS, *include, "-o", str(fresh), str(SOURCES / "ops.cpp"), *objects], SOURCES / "ops.cpp")
             os.replace(fresh, target)
     except OSError as error:
         raise KvsinkError(f"{target} cannot be written ({error.strerror}); choose another path") from error

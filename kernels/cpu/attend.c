@@ -562,5 +562,7 @@ void kvsink_attend(const Call *c) {
     }
 }
 
+void kvsink_levels(const Side *s, const uint8_t *rows, int64_t n, int64_t head, float *out) { decode(s, rows, n, head, out); }
+
 /* A version the caller checks, so that a stale library is never called with another layout. */
 int64_t kvsink_attend_call_bytes(void) { return (int64_t)sizeof(Call); }

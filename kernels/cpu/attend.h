@@ -53,4 +53,7 @@ typedef struct {
 
 void kvsink_attend(const Call *c);
 
+/* Levels [n, dim] of rows of codes of one head, as the query meets them. */
+void kvsink_levels(const Side *s, const uint8_t *rows, int64_t n, int64_t head, float *out);
+
 #endif

@@ -199,6 +199,7 @@ def test_a_cache_of_another_model_is_refused(out) -> None:
     ("options", "words"),
     [
         (dict(method="klt"), "scales of their own in every row"),
+        (dict(method="klt-trellis"), r"keys have scales of their own in every row \(trellis\)"),
         (dict(method="static", key_bits=4, value_bits=8), "one width for keys and values"),
         (dict(method="static", key_bits=2, value_bits=2), "4 or 8 bits, not 2"),
         (dict(method="static", protect="first:2"), "use --protect none"),

@@ -18,6 +18,7 @@ from kvsink.codecs import SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS, Quantizer
 from kvsink.errors import UnsupportedError
 from kvsink.export import ExportError, bodies, onnx
+from kvsink.export.body import look_up, pack
 from kvsink.graph.backend import last_report
 from kvsink.kernels.packing import pack_bits, unpack_bits
 from kvsink.methods.registry import Method, Paper
@@ -38,11 +39,11 @@ SIGN = Quantizer(
 
 def _quantize(b: Any, a: Any, x: str) -> tuple[str, str]:
     codes = b.cast(b.Greater(x, b.const(0)), "INT32")
-    return bodies._pack(b, codes, 1, 8 * len(a["widths"])), b.half(b.reduce("ReduceMean", b.Abs(x)))
+    return pack(b, codes, 1, 8 * len(a["widths"])), b.half(b.reduce("ReduceMean", b.Abs(x)))
 
 
 def _dequantize(b: Any, a: Any, codes: str, scale: str, table: str) -> str:
-    signs = bodies._look_up(b, codes, 1, 8 * len(a["widths"]), np.array([-1, 1], dtype=np.float32))
+    signs = look_up(b, codes, 1, 8 * len(a["widths"]), np.array([-1, 1], dtype=np.float32))
     return str(b.Mul(signs, b.cast(scale, "FLOAT")))
 
 

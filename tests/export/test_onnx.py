@@ -382,7 +382,7 @@ def test_the_table_knows_every_method() -> None:
     table = flavour_table()
     for name in kvsink.methods():
         assert f"| `{name}` |" in table
-    assert not any(method_refusal(name) for name in ("klt", "klt-scalar", "centred", "rotatekv", "rtn", "cq"))
+    assert not any(method_refusal(name) for name in ("klt", "klt-scalar", "klt-trellis", "centred", "rotatekv", "rtn", "cq"))
     assert all(method_refusal(name) for name in ("kivi", "antkv", "kvquant"))
     assert not any(method_refusal(name, "gqa") for name in ("static", "static-rotated", "static-plain"))
     assert table in (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), "run python -m kvsink.tools.methods_doc"

@@ -34,6 +34,7 @@ KINDS = {
     "static": dict(kind="static", widths=(4,) * 4),
     "static-8": dict(kind="static", widths=(8,) * 4),
     "vector": dict(bits=2, kind="vector", couple=4, code_bits=8, gain=True),
+    "trellis": dict(kind="trellis", widths=(3, 2, 2, 1)),
 }
 
 

@@ -18,6 +18,7 @@ from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.tools import build_ort_ops
 from tests.close import FUSED_FLOAT32
 from tests.export.test_bodies import SCALAR, rows
+from tests.export.test_trellis_body import WIDTHS, coding, drawn
 from tests.graphs import rewritten
 
 PROMPTS = ([5, 6, 7, 8, 9], [9, 10], [40])
@@ -94,6 +95,13 @@ def test_fixed_steps(library: Path, bits: int) -> None:
     same(library, "DequantizeKV", attributes, [codes, None, step])
 
 
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_walks(library: Path, widths: tuple[int, ...]) -> None:
+    x, sigma = drawn(widths)
+    codes, _ = (torch.from_numpy(t) for t in same(library, "QuantizeKV", coding(widths), [x, sigma], 2))
+    same(library, "DequantizeKV", coding(widths), [codes, None, sigma], atol=1e-6)
+
+
 @pytest.mark.parametrize("inverse", [0, 1])
 @pytest.mark.parametrize(("shape", "order"), [((2, 3, 5, 64), 16), ((2, 3, 0, 24), 24), ((2, 5, 80), 40), ((300, 3, 1, 64), 64)])
 def test_hadamard(library: Path, shape: tuple[int, ...], order: int, inverse: int) -> None:
@@ -161,6 +169,8 @@ PACKED = [
     ("uniform", dict(widths=[4] * 4, group_size=8), "none", False, True),
     ("uniform-int", dict(widths=[8] * 4, group_size=32), "hadamard", True, True),
     ("static", dict(widths=[4] * 4, book=[2, 32], code_bits=0), "hadamard", True, False),
+    ("trellis", dict(widths=[4, 3, 2, 1], book=[2, 32], code_bits=0), "klt", True, True),
+    ("trellis", dict(widths=[2] * 4, book=[2, 32], code_bits=0), "hadamard", False, False),
     ("vector", dict(book=[2, 4, 256, 8], code_bits=8, gain=1), "klt", True, True),
     ("vector", dict(book=[2, 4, 512, 8], code_bits=9, gain=0), "none", False, False),
 ]
@@ -187,7 +197,7 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
         state += [codes, scale if scale.shape[-1] else None]
     angles = rows(turns, dim // 2, seed=4).repeat(1, 2)
     cos, sin = (angles.cos(), angles.sin()) if center or in_block else (None, None)
-    basis = torch.linalg.qr(rows(kv_heads, dim, dim, seed=5))[0].contiguous() if transform == "klt" else None
+    basis = rows(kv_heads, dim, dim, seed=5) / dim**0.5 if transform == "klt" else None  # it need not be orthogonal
     mean, shift = (rows(kv_heads, span, dim, seed=6), rows(kv_heads, dim, seed=7)) if center else (None, None)
     exact = [None] * 3
     if places:
@@ -226,6 +236,7 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
     "options",
     [
         dict(method="klt", protect="kvsink:2+first:1"),
+        dict(method="klt-trellis", protect="kvsink:2+first:1"),
         pytest.param(dict(method="rotatekv", protect="massive:3+first:2"), marks=pytest.mark.slow),
         pytest.param(dict(method="static", protect="first:1"), marks=pytest.mark.slow),
         pytest.param(dict(method="cq"), marks=pytest.mark.slow),

@@ -4,13 +4,6 @@
 // new rows unpack the past once and attend to it as Attend does. What the node means is kvsink.export.bodies.
 #pragma once
 
-namespace packed {
-extern "C" {
-#include "attend.h"
-}
-constexpr int kFresh = SOURCES - 1;  // the place of new rows among those read as they came
-}  // namespace packed
-
 namespace {
 
 void transpose(const float* a, int64_t m, int64_t n, float* out) {
@@ -24,23 +17,12 @@ struct PackedSide {
   std::string transform;
   int64_t order;
   bool center;
-  std::vector<int64_t> runs;
-  std::vector<std::vector<float>> levels;
-  std::vector<const float*> level_pointers, table_pointers;
+  std::vector<const float*> table_pointers;
   std::vector<float> rotation;  // [dim, dim], of a Hadamard transform
 
   PackedSide(const Attributes& a, const std::string& prefix)
       : decoder(Coding(a, prefix)), transform(a.text((prefix + "transform").c_str())), order(a.integer((prefix + "order").c_str())),
         center(a.integer((prefix + "center").c_str()) != 0) {
-    const Coding& c = decoder.c;
-    for (const Run& r : c.runs) {
-      runs.insert(runs.end(), {r.start, r.end, r.byte, r.width});
-      const float* known = decoder.levels_of(r.width);
-      std::vector<float> of(std::max(16, 1 << r.width));
-      for (size_t i = 0; i < of.size(); i++) of[i] = known[i % (1 << r.width)];
-      levels.push_back(of);
-    }
-    for (const auto& of : levels) level_pointers.push_back(of.data());
     for (const Table& table : decoder.tables_of) table_pointers.push_back(table.values.data());
     if (transform == "hadamard") {
       if (core_of(order) == 0) throw std::runtime_error("AttendPacked: no Hadamard matrix of this order");
@@ -54,19 +36,18 @@ struct PackedSide {
   }
 
   // Levels are in units of a table of every channel: deviations, or steps.
-  bool scaled() const { return decoder.c.sigma() || decoder.c.kind == "static"; }
+  bool scaled() const { return decoder.c.sigma() || decoder.c.walk() || decoder.c.kind == "static"; }
 
   packed::Side call(const Input& codes, const Input& scale, const Input& params, const Input& basis) const {
     const Coding& c = decoder.c;
-    packed::Side s = {};
+    packed::Side s = decoder.side;
     const bool affine = !c.vector() && !scaled();
     const int64_t rows = codes.dims[2], heads = codes.dims[1];
-    s.dim = c.dim(), s.row_bytes = c.bytes(), s.groups = affine ? c.dim() / c.group : 1, s.group_size = s.dim / s.groups;
+    s.groups = affine ? c.dim() / c.group : 1, s.group_size = s.dim / s.groups;
     s.scales = c.scales(), s.stride_h = rows * s.row_bytes, s.stride_b = heads * s.stride_h;
     s.scale_h = rows * s.scales, s.scale_b = heads * s.scale_h;
     s.kind = affine ? (c.kind == "uniform-int" ? 3 : 2) : c.scales();
-    s.runs = static_cast<int64_t>(c.runs.size()), s.run = runs.data();
-    s.tables = table_pointers.data(), s.levels = level_pointers.data();
+    s.tables = table_pointers.data();
     s.codes = codes.as<uint8_t>(), s.scale = scale.as<uint16_t>();
     if (c.vector()) {
       s.couple = c.book[3], s.code_bits = c.code_bits, s.book = params.floats();

@@ -12,6 +12,14 @@
 #include "kernels.h"
 #include "runtime.h"
 
+namespace packed {  // what the cache's own path on the CPU does, compiled beside this file
+extern "C" {
+#include "attend.h"
+#include "walks.h"
+}
+constexpr int kFresh = SOURCES - 1;  // the place of new rows among those read as they came
+}  // namespace packed
+
 namespace {
 
 using namespace kvsink;
@@ -158,24 +166,56 @@ struct Coding {
     gain = a.integer(named("gain").c_str()) != 0, clip = a.number(named("clip").c_str(), 1.0f), runs = runs_of(widths);
     for (const char* known : {"uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector", "static"})
       if (kind == known) return;
-    throw std::runtime_error("quantizer " + kind + " has no kernel");
+    if (!walk()) throw std::runtime_error("quantizer " + kind + " has no kernel");
+    for (const int64_t width : widths)
+      if (width < 1 || width > 4) throw std::runtime_error("a trellis has 1 to 4 bits a channel");
   }
   bool vector() const { return kind == "vector"; }
+  bool walk() const { return kind == "trellis"; }
   bool sigma() const { return kind == "lloyd" || kind == "lloyd-even"; }
   int64_t dim() const { return vector() ? book[1] * book[3] : 8 * static_cast<int64_t>(widths.size()); }
   int64_t bytes() const {
-    return vector() ? (book[1] * code_bits + 7) / 8 : std::accumulate(widths.begin(), widths.end(), int64_t{0});
+    return vector() ? (book[1] * code_bits + 7) / 8 : std::accumulate(widths.begin(), widths.end(), int64_t{walk()});
   }
   int64_t scales() const {
     if (vector() || sigma()) return gain ? 1 : 0;
-    return kind == "static" ? 0 : 2 * dim() / group;
+    return walk() || kind == "static" ? 0 : 2 * dim() / group;
   }
   int width() const { return static_cast<int>(widths.front()); }
+
+  // Runs of equal width as kernels/cpu takes them.
+  std::vector<int64_t> numbers() const {
+    std::vector<int64_t> out;
+    for (const Run& r : runs) out.insert(out.end(), {r.start, r.end, r.byte, r.width});
+    return out;
+  }
+};
+
+// The search for the best walks of a row.
+struct Walks {
+  int64_t dim, runs;
+  std::vector<int64_t> run;
+  std::vector<const float*> levels, edges;
+
+  explicit Walks(const Coding& c) : dim(c.dim()), runs(static_cast<int64_t>(c.runs.size())), run(c.numbers()) {
+    for (const Run& r : c.runs) levels.push_back(kSubsetLevels[r.width]), edges.push_back(kSubsetEdges[r.width]);
+  }
+  void write(const float* x, const float* sigma, uint8_t* out) const {
+    std::vector<float> room(10 * dim);
+    std::vector<uint16_t> code(dim);
+    int64_t at = 0;
+    const uint8_t gain =
+        packed::kvsink_trellis_row(dim, runs, run.data(), levels.data(), edges.data(), x, sigma, room.data(), code.data());
+    for (const int64_t* r = run.data(); r < run.data() + run.size(); at += (r[1] - r[0]) * r[3] / 8, r += 4)
+      pack(code.data() + r[0], static_cast<int>(r[3]), r[1] - r[0], out + r[2]);
+    out[at] = gain;
+  }
 };
 
 struct QuantizeKV : Kernel {
   Coding c;
-  explicit QuantizeKV(const Attributes& a) : c(a) {}
+  std::unique_ptr<Walks> walks;
+  explicit QuantizeKV(const Attributes& a) : c(a), walks(c.walk() ? std::make_unique<Walks>(c) : nullptr) {}
 
   void run(const Call& call) const override {
     const Input x = call.input(0), table = call.input(1);
@@ -193,6 +233,8 @@ struct QuantizeKV : Kernel {
       half* numbers = scale + i * scales;
       if (c.vector()) {
         quantize_vector(row, own, c.book[1], c.book[2], c.book[3], static_cast<int>(c.code_bits), c.gain, out, numbers);
+      } else if (walks) {
+        walks->write(row, own, out);
       } else if (c.sigma()) {
         quantize_lloyd(row, own, dim, c.runs, c.gain, c.kind == "lloyd-even", out, numbers);
       } else if (c.kind == "static") {
@@ -211,18 +253,31 @@ struct Decoder {
   Coding c;
   std::vector<float> whole;      // what integer codes stand for
   std::vector<Table> tables_of;  // of every run of channels
-  int64_t covered = 0;           // channels that have bits
+  std::vector<int64_t> run;
+  std::vector<std::vector<float>> levels;  // of every run, over and over up to sixteen numbers
+  std::vector<const float*> pointers;
+  packed::Side side = {};  // what rows of codes alone say of it
+  int64_t covered = 0;     // channels that have bits
 
-  explicit Decoder(const Coding& coding) : c(coding), whole(256) {
+  Decoder(const Decoder&) = delete;
+  explicit Decoder(const Coding& coding) : c(coding), whole(256), run(c.numbers()) {
     const float less = c.kind == "static" ? static_cast<float>(1 << (c.width() - 1)) : 0.0f;
     for (int i = 0; i < 256; i++) whole[i] = static_cast<float>(i) - less;
     for (const Run& r : c.runs) {
-      tables_of.emplace_back(r.width, levels_of(r.width));
+      const float* known = levels_of(r.width);
+      const int entries = (c.walk() ? 2 : 1) << r.width;
+      tables_of.emplace_back(r.width, known);
+      levels.emplace_back(std::max(16, entries));
+      for (size_t i = 0; i < levels.back().size(); i++) levels.back()[i] = known[i % entries];
       covered += r.end - r.start;
     }
+    for (const auto& of : levels) pointers.push_back(of.data());
+    side.dim = c.dim(), side.row_bytes = c.bytes(), side.walk = c.walk();
+    side.runs = static_cast<int64_t>(c.runs.size()), side.run = run.data(), side.levels = pointers.data();
   }
 
   const float* levels_of(int width) const {
+    if (c.walk()) return kWalkLevels[width];
     if (c.kind == "lloyd-even") return kEvenLevels[width];
     return c.kind == "lloyd" || c.kind == "gauss" ? kLevels[width] : whole.data();
   }
@@ -237,6 +292,13 @@ struct Decoder {
         const float* value = own + (at * c.book[2] + field(codes, static_cast<int>(c.code_bits), at, bytes)) * width;
         for (int64_t j = 0; j < width; j++) y[at * width + j] = value[j] * gain;
       }
+      return;
+    }
+    if (c.walk()) {
+      const float g = packed::kvsink_gain_of(codes[c.bytes() - 1]);
+      packed::kvsink_levels(&side, codes, 1, 0, y);
+#pragma omp simd
+      for (int64_t j = 0; j < dim; j++) y[j] = y[j] * own[j] * g;
       return;
     }
     if (c.sigma()) {
