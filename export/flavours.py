@@ -38,7 +38,10 @@ __all__ = [
 ]
 
 FLAVOURS = ("functions", "custom", "gqa")
-CARRIED: tuple[str, ...] = ()  # fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`
+CARRIED: tuple[str, ...] = (
+    "metric",
+    "unbiased",
+)  # fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 

@@ -219,14 +219,14 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
         return [codes, scaled, sigma], _scalar(kind, widths, group_size, gain), 1
 
     def encode(x: Any, params: Any, codec: str, side: str) -> Any:
-        return [x, *params], _tabled(codec, side, params) | _kind(x), 2
+        return [x, *_of_one_way(codec, side, params)], _tabled(codec, side, params) | _kind(x), 2
 
     def decode(codes: Any, scale: Any, params: Any, codec: str, side: str) -> Any:
         attributes = _tabled(codec, side, params)
         c = Codec.parse(codec)
         scaled = c.row_scales(c.key if side == "k" else c.value, c.row_channels(side, params))
         attributes |= {"dtype": "float64"} if wide and attributes["kind"] == "trellis" else {}  # its levels are a formula
-        return [codes, scale if scaled else None, *params], attributes, 1
+        return [codes, scale if scaled else None, *_of_one_way(codec, side, params, back=True)], attributes, 1
 
     def rotate(x: Any, order: int, inverse: bool = False) -> Any:
         sizes = {"order": order, "inverse": int(inverse), "channels": x.shape[-1], "rank": len(x.shape)}
@@ -268,7 +268,7 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
             attributes |= {f"{side}_{name}": value for name, value in own.items()}
             scaled = held if c.row_scales(s, 8 * s.group_size) else None
             back = p.get(f"{side}_unbasis", p.get(f"{side}_basis"))  # rows are read alone: what projects them is not asked for
-            tables[side] = scaled, back, found[0] if found else None
+            tables[side] = scaled, back, found[-1] if found else None
         (k_scale, k_basis, k_params), (v_scale, v_basis, v_params) = tables["k"], tables["v"]
         inputs = [q, k, v, mask, positions, codes[0], k_scale, codes[2], v_scale, *(exact or (None, None, None))]
         inputs += [starts, p.get("start_sin"), p.get("k_table"), k_basis, k_params, p.get("v_mean"), v_basis, v_params]
@@ -311,6 +311,13 @@ def _kind(x: Any) -> dict[str, str]:
 
 def _scalar(kind: str, widths: Any, group_size: int, gain: bool) -> dict[str, Any]:
     return {"kind": kind, "widths": list(widths), "group_size": group_size, "gain": int(gain)}
+
+
+def _of_one_way(codec: str, side: str, params: Any, back: bool = False) -> list[Any]:
+    """The tables that a node of one way reads: levels without bias have a sigma for each."""
+    c = Codec.parse(codec)
+    unbiased = (c.key if side == "k" else c.value).unbiased
+    return list(params[-1:] if back else params[:1]) if unbiased else list(params)
 
 
 def _tabled(codec: str, side: str, params: Any) -> dict[str, Any]:
