@@ -34,7 +34,10 @@ from .lasting import kept
 from .packing import pack_bits, unpack_bits
 from .quantize import rms, segments
 
-__all__ = ["DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode", "trellis_levels"]
+__all__ = [
+    "DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode", "trellis_levels",
+    "walk_unit",
+]  # fmt: skip
 
 TRELLIS_WIDTHS = (1, 2, 3, 4)
 DISTORTION = {0: 1.0, 1: 0.3172, 2: 0.0875, 3: 0.0238, 4: 0.0063}
@@ -61,6 +64,11 @@ def trellis_levels(width: int, device: str) -> Tensor:
     j = torch.arange(2**width, dtype=torch.float64) + 0.5
     upper = a * j + c * j**3
     return torch.cat([-upper.flip(0), upper]).float().to(device)
+
+
+def walk_unit(width: int) -> float:
+    """The unit in which a kernel reads levels: 1 from a table, of 1 and 2 bits, else a, as a j + c j^3 = a (j + c/a j^3)."""
+    return 1.0 if width <= 2 else CUBIC[width][0]
 
 
 @kept

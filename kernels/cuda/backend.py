@@ -92,7 +92,7 @@ def _unread(f: LayerFormat, dim: int) -> str:
     for name, side in (("keys", k), ("values", v)):
         if not set(side.widths) <= set(WIDTHS) or (8 in side.widths and side.kind != "uniform"):
             return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 4 and 8"
-        if layout.tile_bytes(side.widths) > 1.2 * sum(side.widths):
+        if layout.tile_bytes(side.widths, side.kind) > 1.2 * sum(side.widths):
             return f"{name} of {sum(side.widths) / len(side.widths):g} bits in {dim} channels do not fill whole words"
     return ""
 

@@ -102,16 +102,25 @@ def library(layer: KVSinkLayer, blocks: int = 3, single_rows: int = 0) -> Emulat
     return Emulated(launch.variant_of(layer.codec, HEADS // KV_HEADS), blocks, single_rows=single_rows)
 
 
-@pytest.mark.parametrize("widths", [(1,) * 16, (2,) * 16, (4,) * 16, MIXED])
+WALKED = ((1,) * 8, (4, 3, 2, 2, 2, 1, 1, 1), (3,) * 8, (4, 4, 4, 3, 3, 3, 3, *(2,) * 7, *(1,) * 18), (2,) * 32)
+
+
+@pytest.mark.parametrize(
+    ("widths", "kind"),
+    [(w, kind) for kind in ("lloyd-even", "trellis") for w in ((1,) * 16, (2,) * 16, (4,) * 16, MIXED)]
+    + [(w, "trellis") for w in WALKED],
+)
 @pytest.mark.parametrize("side", ["k", "v"])
-def test_rows_come_back_from_their_places(widths: tuple[int, ...], side: str) -> None:
+def test_rows_come_back_from_their_places(widths: tuple[int, ...], kind: str, side: str) -> None:
     g = torch.Generator().manual_seed(0)
-    natural = torch.randint(0, 256, (2, 3, 256, sum(widths)), generator=g, dtype=torch.uint8)
-    codes = torch.zeros(2, 3, 256, layout.tile_bytes(widths), dtype=torch.uint8)
+    gain = kind == "trellis"
+    natural = torch.randint(0, 256, (2, 3, 256, sum(widths) + gain), generator=g, dtype=torch.uint8)
+    codes = torch.zeros(2, 3, 256, layout.tile_bytes(widths, kind), dtype=torch.uint8)
+    assert codes.shape[3] == sum(widths) + gain  # nothing is wasted
     order = torch.randperm(256, generator=g)
-    layout.store(codes, natural[:, :, order], order, widths, side)
-    assert torch.equal(layout.fetch(codes, widths, side), natural)
-    assert torch.equal(layout.fetch(codes, widths, side, 37, 150), natural[:, :, 37:187])
+    layout.store(codes, natural[:, :, order], order, widths, side, kind)
+    assert torch.equal(layout.fetch(codes, widths, side, kind), natural)
+    assert torch.equal(layout.fetch(codes, widths, side, kind, 37, 150), natural[:, :, 37:187])
     assert codes.float().mean() > 100  # nothing is left empty
 
 
@@ -120,9 +129,20 @@ def test_a_code_of_a_known_slot_stands_where_the_matrix_unit_reads_it() -> None:
     natural = torch.zeros(1, 1, 128, 32, dtype=torch.uint8)
     natural[0, 0, 5, 0] = 3 << 2 * 3  # channel 3: t = 1
     codes = torch.zeros_like(natural)
-    layout.store(codes, natural, torch.arange(128), (2,) * 16, "k")
+    layout.store(codes, natural, torch.arange(128), (2,) * 16, "k", "lloyd-even")
     words = codes.flatten().view(torch.int32).reshape(8, 32, 4)
     assert words.nonzero().tolist() == [[0, 2 * 4 + 1, 2]] and int(words[0, 9, 2]) == 3 << 16
+
+
+def test_bits_of_a_walk_stand_by_the_order_of_its_steps() -> None:
+    # The same slot and channel, 3 of step 9 and gain 77: the lowest bit in the first of two words of the row, the next in the second.
+    natural = torch.zeros(1, 1, 128, 33, dtype=torch.uint8)
+    natural[0, 0, 5, 2 * 9], natural[0, 0, 5, 32] = 3 << 2 * 3, 77
+    codes = torch.zeros_like(natural)
+    layout.store(codes, natural, torch.arange(128), (2,) * 16, "k", "trellis")
+    words, gains = codes.flatten()[: 128 * 32].view(torch.int32).reshape(8, 32, 4), codes.flatten()[128 * 32 :]
+    assert words.nonzero().tolist() == [[0, 9, 2], [0, 9, 3]] and words[0, 9, 2:].tolist() == [1 << 16 + 9] * 2
+    assert gains.nonzero().tolist() == [[5]] and int(gains[5]) == 77
 
 
 def refusal(codec: Codec, heads: int = HEADS, kv_heads: int = KV_HEADS, dim: int = DIM, rotary: int = DIM) -> str:
@@ -310,9 +330,12 @@ def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) 
             append(layer, k, v, torch.tensor([[end]]), by)
             layer.length.fill_(end + 1)
     sums = CODECS[index][0] == "klt-even"
-    fields = {"k": mine.codec.key.widths, "v": mine.codec.value.widths}
+    fields, kinds = (
+        {"k": mine.codec.key.widths, "v": mine.codec.value.widths},
+        {"k": mine.codec.key.kind, "v": mine.codec.value.kind},
+    )
     for side, widths in fields.items():
-        a, b = (layout.fetch(getattr(x, f"{side}_codes"), widths, side, 0, len(sizes)) for x in (mine, wanted))
+        a, b = (layout.fetch(getattr(x, f"{side}_codes"), widths, side, kinds[side], 0, len(sizes)) for x in (mine, wanted))
         assert (a == b).float().mean() >= (0.999 if sums and side == "k" else 1.0)
         a, b = (getattr(x, f"{side}_scale")[:, :, : len(sizes)].float() for x in (mine, wanted))
         assert ((a - b).abs() <= (2**-10 * b.abs() if sums and side == "k" else 0)).all()
