@@ -256,7 +256,8 @@ def transform_keys(k: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -
 def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> Tensor:
     """The stages of `transform_keys` taken back; keys after RoPE."""
     if s.domain == "block":
-        return _rotated(x @ p["k_basis"].mT.to(x.dtype) + p["k_table"][:, slots % BLOCK][None], slots, p, back=False)
+        back = p.get("k_unbasis", p["k_basis"]).mT.to(x.dtype)
+        return _rotated(x @ back + p["k_table"][:, slots % BLOCK][None], slots, p, back=False)
     x = hadamard(x) if s.transform == "hadamard" else x
     return x + _rotated(p["k_table"][:, slots % BLOCK][None].to(x.dtype), slots, p, back=False) if s.center else x
 

@@ -35,7 +35,7 @@ from .packing import pack_bits, unpack_bits
 from .quantize import rms, segments
 
 __all__ = [
-    "DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode", "trellis_levels",
+    "CUBIC", "DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode", "trellis_levels",
     "walk_unit",
 ]  # fmt: skip
 

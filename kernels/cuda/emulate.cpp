@@ -5,6 +5,8 @@
 #ifdef KVSINK_CODES_ALONE
 #include "codes.cuh"
 #else
+#include "fields.cuh"
+#include "trellis.cuh"
 #include "read.cuh"
 #include "attend.cuh"
 #include "query.cuh"

@@ -30,6 +30,7 @@ struct RowParams {
   const float* basis;                           // block KLT: [Hkv, D, D] eigenvectors in columns; decode_rows: in rows
   const float* sigma;                           // block KLT: [Hkv, D]
   const float* v_mean;                          // [Hkv, D] or null
+  const float* v_sigma;                         // trellis: [Hkv, D]
   const long long *length, *positions;          // [B or 1], length_row apart; [B or 1, S], rows position_row apart
   const int* pages;                             // as Params
   long long position_row, length_row, page_row;

@@ -197,7 +197,8 @@ class Codec:
         if k.transform == "klt":
             names += ["k_basis", "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")
-        return (*names, "v_mean") if v.center else tuple(names)
+        names += ["v_mean"] if v.center else []
+        return (*names, *QUANTIZERS[v.kind].tables(v, "v"))
 
     # -- storage -----------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ CODECS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("centred-even", {"key_bits": 4, "value_bits": 4, "protect": "none"}),
     ("centred-even", {"key_bits": 1, "value_bits": 1, "protect": "first:3"}),
     ("rtn", {"key_bits": 2, "value_bits": 2, "protect": "first:2"}),
+    ("klt-trellis", {"key_bits": 2, "value_bits": 2}),
 )
 
 
@@ -386,6 +387,8 @@ CASES = [
     (2, 1, 40, None, 4),
     (3, 1, 128, "one", 4),
     (5, 1, 256, "padding", 4),
+    (6, 2, 300, "padding", 3),
+    (6, 1, 383, None, 4),
 ]
 
 
