@@ -13,6 +13,8 @@
 #include "softmax.cuh"
 #include "exact.cuh"
 #include "merge.cuh"
+#include "rounding.cuh"
+#include "search.cuh"
 #include "rows.cuh"
 #include "schedule.cuh"
 #endif

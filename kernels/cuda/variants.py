@@ -39,6 +39,8 @@ FILES = (
     "softmax.cuh",
     "exact.cuh",
     "merge.cuh",
+    "rounding.cuh",
+    "search.cuh",
     "rows.cuh",
     "schedule.cuh",
 )
