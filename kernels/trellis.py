@@ -35,8 +35,8 @@ from .packing import pack_bits, unpack_bits
 from .quantize import rms, segments
 
 __all__ = [
-    "CUBIC", "DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode", "trellis_levels",
-    "walk_unit",
+    "CUBIC", "DISTORTION", "TRELLIS_WIDTHS", "gain_bytes", "gain_of", "subsets", "trellis_decode", "trellis_encode",
+    "trellis_levels", "walk_unit",
 ]  # fmt: skip
 
 TRELLIS_WIDTHS = (1, 2, 3, 4)
