@@ -43,8 +43,9 @@ template <int WIDTH> struct LevelBytes {              // of eight levels, low an
     hi = take_bytes(HI0, HI1, three);
   }
 };
-DEVICE float gain_of(u32 byte) {
-  return byte == 0 ? 0.0f : byte == 255 ? bits_float(0x7fc00000u) : bits_float((byte + (118u << 4)) << 19);
+DEVICE float gain_of(u32 byte) {                     // no branches: it is asked for beside products
+  const u32 bits = byte ? (byte + (118u << 4)) << 19 : 0u;
+  return bits_float(byte == 255 ? 0x7fc00000u : bits);
 }
 
 constexpr int INDEX_WORDS = RUNS <= 8 ? 1 : 2 * SETS;
