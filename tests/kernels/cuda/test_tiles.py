@@ -24,6 +24,7 @@ from kvsink.kernels.backends import Shape
 from kvsink.kernels.cuda import backend, launch, variants
 from kvsink.kernels.read import read_ref
 from kvsink.methods import get_method
+from kvsink.model.runtime import runtime_of
 from tests.states import coding
 
 from .emulated import Emulated, scales_behind
@@ -281,6 +282,13 @@ def decoded(layer: KVSinkLayer, end: int) -> tuple[Tensor, Tensor]:
     return layer.codec.read_keys(st, p, 0, end), layer.codec.read_values(st, p, 0, end)
 
 
+def decoded_by(lib: Emulated, layer: KVSinkLayer, end: int) -> tuple[Tensor, Tensor]:
+    """The same by the kernel, in float32's place float16; exact rows are left aside."""
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    st = {**st, "exact_slot": torch.full_like(st["exact_slot"], -1)}
+    return launch.decode_rows(lib, layer.codec, st, p, 0, end, torch.float16, end)
+
+
 @pytest.mark.parametrize("single_rows", [0, 2])
 @pytest.mark.parametrize("index", range(len(CODECS)))
 def test_the_append_kernels_store_what_the_definition_stores(index: int, single_rows: int) -> None:
@@ -341,6 +349,24 @@ def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) 
         a, b = (getattr(x, f"{side}_scale")[:, :, : len(sizes)].float() for x in (mine, wanted))
         assert ((a - b).abs() <= (2**-10 * b.abs() if close else 0)).all()
     assert torch.equal(mine.shared.positions, wanted.shared.positions)
+
+
+def test_a_row_of_a_trellis_that_is_not_finite_reads_as_not_a_number() -> None:
+    mine, wanted = layer_of(6, 1), layer_of(6, 1)
+    k, v = rows(1, 3, 1, dtype=torch.float16), rows(1, 3, 2, dtype=torch.float16)
+    k[0, 1, 1, 7], v[0, 0, 2, 9], v[0, 1, 0] = float("inf"), float("nan"), 0.0
+    mean = dict(zip(mine.codec.param_names(), mine.params, strict=True))["v_mean"]
+    v[0, 1, 0] = mean[1]  # a row of zeros, but for its rounding
+    for layer, by in ((mine, library(mine)), (wanted, None)):
+        layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
+        append(layer, k, v, torch.arange(3)[None], by)
+        layer.length.fill_(3)
+    for side, spec, at in (("k", mine.codec.key, (1, 1)), ("v", mine.codec.value, (0, 2))):
+        a, b = (layout.fetch(getattr(x, f"{side}_codes"), spec.widths, side, spec.kind, 0, 3)[0, ..., -1] for x in (mine, wanted))
+        assert torch.equal(a, b) and (a == 255).nonzero().tolist() == [list(at)]
+    got = decoded_by(library(mine), mine, 3)
+    for x, head, row in ((got[0], 1, 1), (got[1], 0, 2)):
+        assert x[0, head, row].isnan().all() and x.isnan().sum() == DIM
 
 
 @pytest.mark.parametrize("single_rows", [0, 1])
@@ -429,6 +455,41 @@ def test_the_attend_kernel_equals_the_definition(index: int, batch: int, length:
         assert (layer.exact_slot == length).any()
     error = (got.float() - wanted).norm() / wanted.norm()
     assert error <= (4e-3 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize("method", ["klt-even", "klt-trellis"])
+def test_keys_coded_in_a_basis_that_is_not_orthogonal_are_read_in_their_own(method: str) -> None:
+    model = rewritten(method, HEADS, key_bits=2, value_bits=2, protect="none")
+    runtime = runtime_of(model)
+    turned = runtime.tables["layers.1.k_basis"]
+    bent = turned @ (torch.eye(DIM) + 0.05 * torch.randn(KV_HEADS, DIM, DIM, generator=torch.Generator().manual_seed(4)))
+    back = torch.linalg.inv(bent.double()).mT.float()
+    runtime.tables.update({"layers.1.k_basis": bent, "layers.1.k_unbasis": back})
+    layer = KVSinkCache.for_model(model, 1, max_length=SLOTS, tiles=True).packed_layers()[1]
+    c, length = layer.codec, 200
+    append(layer, rows(1, length, 1), rows(1, length, 2), torch.arange(length)[None])
+    layer.length.fill_(length)
+    for name in ("exact_k", "exact_v"):
+        setattr(layer, name, getattr(layer, name).half())
+    st, p = c.named(layer.state()), dict(zip(c.param_names(), layer.params, strict=True)) | {"k_unbasis": back}
+    slots, wide = torch.arange(length), rows(1, length, 1).double()
+    exact = layout.restore_keys(layout.transform_keys(wide, slots, c.key, p, None), slots, c.key, p, None)
+    assert (exact - wide).norm() <= 1e-5 * wide.norm()  # `back` is rounded to float32
+    z = c._stored(st, c.key, p, "k", 0, length)
+    mean = p["k_table"][:, slots % 64].double()
+    y = torch.linalg.solve(bent.double(), z.double(), left=False) + mean  # z = y bent, in units of the block's rotation
+    held = [layout._rotated(y, slots, p, back=False), c.read_values(st, p, 0, length)]
+    lib = library(layer)
+    got = launch.decode_rows(lib, c, st, p, 0, length, torch.float16, length)
+    for a, b in zip(got, held, strict=True):
+        assert (a.double() - b).abs().max() <= 2e-3 * b.abs().max()
+    q = rows(1, 1, 5, HEADS, torch.float16) * 0.5
+    k, v = rows(1, 1, 6, dtype=torch.float16), rows(1, 1, 7, dtype=torch.float16)
+    out = launch.attend_one(lib, c, q, k, v, st, p, None, 0.09)
+    pairs = zip(held, (k, v), strict=True)
+    full_k, full_v = (torch.cat([a.double(), b.double()], 2).repeat_interleave(HEADS // KV_HEADS, 1) for a, b in pairs)
+    wanted = (0.09 * q.double() @ full_k.mT).softmax(-1) @ full_v
+    assert out is not None and (out - wanted).norm() <= 2e-3 * wanted.norm()
 
 
 def test_another_mask_is_left_to_the_definition() -> None:
