@@ -4,8 +4,9 @@ Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits
            unit (x, b) of a slot, 16 bit: channel 8 r + x of the runs in bin b; of a last bin with 8 bits at most, the low byte
            inside a tile the units of 16 slots stand as the A operand of mma.m16n8k16, see `byte_index`
            codes of a trellis: of every unit one bin, or two of 256 channels, holds the lowest bits of 16 runs in their order; the
-           next bits stand in the same order in as many bins behind (64 channels: in the upper half of that bin), the others of
-           each run at the first free bits of what is behind; behind the units of a tile stand the gains of its slots, a byte each
+           next bits stand in the same order in as many bins behind (64 channels: in the upper half of that bin; 80 and 96: those
+           of the first 8 runs in a byte behind, of the others 4 bits above the lowest ones); further bits of each run at the
+           first free place; behind the units of a tile stand the gains of its slots, a byte each
            keys are told apart by slot, not by position: with j0 = slot - slot mod n and s the row's origin,
            z = T (R_s R_{j0}^-1 k - M[slot mod n]),  k^ = R_{j0} R_s^-1 (T^-1 z^ + M[slot mod n])     (block keys; `post`
            keys leave the rotation off and subtract R_{j0} R_s^-1 M instead)
@@ -92,9 +93,16 @@ def _even_pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
 def _walk_pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
     """Lowest bits and those above them in the order of the runs, the rest by first fit."""
     runs = len(widths)
-    bins, shift = (0, 8) if runs <= 8 else (-(-runs // 16), 0)  # of the second bits, behind the lowest
+
+    def above(r: int) -> tuple[int, int]:  # those of 9 to 12 runs fill a byte, and the rest stand behind the lowest bits
+        if runs <= 8:
+            return 0, 8 + r
+        if runs <= 12:
+            return (1, r) if r < 8 else (0, 4 + r)
+        return -(-runs // 16) + r // 16, r % 16
+
     low = [Piece(r, 0, 1, r // 16, r % 16) for r in range(runs)]
-    low += [Piece(r, 1, 1, bins + r // 16, shift + r % 16) for r in range(runs) if widths[r] > 1]
+    low += [Piece(r, 1, 1, *above(r)) for r in range(runs) if widths[r] > 1]
     free = [0xFFFF] * (4 * runs)
     for p in low:
         free[p.bin] &= ~(1 << p.offset)

@@ -21,7 +21,6 @@ __all__ = ["declines", "declines_mask", "declines_step"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 80, 96, 128, 256)  # channels of a head
-WALKED = (64, 128, 256)  # of a trellis
 EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
 WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
@@ -82,7 +81,8 @@ def _unread(f: LayerFormat, dim: int) -> str:
     k, v, block = f.key, f.value, layout.BLOCK
     read = (k.kind == "lloyd-even" and k.gain) or k.kind == "trellis"
     if k.domain == "block" and not (k.block == block and k.transform == "klt" and read):
-        return f"{k.kind} keys before RoPE, other than klt in blocks of {block} with a trellis or equally spaced levels and gain"
+        served = "with a trellis or equally spaced levels and gain (klt-trellis, klt-even)"
+        return f"{k.kind} keys before RoPE, other than klt in blocks of {block} {served}"
     if k.domain == "post" and not (k.kind == "uniform" and k.group_size == dim and k.transform in ("none", "hadamard")):
         return f"{k.kind} keys after RoPE in groups of {k.group_size}"
     if k.reorder or k.heads_per_group > 1 or k.folded or (k.transform == "hadamard" and k.order != dim):
@@ -94,9 +94,7 @@ def _unread(f: LayerFormat, dim: int) -> str:
     for name, side in (("keys", k), ("values", v)):
         if not set(side.widths) <= set(WIDTHS) or (8 in side.widths and side.kind != "uniform"):
             return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 4 and 8"
-        if side.kind == "trellis" and dim not in WALKED:
-            return f"{name} in a trellis of {dim} channels, not {', '.join(map(str, WALKED))}"
-        if layout.tile_bytes(side.widths, side.kind) > 1.2 * sum(side.widths):
+        if layout.tile_bytes(side.widths, side.kind) - (side.kind == "trellis") > 1.2 * sum(side.widths):
             return f"{name} of {sum(side.widths) / len(side.widths):g} bits in {dim} channels do not fill whole words"
     return ""
 

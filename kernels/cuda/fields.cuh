@@ -36,17 +36,19 @@ BOTH constexpr Fields make_fields(const int (&w)[RUNS]) {
   f.half = fill[f.bins - 1] <= 8;
   return f;
 }
-// Codes of a trellis: the lowest bit of run r is bit r % 16 of bin r / 16, the next one stands LOW_BIN and LOW_SHIFT further on, those
-// beyond at the first free bits.
+// Codes of a trellis: the lowest bit of run r is bit r % 16 of bin r / 16, the next one bit `low_bit` of bin `low_bin`, those beyond
+// stand at the first free bits.
 constexpr int SETS = RUNS > 16 ? 2 : 1;              // of up to 16 runs
-constexpr int LOW_BIN = RUNS <= 8 ? 0 : (RUNS + 15) / 16, LOW_SHIFT = RUNS <= 8 ? 8 : 0;
+constexpr bool SPLIT = RUNS > 8 && RUNS <= 12;
+BOTH constexpr int low_bin(int r) { return RUNS <= 8 ? 0 : SPLIT ? (r < 8 ? 1 : 0) : SETS + r / 16; }
+BOTH constexpr int low_bit(int r) { return RUNS <= 8 ? 8 + r : SPLIT && r >= 8 ? 4 + r : r % 16; }
 BOTH constexpr Fields make_walk_fields(const int (&w)[RUNS]) {
   Fields f = {};
   int used[RUNS + 4] = {};
   for (int r = 0; r < RUNS; r++) {
     f.width[r] = w[r];
     used[r / 16] |= 1 << (r % 16);
-    if (w[r] > 1) used[LOW_BIN + r / 16] |= 1 << (LOW_SHIFT + r % 16);
+    if (w[r] > 1) used[low_bin(r)] |= 1 << low_bit(r);
   }
   for (int r = 0; r < RUNS; r++) {
     const int n = w[r] - 2;

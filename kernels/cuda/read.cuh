@@ -39,7 +39,7 @@ template <int NP, int NT> struct KeySteps<0, NP, NT> {
   DEVICE_STATIC void run(float (&)[NP][NT][4], float (&)[NP][4], const u32 (&)[NP][NT][K_WORDS], const u32 (&)[RUNS], const u32 (&)[RUNS],
                          const uint4*) {}
 };
-// The same of a trellis: a quarter's eight runs give two steps of 16 components, which are 32 components apart.
+// The same of a trellis, a quarter of 16 runs at a time: two steps of 16 components, which are 32 components apart.
 template <int QUARTER, int NP, int NT> struct KeyWalks {
   DEVICE_STATIC void run(float (&s)[NP][NT][4], float (&u)[NP][4], const u32 (&w)[NP][NT][K_WORDS], const Indices (&n)[NP][NT],
                          const u32 (&q)[RUNS], const u32 (&rq)[RUNS], const uint4* mean) {
@@ -56,10 +56,10 @@ template <int QUARTER, int NP, int NT> struct KeyWalks {
           walk_levels<false, r + 1>(a[0][row + 2], a[1][row + 2], n[j][i], w[j][i], row);
         }
         mma(s[j][i], a[0][0], a[0][1], a[0][2], a[0][3], q[r], q[r + 1]);
-        mma(s[j][i], a[1][0], a[1][1], a[1][2], a[1][3], q[r + 4], q[r + 5]);
+        if constexpr (r + 5 < RUNS) mma(s[j][i], a[1][0], a[1][1], a[1][2], a[1][3], q[r + 4], q[r + 5]);
       }
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
+      for (int h = 0; h < (r + 5 < RUNS ? 2 : 1); h++) {
         const uint4 a = mean[j * 32 * K_STEPS + (r / 2 + 2 * h) * 32];
         mma(u[j], a.x, a.y, a.z, a.w, rq[r + 4 * h], rq[r + 4 * h + 1]);
       }
@@ -81,7 +81,7 @@ template <int QUARTER> struct ValueWalks {
       walk_levels<true, r + 1>(a[0][2 * half + 1], a[1][2 * half + 1], n, w, half);
     }
     mma(o[r / 2], a[0][0], a[0][1], a[0][2], a[0][3], p0, p1);
-    mma(o[r / 2 + 2], a[1][0], a[1][1], a[1][2], a[1][3], p0, p1);
+    if constexpr (r + 5 < RUNS) mma(o[r / 2 + 2], a[1][0], a[1][1], a[1][2], a[1][3], p0, p1);
   }
 };
 template <> struct ValueWalks<0> { DEVICE_STATIC void run(float (&)[K_STEPS][4], const u32 (&)[V_WORDS], const Indices&, u32, u32) {} };

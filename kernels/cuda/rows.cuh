@@ -190,7 +190,7 @@ DEVICE float fit(const float (&x)[CH], const float (&sigma)[CH], const u32 (&cod
 template <bool TRELLIS> DEVICE u32 in_bin(u32 pair, int run, int width, int place, int bin, int b) {
   if (!TRELLIS) return bin == b ? pair << place : 0u;
   u32 word = b == run / 16 ? (pair & 0x00010001u) << run % 16 : 0u;
-  if (width > 1 && b == LOW_BIN + run / 16) word |= (pair >> 1 & 0x00010001u) << (LOW_SHIFT + run % 16);
+  if (width > 1 && b == low_bin(run)) word |= (pair >> 1 & 0x00010001u) << low_bit(run);
   if (width > 2 && b == bin) word |= (pair >> 2 & 0x00030003u) << place;
   return word;
 }
@@ -264,9 +264,9 @@ template <bool VALUES> DEVICE u32 read_code(const unsigned char* tile, int slot,
 template <bool VALUES> DEVICE float read_level(const unsigned char* tile, int slot, int channel) {   // of a trellis
   const Fields& f = VALUES ? VF : KF;
   const int k = channel >> 3, x = channel & 7, width = f.width[k];
-  const auto bit = [&](int step, int bin, int shift) { return read_unit<VALUES>(tile, slot, x, bin + step / 16) >> (shift + step % 16) & 1u; };
-  const auto lowest = [&](int step) { return bit(step & (RUNS - 1), 0, 0); };
-  u32 m = width > 1 ? bit(k, LOW_BIN, LOW_SHIFT) : 0u;
+  const auto bit = [&](int bin, int at) { return read_unit<VALUES>(tile, slot, x, bin) >> at & 1u; };
+  const auto lowest = [&](int step) { return bit(step % RUNS / 16, step % RUNS % 16); };
+  u32 m = width > 1 ? bit(low_bin(k), low_bit(k)) : 0u;
   if (width > 2) m |= (read_unit<VALUES>(tile, slot, x, f.bin[k]) >> f.pos[k] & ((1u << (width - 2)) - 1u)) << 1;
   return WALK_TABLE.level[width - 1][4 * m + 2 * (lowest(k) ^ lowest(k + RUNS - 2)) + lowest(k + RUNS - 1)];
 }
@@ -693,8 +693,9 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
       const float gain = gain_of(codes[V_BYTES + slot % 128]);
       float sigma[CH];
       load_channels(sigma, p.v_sigma + head * D, lane);
+      if (holds(lane))
 #pragma unroll
-      for (int i = 0; i < CH; i++) x[i] = mul(mul(read_level<true>(codes, slot, CH * lane + i), sigma[i]), gain);
+        for (int i = 0; i < CH; i++) x[i] = mul(mul(read_level<true>(codes, slot, CH * lane + i), sigma[i]), gain);
     } else {
       const u32 scale = p.v_scale[at];
       if (holds(lane))

@@ -39,12 +39,13 @@ template <class Width> DEVICE u32 best_walk(const float* row, int lane) {
   float a[4];                                        // of the walks that end in a state, bit 0 the newest
 #pragma unroll
   for (int s = 0; s < 4; s++) a[s] = s == first ? 0.0f : bits_float(0x7f800000u);
-  u32 taken[RUNS / 8];
+  constexpr int PARTS = (RUNS + 7) / 8;
+  u32 taken[PARTS];
 #pragma unroll
-  for (int part = 0; part < RUNS / 8; part++) {
+  for (int part = 0; part < PARTS; part++) {
     taken[part] = 0;
 #pragma unroll 4
-    for (int k = 0; k < 8; k++) {
+    for (int k = 0; k < (RUNS - 8 * part < 8 ? RUNS - 8 * part : 8); k++) {
       const int step = 8 * part + k, at = 8 * step + circle;
       float level;
       nearest(level, row[D + at], first, Width::at(step));
@@ -76,21 +77,22 @@ template <class Width> DEVICE u32 best_walk(const float* row, int lane) {
   const int winner = (lane & 28) + state;
   u32 walk = 0;
 #pragma unroll
-  for (int part = RUNS / 8 - 1; part >= 0; part--) {
+  for (int part = PARTS - 1; part >= 0; part--) {
     const u32 of_best = (u32)shfl_int((int)taken[part], winner);
 #pragma unroll
     for (int k = 7; k >= 0; k--) {
+      if (8 * part + k >= RUNS) continue;
       walk |= (u32)(state & 1) << (8 * part + k);
       state = (state >> 1) + 2 * (int)(of_best >> (4 * k + state) & 1);
     }
   }
   return walk;
 }
-DEVICE u32 bit_of(u32 walk, int step) { return walk >> (step & (RUNS - 1)) & 1; }   // also before the first step
+DEVICE u32 bit_of(u32 walk, int step) { return walk >> step % RUNS & 1; }
 
 // Codes of a row x and the byte of its gain; `row` has WALK_ROW floats.
 template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[CH], float (&sigma)[CH], float* row, int lane) {
-  const int step = CH * lane >> 3, width = Width::at(step);
+  const int step = holds(lane) ? CH * lane >> 3 : 0, width = Width::at(step);
   float y[CH], weight[CH], top[CH], most = 0, square = 0;
   bool finite = true;
 #pragma unroll
@@ -106,9 +108,9 @@ template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[
 #pragma unroll
   for (int i = 0; i < CH; i++) {
     y[i] = finite ? y[i] : 0.0f;
-    weight[i] = mul(weight[i], weight[i]);
+    weight[i] = holds(lane) ? mul(weight[i], weight[i]) : 0.0f;
     square += mul(y[i], y[i]);
-    row[CH * lane + i] = weight[i];
+    if (holds(lane)) row[CH * lane + i] = weight[i];
   }
   const float size = root(warp_sum(square) / (float)D);
   u32 gain = 0;
@@ -122,7 +124,8 @@ template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[
     for (int i = 0; i < CH; i++) under[i] = start;
     quotients(v, y, under);
 #pragma unroll
-    for (int i = 0; i < CH; i++) row[D + CH * lane + i] = v[i];
+    for (int i = 0; i < CH; i++)
+      if (holds(lane)) row[D + CH * lane + i] = v[i];
     sync_warp();
     const u32 walk = best_walk<Width>(row, lane);
     sync_warp();

@@ -87,7 +87,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
     for (int j = 0; j < NP; j++)
 #pragma unroll
       for (int i = 0; i < TILES; i++) indices<false>(n[j][i], w[j][i]);
-    KeyWalks<RUNS / 4, NP, TILES>::run(s, u, w, n, q, rq, mean);
+    KeyWalks<QUARTERS, NP, TILES>::run(s, u, w, n, q, rq, mean);
   } else {
     KeySteps<K_STEPS, NP, TILES>::run(s, u, w, q, rq, mean);
   }
@@ -174,7 +174,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
       if constexpr (VALUE_TRELLIS) {
         Indices n;
         indices<true>(n, v);
-        ValueWalks<RUNS / 4>::run(st.o, v, n, b0 & mine, b1 & mine);
+        ValueWalks<QUARTERS>::run(st.o, v, n, b0 & mine, b1 & mine);
       } else {
         ValueSteps<K_STEPS>::run(st.o, v, b0 & mine, b1 & mine);
       }

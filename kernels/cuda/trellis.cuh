@@ -4,7 +4,7 @@
 //            1 and 2 bits: level = fp16 of a table of 8 bytes and 8 bytes, two registers each, from which `prmt` takes four codes at a time
 //            3 and 4 bits: level / a = j (1 + c/a j^2) in fp16; a is folded into the query (keys) or into the final scaling (values)
 // Words      a pair of rows or slots x 8 runs is a byte of indices: byte c + 2 B is circle c (half of a word), runs 8 B … 8 B + 7;
-//            at 64 channels B is the row. Nibble k of it, in word j, is run 8 B + 4 k + j
+//            at 64 channels B is the row. Nibble k of it, in word j, is run 8 B + 4 k + j; of 80 and 96 channels the last are unused
 // Cost       about 23 operations for the indices of 32 codes and one for every level of 1 and 2 bits
 #ifndef KVSINK_TRELLIS
 #define KVSINK_TRELLIS
@@ -48,6 +48,7 @@ DEVICE float gain_of(u32 byte) {                     // no branches: it is asked
   return bits_float(byte == 255 ? 0x7fc00000u : bits);
 }
 
+constexpr int QUARTERS = RUNS / 8 * 2 + RUNS % 8 / 2;   // of eight runs, in two steps; the last ones have one step
 constexpr int INDEX_WORDS = RUNS <= 8 ? 1 : 2 * SETS;
 struct Indices { u32 n[INDEX_WORDS][4]; };           // of a tile in one lane: the three lowest bits of every index
 
@@ -95,11 +96,13 @@ template <bool VALUES> DEVICE void indices(Indices& x, const u32 (&w)[Walked<VAL
       }
 #pragma unroll
       for (int h = 0; h < SETS; h++) {
-        const u32 before = (u[h] << 2 & 0xfcfcfcfcu) | (funnel_right(u[(h + SETS - 1) % SETS], u[h], 22) & 0x03030303u);
+        // from the byte before; that of the first run is the last byte, of 80 and 96 channels where the runs in it end
+        const u32 carried = SPLIT ? (u[h] << 10 & 0xffff0000u) | (u[h] >> (RUNS + 6) & 0xffffu) : funnel_right(u[(h + SETS - 1) % SETS], u[h], 22);
+        const u32 before = (u[h] << 2 & 0xfcfcfcfcu) | (carried & 0x03030303u);
         u32 m = 0;
         if (W::beyond_one(h)) {
-          const u32 units = W::word(w, LOW_BIN + h, row);
-          m = pick_bytes(units, units, 0x3120);
+          const u32 units = W::word(w, low_bin(16 * h), row);
+          m = pick_bytes(units, SPLIT ? W::word(w, 0, row) >> 4 : units, SPLIT ? 0x7520 : 0x3120);
         }
         three_bits(x.n[row * SETS + h], u[h], before, m);
       }
@@ -119,10 +122,10 @@ template <bool VALUES, int RUN, int K> DEVICE u32 curved(u32 three, u32 rest) {
   return hmul2(j, hfma2(hmul2(j, j), bend, one));
 }
 
-// Levels of runs RUN and RUN + 4, RUN % 8 < 4, of both circles of a word.
+// Levels of runs RUN and, where there is one, RUN + 4, RUN % 8 < 4, of both circles of a word.
 template <bool VALUES, int RUN> DEVICE void walk_levels(u32& a, u32& b, const Indices& x, const u32 (&w)[Walked<VALUES>::WORDS], int row) {
   using W = Walked<VALUES>;
-  constexpr int wa = W::width(RUN), wb = W::width(RUN + 4), set = RUN / 16;
+  constexpr int other = RUN + 4 < RUNS ? RUN + 4 : RUN, wa = W::width(RUN), wb = W::width(other), set = RUN / 16;
   const u32 three = RUNS <= 8 ? x.n[0][RUN % 4] >> 16 * row : x.n[row * SETS + set][RUN % 4] >> 16 * (RUN / 8 % 2);
   u32 lo = 0, hi = 0;
   if constexpr (wa <= 2) {
@@ -135,7 +138,7 @@ template <bool VALUES, int RUN> DEVICE void walk_levels(u32& a, u32& b, const In
     if constexpr (wa != wb) LevelBytes<wb>::take(lo, hi, three);
     b = pick_bytes(lo, hi, 0x7351);
   } else {
-    b = curved<VALUES, RUN + 4, 1>(three, W::word(w, W::bin(RUN + 4), row));
+    b = curved<VALUES, other, 1>(three, W::word(w, W::bin(other), row));
   }
 }
 #endif

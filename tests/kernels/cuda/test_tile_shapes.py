@@ -86,11 +86,15 @@ KINDS = (
     Kind("klt-trellis", 128, 2, (1.5, 2.5), protect="none"),
     Kind("klt-trellis", 128, 4, (2.5, 2.5), fold=False),
     Kind("klt-trellis", 64, 2, (3, 4)),
+    Kind("klt-trellis", 96, 4, fold=False),
+    Kind("klt-trellis", 80, 8, (2, 4), fold=False),
+    Kind("klt-trellis", 80, 1, (4, 3)),
+    Kind("klt-trellis", 96, 8, (3, 4), card=A100),
 )
 NAMES = [
     f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}" for k in KINDS
 ]
-QUICK = (0, 2, 6, 11, 14, 16, 17, 18, 20, 22, 27, 28, 33, 34, 36, 37)  # the others are slow tests
+QUICK = (0, 2, 6, 11, 14, 16, 17, 18, 20, 22, 27, 28, 33, 34, 36, 37, 42)  # the others are slow tests
 EVERY = [pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow) for i in range(len(KINDS))]
 
 

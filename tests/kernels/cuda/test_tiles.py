@@ -109,7 +109,15 @@ def library(layer: KVSinkLayer, blocks: int = 3, single_rows: int = 0) -> Emulat
     return Emulated(launch.variant_of(layer.codec, HEADS // KV_HEADS), blocks, single_rows=single_rows)
 
 
-WALKED = ((1,) * 8, (4, 3, 2, 2, 2, 1, 1, 1), (3,) * 8, (4, 4, 4, 3, 3, 3, 3, *(2,) * 7, *(1,) * 18), (2,) * 32)
+WALKED = (
+    (1,) * 8,
+    (4, 3, 2, 2, 2, 1, 1, 1),
+    (3,) * 8,
+    (4, 4, 4, 3, 3, 3, 3, *(2,) * 7, *(1,) * 18),
+    (2,) * 32,
+    (2,) * 12,
+    (4,) * 12,
+)
 
 
 @pytest.mark.parametrize(
