@@ -25,6 +25,7 @@ EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
 WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
 TESTED = ((9, 0),)  # compute capabilities on which the tests have run
+WALKED: tuple[tuple[int, int], ...] = ()  # the same of codes of a trellis
 
 
 def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:
@@ -111,8 +112,10 @@ def _compiled(f: LayerFormat, s: Shape, d: Device) -> str:
             launch.library(f, s.repeats, s.rotary, d.place)
     except module.NativeError as error:
         return str(error)
-    if d.place is not None and d.capability not in TESTED:
-        tell_once(f"{d.name}: compute capability {d.capability[0]}.{d.capability[1]} is one on which no test has run")
+    walks = "trellis" in (f.key.kind, f.value.kind)
+    if d.place is not None and d.capability not in (WALKED if walks else TESTED):
+        what = " of codes of a trellis" if walks else ""
+        tell_once(f"{d.name}: compute capability {d.capability[0]}.{d.capability[1]} is one on which no test{what} has run")
     return ""
 
 

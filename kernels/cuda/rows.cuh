@@ -17,7 +17,7 @@ TABLE float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1],
 #ifndef SINGLE_ROW_FIRST
 #define SINGLE_ROW_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
 #endif
-constexpr bool SINGLE_ROW = !KEY_TRELLIS && !VALUE_TRELLIS && (MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0)));   // whether append_row serves
+constexpr bool SINGLE_ROW = (MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0)));           // whether append_row serves
 constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, SINGLE_ROW_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
 
 struct RowParams {
@@ -398,7 +398,9 @@ constexpr int PRODUCT_SMEM = MODE == 2 ? ROW_THREADS / 64 * Z_STRIDE * 4 * (1 + 
 constexpr int WALK_SMEM = KEY_TRELLIS || VALUE_TRELLIS ? ROW_THREADS / 32 * WALK_ROW * 4 : 0;   // where the product was
 constexpr int ROW_SMEM = (PRODUCT_SMEM > WALK_SMEM ? PRODUCT_SMEM : WALK_SMEM) + 16;
 constexpr int SINGLE_ROW_STRIDE = 40, SINGLE_ROW_PART = 4 * SINGLE_ROW_STRIDE;   // sums of one warp; two banks of its columns never meet
-constexpr int SINGLE_ROW_SMEM = MODE == 2 ? (D + PROJECT_WARPS * SINGLE_ROW_PART + 5 * KEY_WARPS) * 4 : 16;
+constexpr int SINGLE_ROW_PRODUCT = MODE == 2 ? D + PROJECT_WARPS * SINGLE_ROW_PART + 6 * KEY_WARPS : 4;   // floats
+constexpr int SINGLE_ROW_WALK = SINGLE_ROW_PRODUCT + (KEY_TRELLIS ? 3 * D : 0);    // where the value is searched, behind the key
+constexpr int SINGLE_ROW_SMEM = (SINGLE_ROW_WALK + (VALUE_TRELLIS ? WALK_ROW : 0)) * 4;
 
 DEVICE long long superblock_of(const RowParams& p, int b, int head, int slot) {
   return p.pages ? (long long)p.pages[b * p.page_row + slot / 128] * p.Hkv + head : ((long long)b * p.Hkv + head) * (p.L / 128) + slot / 128;
@@ -531,6 +533,43 @@ template <int N> DEVICE void key_sums(float (&v)[N], float* part, int warp, int 
   }
 }
 
+// A trellis: the code of this lane's channel, and the byte of the row's gain. The searches from both gains run side by side.
+DEVICE u32 code_by_walks(u32& code, float y, float sigma, const float* sigmas, float* part, int warp, int lane) {
+  float *weights = part + 6 * KEY_WARPS, every[CH], most = 0;
+  load_channels(every, sigmas, lane);
+#pragma unroll
+  for (int i = 0; i < CH; i++) most = fmaxf(most, fmaxf(every[i], HALF_TINY));
+  const bool finite = sub(y, y) == 0.0f;
+  float seen[2] = {finite ? y * y : 0.0f, finite ? 0.0f : 1.0f};
+  key_sums(seen, part, warp, lane);
+  const bool whole = seen[1] == 0.0f;
+  const float size = whole ? root(seen[0] / (float)D) : 0.0f, share = quotient(sigma, warp_max(most)), weight = mul(share, share);
+  const int step = lane >> 1, width = KeyWidth::at(step), at = 8 * step + 2 * warp + (lane & 1);
+  y = whole ? y : 0.0f;
+  float v[2], fits[4], error[2];
+  weights[at] = weight;
+#pragma unroll
+  for (int n = 0; n < 2; n++) weights[(n + 1) * D + at] = v[n] = quotient(y, first_gain(n, size));
+  sync_warp();                                       // a warp's circles are its own
+  const int start = lane >> 2 & 1, circle = 2 * warp + (lane >> 3 & 1);
+  const u32 walk = best_walk<KeyWidth>(weights, weights + (start + 1) * D, circle, lane);
+  u32 found[2], gain[2];
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    float level;
+    found[n] = walked_code(level, (u32)shfl_int((int)walk, 8 * (lane & 1) + 4 * n), v[n], step, width);
+    const float weighted = mul(weight, level);
+    fits[2 * n] = mul(weighted, y);
+    fits[2 * n + 1] = mul(weighted, level);
+  }
+  key_sums(fits, part + 2 * KEY_WARPS, warp, lane);
+#pragma unroll
+  for (int n = 0; n < 2; n++) gain[n] = fitted_gain(error[n], fits[2 * n], fits[2 * n + 1]);
+  const int best = error[1] < error[0] ? 1 : 0;
+  code = best ? found[1] : found[0];
+  return !whole ? 255u : best ? gain[1] : gain[0];
+}
+
 // Block KLT: the key by four warps with one channel per lane, 8 (lane / 2) + 2 warp + lane % 2, so that a warp's words are its own.
 DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live, float* xs, float* sums, int warp, int lane) {
   constexpr int BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS), BINS = KF.bins;
@@ -568,28 +607,32 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
   if (!live) return;
   x = some[0] + some[1] + (some[2] + some[3]);
   float* over = sums + PROJECT_WARPS * SINGLE_ROW_PART;
-  const float y = quotient(x, sigma);
-  float square[1] = {y * y};
-  key_sums(square, over, warp, lane);
-  float gain = root(square[0] / (float)D);
-  u32 code = 0;
-#pragma unroll 1                                       // small code: fetching instructions takes longer than the branch
-  for (int n = 0; n < 2; n++) {
-    code = even_code(quotient(y, fmaxf(gain, HALF_TINY)), width);
-    const float level = mul(even_level(code, width), sigma);
-    float fitted[2] = {x * level, level * level};
-    over += KEY_WARPS * (n + 1);
-    key_sums(fitted, over, warp, lane);
-    gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
-  }
   const long long superblock = superblock_of(p, b, head, slot);
-  if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
-  const int bin = KeyBin::at(lane >> 1), r = slot & 15;
+  const float y = quotient(x, sigma);
+  u32 code = 0;
+  if constexpr (KEY_TRELLIS) {
+    const u32 gain = code_by_walks(code, y, sigma, p.sigma + head * D, over, warp, lane);
+    if (warp == 0 && lane == 0) p.k_codes[superblock * K_STRIDE + K_BYTES + slot % 128] = (unsigned char)gain;
+  } else {
+    float square[1] = {y * y};
+    key_sums(square, over, warp, lane);
+    float gain = root(square[0] / (float)D);
+#pragma unroll 1                                       // small code: fetching instructions takes longer than the branch
+    for (int n = 0; n < 2; n++) {
+      code = even_code(quotient(y, fmaxf(gain, HALF_TINY)), width);
+      const float level = mul(even_level(code, width), sigma);
+      float fitted[2] = {x * level, level * level};
+      over += KEY_WARPS * (n + 1);
+      key_sums(fitted, over, warp, lane);
+      gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
+    }
+    if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
+  }
+  const int run = lane >> 1, r = slot & 15;
   u32 mine = 0;
-  code <<= KeyPlace::at(lane >> 1) + 16 * (lane & 1);
 #pragma unroll
   for (int i = 0; i < BINS; i++) {
-    const u32 word = or_in_warp(bin == i ? code : 0u);
+    const u32 word = or_in_warp(in_bin<KEY_TRELLIS>(code, run, width, KeyPlace::at(run), KeyBin::at(run), i) << 16 * (lane & 1));
     if (lane == i) mine = word;
   }
   unsigned char* tile = p.k_codes + superblock * K_STRIDE;
@@ -642,7 +685,7 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     widen(x, row, p.bf16);
     if (!live) return;
     keep_recent(p, row, true, b, head, slot, lane);
-    code_value(x, t, p, superblock, head, slot, (float*)smem, lane);
+    code_value(x, t, p, superblock, head, slot, (float*)smem + SINGLE_ROW_WALK, lane);
     if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
     return;
   }

@@ -33,9 +33,9 @@ DEVICE u32 nearest(float& level, float v, int subset, int width) {
   return m;
 }
 
-// The lowest bits of a circle's best walk, the bit of a step at its place; lanes of a circle agree.
-template <class Width> DEVICE u32 best_walk(const float* row, int lane) {
-  const int circle = lane >> 2, first = lane & 3;    // a lane costs the subset of the same number
+// The lowest bits of a circle's best walk for a row v, the bit of a step at its place. Four neighbouring lanes search and agree.
+template <class Width> DEVICE u32 best_walk(const float* weights, const float* v, int circle, int lane) {
+  const int first = lane & 3;                        // a lane costs the subset of the same number
   float a[4];                                        // of the walks that end in a state, bit 0 the newest
 #pragma unroll
   for (int s = 0; s < 4; s++) a[s] = s == first ? 0.0f : bits_float(0x7f800000u);
@@ -48,8 +48,8 @@ template <class Width> DEVICE u32 best_walk(const float* row, int lane) {
     for (int k = 0; k < (RUNS - 8 * part < 8 ? RUNS - 8 * part : 8); k++) {
       const int step = 8 * part + k, at = 8 * step + circle;
       float level;
-      nearest(level, row[D + at], first, Width::at(step));
-      const float off = sub(row[D + at], level), cost = mul(mul(off, off), row[at]);
+      nearest(level, v[at], first, Width::at(step));
+      const float off = sub(v[at], level), cost = mul(mul(off, off), weights[at]);
       float c[4], b[4];
 #pragma unroll
       for (int s = 0; s < 4; s++) c[s] = shfl_float(cost, (lane & 28) + s);
@@ -88,7 +88,20 @@ template <class Width> DEVICE u32 best_walk(const float* row, int lane) {
   }
   return walk;
 }
-DEVICE u32 bit_of(u32 walk, int step) { return walk >> step % RUNS & 1; }
+// The code of a step in a walk, for v.
+DEVICE u32 walked_code(float& level, u32 walk, float v, int step, int width) {
+  const auto bit = [&](int at) { return walk >> at % RUNS & 1; };
+  const u32 u = bit(step), z1 = u ^ bit(step + RUNS - 2), z0 = bit(step + RUNS - 1);
+  return 2 * nearest(level, v, 2 * z1 + z0, width) + u;
+}
+DEVICE float first_gain(int n, float size) { return fmaxf(gain_of(gain_byte(mul(STARTS[n], size))), gain_of(1)); }
+// The byte of the gain that fits levels best, and the error it leaves but for what no gain changes.
+DEVICE u32 fitted_gain(float& error, float dot, float square) {
+  const u32 byte = gain_byte(quotient(dot, square));
+  const float g = gain_of(byte);
+  error = g * (square * g - 2 * dot);
+  return byte;
+}
 
 // Codes of a row x and the byte of its gain; `row` has WALK_ROW floats.
 template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[CH], float (&sigma)[CH], float* row, int lane) {
@@ -117,8 +130,8 @@ template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[
   float least = 0;
 #pragma unroll 1                                       // small code
   for (int n = 0; n < 2; n++) {
-    const float start = fmaxf(gain_of(gain_byte(mul(STARTS[n], size))), gain_of(1));
-    float v[CH], under[CH], dot = 0, own = 0;
+    const float start = first_gain(n, size);
+    float v[CH], under[CH], dot = 0, own = 0, error;
     u32 found[CH];
 #pragma unroll
     for (int i = 0; i < CH; i++) under[i] = start;
@@ -127,21 +140,19 @@ template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[
     for (int i = 0; i < CH; i++)
       if (holds(lane)) row[D + CH * lane + i] = v[i];
     sync_warp();
-    const u32 walk = best_walk<Width>(row, lane);
+    const u32 walk = best_walk<Width>(row, row + D, lane >> 2, lane);
     sync_warp();
 #pragma unroll
     for (int i = 0; i < CH; i++) {
       const u32 mine = (u32)shfl_int((int)walk, (CH * lane & 7) * 4 + 4 * i);   // of circle (CH lane + i) % 8
-      const u32 u = bit_of(mine, step), z1 = u ^ bit_of(mine, step + RUNS - 2), z0 = bit_of(mine, step + RUNS - 1);
       float level;
-      found[i] = 2 * nearest(level, v[i], 2 * z1 + z0, width) + u;
+      found[i] = walked_code(level, mine, v[i], step, width);
       const float weighted = mul(weight[i], level);
       dot += mul(weighted, y[i]);
       own += mul(weighted, level);
     }
     warp_sums(dot, own);
-    const u32 byte = gain_byte(quotient(dot, own));
-    const float g = gain_of(byte), error = g * (own * g - 2 * dot);
+    const u32 byte = fitted_gain(error, dot, own);
     if (n == 0 || error < least) {
       least = error;
       gain = byte;

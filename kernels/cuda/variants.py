@@ -137,8 +137,6 @@ class Variant:
     @property
     def single_row(self) -> bool:
         """Whether `append_row` codes a new row by a block of its own."""
-        if self.key_trellis or self.value_trellis:
-            return False
         return self.mode != 2 or (self.dim == 128 and self._tile_bytes[0] % 16 == 0 and self.rotary in (0, 128))
 
     @property

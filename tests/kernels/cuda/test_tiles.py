@@ -359,16 +359,19 @@ def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) 
     assert torch.equal(mine.shared.positions, wanted.shared.positions)
 
 
-def test_a_row_of_a_trellis_that_is_not_finite_reads_as_not_a_number() -> None:
+@pytest.mark.parametrize("single_rows", [0, 1])
+def test_a_row_of_a_trellis_that_is_not_finite_reads_as_not_a_number(single_rows: int) -> None:
     mine, wanted = layer_of(6, 1), layer_of(6, 1)
     k, v = rows(1, 3, 1, dtype=torch.float16), rows(1, 3, 2, dtype=torch.float16)
     k[0, 1, 1, 7], v[0, 0, 2, 9], v[0, 1, 0] = float("inf"), float("nan"), 0.0
     mean = dict(zip(mine.codec.param_names(), mine.params, strict=True))["v_mean"]
     v[0, 1, 0] = mean[1]  # a row of zeros, but for its rounding
-    for layer, by in ((mine, library(mine)), (wanted, None)):
+    for layer, by in ((mine, library(mine, single_rows=single_rows)), (wanted, None)):
         layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
-        append(layer, k, v, torch.arange(3)[None], by)
-        layer.length.fill_(3)
+        for i in range(3):
+            append(layer, k[:, :, i : i + 1], v[:, :, i : i + 1], torch.tensor([[i]]), by)
+            layer.length.fill_(i + 1)
+    assert library(mine).variant.single_row
     for side, spec, at in (("k", mine.codec.key, (1, 1)), ("v", mine.codec.value, (0, 2))):
         a, b = (layout.fetch(getattr(x, f"{side}_codes"), spec.widths, side, spec.kind, 0, 3)[0, ..., -1] for x in (mine, wanted))
         assert torch.equal(a, b) and (a == 255).nonzero().tolist() == [list(at)]
