@@ -540,8 +540,9 @@ def test_shared_memory_is_what_the_source_takes(index: int) -> None:
     assert library(layer_of(index)).lib.smem_bytes() == variant.shared_bytes(shape) <= variants.SHARED_LIMIT
 
 
-def test_a_tiled_cache_is_saved_and_read_again(tmp_path: Any) -> None:
-    model = model_of(0)
+@pytest.mark.parametrize("index", [0, 6])
+def test_a_tiled_cache_is_saved_and_read_again(index: int, tmp_path: Any) -> None:
+    model = model_of(index)
     cache = KVSinkCache.for_model(model, 2, max_length=300, tiles=True)
     ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(8))
     mask = torch.ones_like(ids)
@@ -555,8 +556,9 @@ def test_a_tiled_cache_is_saved_and_read_again(tmp_path: Any) -> None:
     assert torch.equal(a, b)
 
 
-def test_beams_move_codes_and_anchors_alike() -> None:
-    model = model_of(0)
+@pytest.mark.parametrize("index", [0, 6])
+def test_beams_move_codes_and_anchors_alike(index: int) -> None:
+    model = model_of(index)
     cache = KVSinkCache.for_model(model, 2, max_length=300, tiles=True)
     ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(8))
     mask = torch.ones_like(ids)
@@ -572,10 +574,11 @@ def test_beams_move_codes_and_anchors_alike() -> None:
     assert (swapped[[1, 0]] - straight).abs().max() <= 1e-4 * straight.abs().max()
 
 
+@pytest.mark.parametrize("index", [0, 6])
 @torch.no_grad()
-def test_joined_rows_move_by_whole_tiles() -> None:
+def test_joined_rows_move_by_whole_tiles(index: int) -> None:
     """Codes move with their tiles and the anchors with their rows: every row says what it says alone."""
-    model = model_of(0)
+    model = model_of(index)
     ids = torch.randint(3, 97, (2, 170), generator=torch.Generator().manual_seed(8))
     caches = [KVSinkCache.for_model(model, 1, max_length=300, tiles=True) for _ in range(3)]
     padded = torch.ones(1, 40, dtype=torch.int64)
