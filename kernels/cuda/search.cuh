@@ -44,7 +44,7 @@ template <class Width> DEVICE u32 best_walk(const float* weights, const float* v
 #pragma unroll
   for (int part = 0; part < PARTS; part++) {
     taken[part] = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < (RUNS - 8 * part < 8 ? RUNS - 8 * part : 8); k++) {
       const int step = 8 * part + k, at = 8 * step + circle;
       float level;
