@@ -19,6 +19,7 @@ from kvsink.errors import KvsinkError
 from kvsink.export.bodies import QUANTIZER_BODIES
 from kvsink.export.errors import ExportError
 from kvsink.export.nodes import Steps
+from kvsink.kernels.backends import TABLES_BACK
 from kvsink.methods import get_method, methods
 from kvsink.model.anatomy import rope_types
 from kvsink.model.rows import visual_tokens
@@ -39,9 +40,8 @@ __all__ = [
 
 FLAVOURS = ("functions", "custom", "gqa")
 CARRIED: tuple[str, ...] = (
-    "metric",
-    "unbiased",
-)  # fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`
+    TABLES_BACK  # fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`
+)
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 

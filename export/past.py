@@ -20,6 +20,7 @@ from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
 from kvsink.export.state import past_names
 from kvsink.kernels import decode, dequantize, encode, quantize
+from kvsink.kernels.backends import TABLES_BACK
 from kvsink.model.frame import Frame
 from kvsink.model.handover import Handover
 from kvsink.model.passing import given_cache
@@ -54,7 +55,7 @@ def takes_packed(codec: Codec) -> bool:
             return False
         if side.exponent:
             return False
-    if codec.format.key.beyond or codec.format.value.beyond:
+    if {*codec.format.key.beyond, *codec.format.value.beyond} - {*TABLES_BACK}:
         return False
     return codec.key.domain != "block" or codec.key.block >= _SMALLEST_BLOCK
 

@@ -26,6 +26,7 @@ from .quantize import SIGMA_KINDS
 __all__ = [
     "GROWS",
     "KNOWN_STAGES",
+    "TABLES_BACK",
     "Backend",
     "Call",
     "Choice",
@@ -63,6 +64,9 @@ KNOWN_STAGES = (
     "unrope_rows",
 )
 """Functions of `kvsink.kernels.stages` that every backend carries out or declines by a word of the format."""
+
+TABLES_BACK = ("metric", "unbiased")
+"""Fields that only the tables tell of, see `kvsink.kernels.stages.back_table`: kernels that ask it serve them."""
 
 _STEP = {"gauss": 2, "uniform": 2, "uniform-int": 3}
 
@@ -355,9 +359,9 @@ def table() -> tuple[Backend, ...]:
     return (
         Backend(
             "cuda (tiles)",
-            Part(tiles.declines, launch.append),
-            Part(tiles.declines_mask, launch.attend),
-            Part(tiles.declines_step, launch.step),
+            Part(tiles.declines, launch.append, TABLES_BACK),
+            Part(tiles.declines_mask, launch.attend, TABLES_BACK),
+            Part(tiles.declines_step, launch.step, TABLES_BACK),
         ),
         Backend(
             "cuda (rows of bytes)",
@@ -367,20 +371,17 @@ def table() -> tuple[Backend, ...]:
         ),
         Backend(
             "triton",
-            Part(triton_append.declines, triton_append.append, _TABLES_BACK),
-            Part(triton_attend.declines, triton_attend.attend, _TABLES_BACK),
+            Part(triton_append.declines, triton_append.append, TABLES_BACK),
+            Part(triton_attend.declines, triton_attend.attend, TABLES_BACK),
         ),
         Backend(
             "cpu (C)",
-            Part(cpu_append.declines, cpu_append.append, _TABLES_BACK),
-            Part(cpu_attend.declines, cpu_attend.attend, _TABLES_BACK),
+            Part(cpu_append.declines, cpu_append.append, TABLES_BACK),
+            Part(cpu_attend.declines, cpu_attend.attend, TABLES_BACK),
         ),
         Backend("torch", Part(_nobody, append_plain, None), Part(_nobody, attend_plain, None)),
         Backend("append, then attend", step=Part(_nobody, append_attend.in_turn, None)),
     )
-
-
-_TABLES_BACK = ("metric", "unbiased")  # what only the tables tell of, see `kvsink.kernels.stages.back_table`
 
 
 def _nobody(f: LayerFormat, s: Shape, d: Device) -> str:

@@ -3,13 +3,18 @@
 Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits in bin b_r at bit o_r (first fit into 16-bit bins)
            unit (x, b) of a slot, 16 bit: channel 8 r + x of the runs in bin b; of a last bin with 8 bits at most, the low byte
            inside a tile the units of 16 slots stand as the A operand of mma.m16n8k16, see `byte_index`
+           codes of a trellis: of every unit one bin, or two of 256 channels, holds the lowest bits of 16 runs in their order; the
+           next bits stand in the same order in as many bins behind (64 channels: in the upper half of that bin; 80 and 96: those
+           of the first 8 runs in a byte behind, of the others 4 bits above the lowest ones); further bits of each run at the
+           first free place; behind the units of a tile stand the gains of its slots, a byte each
            keys are told apart by slot, not by position: with j0 = slot - slot mod n and s the row's origin,
            z = T (R_s R_{j0}^-1 k - M[slot mod n]),  k^ = R_{j0} R_s^-1 (T^-1 z^ + M[slot mod n])     (block keys; `post`
            keys leave the rotation off and subtract R_{j0} R_s^-1 M instead)
 Source     ours; the fragment order is that of the PTX manual, section on mma.m16n8k16
 Differs    the origin is slot minus position of a row's first token, so regular rows are coded as without tiles; for other
            positions the mean fits worse, never wrongly
-Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin], L a multiple of 128; origin_cos, origin_sin float32 [B, R]
+Shapes     codes uint8 [B, H, L, 16 · bins, 8 less with a half bin, 1 more with a gain], L a multiple of 128; origin_cos,
+           origin_sin float32 [B, R]
 Exact      yes: `unpermute(permute(x)) = x`
 """
 
@@ -18,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +34,8 @@ from .levels import EVEN_STEP
 from .packing import pack_bits, unpack_bits
 from .quantize import segments
 from .rope import rope, unrope
+from .stages import back_table
+from .trellis import walk_unit
 
 __all__ = [
     "TILE_SLOTS",
@@ -47,40 +54,85 @@ TILE_SLOTS, BLOCK = 128, 64
 Params = Mapping[str, Tensor]
 
 
+class Piece(NamedTuple):
+    """Bits of the codes of a run of 8 channels: those from `first` on, at bit `offset` of a bin."""
+
+    run: int
+    first: int
+    width: int
+    bin: int
+    offset: int
+
+
 @dataclass(frozen=True)
 class Fields:
-    """Where the code of each run of 8 channels sits inside 16-bit bins. pos: its bit after a bin's second half moved down; half:
-    the last bin has 8 bits at most, and two slots share its words."""
+    """Where the codes of a slot sit inside 16-bit bins; half: the last bin has 8 bits at most, and two slots share its words."""
 
-    width: tuple[int, ...]
-    bin: tuple[int, ...]
-    offset: tuple[int, ...]
-    pos: tuple[int, ...]
+    pieces: tuple[Piece, ...]
     bins: int
     half: bool
 
 
 @cache
-def make_fields(widths: tuple[int, ...]) -> Fields:
-    """First fit. A code is read in place as a 16-bit float, which is linear up to 2047: bits from 11 on are moved down."""
-    fill, cut = [0] * len(widths), [-1] * len(widths)
-    bins, offset, pos = [], [], []
-    for w in widths:
+def make_fields(widths: tuple[int, ...], kind: str) -> Fields:
+    """The bins of a kind's codes."""
+    pieces = _walk_pieces(widths) if kind == "trellis" else _even_pieces(widths)
+    count = max(p.bin for p in pieces) + 1
+    return Fields(pieces, count, max(p.offset + p.width for p in pieces if p.bin == count - 1) <= 8)
+
+
+def _even_pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
+    """First fit, whole codes."""
+    fill, pieces = [0] * len(widths), []
+    for r, w in enumerate(widths):
         b = next(i for i in range(len(widths)) if fill[i] + w <= 16)
-        if fill[b] + w > 11 and cut[b] < 0:
-            cut[b] = fill[b]
-        bins.append(b)
-        offset.append(fill[b])
-        pos.append(fill[b] - max(cut[b], 0))
+        pieces.append(Piece(r, 0, w, b, fill[b]))
         fill[b] += w
-    count = max(bins) + 1
-    return Fields(tuple(widths), tuple(bins), tuple(offset), tuple(pos), count, fill[count - 1] <= 8)
+    return tuple(pieces)
 
 
-def tile_bytes(widths: Sequence[int]) -> int:
+def _walk_pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
+    """Lowest bits and those above them in the order of the runs, the rest by first fit."""
+    runs = len(widths)
+
+    def above(r: int) -> tuple[int, int]:  # those of 9 to 12 runs fill a byte, and the rest stand behind the lowest bits
+        if runs <= 8:
+            return 0, 8 + r
+        if runs <= 12:
+            return (1, r) if r < 8 else (0, 4 + r)
+        return -(-runs // 16) + r // 16, r % 16
+
+    low = [Piece(r, 0, 1, r // 16, r % 16) for r in range(runs)]
+    low += [Piece(r, 1, 1, *above(r)) for r in range(runs) if widths[r] > 1]
+    free = [0xFFFF] * (4 * runs)
+    for p in low:
+        free[p.bin] &= ~(1 << p.offset)
+    rest = []
+    for r, w in enumerate(widths):
+        if (n := w - 2) > 0:
+            places = ((b, o) for b in range(len(free)) for o in range(17 - n) if free[b] >> o & (2**n - 1) == 2**n - 1)
+            b, o = next(places)
+            free[b] &= ~((2**n - 1) << o)
+            rest.append(Piece(r, 2, n, b, o))
+    return (*low, *rest)
+
+
+@cache
+def even_positions(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The bit at which a kernel reads the equally spaced codes of each run. It reads them in place as 16-bit floats, which are
+    linear up to 2047: bits of a bin from 11 on are moved down."""
+    fields, cut, out = make_fields(widths, "lloyd-even"), dict[int, int](), []
+    for p in fields.pieces:
+        if p.offset + p.width > 11:
+            cut.setdefault(p.bin, p.offset)
+        out.append(p.offset - cut.get(p.bin, 0))
+    return tuple(out)
+
+
+def tile_bytes(widths: Sequence[int], kind: str) -> int:
     """Bytes of one slot."""
-    f = make_fields(tuple(widths))
-    return 16 * f.bins - 8 * f.half
+    f = make_fields(tuple(widths), kind)
+    return 16 * f.bins - 8 * f.half + (kind == "trellis")
 
 
 # -- words of a slot ----------------------------------------------------------------------------------------------------
@@ -98,20 +150,21 @@ def _natural(codes: Tensor, widths: tuple[int, ...]) -> Tensor:
     return torch.cat([pack_bits(flat[..., a:b].contiguous(), w) for a, b, _, w in segments(widths)], dim=-1)
 
 
-def slot_units(natural: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Packed bytes [..., sum(widths)] → int16 [..., 8, bins]: unit (x, b) holds the codes of channel x of every run in bin b."""
-    f, codes = make_fields(widths), _codes(natural, widths).to(torch.int32)  # [..., run, x]
+def slot_units(natural: Tensor, widths: tuple[int, ...], kind: str) -> Tensor:
+    """Packed bytes [..., sum(widths)] → int16 [..., 8, bins]: unit (x, b) holds the bits of channel x of the runs in bin b."""
+    f, codes = make_fields(widths, kind), _codes(natural, widths).to(torch.int32)  # [..., run, x]
     units = torch.zeros((*codes.shape[:-2], 8, f.bins), dtype=torch.int32, device=codes.device)
-    for r in range(len(widths)):
-        units[..., f.bin[r]] |= codes[..., r, :] << f.offset[r]
+    for p in f.pieces:
+        units[..., p.bin] |= (codes[..., p.run, :] >> p.first & ((1 << p.width) - 1)) << p.offset
     return torch.where(units >= 1 << 15, units - (1 << 16), units).to(torch.int16)
 
 
-def slot_bytes(units: Tensor, widths: tuple[int, ...]) -> Tensor:
+def slot_bytes(units: Tensor, widths: tuple[int, ...], kind: str) -> Tensor:
     """The inverse of `slot_units`."""
-    f = make_fields(widths)
-    codes = [(units[..., f.bin[r]] >> f.offset[r]) & ((1 << f.width[r]) - 1) for r in range(len(widths))]
-    return _natural(torch.stack(codes, dim=-2).to(torch.uint8), widths)
+    codes = torch.zeros((*units.shape[:-2], len(widths), 8), dtype=torch.uint8, device=units.device)
+    for p in make_fields(widths, kind).pieces:
+        codes[..., p.run, :] |= ((units[..., p.bin] >> p.offset & ((1 << p.width) - 1)) << p.first).to(torch.uint8)
+    return _natural(codes, widths)
 
 
 # -- places of units ------------------------------------------------------------------------------------------------------
@@ -144,9 +197,12 @@ def byte_index(side: str, bins: int, half: bool) -> list[list[int]]:
 
 
 @kept
-def _index(side: str, bins: int, half: bool, device: str) -> Tensor:
-    """int64 [128, bytes of a slot]."""
-    return torch.tensor(byte_index(side, bins, half), device=device)
+def _index(side: str, bins: int, half: bool, gain: bool, device: str) -> Tensor:
+    """int64 [128, bytes of a slot]; the gain is its last one."""
+    rows = byte_index(side, bins, half)
+    if gain:
+        rows = [[*places, TILE_SLOTS * len(places) + slot] for slot, places in enumerate(rows)]
+    return torch.tensor(rows, device=device)
 
 
 def _held_bytes(units: Tensor, f: Fields) -> Tensor:
@@ -156,25 +212,29 @@ def _held_bytes(units: Tensor, f: Fields) -> Tensor:
     return both.flatten(-3) if not f.half else both.flatten(-2)[..., : 2 * f.bins - 1].flatten(-2)
 
 
-def store(codes: Tensor, natural: Tensor, slots: Tensor, widths: tuple[int, ...], side: str) -> None:
-    """Write packed rows [B, H, S, sum(widths)] to their slots int64 [S] of codes uint8 [B, H, L, bytes], in place."""
-    f = make_fields(widths)
-    rows = _held_bytes(slot_units(natural, widths), f)
-    index = _index(side, f.bins, f.half, str(codes.device))
+def store(codes: Tensor, natural: Tensor, slots: Tensor, widths: tuple[int, ...], side: str, kind: str) -> None:
+    """Write packed rows [B, H, S, sum(widths)], of a trellis with the gain behind, to their slots int64 [S] of codes uint8
+    [B, H, L, bytes], in place."""
+    f, walk = make_fields(widths, kind), kind == "trellis"
+    rows = _held_bytes(slot_units(natural[..., : sum(widths)], widths, kind), f)
+    rows = torch.cat([rows, natural[..., -1:]], -1) if walk else rows
+    index = _index(side, f.bins, f.half, walk, str(codes.device))
     at = slots[:, None] // TILE_SLOTS * (TILE_SLOTS * rows.shape[-1]) + index[slots % TILE_SLOTS]
     codes.flatten(2).index_copy_(2, at.flatten(), rows.flatten(2))
 
 
-def fetch(codes: Tensor, widths: tuple[int, ...], side: str, start: int = 0, count: int | None = None) -> Tensor:
-    """Packed rows [B, H, n, sum(widths)] of `count` slots from `start` on (all: None), in their natural order."""
+def fetch(codes: Tensor, widths: tuple[int, ...], side: str, kind: str, start: int = 0, count: int | None = None) -> Tensor:
+    """Packed rows, as `store` takes them, of `count` slots from `start` on (all: None)."""
     count = codes.shape[2] - start if count is None else count
-    first, last, f = start // TILE_SLOTS, -(-(start + count) // TILE_SLOTS), make_fields(widths)
+    first, last, f, walk = start // TILE_SLOTS, -(-(start + count) // TILE_SLOTS), make_fields(widths, kind), kind == "trellis"
     tiles = codes[:, :, first * TILE_SLOTS : last * TILE_SLOTS].contiguous().flatten(2).unflatten(2, (last - first, -1))
-    index = _index(side, f.bins, f.half, str(codes.device))
+    index = _index(side, f.bins, f.half, walk, str(codes.device))
     rows = tiles[..., index.flatten()].unflatten(-1, index.shape).flatten(2, 3)
-    rows = rows[:, :, start - first * TILE_SLOTS : start - first * TILE_SLOTS + count].unflatten(-1, (8, -1))
-    units = F.pad(rows, (0, int(f.half))).contiguous().view(torch.int16)
-    return slot_bytes(units, widths)
+    rows = rows[:, :, start - first * TILE_SLOTS : start - first * TILE_SLOTS + count]
+    rows, gains = rows.split((rows.shape[-1] - walk, int(walk)), dim=-1)
+    units = F.pad(rows.unflatten(-1, (8, -1)), (0, int(f.half))).contiguous().view(torch.int16)
+    natural = slot_bytes(units, widths, kind)
+    return torch.cat([natural, gains], -1) if walk else natural
 
 
 # -- keys by slot -----------------------------------------------------------------------------------------------------------
@@ -205,7 +265,8 @@ def transform_keys(k: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -
 def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> Tensor:
     """The stages of `transform_keys` taken back; keys after RoPE."""
     if s.domain == "block":
-        return _rotated(x @ p["k_basis"].mT.to(x.dtype) + p["k_table"][:, slots % BLOCK][None], slots, p, back=False)
+        back = back_table(p, "k", "basis").mT.to(x.dtype)
+        return _rotated(x @ back + p["k_table"][:, slots % BLOCK][None], slots, p, back=False)
     x = hadamard(x) if s.transform == "hadamard" else x
     return x + _rotated(p["k_table"][:, slots % BLOCK][None].to(x.dtype), slots, p, back=False) if s.center else x
 
@@ -213,11 +274,14 @@ def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> 
 # -- tables of the kernel ---------------------------------------------------------------------------------------------------
 
 
-def key_rows(basis: Tensor, sigma: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """diag(sigma · step · 2^(8 - pos)) U^T, [H, 128 components, 128 channels]: the query in units of codes."""
-    f = make_fields(widths)
-    unit = torch.tensor([EVEN_STEP[w] * 2.0 ** (8 - q) for w, q in zip(f.width, f.pos, strict=True)], device=basis.device)
-    return (sigma * unit.repeat_interleave(8)).unsqueeze(-1) * basis.mT
+def key_rows(basis: Tensor, sigma: Tensor, widths: tuple[int, ...], kind: str) -> Tensor:
+    """diag(sigma · unit) U^T, [H, 128 components, 128 channels]: the query in units of codes. unit: 2^8 times what is read as 1,
+    which is step · 2^-pos of equally spaced codes and `walk_unit` of a trellis."""
+    if kind == "trellis":
+        units = [walk_unit(w) * 2.0**8 for w in widths]
+    else:
+        units = [EVEN_STEP[w] * 2.0 ** (8 - q) for w, q in zip(widths, even_positions(widths), strict=True)]
+    return (sigma * torch.tensor(units, device=basis.device).repeat_interleave(8)).unsqueeze(-1) * basis.mT
 
 
 def _pairs(x: Tensor) -> Tensor:

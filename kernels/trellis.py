@@ -44,6 +44,7 @@ __all__ = [
     "trellis_decode",
     "trellis_encode",
     "trellis_levels",
+    "walk_unit",
 ]
 
 TRELLIS_WIDTHS = (1, 2, 3, 4)
@@ -71,6 +72,11 @@ def trellis_levels(width: int, device: str) -> Tensor:
     j = torch.arange(2**width, dtype=torch.float64) + 0.5
     upper = a * j + c * j**3
     return torch.cat([-upper.flip(0), upper]).float().to(device)
+
+
+def walk_unit(width: int) -> float:
+    """The unit in which a kernel reads levels: 1 from a table, of 1 and 2 bits, else a, as a j + c j^3 = a (j + c/a j^3)."""
+    return 1.0 if width <= 2 else CUBIC[width][0]
 
 
 @kept

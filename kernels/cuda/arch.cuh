@@ -116,6 +116,8 @@ DEVICE void barrier_wait(u64* bar, u32 parity) {
 DEVICE void in_place(u32& v) { asm volatile("" : "+r"(v)); }
 DEVICE u32 funnel_right(u32 lo, u32 hi, u32 n) { return __funnelshift_r(lo, hi, n); }
 DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
+// The same where no nibble of `which` is above 7, which the compiler then need not see to.
+DEVICE u32 take_bytes(u32 a, u32 b, u32 which) { u32 r; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(which)); return r; }
 DEVICE u32 least_in_warp(u32 v) { return __reduce_min_sync(0xffffffffu, v); }
 DEVICE u32 most_in_warp(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 DEVICE u32 or_in_warp(u32 v) { return __reduce_or_sync(0xffffffffu, v); }

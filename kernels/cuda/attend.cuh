@@ -32,13 +32,13 @@
 
 struct Params {
   const void* q;            // [B, Hkv * HEADS_PER_KV, D] fp16 or bf16, rotary applied
-  const u32* k_codes;       // [B, Hkv, tiles, K_BYTES / 4], or pages of [Hkv, K_BYTES / 4]
+  const u32* k_codes;       // [B, Hkv, tiles, K_STRIDE / 4], or pages of [Hkv, K_STRIDE / 4]
   const void* k_scale;      // [B, Hkv, tiles * 128, 2] fp16 scale, zero; block KLT: [B, Hkv, tiles * 128] fp16 gain
-  const u32* v_codes;       // [B, Hkv, tiles, V_BYTES / 4]
-  const u32* v_scale;       // [B, Hkv, tiles * 128, 2] fp16 scale, zero
+  const u32* v_codes;       // [B, Hkv, tiles, V_STRIDE / 4]
+  const u32* v_scale;       // [B, Hkv, tiles * 128, 2] fp16 scale, zero; a trellis has none, on either side: 128 gains stand behind a tile
   const u32* mean;          // [Hkv, 4, K_STEPS, 32, 4] A fragments of the [64, D] table of the mean's logit
   const u32* rotation;      // [2 * tiles, 2, 4, HALF_RUNS] cos and sin of 64 * block, B-fragment order
-  const u32* basis;         // block KLT: [Hkv, K_STEPS, K_STEPS, 32, 4] A fragments of diag(step * sigma * 2^(8 - pos)) U^T
+  const u32* basis;         // block KLT: [Hkv, K_STEPS, K_STEPS, 32, 4] A fragments of `layout.key_rows`
   const float* origin_cos;  // [B, ROTARY] rotation by each row's origin (slot minus position), or null
   const float* origin_sin;
   const long long* length;  // [B], length_row apart: one past the last slot of a row
@@ -52,6 +52,7 @@ struct Params {
   const void* new_k;        // [B, Hkv, N, D] rows that are not packed or not to be read packed
   const void* new_v;
   const float* value_mean;  // [Hkv, D] or null
+  const float* value_sigma; // trellis: [Hkv, D]
   void* out;                // [B, Hkv * HEADS_PER_KV, D]
   float* partial;           // [Hkv * GROUPS, grid_x, COLUMNS * SLOT], every word 0xffffffff before the first launch and left so
   long long mask_row, length_row, page_row;   // between two rows: bytes of masks, elements of the others; 0 when all share one
@@ -65,7 +66,7 @@ constexpr int GROUPS = HEADS_PER_KV <= 4 ? 1 : (HEADS_PER_KV + MOST_HEADS - 1) /
 constexpr bool WIDE = R > 4;
 constexpr int COLUMNS = WIDE ? 8 : 4, TILES = WIDE ? 1 : 2, SERVICE = COLUMNS, THREADS = (WARPS + SERVICE) * 32;
 
-constexpr int KS_BYTES = MODE == 2 ? 256 : 512, VS_BYTES = 512, HALF_RUNS = ROTARY / 16, ROT_BYTES = MODE == 0 ? 0 : 64 * HALF_RUNS;
+constexpr int KS_BYTES = KEY_TRELLIS ? 128 : MODE == 2 ? 256 : 512, VS_BYTES = VALUE_TRELLIS ? 128 : 512, HALF_RUNS = ROTARY / 16, ROT_BYTES = MODE == 0 ? 0 : 64 * HALF_RUNS;
 constexpr int KI_BYTES = K_BYTES * ITEM_PAIRS / 4, VI_BYTES = V_BYTES * ITEM_PAIRS / 4;   // codes of one item
 constexpr int K_SCALE = KS_BYTES / 128, V_SCALE = VS_BYTES / 128;              // bytes per token
 constexpr int IN_VALUES = KI_BYTES + KS_BYTES + VS_BYTES, IN_ROT = IN_VALUES + VI_BYTES, IN_MASK = IN_ROT + ROT_BYTES;   // offsets inside a stage
@@ -96,7 +97,7 @@ static_assert(!SHIFTS || WARPS * 32 * COMPUTE_REGISTERS + SERVICE * 32 * SERVICE
 static_assert(WARPS % 4 == 0, "register counts change per four warps");
 
 constexpr float LAZY_LOW = 4.0f, LAZY_HIGH = 8.0f;   // log2: a new reference puts the largest weight at 2^4; it moves when one passes 2^8
-constexpr int Q_SHIFT = 8;                           // the query carries 2^8, the rest of 2^24 goes to the token's scale
+constexpr int Q_SHIFT = 8;                           // the query carries 2^8, the rest of 2^24 (a trellis: 2^0) goes to the token's scale
 
 struct Place { int kv, first, heads; };              // what a row of the grid attends for: KV head, its first query head and how many
 DEVICE Place place_of(int y) {

@@ -25,6 +25,7 @@ EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
 WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
 TESTED = ((9, 0),)  # compute capabilities on which the tests have run
+WALKED: tuple[tuple[int, int], ...] = ()  # the same of codes of a trellis
 
 
 def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:
@@ -79,20 +80,22 @@ def _beyond_rows(f: LayerFormat) -> str:
 def _unread(f: LayerFormat, dim: int) -> str:
     """What the kernels do not read of one code and one scale per row."""
     k, v, block = f.key, f.value, layout.BLOCK
-    if k.domain == "block" and not (k.block == block and k.transform == "klt" and k.kind == "lloyd-even" and k.gain):
-        return f"{k.kind} keys before RoPE, other than klt in blocks of {block} with equally spaced levels and gain (klt-even)"
+    read = (k.kind == "lloyd-even" and k.gain) or k.kind == "trellis"
+    if k.domain == "block" and not (k.block == block and k.transform == "klt" and read):
+        served = "with a trellis or equally spaced levels and gain (klt-trellis, klt-even)"
+        return f"{k.kind} keys before RoPE, other than klt in blocks of {block} {served}"
     if k.domain == "post" and not (k.kind == "uniform" and k.group_size == dim and k.transform in ("none", "hadamard")):
         return f"{k.kind} keys after RoPE in groups of {k.group_size}"
     if k.reorder or k.heads_per_group > 1 or k.folded or (k.transform == "hadamard" and k.order != dim):
         return "keys reordered or rotated across heads"
-    if v.kind != "uniform" or v.group_size != dim:
+    if v.kind != "trellis" and (v.kind != "uniform" or v.group_size != dim):
         return f"{v.kind} values in groups of {v.group_size}"
     if v.transform == "klt" or v.heads_per_group > 1 or (v.transform == "hadamard" and not v.folded and v.order != dim):
         return f"values transformed by {v.transform} across heads or by statistics"
     for name, side in (("keys", k), ("values", v)):
         if not set(side.widths) <= set(WIDTHS) or (8 in side.widths and side.kind != "uniform"):
             return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 4 and 8"
-        if layout.tile_bytes(side.widths) > 1.2 * sum(side.widths):
+        if layout.tile_bytes(side.widths, side.kind) - (side.kind == "trellis") > 1.2 * sum(side.widths):
             return f"{name} of {sum(side.widths) / len(side.widths):g} bits in {dim} channels do not fill whole words"
     return ""
 
@@ -109,8 +112,10 @@ def _compiled(f: LayerFormat, s: Shape, d: Device) -> str:
             launch.library(f, s.repeats, s.rotary, d.place)
     except module.NativeError as error:
         return str(error)
-    if d.place is not None and d.capability not in TESTED:
-        tell_once(f"{d.name}: compute capability {d.capability[0]}.{d.capability[1]} is one on which no test has run")
+    walks = "trellis" in (f.key.kind, f.value.kind)
+    if d.place is not None and d.capability not in (WALKED if walks else TESTED):
+        what = " of codes of a trellis" if walks else ""
+        tell_once(f"{d.name}: compute capability {d.capability[0]}.{d.capability[1]} is one on which no test{what} has run")
     return ""
 
 

@@ -5,12 +5,16 @@
 #ifdef KVSINK_CODES_ALONE
 #include "codes.cuh"
 #else
+#include "fields.cuh"
+#include "trellis.cuh"
 #include "read.cuh"
 #include "attend.cuh"
 #include "query.cuh"
 #include "softmax.cuh"
 #include "exact.cuh"
 #include "merge.cuh"
+#include "rounding.cuh"
+#include "search.cuh"
 #include "rows.cuh"
 #include "schedule.cuh"
 #endif

@@ -136,6 +136,10 @@ DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) {
   for (int i = 0; i < 4; i++) r |= (u32)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
+DEVICE u32 take_bytes(u32 a, u32 b, u32 which) {
+  if (which & 0x8888) { fprintf(stderr, "a byte above the seventh is asked for\n"); abort(); }
+  return pick_bytes(a, b, which);
+}
 template <class F> u32 over_warp(u32 v, F f) {
   u32 out;
   emu::meet(&v, 1, &out, 1, [=](emu::Meet& w) {

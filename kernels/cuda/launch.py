@@ -25,7 +25,7 @@ from ..attend import attend_plain
 from ..backends import Call
 from ..prefill import attend_chunk
 from ..read import put_rows
-from ..stages import rope_rows
+from ..stages import back_table, rope_rows
 from ..triton import append as triton_append
 from . import module, variants
 
@@ -49,8 +49,8 @@ class AttendArguments(ctypes.Structure):
     _fields_ = [
         *((n, _pointer) for n in (
             "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "origin_cos", "origin_sin", "length",
-            "pages", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v", "value_mean", "out",
-            "partial",
+            "pages", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v", "value_mean",
+            "value_sigma", "out", "partial",
         )),
         *((n, _long) for n in ("mask_row", "length_row", "page_row")),
         *((n, _int) for n in (
@@ -66,8 +66,8 @@ class RowArguments(ctypes.Structure):
     _fields_ = [
         ("k", _pointer), ("v", _pointer), ("k_stride", _long * 3), ("v_stride", _long * 3),
         *((n, _pointer) for n in (
-            "table", "start_cos", "start_sin", "origin_cos", "origin_sin", "basis", "sigma", "v_mean", "length", "positions",
-            "pages",
+            "table", "start_cos", "start_sin", "origin_cos", "origin_sin", "basis", "sigma", "v_mean", "v_sigma", "length",
+            "positions", "pages",
         )),
         *((n, _long) for n in ("position_row", "length_row", "page_row")),
         *((n, _pointer) for n in (
@@ -105,7 +105,8 @@ def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> variants.
     mode = 2 if k.transform == "klt" else 1 if k.center else 0
     rotated = 8 * len(k.widths) if rotary is None or not mode else rotary
     many = codec.window > 0 or sum(codec.segments) > variants.FEW
-    return variants.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, rotated, many)
+    walks = (side.kind == "trellis" for side in (k, codec.value))
+    return variants.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, rotated, many, *walks)
 
 
 def _rotates(side: Any) -> int:
@@ -115,15 +116,19 @@ def _rotates(side: Any) -> int:
 # -- rows in and out ----------------------------------------------------------------------------------------------------
 
 
-def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, basis: Tensor | None) -> RowArguments:
+def _row_arguments(codec: Any, k: Tensor, v: Tensor, st: State, p: Params, back: bool = False) -> RowArguments:
+    """The arguments of rows to be coded, or `back` for rows to be read."""
     at = module.pointer
+    basis = p.get("tile_rows" if back else "k_basis")
+    sigma, value_sigma = (back_table(p, n, "sigma") if back else p.get(f"{n}_sigma") for n in "kv")
     return RowArguments(
         k=at(k), v=at(v), k_stride=(_long * 3)(*k.stride()[:3]), v_stride=(_long * 3)(*v.stride()[:3]),
         table=at(p.get("k_table")), start_cos=at(p.get("start_cos")), start_sin=at(p.get("start_sin")),
-        origin_cos=at(p.get("origin_cos")), origin_sin=at(p.get("origin_sin")), basis=at(basis), sigma=at(p.get("k_sigma")),
-        v_mean=at(p.get("v_mean")), k_codes=at(st["k_codes"]), v_codes=at(st["v_codes"]), k_scale=at(st["k_scale"]),
-        v_scale=at(st["v_scale"]), recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), recent_slot=at(st["recent_slot"]),
-        window=codec.ring, B=k.shape[0], Hkv=k.shape[1], S=k.shape[2], L=st["k_codes"].shape[2],
+        origin_cos=at(p.get("origin_cos")), origin_sin=at(p.get("origin_sin")), basis=at(basis), sigma=at(sigma),
+        v_mean=at(p.get("v_mean")), v_sigma=at(value_sigma), k_codes=at(st["k_codes"]), v_codes=at(st["v_codes"]),
+        k_scale=at(st["k_scale"]), v_scale=at(st["v_scale"]),
+        recent_k=at(st["recent_k"]), recent_v=at(st["recent_v"]), recent_slot=at(st["recent_slot"]), window=codec.ring,
+        B=k.shape[0], Hkv=k.shape[1], S=k.shape[2], L=st["k_codes"].shape[2],
         bf16=int(k.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key), value_hadamard=_rotates(codec.value),
         key_clip=codec.key.clip, value_clip=codec.value.clip,
     )  # fmt: skip
@@ -141,7 +146,7 @@ def _fresh_rows(
     """Arguments for new rows, whether the kernel sees to the exact rows too, and what must live until the launch."""
     k, v = _rows(k), _rows(v)
     positions = positions if positions.dtype == torch.int64 and positions.stride(-1) == 1 else positions.long().contiguous()
-    a = _row_arguments(codec, k, v, st, p, p.get("k_basis"))
+    a = _row_arguments(codec, k, v, st, p)
     at = module.pointer
     a.length, a.positions, a.stored_positions = at(st["length"]), at(positions), at(st["positions"])
     a.length_row = int(st["length"].dim() > 0)
@@ -176,7 +181,7 @@ def decode_rows(
     """Slots start … end - 1 of `total` as keys after RoPE and values [B, H, end - start, D], recent and exact rows over them."""
     b, h = st["k_codes"].shape[:2]
     k, v = (torch.empty(b, h, end - start, 8 * len(codec.key.widths), dtype=dtype, device=st["k_codes"].device) for _ in range(2))
-    a = _row_arguments(codec, k, v, st, p, p.get("tile_rows"))
+    a = _row_arguments(codec, k, v, st, p, back=True)
     a.first = start
     lib.decode(a, b * (end - start), h)
     for full, side, prefix in ((k, codec.key, "k"), (v, codec.value, "v")):
@@ -242,7 +247,8 @@ def attend_one(
         q=at(q), mean=at(p.get("tile_mean")), rotation=at(p.get("tile_turn")), basis=at(p.get("tile_basis")),
         origin_cos=at(p.get("origin_cos")), origin_sin=at(p.get("origin_sin")), length=at(st["length"]), mask=at(visible),
         **{n: at(st[n]) for n in _READ},
-        new_k=at(k), new_v=at(v), window=codec.ring, value_mean=at(p.get("v_mean")), out=at(out), partial=at(lib.partial),
+        new_k=at(k), new_v=at(v), window=codec.ring, value_mean=at(p.get("v_mean")), value_sigma=at(back_table(p, "v", "sigma")),
+        out=at(out), partial=at(lib.partial),
         pages=at(pages), page_row=0 if pages is None else pages.stride(0), length_row=int(st["length"].dim() > 0),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
         B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // layout.TILE_SLOTS, E=codec.exact_rows,

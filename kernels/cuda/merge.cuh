@@ -19,7 +19,7 @@ DEVICE void write_warp_partial(State& st, float* dst, int lane) {
     for (int i = 0; i < 4; i++) {
       float v = st.o[m][i];
       if (!WIDE) v += shfl_xor(v, 2);
-      const float unit = (float)(1 << (24 - VF.pos[2 * m + (i >> 1)]));
+      const float unit = VALUE_TRELLIS ? walk_unit(VF.width[2 * m + (i >> 1)]) : (float)(1 << (24 - VF.pos[2 * m + (i >> 1)]));
       const int head = 2 * t + (i & 1);
       if (head < (OWN ? R : COLUMNS)) dst[head * PART + m * 16 + (i >> 1) * 8 + g] = v * unit + st.z[i & 1];
     }
@@ -54,6 +54,12 @@ template <int N = WARPS> DEVICE Partial merge_warps(const float* parts, int hq, 
 
 // The output of a query head; packed tokens come in the values' transform and without their mean.
 DEVICE void finish(const Params& p, int b, int kv, int head, int lane, Partial a, const Partial& e) {
+  if (VALUE_TRELLIS) {
+    float sigma[CH];
+    load_channels(sigma, p.value_sigma + kv * D, lane);
+#pragma unroll
+    for (int i = 0; i < CH; i++) a.o[i] *= sigma[i];
+  }
   if (p.value_hadamard) hadamard(a.o, lane, true);
   const float n = fmaxf(a.m, e.m), f0 = exp2_fast(a.m - n), f1 = exp2_fast(e.m - n), inv = 1.0f / fmaxf(a.l * f0 + e.l * f1, 1e-30f);   // a row that sees nothing gives 0
   const float f = f0 * inv, fe = f1 * inv;

@@ -139,6 +139,7 @@ DEVICE void transform_query(u32 (&q)[RUNS], float (&shift)[2], const u32 (&rq)[R
       q[2 * (m + i) + 1] = transpose8x8(pack_half2(y[i][2], y[i][3]));
     }
   }
+  if (KEY_TRELLIS) return;                           // its levels have no centre to take off
   float c[4] = {0, 0, 0, 0};
   CenterSteps<K_STEPS>::run(c, q);
   shift[0] = -c[0] * SUBNORMAL;

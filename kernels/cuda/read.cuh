@@ -1,44 +1,9 @@
-// Packed tiles as operands: where the codes of a run of 8 channels stand, and products with them (kernels/layout.py has the layout).
+// Packed tiles as operands, and products with them.
 //
 // Arithmetic a masked code is an fp16 subnormal (code * 2^pos * 2^-24), so nothing is converted; powers of two and the
-//            levels' spacing are folded into the query (keys) or into the final scaling (values)
+//            levels' spacing are folded into the query (keys) or into the final scaling (values); levels of a trellis are in trellis.cuh
 #ifndef KVSINK_READ
 #define KVSINK_READ
-
-#ifndef KW
-#define KW 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2  // key bits of each run of 8 components
-#endif
-#ifndef VW
-#define VW 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2  // value bits of each run of 8 channels
-#endif
-constexpr int RUNS = D / 8, K_STEPS = D / 16;        // a product takes 16 channels, or gives 16, at a time
-
-struct Fields {             // where the w-bit field of each run sits inside 16-bit bins; half: the last has 8 bits at most, for two slots
-  int width[RUNS], bin[RUNS], shift[RUNS], pos[RUNS], bins, half;
-};
-BOTH constexpr Fields make_fields(const int (&w)[RUNS]) {
-  Fields f = {};
-  int fill[RUNS] = {}, cut[RUNS] = {};
-  bool open[RUNS] = {};
-  for (int r = 0; r < RUNS; r++) {                  // first fit, widest runs come first
-    int b = 0;
-    while (fill[b] + w[r] > 16) b++;
-    f.width[r] = w[r]; f.bin[r] = b;
-    if (fill[b] + w[r] > 11 && !open[b]) { open[b] = true; cut[b] = fill[b]; }   // patterns up to 2047 are linear in fp16
-    f.shift[r] = open[b] ? cut[b] : 0;
-    f.pos[r] = fill[b] - f.shift[r];
-    fill[b] += w[r];
-    if (b + 1 > f.bins) f.bins = b + 1;
-  }
-  f.half = fill[f.bins - 1] <= 8;
-  return f;
-}
-constexpr int K_WIDTH[RUNS] = {KW}, V_WIDTH[RUNS] = {VW};
-TABLE Fields KF = make_fields(K_WIDTH);
-TABLE Fields VF = make_fields(V_WIDTH);
-constexpr int K_WORDS = 2 * KF.bins - KF.half, V_WORDS = 2 * VF.bins - VF.half;                   // 32-bit words per lane and tile of 16 tokens
-constexpr int K_TILE = 32 * K_WORDS, V_TILE = 32 * V_WORDS;                   // words per tile
-constexpr int K_BYTES = 8 * K_TILE * 4, V_BYTES = 8 * V_TILE * 4;             // per superblock of 128 tokens
 
 template <int RUN> DEVICE u32 key_field(const u32 (&w)[K_WORDS], int row) {
   constexpr u32 m = ((1u << KF.width[RUN]) - 1u) << KF.pos[RUN];
@@ -74,6 +39,52 @@ template <int NP, int NT> struct KeySteps<0, NP, NT> {
   DEVICE_STATIC void run(float (&)[NP][NT][4], float (&)[NP][4], const u32 (&)[NP][NT][K_WORDS], const u32 (&)[RUNS], const u32 (&)[RUNS],
                          const uint4*) {}
 };
+// The same of a trellis, a quarter of 16 runs at a time: two steps of 16 components, which are 32 components apart.
+template <int QUARTER, int NP, int NT> struct KeyWalks {
+  DEVICE_STATIC void run(float (&s)[NP][NT][4], float (&u)[NP][4], const u32 (&w)[NP][NT][K_WORDS], const Indices (&n)[NP][NT],
+                         const u32 (&q)[RUNS], const u32 (&rq)[RUNS], const uint4* mean) {
+    KeyWalks<QUARTER - 1, NP, NT>::run(s, u, w, n, q, rq, mean);
+    constexpr int r = (QUARTER - 1) / 2 * 8 + (QUARTER - 1) % 2 * 2;           // runs r, r + 1, r + 4 and r + 5
+#pragma unroll
+    for (int j = 0; j < NP; j++) {
+#pragma unroll
+      for (int i = 0; i < NT; i++) {
+        u32 a[2][4];                                 // step, register
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+          walk_levels<false, r>(a[0][row], a[1][row], n[j][i], w[j][i], row);
+          walk_levels<false, r + 1>(a[0][row + 2], a[1][row + 2], n[j][i], w[j][i], row);
+        }
+        mma(s[j][i], a[0][0], a[0][1], a[0][2], a[0][3], q[r], q[r + 1]);
+        if constexpr (r + 5 < RUNS) mma(s[j][i], a[1][0], a[1][1], a[1][2], a[1][3], q[r + 4], q[r + 5]);
+      }
+#pragma unroll
+      for (int h = 0; h < (r + 5 < RUNS ? 2 : 1); h++) {
+        const uint4 a = mean[j * 32 * K_STEPS + (r / 2 + 2 * h) * 32];
+        mma(u[j], a.x, a.y, a.z, a.w, rq[r + 4 * h], rq[r + 4 * h + 1]);
+      }
+    }
+  }
+};
+template <int NP, int NT> struct KeyWalks<0, NP, NT> {
+  DEVICE_STATIC void run(float (&)[NP][NT][4], float (&)[NP][4], const u32 (&)[NP][NT][K_WORDS], const Indices (&)[NP][NT], const u32 (&)[RUNS],
+                         const u32 (&)[RUNS], const uint4*) {}
+};
+template <int QUARTER> struct ValueWalks {
+  DEVICE_STATIC void run(float (&o)[K_STEPS][4], const u32 (&w)[V_WORDS], const Indices& n, u32 p0, u32 p1) {
+    ValueWalks<QUARTER - 1>::run(o, w, n, p0, p1);
+    constexpr int r = (QUARTER - 1) / 2 * 8 + (QUARTER - 1) % 2 * 2;
+    u32 a[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      walk_levels<true, r>(a[0][2 * half], a[1][2 * half], n, w, half);
+      walk_levels<true, r + 1>(a[0][2 * half + 1], a[1][2 * half + 1], n, w, half);
+    }
+    mma(o[r / 2], a[0][0], a[0][1], a[0][2], a[0][3], p0, p1);
+    if constexpr (r + 5 < RUNS) mma(o[r / 2 + 2], a[1][0], a[1][1], a[1][2], a[1][3], p0, p1);
+  }
+};
+template <> struct ValueWalks<0> { DEVICE_STATIC void run(float (&)[K_STEPS][4], const u32 (&)[V_WORDS], const Indices&, u32, u32) {} };
 template <int MT> struct ValueSteps {                // O^T += V^T P^T, 16 channels per step
   DEVICE_STATIC void run(float (&o)[K_STEPS][4], const u32 (&w)[V_WORDS], u32 p0, u32 p1) {
     ValueSteps<MT - 1>::run(o, w, p0, p1);

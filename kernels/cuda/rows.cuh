@@ -17,9 +17,8 @@ TABLE float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1],
 #ifndef SINGLE_ROW_FIRST
 #define SINGLE_ROW_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
 #endif
-constexpr bool SINGLE_ROW = MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0));           // whether append_row serves
+constexpr bool SINGLE_ROW = (MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0)));           // whether append_row serves
 constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, SINGLE_ROW_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
-constexpr float HALF_MAX = 65504.0f, HALF_TINY = 6.0e-8f;
 
 struct RowParams {
   const void *k, *v;                            // [B, Hkv, S, D] new rows, keys after RoPE; decode_rows: where to write rows
@@ -30,6 +29,7 @@ struct RowParams {
   const float* basis;                           // block KLT: [Hkv, D, D] eigenvectors in columns; decode_rows: in rows
   const float* sigma;                           // block KLT: [Hkv, D]
   const float* v_mean;                          // [Hkv, D] or null
+  const float* v_sigma;                         // trellis: [Hkv, D]
   const long long *length, *positions;          // [B or 1], length_row apart; [B or 1, S], rows position_row apart
   const int* pages;                             // as Params
   long long position_row, length_row, page_row;
@@ -52,73 +52,15 @@ struct RowParams {
 };
 
 #ifndef KVSINK_EMULATE
-DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
-DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-DEVICE float sub(float a, float b) { return __fsub_rn(a, b); }
-DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
-DEVICE float root(float a) { return __fsqrt_rn(a); }
-DEVICE float nearest_even(float a) { return rintf(a); }
-DEVICE float warp_max(float v) {
-#pragma unroll
-  for (int m = 16; m; m >>= 1) v = fmaxf(v, shfl_xor(v, m));
-  return v;
-}
-// As the processor divides, but with one branch for all quotients: its own sequence, whose check for extreme exponents and
-// branch after every quotient would put them one after the other.
-DEVICE bool ordinary(float a) { return (float_bits(a) >> 23 & 255u) - 67u < 120u; }   // 2^-60 <= |a| < 2^60
-static __device__ __noinline__ float any_quotient(float a, float b) { return __fdiv_rn(a, b); }
-template <int N> DEVICE void quotients(float (&q)[N], const float (&a)[N], const float (&b)[N]) {
-  float x[N];
-  bool plain = true;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b[i]));
-    r = __fmaf_rn(r, __fmaf_rn(-b[i], r, 1.0f), r);
-    x[i] = __fmul_rn(a[i], r);
-    x[i] = __fmaf_rn(r, __fmaf_rn(-b[i], x[i], a[i]), x[i]);
-    plain = plain && ordinary(b[i]) && (a[i] == 0.0f || ordinary(a[i]));
-  }
-  if (__builtin_expect(!plain, 0))
-#pragma unroll
-    for (int i = 0; i < N; i++) x[i] = any_quotient(a[i], b[i]);
-#pragma unroll
-  for (int i = 0; i < N; i++) q[i] = x[i];
-}
 // Barrier ID among N threads of the block; who arrives does not wait.
 template <int ID, int N> DEVICE void sync_part() { asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
 template <int ID, int N> DEVICE void arrive_part() { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "n"(N) : "memory"); }
 DEVICE void fence_device() { __threadfence(); }
 DEVICE u32 arrive_one(u32* at, u32 last) { return atomicInc(at, last); }
 #else
-template <int N> DEVICE void quotients(float (&q)[N], const float (&a)[N], const float (&b)[N]) {
-  for (int i = 0; i < N; i++) q[i] = a[i] / b[i];
-}
-DEVICE float mul(float a, float b) { return a * b; }
-DEVICE float add(float a, float b) { return a + b; }
-DEVICE float sub(float a, float b) { return a - b; }
-DEVICE float quotient(float a, float b) { return a / b; }
-DEVICE float root(float a) { return sqrtf(a); }
-DEVICE float nearest_even(float a) { return nearbyintf(a); }
-DEVICE float warp_max(float v) {
-  for (int m = 16; m; m >>= 1) v = fmaxf(v, shfl_xor(v, m));
-  return v;
-}
 DEVICE void fence_device() {}
 DEVICE u32 arrive_one(u32* at, u32 last) { u32 old = *at; *at = old >= last ? 0 : old + 1; return old; }
 #endif
-
-DEVICE float through_half(float x) {            // rounded to float16 and back
-  return half_lo(pack_half2(fminf(fmaxf(x, -HALF_MAX), HALF_MAX), 0.0f));
-}
-DEVICE void warp_sums(float& a, float& b) {       // two sums whose shuffles wait for each other's results side by side
-#pragma unroll
-  for (int m = 16; m; m >>= 1) {
-    const float x = shfl_xor(a, m), y = shfl_xor(b, m);
-    a += x;
-    b += y;
-  }
-}
 
 // Half-split rotations of a row: by its origin and by the start of its block, or neither.
 struct Angles {
@@ -205,6 +147,7 @@ using KeyPosition = OfRun<nibbles(KF.pos, NOTHING, 0), nibbles(KF.pos, NOTHING, 
 using KeyBin = OfRun<nibbles(KF.bin, NOTHING, 0), nibbles(KF.bin, NOTHING, 16)>;
 using ValuePlace = OfRun<nibbles(VF.shift, VF.pos, 0), nibbles(VF.shift, VF.pos, 16)>;
 using ValueBin = OfRun<nibbles(VF.bin, NOTHING, 0), nibbles(VF.bin, NOTHING, 16)>;
+using ValueWidth = OfRun<nibbles(VF.width, NOTHING, 0), nibbles(VF.width, NOTHING, 16)>;
 DEVICE u32 center_of(int run) {                    // 2^pos (2^w - 1) / 2 of a run, twice, as fp16 bits: `Center` of a run known at run time
   const float x = 0.5f * (float)(((1 << KeyWidth::at(run)) - 1) << KeyPosition::at(run));
   return pack_half2(x, x);
@@ -243,20 +186,28 @@ DEVICE float fit(const float (&x)[CH], const float (&sigma)[CH], const u32 (&cod
   return through_half(quotient(dot, fmaxf(square, 1e-30f)));
 }
 
-// Codes of one row into the words of its slot: word t * bins + b holds the runs of bin b, of each the codes of channels 2 t and
-// 2 t + 1 in its halves. Lane i gets words i and i + 32.
+// What bin b has of the codes of channels 2 t and 2 t + 1 of a run, in the halves of a word.
+template <bool TRELLIS> DEVICE u32 in_bin(u32 pair, int run, int width, int place, int bin, int b) {
+  if (!TRELLIS) return bin == b ? pair << place : 0u;
+  u32 word = b == run / 16 ? (pair & 0x00010001u) << run % 16 : 0u;
+  if (width > 1 && b == low_bin(run)) word |= (pair >> 1 & 0x00010001u) << low_bit(run);
+  if (width > 2 && b == bin) word |= (pair >> 2 & 0x00030003u) << place;
+  return word;
+}
+// Codes of one row into the words of its slot: word t * bins + b holds what bin b has of channels 2 t and 2 t + 1 of the runs. Lane i
+// gets words i and i + 32.
 template <int BINS> struct Words { u32 w[(4 * BINS + 31) / 32]; };
-template <int BINS> DEVICE Words<BINS> gather_words(const u32 (&c)[CH], int place, int bin, int lane) {
+template <int BINS, bool TRELLIS> DEVICE Words<BINS> gather_words(const u32 (&c)[CH], int width, int place, int bin, int lane) {
   constexpr int EACH = CH / 2;                     // pairs of channels a lane has, from t = first on
-  const int first = (CH * lane & 7) / 2;
+  const int first = (CH * lane & 7) / 2, run = CH * lane >> 3;
   u32 pair[EACH];
 #pragma unroll
-  for (int i = 0; i < EACH; i++) pair[i] = (c[2 * i] | c[2 * i + 1] << 16) << place;
+  for (int i = 0; i < EACH; i++) pair[i] = c[2 * i] | c[2 * i + 1] << 16;
   Words<BINS> mine = {};
 #pragma unroll
   for (int i = 0; i < 4 * BINS; i++) {
     const int t = i / BINS, b = i % BINS;
-    const u32 word = or_in_warp(holds(lane) && t / EACH * EACH == first && bin == b ? pair[t % EACH] : 0u);
+    const u32 word = or_in_warp(holds(lane) && t / EACH * EACH == first ? in_bin<TRELLIS>(pair[t % EACH], run, width, place, bin, b) : 0u);
     if (lane == i % 32) mine.w[i / 32] = word;
   }
   return mine;
@@ -267,8 +218,8 @@ DEVICE int word_place(int slot, int word, int lane, int words) {
 }
 DEVICE void store_key_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
   constexpr int bins = KF.bins, full = bins - KF.half;
-  const Words<bins> words = gather_words<bins>(c, KeyPlace::at(CH * lane >> 3), KeyBin::at(CH * lane >> 3), lane);
-  const int r = slot & 15;
+  const int run = CH * lane >> 3, r = slot & 15;
+  const Words<bins> words = gather_words<bins, KEY_TRELLIS>(c, KeyWidth::at(run), KeyPlace::at(run), KeyBin::at(run), lane);
 #pragma unroll
   for (int i = 0; i < (4 * bins + 31) / 32; i++) {
     const int t = (lane + 32 * i) / bins, b = (lane + 32 * i) % bins;
@@ -284,8 +235,8 @@ DEVICE void store_key_words(unsigned char* tile, const u32 (&c)[CH], int slot, i
 }
 DEVICE void store_value_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
   constexpr int bins = VF.bins, full = bins - VF.half;
-  const Words<bins> words = gather_words<bins>(c, ValuePlace::at(CH * lane >> 3), ValueBin::at(CH * lane >> 3), lane);
-  const int r = slot & 15;
+  const int run = CH * lane >> 3, r = slot & 15;
+  const Words<bins> words = gather_words<bins, VALUE_TRELLIS>(c, ValueWidth::at(run), ValuePlace::at(run), ValueBin::at(run), lane);
 #pragma unroll
   for (int i = 0; i < (4 * bins + 31) / 32; i++) {
     const int t = (lane + 32 * i) / bins, b = (lane + 32 * i) % bins;
@@ -298,15 +249,26 @@ DEVICE void store_value_words(unsigned char* tile, const u32 (&c)[CH], int slot,
     }
   }
 }
-DEVICE u32 read_key_code(const unsigned char* tile, int slot, int channel) {
-  const int k = channel >> 3, t = (channel & 7) >> 1, r = slot & 15, full = KF.bins - KF.half, b = KF.bin[k];
-  const u32 word = *(const u32*)(tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, (r >> 1) * 4 + t, K_WORDS));
-  return word >> (16 * (channel & 1) + KF.shift[k] + KF.pos[k] + (b < full ? 0 : 8 * (r & 1))) & ((1u << KF.width[k]) - 1u);
+// Bin b of channel x of the runs of a slot.
+template <bool VALUES> DEVICE u32 read_unit(const unsigned char* tile, int slot, int x, int b) {
+  constexpr int full = VALUES ? VF.bins - VF.half : KF.bins - KF.half, words = VALUES ? V_WORDS : K_WORDS;
+  const int r = slot & 15, lane = VALUES ? x * 4 + (r >> 2) : (r >> 1) * 4 + (x >> 1), high = VALUES ? r >> 1 & 1 : x & 1;
+  const unsigned char* at = tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, lane, words) + 2 * high;
+  return b < full ? *(const unsigned short*)at : at[r & 1];
 }
-DEVICE u32 read_value_code(const unsigned char* tile, int slot, int channel) {
-  const int k = channel >> 3, g = channel & 7, r = slot & 15, full = VF.bins - VF.half, b = VF.bin[k];
-  const u32 word = *(const unsigned short*)(tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, g * 4 + (r >> 2), V_WORDS) + 2 * (r >> 1 & 1));
-  return word >> (VF.shift[k] + VF.pos[k] + (b < full ? 0 : 8 * (r & 1))) & ((1u << VF.width[k]) - 1u);
+template <bool VALUES> DEVICE u32 read_code(const unsigned char* tile, int slot, int channel) {
+  const Fields& f = VALUES ? VF : KF;
+  const int k = channel >> 3;
+  return read_unit<VALUES>(tile, slot, channel & 7, f.bin[k]) >> (f.shift[k] + f.pos[k]) & ((1u << f.width[k]) - 1u);
+}
+template <bool VALUES> DEVICE float read_level(const unsigned char* tile, int slot, int channel) {   // of a trellis
+  const Fields& f = VALUES ? VF : KF;
+  const int k = channel >> 3, x = channel & 7, width = f.width[k];
+  const auto bit = [&](int bin, int at) { return read_unit<VALUES>(tile, slot, x, bin) >> at & 1u; };
+  const auto lowest = [&](int step) { return bit(step % RUNS / 16, step % RUNS % 16); };
+  u32 m = width > 1 ? bit(low_bin(k), low_bit(k)) : 0u;
+  if (width > 2) m |= (read_unit<VALUES>(tile, slot, x, f.bin[k]) >> f.pos[k] & ((1u << (width - 2)) - 1u)) << 1;
+  return WALK_TABLE.level[width - 1][4 * m + 2 * (lowest(k) ^ lowest(k + RUNS - 2)) + lowest(k + RUNS - 1)];
 }
 
 // y[r] = x[r] M for the rows in shared memory: every thread one column, a part of the inner sum. Rows may be of several heads,
@@ -432,26 +394,40 @@ DEVICE void keep_recent(const RowParams& p, const Raw& row, bool values, int b, 
   if (!values && b == 0 && head == 0 && lane == 0 && p.recent_slot) p.recent_slot[slot % p.window] = slot;
 }
 
-constexpr int ROW_SMEM = (MODE == 2 ? ROW_THREADS / 64 * Z_STRIDE * 4 * (1 + Product<ROW_THREADS>::PARTS) : 0) + 16;
+constexpr int PRODUCT_SMEM = MODE == 2 ? ROW_THREADS / 64 * Z_STRIDE * 4 * (1 + Product<ROW_THREADS>::PARTS) : 0;
+constexpr int WALK_SMEM = KEY_TRELLIS || VALUE_TRELLIS ? ROW_THREADS / 32 * WALK_ROW * 4 : 0;   // where the product was
+constexpr int ROW_SMEM = (PRODUCT_SMEM > WALK_SMEM ? PRODUCT_SMEM : WALK_SMEM) + 16;
 constexpr int SINGLE_ROW_STRIDE = 40, SINGLE_ROW_PART = 4 * SINGLE_ROW_STRIDE;   // sums of one warp; two banks of its columns never meet
-constexpr int SINGLE_ROW_SMEM = MODE == 2 ? (D + PROJECT_WARPS * SINGLE_ROW_PART + 5 * KEY_WARPS) * 4 : 16;
+constexpr int SINGLE_ROW_PRODUCT = MODE == 2 ? D + PROJECT_WARPS * SINGLE_ROW_PART + 6 * KEY_WARPS : 4;   // floats
+constexpr int SINGLE_ROW_WALK = SINGLE_ROW_PRODUCT + (KEY_TRELLIS ? 3 * D : 0);    // where the value is searched, behind the key
+constexpr int SINGLE_ROW_SMEM = (SINGLE_ROW_WALK + (VALUE_TRELLIS ? WALK_ROW : 0)) * 4;
 
 DEVICE long long superblock_of(const RowParams& p, int b, int head, int slot) {
   return p.pages ? (long long)p.pages[b * p.page_row + slot / 128] * p.Hkv + head : ((long long)b * p.Hkv + head) * (p.L / 128) + slot / 128;
 }
-DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams& p, long long superblock, int slot, int lane) {
+DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams& p, long long superblock, int head, int slot, float* row, int lane) {
   u32 c[CH];
   if (p.v_mean)
 #pragma unroll
     for (int i = 0; i < CH; i++) x[i] = sub(x[i], mean[i]);
   if (p.value_hadamard) hadamard(x, lane);
-  const u32 scale = encode_uniform(c, x, p.value_clip, VF.width[0], lane);
-  if (lane == 0) p.v_scale[superblock * 128 + slot % 128] = scale;
-  store_value_words(p.v_codes + superblock * V_BYTES, c, slot, lane);
+  if constexpr (VALUE_TRELLIS) {
+    float sigma[CH];
+    load_channels(sigma, p.v_sigma + head * D, lane);
+    const u32 gain = encode_walk<ValueWidth>(c, x, sigma, row, lane);
+    if (lane == 0) p.v_codes[superblock * V_STRIDE + V_BYTES + slot % 128] = (unsigned char)gain;
+  } else {
+    const u32 scale = encode_uniform(c, x, p.value_clip, VF.width[0], lane);
+    if (lane == 0) p.v_scale[superblock * 128 + slot % 128] = scale;
+  }
+  store_value_words(p.v_codes + superblock * V_STRIDE, c, slot, lane);
 }
-DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, long long superblock, int slot, int lane) {
+DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, long long superblock, int slot, float* row, int lane) {
   u32 c[CH];
-  if (MODE == 2) {
+  if constexpr (KEY_TRELLIS) {
+    const u32 gain = encode_walk<KeyWidth>(c, x, sigma, row, lane);
+    if (lane == 0) p.k_codes[superblock * K_STRIDE + K_BYTES + slot % 128] = (unsigned char)gain;
+  } else if (MODE == 2) {
     float y[CH], square = 0;
     const int width = KeyWidth::at(CH * lane >> 3);
 #pragma unroll
@@ -474,7 +450,7 @@ DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, lon
     const u32 scale = encode_uniform(c, x, p.key_clip, KF.width[0], lane);
     if (lane == 0) ((u32*)p.k_scale)[superblock * 128 + slot % 128] = scale;
   }
-  store_key_words(p.k_codes + superblock * K_BYTES, c, slot, lane);
+  store_key_words(p.k_codes + superblock * K_STRIDE, c, slot, lane);
 }
 // The key of a row less the mean of its slot, in the basis of its block.
 DEVICE void center_key(float (&x)[CH], float (&t)[CH], Angles& angles, const RowParams& p, int lane) {
@@ -519,17 +495,19 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
     project_rows<N>(xs, sums, p.basis, unit * p.per, rows, p.Hkv, p.per);
     sync_cta();
     if (!values) collect_row<N>(x, sums, r, lane);
+    if (WALK_SMEM) sync_cta();
   }
   if (!live) return;
+  float* walked = (float*)smem + (WALK_SMEM ? warp * WALK_ROW : 0);
   const long long superblock = superblock_of(p, b, head, slot);
   if (s + p.window >= p.S) keep_recent(p, row, values, b, head, slot, lane);
   if (values) {
-    code_value(x, t, p, superblock, slot, lane);
+    code_value(x, t, p, superblock, head, slot, walked, lane);
     return;
   }
   float sigma[CH] = {};
   if (MODE == 2) load_channels(sigma, p.sigma + head * D, lane);
-  code_key(x, sigma, p, superblock, slot, lane);
+  code_key(x, sigma, p, superblock, slot, walked, lane);
   if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
   if (p.segments) {
     const Raw v = load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + CH * lane);
@@ -553,6 +531,43 @@ template <int N> DEVICE void key_sums(float (&v)[N], float* part, int warp, int 
     load_floats(sums, part + n * KEY_WARPS);
     v[n] = sums[0] + sums[1] + (sums[2] + sums[3]);
   }
+}
+
+// A trellis: the code of this lane's channel, and the byte of the row's gain. The searches from both gains run side by side.
+DEVICE u32 code_by_walks(u32& code, float y, float sigma, const float* sigmas, float* part, int warp, int lane) {
+  float *weights = part + 6 * KEY_WARPS, every[CH], most = 0;
+  load_channels(every, sigmas, lane);
+#pragma unroll
+  for (int i = 0; i < CH; i++) most = fmaxf(most, fmaxf(every[i], HALF_TINY));
+  const bool finite = sub(y, y) == 0.0f;
+  float seen[2] = {finite ? y * y : 0.0f, finite ? 0.0f : 1.0f};
+  key_sums(seen, part, warp, lane);
+  const bool whole = seen[1] == 0.0f;
+  const float size = whole ? root(seen[0] / (float)D) : 0.0f, share = quotient(sigma, warp_max(most)), weight = mul(share, share);
+  const int step = lane >> 1, width = KeyWidth::at(step), at = 8 * step + 2 * warp + (lane & 1);
+  y = whole ? y : 0.0f;
+  float v[2], fits[4], error[2];
+  weights[at] = weight;
+#pragma unroll
+  for (int n = 0; n < 2; n++) weights[(n + 1) * D + at] = v[n] = quotient(y, first_gain(n, size));
+  sync_warp();                                       // a warp's circles are its own
+  const int start = lane >> 2 & 1, circle = 2 * warp + (lane >> 3 & 1);
+  const u32 walk = best_walk<KeyWidth>(weights, weights + (start + 1) * D, circle, lane);
+  u32 found[2], gain[2];
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    float level;
+    found[n] = walked_code(level, (u32)shfl_int((int)walk, 8 * (lane & 1) + 4 * n), v[n], step, width);
+    const float weighted = mul(weight, level);
+    fits[2 * n] = mul(weighted, y);
+    fits[2 * n + 1] = mul(weighted, level);
+  }
+  key_sums(fits, part + 2 * KEY_WARPS, warp, lane);
+#pragma unroll
+  for (int n = 0; n < 2; n++) gain[n] = fitted_gain(error[n], fits[2 * n], fits[2 * n + 1]);
+  const int best = error[1] < error[0] ? 1 : 0;
+  code = best ? found[1] : found[0];
+  return !whole ? 255u : best ? gain[1] : gain[0];
 }
 
 // Block KLT: the key by four warps with one channel per lane, 8 (lane / 2) + 2 warp + lane % 2, so that a warp's words are its own.
@@ -592,31 +607,35 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
   if (!live) return;
   x = some[0] + some[1] + (some[2] + some[3]);
   float* over = sums + PROJECT_WARPS * SINGLE_ROW_PART;
-  const float y = quotient(x, sigma);
-  float square[1] = {y * y};
-  key_sums(square, over, warp, lane);
-  float gain = root(square[0] / (float)D);
-  u32 code = 0;
-#pragma unroll 1                                       // small code: fetching instructions takes longer than the branch
-  for (int n = 0; n < 2; n++) {
-    code = even_code(quotient(y, fmaxf(gain, HALF_TINY)), width);
-    const float level = mul(even_level(code, width), sigma);
-    float fitted[2] = {x * level, level * level};
-    over += KEY_WARPS * (n + 1);
-    key_sums(fitted, over, warp, lane);
-    gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
-  }
   const long long superblock = superblock_of(p, b, head, slot);
-  if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
-  const int bin = KeyBin::at(lane >> 1), r = slot & 15;
+  const float y = quotient(x, sigma);
+  u32 code = 0;
+  if constexpr (KEY_TRELLIS) {
+    const u32 gain = code_by_walks(code, y, sigma, p.sigma + head * D, over, warp, lane);
+    if (warp == 0 && lane == 0) p.k_codes[superblock * K_STRIDE + K_BYTES + slot % 128] = (unsigned char)gain;
+  } else {
+    float square[1] = {y * y};
+    key_sums(square, over, warp, lane);
+    float gain = root(square[0] / (float)D);
+#pragma unroll 1                                       // small code: fetching instructions takes longer than the branch
+    for (int n = 0; n < 2; n++) {
+      code = even_code(quotient(y, fmaxf(gain, HALF_TINY)), width);
+      const float level = mul(even_level(code, width), sigma);
+      float fitted[2] = {x * level, level * level};
+      over += KEY_WARPS * (n + 1);
+      key_sums(fitted, over, warp, lane);
+      gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
+    }
+    if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
+  }
+  const int run = lane >> 1, r = slot & 15;
   u32 mine = 0;
-  code <<= KeyPlace::at(lane >> 1) + 16 * (lane & 1);
 #pragma unroll
   for (int i = 0; i < BINS; i++) {
-    const u32 word = or_in_warp(bin == i ? code : 0u);
+    const u32 word = or_in_warp(in_bin<KEY_TRELLIS>(code, run, width, KeyPlace::at(run), KeyBin::at(run), i) << 16 * (lane & 1));
     if (lane == i) mine = word;
   }
-  unsigned char* tile = p.k_codes + superblock * K_BYTES;
+  unsigned char* tile = p.k_codes + superblock * K_STRIDE;
   if (lane < BINS) *(u32*)(tile + word_place(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, K_WORDS)) = mine;
 }
 
@@ -666,7 +685,7 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     widen(x, row, p.bf16);
     if (!live) return;
     keep_recent(p, row, true, b, head, slot, lane);
-    code_value(x, t, p, superblock, slot, lane);
+    code_value(x, t, p, superblock, head, slot, (float*)smem + SINGLE_ROW_WALK, lane);
     if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
     return;
   }
@@ -685,7 +704,7 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     }
     widen(x, row, p.bf16);
     center_key(x, t, angles, p, lane);
-    code_key(x, t, p, superblock, slot, lane);
+    code_key(x, t, p, superblock, slot, (float*)smem, lane);
     keep_recent(p, row, false, b, head, slot, lane);
   }
   if (p.segments) enter_exact(p, fresh(p.k, p.k_stride), fresh(p.v, p.v_stride), b, head, slot, lane);
@@ -712,13 +731,24 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
   float x[CH] = {}, t[CH] = {};
   Angles angles = {};
   if (values) {
-    const u32 scale = p.v_scale[at];
-    if (holds(lane))
+    const unsigned char* codes = p.v_codes + tile * V_STRIDE;
+    if constexpr (VALUE_TRELLIS) {
+      const float gain = gain_of(codes[V_BYTES + slot % 128]);
+      float sigma[CH];
+      load_channels(sigma, p.v_sigma + head * D, lane);
+      if (holds(lane))
 #pragma unroll
-      for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_value_code(p.v_codes + tile * V_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
+        for (int i = 0; i < CH; i++) x[i] = mul(mul(read_level<true>(codes, slot, CH * lane + i), sigma[i]), gain);
+    } else {
+      const u32 scale = p.v_scale[at];
+      if (holds(lane))
+#pragma unroll
+        for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_code<true>(codes, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
+    }
     if (p.value_hadamard) hadamard(x, lane, true);
     load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
   } else {
+    const unsigned char* codes = p.k_codes + tile * K_STRIDE;
     if (MODE != 0) {
       load_channels(t, mean_of_slot(p, head, slot), lane);
       if (MODE == 1) {
@@ -727,20 +757,22 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
       }
     }
     if (MODE == 2) {
-      const float gain = half_lo(((const unsigned short*)p.k_scale)[at]);
+      const float gain = KEY_TRELLIS ? gain_of(codes[K_BYTES + slot % 128]) : half_lo(((const unsigned short*)p.k_scale)[at]);
       float sigma[CH];
       load_channels(sigma, p.sigma + head * D, lane);
       if (holds(lane))
 #pragma unroll
         for (int i = 0; i < CH; i++) {
-          const u32 code = read_key_code(p.k_codes + tile * K_BYTES, slot, CH * lane + i);
-          xs[r * Z_STRIDE + CH * lane + i] = mul(mul(even_level(code, KeyWidth::at(CH * lane >> 3)), sigma[i]), gain);
+          float level;
+          if constexpr (KEY_TRELLIS) level = read_level<false>(codes, slot, CH * lane + i);
+          else level = even_level(read_code<false>(codes, slot, CH * lane + i), KeyWidth::at(CH * lane >> 3));
+          xs[r * Z_STRIDE + CH * lane + i] = mul(mul(level, sigma[i]), gain);
         }
     } else {
       const u32 scale = ((const u32*)p.k_scale)[at];
       if (holds(lane))
 #pragma unroll
-        for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_key_code(p.k_codes + tile * K_BYTES, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
+        for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_code<false>(codes, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
       if (p.key_hadamard) hadamard(x, lane, true);
       if (MODE == 1) rotate_row(t, angles, p, false, lane);
     }

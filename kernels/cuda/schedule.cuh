@@ -33,11 +33,13 @@ DEVICE void ask(const Params& p, int b, int kv, int i, int part, int shift, int 
   if (!copies(lane)) return;
   const long long tile = tile_of(p, b, kv, i);
   const u32 kb = K_BYTES >> shift, vb = V_BYTES >> shift, ks = KS_BYTES >> shift, vs = VS_BYTES >> shift;
-  const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_BYTES, *values = (const unsigned char*)p.v_codes + tile * V_BYTES;
+  const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_STRIDE, *values = (const unsigned char*)p.v_codes + tile * V_STRIDE;
+  const unsigned char* of_keys = KEY_TRELLIS ? keys + K_BYTES : (const unsigned char*)p.k_scale + tile * KS_BYTES;
+  const unsigned char* of_values = VALUE_TRELLIS ? values + V_BYTES : (const unsigned char*)p.v_scale + tile * VS_BYTES;
   unsigned char *scales = stage + KI_BYTES, *value_scales = scales + KS_BYTES;
   const auto numbers = [&](int ka, u32 kn, int va, u32 vn) {
-    copy(scales + ka, (const char*)p.k_scale + tile * KS_BYTES + ka, kn, bar, lane);
-    copy(value_scales + va, (const char*)p.v_scale + tile * VS_BYTES + va, vn, bar, lane);
+    copy(scales + ka, of_keys + ka, kn, bar, lane);
+    copy(value_scales + va, of_values + va, vn, bar, lane);
   };
   copies_begin(bar, kb + vb + ks + vs + ROT_BYTES + (p.mask ? 128 : 0));
   if (WIDE && shift) {                               // tiles of one block, which stand between those of the other
@@ -338,8 +340,10 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) mma(y[k & 1], basis[k].x, basis[k].y, basis[k].z, basis[k].w, rq[i][2 * k], rq[i][2 * k + 1]);
         const u32 a = transpose8x8(pack_half2(y[0][0] + y[1][0], y[0][1] + y[1][1])), b = transpose8x8(pack_half2(y[0][2] + y[1][2], y[0][3] + y[1][3]));
-        const u32 lo = center_of(2 * m), hi = center_of(2 * m + 1);
-        mma(sum, lo, lo, hi, hi, a, b);
+        if (!KEY_TRELLIS) {
+          const u32 lo = center_of(2 * m), hi = center_of(2 * m + 1);
+          mma(sum, lo, lo, hi, hi, a, b);
+        }
         *(uint2*)(smem + OFF_ROTATED + ((i * K_STEPS + m) * 32 + lane) * 8) = uint2{a, b};
         if (lane < 4) *(float2*)(smem + OFF_ROTATED + BLOCKS * K_STEPS * 256 + ((i * K_STEPS + m) * 4 + lane) * 8) = float2{sum[0], sum[1]};
       }

@@ -80,18 +80,31 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   for (int j = 0; j < NP; j++)
 #pragma unroll
     for (int e = 0; e < 4; e++) u[j][e] = -st.m[e & LAST];
-  KeySteps<K_STEPS, NP, TILES>::run(s, u, w, q, rq, (const uint4*)(smem + OFF_MEAN) + pr * 32 * K_STEPS + lane);
+  const uint4* mean = (const uint4*)(smem + OFF_MEAN) + pr * 32 * K_STEPS + lane;
+  if constexpr (KEY_TRELLIS) {
+    Indices n[NP][TILES];
+#pragma unroll
+    for (int j = 0; j < NP; j++)
+#pragma unroll
+      for (int i = 0; i < TILES; i++) indices<false>(n[j][i], w[j][i]);
+    KeyWalks<QUARTERS, NP, TILES>::run(s, u, w, n, q, rq, mean);
+  } else {
+    KeySteps<K_STEPS, NP, TILES>::run(s, u, w, q, rq, mean);
+  }
 #pragma unroll
   for (int j = 0; j < NP; j++) {
     float sa, sb, za = 0, zb = 0;
-    if (MODE == 2) {
+    if (KEY_TRELLIS) {
+      const u32 a = *(const unsigned short*)key_scales[j];
+      sa = gain_of(a & 255); sb = gain_of(a >> 8);
+    } else if (MODE == 2) {
       const u32 a = *(const u32*)key_scales[j];
       sa = half_lo(a); sb = half_hi(a);
     } else {
       const uint2 a = *(const uint2*)key_scales[j];
       sa = half_lo(a.x); za = half_hi(a.x); sb = half_lo(a.y); zb = half_hi(a.y);
     }
-    constexpr float unit = (float)(1 << (24 - Q_SHIFT));
+    constexpr float unit = KEY_TRELLIS ? 1.0f / (1 << Q_SHIFT) : (float)(1 << (24 - Q_SHIFT));
     sa *= unit; sb *= unit;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -131,8 +144,14 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
 #pragma unroll
   for (int j = 0; j < NP; j++) {
-    const uint2 a = *(const uint2*)value_scales[j];
-    float sa = half_lo(a.x), za = half_hi(a.x), sb = half_lo(a.y), zb = half_hi(a.y);
+    float sa, sb, za = 0, zb = 0;
+    if (VALUE_TRELLIS) {
+      const u32 a = *(const unsigned short*)value_scales[j];
+      sa = gain_of(a & 255); sb = gain_of(a >> 8);
+    } else {
+      const uint2 a = *(const uint2*)value_scales[j];
+      sa = half_lo(a.x); za = half_hi(a.x); sb = half_lo(a.y); zb = half_hi(a.y);
+    }
     if (MASKED) {
       if (!(valid >> (2 * (pr + j)) & 1)) sa = za = 0;
       if (!(valid >> (2 * (pr + j) + 1) & 1)) sb = zb = 0;
@@ -143,7 +162,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
       if (R == 1 && (i & 1)) { e[i] = e[i - 1]; continue; }
       e[i] = exp2_fast(x[j][i]);
       st.l[i & 1] += e[i];
-      st.z[i & 1] += e[i] * (i < 2 ? za : zb);
+      if (!VALUE_TRELLIS) st.z[i & 1] += e[i] * (i < 2 ? za : zb);
       e[i] *= i < 2 ? sa : sb;
     }
     const u32 b0 = transpose8x8(pack_half2(e[0], e[1])), b1 = transpose8x8(pack_half2(e[2], e[3]));
@@ -152,7 +171,13 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
       u32 v[V_WORDS];
       load_words(v, (const u32*)values[j] + i * V_TILE, lane);
       const u32 mine = WIDE || (g < 4) == (i == 0) ? 0xffffffffu : 0u;
-      ValueSteps<K_STEPS>::run(st.o, v, b0 & mine, b1 & mine);
+      if constexpr (VALUE_TRELLIS) {
+        Indices n;
+        indices<true>(n, v);
+        ValueWalks<QUARTERS>::run(st.o, v, n, b0 & mine, b1 & mine);
+      } else {
+        ValueSteps<K_STEPS>::run(st.o, v, b0 & mine, b1 & mine);
+      }
     }
   }
 }

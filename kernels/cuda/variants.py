@@ -18,6 +18,7 @@ import torch
 
 from ..layout import tile_bytes
 from ..levels import EVEN_STEP
+from ..trellis import CUBIC, TRELLIS_WIDTHS
 from .driver import NativeError
 
 __all__ = ["FEW", "SHARED_LIMIT", "Card", "Shape", "Variant", "by_warp", "card_of", "single", "too_old", "unit"]
@@ -30,12 +31,16 @@ _ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepa
 FILES = (
     "arch.cuh",
     "channels.cuh",
+    "fields.cuh",
+    "trellis.cuh",
     "read.cuh",
     "attend.cuh",
     "query.cuh",
     "softmax.cuh",
     "exact.cuh",
     "merge.cuh",
+    "rounding.cuh",
+    "search.cuh",
     "rows.cuh",
     "schedule.cuh",
 )
@@ -112,8 +117,8 @@ _SHAPES = (
 @dataclass(frozen=True)
 class Variant:
     """What is compiled in: mode (0 plain, 1 with the mean's logit, 2 block KLT), widths of runs of 8 channels, query heads per
-    key-value head, channels that carry RoPE, and whether rows read as they came are many: a window, or more than `FEW` exact
-    ones."""
+    key-value head, channels that carry RoPE, whether rows read as they came are many: a window, or more than `FEW` exact ones; and
+    which sides have codes of a trellis."""
 
     mode: int
     key_widths: tuple[int, ...]
@@ -121,6 +126,8 @@ class Variant:
     repeats: int
     rotary: int = 128
     many: bool = False
+    key_trellis: bool = False
+    value_trellis: bool = False
 
     @property
     def dim(self) -> int:
@@ -130,14 +137,21 @@ class Variant:
     @property
     def single_row(self) -> bool:
         """Whether `append_row` codes a new row by a block of its own."""
-        return self.mode != 2 or (self.dim == 128 and tile_bytes(self.key_widths) % 16 == 0 and self.rotary in (0, 128))
+        return self.mode != 2 or (self.dim == 128 and self._tile_bytes[0] % 16 == 0 and self.rotary in (0, 128))
+
+    @property
+    def _tile_bytes(self) -> tuple[int, int]:
+        """Bytes of one slot's codes, without the gain of a trellis."""
+        sides = (self.key_widths, self.key_trellis), (self.value_widths, self.value_trellis)
+        keys, values = (tile_bytes(w, "trellis") - 1 if walk else tile_bytes(w, "lloyd-even") for w, walk in sides)
+        return keys, values
 
     def shared_bytes(self, shape: Shape) -> int:
         """SMEM_BYTES of attend.cuh for this variant."""
         d, columns, runs = self.dim, shape.columns(self.repeats), self.dim // 8
-        k, v = (128 * tile_bytes(w) for w in (self.key_widths, self.value_widths))
-        klt = self.mode == 2
-        stage = (k + v) * shape.items // 4 + (256 if klt else 512) + 512 + (4 * self.rotary if self.mode else 0) + 128
+        klt, codes = self.mode == 2, 128 * sum(self._tile_bytes)
+        scales = (128 if self.key_trellis else 256 if klt else 512) + (128 if self.value_trellis else 512)
+        stage = codes * shape.items // 4 + scales + (4 * self.rotary if self.mode else 0) + 128
         tables = (128 * d if self.mode else 0) + (2 * d * d if klt else 0)
         parts = shape.warps * columns * (d + 4) * 4
         raw = columns * 4 * (-(-runs // 4) * 4 + 4) * 4 if self.mode else 0
@@ -164,6 +178,9 @@ class Variant:
             "MODE": str(self.mode),
             "KW": ", ".join(map(str, self.key_widths)),
             "VW": ", ".join(map(str, self.value_widths)),
+            "KEY_TRELLIS": str(int(self.key_trellis)),
+            "VALUE_TRELLIS": str(int(self.value_trellis)),
+            "CUBIC": ", ".join(f"{x}" for w in TRELLIS_WIDTHS for x in CUBIC[w]),
             "HEADS_PER_KV": str(self.repeats),
             "HEAD_DIM": str(self.dim),
             "ROTARY": str(self.rotary),

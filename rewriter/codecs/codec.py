@@ -198,14 +198,15 @@ class Codec:
         if k.transform == "klt":
             names += ["k_basis", *(["k_unbasis"] if k.metric != "none" else []), "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")
-        return (*names, "v_mean") if v.center else tuple(names)
+        names += ["v_mean"] if v.center else []
+        return (*names, *QUANTIZERS[v.kind].tables(v, "v"))
 
     # -- storage -----------------------------------------------------------------------------------------------------
 
     def row_bytes(self, side: SideSpec, dim: int) -> int:
         """Width of the code tensor of one side: bytes when packed, channels when kept in 16 bit."""
         if self.tiles:
-            return layout.tile_bytes(side.widths)
+            return layout.tile_bytes(side.widths, side.kind)
         return QUANTIZERS[side.kind].row_bytes(side, dim) if side.packed else dim
 
     def row_scales(self, side: SideSpec, dim: int) -> int:
@@ -304,7 +305,7 @@ class Codec:
         """The packed rows of slots start … end - 1, in the basis of the quantizer."""
         codes, scale = st[f"{prefix}_codes"], st[f"{prefix}_scale"]
         if self.tiles:
-            codes = layout.fetch(codes, s.widths, prefix, start, end - start)
+            codes = layout.fetch(codes, s.widths, prefix, s.kind, start, end - start)
             return QUANTIZERS[s.kind].decode(codes, scale[:, :, start:end], s, p, prefix)
         codes = codes[:, :, start:end]
         if not s.by_token_block:
@@ -344,7 +345,7 @@ class Codec:
         x = layout.transform_keys(k, slots, self.key, p, self._rotate_keys)
         for prefix, side, rows in (("k", self.key, x), ("v", self.value, self.transform_values(v, p))):
             codes, scale = QUANTIZERS[side.kind].encode(rows, side, p, prefix)
-            layout.store(st[f"{prefix}_codes"], codes, slots, side.widths, prefix)
+            layout.store(st[f"{prefix}_codes"], codes, slots, side.widths, prefix, side.kind)
             st[f"{prefix}_scale"].index_copy_(2, slots, scale)
 
     def _rotate_keys(self, x: Tensor, inverse: bool = False) -> Tensor:

@@ -145,11 +145,16 @@ class Tables:
     def beyond_half(self, layer: int, codec: Codec) -> bool:
         """Whether the basis of a layer's keys, in units of codes as the tile kernels take it, leaves float16's range."""
         if layer not in self._beyond_half:
-            basis, sigma = (self.tables.get(f"layers.{layer}.{n}") for n in ("k_basis", "k_sigma"))
+            basis, sigma = self._back(layer, "basis"), self._back(layer, "sigma")
             self._beyond_half[layer] = False
-            if basis is not None and sigma is not None and codec.key.kind == "lloyd-even":
-                self._beyond_half[layer] = not bool(key_rows(basis, sigma, codec.key.widths).half().isfinite().all())
+            if basis is not None and sigma is not None and codec.key.kind in ("lloyd-even", "trellis"):
+                rows = key_rows(basis, sigma, codec.key.widths, codec.key.kind)
+                self._beyond_half[layer] = not bool(rows.half().isfinite().all())
         return self._beyond_half[layer]
+
+    def _back(self, layer: int, name: str) -> Tensor | None:
+        """The table that keys of a layer are read with, see `kvsink.kernels.stages.back_table`."""
+        return self.tables.get(f"layers.{layer}.k_un{name}", self.tables.get(f"layers.{layer}.k_{name}"))
 
     def _tile_table(self, name: str, layer: int, codec: Codec, tokens: int, device: torch.device) -> Tensor:
         """A table in the order in which the GPU kernel reads it, made once from the plain ones."""
@@ -162,10 +167,8 @@ class Tables:
             return self._tiles[key]
         key = f"layers.{layer}.{name}@{device}"
         if key not in self._tiles:
-            basis, sigma, mean = (
-                t.to(device) if (t := self.tables.get(f"layers.{layer}.{n}")) is not None else None
-                for n in ("k_basis", "k_sigma", "k_table")
-            )
+            given = self._back(layer, "basis"), self._back(layer, "sigma"), self.tables.get(f"layers.{layer}.k_table")
+            basis, sigma, mean = (None if t is None else t.to(device) for t in given)
             if name == "tile_mean":
                 assert mean is not None
                 made = TileTables.mean(mean)
@@ -174,7 +177,7 @@ class Tables:
                 made = basis.mT.contiguous()
             else:
                 assert basis is not None and sigma is not None
-                made = TileTables.basis(key_rows(basis, sigma, codec.key.widths))
+                made = TileTables.basis(key_rows(basis, sigma, codec.key.widths, codec.key.kind))
             self._tiles[key] = made
         return self._tiles[key]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvsink.kernels import backends
+from kvsink.kernels import backends, layout
 from kvsink.kernels.cuda import backend, launch, module, variants
 from kvsink.kernels.cuda.rows_of_bytes import CodesVariant
 
@@ -43,6 +43,17 @@ def _library(variant: variants.Variant | CodesVariant, card: variants.Card = HOP
         )
         made.replace(out)
     return ctypes.CDLL(str(out))
+
+
+def scales_behind(layer: Any, length: int, nan: bool) -> None:
+    """What scales the codes of slots from `length` on becomes not a number, or zero again: nothing may read it."""
+    for name, side in (("k", layer.codec.key), ("v", layer.codec.value)):
+        getattr(layer, f"{name}_scale")[:, :, length:] = float("nan") if nan else 0.0
+        if side.kind == "trellis":
+            codes, slots = getattr(layer, f"{name}_codes"), torch.arange(length, layer.max_length)
+            held = layout.fetch(codes, side.widths, name, side.kind, length, len(slots))
+            held[..., -1] = 255 if nan else 0
+            layout.store(codes, held, slots, side.widths, name, side.kind)
 
 
 class Emulated:

@@ -76,6 +76,9 @@ def test_a_gpu_on_which_no_test_has_run_is_used_and_named_once(monkeypatch: pyte
     monkeypatch.setattr(module, "library", lambda variant, device: object())
     monkeypatch.setattr(backends, "_TOLD", set())
     f, shape = layer_of(0).codec.format.in_tiles(), Shape(8, 2, 128, 128, 128, torch.float16)
+    walked = layer_of(6).codec.format.in_tiles()
+    with pytest.warns(UserWarning, match=r"9\.0 is one on which no test of codes of a trellis has run"):
+        assert backend.declines(walked, shape, Device("cuda", (9, 0), "a GPU", True, GPU)) == ""
     with pytest.warns(UserWarning, match=r"a new GPU: compute capability 9\.7 is one on which no test has run"):
         assert backend.declines(f, shape, Device("cuda", (9, 7), "a new GPU", True, GPU)) == ""
     with warnings.catch_warnings():
@@ -92,9 +95,11 @@ def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypa
     for home, name in ((driver, "driver"), (module, "_driver"), (module, "_nvrtc"), (module, "compile_cubin")):
         monkeypatch.setattr(home, name, touched)
     shape, card = Shape(8, 2, 128, 128, 128, torch.float16), Device("hip", (9, 4), "an MI300X", True, GPU)
-    for what, wanted in (("attend", "triton"), ("append", "triton"), ("step", "append, then attend")):
-        found = plan(what, layer_of(index, tiled=False).codec.format, shape, card)
-        assert found.name == wanted and found.why[0] == ("cuda (tiles)", "the GPU is not one of NVIDIA's")
+    f = layer_of(index, tiled=False).codec.format
+    rows = ("torch", "triton") if f.key.kind == "trellis" else ("triton",)
+    for what, wanted in (("attend", rows), ("append", rows), ("step", ("append, then attend",))):
+        found = plan(what, f, shape, card)
+        assert found.name in wanted and found.why[0] == ("cuda (tiles)", "the GPU is not one of NVIDIA's")
 
 
 def test_widths_that_need_more_memory_than_a_block_has_are_refused() -> None:

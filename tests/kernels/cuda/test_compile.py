@@ -22,15 +22,16 @@ CARDS = {
 }
 """Bytes of shared memory that a block can have: CUDA's programming guide, table of technical data."""
 
+TRELLIS = 3  # mode 2 with codes of a trellis on both sides
 # mode, bits of keys and values, channels, query heads per key-value head
 CELLS = [
     (mode, bits, dim, repeats)
-    for mode, bits in ((0, 2), (1, 2), (1, 4), (2, 2), (2, 4), (1, 8))
+    for mode, bits in ((0, 2), (1, 2), (1, 4), (2, 2), (2, 4), (1, 8), (TRELLIS, 2), (TRELLIS, 4))
     for dim in (64, 80, 96, 128, 256)
     for repeats in (1, 4, 8)
     if not (mode == 0 and dim != 128)
 ]
-SAMPLE = {(1, 2, 128, 4), (2, 2, 128, 8), (1, 4, 256, 8)}
+SAMPLE = {(1, 2, 128, 4), (2, 2, 128, 8), (1, 4, 256, 8), (TRELLIS, 2, 128, 4)}
 
 
 def _cells() -> list[object]:
@@ -46,7 +47,8 @@ def _cells() -> list[object]:
 @pytest.mark.parametrize(("card", "mode", "bits", "dim", "repeats"), _cells())
 def test_every_cell_compiles_within_its_card(card: str, mode: int, bits: int, dim: int, repeats: int, tmp_path: Path) -> None:
     made, widths = CARDS[card], (bits,) * (dim // 8)
-    variant = variants.Variant(mode, widths, widths, repeats, dim)
+    walks = mode == TRELLIS
+    variant = variants.Variant(min(mode, 2), widths, widths, repeats, dim, key_trellis=walks, value_trellis=walks)
     try:
         shape = variant.shape(made)
     except module.NativeError as error:
@@ -93,8 +95,10 @@ CODES = CodesVariant(
     mean=True,
     starts=True,
 )
+MIXED = (4, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1)
 SOURCES = {
     "tiles": lambda: variants.Variant(2, (2,) * 16, (2,) * 16, 4).source(variants.Card()),
+    "a trellis": lambda: variants.Variant(2, MIXED, (2,) * 16, 4, key_trellis=True, value_trellis=True).source(variants.Card()),
     "rows of bytes": lambda: variants.unit(CODES.defines(), ("arch.cuh", "channels.cuh", "codes.cuh")),
 }
 

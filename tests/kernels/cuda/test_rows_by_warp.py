@@ -14,7 +14,7 @@ from kvsink.cache.layer import KVSinkLayer
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import launch, variants
 
-from .emulated import Emulated
+from .emulated import Emulated, scales_behind
 from .test_tiles import KV_HEADS, append, rewritten, rows
 
 SLOTS = 768
@@ -24,6 +24,7 @@ CODECS: dict[str, tuple[str, dict[str, Any]]] = {
     "centred-4-bit": ("centred-even", {"key_bits": 4, "value_bits": 4, "protect": "none"}),
     "akvq": ("akvq-vl-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:15"}),
     "klt": ("klt-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
+    "trellis": ("klt-trellis", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
 }
 
 
@@ -41,8 +42,7 @@ def filled(name: str, batch: int, length: int, shift: Tensor, dtype: torch.dtype
     if length:
         append(layer, rows(batch, length, 1), rows(batch, length, 2), torch.arange(length)[None] - shift)
     layer.length.fill_(length)
-    for scale in ("k_scale", "v_scale"):
-        getattr(layer, scale)[:, :, length:] = float("nan")
+    scales_behind(layer, length, nan=True)
     for side in ("exact_k", "exact_v"):
         held = getattr(layer, side).to(dtype)
         setattr(layer, side, torch.where((layer.exact_slot < 0)[:, None, :, None], float("nan"), held))
@@ -50,8 +50,7 @@ def filled(name: str, batch: int, length: int, shift: Tensor, dtype: torch.dtype
 
 
 def defined(layer: KVSinkLayer, given: tuple[Tensor, ...], mask: Tensor | None, heads: int) -> Tensor:
-    for scale in ("k_scale", "v_scale"):
-        getattr(layer, scale).nan_to_num_(0.0)
+    scales_behind(layer, int(layer.length), nan=False)
     for side in ("exact_k", "exact_v"):
         setattr(layer, side, getattr(layer, side).float().nan_to_num(0.0))
     return attend_ref(*[x.float() for x in given], layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
@@ -72,6 +71,7 @@ def defined(layer: KVSinkLayer, given: tuple[Tensor, ...], mask: Tensor | None, 
         ("akvq", 9, 383, "random", 1),
         ("klt", 9, 300, "padding", 1),
         ("klt", 26, 128, None, 1),
+        ("trellis", 9, 300, "padding", 1),
         ("centred-4-bit", 9, 300, "padding", 1),
         ("centred-22", 5, 40, "one", 1),
     ],

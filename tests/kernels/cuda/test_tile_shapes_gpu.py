@@ -88,7 +88,7 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int) -> None:
         for name, mine in other.codec.named(half).items():
             wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
             if name in ("k_codes", "k_scale", "v_codes", "v_scale"):
-                assert (mine.cpu() == wanted).float().mean() >= 0.998, name
+                assert mine.numel() == 0 or (mine.cpu() == wanted).float().mean() >= 0.998, name
             elif name in ("exact_slot", "exact_score"):
                 assert torch.equal(mine.cpu().sort(1)[0], wanted.sort(1)[0]), name
             elif name not in ("exact_k", "exact_v"):
