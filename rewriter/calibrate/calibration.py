@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from kvsink.cache.hybrid import states_of
+from kvsink.calibrate.queries import QueryStats, see_queries
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.samples import Collector, frozen, watched
-from kvsink.calibrate.statistics import KeyStats, QueryStats, SampleNeed, ValueStats
+from kvsink.calibrate.statistics import KeyStats, SampleNeed, ValueStats
 from kvsink.calibrate.streaming import Job, Stream
 from kvsink.codecs.protect import Policy, SinkStage, segments_for_layer
 from kvsink.errors import CalibrationError
@@ -35,8 +36,6 @@ from kvsink.model.runtime import Runtime
 from kvsink.model.tables import LayerPlan
 
 __all__ = ["calibrate", "find_stages", "gather"]
-
-_EVERY, _MOST = 8, 128  # queries of a window that are looked at
 
 Progress = Callable[[str, int, int], None]
 
@@ -155,7 +154,7 @@ class _RecordingCache(Cache):
             back = partial(_back, order=order, cos=cos, sin=sin)
             self.collector.draw(layer, keys, v, positions.expand(b, s), keep, back)
         if self.blocks[layer]:
-            seen = partial(_see_queries, self.into.queries[layer], k, keep, frame.valid, order=order, cos=cos, sin=sin)
+            seen = partial(see_queries, self.into.queries[layer], k, keep, frame.valid, order=order, cos=cos, sin=sin)
             NOTES.leave(given, seen)
 
 
@@ -163,37 +162,6 @@ def _back(gradient: Tensor, order: tuple[Tensor, Tensor] | None, cos: Tensor, si
     """The gradient of keys [B, H, S, D] as that of the keys before RoPE: turned by the transpose, scaling included."""
     rows = gradient if order is None else gradient.index_select(-1, order[0])
     return rope(rows, cos, -sin)
-
-
-@torch.no_grad()
-def _see_queries(
-    into: QueryStats,
-    k: Tensor,
-    coded: Tensor,
-    valid: Tensor | None,
-    module: nn.Module,
-    q: Tensor,
-    v: Tensor,
-    order: tuple[Tensor, Tensor] | None,
-    cos: Tensor,
-    sin: Tensor,
-) -> None:
-    """Attention of a layer is about to run: its queries [B, Hq, S, D] over the keys k just recorded, after RoPE both, of which
-    coded [B, S] are not kept exact and valid [B, S] are no padding. Of every eighth query, `_MOST` at the most."""
-    if q.shape[2] != k.shape[2]:
-        return  # a prompt that is cut in pieces: the keys before these rows are not at hand
-    at = torch.arange(0, q.shape[2], max(_EVERY, -(-q.shape[2] // _MOST)), device=q.device)
-    rows = (q if order is None else q.index_select(-1, order[0])).index_select(2, at).float()
-    hidden = torch.arange(q.shape[2], device=q.device) > at[:, None]
-    hidden = hidden if valid is None else hidden | ~valid[:, None, None]
-    scale = getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-    weights = []
-    for head, queries in enumerate(rows.unflatten(1, (k.shape[1], -1)).unbind(1)):  # [B, G, n, D]
-        logits = scale * queries @ k[:, head, None].float().mT
-        mass = logits.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
-        weights.append((mass * coded[:, None, None]).sum(-1))
-    turn = [t if t.shape[-2] == 1 else t.index_select(-2, at) for t in (cos, sin)]
-    into.add(unrope(rows, *turn), torch.cat(weights, 1))
 
 
 def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

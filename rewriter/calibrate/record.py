@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kvsink.calibrate.statistics import KeyStats, QueryStats, Samples, ValueStats
+from kvsink.calibrate.queries import QueryStats
+from kvsink.calibrate.statistics import KeyStats, Samples, ValueStats
 from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import CalibrationError

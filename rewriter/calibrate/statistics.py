@@ -1,12 +1,9 @@
-"""Streaming statistics of keys, queries and values: float64 sums that can be merged.
+"""Streaming statistics of keys and values: float64 sums that can be merged.
 
 Formula    keys, block n, position j, d = j mod n:  count[d], first[d] = sum k_j,  second = sum y_j y_j^T with y_j = R_d k_j
            mu = sum first / N,  mu2 = mean(y) - mean(R_d mu),  covariance of y - R_d mu - mu2 from the same sums
 Source     ours (`klt`): one pass suffices because R_d mu depends on d alone
-           queries:  second = sum w q^T q over the query heads that share a KV head, before RoPE and not centred; w the share of
-                     the query's attention that falls on rows which are coded, by a plain causal softmax
-Shapes     keys before RoPE [B, H, S, D]; count [n]; first [H, n, D]; second [H, D, D]; values: total [H, D], second [H, D, D];
-           queries: second [H, D, D]
+Shapes     keys before RoPE [B, H, S, D]; count [n]; first [H, n, D]; second [H, D, D]; values: total [H, D], second [H, D, D]
 Units      of the keys and values themselves
 Exact      sums in float64; products in float32
 """
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from kvsink.kernels.rope import rope
 
-__all__ = ["SAMPLE_ROWS", "KeyStats", "QueryStats", "SampleNeed", "Samples", "ValueStats"]
+__all__ = ["SAMPLE_ROWS", "KeyStats", "SampleNeed", "Samples", "ValueStats"]
 
 SAMPLE_ROWS = 16384  # rows of a layer that are kept at most
 
@@ -130,35 +127,6 @@ class ValueStats:
         """Covariance [H, D, D]."""
         mu = self.mean()
         return self.second / self.count - mu[:, :, None] * mu[:, None, :]
-
-
-@dataclass
-class QueryStats:
-    """Sums over the queries of one layer, those of all query heads that share a KV head together."""
-
-    count: Tensor  # []
-    second: Tensor  # [H, D, D]
-
-    @classmethod
-    def empty(cls, heads: int, dim: int) -> QueryStats:
-        return cls(torch.zeros((), dtype=torch.float64), torch.zeros(heads, dim, dim, dtype=torch.float64))
-
-    def add(self, queries: Tensor, weights: Tensor) -> None:
-        """Add queries before RoPE [B, Hq, S, D] with weights [B, Hq, S]."""
-        heads = self.second.shape[0]
-        rows = (queries.float() * weights.float().sqrt()[..., None]).unflatten(1, (heads, -1))  # [B, H, G, S, D]
-        rows = rows.transpose(0, 1).flatten(1, 3)
-        self.count += rows.shape[1]
-        self.second += (rows.mT @ rows).double().cpu()
-
-    def merge(self, other: QueryStats) -> None:
-        """Add the sums of another shard."""
-        self.count += other.count
-        self.second += other.second
-
-    def moment(self) -> Tensor:
-        """E[w q^T q] [H, D, D]."""
-        return self.second / self.count
 
 
 @dataclass(frozen=True)

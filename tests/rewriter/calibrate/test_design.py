@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import kvsink
 from kvsink.calibrate.calibration import calibrate
 from kvsink.calibrate.design import design_key, design_value, key_blocks, needs_calibration, water_fill
+from kvsink.calibrate.queries import QueryStats
 from kvsink.calibrate.record import Calibration
-from kvsink.calibrate.statistics import KeyStats, QueryStats, SampleNeed, ValueStats
+from kvsink.calibrate.statistics import KeyStats, SampleNeed, ValueStats
 from kvsink.codecs import Codec, SideSpec, group_size_for, hadamard_order
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.hadamard import hadamard_ref
