@@ -209,8 +209,13 @@ def test_folding_keeps_the_function(method: str) -> None:
         assert largest_difference(model(ids).logits, plain(ids).logits) <= SOFTMAX_IN_FLOAT32 * float(plain(ids).logits.abs().max())
 
 
+UNLIKE = ("klt", "klt-trellis", "centred-even", "rotatekv", "kivi", "antkv", "akvq-vl", "cq")
+SAMPLED = [m if m in UNLIKE else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+"""Methods that differ in what is put into a graph, and the others among the slow tests."""
+
+
 @pytest.mark.parametrize("window", [5, pytest.param(0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SAMPLED)
 def test_compiled_equals_uncompiled(method: str, window: int) -> None:
     model = rewritten("llama", "sdpa", method, window=window)
     compiled = torch.compile(model, backend="kvsink", options={"kvsink.inner": "eager"})
@@ -224,7 +229,7 @@ def test_compiled_equals_uncompiled(method: str, window: int) -> None:
         assert len(report.done("fuse")) == 2 and not report.left_alone()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SAMPLED)
 def test_explain_shows_the_fused_site(method: str) -> None:
     text = kvsink.explain(rewritten("llama", "sdpa", method, **({"protect": "first:1"} if observes(method) else {})))
     assert "kvsink.append_" in text and "kvsink.attend" in text
