@@ -23,7 +23,7 @@ from tests.states import CODECS, append_arguments, filled, layer_of, rows
 SPECS = kvsink.kernels.op_specs()
 EXAMPLES = [(name, i) for name, spec in SPECS.items() for i in range(len(spec.examples))]
 SAMPLED = [c if i % 3 == 0 else pytest.param(*c, marks=pytest.mark.slow) for i, c in enumerate(CODECS)]
-"""What torch asks of an op does not depend on the codec but for the tensors it has: a third, and the others among the slow tests."""
+"""What torch asks of an op depends on the tensors that a codec has alone: a third of them, the others among the slow tests."""
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options)}" for name, options in CODECS]
 
 
