@@ -257,7 +257,7 @@ def test_learned_sinks_leave_as_the_operators_own(tmp_path) -> None:
         onnx(centred, tmp_path / "other.onnx", "gqa")
 
 
-@pytest.mark.parametrize(("flavour", "method"), [("gqa", "static"), ("functions", "rotatekv")])
+@pytest.mark.parametrize(("flavour", "method"), [("gqa", "static"), pytest.param("functions", "rotatekv", marks=pytest.mark.slow)])
 def test_rotations_that_are_not_their_own_inverse(flavour: str, method: str, tmp_path) -> None:
     """At powers of two the matrix is symmetric, and the way back is the way in; at 24 and 48 it is not."""
     manifest = onnx(rewritten("llama-24", method=method, fold=False), tmp_path / "model.onnx", flavour)

@@ -56,7 +56,7 @@ def defined(layer: KVSinkLayer, given: tuple[Tensor, ...], mask: Tensor | None, 
     return attend_ref(*[x.float() for x in given], layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
 
 
-@pytest.mark.parametrize(("repeats", "whole"), [(1, True), (2, True), (1, False)])
+@pytest.mark.parametrize(("repeats", "whole"), [(1, True), pytest.param(2, True, marks=pytest.mark.slow), (1, False)])
 @pytest.mark.parametrize(
     ("name", "batch", "length", "kind", "blocks"),
     [

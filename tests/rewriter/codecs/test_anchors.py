@@ -223,7 +223,7 @@ def test_generate_runs_and_reports(model: Any) -> None:
 # -- compiled, and what is refused -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", ["mass", "exact:count"])
+@pytest.mark.parametrize("score", ["mass", pytest.param("exact:count", marks=pytest.mark.slow)])
 def test_compiled_graphs_hold_the_choice(score: str) -> None:
     model = rewritten("llama", "sdpa", "rtn", protect=f"anchors:10%:{score}+first:1", window=3)
     run = torch.compile(model, backend="kvsink", options={"kvsink.inner": "aot_eager"}, fullgraph=True)

@@ -53,7 +53,7 @@ def test_the_bias_stands_where_it_should() -> None:
     assert there == [True, False, False, True]
 
 
-@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("method", sorted(name for name, m in methods().items() if m.key.center))
 def test_centred_keys_survive_a_large_bias(method: str, bits: int) -> None:
     plain, with_bias = (divergence(method, bits, b) for b in (False, True))
