@@ -14,7 +14,7 @@ from kvsink.codecs import STATE_NAMES, Codec
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.triton import append as append_triton
 from tests import states
-from tests.kernels.triton.test_attend import INTERPRETED, here, interpreter, run_in_the_interpreter
+from tests.kernels.triton.test_attend import INTERPRETED, LIKE_OTHERS, here, interpreter, run_in_the_interpreter, sampled
 from tests.kernels.triton.test_attend import OPTIONS as ATTENDED
 
 OPTIONS = (
@@ -40,7 +40,7 @@ def held(st: dict[str, Tensor], row: int) -> dict[int, tuple[float, Tensor, Tens
 @interpreter
 @pytest.mark.parametrize(
     ("method", "options", "roped", "dtype"),
-    [(*o, i % 2 == 0, torch.float16 if i % 2 else torch.float32) for i, o in enumerate(OPTIONS)],
+    sampled([(*o, i % 2 == 0, torch.float16 if i % 2 else torch.float32) for i, o in enumerate(OPTIONS)]),
     ids=IDS,
 )
 def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: torch.dtype) -> None:
@@ -79,7 +79,7 @@ def test_equals_the_definition(method: str, options: tuple, roped: bool, dtype: 
 @interpreter
 @pytest.mark.parametrize(
     ("method", "options", "roped", "dtype"),
-    [(*o, i % 2 == 1, torch.float32 if i % 2 else torch.float16) for i, o in enumerate(OPTIONS)],
+    sampled([(*o, i % 2 == 1, torch.float32 if i % 2 else torch.float16) for i, o in enumerate(OPTIONS)]),
     ids=IDS,
 )
 def test_chunks_equal_the_definition(
@@ -146,7 +146,14 @@ def test_rows_behind_the_last_slot_are_left_out() -> None:
 @here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 2 * len(OPTIONS) + 10)
+    run_in_the_interpreter(__file__, 2 * (len(OPTIONS) - len(LIKE_OTHERS)) + 10)
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_the_others_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__, 2 * len(LIKE_OTHERS), marked="slow")
 
 
 @pytest.mark.parametrize(

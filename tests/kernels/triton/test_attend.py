@@ -49,8 +49,15 @@ OPTIONS: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = (
     ("klt-trellis", (("key_bits", 3.5), ("value_bits", 3), ("window", 5), ("protect", "first:2"))),
     ("klt-trellis-dense", (("key_bits", 1.5), ("value_bits", 4))),
 )
+SLOW = {("klt", 3), ("klt", 5), ("klt", 2), ("centred", 1), ("centred", 3), ("centred", 6), ("cq", 2)}  # method and bits of keys
 IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in options)}" for m, options in OPTIONS]
+LIKE_OTHERS = {i for i, (m, o) in enumerate(OPTIONS) if (m, dict(o).get("key_bits")) in SLOW}
 TILED = [(*o, 64 if i % 5 == 0 else 16) for i, o in enumerate(OPTIONS)]  # slots of a step
+
+
+def sampled(cases: list[Any]) -> list[Any]:
+    """Cases of the options in turn; those whose code is that of others are slow tests."""
+    return [pytest.param(*c, marks=pytest.mark.slow) if i in LIKE_OTHERS else c for i, c in enumerate(cases)]
 
 
 def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> float:
@@ -69,7 +76,7 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
 
 @here
 @interpreter
-@pytest.mark.parametrize(("method", "options", "tile"), TILED, ids=IDS)
+@pytest.mark.parametrize(("method", "options", "tile"), sampled(TILED), ids=IDS)
 def test_equals_the_definition(method: Any, options: tuple, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend_triton, "_BY_QUERY", (tile, 2, 16))
     monkeypatch.setattr(attend_triton, "_BY_KEY", (tile, 4, 8))
@@ -201,9 +208,20 @@ def test_a_gain_that_is_not_a_number_counts_where_it_is_seen() -> None:
     assert got[0, 2:].isnan().all() and torch.isfinite(got[0, :2]).all() and torch.isfinite(got[1]).all()
 
 
-def run_in_the_interpreter(file: str, count: int, which: str = "") -> None:
+def run_in_the_interpreter(file: str, count: int, which: str = "", marked: str = "not slow") -> None:
     """The tests of a file, or those named so, in a process whose Triton interprets: `count` of them pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, *(("-k", which) if which else ())]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        marked,
+        file,
+        *(("-k", which) if which else ()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.findall(r"(\d+) passed", done.stdout.splitlines()[-1]) == [str(count)], done.stdout[-400:]
@@ -212,7 +230,14 @@ def run_in_the_interpreter(file: str, count: int, which: str = "") -> None:
 @here
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, len(TILED) + 24)
+    run_in_the_interpreter(__file__, len(TILED) - len(LIKE_OTHERS) + 24)
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_the_others_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__, len(LIKE_OTHERS), marked="slow")
 
 
 @pytest.mark.parametrize(

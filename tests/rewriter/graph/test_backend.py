@@ -140,8 +140,8 @@ def test_aot_eager_is_another_inner() -> None:
     ("method", "dynamic"),
     [
         ("rtn", None),
-        ("klt", True),
         *(pytest.param(m, d, marks=pytest.mark.slow) for m in ("klt", "kivi", "antkv") for d in (None, False)),
+        pytest.param("klt", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_growing_cache_is_the_uncompiled_model(method: str, dynamic: bool | None) -> None:

@@ -45,7 +45,10 @@ def test_several_graphs_are_named() -> None:
         capture(Broken(), tokens())
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    [f if f in ("llama", "gpt2", "gemma3") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "mistral"],
+)
 def test_an_export_serves_other_sizes(family: str) -> None:
     model = build(family)
     gm = capture_export(model)
