@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import KvsinkError
-from kvsink.kernels import prefill
+from kvsink.kernels import backends, prefill
 from kvsink.kernels.attend import attention
-from kvsink.kernels.backends import Call, LayerState, choose
+from kvsink.kernels.backends import Call, LayerState
 from kvsink.kernels.cuda import launch
 from kvsink.model.passing import given_cache
 from kvsink.tools.bench_model import fill, rewritten
@@ -217,7 +217,7 @@ def attention_error(cache: Any, model: Any, held: int) -> float | None:
         x = layers[i]
         q, k, v = (torch.randn(1, n, 1, dim, device=model.device, dtype=dtype, generator=g) for n in (heads, kv_heads, kv_heads))
         call = Call(x.codec, x.codec_text, k, v, LayerState(*x.state()), x.params, q)
-        if choose("attend", *call.facts).name != "cuda (tiles)":
+        if backends.choose("attend", *call.facts).name != "cuda (tiles)":
             return None
         lib = launch.library(x.codec, call.shape.repeats, call.shape.rotary, k.device)
         p, st = call.p, call.st
