@@ -39,9 +39,8 @@ __all__ = [
 ]
 
 FLAVOURS = ("functions", "custom", "gqa")
-CARRIED: tuple[str, ...] = (
-    TABLES_BACK  # fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`
-)
+# Fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`.
+CARRIED: tuple[str, ...] = TABLES_BACK
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 

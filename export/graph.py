@@ -27,6 +27,7 @@ from kvsink.export.past import ATTENTION, ExportedModel
 from kvsink.export.state import FIXED, empty_past
 from kvsink.export.trace import trace
 from kvsink.kernels.quantize import SIGMA_KINDS
+from kvsink.kernels.stages import back_table
 
 __all__ = ["append_functions", "build_graph"]
 
@@ -267,7 +268,7 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
             own |= {"transform": turned, "order": s.order, "center": int(s.center)}
             attributes |= {f"{side}_{name}": value for name, value in own.items()}
             scaled = held if c.row_scales(s, 8 * s.group_size) else None
-            back = p.get(f"{side}_unbasis", p.get(f"{side}_basis"))  # rows are read alone: what projects them is not asked for
+            back = back_table(p, side, "basis")  # rows are read alone: what projects them is not asked for
             tables[side] = scaled, back, found[-1] if found else None
         (k_scale, k_basis, k_params), (v_scale, v_basis, v_params) = tables["k"], tables["v"]
         inputs = [q, k, v, mask, positions, codes[0], k_scale, codes[2], v_scale, *(exact or (None, None, None))]

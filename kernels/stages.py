@@ -1,6 +1,6 @@
 """The exact steps of a codec, one small function each: what stands between a projection and the quantizer.
 
-Formula    see each function; all are orthogonal maps, permutations or shifts, so each has an exact inverse
+Formula    see each function; all are linear maps with an inverse, permutations or shifts
 Source     ours (`klt`), RotateKV (arXiv 2501.16383) for grouped heads and reordering
 Shapes     x [B, H, S, D]; positions int [B or 1, S]; mean [H, D]; basis [H, D, D]; tables [H, n, D]
 Exact      yes
@@ -99,7 +99,7 @@ def unproject(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def back_table(tables: Mapping[str, Tensor], prefix: str, name: str) -> Any:
-    """The table that rows of side "k" or "v" are taken back with: "basis" or "sigma", or one of its own beside it; None without."""
+    """The table that rows are taken back with: `prefix`_basis or _sigma, or one of its own beside it; None without."""
     return tables.get(f"{prefix}_un{name}", tables.get(f"{prefix}_{name}"))
 
 

@@ -11,7 +11,7 @@ Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), o
 Source     ours (`klt`); with U a Hadamard matrix and n = 1 it is RotateKV (arXiv 2501.16383), without U it is plain
            per-token quantization
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; codes uint8 [B, H, S, bytes]; scale float16 [B, H, S, n]
-Exact      the transforms are orthogonal, so without quantization k^ = k up to rounding of the arithmetic (float32)
+Exact      every transform has its inverse, so without quantization k^ = k up to rounding of the arithmetic (float32)
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class Codec:
     def __post_init__(self) -> None:
         if self.value.norm:
             raise UnsupportedError(f"norm is for keys only, in {self.value!r}")
+        if self.value.metric != "none":
+            raise UnsupportedError(f"metric={self.value.metric!r} is for keys only, in {self.value!r}")
 
     @property
     def ring(self) -> int:
@@ -173,7 +175,7 @@ class Codec:
             if v.center:
                 names += ["v_mean"]
             if v.transform == "klt":
-                names += ["v_basis", *(["v_unbasis"] if v.metric != "none" else [])]
+                names += ["v_basis"]
             names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
 

@@ -61,8 +61,8 @@ class SideSpec:
                block=1 is the key before RoPE. Values are always "post".
     center     subtract the calibrated mean (of keys: the mean before RoPE).
     transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
-    metric     what errors are measured by: "none", all alike; "attention", by what attention makes of them: the queries' second
-               moment (keys), the output projection (values). The basis is then not orthogonal and has an inverse of its own.
+    metric     what errors are measured by: "none", all alike; "attention", by the second moment of the queries that meet them (klt
+               keys only). The basis is then not orthogonal and has an inverse of its own.
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd", "lloyd-even" or "trellis".
@@ -126,6 +126,8 @@ class SideSpec:
             refuse(f"metric {self.metric!r} is not one of {', '.join(METRICS)}")
         if self.metric != "none" and self.transform != "klt":
             refuse("a metric needs transform='klt', whose basis it changes")
+        if self.metric != "none" and self.kind == "vector":
+            refuse("a metric is for levels of single components, not for codebooks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
         if self.weights not in WEIGHTS:

@@ -63,7 +63,8 @@ def stages_back(s: SideSpec, prefix: str, own: bool = False) -> tuple[Stage, ...
     if s.reorder and prefix == "k":
         out.append(Stage("reorder", lambda do, x, at: do.reorder_heads(x, at.tables["k_unperm"])))
     if s.transform == "klt":
-        out.append(Stage("rotate", lambda do, x, at: do.unproject(x, at.tables[_back_by(s, prefix)])))
+        back = f"{prefix}_basis" if s.metric == "none" else f"{prefix}_unbasis"
+        out.append(Stage("rotate", lambda do, x, at: do.unproject(x, at.tables[back])))
     elif s.transform == "hadamard" and not s.folded:
         out.append(Stage("rotate", lambda do, x, at: do.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)))
     if prefix == "k":
@@ -71,11 +72,6 @@ def stages_back(s: SideSpec, prefix: str, own: bool = False) -> tuple[Stage, ...
     elif s.center:
         out.append(Stage("center", lambda do, x, at: do.add(x, do.row_of(at.tables["v_mean"]))))
     return tuple(out)
-
-
-def _back_by(s: SideSpec, prefix: str) -> str:
-    """The table that brings rows back: the basis itself where it is orthogonal."""
-    return f"{prefix}_basis" if s.metric == "none" else f"{prefix}_unbasis"
 
 
 def functions_of(s: SideSpec, prefix: str) -> tuple[str, ...]:

@@ -171,7 +171,6 @@ def check_runtime(runtime: Runtime, source: str | Path) -> None:
             "k_basis": (kv, key_dim, key_dim),
             "k_unbasis": (kv, key_dim, key_dim),
             "v_basis": (kv, value_dim, value_dim),
-            "v_unbasis": (kv, value_dim, value_dim),
             "k_perm": (kv * key_dim,),
             "k_unperm": (kv * key_dim,),
         }

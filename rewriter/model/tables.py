@@ -18,6 +18,7 @@ from kvsink.codecs import Codec
 from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.codecs.protect import Segment
 from kvsink.kernels.layout import TileTables, key_rows
+from kvsink.kernels.stages import back_table
 from kvsink.model.anatomy import Anatomy
 from kvsink.model.turning import rotary_tables, turns_back
 
@@ -145,16 +146,12 @@ class Tables:
     def beyond_half(self, layer: int, codec: Codec) -> bool:
         """Whether the basis of a layer's keys, in units of codes as the tile kernels take it, leaves float16's range."""
         if layer not in self._beyond_half:
-            basis, sigma = self._back(layer, "basis"), self._back(layer, "sigma")
+            basis, sigma = (back_table(self.tables, f"layers.{layer}.k", n) for n in ("basis", "sigma"))
             self._beyond_half[layer] = False
             if basis is not None and sigma is not None and codec.key.kind in ("lloyd-even", "trellis"):
                 rows = key_rows(basis, sigma, codec.key.widths, codec.key.kind)
                 self._beyond_half[layer] = not bool(rows.half().isfinite().all())
         return self._beyond_half[layer]
-
-    def _back(self, layer: int, name: str) -> Tensor | None:
-        """The table that keys of a layer are read with, see `kvsink.kernels.stages.back_table`."""
-        return self.tables.get(f"layers.{layer}.k_un{name}", self.tables.get(f"layers.{layer}.k_{name}"))
 
     def _tile_table(self, name: str, layer: int, codec: Codec, tokens: int, device: torch.device) -> Tensor:
         """A table in the order in which the GPU kernel reads it, made once from the plain ones."""
@@ -167,7 +164,8 @@ class Tables:
             return self._tiles[key]
         key = f"layers.{layer}.{name}@{device}"
         if key not in self._tiles:
-            given = self._back(layer, "basis"), self._back(layer, "sigma"), self.tables.get(f"layers.{layer}.k_table")
+            prefix = f"layers.{layer}.k"
+            given = *(back_table(self.tables, prefix, n) for n in ("basis", "sigma")), self.tables.get(f"{prefix}_table")
             basis, sigma, mean = (None if t is None else t.to(device) for t in given)
             if name == "tile_mean":
                 assert mean is not None

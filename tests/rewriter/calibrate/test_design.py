@@ -126,6 +126,13 @@ def test_grouped_heads_need_an_order_for_all_of_them(heads: int, dim: int, group
         ({"kind": "trellis", "bits": 0.75}, "a trellis has 1 to 4 bits a channel, not bits=0.75"),
         ({"kind": "trellis", "widths": (2, 0)}, r"not bits=2 and widths \[0, 2\]"),
         ({"kind": "trellis", "gain": True}, "a trellis has its gain in the last byte of its codes"),
+        ({"kind": "trellis", "metric": "queries"}, "metric 'queries' is not one of none, attention"),
+        ({"kind": "trellis", "metric": "attention"}, "a metric needs transform='klt', whose basis it changes"),
+        (
+            {"kind": "vector", "metric": "attention", "transform": "klt", "domain": "block", "center": True},
+            "a metric is for levels of single components",
+        ),
+        ({"kind": "lloyd", "unbiased": True}, "unbiased levels need kind='trellis'"),
     ],
 )
 def test_impossible_declarations(changes: dict[str, Any], words: str) -> None:
@@ -246,3 +253,27 @@ def test_rows_outside_the_span_of_the_calibration_rows_are_coded_as_well(method:
         back = codec.dequantize("k", *codec.quantize("k", x, design.tables), design.tables)
         off.append(float((back - x).square().sum() / x.square().sum()))
     assert off[1] <= 1.1 * off[0]
+
+
+def test_values_have_no_metric() -> None:
+    value = SideSpec(bits=2, kind="trellis", transform="klt", center=True, metric="attention")
+    with pytest.raises(UnsupportedError, match="metric='attention' is for keys only"):
+        Codec(SideSpec(), value)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_levels_without_bias_do_not_shrink_what_is_summed(bits: int) -> None:
+    """Of Gaussian rows in walks of 16 steps: what comes back along the row itself is all of it; levels of least error give back 1 - D of it."""
+    g, keep = torch.Generator().manual_seed(0), torch.ones(1, 4000, dtype=torch.bool)
+    rows = torch.randn(1, KV_HEADS, 4000, 128, generator=g)
+    record = Calibration((), {}, {}, torch.zeros(1), 4000)
+    record.values[0] = ValueStats.empty(KV_HEADS, 128)
+    record.values[0].add(rows, keep)
+    along = {}
+    for unbiased in (False, True):
+        design = design_value(SideSpec(bits=bits, kind="trellis", unbiased=unbiased), 0, KV_HEADS, 128, record)
+        codec = Codec(SideSpec(), design.spec)
+        back = codec.decode_values(*codec.encode_values(rows, design.tables), design.tables)
+        along[unbiased] = float((back * rows).sum() / rows.square().sum())
+    assert abs(along[True] - 1) <= 0.02 and abs(along[False] - 1) >= 2 * abs(along[True] - 1)
+    assert along[False] < 1
