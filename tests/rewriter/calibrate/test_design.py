@@ -263,7 +263,7 @@ def test_values_have_no_metric() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_levels_without_bias_do_not_shrink_what_is_summed(bits: int) -> None:
-    """Of Gaussian rows in walks of 16 steps: what comes back along the row itself is all of it; levels of least error give back 1 - D of it."""
+    """Of Gaussian rows in walks of 16 steps: all of a row comes back along itself; levels of least error give back 1 - D of it."""
     g, keep = torch.Generator().manual_seed(0), torch.ones(1, 4000, dtype=torch.bool)
     rows = torch.randn(1, KV_HEADS, 4000, 128, generator=g)
     record = Calibration((), {}, {}, torch.zeros(1), 4000)
