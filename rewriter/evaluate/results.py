@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvsink.evaluate.positions import Bucket
+
 
 @dataclass(frozen=True)
 class PasskeyResult:
@@ -55,6 +57,7 @@ class EvalResult:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     sink_decay: tuple[float | None, ...] | None = None  # D_sink by layer, of the packed cache against the reference
+    positions: tuple[Bucket, ...] = ()  # the same figures by position, where they were asked for
 
     @property
     def perplexity_change(self) -> float | None:
