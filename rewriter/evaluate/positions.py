@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class Sums:
     def buckets(self, compared: bool) -> tuple[Bucket, ...]:
         """Every bucket that predictions fell into; compared: there was a reference."""
         found = []
-        for i, (start, stop) in enumerate(zip(self.edges, self.edges[1:], strict=False)):
+        for i, (start, stop) in enumerate(pairwise(self.edges)):
             each = min(stop, self.edges[-1] - 1) - start  # in every window; its last token predicts nothing
             if not each:
                 continue
