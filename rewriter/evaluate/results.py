@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvsink.evaluate.intervals import binomial
+import torch
+
+from kvsink.evaluate.intervals import binomial, bootstrap
 from kvsink.evaluate.positions import Bucket
 
 
@@ -53,6 +55,32 @@ class RetrievalResult:
 
 
 @dataclass(frozen=True)
+class GenerationResult:
+    """Problems answered by `generate()`. A row: wanted, number (None where none was given), right, said, tokens, finished,
+    repetition."""
+
+    budget: int
+    temperature: float
+    rows: tuple[dict[str, Any], ...]
+
+    def figures(self, other: GenerationResult | None = None) -> dict[str, Any]:
+        """Shares with their intervals: right; exhausted, which used up the budget; agreement, the same number as `other` gave.
+        Means over problems with theirs: repetition (share of runs of four tokens that occurred before) and tokens."""
+        n = len(self.rows)
+        shares = {"right": [row["right"] for row in self.rows], "exhausted": [not row["finished"] for row in self.rows]}
+        if other is not None:
+            pairs = zip(self.rows, other.rows, strict=True)
+            shares["agreement"] = [a["number"] is not None and a["number"] == b["number"] for a, b in pairs]
+        found: dict[str, Any] = {"n": n}
+        for name, cases in shares.items():
+            found |= {name: sum(cases), f"{name}_interval": binomial(sum(cases), n)}
+        for name in ("repetition", "tokens"):
+            values = torch.tensor([[row[name]] for row in self.rows], dtype=torch.float64)
+            found |= {name: values.mean().item(), f"{name}_interval": bootstrap(values)}
+        return found
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """One row: what was measured, on what, and with what."""
 
@@ -77,6 +105,8 @@ class EvalResult:
     baseline_window_nll: tuple[float, ...] = ()
     retrieval: RetrievalResult | None = None
     baseline_retrieval: RetrievalResult | None = None
+    generation: GenerationResult | None = None
+    baseline_generation: GenerationResult | None = None
     device: str = ""
     dtype: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -93,8 +123,12 @@ class EvalResult:
         """Plain data for `json.dump`, with the derived numbers included."""
         record = dataclasses.asdict(self)
         for name in ("retrieval", "baseline_retrieval"):
-            if (result := getattr(self, name)) is not None:
-                record[name] |= {"right": result.right, "total": result.total, "cells": result.cells()}
+            if (found := getattr(self, name)) is not None:
+                record[name] |= {"right": found.right, "total": found.total, "cells": found.cells()}
+        if self.generation is not None:
+            record["generation"] |= self.generation.figures(self.baseline_generation)
+        if self.baseline_generation is not None:
+            record["baseline_generation"] |= self.baseline_generation.figures()
         return {**record, "perplexity_change": self.perplexity_change}
 
     def table(self) -> Any:
