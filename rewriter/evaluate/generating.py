@@ -9,6 +9,7 @@ Raises     EvaluationError for a tokenizer without a chat template, and for budg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,16 +22,24 @@ from kvsink.evaluate.results import GenerationResult
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
 
-__all__ = ["arithmetic", "check_chat", "repetition"]
+__all__ = ["arithmetic", "check_arithmetic", "repetition"]
 
 
-def check_chat(tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot ask as a user does."""
+def check_arithmetic(model: Any, tokenizer: Any, count: int, budget: int, seed: int = 0) -> list[list[int]]:
+    """The prompts of the problems, in tokens. Refuses a tokenizer that cannot ask as a user does, and budgets that do not fit."""
     if not getattr(tokenizer, "chat_template", None):
         raise EvaluationError(
             "the tokenizer has no chat template, and problems are asked in a chat. Pass a model tuned for chats, or put its"
             " chat_template.jinja beside its tokenizer"
         )
+    prompts = [_chat(tokenizer, problem.prompt) for problem in problems(count, seed)]
+    room = (context_of(model) or math.inf) - max(map(len, prompts))
+    if budget > room:
+        raise EvaluationError(
+            f"prompts of problems and {budget} new tokens exceed the model's {context_of(model)} positions. Pass"
+            + (f" --budget {room} or less" if room > 0 else " a model with more")
+        )
+    return prompts
 
 
 def repetition(tokens: Sequence[int]) -> float:
@@ -57,13 +66,7 @@ def arithmetic(
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
-    check_chat(tokenizer)
-    asked = problems(count, seed)
-    prompts = [_chat(tokenizer, problem.prompt) for problem in asked]
-    limit = context_of(model)
-    if limit and max(map(len, prompts)) + budget > limit:
-        room = limit - max(map(len, prompts))
-        raise EvaluationError(f"prompts and {budget} new tokens exceed the model's {limit} positions. Pass --budget {room} or less")
+    asked, prompts = problems(count, seed), check_arithmetic(model, tokenizer, count, budget, seed)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}

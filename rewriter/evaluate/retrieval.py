@@ -52,14 +52,16 @@ def task_names(words: str) -> tuple[str, ...]:
     return names
 
 
-def check_retrieval(model: Any, tasks: Sequence[str], lengths: Sequence[int]) -> None:
-    """Refuse lengths that leave no positions for an answer."""
-    limit = context_of(model)
+def check_retrieval(model: Any, tokenizer: Any, tasks: Sequence[str], lengths: Sequence[int], text: str | None = None) -> None:
+    """Refuse lengths that do not hold the prompts, or leave no positions for an answer."""
+    hay, limit = _haystack(tokenizer, text), context_of(model)
     for name in tasks:
-        if limit and max(lengths) + TASKS[name][1] > limit:
+        make, most = TASKS[name]
+        hay.room(make(hay, min(lengths), 0.5, Random(0)), min(lengths))
+        if limit and max(lengths) + most > limit:
+            way = f"--lengths up to {limit - most}" if limit - most >= 256 else "--retrieval none"
             raise EvaluationError(
-                f"prompts of {max(lengths)} tokens and answers of {TASKS[name][1]} ({name}) exceed the model's {limit} positions."
-                f" Pass --lengths up to {limit - TASKS[name][1]}"
+                f"prompts of {max(lengths)} tokens and answers of {most} ({name}) exceed the model's {limit} positions. Pass {way}"
             )
 
 
@@ -83,8 +85,8 @@ def retrieval(
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
-    check_retrieval(model, tasks, lengths)
-    hay = Haystack(tokenizer, evaluation_text() if text is None else text)
+    check_retrieval(model, tokenizer, tasks, lengths, text)
+    hay = _haystack(tokenizer, text)
     found: list[dict[str, Any]] = []
     cells = [(task, length) for task in tasks for length in lengths]
     with evaluating(model), torch.no_grad():
@@ -106,6 +108,10 @@ def retrieval(
             if progress is not None:
                 progress(done + 1, len(cells))
     return RetrievalResult(tuple(found))
+
+
+def _haystack(tokenizer: Any, text: str | None) -> Haystack:
+    return Haystack(tokenizer, evaluation_text() if text is None else text)
 
 
 def _answers(

@@ -119,4 +119,4 @@ def test_names_of_tasks():
 
 def test_lengths_beyond_the_model(model):
     with pytest.raises(EvaluationError, match="prompts of 2000 tokens and answers of 128 .single. exceed the model's 2048"):
-        retrieval(model, Ascii(), lengths=(256, 2000))
+        retrieval(model, Ascii(), lengths=(400, 2000))
