@@ -76,14 +76,14 @@ def common_words(hay: Haystack, length: int, depth: float, rng: Random) -> Draft
     return replace(draft, items=tuple(_numbered(_list_of(hay, hay.room(draft, length), wanted, others, rng))))
 
 
-def _list_of(hay: Haystack, room: int, wanted: Sequence[str], others: Sequence[str], rng: Random) -> list[str]:
+def _list_of(hay: Haystack, room: int, wanted: list[str], others: list[str], rng: Random) -> list[str]:
     """Words in the order of a list a little longer than `room` tokens, which ends inside words that occur once."""
 
     def size(words: Sequence[str]) -> int:
         return len(hay.encode(" " + " ".join(_numbered(words))))
 
     for often, seldom in _TIMES:
-        common, spare = list(wanted) * often, 4 * seldom
+        common, spare = wanted * often, 4 * seldom
         if 2 * size(common) > room:
             continue
         most = len(others) - spare
@@ -94,7 +94,7 @@ def _list_of(hay: Haystack, room: int, wanted: Sequence[str], others: Sequence[s
         while sum(len(hay.encode(" " + item)) for item in _numbered(order)) > room:  # one by one they may take more tokens
             fits -= 1
             order = _shuffled(rng, common + others[:fits] * seldom)
-        return order + list(others[fits : fits + spare])
+        return order + others[fits : fits + spare]
     raise EvaluationError(f"a list of common words does not fit into {room} tokens. Pass longer lengths")
 
 
