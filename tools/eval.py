@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +80,10 @@ def _numbers(kind: Callable[[str], Any], low: float, high: float) -> Callable[..
 @click.option(
     "--budget", default=400, show_default=True, type=click.IntRange(1), help="With --arithmetic: the most new tokens of an answer."
 )
+@click.option(
+    "--tasks", metavar="NAMES", help="Also run tasks of lm-eval that generate, such as gsm8k, beside 16 bit: names or YAML files."
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="With --tasks: the first N documents of each.")
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="With --arithmetic: 0 is greedy.")
 @click.option("--sinks/--no-sinks", default=True, show_default=True, help="Also measure whether the sinks survive the cache.")
 @click.option("--strict", is_flag=True, help="Read the newest chunk from its codes too, not only the stored rows.")
@@ -117,6 +120,8 @@ def command(
     samples: int,
     problems: int | None,
     budget: int,
+    tasks: str | None,
+    limit: int | None,
     temperature: float,
     sinks: bool,
     strict: bool,
@@ -140,7 +145,14 @@ def command(
     model, *others = models
     if others and length is None:
         raise click.UsageError(f"{others[0]!r} is a second MODEL; several go with --length.")
-    long = {"--length": length, "--plot": plot_path, "--retrieval": retrieval, "--lengths": lengths, "--arithmetic": problems}
+    long = {
+        "--length": length,
+        "--plot": plot_path,
+        "--retrieval": retrieval,
+        "--lengths": lengths,
+        "--arithmetic": problems,
+        "--tasks": tasks,
+    }
     extra = {"--set": row_set, "--rows": rows_path, "--out": out_dir, "--calibration-tokens": calibration_tokens}
     if comparing:
         _refuse(long, "does not go with --compare")
@@ -151,7 +163,7 @@ def command(
 
     if pictures is not None:
         _refuse(long, "does not go with --images")
-        _pictures(model, pictures, device, dtype, strict, json_path, attention_path, min(chunk, 16))
+        _pictures(json_path, model, pictures, device, dtype, strict, attention_path, min(chunk, 16))
         return
     _refuse({"--attention": attention_path}, "goes with --images")
 
@@ -166,7 +178,10 @@ def command(
         _refuse({"--plot": plot_path}, "goes with --length")
     elif not _default("window_tokens"):
         raise click.UsageError("--window-tokens is what --length says; pass one of them.")
-    tasks = "none" if no_passkey else ("single" if length is None else "none") if retrieval is None else retrieval
+    if retrieval is None or no_passkey:
+        retrieval = "single" if length is None and not no_passkey else "none"
+    if tasks is None:
+        _refuse({"--limit": limit}, "goes with --tasks")
     wish = Wishes(
         baseline,
         text_of(text_path, detokenize),
@@ -179,13 +194,15 @@ def command(
         sinks,
         device,
         dtype,
-        task_names(tasks),
+        task_names(retrieval),
         lengths,
         depths,
         samples,
         problems or 0,
         budget,
         temperature,
+        tuple(tasks.split(",")) if tasks else (),
+        limit,
     )
     _text(models, wish, plot_path, json_path)
 
@@ -204,7 +221,7 @@ def _default(name: str) -> bool:
 def _text(models: Sequence[str], wish: Any, plot_path: str | None, json_path: str | None) -> None:
     """Every model on text, tables as they are ready; then all by position, the plot and JSON."""
     import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
-    from kvsink.tools.eval_tables import generation_table, positions_table, retrieval_table
+    from kvsink.tools.eval_tables import generation_table, harness_table, positions_table, retrieval_table
     from kvsink.tools.eval_text import measure
 
     console, results = _console(json_path), []
@@ -217,6 +234,8 @@ def _text(models: Sequence[str], wish: Any, plot_path: str | None, json_path: st
             console.print(retrieval_table(result.retrieval, result.baseline_retrieval))
         if result.generation is not None:
             console.print(generation_table(result.generation, result.baseline_generation, result.method))
+        if result.harness:
+            console.print(harness_table(result.harness, result.baseline_harness, result.method))
         if health:
             console.print(health, highlight=False, markup=False)
     if wish.length is not None:
@@ -225,6 +244,19 @@ def _text(models: Sequence[str], wish: Any, plot_path: str | None, json_path: st
         _plot(results, plot_path)
     if json_path is not None:
         _write([r.to_json() for r in results] if len(results) > 1 else results[0].to_json(), json_path)
+
+
+def _pictures(json_path: str | None, *asked: Any) -> None:
+    """The rows on pictures, and as JSON where that was asked for."""
+    import kvsink  # noqa: F401  registers the quantizer
+    from kvsink.tools.eval_pictures import measure_pictures
+
+    with _bars() as bar:
+        rows = measure_pictures(*asked, bar)
+    for row in rows:
+        _console(json_path).print(row.line(), highlight=False, markup=False)
+    if json_path is not None:
+        _write([row.to_json() for row in rows], json_path)
 
 
 def _plot(results: Sequence[Any], path: str) -> None:
@@ -248,45 +280,6 @@ def _write(record: Any, path: str) -> None:
         print(words)
     else:
         Path(path).write_text(words + "\n")
-
-
-def _pictures(
-    model: str, source: str, device: str, dtype: str, strict: bool, json_path: str | None, plot: str | None, chunk: int
-) -> None:
-    """Answers and perplexity on pictures with text, beside the 16-bit model, bits by modality, and the plot of attention."""
-    import kvsink  # noqa: F401  registers the quantizer
-    from kvsink.evaluate import evaluation
-    from kvsink.evaluate.imagetext import load_processor, prompts, read_examples
-    from kvsink.evaluate.vision import attention_shares, evaluate_pictures, remember
-    from kvsink.folder.demo import resolve_model_dir
-    from kvsink.folder.loading import load_model
-
-    examples = read_examples(source, held_back=True)
-    folder = resolve_model_dir(model)
-    processor, net = load_processor(folder), load_model(folder, device, dtype)
-    seen = prompts(examples, processor, net)
-    console = _console(json_path)
-    options: dict[str, Any] = {"chunk": chunk, "model_name": model, "data": source}
-    with _bars() as bar:
-        stock = evaluate_pictures(
-            net, seen, cache_factory=evaluation.dynamic_cache, method="16 bit", progress=bar("16 bit"), **options
-        )
-        rows = [stock]
-        if evaluation.is_rewritten(net):
-            factory = partial(evaluation.packed_cache, strict=strict)
-            found = remember(net, seen, chunk)
-            rows.append(evaluate_pictures(net, seen, cache_factory=factory, reference=found, progress=bar("packed"), **options))
-        if plot is not None:
-            from kvsink.tools.vision_plot import plot_shares
-
-            total = sum(len(p.visual) for p in seen)
-            visual = sum(int(p.visual.sum()) for p in seen) / total
-            counted = {"visual": visual, "first": len(seen) / total, "text": 1 - visual - len(seen) / total}
-            plot_shares(attention_shares(net, seen[:16]), counted, Path(plot), f"Attention in {Path(model).name}, {source}")
-    for row in rows:
-        console.print(row.line(), highlight=False, markup=False)
-    if json_path is not None:
-        _write([row.to_json() for row in rows], json_path)
 
 
 def _onnx(

@@ -8,7 +8,7 @@ from typing import Any
 from kvsink.evaluate.intervals import Interval
 from kvsink.evaluate.results import EvalResult, GenerationResult, RetrievalResult
 
-__all__ = ["bounded", "generation_table", "positions_table", "retrieval_table"]
+__all__ = ["bounded", "generation_table", "harness_table", "positions_table", "retrieval_table"]
 
 
 def positions_table(results: Sequence[EvalResult]) -> Any:
@@ -60,6 +60,15 @@ def generation_table(found: GenerationResult, reference: GenerationResult | None
         shares = [bounded(f[x] / f["n"], f[f"{x}_interval"], ".0%") if x in f else "" for x in ("right", "agreement", "exhausted")]
         means = bounded(f["repetition"], f["repetition_interval"], ".3f"), bounded(f["tokens"], f["tokens_interval"], ".0f")
         table.add_row(name, str(f["n"]), *shares, *means)
+    return table
+
+
+def harness_table(found: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], method: str) -> Any:
+    """One line per task and metric of lm-eval, 16 bit beside the model."""
+    table = _table("Tasks of lm-eval by generate(); in brackets 95 %", "task", "metric", "n", "16 bit", method)
+    for row, stock in zip(found, reference or [None] * len(found), strict=True):
+        held = "" if stock is None else bounded(stock["value"], stock["interval"], ".3f")
+        table.add_row(row["task"], row["metric"], str(row["n"]), held, bounded(row["value"], row["interval"], ".3f"))
     return table
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from kvsink.errors import EvaluationError, UnsupportedError
 from kvsink.evaluate import evaluation
 from kvsink.evaluate.generating import arithmetic, check_arithmetic
+from kvsink.evaluate.harness import harness, load_tasks
 from kvsink.evaluate.positions import doubling
 from kvsink.evaluate.results import EvalResult
 from kvsink.evaluate.retrieval import TASKS, check_retrieval, retrieval
@@ -27,7 +28,8 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Wishes:
     """What the command line asked for. length: windows of so many tokens, told apart by position; lengths: of retrieval's prompts,
-    None for the window and its half and quarter; problems: of arithmetic, 0 for none."""
+    None for the window and its half and quarter; problems: of arithmetic, 0 for none; harness: tasks of lm-eval, of each so many
+    documents as limit says."""
 
     baseline: str | None
     text: tuple[str, str]
@@ -47,6 +49,8 @@ class Wishes:
     problems: int
     budget: int
     temperature: float
+    harness: tuple[str, ...]
+    limit: int | None
 
 
 def measure(model: str, wish: Wishes, bar: Callable[[str], Progress]) -> tuple[EvalResult, str]:
@@ -56,7 +60,7 @@ def measure(model: str, wish: Wishes, bar: Callable[[str], Progress]) -> tuple[E
     tokenizer = load_tokenizer(folder)
     net = load_model(folder, wish.device, wish.dtype)
     packed = evaluation.is_rewritten(net)
-    if (wish.length or wish.problems) and not packed and baseline is None:
+    if (wish.length or wish.problems or wish.harness) and not packed and baseline is None:
         raise EvaluationError(
             f"{model} is not a rewritten folder, so that there is nothing to hold against 16 bit. Run kvsink-rewrite {model} OUT"
             " and pass OUT, or pass --baseline DIR"
@@ -69,6 +73,7 @@ def measure(model: str, wish: Wishes, bar: Callable[[str], Progress]) -> tuple[E
     check_retrieval(net, tokenizer, wish.tasks, lengths, wish.text[0])
     if wish.problems:
         check_arithmetic(net, tokenizer, wish.problems, wish.budget)
+    tasks = load_tasks(wish.harness) if wish.harness else []
     reference = load_model(baseline, wish.device, wish.dtype) if baseline is not None else net if packed else None
     factory = partial(evaluation.packed_cache, strict=wish.strict) if packed else evaluation.dynamic_cache
     result = evaluation.evaluate(
@@ -96,6 +101,8 @@ def measure(model: str, wish: Wishes, bar: Callable[[str], Progress]) -> tuple[E
             solve = partial(arithmetic, count=wish.problems, budget=wish.budget, temperature=wish.temperature, batch=wish.batch)
             found = solve(one, tokenizer, cache_factory=cache, progress=bar(f"arithmetic{beside}"))
             result = replace(result, **{f"{side}generation": found})
+        if tasks:
+            result = replace(result, **{f"{side}harness": harness(one, tokenizer, tasks, cache, wish.limit, wish.batch)})
     if not (wish.sinks and packed):
         return result, ""
     try:

@@ -107,6 +107,8 @@ class EvalResult:
     baseline_retrieval: RetrievalResult | None = None
     generation: GenerationResult | None = None
     baseline_generation: GenerationResult | None = None
+    harness: tuple[dict[str, Any], ...] = ()  # rows of `kvsink.evaluate.harness`
+    baseline_harness: tuple[dict[str, Any], ...] = ()
     device: str = ""
     dtype: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -145,6 +146,25 @@ def test_retrieval_and_arithmetic_beside_16_bit(long_dirs, tmp_path, capsys):
     assert (packed["n"], packed["exhausted"], stock["budget"]) == (2, 2, 8) and "agreement" in packed
 
 
+def test_tasks_of_lm_eval_beside_16_bit(long_dirs, tmp_path, capsys, monkeypatch):
+    from kvsink.tools import eval_text
+
+    asked = []
+
+    def harness(model, tokenizer, tasks, factory, limit, batch):
+        asked.append((tasks, type(factory(model, 1, 64)).__name__, limit))
+        return ({"task": "t", "metric": "exact_match", "n": 2, "value": 0.5, "interval": (0.1, 0.9)},)
+
+    monkeypatch.setattr(eval_text, "load_tasks", list)
+    monkeypatch.setattr(eval_text, "harness", harness)
+    row = tmp_path / "row.json"
+    args = [str(long_dirs[1]), *SMALL, "--no-sinks", "--tasks", "one,two.yaml", "--limit", "2", "--json", str(row)]
+    assert main(args) == 0
+    assert asked == [(["one", "two.yaml"], "KVSinkCache", 2), (["one", "two.yaml"], "DynamicCache", 2)]
+    assert capsys.readouterr().out.count("0.500 [0.100, 0.900]") == 2
+    assert json.loads(row.read_text())["baseline_harness"][0]["n"] == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -162,10 +182,15 @@ def test_retrieval_and_arithmetic_beside_16_bit(long_dirs, tmp_path, capsys):
         (["{long}", "--plot", "p.png"], "--plot goes with --length"),
         (["{long}", "--compare", "--length", "64"], "--length does not go with --compare"),
         (["{long}", "--images", "drawn", "--arithmetic", "2"], "--arithmetic does not go with --images"),
+        (["{long}", "--tasks", "gsm8k", "--no-passkey"], "pip install 'kvsink[eval]'"),
+        (["{plain}", "--tasks", "gsm8k"], "plain is not a rewritten folder"),
+        (["{long}", "--limit", "2"], "--limit goes with --tasks"),
         (["{long}", "--arithmetic", "2", "--budget", "2048", "--no-passkey"], "exceed the model's 2048 positions. Pass --budget"),
     ],
 )
-def test_bad_input_for_long_contexts_is_one_line(tiny_dir, long_dirs, argv, words, capsys):
+def test_bad_input_for_long_contexts_is_one_line(tiny_dir, long_dirs, argv, words, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks", raising=False)
     paths = {"tiny": tiny_dir, "plain": long_dirs[0], "long": long_dirs[1]}
     small = ["--windows", "2", "--device", "cpu", "--no-sinks"]
     small += [] if {"--length", "--window-tokens"} & {*argv} else ["--window-tokens", "32"]

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kvsink.evaluate.evaluation import evaluate
 from kvsink.evaluate.results import GenerationResult, RetrievalResult
-from kvsink.tools.eval_tables import generation_table, positions_table, retrieval_table
+from kvsink.tools.eval_tables import generation_table, harness_table, positions_table, retrieval_table
 from tests.models import build, tokens
 
 
@@ -59,3 +59,10 @@ def test_positions_have_bounds_where_windows_spread(windows):
     assert rows[0][7].split(" ")[0] == f"{result.positions[0].kl:.4f}"
     alone = evaluate(model, None, tokens(windows, 40), edges=(0, 40))
     assert lines(positions_table([alone]))[0][6:] == ["", "", ""]
+
+
+def test_tasks_of_the_harness_stand_beside_16_bit():
+    rows = [{"task": "t", "metric": "exact_match", "n": 4, "value": 0.75, "interval": (0.3, 0.95)}]
+    stock = [{**rows[0], "value": 1.0, "interval": None}]
+    assert lines(harness_table(rows, stock, "kvsink x")) == [["t", "exact_match", "4", "1.000", "0.750 [0.300, 0.950]"]]
+    assert lines(harness_table(rows, (), "kvsink x"))[0][3] == ""

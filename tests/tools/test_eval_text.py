@@ -30,6 +30,8 @@ WISH = Wishes(
     problems=0,
     budget=8,
     temperature=0.0,
+    harness=(),
+    limit=None,
 )
 
 
