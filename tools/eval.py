@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,23 @@ from kvsink.tools.cli import command_line, wide_console
 Progress = Callable[[int, int], None]
 
 
+def _numbers(kind: Callable[[str], Any], low: float, high: float) -> Callable[..., Any]:
+    """What reads a list with commas of numbers from `low` to `high`."""
+
+    def read(context: click.Context, option: click.Parameter, words: str | None) -> tuple[Any, ...] | None:
+        try:
+            found = None if words is None else tuple(kind(part) for part in words.split(","))
+        except ValueError:
+            found = ()
+        if found is not None and not (found and all(low <= n <= high for n in found)):
+            raise click.BadParameter(f"{words!r} is not a list with commas of numbers from {low:g} to {high:g}")
+        return found
+
+    return read
+
+
 @click.command("kvsink-eval", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option(
     "--baseline", metavar="DIR", help="The 16-bit model. For a rewritten folder the default is its own weights with a stock cache."
 )
@@ -28,9 +42,49 @@ Progress = Callable[[int, int], None]
 )
 @click.option("--windows", default=8, show_default=True, type=click.IntRange(1), help="Windows, spread evenly over the text.")
 @click.option("--window-tokens", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Windows of N tokens, told apart by position; several MODELs may be given.",
+)
+@click.option("--plot", "plot_path", metavar="FILE", help="With --length: draw KL against position, one line per MODEL.")
 @click.option("--chunk", default=64, show_default=True, type=click.IntRange(1), help="Tokens fed at a time.")
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="Windows run as rows of one batch.")
-@click.option("--passkey/--no-passkey", default=True, show_default=True, help="Also measure passkey retrieval.")
+@click.option(
+    "--retrieval",
+    metavar="TASKS",
+    help="RULER's single, multikey, multivalue, multiquery, variables, words, and call (a function call whose arguments stand far"
+    " back), with commas; all or none. [default: single; none with --length]",
+)
+@click.option("--no-passkey", is_flag=True, hidden=True, help="Older name of --retrieval none.")
+@click.option(
+    "--lengths",
+    callback=_numbers(int, 1, 1e9),
+    metavar="N,N",
+    help="Tokens of retrieval's prompts. Default: the window and parts of it.",
+)
+@click.option(
+    "--depths", default="0.1,0.3,0.5,0.7,0.9", show_default=True, callback=_numbers(float, 0, 1), help="Where needles stand."
+)
+@click.option(
+    "--samples", default=1, show_default=True, type=click.IntRange(1), help="Prompts of retrieval per task, length and depth."
+)
+@click.option(
+    "--arithmetic",
+    "problems",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Also answer N word problems by generate(), beside 16 bit.",
+)
+@click.option(
+    "--budget", default=400, show_default=True, type=click.IntRange(1), help="With --arithmetic: the most new tokens of an answer."
+)
+@click.option(
+    "--tasks", metavar="NAMES", help="Also run tasks of lm-eval that generate, such as gsm8k, beside 16 bit: names or YAML files."
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="With --tasks: the first N documents of each.")
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="With --arithmetic: 0 is greedy.")
 @click.option("--sinks/--no-sinks", default=True, show_default=True, help="Also measure whether the sinks survive the cache.")
 @click.option("--strict", is_flag=True, help="Read the newest chunk from its codes too, not only the stored rows.")
 @click.option("--detokenize/--no-detokenize", default=None, help="Undo WikiText's tokenizer. Default: when the text needs it.")
@@ -50,14 +104,25 @@ Progress = Callable[[int, int], None]
 @click.option("--calibration-tokens", type=click.IntRange(1), metavar="N", help="With --compare. [default: 16384]")
 @click.option("--json", "json_path", metavar="FILE", help="Write the row as JSON; - is standard output.")
 def command(
-    model: str,
+    models: tuple[str, ...],
     baseline: str | None,
     text_path: str | None,
     windows: int,
     window_tokens: int,
+    length: int | None,
+    plot_path: str | None,
     chunk: int,
     batch: int,
-    passkey: bool,
+    retrieval: str | None,
+    no_passkey: bool,
+    lengths: tuple[int, ...] | None,
+    depths: tuple[float, ...],
+    samples: int,
+    problems: int | None,
+    budget: int,
+    tasks: str | None,
+    limit: int | None,
+    temperature: float,
     sinks: bool,
     strict: bool,
     detokenize: bool | None,
@@ -72,143 +137,149 @@ def command(
     calibration_tokens: int | None,
     json_path: str | None,
 ) -> None:
-    """Perplexity, KL and top-1 agreement with the 16-bit model, passkey retrieval and counted bits of MODEL.
+    """Perplexity, KL and top-1 agreement with the 16-bit model, retrieval and counted bits of MODEL.
 
     MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2. Of an exported OUT_DIR/model.onnx,
-    perplexity and counted bits, through its runner.
+    perplexity and counted bits, through its runner. With --length the same by position, to compare several MODELs.
     """
+    model, *others = models
+    if others and length is None:
+        raise click.UsageError(f"{others[0]!r} is a second MODEL; several go with --length.")
+    long = {
+        "--length": length,
+        "--plot": plot_path,
+        "--retrieval": retrieval,
+        "--lengths": lengths,
+        "--arithmetic": problems,
+        "--tasks": tasks,
+    }
     extra = {"--set": row_set, "--rows": rows_path, "--out": out_dir, "--calibration-tokens": calibration_tokens}
     if comparing:
+        _refuse(long, "does not go with --compare")
         own = {"--text": text_path, "--windows": windows, "--window-tokens": window_tokens, "--chunk": chunk, "--device": device}
         _compare(model, {**extra, **own, "--dtype": "float32" if dtype == "auto" else dtype})
         return
-    if given := [name for name, value in extra.items() if value is not None]:
-        raise click.UsageError(f"{given[0]} goes with --compare.")
+    _refuse(extra, "goes with --compare")
 
     if pictures is not None:
-        _pictures(model, pictures, device, dtype, strict, json_path, attention_path, min(chunk, 16))
+        _refuse(long, "does not go with --images")
+        _pictures(json_path, model, pictures, device, dtype, strict, attention_path, min(chunk, 16))
         return
-    if attention_path is not None:
-        raise click.UsageError("--attention goes with --images.")
+    _refuse({"--attention": attention_path}, "goes with --images")
+
+    from kvsink.evaluate.retrieval import task_names
+    from kvsink.tools.eval_text import Wishes, text_of
 
     if model.endswith(".onnx"):
-        if given := [name for name, value in {"--baseline": baseline, "--strict": strict}.items() if value]:
-            raise click.UsageError(f"{given[0]} is not for an ONNX model.")
-        _onnx(model, _text(text_path, detokenize), windows, window_tokens, chunk, batch, device, json_path)
+        _refuse({"--baseline": baseline, "--strict": strict or None, **long}, "is not for an ONNX model")
+        _onnx(model, text_of(text_path, detokenize), windows, window_tokens, chunk, batch, device, json_path)
         return
+    if length is None:
+        _refuse({"--plot": plot_path}, "goes with --length")
+    elif not _default("window_tokens"):
+        raise click.UsageError("--window-tokens is what --length says; pass one of them.")
+    if retrieval is None or no_passkey:
+        retrieval = "single" if length is None and not no_passkey else "none"
+    if tasks is None:
+        _refuse({"--limit": limit}, "goes with --tasks")
+    wish = Wishes(
+        baseline,
+        text_of(text_path, detokenize),
+        windows,
+        length or window_tokens,
+        length,
+        chunk,
+        batch,
+        strict,
+        sinks,
+        device,
+        dtype,
+        task_names(retrieval),
+        lengths,
+        depths,
+        samples,
+        problems or 0,
+        budget,
+        temperature,
+        tuple(tasks.split(",")) if tasks else (),
+        limit,
+    )
+    _text(models, wish, plot_path, json_path)
 
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """A usage error for the first of these options that was given."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise click.UsageError(f"{given[0]} {why}.")
+
+
+def _default(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
+
+
+def _text(models: Sequence[str], wish: Any, plot_path: str | None, json_path: str | None) -> None:
+    """Every model on text, tables as they are ready; then all by position, the plot and JSON."""
     import kvsink  # noqa: F401  registers the quantizer, so that a rewritten folder loads as one
-    from kvsink.evaluate import evaluation
-    from kvsink.evaluate.retrieval import passkey_retrieval
-    from kvsink.folder.demo import resolve_model_dir
-    from kvsink.folder.loading import load_model, load_tokenizer
+    from kvsink.tools.eval_tables import generation_table, harness_table, positions_table, retrieval_table
+    from kvsink.tools.eval_text import measure
 
-    folder = resolve_model_dir(model)
-    baseline_folder = None if baseline is None else resolve_model_dir(baseline)
-    text, text_name = _text(text_path, detokenize)
-    tokenizer = load_tokenizer(folder)
-    ids = evaluation.token_windows(text, tokenizer, windows, window_tokens)
-    net = load_model(folder, device, dtype)
-    packed = evaluation.is_rewritten(net)
-    if baseline_folder is not None:
-        reference = load_model(baseline_folder, device, dtype)
-    else:
-        reference = net if packed else None
-    factory = partial(evaluation.packed_cache, strict=strict) if packed else evaluation.dynamic_cache
-    with _bars() as bar:
-        result = evaluation.evaluate(
-            net,
-            reference,
-            ids,
-            chunk=chunk,
-            cache_factory=factory,
-            batch=batch,
-            model_name=model,
-            method=evaluation.method_name(net) + (", strict" if strict and packed else ""),
-            text_name=text_name,
-            progress=bar("perplexity"),
-        )
-        if passkey:
-            lengths = [n for n in (256, 512, 1024) if n <= window_tokens] or [256]
-            retrieve = partial(passkey_retrieval, tokenizer=tokenizer, lengths=lengths, chunk=chunk)
-            result = replace(result, passkey=retrieve(net, cache_factory=factory, progress=bar("passkey")))
-            if reference is not None:
-                found = retrieve(reference, cache_factory=evaluation.dynamic_cache, progress=bar("passkey, reference"))
-                result = replace(result, baseline_passkey=found)
-        health = ""
-        if sinks and packed:
-            health, decay = _sinks(net, reference, ids[:1, :512], chunk, strict)
-            result = replace(result, sink_decay=decay)
-    _show(result, json_path, health)
+    console, results = _console(json_path), []
+    for model in models:
+        with _bars() as bar:
+            result, health = measure(model, wish, bar)
+        results.append(result)
+        console.print(result.table())
+        if result.retrieval is not None:
+            console.print(retrieval_table(result.retrieval, result.baseline_retrieval))
+        if result.generation is not None:
+            console.print(generation_table(result.generation, result.baseline_generation, result.method))
+        if result.harness:
+            console.print(harness_table(result.harness, result.baseline_harness, result.method))
+        if health:
+            console.print(health, highlight=False, markup=False)
+    if wish.length is not None:
+        console.print(positions_table(results))
+    if plot_path is not None:
+        _plot(results, plot_path)
+    if json_path is not None:
+        _write([r.to_json() for r in results] if len(results) > 1 else results[0].to_json(), json_path)
 
 
-def _pictures(
-    model: str, source: str, device: str, dtype: str, strict: bool, json_path: str | None, plot: str | None, chunk: int
-) -> None:
-    """Answers and perplexity on pictures with text, beside the 16-bit model, bits by modality, and the plot of attention."""
+def _pictures(json_path: str | None, *asked: Any) -> None:
+    """The rows on pictures, and as JSON where that was asked for."""
     import kvsink  # noqa: F401  registers the quantizer
-    from kvsink.evaluate import evaluation
-    from kvsink.evaluate.imagetext import load_processor, prompts, read_examples
-    from kvsink.evaluate.vision import attention_shares, evaluate_pictures, remember
-    from kvsink.folder.demo import resolve_model_dir
-    from kvsink.folder.loading import load_model
+    from kvsink.tools.eval_pictures import measure_pictures
 
-    examples = read_examples(source, held_back=True)
-    folder = resolve_model_dir(model)
-    processor, net = load_processor(folder), load_model(folder, device, dtype)
-    seen = prompts(examples, processor, net)
-    console = wide_console(sys.stderr if json_path == "-" else sys.stdout)
-    options: dict[str, Any] = {"chunk": chunk, "model_name": model, "data": source}
     with _bars() as bar:
-        stock = evaluate_pictures(
-            net, seen, cache_factory=evaluation.dynamic_cache, method="16 bit", progress=bar("16 bit"), **options
-        )
-        rows = [stock]
-        if evaluation.is_rewritten(net):
-            factory = partial(evaluation.packed_cache, strict=strict)
-            found = remember(net, seen, chunk)
-            rows.append(evaluate_pictures(net, seen, cache_factory=factory, reference=found, progress=bar("packed"), **options))
-        if plot is not None:
-            from kvsink.tools.vision_plot import plot_shares
-
-            total = sum(len(p.visual) for p in seen)
-            visual = sum(int(p.visual.sum()) for p in seen) / total
-            counted = {"visual": visual, "first": len(seen) / total, "text": 1 - visual - len(seen) / total}
-            plot_shares(attention_shares(net, seen[:16]), counted, Path(plot), f"Attention in {Path(model).name}, {source}")
+        rows = measure_pictures(*asked, bar)
     for row in rows:
-        console.print(row.line(), highlight=False, markup=False)
+        _console(json_path).print(row.line(), highlight=False, markup=False)
     if json_path is not None:
-        record = json.dumps([row.to_json() for row in rows], indent=2)
-        if json_path == "-":
-            print(record)
-        else:
-            Path(json_path).write_text(record + "\n")
+        _write([row.to_json() for row in rows], json_path)
 
 
-def _show(result: Any, json_path: str | None, health: str = "") -> None:
-    """The row as a table with the health of its sinks, and as JSON where it was asked for."""
-    console = wide_console(sys.stderr if json_path == "-" else sys.stdout)
-    console.print(result.table())
-    if health:
-        console.print(health, highlight=False, markup=False)
-    if json_path is not None:
-        record = json.dumps(result.to_json(), indent=2)
-        if json_path == "-":
-            print(record)
-        else:
-            Path(json_path).write_text(record + "\n")
+def _plot(results: Sequence[Any], path: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("kvsink-eval: no plot: matplotlib is missing; pip install 'kvsink[plot]'", file=sys.stderr)
+        return
+    from kvsink.tools.length_plot import plot_lengths
+
+    plot_lengths(results, Path(path))
 
 
-def _sinks(net: Any, reference: Any, ids: Any, chunk: int, strict: bool) -> tuple[str, tuple[float | None, ...] | None]:
-    """The health line of the sinks and D_sink by layer; a model that cannot be looked at gets a line that says why."""
-    from kvsink.errors import UnsupportedError
-    from kvsink.profiling.health import sink_health
+def _console(json_path: str | None) -> Any:
+    """Where tables go: beside JSON on standard output they make room for it."""
+    return wide_console(sys.stderr if json_path == "-" else sys.stdout)
 
-    try:
-        health = sink_health(net, reference, ids, chunk, strict)
-    except UnsupportedError as error:
-        return str(error), None
-    return health.line(), health.d_sink
+
+def _write(record: Any, path: str) -> None:
+    """JSON into a file, or onto standard output for `-`."""
+    words = json.dumps(record, indent=2)
+    if path == "-":
+        print(words)
+    else:
+        Path(path).write_text(words + "\n")
 
 
 def _onnx(
@@ -228,31 +299,20 @@ def _onnx(
     ids = evaluation.token_windows(text[0], load_tokenizer(Path(model).parent), windows, window_tokens)
     with _bars() as bar:
         result = evaluate_onnx(runner, ids, chunk, batch, text[1], bar("perplexity"))
-    _show(result, json_path)
+    _console(json_path).print(result.table())
+    if json_path is not None:
+        _write(result.to_json(), json_path)
 
 
 def _compare(model: str, options: dict[str, object]) -> None:
     """Hand over to `python -m kvsink.tools.compare`, which the tables name as the command that made them."""
     from kvsink.tools.compare import main as compare_main
 
-    source = click.get_current_context().get_parameter_source("windows")
-    if source is not None and source.name == "DEFAULT":
+    if _default("windows"):
         options.pop("--windows")  # the comparison has a default of its own
     argv = [part for name, value in options.items() if value is not None for part in (name, str(value))]
     if code := compare_main(["--model", model, *argv]):
         raise SystemExit(code)
-
-
-def _text(path: str | None, detokenize: bool | None) -> tuple[str, str]:
-    """The text and the name a row gives it."""
-    from kvsink.evaluate.texts import detokenize_wikitext, evaluation_text, looks_like_wikitext, read_text
-
-    if path is None:
-        return evaluation_text(), "WikiText-2 test, detokenized"
-    text = read_text(path)
-    if detokenize if detokenize is not None else looks_like_wikitext(text):
-        return detokenize_wikitext(text), f"{Path(path).name}, detokenized"
-    return text, Path(path).name
 
 
 @contextmanager

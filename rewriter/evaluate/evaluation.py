@@ -1,4 +1,4 @@
-"""Measure a model through its real cache: perplexity, distance to the 16-bit model, passkey retrieval, counted bits.
+"""Measure a model through its real cache: perplexity, distance to the 16-bit model, counted bits.
 
 Every window is fed in chunks of C tokens, so tokens attend to rows that were stored before them.
 The reference model runs beside it chunk by chunk, so only one chunk of logits per model exists at a time.
@@ -17,13 +17,14 @@ import dataclasses
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvsink.errors import EvaluationError
+from kvsink.evaluate.positions import Sums
 from kvsink.evaluate.reference import Reference
 from kvsink.evaluate.results import EvalResult
 from kvsink.model.offload import place_of
@@ -93,12 +94,14 @@ def evaluate(
     text_name: str = "",
     baseline_name: str = STOCK,
     progress: Progress | None = None,
+    edges: Sequence[int] | None = None,
 ) -> EvalResult:
     """Run every window of `ids` [N, T] through `model` and its cache, and beside it through `baseline`.
 
     `baseline`: `model` itself (its stored weights are a valid plain model), another model, a `Reference` that remembers
     its log-probabilities between calls, or None for perplexity alone.
     `cache_factory`: by default the packed cache of a rewritten model, else transformers.DynamicCache.
+    `edges`: positions 0 .. T at which the figures are told apart too (`kvsink.evaluate.positions`).
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
@@ -111,10 +114,7 @@ def evaluate(
     if baseline is not None:
         reference.begin(ids, chunk, batch)
     count, length = ids.shape
-    nll = torch.zeros(count, dtype=torch.float64)
-    base_nll = torch.zeros(count, dtype=torch.float64)
-    kl = torch.zeros(count, dtype=torch.float64)
-    agree = torch.zeros(count, dtype=torch.float64)
+    sums = Sums(count, length, edges)
     largest: tuple[float, int] = (math.nan, 0)
     base_largest: tuple[float, int] = (math.nan, 0)
     with evaluating(model, baseline), torch.no_grad():
@@ -135,7 +135,7 @@ def evaluate(
                         f"the model gives logits that are not finite in windows {first}-{first + len(rows) - 1}, tokens"
                         f" {start}-{stop - 1}. Check its weights, or try --dtype float32"
                     )
-                nll[span] -= log_q_target.sum(-1).double().cpu()
+                sums.add("nll", span, start, -log_q_target)
                 if baseline is not None:
                     if kept:
                         log_p = reference.get(first, start)
@@ -144,10 +144,10 @@ def evaluate(
                         log_p = _log_probs(baseline, there, base_cache)[:, : targets.shape[1]]
                         reference.put(first, start, log_p)
                     log_p = log_p.to(log_q.device)
-                    base_nll[span] -= log_p.gather(-1, targets[..., None])[..., 0].sum(-1).double().cpu()
-                    agree[span] += (log_p.argmax(-1) == log_q.argmax(-1)).sum(-1).double().cpu()
+                    sums.add("base_nll", span, start, -log_p.gather(-1, targets[..., None])[..., 0])
+                    sums.add("agree", span, start, log_p.argmax(-1) == log_q.argmax(-1))
                     log_q.sub_(log_p).neg_()  # log p - log q, in place
-                    kl[span] += log_p.exp().mul_(log_q).sum(-1).sum(-1).double().cpu()
+                    sums.add("kl", span, start, log_p.exp().mul_(log_q).sum(-1))
                     del log_p
                 del log_q
             if not largest[1]:
@@ -160,6 +160,7 @@ def evaluate(
                 progress(min(first + batch, count), count)
     per_window = length - 1
     predicted = count * per_window
+    nll, base_nll, kl, agree = (sums.of_window(name) for name in ("nll", "base_nll", "kl", "agree"))
     result = EvalResult(
         model=model_name or type(model).__name__,
         method=method or method_name(model),
@@ -177,6 +178,7 @@ def evaluate(
         dtype=str(model.dtype).removeprefix("torch."),
         versions=versions(),
         seconds=time.perf_counter() - started,
+        positions=() if edges is None else sums.buckets(compared=baseline is not None),
     )
     if baseline is None:
         return result
@@ -235,16 +237,24 @@ def _device(model: Any) -> torch.device:
 def _check_ids(model: Any, ids: Tensor) -> None:
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
         raise EvaluationError(f"ids must be integers of shape [windows, tokens >= 2], not {ids.dtype} {list(ids.shape)}")
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and ids.shape[1] > limit:
+    check_length(model, ids.shape[1])
+    vocabulary = model.config.get_text_config().vocab_size
+    if int(ids.max()) >= vocabulary:
         raise EvaluationError(
-            f"windows of {ids.shape[1]} tokens exceed the model's {limit} positions. Pass --window-tokens {limit} or fewer"
+            f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}. Use the model's own tokenizer"
         )
-    if int(ids.max()) >= config.vocab_size:
-        raise EvaluationError(
-            f"token {int(ids.max())} is outside the model's vocabulary of {config.vocab_size}. Use the model's own tokenizer"
-        )
+
+
+def check_length(model: Any, tokens: int, option: str = "--window-tokens") -> None:
+    """Refuse windows of more `tokens` than the model has positions; option: what to pass fewer by."""
+    limit = context_of(model)
+    if limit and tokens > limit:
+        raise EvaluationError(f"windows of {tokens} tokens exceed the model's {limit} positions. Pass {option} {limit} or fewer")
+
+
+def context_of(model: Any) -> int | None:
+    """The positions a model is made for, or None where its configuration names no number."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 class evaluating:

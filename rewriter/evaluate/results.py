@@ -11,18 +11,73 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from kvsink.evaluate.intervals import binomial, bootstrap
+from kvsink.evaluate.positions import Bucket
+
 
 @dataclass(frozen=True)
-class PasskeyResult:
-    """How often a five-digit number hidden in filler text was repeated correctly within 8 greedy tokens."""
+class RetrievalResult:
+    """What was found again. A row: task, length and depth of a prompt, right, recall, valid (of calls alone), said."""
 
-    right: int
-    total: int
-    rows: tuple[dict[str, Any], ...] = ()  # length, depth, right, said
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def right(self) -> int:
+        return sum(row["right"] for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        return len(self.rows)
 
     @property
     def fraction(self) -> float:
         return self.right / self.total if self.total else math.nan
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Figures of every task and length: n prompts, exact answers with the interval of their share, mean recall, valid JSON."""
+        found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault((row["task"], row["length"]), []).append(row)
+        return [
+            {
+                "task": task,
+                "length": length,
+                "n": len(rows),
+                "right": (right := sum(row["right"] for row in rows)),
+                "interval": binomial(right, len(rows)),
+                "recall": sum(row["recall"] for row in rows) / len(rows),
+                "valid": None if rows[0]["valid"] is None else sum(row["valid"] for row in rows),
+            }
+            for (task, length), rows in found.items()
+        ]
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Problems answered by `generate()`. A row: wanted, number (None where none was given), right, said, tokens, finished,
+    repetition."""
+
+    budget: int
+    temperature: float
+    rows: tuple[dict[str, Any], ...]
+
+    def figures(self, other: GenerationResult | None = None) -> dict[str, Any]:
+        """Shares with their intervals: right; exhausted, which used up the budget; agreement, the same number as `other` gave.
+        Means over problems with theirs: repetition (share of runs of four tokens that occurred before) and tokens."""
+        n = len(self.rows)
+        shares = {"right": [row["right"] for row in self.rows], "exhausted": [not row["finished"] for row in self.rows]}
+        if other is not None:
+            pairs = zip(self.rows, other.rows, strict=True)
+            shares["agreement"] = [a["number"] is not None and a["number"] == b["number"] for a, b in pairs]
+        found: dict[str, Any] = {"n": n}
+        for name, cases in shares.items():
+            found |= {name: sum(cases), f"{name}_interval": binomial(sum(cases), n)}
+        for name in ("repetition", "tokens"):
+            values = torch.tensor([[row[name]] for row in self.rows], dtype=torch.float64)
+            found |= {name: values.mean().item(), f"{name}_interval": bootstrap(values)}
+        return found
 
 
 @dataclass(frozen=True)
@@ -48,13 +103,18 @@ class EvalResult:
     top1: float | None = None
     window_nll: tuple[float, ...] = ()
     baseline_window_nll: tuple[float, ...] = ()
-    passkey: PasskeyResult | None = None
-    baseline_passkey: PasskeyResult | None = None
+    retrieval: RetrievalResult | None = None
+    baseline_retrieval: RetrievalResult | None = None
+    generation: GenerationResult | None = None
+    baseline_generation: GenerationResult | None = None
+    harness: tuple[dict[str, Any], ...] = ()  # rows of `kvsink.evaluate.harness`
+    baseline_harness: tuple[dict[str, Any], ...] = ()
     device: str = ""
     dtype: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     sink_decay: tuple[float | None, ...] | None = None  # D_sink by layer, of the packed cache against the reference
+    positions: tuple[Bucket, ...] = ()  # the same figures by position, where they were asked for
 
     @property
     def perplexity_change(self) -> float | None:
@@ -64,9 +124,13 @@ class EvalResult:
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`, with the derived numbers included."""
         record = dataclasses.asdict(self)
-        for name in ("passkey", "baseline_passkey"):
-            if (result := getattr(self, name)) is not None:
-                record[name]["fraction"] = result.fraction
+        for name in ("retrieval", "baseline_retrieval"):
+            if (found := getattr(self, name)) is not None:
+                record[name] |= {"right": found.right, "total": found.total, "cells": found.cells()}
+        if self.generation is not None:
+            record["generation"] |= self.generation.figures(self.baseline_generation)
+        if self.baseline_generation is not None:
+            record["baseline_generation"] |= self.baseline_generation.figures()
         return {**record, "perplexity_change": self.perplexity_change}
 
     def table(self) -> Any:
@@ -91,10 +155,10 @@ class EvalResult:
         if change is not None and kl is not None and top1 is not None and self.baseline_perplexity is not None:
             compared = (f"{change:+.2%}", f"{kl:.4f}", f"{top1:.1%}")
             held = self._held(self.baseline_bits_per_element, self.baseline_cache_nbytes)
-            quality = (f"{self.baseline_perplexity:.3f}", "", "", "", _share(self.baseline_passkey))
+            quality = (f"{self.baseline_perplexity:.3f}", "", "", "", _share(self.baseline_retrieval))
             rows.append((f"{self.baseline} (reference)", *held, *quality))
         held = self._held(self.bits_per_element, self.cache_nbytes)
-        rows.append((self.method, *held, f"{self.perplexity:.3f}", *compared, _share(self.passkey)))
+        rows.append((self.method, *held, f"{self.perplexity:.3f}", *compared, _share(self.retrieval)))
         return rows
 
     def _held(self, bits: float | None, nbytes: int | None) -> tuple[str, str]:
@@ -111,7 +175,7 @@ class EvalResult:
         )
 
 
-HEADINGS = ("cache", "bits", "KB/token", "perplexity", "change", "KL (nats)", "top-1", "passkey")
+HEADINGS = ("cache", "bits", "KB/token", "perplexity", "change", "KL (nats)", "top-1", "retrieval")
 
 
 def markdown_table(results: Sequence[EvalResult]) -> str:
@@ -125,5 +189,5 @@ def markdown_table(results: Sequence[EvalResult]) -> str:
     return "\n".join(lines)
 
 
-def _share(result: PasskeyResult | None) -> str:
+def _share(result: RetrievalResult | None) -> str:
     return "" if result is None else f"{result.right}/{result.total}"

@@ -1,96 +1,144 @@
-"""A number hidden in filler text, asked for at its end: whether a model over its cache still finds it.
+"""Whether a model over its cache still finds what stands far back in a text, by task, length and depth.
 
-Formula    right = the digits occur in 8 greedy tokens behind the question
-Shapes     prompts of one length are rows of one batch, exactly that long
-Raises     EvaluationError for lengths that do not hold the prompt
+Formula    exact = all that was asked for occurs in the greedy answer; recall = share of it, which is RULER's score
+Source     arXiv 2404.06654, section 3 (RULER); `call` is ours
+Shapes     prompts of one length are rows of batches [rows, length], exactly that long, so no padding is involved
+Units      shares of prompts, with 95 % intervals (`kvsink.evaluate.intervals`)
+Raises     EvaluationError for lengths that do not hold the prompt, or that the model has no positions for; UnknownName
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from kvsink.errors import EvaluationError
-from kvsink.evaluate.evaluation import CacheFactory, Progress, dynamic_cache, evaluating, is_rewritten, packed_cache
-from kvsink.evaluate.results import PasskeyResult
+from kvsink.errors import EvaluationError, UnknownName
+from kvsink.evaluate.evaluation import CacheFactory, Progress, context_of, dynamic_cache, evaluating, is_rewritten, packed_cache
+from kvsink.evaluate.function_call import call
+from kvsink.evaluate.haystack import Draft, Haystack
+from kvsink.evaluate.results import RetrievalResult
+from kvsink.evaluate.ruler import common_words, multikey, multiquery, multivalue, single, variables
+from kvsink.evaluate.texts import evaluation_text
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
 
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_PASSKEYS = (71432, 20598, 84617, 39051, 56283, 10974, 62745, 97306)
+__all__ = ["DEPTHS", "TASKS", "check_retrieval", "retrieval", "task_names"]
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+TASKS: dict[str, tuple[Callable[[Haystack, int, float, Random], Draft], int]] = {
+    "single": (single, 128),
+    "multikey": (multikey, 128),
+    "multivalue": (multivalue, 128),
+    "multiquery": (multiquery, 128),
+    "variables": (variables, 60),
+    "words": (common_words, 120),
+    "call": (call, 128),
+}
+"""By name: what drafts a prompt, and the most tokens of an answer."""
 
 
-def passkey_retrieval(
+def task_names(words: str) -> tuple[str, ...]:
+    """The tasks in a list with commas; `all` and `none` are such lists. Raises UnknownName."""
+    if words in ("all", "none"):
+        return tuple(TASKS) if words == "all" else ()
+    names = tuple(name.strip() for name in words.split(","))
+    for name in names:
+        if name not in TASKS:
+            raise UnknownName("retrieval task", name, [*TASKS, "all", "none"])
+    return names
+
+
+def check_retrieval(model: Any, tokenizer: Any, tasks: Sequence[str], lengths: Sequence[int], text: str | None = None) -> None:
+    """Refuse lengths that do not hold the prompts, or leave no positions for an answer."""
+    hay, limit = _haystack(tokenizer, text), context_of(model)
+    for name in tasks:
+        make, most = TASKS[name]
+        hay.room(make(hay, min(lengths), 0.5, Random(0)), min(lengths))
+        if limit and max(lengths) + most > limit:
+            way = f"--lengths up to {limit - most}" if limit - most >= 256 else "--retrieval none"
+            raise EvaluationError(
+                f"prompts of {max(lengths)} tokens and answers of {most} ({name}) exceed the model's {limit} positions. Pass {way}"
+            )
+
+
+def retrieval(
     model: Any,
     tokenizer: Any,
     cache_factory: CacheFactory | None = None,
+    tasks: Sequence[str] = ("single",),
     lengths: Sequence[int] = (256, 512, 1024),
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    depths: Sequence[float] = DEPTHS,
+    samples: int = 1,
+    text: str | None = None,
     chunk: int = 64,
-    new_tokens: int = 8,
+    batch: int = 5,
     progress: Progress | None = None,
-) -> PasskeyResult:
-    """Hide a number at each depth of a filler text of each length, ask for it, and count exact answers.
+) -> RetrievalResult:
+    """Ask for what was hidden at each depth of each length, `samples` times, and count exact answers.
 
-    The prompts of one length are rows of one batch, exactly that long, so no padding is involved.
+    The prompts depend on the tokenizer, the text (by default WikiText-2's test split) and these arguments alone, so that two
+    caches are asked the same.
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
+    check_retrieval(model, tokenizer, tasks, lengths, text)
+    hay = _haystack(tokenizer, text)
     found: list[dict[str, Any]] = []
+    cells = [(task, length) for task in tasks for length in lengths]
     with evaluating(model), torch.no_grad():
-        for done, length in enumerate(lengths):
-            keys = [str(_PASSKEYS[(done * len(depths) + i) % len(_PASSKEYS)]) for i in range(len(depths))]
-            prompts = [passkey_prompt(tokenizer, key, length, depth) for key, depth in zip(keys, depths, strict=True)]
-            ids = torch.tensor(prompts, device=place_of(model))  # [depths, length]
-            cache = cache_factory(model, len(depths), length + new_tokens)
-            for start in range(0, length, chunk):
-                logits = model(ids[:, start : start + chunk], **given_cache(model, cache), use_cache=True, logits_to_keep=1).logits
-            said = []
-            for step in range(new_tokens):
-                said.append(logits[:, -1].argmax(-1, keepdim=True))
-                if step + 1 < new_tokens:
-                    logits = model(said[-1], **given_cache(model, cache), use_cache=True).logits
-            for key, depth, answer in zip(keys, depths, torch.cat(said, 1), strict=True):
-                words = tokenizer.decode(answer, skip_special_tokens=True)
-                found.append({"length": length, "depth": depth, "right": key in words, "key": key, "said": words})
+        for done, (task, length) in enumerate(cells):
+            make, most = TASKS[task]
+            asked = []
+            for number, depth in enumerate(depth for depth in depths for _ in range(samples)):
+                rng = Random(f"{task} {length} {number}")
+                draft = make(hay, length, depth, rng)
+                asked.append((depth, draft, hay.prompt(draft, length, rng)))
+            for first in range(0, len(asked), batch):
+                part = asked[first : first + batch]
+                ids = torch.tensor([ids for *_, ids in part], device=place_of(model))  # [rows, length]
+                said = _answers(model, tokenizer, ids, [draft for _, draft, _ in part], cache_factory, chunk, most)
+                for (depth, draft, _), words in zip(part, said, strict=True):
+                    grade = draft.grade(words)
+                    row = {"task": task, "length": length, "depth": depth, "right": grade.exact, "recall": grade.recall}
+                    found.append({**row, "valid": grade.valid, "said": words})
             if progress is not None:
-                progress(done + 1, len(lengths))
-    return PasskeyResult(right=sum(row["right"] for row in found), total=len(found), rows=tuple(found))
+                progress(done + 1, len(cells))
+    return RetrievalResult(tuple(found))
 
 
-def passkey_prompt(tokenizer: Any, key: str, length: int, depth: float) -> list[int]:
-    """Exactly `length` token ids: an instruction, filler with the key at `depth` of it, and the question."""
+def _haystack(tokenizer: Any, text: str | None) -> Haystack:
+    return Haystack(tokenizer, evaluation_text() if text is None else text)
 
-    def encode(words: str) -> list[int]:
-        return list(tokenizer(words, add_special_tokens=False)["input_ids"])
 
-    opening = "There is an important number hidden inside a lot of irrelevant text. Find it and memorize it.\n"
-    question = "\nWhat is the pass key?"
-    answer = "The pass key is"
-    if getattr(tokenizer, "chat_template", None):
-        mark = "<<filler>>"
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": opening + mark + question}], tokenize=False, add_generation_prompt=True
-        )
-        before, after = chat.split(mark)
-        after += answer
-    else:
-        start = tokenizer.bos_token or ""
-        before, after = start + opening, question + " " + answer
-    head, tail = encode(before), encode(after)
-    needle = encode(f" The pass key is {key}. Remember it. {key} is the pass key.")
-    room = length - len(head) - len(tail) - len(needle)
-    if room < 0:
-        raise EvaluationError(
-            f"a passkey prompt of {length} tokens is too short; it needs at least {length - room}. Pass longer lengths"
-        )
-    sentences = [encode(" " + words + ".") for words in _FILLER.rstrip(".").split(". ")]
-    filler: list[int] = []
-    ends = [0]
-    while len(filler) < room:
-        filler += sentences[(len(ends) - 1) % len(sentences)]
-        ends.append(len(filler))
-    cut = max(end for end in ends if end <= max(0, min(int(depth * room), room)))
-    return head + filler[:cut] + needle + filler[cut:room] + tail
+def _answers(
+    model: Any, tokenizer: Any, ids: Tensor, drafts: Sequence[Draft], cache_factory: CacheFactory, chunk: int, most: int
+) -> list[str]:
+    """Greedy answers of at most `most` tokens, up to the model's end of a turn; a row that is exact already may stop sooner."""
+    rows, length = ids.shape
+    config = getattr(model, "generation_config", None)
+    end = getattr(config, "eos_token_id", None)
+    ends = {end} if isinstance(end, int) else set(end or ())
+    cache = cache_factory(model, rows, length + most)
+    for start in range(0, length, chunk):
+        logits = model(ids[:, start : start + chunk], **given_cache(model, cache), use_cache=True, logits_to_keep=1).logits
+    said: list[list[int]] = [[] for _ in drafts]
+    running = [True] * rows
+    for step in range(most):
+        tokens = logits[:, -1].argmax(-1, keepdim=True)  # [rows, 1]
+        for i, token in enumerate(tokens[:, 0].tolist()):
+            running[i] = running[i] and token not in ends
+            if running[i]:
+                said[i].append(token)
+                running[i] = not drafts[i].grade(_words(tokenizer, said[i])).exact
+        if not any(running) or step + 1 == most:
+            break
+        logits = model(tokens, **given_cache(model, cache), use_cache=True).logits
+    return [_words(tokenizer, tokens) for tokens in said]
+
+
+def _words(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))

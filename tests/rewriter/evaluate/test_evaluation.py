@@ -11,8 +11,9 @@ from transformers import DynamicCache
 from kvsink.errors import EvaluationError
 from kvsink.evaluate.evaluation import evaluate, token_windows
 from kvsink.evaluate.results import EvalResult
-from kvsink.evaluate.retrieval import passkey_retrieval
+from kvsink.evaluate.retrieval import retrieval
 from tests.models import VOCAB, build
+from tests.wording import Words
 
 TOKENS = 40
 
@@ -137,23 +138,6 @@ def test_training_mode_is_restored(ids):
     assert model.training
 
 
-class Words:
-    """A tokenizer of words: enough for windows and prompts."""
-
-    chat_template = None
-    bos_token = None
-
-    def __init__(self):
-        self.known = {}
-
-    def __call__(self, text, **_):
-        return {"input_ids": [self.known.setdefault(word, len(self.known)) for word in text.split()]}
-
-    def decode(self, ids, **_):
-        words = {number: word for word, number in self.known.items()}
-        return " ".join(words[int(i)] for i in ids)
-
-
 def test_windows_are_spread_and_do_not_overlap():
     ids = token_windows(" ".join(map(str, range(103))), Words(), 4, 10)
     assert ids.shape == (4, 10)
@@ -174,7 +158,7 @@ def test_windows_that_do_not_fit(windows, tokens, words):
 
 
 @pytest.mark.slow
-def test_smollm2_reference_perplexity_and_passkey(smollm2_dir):
+def test_smollm2_reference_perplexity_and_retrieval(smollm2_dir):
     """Two windows of the 16-bit demo model: a change here means that the text, the tokenizer or the model changed."""
     from kvsink.evaluate.texts import evaluation_text
     from kvsink.folder.loading import load_model, load_tokenizer
@@ -184,5 +168,5 @@ def test_smollm2_reference_perplexity_and_passkey(smollm2_dir):
     result: EvalResult = evaluate(model, model, ids[:2], chunk=64)
     assert result.kl == 0
     assert result.window_nll == pytest.approx((2.35029, 3.27175), abs=2e-3)
-    found = passkey_retrieval(model, tokenizer, lengths=(256,))
+    found = retrieval(model, tokenizer, lengths=(256,))
     assert found.fraction == 1.0

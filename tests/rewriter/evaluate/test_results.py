@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvsink.evaluate.evaluation import evaluate
-from kvsink.evaluate.results import PasskeyResult, markdown_table
+from kvsink.evaluate.results import RetrievalResult, markdown_table
 from tests.models import VOCAB, build
 
 TOKENS = 40
@@ -27,9 +27,12 @@ def ids():
 
 def test_result_as_json_and_tables(model, ids):
     result = evaluate(model, model, ids, model_name="tiny", method="kvsink rtn", text_name="noise")
-    result = dataclasses.replace(result, passkey=PasskeyResult(3, 4), baseline_passkey=PasskeyResult(4, 4))
+    prompt = {"task": "single", "length": 256, "recall": 1.0, "valid": None}
+    found = [{**prompt, "depth": depth, "right": depth < 0.8} for depth in (0.2, 0.4, 0.6, 0.8)]
+    result = dataclasses.replace(result, retrieval=RetrievalResult(tuple(found)), baseline_retrieval=RetrievalResult(()))
     record = json.loads(json.dumps(result.to_json()))
-    assert record["passkey"]["fraction"] == 0.75
+    assert (record["retrieval"]["right"], record["retrieval"]["total"]) == (3, 4)
+    assert record["retrieval"]["cells"][0]["n"] == 4
     for name in ("model", "text", "windows", "tokens", "chunk", "bits_per_element", "device", "dtype", "versions"):
         assert record[name], name
     assert {"python", "torch", "transformers", "kvsink"} <= record["versions"].keys()
