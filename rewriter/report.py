@@ -204,7 +204,9 @@ def describe(spec: SideSpec) -> str:
         words.append(f"{100 * spec.outliers:g} % outliers")
     if spec.norm:
         words.append("token norms")
-    if spec.by_token_block:
+    if spec.varn:
+        words.append(f"scales of tokens and channels in {spec.varn} steps")
+    if spec.by_token_block and spec.axis == "channel":
         words.append(f"per channel over {spec.group_tokens} tokens")
     if spec.flush:
         words.append(f"in blocks of {spec.flush}")

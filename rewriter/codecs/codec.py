@@ -7,7 +7,7 @@ Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), o
            values  z = (v - mu) U;  v^ = z^ U^T + mu
            metric  where errors are measured by what attention makes of them, U is not orthogonal, and U^-1 stands for U^T
            axis "channel": z, divided by the norm of its token where the side says so, is coded by blocks of tokens
-           (kvsink.kernels.tokens);  outliers: z^ = z at the entries of a record (kvsink.kernels.sparse)
+           (kvsink.kernels.tokens, .varn);  outliers: z^ = z at the entries of a record (kvsink.kernels.sparse)
 Source     ours (`klt`); with U a Hadamard matrix and n = 1 it is RotateKV (arXiv 2501.16383), without U it is plain
            per-token quantization
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; codes uint8 [B, H, S, bytes]; scale float16 [B, H, S, n]
@@ -32,6 +32,7 @@ from kvsink.kernels.backends import KNOWN_STAGES, LayerFormat, LayerState, SideF
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
+from kvsink.kernels.varn import varn_decode, varn_encode, varn_numbers
 
 from .anchors import Anchors
 from .quantizers import QUANTIZERS
@@ -225,7 +226,9 @@ class Codec:
 
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             if side.by_token_block:
-                return (batch, heads, -(-slots // side.group_tokens), 2 * dim), torch.float16, 0
+                group, size = side.group_tokens, side.group_size
+                numbers = varn_numbers(side.axis, dim, group, size) if side.varn else 2 * dim
+                return (batch, heads, -(-slots // group), numbers), torch.float16, 0
             one = side.packed and QUANTIZERS[side.kind].scale_of_token
             return (batch, 1 if one else heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
@@ -271,6 +274,8 @@ class Codec:
 
     def encode_block(self, x: Tensor, s: SideSpec, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Transformed rows [B, H, N, D] of whole groups of tokens → codes, scale, and the norm of each token."""
+        if s.varn:
+            return *varn_encode(x, valid, s.axis, s.widths[0], s.group_tokens, s.group_size, s.varn), None
         norm = token_norm(x) if s.norm else None
         x = x if norm is None else x / norm.to(x.dtype)
         return *quantize_tokens(x, valid, s.widths[0], s.group_tokens), norm
@@ -291,6 +296,8 @@ class Codec:
         s = self.key if side == "k" else self.value
         if not s.by_token_block:
             return QUANTIZERS[s.kind].decode(codes, scale, s, p, side)
+        if s.varn:
+            return varn_decode(codes, scale, s.axis, s.widths[0], s.group_tokens, s.group_size, skip)
         return dequantize_tokens(codes, scale, s.widths[0], s.group_tokens, skip)
 
     def table_names(self, side: str) -> tuple[str, ...]:

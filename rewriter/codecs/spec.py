@@ -72,6 +72,8 @@ class SideSpec:
     flush      rows are coded in blocks of this many tokens and stay exact until their block is full; 0: at once.
     newest     so many newest rows of this side stay exact.
     norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
+    varn       steps of variance normalisation of `group_tokens` tokens before their ranges are taken (kvsink.kernels.varn); 0: none.
+               Each token of a head gets a scale of its own where ranges run along tokens, else each channel of a head.
     couple     kind "vector": channels that share one code of `code_bits` bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
     shared     kind "vector": one codebook for all heads.
     outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
@@ -106,6 +108,7 @@ class SideSpec:
     flush: int = 0
     newest: int = 0
     norm: bool = False
+    varn: int = 0
     couple: int = 0
     code_bits: int = 0
     shared: bool = False
@@ -164,18 +167,20 @@ class SideSpec:
             refuse(f"visual_bits={self.visual_bits} with quantizer {self.kind!r} of {self.bits:g} bits")
         if self.axis not in AXES:
             refuse(f"axis {self.axis!r} is not one of {', '.join(AXES)}")
-        if min(self.flush, self.newest, self.group_tokens) < 0:
-            refuse("flush, newest and group_tokens cannot be negative")
-        if self.axis == "channel":
-            self._check_channel_blocks(refuse)
-        elif self.group_tokens or self.norm:
-            refuse("group_tokens and norm need axis='channel'")
+        if min(self.flush, self.newest, self.group_tokens, self.varn) < 0:
+            refuse("flush, newest, group_tokens and varn cannot be negative")
+        if self.norm and (self.axis != "channel" or self.varn):
+            refuse("norm needs axis='channel' and no scales of varn beside it")
+        if self.axis == "channel" or self.varn:
+            self._check_token_blocks(refuse)
+        elif self.group_tokens:
+            refuse("group_tokens needs axis='channel' or varn")
 
-    def _check_channel_blocks(self, refuse: Callable[[str], None]) -> None:
+    def _check_token_blocks(self, refuse: Callable[[str], None]) -> None:
         if self.kind != "uniform" or self.clip != 1:
-            refuse("ranges along tokens need kind='uniform' without clipping")
+            refuse("blocks of tokens need kind='uniform' without clipping")
         if self.domain != "post" or self.center:
-            refuse("ranges along tokens are taken after RoPE and without centring: set domain='post', center=False")
+            refuse("blocks of tokens are coded after RoPE and without centring: set domain='post', center=False")
         if self.group_tokens < 1 or self.flush < 1 or self.flush % self.group_tokens:
             near = max(1, round(self.flush / max(1, self.group_tokens))) * max(1, self.group_tokens)
             refuse(f"a block of {self.flush} tokens is not a multiple of its groups of {self.group_tokens}; use flush={near}")
@@ -188,7 +193,7 @@ class SideSpec:
     @property
     def by_token_block(self) -> bool:
         """True when rows are coded together with their neighbours in time."""
-        return self.packed and self.axis == "channel"
+        return self.packed and (self.axis == "channel" or self.varn > 0)
 
     @property
     def pre_rope(self) -> bool:

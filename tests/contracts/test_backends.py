@@ -49,6 +49,7 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("static-rotated 4/4", "static-rotated", 4, 4, {}),
     ("kivi 2/2", "kivi", 2, 2, {"segments": ()}),
     ("oscar 2/2", "oscar", 2, 2, {"segments": ()}),
+    ("kvarn 2/2", "kvarn", 2, 2, {"segments": (128,)}),
     ("kvquant 3/3", "kvquant", 3, 3, {}),
     ("kvquant-1% 2/2", "kvquant-1%", 2, 2, {}),
     ("cq 2/2", "cq", 2, 2, {"segments": ()}),

@@ -193,7 +193,8 @@ def test_chunks_equal_one_prefill_when_strict(method: str, max_length: int | Non
 def test_new_rows_are_exact_unless_strict(method: str) -> None:
     bits = {"key_bits": 2, "value_bits": 2} if takes(method, 2) else {}
     plain, model = build("llama"), rewritten("llama", "sdpa", method, fold=False, **bits)
-    ids = tokens(1, 20 + runtime_of(model).plans[1].codec.ring, seed=8)  # recent rows are exact even then
+    codec = runtime_of(model).plans[1].codec
+    ids = tokens(1, 20 + codec.ring + codec.exact_rows, seed=8)  # recent and protected rows are exact even then
     with torch.no_grad():
         wanted = plain(ids).logits
         loose, strict = (model(ids, past_key_values=KVSinkCache.for_model(model, strict=s)).logits for s in (False, True))
