@@ -70,6 +70,16 @@ def _quantize_uniform(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
     return pack(b, codes, width, dim), scale
 
 
+def _quantize_quantile(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
+    size, dim = a["group_size"], 8 * len(a["widths"])
+    above = max(size - int(a["clip"] * size), 1)
+    groups = b.reshape(x, 0, 0, 0, dim // size, size)
+    largest, _ = b.TopK(b.Abs(groups), b.ints(above), axis=-1, outputs=2)
+    t = b.slice(largest, above - 1, above, -1)
+    rows = b.reshape(b.Max(b.Min(groups, t), b.Neg(t)), 0, 0, 0, dim)
+    return _quantize_uniform(b, {**a, "kind": "uniform", "clip": 1}, rows)
+
+
 def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
     width, size, dim = a["widths"][0], a["group_size"], 8 * len(a["widths"])
     groups = b.reshape(x, 0, 0, 0, dim // size, size)
@@ -199,6 +209,7 @@ def _dequantize_groups(b: Body, a: Mapping[str, Any], codes: str, scale: str, ta
 QUANTIZER_BODIES: dict[str, tuple[Callable[..., tuple[str, str]], Callable[..., str]]] = {
     "uniform": (_quantize_uniform, _dequantize_groups),
     "uniform-int": (_quantize_uniform, _dequantize_groups),
+    "uniform-quantile": (_quantize_quantile, _dequantize_groups),
     "gauss": (_quantize_gauss, _dequantize_groups),
     "lloyd": (_quantize_lloyd, _dequantize_lloyd),
     "lloyd-even": (_quantize_lloyd, _dequantize_lloyd),

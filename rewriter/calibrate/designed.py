@@ -45,7 +45,7 @@ def design(
             continue
         if i in sizes:
             w = ranged(w[0], sizes[i][0]), ranged(w[1], sizes[i][1], values=True)
-        w = record.measurable(i, w[0]), w[1]
+        w = record.measurable(i, *w)
         angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
         _, kv, key_dim, value_dim = where.layers[i]
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))

@@ -75,8 +75,8 @@ class Codec:
     def __post_init__(self) -> None:
         if self.value.norm:
             raise UnsupportedError(f"norm is for keys only, in {self.value!r}")
-        if self.value.metric != "none":
-            raise UnsupportedError(f"metric={self.value.metric!r} is for keys only, in {self.value!r}")
+        if self.value.metric != "none" and self.value.spread == "none":
+            raise UnsupportedError(f"metric={self.value.metric!r} is for keys only where nothing is spread, in {self.value!r}")
 
     @property
     def ring(self) -> int:
@@ -161,14 +161,15 @@ class Codec:
         if self.tiles:
             return self._tile_param_names()
         if k.packed:
-            if k.center:
+            before = k.domain == "block" or k.transform != "klt"
+            if k.center and before:
                 names += ["k_mean", "k_table"]
             if k.domain == "block" and k.block > 1:
                 names += ["offset_cos", "offset_sin"]
-            if k.domain == "block" or k.center:
+            if k.domain == "block" or (k.center and before):
                 names += ["start_cos", "start_sin"]
             if k.transform == "klt":
-                names += ["k_mean2", "k_basis", *(["k_unbasis"] if k.metric != "none" else [])]
+                names += [*(["k_mean2"] if k.center else []), "k_basis", *(["k_unbasis"] if k.own_inverse else [])]
             if k.reorder:
                 names += ["k_perm", "k_unperm"]
             names += QUANTIZERS[k.kind].tables(k, "k")
@@ -176,7 +177,7 @@ class Codec:
             if v.center:
                 names += ["v_mean"]
             if v.transform == "klt":
-                names += ["v_basis"]
+                names += ["v_basis", *(["v_unbasis"] if v.own_inverse else [])]
             names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
 
@@ -199,7 +200,7 @@ class Codec:
         if k.center:
             names += ["k_table", "start_cos", "start_sin", "origin_cos", "origin_sin", "tile_mean", "tile_turn"]
         if k.transform == "klt":
-            names += ["k_basis", *(["k_unbasis"] if k.metric != "none" else []), "tile_rows", "tile_basis"]
+            names += ["k_basis", *(["k_unbasis"] if k.own_inverse else []), "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")
         names += ["v_mean"] if v.center else []
         return (*names, *QUANTIZERS[v.kind].tables(v, "v"))
@@ -432,6 +433,7 @@ def _beyond(s: SideSpec, prefix: str) -> tuple[str, ...]:
         return ()
     names = [f.name for f in fields(s) if f.name not in _READ and getattr(s, f.name) != f.default]
     names += [getattr(s, field) for field, words in _SETTINGS.items() if getattr(s, field) not in words]
+    names += ["klt after RoPE"] if prefix == "k" and s.transform == "klt" and s.domain == "post" else []
     return (*names, *(name for name in functions_of(s, prefix) if name not in KNOWN_STAGES))
 
 

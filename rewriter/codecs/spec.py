@@ -18,6 +18,7 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt")
 METRICS = ("none", "attention")
+SPREADS = ("none", "hadamard", "balanced")
 AXES = ("token", "channel")
 VECTOR_SETTINGS = {
     4.0: (2, 8),
@@ -59,10 +60,12 @@ class SideSpec:
 
     domain     "post": after RoPE. "block": rotated only by the offset inside a block of `block` tokens (keys only);
                block=1 is the key before RoPE. Values are always "post".
-    center     subtract the calibrated mean (of keys: the mean before RoPE).
+    center     subtract the calibrated mean (of keys: the mean before RoPE; of klt keys in domain "post" the one after it).
     transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
-    metric     what errors are measured by: "none", all alike; "attention", by the second moment of the queries that meet them (klt
-               keys only). The basis is then not orthogonal and has an inverse of its own.
+    metric     what errors are measured by: "none", all alike; "attention", by the second moment of what reads them: of keys the
+               queries that meet them, of values the output projection. A klt basis is then not orthogonal and has its own inverse.
+    spread     what stands behind a klt basis, for kinds with one step a token: "hadamard"; "balanced", components divided by the
+               fourth root of their variance and then a Hadamard matrix: all channels are alike, and their errors too.
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd", "lloyd-even" or "trellis".
@@ -72,7 +75,7 @@ class SideSpec:
     flush      rows are coded in blocks of this many tokens and stay exact until their block is full; 0: at once.
     newest     so many newest rows of this side stay exact.
     norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
-    varn       steps of variance normalisation of `group_tokens` tokens before their ranges are taken (kvsink.kernels.varn); 0: none.
+    varn       steps of variance normalisation of `group_tokens` tokens before ranges are taken (kvsink.kernels.varn); 0: none.
                Each token of a head gets a scale of its own where ranges run along tokens, else each channel of a head.
     couple     kind "vector": channels that share one code of `code_bits` bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
     shared     kind "vector": one codebook for all heads.
@@ -91,6 +94,7 @@ class SideSpec:
     center: bool = False
     transform: str = "none"
     metric: str = "none"
+    spread: str = "none"
     unbiased: bool = False
     heads_per_group: int = 1
     order: int = 0
@@ -129,6 +133,10 @@ class SideSpec:
             refuse(f"metric {self.metric!r} is not one of {', '.join(METRICS)}")
         if self.metric != "none" and self.transform != "klt":
             refuse("a metric needs transform='klt', whose basis it changes")
+        if self.spread not in SPREADS:
+            refuse(f"spread {self.spread!r} is not one of {', '.join(SPREADS)}")
+        if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, "vector")):
+            refuse("a spread needs transform='klt' and a kind with one step a token")
         if self.metric != "none" and self.kind == "vector":
             refuse("a metric is for levels of single components, not for codebooks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
@@ -194,6 +202,11 @@ class SideSpec:
     def by_token_block(self) -> bool:
         """True when rows are coded together with their neighbours in time."""
         return self.packed and (self.axis == "channel" or self.varn > 0)
+
+    @property
+    def own_inverse(self) -> bool:
+        """True when the basis of a klt is not orthogonal and rows come back by another table."""
+        return self.metric != "none" or self.spread == "balanced"
 
     @property
     def pre_rope(self) -> bool:

@@ -156,6 +156,9 @@ def quantize(
         right = rounded(second, mean) and rounded(first, _rms(groups - second))
         return right and np.array_equal(got, _nearest((groups - second) / first, lloyd_levels(w)))
     top = 2**w - 1
+    if kind == "uniform-quantile":  # the entry with int(clip · n) smaller magnitudes bounds its group
+        t = np.sort(np.abs(groups), -1)[..., min(int(clip * group_size), group_size - 1), None]
+        groups, clip, kind = np.clip(groups, -t, t), 1.0, "uniform"
     low, high = clip * groups.min(-1, keepdims=True), clip * groups.max(-1, keepdims=True)
     right = rounded(first, (high - low) / top)
     if kind == "uniform":

@@ -52,6 +52,7 @@ SCALAR = [
     *(("uniform", (w,) * 4, 16, 1.0, False) for w in range(1, 9)),
     ("uniform", (2,) * 4, 32, 0.8, False),
     *(("uniform-int", (w,) * 4, 32, 1.0, False) for w in (2, 3, 4, 8)),
+    *(("uniform-quantile", (2,) * 4, n, q, False) for n in (16, 32) for q in (0.96, 0.92, 1.0)),
     *(("gauss", (w,) * 4, 32, 1.0, False) for w in range(1, 9)),
     ("lloyd", (2, 2, 2, 2), 32, 1.0, True),
     ("lloyd", (4, 3, 1, 0), 32, 1.0, True),
