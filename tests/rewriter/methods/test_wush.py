@@ -78,9 +78,7 @@ def test_counted_bits_are_the_formula(dim: int, wanted: float) -> None:
     m, n = kvsink.get_method("wush"), 4096
     sides = [m.side(which, 2).resolved(8, dim) for which in ("key", "value")]
     bits = counted_bits(Codec(*sides, segments=(64,), window=256), 8, dim, n)
-    small = (
-        32 * 256 + 64 + 64 * 64 + 40 * n
-    )  # slots of the ring, length, slots and scores of exact rows, positions and real slots
+    small = 32 * 256 + 64 + 64 * 64 + 40 * n  # slots of the ring, length, slots and scores of exact rows, positions and real slots
     assert bits == pytest.approx([wanted + 16 * 320 / n + small / (16 * dim * n)] * 2, abs=1e-9)
     assert sides[0].clip == 0.96 and sides[1].clip == 0.92 and m.side("key", 3).clip == 1.0
 
