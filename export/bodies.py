@@ -159,6 +159,16 @@ def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[
     return pack_any(b, codes, a["code_bits"], groups), fit(codes)
 
 
+def _quantize_normed(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[str, str]:
+    square = b.Sqrt(b.ReduceMean(b.Mul(x, x), b.ints(1, 3), keepdims=1))
+    n = b.cast(b.Clip(square, b.const(_HALF_TINY), b.const(HALF_MAX)), "FLOAT16")
+    return _quantize_vector(b, {**a, "gain": 0}, b.Div(x, b.number(n)), book)[0], n
+
+
+def _dequantize_normed(b: Body, a: Mapping[str, Any], codes: str, scale: str, book: str) -> str:
+    return _dequantize_vector(b, {**a, "gain": 1}, codes, scale, book)
+
+
 def _quantize_static(b: Body, a: Mapping[str, Any], x: str, step: str) -> tuple[str, str]:
     width, half = a["widths"][0], float(1 << (a["widths"][0] - 1))
     codes = b.Clip(b.Round(b.Div(x, b.widened(b.Unsqueeze(step, b.ints(1))))), b.const(-half), b.const(half - 1))
@@ -214,6 +224,7 @@ QUANTIZER_BODIES: dict[str, tuple[Callable[..., tuple[str, str]], Callable[..., 
     "lloyd": (_quantize_lloyd, _dequantize_lloyd),
     "lloyd-even": (_quantize_lloyd, _dequantize_lloyd),
     "vector": (_quantize_vector, _dequantize_vector),
+    "vector-normed": (_quantize_normed, _dequantize_normed),
     "static": (_quantize_static, _dequantize_static),
     "trellis": (trellis_body.quantize, trellis_body.dequantize),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .models import build, stock_cache, tokens
+from .models import HEAD_DIM, KV_HEADS, build, stock_cache, tokens
 
 PAST = 13
 """Tokens in the cache before a captured step: more than one window of the sliding models."""
@@ -65,8 +65,24 @@ def rewritten(family: str, attention: str = "sdpa", method: str = "klt", **optio
     import kvsink
 
     model = build(family, attention)
-    kvsink.rewrite(model, method=method, calibration=tokens(options.pop("windows", 8), 64, seed=1), **options)
+    windows = options.pop("windows", windows_for(method, options.get("key_bits"), options.get("value_bits")))
+    kvsink.rewrite(model, method=method, calibration=tokens(windows, 64, seed=1), **options)
     return model
+
+
+def windows_for(method: Any, key_bits: float | None = None, value_bits: float | None = None) -> int:
+    """Texts of 64 tokens that a method is calibrated on: eight, or as many as its codebooks ask for."""
+    from kvsink.codecs.quantizers import QUANTIZERS
+    from kvsink.errors import KvsinkError
+    from kvsink.methods import get_method
+
+    m = get_method(method) if isinstance(method, str) else method
+    try:
+        sides = m.side("key", key_bits or m.key_bits), m.side("value", value_bits or m.value_bits)
+        needs = [QUANTIZERS[s.kind].learns(s) for side in sides if (s := side.resolved(KV_HEADS, HEAD_DIM)).packed]
+    except KvsinkError:
+        return 8  # which the rewrite will say
+    return max(8, -(-max(needs, default=0) // 60))
 
 
 def packed_graph(

@@ -28,7 +28,7 @@ from kvsink.calibrate.kmeans import assign, weighted_kmeans
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import Samples
 from kvsink.codecs import Codec, SideSpec
-from kvsink.codecs.quantizers import QUANTIZERS
+from kvsink.codecs.quantizers import QUANTIZERS, VECTOR_KINDS
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.nuq import span
 from kvsink.kernels.static import best_steps
@@ -76,11 +76,13 @@ def learn(
         x = Codec(SideSpec(), spec).transform_values(x, where)[0]
     weights = row_weights(side, spec, layer, rows)
     weights = None if weights is None else weights.to(device)
+    if spec.transform == "grouped" and weights is not None and spec.weights.startswith("fisher"):
+        weights = weights @ where[f"{side}_unbasis" if spec.own_inverse else f"{side}_basis"].square()  # by the chain rule
     if spec.kind == "static":
         if weights is None and spec.center:
             weights = _first_rows(side, rows.positions).to(device)
         return {f"{side}_step": learn_steps(x, weights, spec).cpu()}
-    if spec.kind == "vector":
+    if spec.kind in VECTOR_KINDS:
         return {f"{side}_book": learn_book(x, weights, spec).cpu()}
     if spec.kind == "nuq":
         return {n: t.cpu() for n, t in learn_levels(side, x, weights, spec).items()}
@@ -97,7 +99,7 @@ def row_weights(side: str, spec: SideSpec, layer: int, rows: Samples) -> Tensor 
         raise CalibrationError(f"layer {layer} has no {kind} weights in this record's samples; calibrate with this method again")
     if kind == "fisher":
         w = found.transpose(0, 1)
-        return w.mean(-1, keepdim=True) if spec.transform != "none" or (side == "k" and spec.block > 1) else w
+        return w.mean(-1, keepdim=True) if spec.transform not in ("none", "grouped") or (side == "k" and spec.block > 1) else w
     return _per_window(found, rows.windows).T[..., None]
 
 
@@ -126,8 +128,8 @@ def learn_book(x: Tensor, w: Tensor | None, spec: SideSpec) -> Tensor:
     d = x.shape[-1]
     c, k = spec.couple, 2**spec.code_bits
     x = x.float()
-    if spec.gain:
-        size = x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    if spec.gain or spec.kind == "vector-normed":
+        size = x.square().mean(-1 if spec.gain else (0, 2), keepdim=True).sqrt().clamp_min(1e-12).expand(len(x), -1, -1)
         x, w = x / size, size.square() if w is None else w * size.square()
     most, steps = _EFFORT["cuda" if x.is_cuda else "cpu"]
     groups = x.unflatten(-1, (-1, c)).transpose(1, 2)  # [H, D/c, N, c]

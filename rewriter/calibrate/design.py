@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvsink.calibrate.codebooks import Turn, learn
+from kvsink.calibrate.grouping import grouped_basis
 from kvsink.calibrate.metric import basis_of_attention, damped, spread_basis, turned_moment
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import SampleNeed
@@ -184,6 +185,21 @@ def _klt(side: str, spec: SideSpec, covariance: Tensor, moment: Tensor | None, t
     return variance
 
 
+def _grouped(spec: SideSpec, layer: int, record: Calibration, rotary: int, tables: dict[str, Tensor]) -> None:
+    """The basis of keys in groups, put into `tables`."""
+    rows = record.samples.get(layer)
+    _need(rows, layer, "sample")
+    assert rows is not None
+    moment = None
+    if spec.metric != "none":
+        moment = getattr(record.queries.get(layer), "causal", None)
+        _need(moment, layer, "query")
+    forth, back = grouped_basis(moment, rows.keys.transpose(0, 1), rotary, spec.couple, spec.kind == "vector-normed")
+    tables["k_basis"] = forth.float().contiguous()
+    if spec.own_inverse:
+        tables["k_unbasis"] = back.float().contiguous()
+
+
 def design_key(
     spec: SideSpec,
     layer: int,
@@ -220,6 +236,8 @@ def design_key(
         variance = _klt("k", spec, covariance, moment, tables)
     else:
         variance = rotated_variance(covariance, spec)
+    if spec.transform == "grouped":
+        _grouped(spec, layer, record, cos.shape[-1], tables)
     if spec.center and not (spec.transform == "klt" and spec.domain == "post"):
         table = stats.block_table(cos, sin)
         tables["k_mean"] = mean.float()

@@ -168,7 +168,7 @@ class Codec:
                 names += ["offset_cos", "offset_sin"]
             if k.domain == "block" or (k.center and before):
                 names += ["start_cos", "start_sin"]
-            if k.transform == "klt":
+            if k.transform in ("klt", "grouped"):
                 names += [*(["k_mean2"] if k.center else []), "k_basis", *(["k_unbasis"] if k.own_inverse else [])]
             if k.reorder:
                 names += ["k_perm", "k_unperm"]

@@ -11,12 +11,12 @@ from kvsink.kernels.hadamard import hadamard_core
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.kernels.sparse import INDEX_LIMIT
 
-from .quantizers import QUANTIZERS
+from .quantizers import QUANTIZERS, VECTOR_KINDS
 
 __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
-TRANSFORMS = ("none", "hadamard", "klt")
+TRANSFORMS = ("none", "hadamard", "klt", "grouped")
 METRICS = ("none", "attention")
 SPREADS = ("none", "hadamard", "balanced")
 AXES = ("token", "channel")
@@ -61,7 +61,8 @@ class SideSpec:
     domain     "post": after RoPE. "block": rotated only by the offset inside a block of `block` tokens (keys only);
                block=1 is the key before RoPE. Values are always "post".
     center     subtract the calibrated mean (of keys: the mean before RoPE; of klt keys in domain "post" the one after it).
-    transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
+    transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis), "grouped"
+               (channels by their weight, pairs that turn together in groups of codebooks; see kvsink.calibrate.grouping).
     metric     what errors are measured by: "none", all alike; "attention", by the second moment of what reads them: of keys the
                queries that meet them, of values the output projection. A klt basis is then not orthogonal and has its own inverse.
     spread     what stands behind a klt basis, for kinds with one step a token: "hadamard"; "balanced", components divided by the
@@ -77,7 +78,8 @@ class SideSpec:
     norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
     varn       steps of variance normalisation of `group_tokens` tokens before ranges are taken (kvsink.kernels.varn); 0: none.
                Each token of a head gets a scale of its own where ranges run along tokens, else each channel of a head.
-    couple     kind "vector": channels that share one code of `code_bits` bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
+    couple     kinds "vector" and "vector-normed" (which stores one norm a token): channels that share one code of `code_bits`
+               bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
     shared     kind "vector": one codebook for all heads.
     outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
     outlier_tokens  tokens whose outliers share one record, at most; a power of two.
@@ -131,13 +133,15 @@ class SideSpec:
             refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
         if self.metric not in METRICS:
             refuse(f"metric {self.metric!r} is not one of {', '.join(METRICS)}")
-        if self.metric != "none" and self.transform != "klt":
+        if self.metric != "none" and self.transform not in ("klt", "grouped"):
             refuse("a metric needs transform='klt', whose basis it changes")
+        if self.transform == "grouped" and (self.domain != "block" or self.center):
+            refuse("groups are of keys in the block domain that are not centred")
         if self.spread not in SPREADS:
             refuse(f"spread {self.spread!r} is not one of {', '.join(SPREADS)}")
-        if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, "vector")):
+        if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, *VECTOR_KINDS)):
             refuse("a spread needs transform='klt' and a kind with one step a token")
-        if self.metric != "none" and self.kind == "vector":
+        if self.metric != "none" and self.transform == "klt" and self.kind in VECTOR_KINDS:
             refuse("a metric is for levels of single components, not for codebooks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
@@ -235,7 +239,7 @@ class SideSpec:
             else:
                 groups = 1
             spec = replace(spec, heads_per_group=groups, order=order)
-        if self.kind == "vector":
+        if self.kind in VECTOR_KINDS:
             couple, code_bits = self._coupling(dim)
             return replace(spec, couple=couple, code_bits=code_bits)
         if self.outliers:

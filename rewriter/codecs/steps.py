@@ -45,7 +45,7 @@ def stages_in(s: SideSpec, prefix: str, roped: bool = False) -> tuple[Stage, ...
         out = _keys_in(s, roped)
     else:
         out = [Stage("center", lambda do, x, at: do.center(x, at.tables["v_mean"]))] if s.center else []
-    if s.transform == "klt":
+    if s.transform in ("klt", "grouped"):
         if prefix == "k" and s.center:
             out.append(Stage("rotate", lambda do, x, at: do.center(x, at.tables["k_mean2"])))
         out.append(Stage("rotate", lambda do, x, at: do.project(x, at.tables[f"{prefix}_basis"])))
@@ -62,7 +62,7 @@ def stages_back(s: SideSpec, prefix: str, own: bool = False) -> tuple[Stage, ...
     out = []
     if s.reorder and prefix == "k":
         out.append(Stage("reorder", lambda do, x, at: do.reorder_heads(x, at.tables["k_unperm"])))
-    if s.transform == "klt":
+    if s.transform in ("klt", "grouped"):
         back = f"{prefix}_unbasis" if s.own_inverse else f"{prefix}_basis"
         out.append(Stage("rotate", lambda do, x, at: do.unproject(x, at.tables[back])))
     elif s.transform == "hadamard" and not s.folded:

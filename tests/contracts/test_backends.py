@@ -50,6 +50,7 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("kivi 2/2", "kivi", 2, 2, {"segments": ()}),
     ("oscar 2/2", "oscar", 2, 2, {"segments": ()}),
     ("wush 2/2, 128 recent rows", "wush", 2, 2, {"segments": (16,), "window": 128}),
+    ("tasq 1.25/1.25, 64 recent rows", "tasq", 1.25, 1.25, {"segments": (), "window": 64}),
     ("kvarn 2/2", "kvarn", 2, 2, {"segments": (128,)}),
     ("kvquant 3/3", "kvquant", 3, 3, {}),
     ("kvquant-1% 2/2", "kvquant-1%", 2, 2, {}),
