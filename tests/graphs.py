@@ -65,24 +65,27 @@ def rewritten(family: str, attention: str = "sdpa", method: str = "klt", **optio
     import kvsink
 
     model = build(family, attention)
-    windows = options.pop("windows", windows_for(method, options.get("key_bits"), options.get("value_bits")))
-    kvsink.rewrite(model, method=method, calibration=tokens(windows, 64, seed=1), **options)
+    windows = options.pop("windows", None)
+    kvsink.rewrite(model, method=method, calibration=text_for(method, windows, **options), **options)
     return model
 
 
-def windows_for(method: Any, key_bits: float | None = None, value_bits: float | None = None) -> int:
-    """Texts of 64 tokens that a method is calibrated on: eight, or as many as its codebooks ask for."""
+def text_for(method: Any, windows: int | None = None, **options: Any) -> Tensor:
+    """Random tokens that a method is calibrated on: eight texts of 64, or as many as its codebooks ask for, and longer ones where
+    all of 64 would stay exact."""
     from kvsink.codecs.quantizers import QUANTIZERS
     from kvsink.errors import KvsinkError
     from kvsink.methods import get_method
 
-    m = get_method(method) if isinstance(method, str) else method
+    m, needs = get_method(method) if isinstance(method, str) else method, [0]
+    protect = options.get("protect") or m.protect
     try:
-        sides = m.side("key", key_bits or m.key_bits), m.side("value", value_bits or m.value_bits)
+        sides = m.side("key", options.get("key_bits") or m.key_bits), m.side("value", options.get("value_bits") or m.value_bits)
         needs = [QUANTIZERS[s.kind].learns(s) for side in sides if (s := side.resolved(KV_HEADS, HEAD_DIM)).packed]
     except KvsinkError:
-        return 8  # which the rewrite will say
-    return max(8, -(-max(needs, default=0) // 60))
+        pass  # the rewrite will say so
+    first = max((int(part[6:]) for part in protect.split("+") if part.startswith("first:")), default=0)
+    return tokens(windows or max(8, -(-max(needs, default=0) // 60)), 64 + (first if first >= 64 else 0), seed=1)
 
 
 def packed_graph(

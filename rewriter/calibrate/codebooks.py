@@ -35,7 +35,7 @@ from kvsink.kernels.static import best_steps
 
 __all__ = ["learn", "learn_book", "learn_levels", "learn_steps", "row_weights"]
 
-Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]  # positions [N] → positions [N], cos and sin [1, N, R]
+Turn = Callable[[Tensor, bool], tuple[Tensor, tuple[Tensor, Tensor]]]  # positions [N], spread → positions [N], cos, sin [1, N, R]
 
 _BINS, _STARTS = 4096, 16
 _FIRST = {"k": 0.25, "v": 2.0}  # weight of the rows at position 0 against all others, for fixed steps
@@ -69,7 +69,7 @@ def learn(
         cos = sin = x.new_empty(1, len(rows), 0)
         positions = rows.positions
         if spec.domain == "post" and turn is not None:
-            positions, (cos, sin) = turn(positions)
+            positions, (cos, sin) = turn(positions, spec.transform != "klt")  # a basis after RoPE is of rows where they stood
         codec = Codec(spec, SideSpec())
         x = codec.transform_keys(x, cos.to(device), sin.to(device), positions.to(device)[None], where, roped=False)[0]
     else:

@@ -108,8 +108,13 @@ def eigenbasis(covariance: Tensor, spec: SideSpec) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
     if not spec.couple:
         return values, vectors
-    order = torch.stack([balanced(v, spec.couple) for v in values])
-    return values.gather(-1, order), vectors.gather(-1, order[:, None].expand_as(vectors))
+    return _dealt(values, values, spec.couple), _dealt(vectors, values, spec.couple)
+
+
+def _dealt(columns: Tensor, values: Tensor, couple: int) -> Tensor:
+    """The last dimension [H, .., D] in the order in which falling variances [H, D] are dealt out over runs."""
+    order = torch.stack([balanced(v, couple) for v in values])
+    return columns.gather(-1, order if columns.dim() == 2 else order[:, None].expand_as(columns))
 
 
 def balanced(values: Tensor, couple: int) -> Tensor:
@@ -174,8 +179,13 @@ def _klt(side: str, spec: SideSpec, covariance: Tensor, moment: Tensor | None, t
     if moment is None:
         variance, forth = eigenbasis(covariance, spec)
         back = forth
+    elif spec.metric == "directions":
+        variance, forth = eigenbasis(moment, spec)
+        back = forth
     else:
         variance, forth, back = basis_of_attention(covariance, moment)
+        if spec.couple:
+            variance, forth, back = (_dealt(t, variance, spec.couple) for t in (variance, forth, back))
     if spec.spread != "none":
         energy = torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1) if balanced else None
         forth, back = spread_basis(variance, (forth, back), hadamard_order(forth.shape[-1]), energy)
@@ -252,7 +262,7 @@ def design_key(
         spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
         tables.update(sigmas("k", spec, variance))
     if QUANTIZERS[spec.kind].learns(spec):
-        if spec.domain != "block" and spec.kind != "static":
+        if spec.domain != "block" and spec.kind != "static" and spec.transform != "klt":
             raise UnsupportedError(f"{spec.kind} keys are in the block domain; set domain='block' with a block length")
         tables.update(learn("k", spec, layer, record, tables, device, turn))
     return Design(spec, tables)
@@ -272,11 +282,13 @@ def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calib
     if spec.center:
         tables["v_mean"] = stats.mean().float()
     if spec.transform == "klt":
-        reads = getattr(record.queries.get(layer), "reads", None)
+        moment = None
         if spec.metric != "none":
-            _need(reads, layer, "output projection")
+            directions = spec.metric == "directions"
+            moment = getattr(record.queries.get(layer), "scored" if directions else "reads", None)
+            _need(moment, layer, "score" if directions else "output projection")
             covariance = covariance if spec.center else stats.second / stats.count
-        variance = _klt("v", spec, covariance, reads if spec.metric != "none" else None, tables)
+        variance = _klt("v", spec, covariance, moment, tables)
     else:
         variance = rotated_variance(covariance, spec)
     if spec.kind in SIGMA_KINDS:

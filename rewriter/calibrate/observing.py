@@ -71,7 +71,7 @@ def observe(
     if blind := [i for i, (asked, kept) in found.items() if asked[0] != kept[0]]:
         notes.append(f"layers {blind}: their attention does not show its queries; errors of their keys count alike")
     if blind := [i for i, (asked, kept) in found.items() if asked[1] != kept[1]]:
-        notes.append(f"layers {blind}: no plain projection was seen behind their attention; errors of their values count alike")
+        notes.append(f"layers {blind}: no queries, or no plain projection behind attention; errors of their values count alike")
     if any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
         notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
     return record

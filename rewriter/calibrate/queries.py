@@ -4,9 +4,13 @@ Formula    second = sum w q^T q over the query heads that share a KV head, befor
            attention that falls on rows which are coded, by a plain causal softmax
            roped = sum q^T q after RoPE, all queries alike;  causal_c = sum over all keys at or before q of (R_p^T q)_c^2, R_p the
            rotation of the key;  reads = sum W^T W over the columns W of the output projection that read the values of a head
-Source     ours (`klt`); WUSH-KV, arXiv 2609.38121 section 2 (roped, reads); TaSQ, arXiv 2610.03027 (causal)
+           scored = sum s_t v_t^T v_t over rows that are coded, s_t the sum of squared scores of their key with all queries of its
+           window, before or after it, 1 on average
+Source     ours (`klt`); WUSH-KV, arXiv 2609.38121 section 2 (roped, reads); TaSQ, arXiv 2610.03027 (causal); OSCAR,
+           arXiv 2605.17757, released code (scored)
 Differs    windows, softcaps and sink logits of a model are left out of w
-Shapes     queries [B, Hq, S, D]; second, roped [H, D, D]; causal [H, D]; reads [H, Dv, Dv], None where no plain projection is found
+Shapes     queries [B, Hq, S, D]; second, roped [H, D, D]; causal [H, D]; scored, reads [H, Dv, Dv], reads None where no plain
+           projection is found
 Exact      sums in float64; products in float32
 Cost       every eighth query, `_MOST` of a window at the most
 """
@@ -32,8 +36,9 @@ class QueryStats:
 
     count: Tensor  # []
     second: Tensor  # [H, D, D]
-    roped: Tensor | None = None  # [H, D, D]; these three are missing in older records
+    roped: Tensor | None = None  # [H, D, D]; these four are missing in older records
     causal: Tensor | None = None  # [H, D]
+    scored: Tensor | None = None  # [H, Dv, Dv]
     reads: Tensor | None = None  # [H, Dv, Dv]
 
     @classmethod
@@ -61,6 +66,16 @@ class QueryStats:
         sums = torch.cat([*square, rest.square() * seen], -1).sum((0, 2))  # [Hq, D]
         self.causal += sums.unflatten(0, (self.causal.shape[0], -1)).sum(1).cpu()
 
+    def add_scored(self, queries: Tensor, k: Tensor, v: Tensor, coded: Tensor) -> None:
+        """Add values [B, H, S, Dv] of rows coded [B, S], by scores of queries [B, Hq, n, D] and keys [B, H, S, D] after RoPE."""
+        for at, mine in enumerate(coded.bool()):
+            moment = queries[at].float().unflatten(0, (k.shape[1], -1)).flatten(1, 2)  # [H, G·n, D]
+            rows, values = (t[at][:, mine].float() for t in (k, v))
+            score = (rows @ (moment.mT @ moment) * rows).sum(-1, keepdim=True)
+            values = values * (score / score.mean(1, keepdim=True).clamp_min(1e-30)).clamp_min(0.0).sqrt()
+            found = (values.mT @ values).double().cpu()
+            self.scored = found if self.scored is None else self.scored + found
+
     def _by_head(self, queries: Tensor, weights: Tensor) -> Tensor:
         """[H, N, D], each row times the root of its weight."""
         rows = (queries.float() * weights.float().sqrt()[..., None]).unflatten(1, (self.second.shape[0], -1))  # [B, H, G, S, D]
@@ -70,7 +85,7 @@ class QueryStats:
         """Add the sums of another shard."""
         self.count += other.count
         self.second += other.second
-        for name in ("roped", "causal"):
+        for name in ("roped", "causal", "scored"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, None if mine is None or theirs is None else mine + theirs)
 
@@ -114,6 +129,8 @@ def see_queries(
     real = torch.ones(k.shape[0], k.shape[2], device=q.device) if valid is None else valid.float()
     sums = [(t * real[..., None]).cumsum(1).index_select(1, at) for t in (one.square() / size, one * two / size)]
     into.add_roped(rows, (real.cumsum(1) * real).index_select(1, at), *sums)
+    if v.shape[2] == k.shape[2]:
+        into.add_scored(rows * (real[:, at] > 0)[:, None, :, None], k, v, coded)
     if into.reads is None:
         into.reads = _reads(module, q.shape[1], k.shape[1], v.shape[-1])
 

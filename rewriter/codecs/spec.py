@@ -17,7 +17,7 @@ __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
 TRANSFORMS = ("none", "hadamard", "klt", "grouped")
-METRICS = ("none", "attention")
+METRICS = ("none", "attention", "directions")
 SPREADS = ("none", "hadamard", "balanced")
 AXES = ("token", "channel")
 VECTOR_SETTINGS = {
@@ -65,6 +65,7 @@ class SideSpec:
                (channels by their weight, pairs that turn together in groups of codebooks; see kvsink.calibrate.grouping).
     metric     what errors are measured by: "none", all alike; "attention", by the second moment of what reads them: of keys the
                queries that meet them, of values the output projection. A klt basis is then not orthogonal and has its own inverse.
+               "directions": the eigenvectors of that moment alone, of values of their own moment weighed by scores.
     spread     what stands behind a klt basis, for kinds with one step a token: "hadamard"; "balanced", components divided by the
                fourth root of their variance and then a Hadamard matrix: all channels are alike, and their errors too.
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
@@ -141,8 +142,8 @@ class SideSpec:
             refuse(f"spread {self.spread!r} is not one of {', '.join(SPREADS)}")
         if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, *VECTOR_KINDS)):
             refuse("a spread needs transform='klt' and a kind with one step a token")
-        if self.metric != "none" and self.transform == "klt" and self.kind in VECTOR_KINDS:
-            refuse("a metric is for levels of single components, not for codebooks: set metric='none'")
+        if self.metric != "none" and self.transform == "klt" and self.domain == "block" and self.kind in VECTOR_KINDS:
+            refuse("a metric of keys in blocks is for levels of single components, not for codebooks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
         if self.weights not in WEIGHTS:
@@ -210,7 +211,7 @@ class SideSpec:
     @property
     def own_inverse(self) -> bool:
         """True when the basis of a klt is not orthogonal and rows come back by another table."""
-        return self.metric != "none" or self.spread == "balanced"
+        return self.metric == "attention" or self.spread == "balanced"
 
     @property
     def pre_rope(self) -> bool:

@@ -21,7 +21,7 @@ from kvsink.kernels.quantize import segments
 from kvsink.model.runtime import runtime_of
 from kvsink.report import counted_bits
 from tests.close import FUSED_FLOAT32, SOFTMAX_IN_FLOAT32, largest_difference
-from tests.graphs import rewritten, windows_for
+from tests.graphs import rewritten, text_for
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens
 from tests.states import read_codes
 
@@ -96,7 +96,7 @@ def test_the_declaration_is_complete(method: str) -> None:
     assert m.source.arxiv == "ours" or (re.fullmatch(r"\d{4}\.\d{5}", m.source.arxiv) and m.source.title)
     assert all(claim.source and claim.setting for claim in m.claims)
     assert m.key.packed and m.value.packed and 0 < m.key_bits <= 8 and 0 < m.value_bits <= 8
-    kvsink.rewrite(build("llama"), method, calibration=tokens(windows_for(method), 64, seed=1))  # with its own defaults
+    kvsink.rewrite(build("llama"), method, calibration=text_for(method))  # with its own defaults
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,8 +158,8 @@ def test_16_bit_changes_nothing(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_those_of_the_tensors_and_of_the_report(method: str) -> None:
     model = build("llama", dtype=torch.bfloat16)  # reports count exact rows as 16 bit
-    ids = tokens(windows_for(method), 66, seed=1)
-    kvsink.rewrite(model, method, calibration=ids, window=6, protect="massive:3+first:2")
+    protect = "massive:3+first:2"
+    kvsink.rewrite(model, method, calibration=text_for(method, protect=protect), window=6, protect=protect)
     for batch, length in ((1, 64), (3, 32)):
         cache = KVSinkCache.for_model(model, batch, max_length=length)
         with torch.no_grad():

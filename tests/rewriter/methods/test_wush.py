@@ -87,6 +87,6 @@ def test_where_attention_shows_nothing_that_factor_is_the_identity() -> None:
     model = build("llama")
     model.set_attn_implementation("eager")
     report = kvsink.rewrite(model, "wush", calibration=tokens(4, 64))
-    assert "layers [0, 1]: no plain projection was seen behind their attention; errors of their values count alike" in report.notes
+    assert "layers [0, 1]: no queries, or no plain projection behind attention; errors of their values count alike" in report.notes
     plan = runtime_of(model).plans[0].codec
     assert plan.key.metric == plan.value.metric == "none" and plan.key.own_inverse
