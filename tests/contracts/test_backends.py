@@ -50,6 +50,8 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("kivi 2/2", "kivi", 2, 2, {"segments": ()}),
     ("oscar 2/2", "oscar", 2, 2, {"segments": ()}),
     ("wush 2/2, 128 recent rows", "wush", 2, 2, {"segments": (16,), "window": 128}),
+    ("oscar-int2 2/2, 64 first and 256 recent rows", "oscar-int2", 2, 2, {"segments": (64,), "window": 256}),
+    ("nova 2/2, 64 first and 256 recent rows", "nova", 2, 2, {"segments": (64,), "window": 256}),
     ("tasq 1.25/1.25, 64 recent rows", "tasq", 1.25, 1.25, {"segments": (), "window": 64}),
     ("kvarn 2/2", "kvarn", 2, 2, {"segments": (128,)}),
     ("kvquant 3/3", "kvquant", 3, 3, {}),
