@@ -193,6 +193,7 @@ def describe(spec: SideSpec) -> str:
         words.append("before RoPE" if spec.block == 1 else f"block {spec.block}")
     if spec.transform != "none":
         words.append(spec.transform + (f" x{spec.heads_per_group} heads" if spec.heads_per_group > 1 else ""))
+        words += [spec.spread] if spec.spread != "none" else []
     if spec.reorder:
         words.append("reordered")
     if spec.couple:

@@ -48,7 +48,7 @@ class Calibration:
         seen = self.queries.get(layer)
         if seen is not None and not seen.count:
             key = replace(key, metric="none")
-        if seen is not None and (seen.reads if value.metric == "attention" else seen.scored) is None:
+        if seen is not None and seen.roped is not None and (seen.reads if value.metric == "attention" else seen.scored) is None:
             value = replace(value, metric="none")
         return key, value
 

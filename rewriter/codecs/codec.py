@@ -4,6 +4,7 @@ Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), o
                    z = x U;  codes, scale = quantize(z)
                    k^ = R_{j - d} (z^ U^T + M[d]),  M[d] = R_d mu + mu2       (block)
                    k^ = z^ U^T + R_{j - d} M[d]                               (post)
+                   z = (R_j k - mu) U, k^ = z^ U^T + mu, mu the mean after RoPE (post, with a klt)
            values  z = (v - mu) U;  v^ = z^ U^T + mu
            metric  where errors are measured by what attention makes of them, U is not orthogonal, and U^-1 stands for U^T
            axis "channel": z, divided by the norm of its token where the side says so, is coded by blocks of tokens

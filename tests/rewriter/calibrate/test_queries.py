@@ -127,6 +127,17 @@ def test_a_record_without_queries_is_refused() -> None:
         kvsink.rewrite(model, "klt-trellis", calibration=record)
 
 
+@pytest.mark.parametrize("bits", [{}, {"key_bits": 16}])
+def test_an_older_record_is_refused_where_later_sums_are_needed(tmp_path: Path, bits: dict[str, int]) -> None:
+    model, ids, file = build("llama"), tokens(4, 64), tmp_path / "old.safetensors"
+    record = calibrate(model, ids, [parse_policies("first:1")] * 2, {0: (0, 64), 1: (0, 64)})
+    for q in record.queries.values():
+        q.roped = q.causal = q.scored = q.reads = None
+    record.save(file)
+    with pytest.raises(CalibrationError, match=r"layer 0 has no (query|output projection) statistics in this record; calibrate"):
+        kvsink.rewrite(model, "wush", calibration=file, protect="first:1", **bits)
+
+
 def test_records_keep_and_add_up_queries(tmp_path: Path) -> None:
     model, ids = build("llama"), tokens(8, 64)
     layers = range(len(model.model.layers))
