@@ -70,6 +70,16 @@ def _quantize_uniform(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
     return pack(b, codes, width, dim), scale
 
 
+def _quantize_quantile(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
+    size, dim = a["group_size"], 8 * len(a["widths"])
+    above = max(size - int(a["clip"] * size), 1)
+    groups = b.reshape(x, 0, 0, 0, dim // size, size)
+    largest, _ = b.TopK(b.Abs(groups), b.ints(above), axis=-1, outputs=2)
+    t = b.slice(largest, above - 1, above, -1)
+    rows = b.reshape(b.Max(b.Min(groups, t), b.Neg(t)), 0, 0, 0, dim)
+    return _quantize_uniform(b, {**a, "kind": "uniform", "clip": 1}, rows)
+
+
 def _quantize_gauss(b: Body, a: Mapping[str, Any], x: str) -> tuple[str, str]:
     width, size, dim = a["widths"][0], a["group_size"], 8 * len(a["widths"])
     groups = b.reshape(x, 0, 0, 0, dim // size, size)
@@ -149,6 +159,16 @@ def _quantize_vector(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[
     return pack_any(b, codes, a["code_bits"], groups), fit(codes)
 
 
+def _quantize_normed(b: Body, a: Mapping[str, Any], x: str, book: str) -> tuple[str, str]:
+    square = b.Sqrt(b.ReduceMean(b.Mul(x, x), b.ints(1, 3), keepdims=1))
+    n = b.cast(b.Clip(square, b.const(_HALF_TINY), b.const(HALF_MAX)), "FLOAT16")
+    return _quantize_vector(b, {**a, "gain": 0}, b.Div(x, b.number(n)), book)[0], n
+
+
+def _dequantize_normed(b: Body, a: Mapping[str, Any], codes: str, scale: str, book: str) -> str:
+    return _dequantize_vector(b, {**a, "gain": 1}, codes, scale, book)
+
+
 def _quantize_static(b: Body, a: Mapping[str, Any], x: str, step: str) -> tuple[str, str]:
     width, half = a["widths"][0], float(1 << (a["widths"][0] - 1))
     codes = b.Clip(b.Round(b.Div(x, b.widened(b.Unsqueeze(step, b.ints(1))))), b.const(-half), b.const(half - 1))
@@ -199,10 +219,12 @@ def _dequantize_groups(b: Body, a: Mapping[str, Any], codes: str, scale: str, ta
 QUANTIZER_BODIES: dict[str, tuple[Callable[..., tuple[str, str]], Callable[..., str]]] = {
     "uniform": (_quantize_uniform, _dequantize_groups),
     "uniform-int": (_quantize_uniform, _dequantize_groups),
+    "uniform-quantile": (_quantize_quantile, _dequantize_groups),
     "gauss": (_quantize_gauss, _dequantize_groups),
     "lloyd": (_quantize_lloyd, _dequantize_lloyd),
     "lloyd-even": (_quantize_lloyd, _dequantize_lloyd),
     "vector": (_quantize_vector, _dequantize_vector),
+    "vector-normed": (_quantize_normed, _dequantize_normed),
     "static": (_quantize_static, _dequantize_static),
     "trellis": (trellis_body.quantize, trellis_body.dequantize),
 }

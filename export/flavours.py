@@ -40,7 +40,7 @@ __all__ = [
 
 FLAVOURS = ("functions", "custom", "gqa")
 # Fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`.
-CARRIED: tuple[str, ...] = TABLES_BACK
+CARRIED: tuple[str, ...] = (*TABLES_BACK, "spread", "klt after RoPE", "grouped")
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 

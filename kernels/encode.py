@@ -47,8 +47,10 @@ def encode(x: Tensor, params: Sequence[Tensor], codec: str, side: str) -> tuple[
 encode.register_fake(_outputs)
 
 
-def _vector(couple: int, code_bits: int, gain: bool, side: str) -> Callable[[torch.Generator], Mapping[str, Any]]:
-    spec = f'{{"bits":{code_bits / couple},"kind":"vector","couple":{couple},"code_bits":{code_bits},"gain":{str(gain).lower()}}}'
+def _vector(
+    couple: int, code_bits: int, gain: bool, side: str, kind: str = "vector"
+) -> Callable[[torch.Generator], Mapping[str, Any]]:
+    spec = f'{{"bits":{code_bits / couple},"kind":"{kind}","couple":{couple},"code_bits":{code_bits},"gain":{str(gain).lower()}}}'
 
     def make(g: torch.Generator) -> Mapping[str, Any]:
         book = torch.randn(3, 32 // couple, 2**code_bits, couple, generator=g)
@@ -86,6 +88,7 @@ EXAMPLES = (
     _vector(4, 8, False, "k"),
     _vector(8, 10, True, "v"),
     _vector(16, 5, False, "v"),
+    _vector(8, 8, False, "k", "vector-normed"),
     _nuq(2, "k"),
     _nuq(3, "v"),
     _trellis((4, 3, 2, 1), "k"),

@@ -4,6 +4,7 @@ Formula    kind "uniform"      per row and group: lo = clip·min x, s = (clip·m
                                code = clamp(round((x - lo) / s), 0, 2^w - 1);  scale holds (s, lo)
            kind "uniform-int"  the same step with an integer zero point: z = round(-lo / s),
                                code = clamp(round(x / s) + z, 0, 2^w - 1);      scale holds (s, z)
+           kind "uniform-quantile"  y of `kvsink.kernels.quantile`, q the clip, coded as kind "uniform" without one
            kind "gauss"        per row and group: m = mean x, d = rms(x - m), code = nearest Lloyd-Max level to
                                (x - m) / d;                                     scale holds (d, m)
            kind "lloyd"        static deviation sigma_c of each channel: code = nearest Lloyd-Max level of width w_c to
@@ -37,10 +38,11 @@ from torch import Tensor
 from .base import Cost, OpSpec, nbytes, register_op
 from .levels import even_levels, even_thresholds, lloyd_max, thresholds
 from .packing import pack_bits
+from .quantile import quantile_clamp
 
 __all__ = ["KINDS", "SIGMA_KINDS", "quantize", "quantize_ref", "rms", "scales_per_row", "segments"]
 
-KINDS = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even")
+KINDS = ("uniform", "uniform-int", "uniform-quantile", "gauss", "lloyd", "lloyd-even")
 SIGMA_KINDS = ("lloyd", "lloyd-even", "trellis")  # with a deviation per channel and a width per run of channels
 _HALF_MAX = 65504.0
 _HALF_TINY = 6.0e-8  # smallest positive float16
@@ -160,6 +162,8 @@ def quantize_ref(
     width = widths[0]
     if kind == "gauss":
         codes, scale = _gauss(x, width, group_size)
+    elif kind == "uniform-quantile":
+        codes, scale = _uniform(quantile_clamp(x, group_size, clip), width, group_size, 1.0, False)
     else:
         codes, scale = _uniform(x, width, group_size, clip, kind == "uniform-int")
     return pack_bits(codes, width), scale
@@ -199,6 +203,7 @@ EXAMPLES = (
     _example("uniform", (2,) * 8, 64, False, (1, 3, 7, 64)),
     _example("uniform-int", (3,) * 16, 32, False, (2, 2, 1, 128)),
     _example("uniform", (8,) * 2, 16, False, (1, 1, 5, 16)),
+    _example("uniform-quantile", (2,) * 8, 32, False, (2, 3, 5, 64)),
     _example("gauss", (4,) * 8, 64, False, (1, 3, 33, 64)),
     _example("lloyd", (4, 4, 3, 2, 2, 1, 1, 0), 64, True, (2, 3, 9, 64)),
     _example("lloyd", (1,) * 2, 16, False, (1, 2, 3, 16)),

@@ -3,9 +3,10 @@
 Formula    code_g = argmin_k || x_g - C_gk ||^2 for every run g of c channels, the lower index at ties;  x^_g = C_g,code
            with a gain, C codes x / g: g starts at rms(x) of the row and is fitted to the code vectors by least squares before
            and after a second encoding, rounded to float16;  x^_g = g · C_g,code; sums of the gain are taken in float64
-Source     CQ, arXiv 2405.03917; AnTKV, arXiv 2506.19505; the gain is ours
+           normed: n = rms of a token over all heads and channels, rounded to float16; C codes x / n and x^ = n · C_code
+Source     CQ, arXiv 2405.03917; AnTKV, arXiv 2506.19505; the norm is of TaSQ, arXiv 2610.03027; the gain is ours
 Shapes     x [B, H, S, D], book float32 [H or 1, D/c, 2^b, c] → codes uint8 [B, H, S, ceil(D/c·b/8)], scale float16
-           [B, H, S, 1 or 0], and back to x^ float32 [B, H, S, D]
+           [B, H, S, 1 or 0], normed [B, 1, S, 1], and back to x^ float32 [B, H, S, D]
 Exact      no
 Cost       2·2^b·D flops per row and head to encode, in chunks of `_CHUNK` distances; a table look-up to decode
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from .packing import pack_codes, unpack_codes
 from .quantize import rms
 
-__all__ = ["nearest", "vector_decode", "vector_encode"]
+__all__ = ["nearest", "normed_encode", "token_rms", "vector_decode", "vector_encode"]
 
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}  # distances held at once
 _HALF_MAX, _HALF_TINY = 65504.0, 6.0e-8
@@ -62,6 +63,19 @@ def vector_encode(x: Tensor, book: Tensor, code_bits: int, gain: bool) -> tuple[
 
     codes = _codes(x / fit(_codes(x / rms(x).clamp_min(_HALF_TINY), book)).float().clamp_min(_HALF_TINY), book)
     return pack_codes(codes, code_bits), fit(codes)
+
+
+def token_rms(x: Tensor) -> Tensor:
+    """n of rows [B, H, S, D]: float16 [B, 1, S, 1], never 0."""
+    n = x.square().mean((1, 3), keepdim=True, dtype=torch.float64).sqrt()
+    return n.clamp(_HALF_TINY, _HALF_MAX).to(torch.float16)
+
+
+def normed_encode(x: Tensor, book: Tensor, code_bits: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, H, S, D] → (codes, norm of each token); `vector_decode` reads them."""
+    x = x if x.dtype == torch.float64 else x.float()
+    n = token_rms(x)
+    return vector_encode(x / n.to(x.dtype), book, code_bits, False)[0], n
 
 
 def vector_decode(codes: Tensor, scale: Tensor, book: Tensor, code_bits: int) -> Tensor:

@@ -193,6 +193,7 @@ def describe(spec: SideSpec) -> str:
         words.append("before RoPE" if spec.block == 1 else f"block {spec.block}")
     if spec.transform != "none":
         words.append(spec.transform + (f" x{spec.heads_per_group} heads" if spec.heads_per_group > 1 else ""))
+        words += [spec.spread] if spec.spread != "none" else []
     if spec.reorder:
         words.append("reordered")
     if spec.couple:
@@ -204,7 +205,9 @@ def describe(spec: SideSpec) -> str:
         words.append(f"{100 * spec.outliers:g} % outliers")
     if spec.norm:
         words.append("token norms")
-    if spec.by_token_block:
+    if spec.varn:
+        words.append(f"scales of tokens and channels in {spec.varn} steps")
+    if spec.by_token_block and spec.axis == "channel":
         words.append(f"per channel over {spec.group_tokens} tokens")
     if spec.flush:
         words.append(f"in blocks of {spec.flush}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .models import build, stock_cache, tokens
+from .models import HEAD_DIM, KV_HEADS, build, stock_cache, tokens
 
 PAST = 13
 """Tokens in the cache before a captured step: more than one window of the sliding models."""
@@ -65,8 +65,27 @@ def rewritten(family: str, attention: str = "sdpa", method: str = "klt", **optio
     import kvsink
 
     model = build(family, attention)
-    kvsink.rewrite(model, method=method, calibration=tokens(options.pop("windows", 8), 64, seed=1), **options)
+    windows = options.pop("windows", None)
+    kvsink.rewrite(model, method=method, calibration=text_for(method, windows, **options), **options)
     return model
+
+
+def text_for(method: Any, windows: int | None = None, **options: Any) -> Tensor:
+    """Random tokens that a method is calibrated on: eight texts of 64, or as many as its codebooks ask for, and longer ones where
+    all of 64 would stay exact."""
+    from kvsink.codecs.quantizers import QUANTIZERS
+    from kvsink.errors import KvsinkError
+    from kvsink.methods import get_method
+
+    m, needs = get_method(method) if isinstance(method, str) else method, [0]
+    protect = options.get("protect") or m.protect
+    try:
+        sides = m.side("key", options.get("key_bits") or m.key_bits), m.side("value", options.get("value_bits") or m.value_bits)
+        needs = [QUANTIZERS[s.kind].learns(s) for side in sides if (s := side.resolved(KV_HEADS, HEAD_DIM)).packed]
+    except KvsinkError:
+        pass  # the rewrite will say so
+    first = max((int(part[6:]) for part in protect.split("+") if part.startswith("first:")), default=0)
+    return tokens(windows or max(8, -(-max(needs, default=0) // 60)), 64 + (first if first >= 64 else 0), seed=1)
 
 
 def packed_graph(

@@ -89,7 +89,9 @@ def method_named(name: str) -> Any:
         key, value = (replace(side, outlier_tokens=n) for side in (method.key, method.value))
         return replace(method, key=key, value=value)
     key = replace(method.key, group_tokens=n // 2, flush=n)
-    value = replace(method.value, flush=n if method.value.flush else 0, newest=n if method.value.newest else 0)
+    group = n // 2 if method.value.group_tokens else 0
+    newest = n if method.value.newest else 0
+    value = replace(method.value, flush=n if method.value.flush else 0, newest=newest, group_tokens=group)
     return replace(method, key=key, value=value)
 
 

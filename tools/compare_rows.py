@@ -183,6 +183,20 @@ SHIFT = (
     row("oscar", 2, 2),
 )
 
+FIELD_2026 = (
+    row("kivi", 2, 2),
+    *(row("kivi", 2, 2, f"first:{n}") for n in (32, 64)),  # as many first rows as Kitty and the others keep
+    *(row(name, 2, 2) for name in ("kvarn", "wush", "nova", "oscar-int2")),
+    *(row(name, 2, 2, OURS, 0) for name in ("kvarn", "wush", "nova", "oscar-int2")),
+    row("tasq"),
+    row("tasq", 1.25, 1.25, OURS, 0),
+    row("klt", 2, 2, OURS),
+    row("klt", 2, 2, "first:64", 256),
+    row("klt", 1.25, 1.25, OURS),
+    row("klt", 1.25, 1.25, "none", 64),
+)
+"""The methods of 2026 with the exact rows of their papers, with ours, and ours with theirs."""
+
 QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 
 SETS: dict[str, RowSet] = {
@@ -191,6 +205,7 @@ SETS: dict[str, RowSet] = {
     "plan": RowSet(PLAN),
     "stock": RowSet(STOCK),
     "shift": RowSet(SHIFT, "python"),
+    "2026": RowSet(FIELD_2026),
     "quick": RowSet(QUICK),
 }
 

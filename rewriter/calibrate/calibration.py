@@ -147,6 +147,10 @@ class _RecordingCache(Cache):
         cos, sin = cos[:, None].float(), sin[:, None].float()
         keys = unrope(k.float(), cos, sin)
         for block in self.blocks[layer]:
+            if not block:  # as attention sees them
+                one = torch.ones(1, cos.shape[-1], device=k.device)
+                self.into.keys[layer, 0].add(k, torch.zeros_like(positions).expand(b, s), keep, one, torch.zeros_like(one))
+                continue
             offset_cos, offset_sin = self.runtime.offset_angles(layer, block, k.device)
             self.into.keys[layer, block].add(keys, positions.expand(b, s), keep, offset_cos, offset_sin)
         self.into.values[layer].add(v, keep)
@@ -228,8 +232,8 @@ def calibrate(
     then all for the statistics.
 
     policies: of each layer, since what stays exact is left out. blocks: block lengths whose key statistics each layer
-    needs (empty: only stages). samples: layers of `blocks` whose rows are kept too, and with which weights; weights take
-    windows one at a time, whatever `batch` says. Needs as many tokens as four times the head dimension, and as many as the
+    needs (0: after RoPE; empty: only stages). samples: layers of `blocks` whose rows are kept too, and with which weights; these
+    take windows one at a time, whatever `batch` says. Needs as many tokens as four times the head dimension, and as many as the
     samples ask for. known: stages found by a profile, taken as they are. stream: runs a model without weights by layers.
     where: what is known of the model's layers. Raises CalibrationError.
     """
@@ -287,7 +291,7 @@ def gather(
         if lengths:
             out.queries[layer] = QueryStats.empty(kv, key_dim)
         for block in lengths:
-            out.keys[layer, block] = KeyStats.empty(block, kv, key_dim)
+            out.keys[layer, block] = KeyStats.empty(max(1, block), kv, key_dim)
     if not blocks:
         return out
     install_attention()

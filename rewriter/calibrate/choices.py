@@ -229,7 +229,7 @@ def choose(decoder: Decoder, m: Method, asked: RewriteOptions, calibration: Any,
     if any(anchors_for_layer(p) for p, w in zip(policies, wanted, strict=True) if w is not None):
         check_observable(decoder.model)
     blocks = {
-        i: key_blocks(w[0]) for i, w in enumerate(wanted) if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
+        i: key_blocks(*w) for i, w in enumerate(wanted) if w is not None and (needs_calibration(w[0]) or needs_calibration(w[1]))
     }
     if asked.plan == "auto":
         for i, w in enumerate(wanted):

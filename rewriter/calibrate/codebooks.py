@@ -28,14 +28,14 @@ from kvsink.calibrate.kmeans import assign, weighted_kmeans
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import Samples
 from kvsink.codecs import Codec, SideSpec
-from kvsink.codecs.quantizers import QUANTIZERS
+from kvsink.codecs.quantizers import QUANTIZERS, VECTOR_KINDS
 from kvsink.errors import CalibrationError, UnsupportedError
 from kvsink.kernels.nuq import span
 from kvsink.kernels.static import best_steps
 
 __all__ = ["learn", "learn_book", "learn_levels", "learn_steps", "row_weights"]
 
-Turn = Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]  # positions [N] → positions [N], cos and sin [1, N, R]
+Turn = Callable[[Tensor, bool], tuple[Tensor, tuple[Tensor, Tensor]]]  # positions [N], spread → positions [N], cos, sin [1, N, R]
 
 _BINS, _STARTS = 4096, 16
 _FIRST = {"k": 0.25, "v": 2.0}  # weight of the rows at position 0 against all others, for fixed steps
@@ -69,18 +69,20 @@ def learn(
         cos = sin = x.new_empty(1, len(rows), 0)
         positions = rows.positions
         if spec.domain == "post" and turn is not None:
-            positions, (cos, sin) = turn(positions)
+            positions, (cos, sin) = turn(positions, spec.transform != "klt")  # a basis after RoPE is of rows where they stood
         codec = Codec(spec, SideSpec())
         x = codec.transform_keys(x, cos.to(device), sin.to(device), positions.to(device)[None], where, roped=False)[0]
     else:
         x = Codec(SideSpec(), spec).transform_values(x, where)[0]
     weights = row_weights(side, spec, layer, rows)
     weights = None if weights is None else weights.to(device)
+    if spec.transform == "grouped" and weights is not None and spec.weights.startswith("fisher"):
+        weights = weights @ where[f"{side}_unbasis" if spec.own_inverse else f"{side}_basis"].square()  # by the chain rule
     if spec.kind == "static":
         if weights is None and spec.center:
             weights = _first_rows(side, rows.positions).to(device)
         return {f"{side}_step": learn_steps(x, weights, spec).cpu()}
-    if spec.kind == "vector":
+    if spec.kind in VECTOR_KINDS:
         return {f"{side}_book": learn_book(x, weights, spec).cpu()}
     if spec.kind == "nuq":
         return {n: t.cpu() for n, t in learn_levels(side, x, weights, spec).items()}
@@ -97,7 +99,7 @@ def row_weights(side: str, spec: SideSpec, layer: int, rows: Samples) -> Tensor 
         raise CalibrationError(f"layer {layer} has no {kind} weights in this record's samples; calibrate with this method again")
     if kind == "fisher":
         w = found.transpose(0, 1)
-        return w.mean(-1, keepdim=True) if spec.transform != "none" or (side == "k" and spec.block > 1) else w
+        return w.mean(-1, keepdim=True) if spec.transform not in ("none", "grouped") or (side == "k" and spec.block > 1) else w
     return _per_window(found, rows.windows).T[..., None]
 
 
@@ -126,8 +128,8 @@ def learn_book(x: Tensor, w: Tensor | None, spec: SideSpec) -> Tensor:
     d = x.shape[-1]
     c, k = spec.couple, 2**spec.code_bits
     x = x.float()
-    if spec.gain:
-        size = x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    if spec.gain or spec.kind == "vector-normed":
+        size = x.square().mean(-1 if spec.gain else (0, 2), keepdim=True).sqrt().clamp_min(1e-12).expand(len(x), -1, -1)
         x, w = x / size, size.square() if w is None else w * size.square()
     most, steps = _EFFORT["cuda" if x.is_cuda else "cpu"]
     groups = x.unflatten(-1, (-1, c)).transpose(1, 2)  # [H, D/c, N, c]

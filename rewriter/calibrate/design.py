@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from kvsink.calibrate.codebooks import Turn, learn
-from kvsink.calibrate.metric import basis_of_attention, turned_moment
+from kvsink.calibrate.grouping import grouped_basis
+from kvsink.calibrate.metric import basis_of_attention, damped, spread_basis, turned_moment
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import SampleNeed
-from kvsink.codecs import SideSpec
+from kvsink.codecs import SideSpec, hadamard_order
 from kvsink.codecs.codec import TABLE_TOKENS
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import CalibrationError, UnsupportedError
@@ -65,18 +66,19 @@ def gather_needs(pairs: Iterable[tuple[SideSpec, SideSpec]], heads: int, dim: in
     need = None
     for pair in pairs:
         key, value = (side.resolved(heads, dim) for side in pair)
-        blocks |= set(key_blocks(key))
+        blocks |= set(key_blocks(key, value))
         one = sample_need(key, value)
         if one is not None:
             need = one if need is None else need | one
     return tuple(sorted(blocks)), need
 
 
-def key_blocks(spec: SideSpec) -> tuple[int, ...]:
-    """Block lengths whose key statistics the declaration needs."""
-    if not needs_calibration(spec):
-        return ()
-    return (spec.block,) if spec.domain == "block" else (TABLE_TOKENS,)
+def key_blocks(spec: SideSpec, value: SideSpec | None = None) -> tuple[int, ...]:
+    """Block lengths whose key statistics the declaration needs; 0: of keys after RoPE, which also stand for what a metric of values
+    asks of attention."""
+    if needs_calibration(spec):
+        return (spec.block if spec.domain == "block" else 0 if spec.transform == "klt" else TABLE_TOKENS,)
+    return (0,) if value is not None and value.packed and value.metric != "none" else ()
 
 
 def water_fill(variance: Tensor, bits: float, run: int = 8, kind: str = "lloyd") -> tuple[int, ...]:
@@ -106,8 +108,13 @@ def eigenbasis(covariance: Tensor, spec: SideSpec) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(-1).clamp_min(0.0), vectors.flip(-1)
     if not spec.couple:
         return values, vectors
-    order = torch.stack([balanced(v, spec.couple) for v in values])
-    return values.gather(-1, order), vectors.gather(-1, order[:, None].expand_as(vectors))
+    return _dealt(values, values, spec.couple), _dealt(vectors, values, spec.couple)
+
+
+def _dealt(columns: Tensor, values: Tensor, couple: int) -> Tensor:
+    """The last dimension [H, .., D] in the order in which falling variances [H, D] are dealt out over runs."""
+    order = torch.stack([balanced(v, couple) for v in values])
+    return columns.gather(-1, order if columns.dim() == 2 else order[:, None].expand_as(columns))
 
 
 def balanced(values: Tensor, couple: int) -> Tensor:
@@ -153,6 +160,56 @@ def _need(found: object, layer: int, what: str) -> None:
         raise CalibrationError(f"layer {layer} has no {what} statistics in this record; calibrate with this method again")
 
 
+def _asked(record: Calibration, layer: int, spec: SideSpec, rotary: int) -> Tensor:
+    """The second moment [H, D, D] of the queries that meet keys of the declaration."""
+    queries = record.queries.get(layer)
+    _need(queries, layer, "query")
+    assert queries is not None
+    if spec.domain == "block":
+        return turned_moment(queries.moment(), rotary)
+    _need(queries.roped, layer, "query")
+    assert queries.roped is not None
+    return queries.roped
+
+
+def _klt(side: str, spec: SideSpec, covariance: Tensor, moment: Tensor | None, tables: dict[str, Tensor]) -> Tensor:
+    """Variances [H, D] in the calibrated basis of a side, which is put into `tables` with its way back where that is another."""
+    balanced = spec.spread == "balanced"
+    covariance = damped(covariance) if balanced else covariance
+    if moment is None:
+        variance, forth = eigenbasis(covariance, spec)
+        back = forth
+    elif spec.metric == "directions":
+        variance, forth = eigenbasis(moment, spec)
+        back = forth
+    else:
+        variance, forth, back = basis_of_attention(covariance, moment)
+        if spec.couple:
+            variance, forth, back = (_dealt(t, variance, spec.couple) for t in (variance, forth, back))
+    if spec.spread != "none":
+        energy = torch.diagonal(covariance, dim1=-2, dim2=-1).sum(-1) if balanced else None
+        forth, back = spread_basis(variance, (forth, back), hadamard_order(forth.shape[-1]), energy)
+    tables[f"{side}_basis"] = forth.float().contiguous()
+    if spec.own_inverse:
+        tables[f"{side}_unbasis"] = back.float().contiguous()
+    return variance
+
+
+def _grouped(spec: SideSpec, layer: int, record: Calibration, rotary: int, tables: dict[str, Tensor]) -> None:
+    """The basis of keys in groups, put into `tables`."""
+    rows = record.samples.get(layer)
+    _need(rows, layer, "sample")
+    assert rows is not None
+    moment = None
+    if spec.metric != "none":
+        moment = getattr(record.queries.get(layer), "causal", None)
+        _need(moment, layer, "query")
+    forth, back = grouped_basis(moment, rows.keys.transpose(0, 1), rotary, spec.couple, spec.kind == "vector-normed")
+    tables["k_basis"] = forth.float().contiguous()
+    if spec.own_inverse:
+        tables["k_unbasis"] = back.float().contiguous()
+
+
 def design_key(
     spec: SideSpec,
     layer: int,
@@ -181,22 +238,17 @@ def design_key(
     mean = stats.mean()
     mu2, covariance = stats.centred(cos, sin)
     if spec.transform == "klt":
-        if spec.domain != "block":
-            raise UnsupportedError("klt keys are in the block domain; set domain='block' with a block length")
-        if spec.metric == "attention":
-            queries = record.queries.get(layer)
-            _need(queries, layer, "query")
-            assert queries is not None
-            moment = turned_moment(queries.moment(), cos.shape[-1])
-            variance, basis, back = basis_of_attention(covariance, moment)
-            tables["k_unbasis"] = back.float().contiguous()
+        moment = _asked(record, layer, spec, cos.shape[-1]) if spec.metric != "none" else None
+        if spec.center:
+            tables["k_mean2"] = (mu2 if spec.domain == "block" else mean).float()
         else:
-            variance, basis = eigenbasis(covariance, spec)
-        tables["k_basis"] = basis.float().contiguous()
-        tables["k_mean2"] = mu2.float()
+            covariance = stats.second / stats.count.sum()
+        variance = _klt("k", spec, covariance, moment, tables)
     else:
         variance = rotated_variance(covariance, spec)
-    if spec.center:
+    if spec.transform == "grouped":
+        _grouped(spec, layer, record, cos.shape[-1], tables)
+    if spec.center and not (spec.transform == "klt" and spec.domain == "post"):
         table = stats.block_table(cos, sin)
         tables["k_mean"] = mean.float()
         tables["k_table"] = (table + (mu2[:, None] if spec.transform == "klt" else 0.0)).float().contiguous()
@@ -210,7 +262,7 @@ def design_key(
         spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
         tables.update(sigmas("k", spec, variance))
     if QUANTIZERS[spec.kind].learns(spec):
-        if spec.domain != "block" and spec.kind != "static":
+        if spec.domain != "block" and spec.kind != "static" and spec.transform != "klt":
             raise UnsupportedError(f"{spec.kind} keys are in the block domain; set domain='block' with a block length")
         tables.update(learn("k", spec, layer, record, tables, device, turn))
     return Design(spec, tables)
@@ -230,8 +282,13 @@ def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calib
     if spec.center:
         tables["v_mean"] = stats.mean().float()
     if spec.transform == "klt":
-        values, vectors = eigenbasis(covariance, spec)
-        tables["v_basis"], variance = vectors.float().contiguous(), values
+        moment = None
+        if spec.metric != "none":
+            directions = spec.metric == "directions"
+            moment = getattr(record.queries.get(layer), "scored" if directions else "reads", None)
+            _need(moment, layer, "score" if directions else "output projection")
+            covariance = covariance if spec.center else stats.second / stats.count
+        variance = _klt("v", spec, covariance, moment, tables)
     else:
         variance = rotated_variance(covariance, spec)
     if spec.kind in SIGMA_KINDS:

@@ -45,7 +45,7 @@ def design(
             continue
         if i in sizes:
             w = ranged(w[0], sizes[i][0]), ranged(w[1], sizes[i][1], values=True)
-        w = record.measurable(i, w[0]), w[1]
+        w = record.measurable(i, *w)
         angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
         _, kv, key_dim, value_dim = where.layers[i]
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
@@ -60,8 +60,10 @@ def design(
     return designed
 
 
-def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Positions spread over the context the model serves, and their angles; the first rows, sinks among them, stay in place."""
+def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor, spread: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Positions and their angles. spread: over the context the model serves; the first rows, sinks among them, stay in place."""
+    if not spread:
+        return positions, runtime.angles(layer, positions[None])
     limit = getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW
     spread = torch.randint(_FIRST, max(_FIRST + 1, limit), positions.shape, generator=torch.Generator().manual_seed(0))
     at = torch.where(positions < _FIRST, positions, spread)

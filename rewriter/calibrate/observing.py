@@ -67,8 +67,11 @@ def observe(
             record = replace(record, stages=known)
     if "kvsink" in kinds and not record.stages:
         notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
-    if blind := [i for i, w in enumerate(chosen.wanted) if w is not None and w[0] != record.measurable(i, w[0])]:
+    found = {i: (w, record.measurable(i, *w)) for i, w in enumerate(chosen.wanted) if w is not None}
+    if blind := [i for i, (asked, kept) in found.items() if asked[0] != kept[0]]:
         notes.append(f"layers {blind}: their attention does not show its queries; errors of their keys count alike")
+    if blind := [i for i, (asked, kept) in found.items() if asked[1] != kept[1]]:
+        notes.append(f"layers {blind}: no queries, or no plain projection behind attention; errors of their values count alike")
     if any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
         notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
     return record

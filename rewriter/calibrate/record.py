@@ -42,10 +42,15 @@ class Calibration:
     samples: dict[int, Samples] = field(default_factory=dict)  # layer → rows, where a quantizer learns from them
     queries: dict[int, QueryStats] = field(default_factory=dict)  # of no rows where attention does not show them
 
-    def measurable(self, layer: int, key: SideSpec) -> SideSpec:
-        """The declaration of a layer's keys without its metric where calibration saw that attention does not show its queries."""
-        blind = layer in self.queries and not self.queries[layer].count
-        return replace(key, metric="none") if blind else key
+    def measurable(self, layer: int, key: SideSpec, value: SideSpec) -> tuple[SideSpec, SideSpec]:
+        """The declarations of a layer without their metrics where calibration saw that attention does not show its queries, or saw
+        no plain projection behind it."""
+        seen = self.queries.get(layer)
+        if seen is not None and not seen.count:
+            key = replace(key, metric="none")
+        if seen is not None and seen.roped is not None and (seen.reads if value.metric == "attention" else seen.scored) is None:
+            value = replace(value, metric="none")
+        return key, value
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; tensors by name, the rest as JSON in its header."""
@@ -57,8 +62,9 @@ class Calibration:
             for name in ("count", "total", "second"):
                 tensors[f"values.{layer}.{name}"] = getattr(v, name).contiguous()
         for layer, q in self.queries.items():
-            for name in ("count", "second"):
-                tensors[f"queries.{layer}.{name}"] = getattr(q, name).contiguous()
+            for name, tensor in vars(q).items():
+                if tensor is not None:
+                    tensors[f"queries.{layer}.{name}"] = tensor.contiguous()
         for layer, rows in self.samples.items():
             for name, tensor in rows.tensors().items():
                 tensors[f"samples.{layer}.{name}"] = tensor.contiguous()

@@ -4,10 +4,11 @@ Formula    keys    x = R_d (k - mu) - mu2   with d = j mod n (domain "block"), o
                    z = x U;  codes, scale = quantize(z)
                    k^ = R_{j - d} (z^ U^T + M[d]),  M[d] = R_d mu + mu2       (block)
                    k^ = z^ U^T + R_{j - d} M[d]                               (post)
+                   z = (R_j k - mu) U, k^ = z^ U^T + mu, mu the mean after RoPE (post, with a klt)
            values  z = (v - mu) U;  v^ = z^ U^T + mu
            metric  where errors are measured by what attention makes of them, U is not orthogonal, and U^-1 stands for U^T
            axis "channel": z, divided by the norm of its token where the side says so, is coded by blocks of tokens
-           (kvsink.kernels.tokens);  outliers: z^ = z at the entries of a record (kvsink.kernels.sparse)
+           (kvsink.kernels.tokens, .varn);  outliers: z^ = z at the entries of a record (kvsink.kernels.sparse)
 Source     ours (`klt`); with U a Hadamard matrix and n = 1 it is RotateKV (arXiv 2501.16383), without U it is plain
            per-token quantization
 Shapes     k, v [B, H, S, D]; positions int [B or 1, S]; codes uint8 [B, H, S, bytes]; scale float16 [B, H, S, n]
@@ -32,6 +33,7 @@ from kvsink.kernels.backends import KNOWN_STAGES, LayerFormat, LayerState, SideF
 from kvsink.kernels.base import set_codec_resolver
 from kvsink.kernels.sparse import lay_sparse, record_size
 from kvsink.kernels.tokens import dequantize_tokens, open_blocks, quantize_tokens, token_norm
+from kvsink.kernels.varn import varn_decode, varn_encode, varn_numbers
 
 from .anchors import Anchors
 from .quantizers import QUANTIZERS
@@ -74,8 +76,8 @@ class Codec:
     def __post_init__(self) -> None:
         if self.value.norm:
             raise UnsupportedError(f"norm is for keys only, in {self.value!r}")
-        if self.value.metric != "none":
-            raise UnsupportedError(f"metric={self.value.metric!r} is for keys only, in {self.value!r}")
+        if self.value.metric != "none" and self.value.spread == "none":
+            raise UnsupportedError(f"metric={self.value.metric!r} is for keys only where nothing is spread, in {self.value!r}")
 
     @property
     def ring(self) -> int:
@@ -160,14 +162,15 @@ class Codec:
         if self.tiles:
             return self._tile_param_names()
         if k.packed:
-            if k.center:
+            before = k.domain == "block" or k.transform != "klt"
+            if k.center and before:
                 names += ["k_mean", "k_table"]
             if k.domain == "block" and k.block > 1:
                 names += ["offset_cos", "offset_sin"]
-            if k.domain == "block" or k.center:
+            if k.domain == "block" or (k.center and before):
                 names += ["start_cos", "start_sin"]
-            if k.transform == "klt":
-                names += ["k_mean2", "k_basis", *(["k_unbasis"] if k.metric != "none" else [])]
+            if k.transform in ("klt", "grouped"):
+                names += [*(["k_mean2"] if k.center else []), "k_basis", *(["k_unbasis"] if k.own_inverse else [])]
             if k.reorder:
                 names += ["k_perm", "k_unperm"]
             names += QUANTIZERS[k.kind].tables(k, "k")
@@ -175,7 +178,7 @@ class Codec:
             if v.center:
                 names += ["v_mean"]
             if v.transform == "klt":
-                names += ["v_basis"]
+                names += ["v_basis", *(["v_unbasis"] if v.own_inverse else [])]
             names += QUANTIZERS[v.kind].tables(v, "v")
         return tuple(names)
 
@@ -198,7 +201,7 @@ class Codec:
         if k.center:
             names += ["k_table", "start_cos", "start_sin", "origin_cos", "origin_sin", "tile_mean", "tile_turn"]
         if k.transform == "klt":
-            names += ["k_basis", *(["k_unbasis"] if k.metric != "none" else []), "tile_rows", "tile_basis"]
+            names += ["k_basis", *(["k_unbasis"] if k.own_inverse else []), "tile_rows", "tile_basis"]
         names += QUANTIZERS[k.kind].tables(k, "k")
         names += ["v_mean"] if v.center else []
         return (*names, *QUANTIZERS[v.kind].tables(v, "v"))
@@ -225,7 +228,9 @@ class Codec:
 
         def scale(side: SideSpec, dim: int) -> tuple[tuple[int, ...], torch.dtype, float]:
             if side.by_token_block:
-                return (batch, heads, -(-slots // side.group_tokens), 2 * dim), torch.float16, 0
+                group, size = side.group_tokens, side.group_size
+                numbers = varn_numbers(side.axis, dim, group, size) if side.varn else 2 * dim
+                return (batch, heads, -(-slots // group), numbers), torch.float16, 0
             one = side.packed and QUANTIZERS[side.kind].scale_of_token
             return (batch, 1 if one else heads, slots, self.row_scales(side, dim)), torch.float16, 0
 
@@ -271,6 +276,8 @@ class Codec:
 
     def encode_block(self, x: Tensor, s: SideSpec, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Transformed rows [B, H, N, D] of whole groups of tokens → codes, scale, and the norm of each token."""
+        if s.varn:
+            return *varn_encode(x, valid, s.axis, s.widths[0], s.group_tokens, s.group_size, s.varn), None
         norm = token_norm(x) if s.norm else None
         x = x if norm is None else x / norm.to(x.dtype)
         return *quantize_tokens(x, valid, s.widths[0], s.group_tokens), norm
@@ -291,6 +298,8 @@ class Codec:
         s = self.key if side == "k" else self.value
         if not s.by_token_block:
             return QUANTIZERS[s.kind].decode(codes, scale, s, p, side)
+        if s.varn:
+            return varn_decode(codes, scale, s.axis, s.widths[0], s.group_tokens, s.group_size, skip)
         return dequantize_tokens(codes, scale, s.widths[0], s.group_tokens, skip)
 
     def table_names(self, side: str) -> tuple[str, ...]:
@@ -425,6 +434,7 @@ def _beyond(s: SideSpec, prefix: str) -> tuple[str, ...]:
         return ()
     names = [f.name for f in fields(s) if f.name not in _READ and getattr(s, f.name) != f.default]
     names += [getattr(s, field) for field, words in _SETTINGS.items() if getattr(s, field) not in words]
+    names += ["klt after RoPE"] if prefix == "k" and s.transform == "klt" and s.domain == "post" else []
     return (*names, *(name for name in functions_of(s, prefix) if name not in KNOWN_STAGES))
 
 

@@ -21,14 +21,16 @@ from kvsink.kernels.packing import packed_bytes
 from kvsink.kernels.quantize import KINDS, SIGMA_KINDS, quantize_ref, scales_per_row
 from kvsink.kernels.static import static_decode, static_encode
 from kvsink.kernels.trellis import DISTORTION, TRELLIS_WIDTHS, trellis_decode, trellis_encode
-from kvsink.kernels.vector import vector_decode, vector_encode
+from kvsink.kernels.vector import normed_encode, vector_decode, vector_encode
 
 if TYPE_CHECKING:
     from kvsink.codecs.spec import SideSpec
 
-__all__ = ["QUANTIZERS", "Quantizer", "register_quantizer"]
+__all__ = ["QUANTIZERS", "VECTOR_KINDS", "Quantizer", "register_quantizer"]
 
 Params = Mapping[str, Tensor]
+
+VECTOR_KINDS = ("vector", "vector-normed")  # codebooks
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,14 @@ def _decode(codes: Tensor, scale: Tensor, s: SideSpec, p: Params, prefix: str) -
     return dequantize_ref(codes, scale, p.get(f"{prefix}_sigma"), s.kind, s.widths, s.group_size, s.gain)
 
 
+def _vector_rows(x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor, Tensor]:
+    return vector_encode(x, p[f"{prefix}_book"], s.code_bits, s.gain)
+
+
+def _normed_rows(x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor, Tensor]:
+    return normed_encode(x, p[f"{prefix}_book"], s.code_bits)
+
+
 def _no_walk(s: SideSpec) -> str:
     if not 1 <= s.bits <= 4 or not set(s.widths) <= set(TRELLIS_WIDTHS):
         return f"a trellis has 1 to 4 bits a channel, not bits={s.bits:g} and widths {sorted(set(s.widths))}"
@@ -107,20 +117,24 @@ for _kind in KINDS:
         ),
     )
 
-register_quantizer(
-    "vector",
-    Quantizer(
-        encode=lambda x, s, p, prefix: vector_encode(x, p[f"{prefix}_book"], s.code_bits, s.gain),
-        decode=lambda codes, scale, s, p, prefix: vector_decode(codes, scale, p[f"{prefix}_book"], s.code_bits),
-        tables=lambda s, prefix: (f"{prefix}_book",),
-        row_bytes=lambda s, dim: packed_bytes(dim // s.couple, s.code_bits),
-        row_scales=lambda s, dim: int(s.gain),
-        learns=lambda s: 2**s.code_bits,
-        shapes=lambda s, prefix, heads, dim: {
-            f"{prefix}_book": (1 if s.shared else heads, dim // s.couple, 2**s.code_bits, s.couple)
-        },
-    ),
-)
+for _kind in VECTOR_KINDS:
+    _normed = _kind == "vector-normed"
+    register_quantizer(
+        _kind,
+        Quantizer(
+            encode=_normed_rows if _normed else _vector_rows,
+            decode=lambda codes, scale, s, p, prefix: vector_decode(codes, scale, p[f"{prefix}_book"], s.code_bits),
+            tables=lambda s, prefix: (f"{prefix}_book",),
+            row_bytes=lambda s, dim: packed_bytes(dim // s.couple, s.code_bits),
+            row_scales=lambda s, dim: int(s.gain or s.kind == "vector-normed"),
+            learns=lambda s: 2**s.code_bits,
+            shapes=lambda s, prefix, heads, dim: {
+                f"{prefix}_book": (1 if s.shared else heads, dim // s.couple, 2**s.code_bits, s.couple)
+            },
+            scale_of_token=_normed,
+            check=lambda s: "a token has its norm and no gain beside it: gain=True" if s.gain and s.kind == "vector-normed" else "",
+        ),
+    )
 
 register_quantizer(
     "trellis",

@@ -11,13 +11,14 @@ from kvsink.kernels.hadamard import hadamard_core
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.kernels.sparse import INDEX_LIMIT
 
-from .quantizers import QUANTIZERS
+from .quantizers import QUANTIZERS, VECTOR_KINDS
 
 __all__ = ["SideSpec", "group_size_for", "hadamard_order"]
 
 DOMAINS = ("post", "block")
-TRANSFORMS = ("none", "hadamard", "klt")
-METRICS = ("none", "attention")
+TRANSFORMS = ("none", "hadamard", "klt", "grouped")
+METRICS = ("none", "attention", "directions")
+SPREADS = ("none", "hadamard", "balanced")
 AXES = ("token", "channel")
 VECTOR_SETTINGS = {
     4.0: (2, 8),
@@ -59,10 +60,14 @@ class SideSpec:
 
     domain     "post": after RoPE. "block": rotated only by the offset inside a block of `block` tokens (keys only);
                block=1 is the key before RoPE. Values are always "post".
-    center     subtract the calibrated mean (of keys: the mean before RoPE).
-    transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis).
-    metric     what errors are measured by: "none", all alike; "attention", by the second moment of the queries that meet them (klt
-               keys only). The basis is then not orthogonal and has an inverse of its own.
+    center     subtract the calibrated mean (of keys: the mean before RoPE; of klt keys in domain "post" the one after it).
+    transform  "none", "hadamard" over `heads_per_group` heads in runs of `order` channels, "klt" (calibrated eigenbasis), "grouped"
+               (channels by their weight, pairs that turn together in groups of codebooks; see kvsink.calibrate.grouping).
+    metric     what errors are measured by: "none", all alike; "attention", by the second moment of what reads them: of keys the
+               queries that meet them, of values the output projection. A klt basis is then not orthogonal and has its own inverse.
+               "directions": the eigenvectors of that moment alone, of values of their own moment weighed by scores.
+    spread     what stands behind a klt basis, for kinds with one step a token: "hadamard"; "balanced", components divided by the
+               fourth root of their variance and then a Hadamard matrix: all channels are alike, and their errors too.
     reorder    sort the channels of all heads by their calibrated signed mean before they are grouped.
     kind       "none" keeps 16 bit; else a quantizer of `kvsink.kernels.quantize`.
     widths     bits of each run of 8 channels; equal everywhere unless the kind is "lloyd", "lloyd-even" or "trellis".
@@ -72,7 +77,10 @@ class SideSpec:
     flush      rows are coded in blocks of this many tokens and stay exact until their block is full; 0: at once.
     newest     so many newest rows of this side stay exact.
     norm       divide each token by its norm over all heads first; the norm is stored (keys with axis "channel" only).
-    couple     kind "vector": channels that share one code of `code_bits` bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
+    varn       steps of variance normalisation of `group_tokens` tokens before ranges are taken (kvsink.kernels.varn); 0: none.
+               Each token of a head gets a scale of its own where ranges run along tokens, else each channel of a head.
+    couple     kinds "vector" and "vector-normed" (which stores one norm a token): channels that share one code of `code_bits`
+               bits; 0 takes both from `bits` (see VECTOR_SETTINGS).
     shared     kind "vector": one codebook for all heads.
     outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
     outlier_tokens  tokens whose outliers share one record, at most; a power of two.
@@ -89,6 +97,7 @@ class SideSpec:
     center: bool = False
     transform: str = "none"
     metric: str = "none"
+    spread: str = "none"
     unbiased: bool = False
     heads_per_group: int = 1
     order: int = 0
@@ -106,6 +115,7 @@ class SideSpec:
     flush: int = 0
     newest: int = 0
     norm: bool = False
+    varn: int = 0
     couple: int = 0
     code_bits: int = 0
     shared: bool = False
@@ -124,10 +134,16 @@ class SideSpec:
             refuse(f"transform {self.transform!r} is not one of {', '.join(TRANSFORMS)}")
         if self.metric not in METRICS:
             refuse(f"metric {self.metric!r} is not one of {', '.join(METRICS)}")
-        if self.metric != "none" and self.transform != "klt":
+        if self.metric != "none" and self.transform not in ("klt", "grouped"):
             refuse("a metric needs transform='klt', whose basis it changes")
-        if self.metric != "none" and self.kind == "vector":
-            refuse("a metric is for levels of single components, not for codebooks: set metric='none'")
+        if self.transform == "grouped" and (self.domain != "block" or self.center):
+            refuse("groups are of keys in the block domain that are not centred")
+        if self.spread not in SPREADS:
+            refuse(f"spread {self.spread!r} is not one of {', '.join(SPREADS)}")
+        if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, *VECTOR_KINDS)):
+            refuse("a spread needs transform='klt' and a kind with one step a token")
+        if self.metric != "none" and self.transform == "klt" and self.domain == "block" and self.kind in VECTOR_KINDS:
+            refuse("a metric of keys in blocks is for levels of single components, not for codebooks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
         if self.weights not in WEIGHTS:
@@ -164,18 +180,20 @@ class SideSpec:
             refuse(f"visual_bits={self.visual_bits} with quantizer {self.kind!r} of {self.bits:g} bits")
         if self.axis not in AXES:
             refuse(f"axis {self.axis!r} is not one of {', '.join(AXES)}")
-        if min(self.flush, self.newest, self.group_tokens) < 0:
-            refuse("flush, newest and group_tokens cannot be negative")
-        if self.axis == "channel":
-            self._check_channel_blocks(refuse)
-        elif self.group_tokens or self.norm:
-            refuse("group_tokens and norm need axis='channel'")
+        if min(self.flush, self.newest, self.group_tokens, self.varn) < 0:
+            refuse("flush, newest, group_tokens and varn cannot be negative")
+        if self.norm and (self.axis != "channel" or self.varn):
+            refuse("norm needs axis='channel' and no scales of varn beside it")
+        if self.axis == "channel" or self.varn:
+            self._check_token_blocks(refuse)
+        elif self.group_tokens:
+            refuse("group_tokens needs axis='channel' or varn")
 
-    def _check_channel_blocks(self, refuse: Callable[[str], None]) -> None:
+    def _check_token_blocks(self, refuse: Callable[[str], None]) -> None:
         if self.kind != "uniform" or self.clip != 1:
-            refuse("ranges along tokens need kind='uniform' without clipping")
+            refuse("blocks of tokens need kind='uniform' without clipping")
         if self.domain != "post" or self.center:
-            refuse("ranges along tokens are taken after RoPE and without centring: set domain='post', center=False")
+            refuse("blocks of tokens are coded after RoPE and without centring: set domain='post', center=False")
         if self.group_tokens < 1 or self.flush < 1 or self.flush % self.group_tokens:
             near = max(1, round(self.flush / max(1, self.group_tokens))) * max(1, self.group_tokens)
             refuse(f"a block of {self.flush} tokens is not a multiple of its groups of {self.group_tokens}; use flush={near}")
@@ -188,7 +206,12 @@ class SideSpec:
     @property
     def by_token_block(self) -> bool:
         """True when rows are coded together with their neighbours in time."""
-        return self.packed and self.axis == "channel"
+        return self.packed and (self.axis == "channel" or self.varn > 0)
+
+    @property
+    def own_inverse(self) -> bool:
+        """True when the basis of a klt is not orthogonal and rows come back by another table."""
+        return self.metric == "attention" or self.spread == "balanced"
 
     @property
     def pre_rope(self) -> bool:
@@ -217,7 +240,7 @@ class SideSpec:
             else:
                 groups = 1
             spec = replace(spec, heads_per_group=groups, order=order)
-        if self.kind == "vector":
+        if self.kind in VECTOR_KINDS:
             couple, code_bits = self._coupling(dim)
             return replace(spec, couple=couple, code_bits=code_bits)
         if self.outliers:

@@ -45,8 +45,8 @@ def stages_in(s: SideSpec, prefix: str, roped: bool = False) -> tuple[Stage, ...
         out = _keys_in(s, roped)
     else:
         out = [Stage("center", lambda do, x, at: do.center(x, at.tables["v_mean"]))] if s.center else []
-    if s.transform == "klt":
-        if prefix == "k":
+    if s.transform in ("klt", "grouped"):
+        if prefix == "k" and s.center:
             out.append(Stage("rotate", lambda do, x, at: do.center(x, at.tables["k_mean2"])))
         out.append(Stage("rotate", lambda do, x, at: do.project(x, at.tables[f"{prefix}_basis"])))
     elif s.transform == "hadamard" and not s.folded:
@@ -62,8 +62,8 @@ def stages_back(s: SideSpec, prefix: str, own: bool = False) -> tuple[Stage, ...
     out = []
     if s.reorder and prefix == "k":
         out.append(Stage("reorder", lambda do, x, at: do.reorder_heads(x, at.tables["k_unperm"])))
-    if s.transform == "klt":
-        back = f"{prefix}_basis" if s.metric == "none" else f"{prefix}_unbasis"
+    if s.transform in ("klt", "grouped"):
+        back = f"{prefix}_unbasis" if s.own_inverse else f"{prefix}_basis"
         out.append(Stage("rotate", lambda do, x, at: do.unproject(x, at.tables[back])))
     elif s.transform == "hadamard" and not s.folded:
         out.append(Stage("rotate", lambda do, x, at: do.hadamard_heads(x, s.order, s.heads_per_group, inverse=True)))
@@ -131,6 +131,8 @@ def _keys_in(s: SideSpec, roped: bool) -> list[Stage]:
             angles = "offset_cos", "offset_sin"
             out.append(Stage("rotate", lambda do, x, at: do.rope_offset(x, *(at.tables[n] for n in angles), at.positions, s.block)))
         return out
+    if s.transform == "klt":  # centred by the mean after RoPE, with the basis
+        return [] if roped else [Stage("center", lambda do, x, at: do.rope_rows(x, at.cos, at.sin))]
     if roped:
         there = Stage("center", lambda do, x, at: do.center_roped(x, at.tables["k_mean"], at.cos, at.sin))
         return [there] if s.center else []
@@ -156,6 +158,8 @@ def _keys_back(s: SideSpec, own: bool) -> list[Stage]:
             x = do.rope_offset(x, at.tables["offset_cos"], back, at.positions, s.block)
         return do.rope_rows(x, at.cos, at.sin)
 
+    if s.transform == "klt" and s.domain == "post":
+        return [Stage("rotate", lambda do, x, at: do.add(x, do.row_of(at.tables["k_mean2"])))] if s.center else []
     if s.domain == "block":
         last = Stage("rotate", own_angles if own else to_start)
         return [Stage("center", means), last] if s.center else [last]

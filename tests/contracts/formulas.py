@@ -156,6 +156,9 @@ def quantize(
         right = rounded(second, mean) and rounded(first, _rms(groups - second))
         return right and np.array_equal(got, _nearest((groups - second) / first, lloyd_levels(w)))
     top = 2**w - 1
+    if kind == "uniform-quantile":  # the entry with int(clip · n) smaller magnitudes bounds its group
+        t = np.sort(np.abs(groups), -1)[..., min(int(clip * group_size), group_size - 1), None]
+        groups, clip, kind = np.clip(groups, -t, t), 1.0, "uniform"
     low, high = clip * groups.min(-1, keepdims=True), clip * groups.max(-1, keepdims=True)
     right = rounded(first, (high - low) / top)
     if kind == "uniform":
@@ -272,6 +275,11 @@ def encode(found: tuple[Array, Array], x: Array, params: list[Array], codec: str
             right = rounded(r, (up - low) / 2) and rounded(o, (up + low) / 2)
         return right and np.array_equal(got, _nearest(np.clip((x - o) / r, -1, 1), tables[-2]))
     (book,), c = tables, spec["couple"]
+    if spec["kind"] == "vector-normed":
+        right = rounded(scale, np.sqrt((x * x).mean((1, 3), keepdims=True)))
+        x, scale = x / scale, scale[..., :0]
+        if not right:
+            return False
     runs = x.reshape(*x.shape[:-1], -1, c)
 
     def nearest(g: Array) -> Array:
@@ -305,7 +313,7 @@ def decode(found: Array, codes: Array, scale: Array, params: list[Array], codec:
         levels = np.swapaxes(_circles(np.swapaxes(walks, -1, -2), spec["widths"]), -1, -2)
         return close(found, levels.reshape(found.shape) * tables[0][:, None] * GAINS[byte][..., None])
     rows = _chosen(tables[0], _unpacked(codes, spec["code_bits"], tables[0].shape[1]))
-    return close(found, rows.reshape(found.shape) * (scale if spec["gain"] else 1.0))
+    return close(found, rows.reshape(found.shape) * (scale if spec["gain"] or spec["kind"] == "vector-normed" else 1.0))
 
 
 # -- choosing rows -----------------------------------------------------------------------------------------------------

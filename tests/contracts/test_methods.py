@@ -21,7 +21,7 @@ from kvsink.kernels.quantize import segments
 from kvsink.model.runtime import runtime_of
 from kvsink.report import counted_bits
 from tests.close import FUSED_FLOAT32, SOFTMAX_IN_FLOAT32, largest_difference
-from tests.graphs import rewritten
+from tests.graphs import rewritten, text_for
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens
 from tests.states import read_codes
 
@@ -96,7 +96,7 @@ def test_the_declaration_is_complete(method: str) -> None:
     assert m.source.arxiv == "ours" or (re.fullmatch(r"\d{4}\.\d{5}", m.source.arxiv) and m.source.title)
     assert all(claim.source and claim.setting for claim in m.claims)
     assert m.key.packed and m.value.packed and 0 < m.key_bits <= 8 and 0 < m.value_bits <= 8
-    kvsink.rewrite(build("llama"), method, calibration=tokens(8, 64, seed=1))  # with its own defaults
+    kvsink.rewrite(build("llama"), method, calibration=text_for(method))  # with its own defaults
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,7 +158,8 @@ def test_16_bit_changes_nothing(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_those_of_the_tensors_and_of_the_report(method: str) -> None:
     model = build("llama", dtype=torch.bfloat16)  # reports count exact rows as 16 bit
-    kvsink.rewrite(model, method, calibration=tokens(8, 64, seed=1), window=6, protect="massive:3+first:2")
+    protect = "massive:3+first:2"
+    kvsink.rewrite(model, method, calibration=text_for(method, protect=protect), window=6, protect=protect)
     for batch, length in ((1, 64), (3, 32)):
         cache = KVSinkCache.for_model(model, batch, max_length=length)
         with torch.no_grad():
@@ -193,7 +194,8 @@ def test_chunks_equal_one_prefill_when_strict(method: str, max_length: int | Non
 def test_new_rows_are_exact_unless_strict(method: str) -> None:
     bits = {"key_bits": 2, "value_bits": 2} if takes(method, 2) else {}
     plain, model = build("llama"), rewritten("llama", "sdpa", method, fold=False, **bits)
-    ids = tokens(1, 20 + runtime_of(model).plans[1].codec.ring, seed=8)  # recent rows are exact even then
+    codec = runtime_of(model).plans[1].codec
+    ids = tokens(1, 20 + codec.ring + codec.exact_rows, seed=8)  # recent and protected rows are exact even then
     with torch.no_grad():
         wanted = plain(ids).logits
         loose, strict = (model(ids, past_key_values=KVSinkCache.for_model(model, strict=s)).logits for s in (False, True))

@@ -16,7 +16,7 @@ from kvsink.export.bodies import DOMAIN, function_proto  # noqa: E402
 from kvsink.kernels import dequantize, hadamard, quantize, select_sinks, stages  # noqa: E402
 from kvsink.kernels.quantize import SIGMA_KINDS  # noqa: E402
 from kvsink.kernels.static import static_decode, static_encode  # noqa: E402
-from kvsink.kernels.vector import vector_decode, vector_encode  # noqa: E402
+from kvsink.kernels.vector import normed_encode, vector_decode, vector_encode  # noqa: E402
 from tests.close import SOFTMAX_IN_FLOAT32  # noqa: E402
 
 
@@ -52,6 +52,7 @@ SCALAR = [
     *(("uniform", (w,) * 4, 16, 1.0, False) for w in range(1, 9)),
     ("uniform", (2,) * 4, 32, 0.8, False),
     *(("uniform-int", (w,) * 4, 32, 1.0, False) for w in (2, 3, 4, 8)),
+    *(("uniform-quantile", (2,) * 4, n, q, False) for n in (16, 32) for q in (0.96, 0.92, 1.0)),
     *(("gauss", (w,) * 4, 32, 1.0, False) for w in range(1, 9)),
     ("lloyd", (2, 2, 2, 2), 32, 1.0, True),
     ("lloyd", (4, 3, 1, 0), 32, 1.0, True),
@@ -95,6 +96,17 @@ def test_codebooks(setting: Any) -> None:
     back = vector_decode(codes, scale, book, bits)
     got = run("DequantizeKV", attributes, [codes, scale if gain else None, book], 1)[0]
     np.testing.assert_allclose(got, back.numpy(), rtol=1e-6)
+
+
+def test_codebooks_with_a_norm_of_the_token() -> None:
+    x, book = 7 * rows(2, 3, 11, 32), rows(3, 4, 256, 8, seed=1)
+    codes, scale = normed_encode(x, book, 8)
+    attributes = {"kind": "vector-normed", "code_bits": 8, "gain": 0, "book": list(book.shape)}
+    got_codes, got_scale = run("QuantizeKV", attributes, [x, book], 2)
+    np.testing.assert_array_equal(got_scale, scale.numpy())
+    np.testing.assert_array_equal(got_codes, codes.numpy())
+    got = run("DequantizeKV", attributes, [codes, scale, book], 1)[0]
+    np.testing.assert_allclose(got, vector_decode(codes, scale, book, 8).numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -54,6 +54,15 @@ def test_keys_come_back_near_those_of_the_stock_model(tmp_path: Path) -> None:
     assert right <= 0.02 * np.abs(stock).max() and wrong > 5 * right
 
 
+@pytest.mark.parametrize("method", ["wush", pytest.param("tasq", marks=pytest.mark.slow)])
+def test_methods_with_bases_of_their_own(method: str, tmp_path: Path) -> None:
+    """Standard operators alone: keys after RoPE in ranges that end at a quantile, keys in groups with one norm a token."""
+    model = rewritten("llama", method=method, window=0, protect="first:2")
+    assert not is_orthogonal(model)
+    found = onnx(model, tmp_path / "model.onnx")["check"]
+    assert found["packed_bytes"] > 1000 and found["different_bytes"] == 0 and found["largest_logit_difference"] < 1e-5
+
+
 @pytest.mark.parametrize("flavour", ["functions", "custom"])
 def test_walks_in_such_a_basis(flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single nodes, and the one node that reads a past from its codes, each beside the torch model step by step."""

@@ -81,7 +81,7 @@ def test_chunks_of_any_size_equal_the_slow_loop(chunks: list[int], seed: int, bi
 
 @settings(max_examples=25, deadline=None)
 @given(chunks=chunkings, seed=st.integers(0, 2**31))
-@pytest.mark.parametrize("method", ["kivi/8", "oscar/8"])
+@pytest.mark.parametrize("method", ["kivi/8", "oscar/8", "kvarn/8"])
 def test_one_prefill_equals_steps(method: str, chunks: list[int], seed: int) -> None:
     total = sum(chunks)
     k, v = rows(1, total, seed)
@@ -92,7 +92,7 @@ def test_one_prefill_equals_steps(method: str, chunks: list[int], seed: int) -> 
 
 
 @pytest.mark.parametrize("chunks", [[30], [9, 1, 1, 13, 6], [1] * 30])
-@pytest.mark.parametrize("method", ["kivi/8", "oscar/8"])
+@pytest.mark.parametrize("method", ["kivi/8", "oscar/8", "kvarn/8"])
 def test_padding_leaves_no_trace(method: str, chunks: list[int]) -> None:
     """Rows 0 to 10 of the second sequence are padding: what stands there changes no code of its tokens."""
     pad = torch.tensor([[0], [11]])
@@ -113,7 +113,7 @@ def test_padding_leaves_no_trace(method: str, chunks: list[int]) -> None:
     assert float(one.k_scale[1, :, first:].float().abs().max()) < 20  # the padding is 1000 times as large
 
 
-@pytest.mark.parametrize("method", ["kivi/8", "oscar/8"])
+@pytest.mark.parametrize("method", ["kivi/8", "oscar/8", "kvarn/8"])
 def test_a_row_padded_by_whole_blocks_is_the_row_alone(method: str) -> None:
     k, v = rows(2, 37)
     pad = torch.tensor([[0], [FLUSH]])

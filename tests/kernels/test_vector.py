@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvsink.kernels import vector
-from kvsink.kernels.vector import nearest, vector_decode, vector_encode
+from kvsink.kernels.vector import nearest, normed_encode, token_rms, vector_decode, vector_encode
 
 
 def some(heads: int = 2, dim: int = 32, couple: int = 4, code_bits: int = 6, books: int = 2) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,24 @@ def test_the_gain_is_the_least_squares_one() -> None:
     best = (x * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
     assert scale.dtype == torch.float16 and scale.shape == (2, 2, 5, 1)
     assert (scale.float() - best).abs().max() <= 2.0**-11 * best.abs().max()
+
+
+def test_one_norm_serves_all_heads_of_a_token() -> None:
+    """Codes of a row do not depend on its size, and the norm is that of the whole token."""
+    x, book = some()
+    size = torch.tensor([1.0, 8.0, 0.125, 64.0, 0.5])[:, None]
+    codes, norm = normed_encode(x * size, book, 6)
+    assert norm.shape == (2, 1, 5, 1) and norm.dtype == torch.float16
+    wanted = (x * size).double().square().mean((1, 3), keepdim=True).sqrt()
+    assert ((norm.double() - wanted).abs() <= 2.0**-11 * wanted).all()
+    assert torch.equal(codes, normed_encode(x, book, 6)[0])  # powers of two
+    back = vector_decode(codes, norm, book, 6)
+    unit = vector_decode(*vector_encode(x * size / norm.float(), book, 6, False), book, 6)
+    assert torch.equal(back, unit * norm.float())
+    for extreme in (0.0, 1e-12, 1e6):
+        assert (
+            torch.isfinite(token_rms(torch.full((1, 2, 1, 8), extreme))).all() and token_rms(torch.full((1, 2, 1, 8), extreme)) > 0
+        )
 
 
 def test_zero_rows_stay_zero() -> None:

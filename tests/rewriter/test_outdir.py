@@ -68,11 +68,12 @@ def generate(model: Any, ids: Tensor, **more: Any) -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_folder_equals_the_rewrite_in_memory(tiny_dir: Path, text: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "deep" / "out"
-    report = rewrite_dir(tiny_dir, out, options(method, text, key_bits=4))
+    bits: dict[str, Any] = {"key_bits": 4, "value_bits": max(2, kvsink.get_method(method).value_bits)}
+    report = rewrite_dir(tiny_dir, out, options(method, text, **bits))
     loaded = AutoModelForCausalLM.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(tiny_dir)
     again = kvsink.rewrite(
-        model, method, key_bits=4, calibration=text, calibration_tokens=512, tokenizer=AutoTokenizer.from_pretrained(tiny_dir)
+        model, method, **bits, calibration=text, calibration_tokens=512, tokenizer=AutoTokenizer.from_pretrained(tiny_dir)
     )
     assert report.layers == again.layers
     one, two = runtime_of(loaded), runtime_of(model)

@@ -31,7 +31,7 @@ METHODS = sorted(kvsink.methods())
 @pytest.fixture(scope="module")
 def record() -> Calibration:
     need = dict.fromkeys(range(LAYERS), SampleNeed(fisher=True, error=True))
-    return calibrate(build("llama"), tokens(8, 64, seed=1), [()] * LAYERS, {0: (64, 1), 1: (64, 1)}, samples=need)
+    return calibrate(build("llama"), tokens(8, 64, seed=1), [()] * LAYERS, {0: (64, 1), 1: (64, 1, 0)}, samples=need)
 
 
 def angles(block: int) -> Any:
@@ -207,8 +207,8 @@ def test_missing_statistics_are_named(record: Calibration) -> None:
         design_key(klt.side("key", 2), 5, KV_HEADS, HEAD_DIM, record, angles)
     with pytest.raises(CalibrationError, match="layer 5 has no value statistics"):
         design_value(klt.side("value", 2), 5, KV_HEADS, HEAD_DIM, record)
-    with pytest.raises(UnsupportedError, match="klt keys are in the block domain"):
-        design_key(replace(klt.side("key", 2), domain="post"), 1, KV_HEADS, HEAD_DIM, record, angles)
+    with pytest.raises(CalibrationError, match="layer 0 has no key statistics"):  # of keys after RoPE
+        design_key(replace(klt.side("key", 2), domain="post"), 0, KV_HEADS, HEAD_DIM, record, angles)
 
 
 @pytest.mark.parametrize("kind", ["lloyd", "trellis"])

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from kvsink.calibrate.metric import basis_of_attention, turned_moment
+from kvsink.calibrate.metric import basis_of_attention, damped, spread_basis, turned_moment
+from kvsink.kernels.hadamard import hadamard_ref
 
 HEADS, DIM = 2, 8
 
@@ -83,3 +84,50 @@ def test_a_model_without_queries_gets_a_basis_all_the_same() -> None:
     covariance, _ = moments()
     _variance, forth, back = basis_of_attention(covariance, torch.zeros_like(covariance))
     assert bool(forth.isfinite().all()) and (forth @ back.mT - torch.eye(DIM, dtype=torch.float64)).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_balanced_basis_is_that_of_equation_1(seed: int) -> None:
+    """Built as the paper does, from a Cholesky factor and with column vectors: both forms make the same of either moment."""
+    second, moment = moments(seed)
+    eye = torch.eye(DIM, dtype=torch.float64)
+    size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    lower = torch.linalg.cholesky(moment + 0.01 * size * eye)
+    held = second + 0.01 * second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * eye
+    lam, u = torch.linalg.eigh(lower.mT @ held @ lower)
+    lam, u = lam.flip(-1), u.flip(-1)
+    c = (1.01 * second.diagonal(dim1=-2, dim2=-1).sum(-1) / lam.sqrt().sum(-1)).sqrt()[:, None, None]
+    had = hadamard_ref(eye, DIM)
+    wanted = c * had.mT @ torch.diag_embed(lam**-0.25) @ u.mT @ lower.mT
+    variance, *basis = basis_of_attention(damped(second), moment)
+    forth, back = spread_basis(variance, (basis[0], basis[1]), DIM, damped(second).diagonal(dim1=-2, dim2=-1).sum(-1))
+    assert (forth @ back.mT - eye).abs().max() <= 1e-9
+    one, two = forth.mT @ held @ forth, wanted @ held @ wanted.mT
+    assert (one - two).abs().max() <= 1e-9 * two.abs().max()
+    inverse = wanted.inverse()
+    asked = moment + 0.01 * size * eye
+    one, two = back.mT @ asked @ back, inverse.mT @ asked @ inverse
+    assert (one - two).abs().max() <= 1e-9 * two.abs().max()
+
+
+def test_the_balanced_basis_loses_least_of_one_step_for_all() -> None:
+    """tr(T^T S T) tr(T^-1 M T^-T) is the square of the sum of the singular values of S^1/2 M^1/2; every channel has its share."""
+    second, moment = moments(4)
+
+    def loss(forth: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        parts = [(t.mT @ m @ t).diagonal(dim1=-2, dim2=-1) for t, m in ((forth, second), (back, moment))]
+        return parts[0].sum(-1) * parts[1].sum(-1)
+
+    variance, *basis = basis_of_attention(second, moment, damping=0.0)
+    best = spread_basis(variance, (basis[0], basis[1]), DIM, second.diagonal(dim1=-2, dim2=-1).sum(-1))
+    roots = [(v * e.sqrt()[:, None]) @ v.mT for e, v in map(torch.linalg.eigh, (second, moment))]
+    assert torch.allclose(loss(*best), torch.linalg.svdvals(roots[0] @ roots[1]).sum(-1).square(), rtol=1e-8)
+    for t, m in zip(best, (second, moment), strict=True):
+        flat = (t.mT @ m @ t).diagonal(dim1=-2, dim2=-1)
+        assert torch.allclose(flat, flat.mean(-1, keepdim=True).expand_as(flat), rtol=1e-8)
+    for i in range(9):
+        other = best[0] @ torch.randn(HEADS, DIM, DIM, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        assert bool((loss(other, other.inverse().mT) > loss(*best) * 1.001).all())
+    turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(9), dtype=torch.float64))[0]
+    traces = [m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (second, moment)]
+    assert torch.allclose(loss(turn, turn), traces[0] * traces[1]) and bool((traces[0] * traces[1] > loss(*best)).all())

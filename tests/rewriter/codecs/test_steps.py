@@ -115,6 +115,18 @@ def test_nobody_but_the_definition_takes_a_new_word(monkeypatch: pytest.MonkeyPa
     every_kernel_says("wavelet", Codec(replace(SIDE, transform="wavelet"), SIDE))
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_a_basis_after_rope_is_no_basis_of_a_block(center: bool) -> None:
+    """Kernels read klt keys by the angles of block starts, which these have none of; graphs carry them."""
+    made = Codec(replace(SIDE, transform="klt", metric="attention", center=center), SIDE)
+    assert "klt after RoPE" in made.format.key.beyond and "start_cos" not in made.param_names()
+    for what in ("attend", "append", "step"):
+        for device in (CPU, GPU):
+            shape = SHAPE._replace(dtype=torch.float32) if device is CPU else SHAPE
+            assert plan(what, made.format, shape, device).name == ("append, then attend" if what == "step" else "torch")
+    assert not codec_refusal(made) and not takes_packed(made)
+
+
 def test_a_backend_that_knows_a_name_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
     f = Codec(Wider(bits=4, kind="uniform", widths=(4,) * 16, flip=True), SIDE).format
     part = next(b for b in table() if b.name == "cpu (C)").attend
