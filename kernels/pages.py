@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import TABLES_BACK, Call, LayerState, Part, Shape, device_of
+from .backends import Call, LayerState, Shape, device_of
 from .layout import TILE_SLOTS
 
 __all__ = ["PAGE", "Batch", "PageFormat", "Pages", "RowCoder", "attend_pages", "attend_pages_ref", "read_pages", "write_pages"]
@@ -217,7 +217,5 @@ def attend_pages(
 
     (_, heads, _, dim), places = pages.exact_k.shape, pages.named.shape[2]
     shape = Shape(q.shape[1], heads, dim, pages.exact_v.shape[3], codec.rotary(params), q.dtype, places)
-    part = Part(cpu.declines, cpu.attend, TABLES_BACK)
-    run = attend_pages_ref if part.refuses(codec.format, shape, device_of(q.device)) else part.run
-    made: Tensor = run(codec, params, pages, q, batch, scale, out)
-    return made
+    run = attend_pages_ref if cpu.declines(codec.format, shape, device_of(q.device)) else cpu.attend
+    return run(codec, params, pages, q, batch, scale, out)

@@ -52,8 +52,8 @@ class Sinks:
         if block in self.written:
             raise UnsupportedError(f"kvsink in vLLM: block {block} has several last projections ({prefix}); rewrite with first:N")
         channel = self.stages[block].channels[0]
-        projection.register_buffer("kvsink_written", torch.zeros(self.tokens), persistent=False)
-        self.written[block] = projection.kvsink_written
+        self.written[block] = torch.zeros(self.tokens)
+        projection.register_buffer("kvsink_written", self.written[block], persistent=False)
 
         def see(module: nn.Module, args: Any, output: Any) -> None:
             rows = output[0] if isinstance(output, tuple) else output

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..backends import LayerState, Shape
+from ..backends import TABLES_BACK, Device, LayerFormat, LayerState, Part, Shape
 from . import attend as single
 from .c_library import FLOAT_TYPES
 
@@ -45,9 +46,10 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def declines(f: Any, s: Shape, d: Any) -> str:
+@cache
+def declines(f: LayerFormat, s: Shape, d: Device) -> str:
     """What keeps a codec's pages from the C kernel, in words; any number of new rows is served."""
-    return single.declines(f, s._replace(rows=1), d)
+    return Part(single.declines, single.attend, TABLES_BACK).refuses(f, s._replace(rows=1), d)
 
 
 class _PagedPlan(single._AttendPlan):
