@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import kvsink
+from kvsink.model.runtime import runtime_of
 from tests.planted import TRIGGER, add_sinks, build, plant, windows
 
 __all__ = ["engine", "folder", "layer", "planted", "prompt"]
@@ -33,7 +34,8 @@ def prompt(*triggers: int, length: int = 96, seed: int = 5) -> torch.Tensor:
 
 
 def folder(model: Any, path: Path, **changes: Any) -> Path:
-    """The model's folder; changes: of kvsink.json, by name."""
+    """The model's folder; changes: of kvsink.json by name, but for places that were counted, which it is saved with."""
+    runtime_of(model).extra["pages"] = {"places": changes.pop("places", 0)}
     model.save_pretrained(path)
     plan = path / "kvsink.json"
     if changes:

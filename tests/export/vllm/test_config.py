@@ -26,7 +26,7 @@ from kvsink.export.vllm.config import KVSinkConfig
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KVSinkConfig:
     made = KVSinkConfig.from_config({"quant_method": "kvsink"})
-    made.maybe_update_config(str(folder(planted(), tmp_path / "out", pages={"places": 3})))
+    made.maybe_update_config(str(folder(planted(), tmp_path / "out", places=3)))
     options = engine(model_config__max_model_len=256, scheduler_config=SimpleNamespace(max_num_batched_tokens=64))
     monkeypatch.setattr(module, "get_current_vllm_config", lambda: options)
     monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)

@@ -1,5 +1,7 @@
 """vLLM's own engine over packed pages, against transformers with the packed cache of the same folder under the same rule.
 
+Codes are of 8 bits a side here. Some narrow ones round the other way where sums are taken in another order, and what that changes
+grows from layer to layer, within transformers as between the two; that codes are the same, bit by bit, is tested beside the layers.
 Each engine is a process of its own (`serve.py`), which takes about a minute to start; all are slow tests, `.ci/serving` runs them.
 """
 
@@ -39,7 +41,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given := os.environ.get("KVSINK_SERVED_FOLDER"):
         return Path(given)
     target = tmp_path_factory.mktemp("served") / "out"
-    options = kvsink.RewriteOptions(protect=PROTECT, calibration_tokens=8192, check=False)
+    options = kvsink.RewriteOptions(protect=PROTECT, key_bits=8, value_bits=8, calibration_tokens=8192, check=False)
     kvsink.rewrite_dir(resolve_model_dir("demo:smollm2"), target, options, device="cpu")
     return target
 

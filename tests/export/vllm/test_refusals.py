@@ -22,7 +22,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("method", SERVED)
 def test_codecs_that_keep_rows_apart_are_served(method: str, tmp_path: Path) -> None:
-    found = read_plan(folder(planted(method), tmp_path / "out", pages={"places": 3}))
+    found = read_plan(folder(planted(method), tmp_path / "out", places=3))
     check_folder(found)
     assert len(found.codecs) == 4 and found.kv_heads == (2,) * 4 and found.blocks == (1,) and found.places == 3
     assert [str(s.source) for s in found.segments[2]] == ["sinks:1:0.25", "first"]
