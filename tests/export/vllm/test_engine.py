@@ -1,15 +1,14 @@
 """vLLM's own engine over packed pages, against transformers with the packed cache of the same folder under the same rule.
 
-Codes are of 8 bits a side here. Some narrow ones round the other way where sums are taken in another order, and what that changes
-grows from layer to layer, within transformers as between the two; that codes are the same, bit by bit, is tested beside the layers.
-Each engine is a process of its own (`serve.py`), which takes about a minute to start; all are slow tests, `.ci/serving` runs them.
+A tiny model, whose sinks are planted: in it, sums in another order change no code. In larger ones a narrow code rounds the other
+way, and what that changes grows from layer to layer, within transformers (in other chunks) as between the two. Each engine is a
+process of its own (`serve.py`), which takes up to a minute to start; all are slow tests, `.ci/serving` runs them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from functools import partial
@@ -21,35 +20,23 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/serving installs it")
 
-import kvsink
 from kvsink.evaluate.evaluation import evaluate, packed_cache
 from kvsink.export.vllm.refusals import read_plan
-from kvsink.folder.demo import resolve_model_dir
-from kvsink.folder.loading import load_model, load_tokenizer
+from kvsink.folder.loading import load_model
 from kvsink.kernels.pages import PAGE, PageFormat
+from tests.export.vllm.plans import folder, planted, prompt
 
 pytestmark = pytest.mark.slow
 
-PROTECT = "sinks:0.25:16+first:1"
-ENGINE = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_num_batched_tokens": 512, "max_num_seqs": 8}
-ROOT = Path(__file__).parents[3]
+ENGINE = {"dtype": "float32", "max_num_batched_tokens": 256, "max_num_seqs": 8, "enforce_eager": True, "skip_tokenizer_init": True}
+TOGETHER = 1e-3  # of log-probabilities and perplexities: sums of four layers in another order are two orders below
 
 
 @pytest.fixture(scope="session")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, rewritten; $KVSINK_SERVED_FOLDER names one that is there already."""
-    if given := os.environ.get("KVSINK_SERVED_FOLDER"):
-        return Path(given)
-    target = tmp_path_factory.mktemp("served") / "out"
-    options = kvsink.RewriteOptions(protect=PROTECT, key_bits=8, value_bits=8, calibration_tokens=8192, check=False)
-    kvsink.rewrite_dir(resolve_model_dir("demo:smollm2"), target, options, device="cpu")
-    return target
-
-
-@pytest.fixture(scope="session")
-def ids(out: Path) -> list[int]:
-    text = (Path(kvsink.evaluate.texts.__file__).parent / "wikitext2_test.txt").read_text(encoding="utf-8")
-    return load_tokenizer(out)(text[:40_000], add_special_tokens=False)["input_ids"]
+    model = planted()
+    model.config.max_position_embeddings = 1024
+    return folder(model, tmp_path_factory.mktemp("served") / "out", places=3)
 
 
 def serve(folder: Path, place: Path, runs: list[dict[str, Any]], **engine: Any) -> dict[str, Any]:
@@ -71,14 +58,20 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return done[0, len(prompt) :].tolist()
 
 
+def text(*triggers: int, length: int, seed: int) -> list[int]:
+    """Token ids with the token of the massive activation at these places."""
+    return prompt(*triggers, length=length, seed=seed)[0].tolist()
+
+
 @pytest.fixture(scope="session")
-def answers(out: Path, ids: list[int], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def answers(out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One engine with prefix caching and chunks, all questions that it can answer."""
-    windows = token_windows_of(ids)
-    prompts = [ids[i * 300 : i * 300 + 40 + 30 * i] for i in range(8)]
-    one, two = ids[5000:5300] + ids[:40], ids[5000:5300] + ids[200:250]
+    windows = [text(7, 8, 140, 300 + i, length=512, seed=i) for i in range(4)]
+    prompts = [text(3 + i, 20, length=40 + 30 * i, seed=10 + i) for i in range(8)]
+    start = text(9, 130, 200, length=300, seed=20)
+    one, two = (start + text(5, length=n, seed=n) for n in (40, 50))
     runs = [
-        {"prompts": windows.tolist(), "max_tokens": 1, "scored": True, "fresh": True},
+        {"prompts": windows, "max_tokens": 1, "scored": True, "fresh": True},
         {"prompts": prompts, "max_tokens": 24, "fresh": True},
         {"prompts": [one], "max_tokens": 24, "fresh": True},
         {"prompts": [two], "max_tokens": 24},
@@ -87,35 +80,33 @@ def answers(out: Path, ids: list[int], tmp_path_factory: pytest.TempPathFactory)
     return {"windows": windows, "prompts": prompts} | serve(out, tmp_path_factory.mktemp("engine"), runs)
 
 
-def token_windows_of(ids: list[int]) -> torch.Tensor:
-    return torch.tensor(ids[: 4 * 512]).reshape(4, 512)
-
-
 def test_the_number_of_blocks_is_what_the_pages_make(out: Path, answers: dict[str, Any]) -> None:
     """A GiB, by the bytes of all layers' pages; and how many times more tokens than in float32 that is."""
-    plan = read_plan(out)
-    config = json.loads((out / "config.json").read_text())
-    dim = config["head_dim"] if "head_dim" in config else config["hidden_size"] // config["num_attention_heads"]
-    forms = [
-        PageFormat.of(codec, (dim, dim), (plan.places or 2) if segments else 0, torch.float32)
-        for codec, segments in zip(plan.codecs, plan.segments, strict=True)
-    ]
+    plan, pair = read_plan(out), (16, 16)
+    assert plan.places == 3
+    sides = zip(plan.codecs, plan.segments, strict=True)
+    forms = [PageFormat.of(codec, pair, plan.places if segments else 0, torch.float32) for codec, segments in sides]
     page = sum(PAGE * form.slot_bytes * heads for form, heads in zip(forms, plan.kv_heads, strict=True))
     assert answers["block_size"] == PAGE and answers["blocks"] == 2**30 // page
 
 
 def test_perplexity_is_that_of_transformers(out: Path, answers: dict[str, Any]) -> None:
-    model = load_model(out, "cpu", "float32")
-    wanted = evaluate(model, None, answers["windows"], chunk=512, cache_factory=partial(packed_cache, strict=True)).perplexity
-    found = [x for row in answers["runs"][0]["logprobs"] for x in row]
-    assert len(found) == 4 * 511
-    assert math.exp(-sum(found) / len(found)) == pytest.approx(wanted, abs=1e-3)
+    """And the log-probability of every token; those without codes are far from them."""
+    model, ids = load_model(out, "cpu", "float32"), torch.tensor(answers["windows"])
+    found = torch.tensor(answers["runs"][0]["logprobs"])
+    wanted = evaluate(model, None, ids, chunk=64, cache_factory=partial(packed_cache, strict=True)).perplexity
+    assert math.exp(-float(found.mean())) == pytest.approx(wanted, abs=TOGETHER)
+    with torch.no_grad():
+        cache = packed_cache(model, len(ids), ids.shape[1], strict=True)
+        packed, plain = (model(ids, **options).logits for options in ({"past_key_values": cache}, {"use_cache": False}))
+    each = [x[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] for x in (packed, plain)]
+    assert (found - each[0]).abs().max() <= TOGETHER < 0.1 * (found - each[1]).abs().max()
 
 
 def test_greedy_tokens_are_those_of_transformers(out: Path, answers: dict[str, Any]) -> None:
     model = load_model(out, "cpu", "float32")
     wanted = [greedy(model, prompt, 24) for prompt in answers["prompts"]]
-    assert answers["runs"][1]["tokens"] == wanted
+    assert answers["runs"][1]["tokens"] == wanted and len({tuple(tokens) for tokens in wanted}) > 1
 
 
 def test_a_prompt_whose_beginning_is_cached_gives_what_it_gives_cold(answers: dict[str, Any]) -> None:
@@ -124,10 +115,10 @@ def test_a_prompt_whose_beginning_is_cached_gives_what_it_gives_cold(answers: di
     assert warm["tokens"] == cold["tokens"]
 
 
-def test_sequences_that_had_to_wait_are_what_they_are_alone(out: Path, ids: list[int], tmp_path: Path) -> None:
-    prompts = [ids[i * 90 : i * 90 + 100] for i in range(6)]
+def test_sequences_that_had_to_wait_are_what_they_are_alone(out: Path, tmp_path: Path) -> None:
+    prompts = [text(5, 50 + i, length=100, seed=30 + i) for i in range(6)]
     runs = [{"prompts": prompts, "max_tokens": 60}, {"prompts": prompts, "max_tokens": 60, "each": True}]
-    options = {"num_gpu_blocks_override": 9, "enable_prefix_caching": False, "disable_log_stats": False}
+    options = {"num_gpu_blocks_override": 10, "enable_prefix_caching": False, "disable_log_stats": False}
     found = serve(out, tmp_path, runs, **options)
     assert found["preemptions"] > 0 and found["runs"][0]["tokens"] == found["runs"][1]["tokens"]
 
