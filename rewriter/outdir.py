@@ -269,6 +269,7 @@ def _write(
             "source": str(source.name),
             "versions": versions(),
             "check": report.check.as_dict(),
+            **({"pages": runtime.extra["pages"]} if "pages" in runtime.extra else {}),
         },
         weights,
     )

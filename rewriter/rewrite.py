@@ -7,6 +7,7 @@ Raises     KvsinkError children; a model is changed only after every check has p
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvsink.calibrate.choices import Chosen, RewriteOptions, choose, with_modality
+from kvsink.calibrate.choices import Chosen, RewriteOptions, are_prompts, choose, with_modality
 from kvsink.calibrate.design import Design
 from kvsink.calibrate.designed import design
 from kvsink.calibrate.observing import Progress, calibration_windows, observe
+from kvsink.calibrate.places import count_places
 from kvsink.calibrate.plan import planned
 from kvsink.calibrate.probing import check as check_model
 from kvsink.calibrate.record import Calibration
@@ -95,6 +97,8 @@ def rewrite(
         _plan(decoder, chosen, record, ids, bits, designs, progress)
     designed = design(decoder, chosen, record, designs, progress)
     report = apply(decoder, chosen, record, designed, fold, storage_dtype, check)
+    if any(p.kind == "sinks" for ps in chosen.policies for p in ps) and record.stages and stream is None:
+        _count(decoder, calibration, calibration_tokens, tokenizer, report)
     install_generate(decoder.model)
     report.seconds = time.monotonic() - begun
     return report
@@ -129,6 +133,18 @@ def _plan(
     found = planned(decoder, run, chosen.method, (base.key_bits, base.value_bits), ids, bits, progress)
     chosen.notes.append(found.note)
     chosen.planned(found.layers)
+
+
+def _count(decoder: Decoder, calibration: Any, tokens: int, tokenizer: Any, report: Report) -> None:
+    """Count the places that pages of a serving engine need for the rows of `sinks`, where there is text to count over."""
+    if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") or are_prompts(calibration):
+        return
+    runtime = decoder.runtime
+    assert runtime is not None
+    ids = calibration_windows(decoder, calibration, tokens, tokenizer)
+    found = count_places(decoder, ids, [plan.segments for plan in runtime.plans], runtime.stages)
+    runtime.extra["pages"] = asdict(found)
+    report.notes.append(found.note)
 
 
 def _profiled_stages(profile: str | Path | dict[str, Any], model: nn.Module) -> tuple[SinkStage, ...]:

@@ -316,6 +316,31 @@ static Room room_for(const Call *c, float *from, int64_t *numbers) {
     return (Room){at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10], -1};
 }
 
+/* Where things stand: of a sequence in pages, `start` names its page, and x counts the exact rows of all its pages. */
+static const uint8_t *codes_at(const Call *c, const Side *s, int64_t b, int64_t h, int64_t start) {
+    const int64_t of = c->table ? c->table[start / c->page] : b, at = c->table ? start % c->page : start;
+    return s->codes + of * s->stride_b + h * s->stride_h + at * s->row_bytes;
+}
+
+static const uint16_t *scales_at(const Call *c, const Side *s, int64_t b, int64_t h, int64_t start) {
+    const int64_t of = c->table ? c->table[start / c->page] : b, at = c->table ? start % c->page : start;
+    return s->scale + of * s->scale_b + h * s->scale_h + at * s->scales;
+}
+
+static int64_t row_at(const Call *c, int64_t b, int64_t h, int64_t x, int64_t of_b, int64_t of_h, int64_t of_row) {
+    return c->table ? c->table[x / c->places] * of_b + h * of_h + x % c->places * of_row : b * of_b + h * of_h + x * of_row;
+}
+
+static inline int64_t share_of(const Call *c) { return c->share ? c->share : c->repeats; }
+
+static int64_t query_at(const Call *c, int64_t b, int64_t h, int64_t i) {
+    const int64_t share = share_of(c);
+    return (b + i / share) * c->q_b + (h * share + i % share) * c->q_h;
+}
+
+/* Slots that query i may see. */
+static inline int64_t seen_by(const Call *c, int64_t i) { return c->limit ? c->limit + i / share_of(c) : INT64_MAX; }
+
 /* The query of a head in the basis of the key codec, as rows of block m see it, and what the mean of the keys adds. */
 static void rotate(const Call *c, int64_t h, int64_t m, Room *o) {
     const Side *k = &c->key;
@@ -356,9 +381,9 @@ static void logits(const Call *c, int64_t b, int64_t h, int64_t start, int64_t n
     const Side *k = &c->key;
     const int64_t r = c->repeats, d = k->dim, span = c->block, each = r * TILE;
     const int32_t *positions = c->positions + b * c->position_stride + start;
-    const uint8_t *codes = k->codes + b * k->stride_b + h * k->stride_h + start * k->row_bytes;
+    const uint8_t *codes = codes_at(c, k, b, h, start);
     decode(k, codes, n, h, o->rows);
-    affine(k, codes, k->scale + b * k->scale_b + h * k->scale_h + start * k->scales, n, o->a, o->z);
+    affine(k, codes, scales_at(c, k, b, h, start), n, o->a, o->z);
     memset(o->p, 0, sizeof(float) * each), memset(o->part, 0, sizeof(float) * each * k->groups);
     for (int64_t t = 0, end; t < n; t = end) { /* a run of rows of one block, at consecutive offsets where there is a mean */
         const int64_t of = positions[t] > 0 ? positions[t] / span : 0, m = of < c->blocks ? of : c->blocks - 1;
@@ -463,7 +488,7 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
         if (slot >= begin && slot < end) skip[slot - begin] = 1;
     }
     for (int64_t i = 0; i < r; i++) {
-        load(c->q, c->q_type, b * c->q_b + (h * r + i) * c->q_h, d, o->q + i * d);
+        load(c->q, c->q_type, query_at(c, b, h, i), d, o->q + i * d);
         for (int64_t x = 0; x < d; x++) o->q[i * d + x] *= (float)c->scale;
         work[i * state] = LOWEST;
         memset(work + i * state + 1, 0, sizeof(float) * (1 + dv));
@@ -474,15 +499,16 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
         logits(c, b, h, start, n, o);
         for (int64_t i = 0; i < r; i++) {
             float *p = o->p + i * TILE;
+            const int64_t left = seen_by(c, i) - start, seen = left < 0 ? 0 : left < n ? left : n;
             hide(c, b, h * r + i, start, n, p);
-            for (int64_t t = n; t < TILE; t++) p[t] = LOWEST;
+            for (int64_t t = seen; t < TILE; t++) p[t] = LOWEST;
             if (memchr(skip + start - begin, 1, n))
                 for (int64_t t = 0; t < n; t++) p[t] = skip[start - begin + t] ? LOWEST : p[t];
         }
         online_softmax(c, o, work);
-        const uint8_t *codes = v->codes + b * v->stride_b + h * v->stride_h + start * v->row_bytes;
+        const uint8_t *codes = codes_at(c, v, b, h, start);
         decode(v, codes, n, h, o->rows);
-        affine(v, codes, v->scale + b * v->scale_b + h * v->scale_h + start * v->scales, n, o->a, o->z);
+        affine(v, codes, scales_at(c, v, b, h, start), n, o->a, o->z);
         for (int64_t g = 0; g < vg; g++) {
             weigh(c, g, o);
             const int64_t x = g * v->group_size;
@@ -498,21 +524,21 @@ static void piece(const Call *c, int64_t b, int64_t h, int64_t begin, int64_t en
 /* The pieces of a head and the rows that are read as they came, on one common maximum; then back into the basis of the model. */
 static void merge(const Call *c, int64_t b, int64_t h) {
     const Side *v = &c->value;
-    const int64_t r = c->repeats, d = c->key.dim, dv = v->dim, width = 2 + dv, bh = b * c->heads + h;
+    const int64_t r = c->repeats, d = c->key.dim, dv = v->dim, width = 2 + dv, bh = b * c->heads + h, each = share_of(c);
     float *logit = malloc(sizeof(float) * (c->held + 2 * d + 3 * dv)), *q = logit + c->held, *row = q + d;
     float *decoded = row + d, *held = decoded + dv, *of_value = held + dv;
     for (int64_t i = 0; i < r; i++) {
         const float *pieces = c->work + (bh * c->pieces * r + i) * width;
         float peak = LOWEST, mass = 0.0f, exact_mass = 0.0f;
-        load(c->q, c->q_type, b * c->q_b + (h * r + i) * c->q_h, d, q);
+        load(c->q, c->q_type, query_at(c, b, h, i), d, q);
         for (int64_t s = 0; s < c->pieces; s++) peak = pieces[s * r * width] > peak ? pieces[s * r * width] : peak;
         for (int64_t s = 0, at = 0; s < SOURCES; s++)
             for (int64_t x = 0; x < c->rows[s].count; x++, at++) {
                 const Rows *rows = c->rows + s;
                 const int64_t slot = c->slot[b * c->held + at];
                 logit[at] = LOWEST;
-                if (slot < 0) continue;
-                load(rows->k, rows->type, b * rows->k_b + h * rows->k_h + x * rows->k_row, d, row);
+                if (slot < 0 || slot >= seen_by(c, i)) continue;
+                load(rows->k, rows->type, row_at(c, b, h, x, rows->k_b, rows->k_h, rows->k_row), d, row);
                 logit[at] = dot(q, row, d) * (float)c->scale;
                 hide(c, b, h * r + i, slot, 1, logit + at);
                 logit[at] = logit[at] < LOWEST ? LOWEST : logit[at];
@@ -529,7 +555,7 @@ static void merge(const Call *c, int64_t b, int64_t h) {
                 const Rows *rows = c->rows + s;
                 if (logit[at] <= LOWEST) continue;
                 const float p = fast_exp(logit[at] - peak);
-                load(rows->v, rows->type, b * rows->v_b + h * rows->v_h + x * rows->v_row, dv, of_value);
+                load(rows->v, rows->type, row_at(c, b, h, x, rows->v_b, rows->v_h, rows->v_row), dv, of_value);
                 exact_mass += p;
                 for (int64_t y = 0; y < dv; y++) held[y] += p * of_value[y];
             }
@@ -540,7 +566,7 @@ static void merge(const Call *c, int64_t b, int64_t h) {
             if (c->value_mean) held[x] += mass * c->value_mean[h * dv + x];
             held[x] *= share;
         }
-        store(c->out, c->q_type, (bh * r + i) * dv, dv, held);
+        store(c->out, c->q_type, (((b + i / each) * c->heads + h) * each + i % each) * dv, dv, held);
     }
     free(logit);
 }
@@ -562,7 +588,58 @@ void kvsink_attend(const Call *c) {
     }
 }
 
+/* One job as a sequence of its own: the slots and exact rows of its pages, and all its query rows as query heads. */
+static Call one_job(const Call *c, const Pages *p, int64_t j) {
+    const Job *job = p->job + j;
+    const int64_t size = c->q_type == FLOAT32 ? 4 : 2, width = c->heads * c->repeats;
+    Call one = *c;
+    one.batch = 1, one.share = c->repeats, one.repeats = c->repeats * job->rows;
+    one.limit = job->limit, one.coded = one.slots = job->limit + job->rows - 1;
+    one.table = p->tables + job->sequence * p->tables_b;
+    one.held = (one.coded + c->page - 1) / c->page * c->places;
+    one.rows[0].count = one.held;
+    one.q = (const char *)c->q + job->token * c->q_b * size;
+    one.out = (char *)c->out + job->token * width * c->value.dim * size;
+    one.slot = c->slot + j * c->held;
+    one.work = c->work + j * width * p->rows * c->pieces * (2 + c->value.dim);
+    return one;
+}
+
+static void name_places(const Call *one, const Pages *p) {
+    for (int64_t x = 0; x < one->held; x++) {
+        const int64_t page = x / one->places, named = p->named[one->table[page] * p->named_b + x % one->places];
+        const int64_t slot = page * one->page + named - 1;
+        one->slot[x] = named && slot < one->slots ? (int32_t)slot : -1;
+    }
+}
+
+void kvsink_attend_pages(const Call *c, const Pages *p) {
+    const int64_t each = c->heads * c->pieces;
+#pragma omp parallel num_threads((int)c->threads) if (c->threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < p->jobs; j++) {
+            const Call one = one_job(c, p, j);
+            name_places(&one, p);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t x = 0; x < p->jobs * each; x++) {
+            const Call one = one_job(c, p, x / each);
+            const int64_t at = x % each, pages = (one.coded + c->page - 1) / c->page, s = at % c->pieces;
+            const int64_t run = (pages + c->pieces - 1) / c->pieces * c->page, begin = s * run < one.coded ? s * run : one.coded;
+            const int64_t end = begin + run < one.coded ? begin + run : one.coded;
+            piece(&one, 0, at / c->pieces, begin, end, one.work + at * one.repeats * (2 + c->value.dim));
+        }
+#pragma omp for schedule(static)
+        for (int64_t x = 0; x < p->jobs * c->heads; x++) {
+            const Call one = one_job(c, p, x / c->heads);
+            merge(&one, 0, x % c->heads);
+        }
+    }
+}
+
 void kvsink_levels(const Side *s, const uint8_t *rows, int64_t n, int64_t head, float *out) { decode(s, rows, n, head, out); }
 
 /* A version the caller checks, so that a stale library is never called with another layout. */
 int64_t kvsink_attend_call_bytes(void) { return (int64_t)sizeof(Call); }
+int64_t kvsink_attend_pages_bytes(void) { return (int64_t)sizeof(Pages); }

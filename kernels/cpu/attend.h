@@ -49,9 +49,30 @@ typedef struct {
     float *work;        /* [B H pieces, R, 2 + value dim] */
     int64_t held;       /* rows of all sources */
     int32_t *slot;      /* [B, held]: see name_slots */
+    /* Of several query rows of one sequence in pages, see kvsink_attend_pages; 0 and NULL for one row over slots side by side. */
+    int64_t share;        /* query heads of one row, where `repeats` are those of all */
+    int64_t limit;        /* slots that the first row sees; each later one sees one more */
+    const int32_t *table; /* the page of every `page` slots: what counts sequences above counts pages */
+    int64_t page, places; /* slots of a page, and its exact rows */
 } Call;
 
 void kvsink_attend(const Call *c);
+
+typedef struct { /* neighbouring query rows of one sequence */
+    int64_t token, rows, limit; /* the first of them, how many, and how many slots that one sees */
+    int64_t sequence;
+} Job;
+
+typedef struct {
+    int64_t jobs, rows, tables_b; /* rows: of a job at most */
+    const Job *job;
+    const int32_t *tables;  /* [sequences, pages] */
+    const uint8_t *named;   /* [pages, places]: which slot of the page an exact row stands for, plus one; 0: none */
+    int64_t named_b;
+} Pages;
+
+/* q and out [tokens, H R, dim]; slot [jobs, held]; work [jobs, H, pieces, R rows, 2 + value dim]. */
+void kvsink_attend_pages(const Call *c, const Pages *p);
 
 /* Levels [n, dim] of rows of codes of one head, as the query meets them. */
 void kvsink_levels(const Side *s, const uint8_t *rows, int64_t n, int64_t head, float *out);

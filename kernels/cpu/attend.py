@@ -75,6 +75,9 @@ class _Call(ctypes.Structure):
         *((n, _pointer) for n in ("out", "work")),
         ("held", _int),
         ("slot", _pointer),
+        *((n, _int) for n in ("share", "limit")),
+        ("table", _pointer),
+        *((n, _int) for n in ("page", "places")),
     )
 
 

@@ -54,7 +54,7 @@ def observe(
     known = None if stages is None else stages(decoder.model)
     if known is not None and not chosen.blocks:
         record.stages = known
-    elif chosen.blocks or kinds & {"kvsink", "pivots"}:
+    elif chosen.blocks or kinds & {"kvsink", "sinks", "pivots"}:
         if isinstance(calibration, Calibration):
             record = calibration
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
@@ -65,8 +65,8 @@ def observe(
             record = gather(decoder, ids, policies, chosen.blocks, batch, progress, chosen.samples, known)
         if known is not None and record.stages != known:
             record = replace(record, stages=known)
-    if "kvsink" in kinds and not record.stages:
-        notes.append("no massive activation was found: kvsink protection has nothing to keep and is off")
+    if (named := sorted(kinds & {"kvsink", "sinks"})) and not record.stages:
+        notes.append(f"no massive activation was found: {' and '.join(named)} protection has nothing to keep and is off")
     found = {i: (w, record.measurable(i, *w)) for i, w in enumerate(chosen.wanted) if w is not None}
     if blind := [i for i, (asked, kept) in found.items() if asked[0] != kept[0]]:
         notes.append(f"layers {blind}: their attention does not show its queries; errors of their keys count alike")

@@ -5,6 +5,9 @@
                         sequence share them, and the first document comes first
     random:N            N rows drawn by a fixed hash of a token's number, the same in every layer and run: a control
     kvsink:K            K attention sinks per emergence stage, by the stable outlier channel of the hidden states
+    sinks:T[:N]         per emergence stage, rows into whose outlier channel the feed-forward layer of its block writes more than T
+                        times the largest activation of calibration; the first N (8) of a sequence, and of a serving engine's page
+                        the first that find a place. A row decides for itself, whatever comes behind it
     massive:N           per layer, the rows of the N largest entries of the hidden states that enter it
     pivots:N[:A[:R]]    at most N rows of the prompt whose largest |h| behind the probe block exceeds A (100) and R (1000)
                         times the median |h|; all layers behind that block share them, those before keep the first row
@@ -21,8 +24,8 @@ Anchors    a new row lives in the recent window while its score grows; leaving i
            chunk that do not fit the window compete right after their own chunk's attention. Scores are summed over all
            query heads: one list of anchors per layer and batch row. Slots of padding count in t, padding is never chosen
 Source     first:N is Preserve-First-N (KVQuant, arXiv 2401.18079); kvsink:K is KVSink, arXiv 2508.04257 section 4, with one
-           set of rows per emergence stage; massive:N is the rule of RotateKV, arXiv 2501.16383; anchors is the online rule of
-           AnTKV, arXiv 2506.19505; pivots is AKVQ-VL, arXiv 2501.15021
+           set of rows per emergence stage; sinks:T is ours; massive:N is the rule of RotateKV, arXiv 2501.16383; anchors is the
+           online rule of AnTKV, arXiv 2506.19505; pivots is AKVQ-VL, arXiv 2501.15021
 Differs    a model may have several emergence stages: a layer uses the latest one before it (pivots: the first that passes
            the thresholds). Rows are chosen over chunks and decoding too, up to the capacity; pivots in steps of several
            tokens only. A crop takes rows away, not what their queries gave to other rows' scores. Statistics of a
@@ -50,14 +53,15 @@ __all__ = [
     "segments_for_layer",
 ]
 
-_KINDS = ("none", "first", "random", "kvsink", "massive", "pivots", "anchors")
+SINKS = 8  # rows of a sequence that `sinks` keeps where no number is given
+_KINDS = ("none", "first", "random", "kvsink", "sinks", "massive", "pivots", "anchors")
 
 
 @dataclass(frozen=True)
 class Policy:
     """One policy and its count of rows (of entries, for `massive`).
 
-    anchors: how anchors are counted and scored; least, ratio: the thresholds of pivots.
+    anchors: how anchors are counted and scored; least, ratio: the thresholds of pivots; share: that of sinks.
     """
 
     kind: str
@@ -65,10 +69,13 @@ class Policy:
     anchors: Anchors | None = None
     least: float = 100.0
     ratio: float = 1000.0
+    share: float = 0.0
 
     def __str__(self) -> str:
         if self.anchors is not None:
             return str(self.anchors)
+        if self.kind == "sinks":
+            return f"sinks:{self.share:g}:{self.count}"
         tail = f":{self.least:g}:{self.ratio:g}" if (self.least, self.ratio) != (100.0, 1000.0) else ""
         return self.kind if self.kind == "none" else f"{self.kind}:{self.count}{tail}"
 
@@ -90,8 +97,8 @@ class SinkStage:
 class Segment:
     """A part of one layer's exact store: `count` places filled from `source`.
 
-    source is "first", "random", "massive", "stage:B" for the sinks that block B marks, or "pivots:B:A:R" for the pivots
-    behind block B with their thresholds.
+    source is "first", "random", "massive", "stage:B" for the sinks that block B marks, "sinks:B:T" for rows above a share T of what
+    it was seen to write, or "pivots:B:A:R" for the pivots behind block B with their thresholds.
     """
 
     source: str
@@ -117,6 +124,8 @@ def parse_policies(text: str) -> tuple[Policy, ...]:
             policies.append(_anchors(part, count))
         elif kind == "pivots":
             policies.append(_pivots(part, count))
+        elif kind == "sinks":
+            policies.append(_sinks(part, count))
         else:
             policies.append(Policy(kind, _count(part, kind, count)))
     return tuple(policies)
@@ -138,6 +147,17 @@ def _pivots(part: str, text: str) -> Policy:
         raise KvsinkError(f"protection {part!r}: thresholds of pivots are two numbers; write pivots:15:100:1000")
     least, ratio = (*numbers, *(100.0, 1000.0)[len(numbers) :])
     return Policy("pivots", _count(part, "pivots", count), least=least, ratio=ratio)
+
+
+def _sinks(part: str, text: str) -> Policy:
+    share, _, count = text.partition(":")
+    try:
+        number = float(share)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise KvsinkError(f"protection {part!r} needs a share above 0 and up to 1 of the largest activation; write sinks:0.25")
+    return Policy("sinks", _count(part, "sinks:0.25", count or str(SINKS)), share=number)
 
 
 def _anchors(part: str, text: str) -> Policy:
@@ -169,7 +189,7 @@ def probe_stage(policy: Policy, stages: tuple[SinkStage, ...]) -> SinkStage | No
 
 
 def segments_for_layer(policies: tuple[Policy, ...], layer: int, stages: tuple[SinkStage, ...]) -> tuple[Segment, ...]:
-    """The segments of one layer: `kvsink` counts only behind an emergence block, with the latest stage."""
+    """The segments of one layer: `kvsink` and `sinks` count only behind an emergence block, with the latest stage."""
     out = []
     for policy in policies:
         if policy.kind in ("first", "massive", "random"):
@@ -180,8 +200,10 @@ def segments_for_layer(policies: tuple[Policy, ...], layer: int, stages: tuple[S
                 out.append(Segment(f"pivots:{probe.block}:{policy.least:g}:{policy.ratio:g}", policy.count))
             else:
                 out.append(Segment("first", 1))
-        elif policy.kind == "kvsink" and (behind := [s for s in stages if s.block < layer]):
-            out.append(Segment(f"stage:{max(s.block for s in behind)}", policy.count))
+        elif policy.kind in ("kvsink", "sinks") and (behind := [s for s in stages if s.block < layer]):
+            block = max(s.block for s in behind)
+            source = f"stage:{block}" if policy.kind == "kvsink" else f"sinks:{block}:{policy.share:g}"
+            out.append(Segment(source, policy.count))
     return tuple(out)
 
 

@@ -139,7 +139,7 @@ def stock_plan(ours: dict[str, Any]) -> Callable[[AttentionSite], SitePlan | Non
         )
     key, value_side = replace(key, center=False, reorder=False), replace(value_side, center=False, reorder=False)
     policies = parse_policies(str(ours.get("protect", method.protect)))
-    if left := [str(p) for p in policies if p.kind in ("anchors", "pivots", "random")]:
+    if left := [str(p) for p in policies if p.kind in ("anchors", "pivots", "random", "sinks")]:
         _tell_once(f"kvsink: {'+'.join(left)} needs kvsink's own cache and is left out; call kvsink.rewrite(model) for it")
         policies = tuple(p for p in policies if str(p) not in left)
 

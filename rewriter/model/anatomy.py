@@ -17,7 +17,10 @@ from kvsink.errors import UnsupportedError
 from kvsink.model.adapters import check_prompts
 from kvsink.model.turning import Turning
 
-__all__ = ["Anatomy", "Heads", "anatomy", "is_tower", "rewritable", "rope_types", "towers"]
+__all__ = ["LAST", "Anatomy", "Heads", "anatomy", "is_tower", "last_projection", "rewritable", "rope_types", "towers"]
+
+LAST = ("down_proj", "w2", "c_proj", "fc2", "dense_4h_to_h", "wo", "fc_out")
+"""Names of the projection through which a feed-forward layer writes into the residual stream."""
 
 
 class Heads(NamedTuple):
@@ -196,6 +199,24 @@ def _heads_of(attention: nn.Module, usual: Heads) -> Heads:
     value = getattr(getattr(attention, "v_proj", None), "out_features", None)
     wide = value // kv if isinstance(value, int) and value % kv == 0 else dim
     return Heads(usual.query, kv, dim, wide)
+
+
+def last_projection(model: nn.Module, where: Anatomy, layer: int) -> str:
+    """The projection through which the feed-forward layer of a block writes into the residual stream.
+
+    Raises UnsupportedError where there is none or several, or something else has a part in what is written.
+    """
+    block, attention = where.blocks[layer], where.attentions[layer]
+    names = [n for n, _ in model.get_submodule(block).named_modules() if not f"{block}.{n}".startswith(attention + ".")]
+    found = [n for n in names if n.rpartition(".")[2] in LAST]
+    other = [n for n in names if n.startswith(("post_feedforward", "post_mlp")) or "expert" in n]
+    if len(found) != 1 or other:
+        why = f"{other[0]} as well" if other else f"{len(found)} last projections of a feed-forward layer"
+        raise UnsupportedError(
+            f"block {layer} ({block}), which writes the massive activations, has {why}, and sinks:T looks at what one projection "
+            "writes; protect by kvsink:5"
+        )
+    return f"{block}.{found[0]}"
 
 
 def is_tower(name: str) -> bool:

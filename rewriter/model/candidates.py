@@ -14,7 +14,7 @@ from kvsink.kernels import select_sinks
 from kvsink.kernels.selection import top_rows
 from kvsink.model.frame import Frame
 
-__all__ = ["order_candidates", "pivot_scores", "position_hash", "rank"]
+__all__ = ["order_candidates", "passes", "pivot_scores", "position_hash", "rank"]
 
 _FIRST_SCORE = 1e30  # above any activation: rows of `first:N` always win
 
@@ -29,6 +29,11 @@ def pivot_scores(hidden: Tensor, valid: Tensor | None, least: float, ratio: floa
     passed = (score > least) & (score > ratio * median)
     passed = passed if valid is None else passed & valid
     return score.masked_fill(~passed, float("-inf"))
+
+
+def passes(written: Tensor, least: float) -> Tensor:
+    """Which rows a feed-forward layer wrote more than `least` for, either sign: bool in the shape of `written`."""
+    return written.float().abs() > least
 
 
 def rank(hidden: Tensor, frame: Frame, channels: Tensor, weights: Tensor, count: int, entries: bool) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from kvsink.kernels.selection import top_rows
 from kvsink.model.attention import causal_mask
-from kvsink.model.candidates import pivot_scores, rank
+from kvsink.model.candidates import passes, pivot_scores, rank
 from kvsink.model.frame import Frame
 from kvsink.model.offload import number_of, place_of
 from kvsink.model.rows import MODALITY_MASKS, check_mask, mask_of, real_rows, visual_rows
 from kvsink.model.turning import tables_of, turned_by
 
-__all__ = ["EndFrame", "Massive", "Modality", "NewFrame", "Observe", "Pivots", "Positions", "Stage"]
+__all__ = ["EndFrame", "Massive", "Modality", "NewFrame", "Observe", "Pivots", "Positions", "Stage", "Written"]
 
 
 class _Hook:
@@ -183,6 +183,32 @@ class Stage(_Hook):
             return
         hidden = output[0] if isinstance(output, tuple) else output
         cache.shared.frame.candidates[self.key] = rank(hidden, cache.shared.frame, self.channels, self.weights, self.count, False)
+
+
+class Written(_Hook):
+    """Forward hook of an emergence block: rows of which its feed-forward layer wrote more than `least` into the outlier channel.
+
+    What that layer writes is seen by `see`, a forward hook of its last projection. All that pass have one score, so that of a
+    sequence the first stay.
+    """
+
+    def __init__(self, module: nn.Module, key: str, channel: int, least: float, count: int) -> None:
+        super().__init__(module)
+        self.key, self.channel, self.least, self.count = key, channel, least, count
+        self.written: Tensor | None = None  # [B, S], between the two
+
+    def see(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.written = output[..., self.channel].detach()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache, written = self.cache(args, kwargs), self.written
+        self.written = None
+        if cache is None or cache.shared.frame is None or written is None:
+            return
+        passed = passes(written, self.least)
+        passed = passed if cache.shared.frame.valid is None else passed & cache.shared.frame.valid
+        score = torch.zeros_like(written, dtype=torch.float32).masked_fill(~passed, float("-inf"))
+        cache.shared.frame.candidates[self.key] = top_rows(score, self.count)
 
 
 class Massive(_Hook):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kvsink.codecs.protect import SinkStage
 from kvsink.errors import UnsupportedError
-from kvsink.model.anatomy import Anatomy, anatomy
-from kvsink.model.hooks import EndFrame, Massive, Modality, NewFrame, Observe, Pivots, Positions, Stage
+from kvsink.model.anatomy import Anatomy, anatomy, last_projection
+from kvsink.model.hooks import EndFrame, Massive, Modality, NewFrame, Observe, Pivots, Positions, Stage, Written
 from kvsink.model.observed import Observer, switch_attention
 from kvsink.model.rows import visual_tokens
 from kvsink.model.tables import LayerPlan, Tables
@@ -87,6 +87,13 @@ def attach(model: nn.Module, runtime: Runtime | None) -> None:
                 block = model.get_submodule(a.blocks[stage.block])
                 hook = Stage(block, segment.key, stage.channels, segment.count)
                 handles.append(block.register_forward_hook(hook, with_kwargs=True))
+            elif segment.source.startswith("sinks:") and segment.key not in done:
+                done.add(segment.key)
+                _, at, share = segment.source.split(":")
+                stage, name = stages[f"stage:{at}"], a.blocks[int(at)]
+                block, last = model.get_submodule(name), model.get_submodule(last_projection(model, a, int(at)))
+                written = Written(block, segment.key, stage.channels[0], float(share) * stage.size, segment.count)
+                handles += [last.register_forward_hook(written.see), block.register_forward_hook(written, with_kwargs=True)]
             elif segment.source.startswith("pivots:") and segment.key not in done:
                 done.add(segment.key)
                 _, at, least, ratio = segment.source.split(":")

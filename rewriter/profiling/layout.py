@@ -15,12 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from kvsink.errors import UnsupportedError
-from kvsink.model.anatomy import Anatomy
+from kvsink.model.anatomy import LAST, Anatomy
 
 __all__ = ["DENSE", "SHARED", "Entry", "Layout", "find_layout"]
 
 DENSE, SHARED = "dense", "shared"
-_DOWN = ("down_proj", "w2", "c_proj", "fc2", "dense_4h_to_h", "wo", "fc_out")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ROUTED = re.compile(r"experts\.(\d+)\.")
 
@@ -99,7 +98,7 @@ def _of_block(layer: int, block: str, attention: str, module: nn.Module) -> list
             if hasattr(part, "_apply_gate") and hasattr(part, "is_transposed"):
                 found += [Entry(layer, str(e), f"{block}.{name}", True) for e in range(weight.shape[0])]
             continue
-        if name.rpartition(".")[2] not in _DOWN or getattr(getattr(part, "weight", None), "dim", int)() != 2:
+        if name.rpartition(".")[2] not in LAST or getattr(getattr(part, "weight", None), "dim", int)() != 2:
             continue
         routed = _ROUTED.search(name)
         if "shared" in name:

@@ -55,6 +55,10 @@ def test_policies_are_printed_as_they_are_written() -> None:
         ("pivots:5:x", "thresholds of pivots are two numbers; write pivots:15:100:1000"),
         ("pivots:5:1:2:3", "thresholds of pivots are two numbers"),
         ("random:x", "'random:x' needs a positive number"),
+        ("sinks", "'sinks' needs a share above 0 and up to 1 of the largest activation; write sinks:0.25"),
+        ("sinks:5", "'sinks:5' needs a share above 0"),
+        ("sinks:nan", "'sinks:nan' needs a share"),
+        ("sinks:0.25:0", "'sinks:0.25:0' needs a positive number of rows; write sinks:0.25:5"),
     ],
 )
 def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
@@ -101,6 +105,13 @@ def test_anchors_are_read_and_printed(text: str, anchors: Anchors) -> None:
 def test_the_budget_is_rounded_up_from_the_exact_share(percent: str, tokens: int, rows: int) -> None:
     anchors = anchors_for_layer(parse_policies(f"anchors:{percent}"))
     assert anchors is not None and anchors.capacity(tokens) == rows
+
+
+def test_sinks_are_rows_above_a_share_of_the_latest_stage() -> None:
+    assert parse_policies("sinks:0.25") == (Policy("sinks", 8, share=0.25),)
+    assert "+".join(map(str, parse_policies("sinks:.5:3+first:1"))) == "sinks:0.5:3+first:1"
+    found = [segments_for_layer(parse_policies("sinks:0.25:3"), layer, (EARLY, LATE)) for layer in (2, 3, 8)]
+    assert found == [(), (Segment("sinks:2:0.25", 3),), (Segment("sinks:7:0.25", 3),)]
 
 
 def test_pivots_stand_behind_the_first_stage_that_passes() -> None:

@@ -1,0 +1,94 @@
+"""One attention layer of a rewritten folder over vLLM's pages: tables of its heads, coding of new rows, attention over all.
+
+Source     ours
+Shapes     cache uint8 [pages, H, 128, C]; q [n, Hq, D], k, v [n, H, D], after RoPE as the model turns them
+Differs    new rows are read back from their codes as all others are (strict), so that a prompt whose beginning is cached gives what
+           it gives without
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsink.errors import UnsupportedError
+from kvsink.export.vllm.sinks import Sinks
+from kvsink.kernels.pages import Batch, PageFormat, Pages, RowCoder, attend_pages, write_pages
+from kvsink.model.runtime import Runtime
+
+__all__ = ["LayerPages", "Step", "first_head"]
+
+PLACES = 2  # exact rows of a page where calibration counted none
+
+
+@dataclass
+class Step:
+    """The rows of one step: slots int64 [n] of the new ones, and their sequences. known: what layers share, by what it is."""
+
+    slots: Tensor
+    batch: Batch
+    known: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What the first layer that asks makes of this step."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
+
+
+class LayerPages:
+    """A layer of a plan, of which this rank holds the heads first … first + heads - 1.
+
+    tokens: positions that its tables reach; places: exact rows of a page; dtype: of the model.
+    """
+
+    def __init__(
+        self, runtime: Runtime, layer: int, first: int, heads: int, tokens: int, places: int, dtype: torch.dtype, sinks: Sinks
+    ) -> None:
+        plan = runtime.plans[layer]
+        assert plan.codec is not None
+        self.runtime, self.layer, self.sinks, self.segments = runtime, layer, sinks, plan.segments
+        self.codec = replace(plan.codec, segments=(), window=0, strict=True)
+        of, device = runtime.anatomy.layers[layer], torch.device("cpu")
+        names, tables = self.codec.param_names(), runtime.params(layer, self.codec, tokens, device)
+        held = slice(first, first + heads)
+        self.params = [t[held].contiguous() if _by_head(n, t, of.kv) else t for n, t in zip(names, tables, strict=True)]
+        self.order = runtime.order(layer, device)
+        self.format = PageFormat.of(self.codec, (of.key_dim, of.value_dim), places if self.segments else 0, dtype)
+        self.coder = RowCoder(self.codec, self.params)
+        self._pages: tuple[tuple[int, torch.Size], Pages] | None = None
+
+    def pages(self, cache: Tensor) -> Pages:
+        """The views of a cache, made once."""
+        key = cache.data_ptr(), cache.shape
+        if self._pages is None or self._pages[0] != key:
+            self._pages = key, self.format.views(cache)
+        return self._pages[1]
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: Step, scale: float, out: Tensor) -> None:
+        """New rows into their pages, then their attention over all rows of their sequences, in place of `out` [n, Hq, D]."""
+        pages, positions = self.pages(cache), step.batch.positions
+        if self.order is not None:
+            q, k = q.index_select(-1, self.order[0]), k.index_select(-1, self.order[0])
+        kind = self.runtime.anatomy.layer_types[self.layer], self.runtime.anatomy.turnings[self.layer]
+        turn = step.once(kind, lambda: [t[0] for t in self.runtime.angles(self.layer, positions[None])])
+        turn = [t.expand(len(positions), -1) for t in turn]
+        asks = step.once(self.segments, lambda: self.sinks.asks(self.segments, positions))
+        write_pages(pages, step.slots, self.coder(k, v, positions, turn), k, v, asks)
+        attend_pages(self.codec, self.params, pages, q, step.batch, scale, out)
+
+
+def _by_head(name: str, table: Tensor, heads: int) -> bool:
+    """Whether a table has a row for every key-value head."""
+    return name.startswith(("k_", "v_")) and table.dim() > 1 and table.shape[0] == heads
+
+
+def first_head(total: int, here: int, rank: int, ranks: int) -> int:
+    """The first of a rank's key-value heads; where there are more ranks than heads, some hold the same."""
+    if here * ranks < total:
+        raise UnsupportedError(f"kvsink in vLLM: {ranks} ranks of {here} key-value heads do not hold {total}")
+    return rank * here if total >= ranks else rank * total // ranks
