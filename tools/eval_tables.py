@@ -66,7 +66,8 @@ def generation_table(found: GenerationResult, reference: GenerationResult | None
 def harness_table(found: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], method: str) -> Any:
     """One line per task and metric of lm-eval, 16 bit beside the model."""
     table = _table("Tasks of lm-eval by generate(); in brackets 95 %", "task", "metric", "n", "16 bit", method)
-    for row, stock in zip(found, reference or [None] * len(found), strict=True):
+    beside = reference if reference else [None] * len(found)
+    for row, stock in zip(found, beside, strict=True):
         held = "" if stock is None else bounded(stock["value"], stock["interval"], ".3f")
         table.add_row(row["task"], row["metric"], str(row["n"]), held, bounded(row["value"], row["interval"], ".3f"))
     return table
