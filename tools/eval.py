@@ -163,7 +163,7 @@ def command(
 
     if pictures is not None:
         _refuse(long, "does not go with --images")
-        _pictures(json_path, model, pictures, device, dtype, strict, attention_path, min(chunk, 16))
+        _pictures(model, pictures, device, dtype, strict, json_path, attention_path, min(chunk, 16))
         return
     _refuse({"--attention": attention_path}, "goes with --images")
 
@@ -246,13 +246,15 @@ def _text(models: Sequence[str], wish: Any, plot_path: str | None, json_path: st
         _write([r.to_json() for r in results] if len(results) > 1 else results[0].to_json(), json_path)
 
 
-def _pictures(json_path: str | None, *asked: Any) -> None:
+def _pictures(
+    model: str, source: str, device: str, dtype: str, strict: bool, json_path: str | None, plot: str | None, chunk: int
+) -> None:
     """The rows on pictures, and as JSON where that was asked for."""
     import kvsink  # noqa: F401  registers the quantizer
     from kvsink.tools.eval_pictures import measure_pictures
 
     with _bars() as bar:
-        rows = measure_pictures(*asked, bar)
+        rows = measure_pictures(model, source, device, dtype, strict, plot, chunk, bar)
     for row in rows:
         _console(json_path).print(row.line(), highlight=False, markup=False)
     if json_path is not None:

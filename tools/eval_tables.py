@@ -8,7 +8,7 @@ from typing import Any
 from kvsink.evaluate.intervals import Interval
 from kvsink.evaluate.results import EvalResult, GenerationResult, RetrievalResult
 
-__all__ = ["bounded", "generation_table", "harness_table", "positions_table", "retrieval_table"]
+__all__ = ["generation_table", "harness_table", "positions_table", "retrieval_table"]
 
 
 def positions_table(results: Sequence[EvalResult]) -> Any:
@@ -19,9 +19,9 @@ def positions_table(results: Sequence[EvalResult]) -> Any:
     for result in results:
         for b in result.positions:
             change, kl, top1 = (
-                bounded(b.change, b.change_interval, "+.2%"),
-                bounded(b.kl, b.kl_interval, ".4f"),
-                bounded(b.top1, b.top1_interval, ".1%"),
+                _with(b.change, b.change_interval, "+.2%"),
+                _with(b.kl, b.kl_interval, ".4f"),
+                _with(b.top1, b.top1_interval, ".1%"),
             )
             held = (result.model, result.method, f"{result.bits_per_element:.2f}")
             table.add_row(*held, b.name, str(b.tokens), f"{b.perplexity:.3f}", change, kl, top1)
@@ -57,8 +57,8 @@ def generation_table(found: GenerationResult, reference: GenerationResult | None
     table = _table(title, "cache", "n", "right", "same number", "out of budget", "repetition", "tokens")
     rows = [] if reference is None else [("16 bit", reference.figures())]
     for name, f in [*rows, (method, found.figures(reference))]:
-        shares = [bounded(f[x] / f["n"], f[f"{x}_interval"], ".0%") if x in f else "" for x in ("right", "agreement", "exhausted")]
-        means = bounded(f["repetition"], f["repetition_interval"], ".3f"), bounded(f["tokens"], f["tokens_interval"], ".0f")
+        shares = [_with(f[x] / f["n"], f[f"{x}_interval"], ".0%") if x in f else "" for x in ("right", "agreement", "exhausted")]
+        means = _with(f["repetition"], f["repetition_interval"], ".3f"), _with(f["tokens"], f["tokens_interval"], ".0f")
         table.add_row(name, str(f["n"]), *shares, *means)
     return table
 
@@ -66,9 +66,10 @@ def generation_table(found: GenerationResult, reference: GenerationResult | None
 def harness_table(found: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], method: str) -> Any:
     """One line per task and metric of lm-eval, 16 bit beside the model."""
     table = _table("Tasks of lm-eval by generate(); in brackets 95 %", "task", "metric", "n", "16 bit", method)
-    for row, stock in zip(found, reference or [None] * len(found), strict=True):
-        held = "" if stock is None else bounded(stock["value"], stock["interval"], ".3f")
-        table.add_row(row["task"], row["metric"], str(row["n"]), held, bounded(row["value"], row["interval"], ".3f"))
+    beside = reference if reference else [None] * len(found)
+    for row, stock in zip(found, beside, strict=True):
+        held = "" if stock is None else _with(stock["value"], stock["interval"], ".3f")
+        table.add_row(row["task"], row["metric"], str(row["n"]), held, _with(row["value"], row["interval"], ".3f"))
     return table
 
 
@@ -86,7 +87,7 @@ def _counted(cell: dict[str, Any]) -> tuple[str, str]:
     return f"{cell['right']} [{low:.0%}, {high:.0%}]", f"{cell['recall']:.0%}"
 
 
-def bounded(value: float | None, interval: Interval | None, form: str) -> str:
+def _with(value: float | None, interval: Interval | None, form: str) -> str:
     """A figure and its interval; only the figure where there is no spread to tell."""
     if value is None:
         return ""

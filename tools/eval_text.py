@@ -90,19 +90,19 @@ def measure(model: str, wish: Wishes, bar: Callable[[str], Progress]) -> tuple[E
         edges=doubling(wish.length) if wish.length else None,
     )
     sides = [("", net, factory)] + ([] if reference is None else [("baseline_", reference, evaluation.dynamic_cache)])
+    more: dict[str, Any] = {}
     for side, one, cache in sides:
         beside = ", reference" if side else ""
         if wish.tasks:
             ask = partial(retrieval, tasks=wish.tasks, lengths=lengths, depths=wish.depths, samples=wish.samples)
             ask = partial(ask, text=wish.text[0], chunk=wish.chunk, batch=wish.batch, progress=bar(f"retrieval{beside}"))
-            found: Any = ask(one, tokenizer, cache_factory=cache)
-            result = replace(result, **{f"{side}retrieval": found})
+            more[f"{side}retrieval"] = ask(one, tokenizer, cache_factory=cache)
         if wish.problems:
             solve = partial(arithmetic, count=wish.problems, budget=wish.budget, temperature=wish.temperature, batch=wish.batch)
-            found = solve(one, tokenizer, cache_factory=cache, progress=bar(f"arithmetic{beside}"))
-            result = replace(result, **{f"{side}generation": found})
+            more[f"{side}generation"] = solve(one, tokenizer, cache_factory=cache, progress=bar(f"arithmetic{beside}"))
         if tasks:
-            result = replace(result, **{f"{side}harness": harness(one, tokenizer, tasks, cache, wish.limit, wish.batch)})
+            more[f"{side}harness"] = harness(one, tokenizer, tasks, cache, wish.limit, wish.batch)
+    result = replace(result, **more)
     if not (wish.sinks and packed):
         return result, ""
     try:

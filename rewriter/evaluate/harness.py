@@ -63,7 +63,7 @@ def harness(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    class Through(HFLM):  # type: ignore[misc]
+    class Through(HFLM):
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **how: Any) -> Any:
             cache = cache_factory(model, len(context), max_length)
             return super()._model_generate(context, max_length, stop, **given_cache(model, cache), **how)

@@ -88,7 +88,7 @@ class Haystack:
 
     def encode(self, words: str) -> list[int]:
         """Token ids, no special token added."""
-        return list(self.tokenizer(words, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
 
     def room(self, draft: Draft, length: int) -> int:
         """Tokens that are left for sentences or items."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from kvsink.errors import EvaluationError
 from kvsink.evaluate.intervals import Interval, bootstrap
 
-__all__ = ["Bucket", "Sums", "bucket_name", "doubling"]
+__all__ = ["Bucket", "Sums", "doubling"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,9 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """Its range in words."""
-        return bucket_name(self.start, self.stop)
-
-
-def bucket_name(start: int, stop: int) -> str:
-    """A range in thousands of 1,024 where both ends are whole, else in tokens: 0-1K, 1024-1500."""
-    whole = not start % 1024 and not stop % 1024
-    return f"{start // 1024}-{stop // 1024}K" if whole else f"{start}-{stop}"
+        """Its range in thousands of 1,024 where both ends are whole, else in tokens: 0-1K, 1024-1500."""
+        whole = not self.start % 1024 and not self.stop % 1024
+        return f"{self.start // 1024}-{self.stop // 1024}K" if whole else f"{self.start}-{self.stop}"
 
 
 def doubling(length: int, first: int = 1024) -> tuple[int, ...]:
