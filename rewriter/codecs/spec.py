@@ -143,7 +143,7 @@ class SideSpec:
         if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, *VECTOR_KINDS)):
             refuse("a spread needs transform='klt' and a kind with one step a token")
         if self.metric != "none" and self.transform == "klt" and self.domain == "block" and self.kind in VECTOR_KINDS:
-            refuse("a metric of keys in blocks is for levels of single components, not for codebooks: set metric='none'")
+            refuse("a metric is for levels of single components, not for codebooks in blocks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
         if self.weights not in WEIGHTS:
