@@ -65,6 +65,6 @@ def _turn(runtime: Runtime, config: Any, layer: int, positions: Tensor, spread: 
     if not spread:
         return positions, runtime.angles(layer, positions[None])
     limit = getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW
-    spread = torch.randint(_FIRST, max(_FIRST + 1, limit), positions.shape, generator=torch.Generator().manual_seed(0))
-    at = torch.where(positions < _FIRST, positions, spread)
+    drawn = torch.randint(_FIRST, max(_FIRST + 1, limit), positions.shape, generator=torch.Generator().manual_seed(0))
+    at = torch.where(positions < _FIRST, positions, drawn)
     return at, runtime.angles(layer, at[None])

@@ -136,14 +136,14 @@ class SideSpec:
             refuse(f"metric {self.metric!r} is not one of {', '.join(METRICS)}")
         if self.metric != "none" and self.transform not in ("klt", "grouped"):
             refuse("a metric needs transform='klt', whose basis it changes")
-        if self.transform == "grouped" and (self.domain != "block" or self.center):
-            refuse("groups are of keys in the block domain that are not centred")
+        if self.transform == "grouped" and (self.domain != "block" or self.block != 1 or self.center):
+            refuse("groups are of keys before RoPE that are not centred: set domain='block', block=1, center=False")
         if self.spread not in SPREADS:
             refuse(f"spread {self.spread!r} is not one of {', '.join(SPREADS)}")
         if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, *VECTOR_KINDS)):
             refuse("a spread needs transform='klt' and a kind with one step a token")
         if self.metric != "none" and self.transform == "klt" and self.domain == "block" and self.kind in VECTOR_KINDS:
-            refuse("a metric of keys in blocks is for levels of single components, not for codebooks: set metric='none'")
+            refuse("a metric is for levels of single components, not for codebooks in blocks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
         if self.weights not in WEIGHTS:

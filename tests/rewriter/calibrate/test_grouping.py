@@ -114,5 +114,5 @@ def test_what_is_missing_is_named(record: Any) -> None:
         design_key(spec(), 0, KV_HEADS, HEAD_DIM, replace(record, queries={}), angles)
     with pytest.raises(CalibrationError, match="layer 0 has no sample statistics"):
         design_key(spec(), 0, KV_HEADS, HEAD_DIM, replace(record, samples={}), angles)
-    with pytest.raises(UnsupportedError, match="groups are of keys in the block domain that are not centred"):
-        spec(center=True)
+    with pytest.raises(UnsupportedError, match="groups are of keys before RoPE that are not centred: set domain='block', block=1"):
+        spec(block=64)

@@ -46,6 +46,17 @@ def test_what_is_right_passes_and_is_reported() -> None:
     assert "keys at 8 bits" in report.to_markdown()
 
 
+def test_keys_in_a_whitened_basis_are_held_to_more() -> None:
+    """One range a token would leave weak components to rounding; a wrong inverse is found all the same."""
+    model = build("llama")
+    found = kvsink.rewrite(model, "nova", calibration=ids, protect="first:1").check
+    assert 0 < found.keys < 2e-3
+    runtime = runtime_of(model)
+    runtime.tables["layers.1.k_unbasis"] = runtime.tables["layers.1.k_basis"]
+    with pytest.raises(UnsupportedError, match=r"self-check: layer 1 .*: keys read back at 8 bits are .* of their size off"):
+        check_cache(Decoder(model), runtime)
+
+
 def test_switched_off_it_says_so() -> None:
     report = kvsink.rewrite(build("llama"), "klt", key_bits=4, value_bits=4, calibration=ids, check=False)
     assert "NOT CHECKED" in report.to_markdown()
