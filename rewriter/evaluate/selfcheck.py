@@ -96,7 +96,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 def at_eight_bits(codec: Codec) -> Codec:
     """The codec with every stage but its quantizers, which are 8 bits with one range per token, or per channel of a block.
 
-    Keys whose components after RoPE are of very unequal size and weight have a number of 16 bits each: one range would drown the
+    Keys whose components are of very unequal size and weight have a number of 16 bits each: one range would drown the
     weak ones, which the inverse makes large again.
     """
 
@@ -111,7 +111,7 @@ def at_eight_bits(codec: Codec) -> Codec:
             bits=8.0,
             widths=widths,
             clip=1.0,
-            group_size=1 if s.own_inverse and s.domain == "post" and s.spread == "none" else s.group_size,
+            group_size=1 if s.own_inverse and s.spread == "none" else s.group_size,
             gain=False,
             unbiased=False,
             visual_bits=0,

@@ -70,7 +70,7 @@ def test_the_folder_is_complete(out) -> None:
     assert record["check"]["different_bytes"] == 0 and record["check"]["packed_bytes"] > 1000
     by_name = {e["name"]: e for e in record["inputs"]}
     assert by_name["past_key_values.1.key"]["dtype"] == "uint8"
-    assert by_name["past_key_values.1.key"]["shape"] == ["batch", 2, "past", 4]  # 16 channels of 2 bits
+    assert by_name["past_key_values.1.key"]["shape"] == ["batch", 2, "past", 5]  # 16 channels of 2 bits, and a gain
     assert [e["name"].replace("present", "past_key_values") for e in record["outputs"][1:]] == list(by_name)[3:]
 
 
@@ -80,7 +80,7 @@ def test_greedy_tokens_are_those_of_generate(out, runner) -> None:
     assert suppressed(runner, 12) == greedy(model, 12)
     tokens = 5 - 1 + 12  # the longest prompt and all new tokens but the last
     assert runner.past["positions"].shape() == [3, tokens]
-    assert runner.past["1.key"].shape() == [3, 2, tokens, 4] and runner.past["1.key"].data_type() == "tensor(uint8)"
+    assert runner.past["1.key"].shape() == [3, 2, tokens, 5] and runner.past["1.key"].data_type() == "tensor(uint8)"
 
 
 def test_a_prompt_in_chunks_reads_what_was_stored(runner) -> None:

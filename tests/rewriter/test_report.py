@@ -25,7 +25,7 @@ def test_the_report_says_what_was_done() -> None:
     assert [row.protect for row in report.layers] == ["first:1", "stage:0:5, first:1"]
     assert [row.path for row in report.layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert report.stages[0]["block"] == 0 and report.stages[0]["channels"][0] == 7
-    assert all(row.packed and row.key.startswith("centred, block 64, klt, lloyd") for row in report.layers)
+    assert all(row.packed and row.key.startswith("centred, block 64, klt, trellis") for row in report.layers)
     assert report.smaller == 16 / report.bits and 2 < report.bits < 16 and report.table_bytes > 0 and report.seconds > 0
     assert set(report.versions) == {"kvsink", "torch", "transformers", "python"}
     record = json.loads(report.to_json())

@@ -61,7 +61,7 @@ def test_a_row_is_held_against_the_fastest_in_16_bit_of_each_count() -> None:
 
 def test_the_default_is_what_rewrite_does() -> None:
     method, key, value = declared("default")
-    assert (method.name, key, value) == ("klt", 2, 4)
+    assert (method.name, key, value) == ("klt", 2, 2)
 
 
 def test_rows_and_profiles_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

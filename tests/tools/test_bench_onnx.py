@@ -55,8 +55,12 @@ def test_a_process_that_goes_wrong_is_told_in_one_line_and_replaced() -> None:
 
 
 def test_cases() -> None:
-    assert parse_cases("gqa:4,custom:klt:2") == [("gqa", "static:rotated", 4), ("custom", "klt", 2)]
-    for wrong in ("gqa", "onnx:klt:2", "functions:klt:two", "functions:a:b:2"):
+    assert parse_cases("gqa:4,custom:klt:2,gqa:static:plain:8") == [
+        ("gqa", "static:rotated", 4),
+        ("custom", "klt", 2),
+        ("gqa", "static:plain", 8),
+    ]
+    for wrong in ("gqa", "onnx:klt:2", "functions:klt:two", "functions:a:b:c:2"):
         with pytest.raises(click.BadParameter, match="is not FLAVOUR:BITS"):
             parse_cases(wrong)
 

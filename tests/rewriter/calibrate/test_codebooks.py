@@ -220,14 +220,16 @@ def test_keys_are_coded_in_the_block_domain() -> None:
 
 
 def test_counted_bits_at_two() -> None:
-    """klt at 2 and 2 bits of 64 channels: 2 + 16 / 64 for keys, 2 for values, exact rows and positions on top."""
-    klt = kvsink.get_method("klt")
-    key = replace(klt.side("key", 2).resolved(3, 64), widths=(2,) * 8)
-    codec = Codec(key, klt.side("value", 2).resolved(3, 64), (5, 1))
-    k, v = counted_bits(codec, 3, 64, layers=30)
-    assert 2.25 < k < 2.29 and 2.0 < v < 2.04 and (k + v) / 2 <= 2.25
-    assert klt.side("value", 4).kind == "gauss" and klt.side("value", 3).kind == "gauss"
-    assert klt.side("value", 2.25).kind == klt.side("value", 0.75).kind == "vector"
+    """Keys and values of 64 channels at 2 bits: a gain of 8 bits each in a trellis, of 16 with Lloyd-Max levels, none in codebooks;
+    exact rows and positions on top."""
+    for name, numbers in (("klt", (8, 8)), ("klt:codebooks", (16, 0))):
+        method = kvsink.get_method(name)
+        key, value = (method.side(side, 2).resolved(3, 64) for side in ("key", "value"))
+        key, value = (replace(side, widths=() if side.kind == "vector" else (2,) * 8) for side in (key, value))
+        for bits, number in zip(counted_bits(Codec(key, value, (5, 1)), 3, 64, layers=30), numbers, strict=True):
+            assert 2 + number / 64 < bits < 2.04 + number / 64
+    kinds = [kvsink.get_method("klt").side("value", bits).kind for bits in (1.25, 1.5, 4, 5)]
+    assert kinds == ["vector", "trellis", "trellis", "gauss"]
 
 
 def test_one_record_serves_every_method() -> None:

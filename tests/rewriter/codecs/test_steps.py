@@ -17,7 +17,7 @@ from kvsink.export.nodes import Steps
 from kvsink.export.past import takes_packed
 from kvsink.kernels import attend, stages
 from kvsink.kernels.backends import KNOWN_STAGES, Shape, choose, plan, table
-from kvsink.methods import methods
+from kvsink.methods import get_method, methods
 from kvsink.passes import attach
 from tests.close import FUSED_FLOAT32
 from tests.states import CPU, GPU, filled
@@ -88,7 +88,7 @@ SERVED = (
 
 def test_methods_are_made_of_stages_that_kernels_know() -> None:
     for name in SERVED:
-        method = methods()[name]
+        method = get_method(name)
         made = (s.resolved(2, 64) for s in (method.side("key", method.key_bits), method.side("value", method.value_bits)))
         c = Codec(*made)
         assert c.format.key.beyond == c.format.value.beyond == (), name
@@ -155,9 +155,9 @@ def test_a_step_over_a_new_stage_attends_to_what_was_stored(flipped: None) -> No
 
 def test_a_stage_says_whether_it_depends_on_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that do: block keys, which are turned back to their block, and centred ones, whose mean turns with the token."""
-    placed = {name for name in SERVED if asks_positions(methods()[name].key, "k")}
+    placed = {name for name in SERVED if asks_positions(get_method(name).key, "k")}
     assert placed == {"antkv", "centred", "centred:even", "cq", "klt", "klt:even", "kvquant", "rotatekv", "static"}
-    assert not any(asks_positions(methods()[name].value, "v") for name in SERVED)
+    assert not any(asks_positions(get_method(name).value, "v") for name in SERVED)
     monkeypatch.setattr(steps, "stages_in", lambda *a, **k: (Stage("rotate", lambda do, x, at: do.shifted(x, by=at.positions)),))
     made = Codec(SideSpec(), replace(SIDE, clip=0.625))
     assert asks_positions(made.value, "v") and attach._needs_positions(made)
@@ -170,4 +170,4 @@ def test_what_a_kind_does_not_take_is_refused_where_it_is_declared(monkeypatch: 
     assert SideSpec(bits=2, kind="gauss").kind == "gauss"
     with pytest.raises(UnsupportedError, match="^gain in SideSpec"):
         SideSpec(bits=2, kind="gauss", gain=True)
-    assert kvsink.methods()["klt"].value.kind == "gauss"
+    assert kvsink.get_method("klt:best").value.kind == "gauss"

@@ -42,7 +42,7 @@ def test_the_graph_is_executable_after_each_pass_by_name_only() -> None:
 
 
 def test_explain_shows_before_parts_and_fused() -> None:
-    text = explain_graph(packed_graph("gemma3", "sdpa", "klt", 1))
+    text = explain_graph(packed_graph("gemma3", "sdpa", "klt:best", 1))
     assert "model.layers.1.self_attn, before" in text and "after, as plain operators" in text and "after, fused" in text
     before, parts, fused = (text.index(mark) for mark in ("kvsink.read(", "kvsink.quantize(", "kvsink.attend("))
     assert before < parts < fused
