@@ -80,11 +80,11 @@ def _numbers(kind: Callable[[str], Any], low: float, high: float) -> Callable[..
 @click.option(
     "--budget", default=400, show_default=True, type=click.IntRange(1), help="With --arithmetic: the most new tokens of an answer."
 )
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="With --arithmetic: 0 is greedy.")
 @click.option(
     "--tasks", metavar="NAMES", help="Also run tasks of lm-eval that generate, such as gsm8k, beside 16 bit: names or YAML files."
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="With --tasks: the first N documents of each.")
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="With --arithmetic: 0 is greedy.")
 @click.option("--sinks/--no-sinks", default=True, show_default=True, help="Also measure whether the sinks survive the cache.")
 @click.option("--strict", is_flag=True, help="Read the newest chunk from its codes too, not only the stored rows.")
 @click.option("--detokenize/--no-detokenize", default=None, help="Undo WikiText's tokenizer. Default: when the text needs it.")
@@ -180,6 +180,8 @@ def command(
         raise click.UsageError("--window-tokens is what --length says; pass one of them.")
     if retrieval is None or no_passkey:
         retrieval = "single" if length is None and not no_passkey else "none"
+    if retrieval == "none":
+        _refuse({"--lengths": lengths}, "goes with --retrieval")
     if tasks is None:
         _refuse({"--limit": limit}, "goes with --tasks")
     wish = Wishes(

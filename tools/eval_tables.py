@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kvsink.evaluate.intervals import Interval
@@ -15,7 +16,7 @@ def positions_table(results: Sequence[EvalResult]) -> Any:
     """One line per model and bucket of positions."""
     one = results[0]
     title = f"By position: {one.windows} windows of {one.window_tokens} tokens; in brackets 95 % by windows"
-    table = _table(title, "model", "cache", "bits", "positions", "tokens", "perplexity", "change", "KL (nats)", "same top token")
+    table = _table(title, "model", "bits", "positions", "tokens", "perplexity", "change", "KL (nats)", "same top token")
     for result in results:
         for b in result.positions:
             change, kl, top1 = (
@@ -23,7 +24,7 @@ def positions_table(results: Sequence[EvalResult]) -> Any:
                 _with(b.kl, b.kl_interval, ".4f"),
                 _with(b.top1, b.top1_interval, ".1%"),
             )
-            held = (result.model, result.method, f"{result.bits_per_element:.2f}")
+            held = (Path(result.model).name, f"{result.bits_per_element:.2f}")
             table.add_row(*held, b.name, str(b.tokens), f"{b.perplexity:.3f}", change, kl, top1)
     return table
 

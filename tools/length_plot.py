@@ -15,7 +15,7 @@ def plot_lengths(results: Sequence[EvalResult], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     ticks: dict[float, str] = {}
@@ -31,6 +31,8 @@ def plot_lengths(results: Sequence[EvalResult], path: Path) -> None:
     axes.set(xscale="log", xlabel="position", ylabel="KL to 16 bit (nats)")
     if all(b.kl for result in results for b in result.positions):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
     one = results[0]

@@ -185,6 +185,7 @@ def test_tasks_of_lm_eval_beside_16_bit(long_dirs, tmp_path, capsys, monkeypatch
         (["{long}", "--tasks", "gsm8k", "--no-passkey"], "pip install 'kvsink[eval]'"),
         (["{plain}", "--tasks", "gsm8k"], "plain is not a rewritten folder"),
         (["{long}", "--limit", "2"], "--limit goes with --tasks"),
+        (["{long}", "--length", "64", "--lengths", "64"], "--lengths goes with --retrieval"),
         (["{long}", "--arithmetic", "2", "--budget", "2048", "--no-passkey"], "exceed the model's 2048 positions. Pass --budget"),
     ],
 )

@@ -54,11 +54,11 @@ def test_positions_have_bounds_where_windows_spread(windows):
     other.lm_head.weight.data *= 1.3
     result = evaluate(other, model, tokens(windows, 40), edges=(0, 8, 40), model_name="m", method="x")
     rows = lines(positions_table([result, result]))
-    assert len(rows) == 4 and [row[3] for row in rows[:2]] == ["0-8", "8-40"]
-    assert all(("[" in cell) == (windows > 1) for row in rows for cell in row[6:])
-    assert rows[0][7].split(" ")[0] == f"{result.positions[0].kl:.4f}"
+    assert len(rows) == 4 and [row[2] for row in rows[:2]] == ["0-8", "8-40"]
+    assert all(("[" in cell) == (windows > 1) for row in rows for cell in row[5:])
+    assert rows[0][6].split(" ")[0] == f"{result.positions[0].kl:.4f}"
     alone = evaluate(model, None, tokens(windows, 40), edges=(0, 40))
-    assert lines(positions_table([alone]))[0][6:] == ["", "", ""]
+    assert lines(positions_table([alone]))[0][5:] == ["", "", ""]
 
 
 def test_tasks_of_the_harness_stand_beside_16_bit():
