@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvsink.codecs import Codec, SideSpec
 from kvsink.kernels.pages import PAGE, Batch, PageFormat, attend_pages, attend_pages_ref, read_pages
 from tests.close import FUSED_FLOAT32
 from tests.paged import PAGED, Served, alone, exact_rows, fed, served, slots_of
@@ -30,6 +31,14 @@ def test_parts_of_a_page_stand_one_behind_the_other(places: int) -> None:
     seen = [i for i, part in enumerate(views) if part.numel() and not bool((part == i + 1).all())]
     assert seen == [] and int((cache != 0).sum()) <= cache.numel()
     assert sum(p.numel() * p.element_size() for p in views) == 6 * wanted
+
+
+@pytest.mark.parametrize(("bits", "least"), [((2, 2), 6.3), ((2, 4), 4.4), ((4, 4), 3.4)])
+def test_a_page_holds_several_times_the_tokens_of_sixteen_bits(bits: tuple[int, int], least: float) -> None:
+    """Heads of 128 channels, with a gain a row and two exact rows: 512 bytes a token in bfloat16."""
+    key, value = (SideSpec(bits=n, kind="lloyd", gain=True, widths=(n,) * 16) for n in bits)
+    form = PageFormat.of(Codec(key, value), (128, 128), 2, torch.bfloat16)
+    assert form.slot_bytes == -(-(128 * (16 * sum(bits) + 4) + 2 * 512 + 2) // 128) and 512 / form.slot_bytes >= least
 
 
 def test_a_page_that_is_no_run_of_bytes_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from functools import partial
@@ -45,7 +46,8 @@ def serve(folder: Path, place: Path, runs: list[dict[str, Any]], **engine: Any) 
     files[0].write_text(json.dumps(ENGINE | engine))
     files[1].write_text(json.dumps(runs))
     command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(folder), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=place)
+    workers = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if "tensor_parallel_size" in engine else {}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=place, env=os.environ | workers)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return dict(json.loads(files[2].read_text()))
 
@@ -126,6 +128,15 @@ def test_sequences_that_had_to_wait_are_what_they_are_alone(out: Path, tmp_path:
 def test_a_compiled_model_gives_what_it_gives_eagerly(out: Path, answers: dict[str, Any], tmp_path: Path) -> None:
     found = serve(out, tmp_path, [{"prompts": answers["prompts"], "max_tokens": 24}], enforce_eager=False)
     assert found["runs"][0]["tokens"] == answers["runs"][1]["tokens"]
+
+
+def test_two_ranks_give_what_one_gives(answers: dict[str, Any], out: Path, tmp_path: Path) -> None:
+    """Each codes and holds one of the two key-value heads."""
+    runs = [{"prompts": answers[name], "max_tokens": n, "scored": n == 1} for name, n in (("windows", 1), ("prompts", 24))]
+    found = serve(out, tmp_path, runs, tensor_parallel_size=2)
+    scores = (torch.tensor(of["runs"][0]["logprobs"]) for of in (found, answers))
+    assert torch.stack([*scores]).diff(dim=0).abs().max() <= TOGETHER
+    assert found["runs"][1]["tokens"] == answers["runs"][1]["tokens"] and found["blocks"] // 2 == answers["blocks"]
 
 
 @pytest.mark.parametrize(
