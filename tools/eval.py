@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 
 @click.command("kvsink-eval", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @click.option(
     "--baseline", metavar="DIR", help="The 16-bit model. For a rewritten folder the default is its own weights with a stock cache."
 )
@@ -43,14 +43,14 @@ Progress = Callable[[int, int], None]
     help="Pictures with text instead of text: drawn[:N], drawn-captions[:N], a folder of images and texts, or JSON lines.",
 )
 @click.option("--attention", "attention_path", metavar="FILE", help="With --images: draw the share of attention by modality.")
-@click.option("--compare", "comparing", is_flag=True, help="Measure a set of methods side by side instead of MODEL alone.")
-@click.option("--set", "row_set", metavar="NAME", help="With --compare: published (the default), stock, shift or quick.")
+@click.option("--compare", "comparing", is_flag=True, help="Measure a set of methods side by side, on one MODEL or several.")
+@click.option("--set", "row_set", metavar="NAME", help="With --compare: published (the default), default, stock, shift, quick ...")
 @click.option("--rows", "rows_path", metavar="FILE", help="With --compare: a JSON list of rows, instead of a set.")
 @click.option("--out", "out_dir", metavar="DIR", help="With --compare: where records, tables and plots go. [default: docs]")
 @click.option("--calibration-tokens", type=click.IntRange(1), metavar="N", help="With --compare. [default: 16384]")
 @click.option("--json", "json_path", metavar="FILE", help="Write the row as JSON; - is standard output.")
 def command(
-    model: str,
+    models: tuple[str, ...],
     baseline: str | None,
     text_path: str | None,
     windows: int,
@@ -75,15 +75,18 @@ def command(
     """Perplexity, KL and top-1 agreement with the 16-bit model, passkey retrieval and counted bits of MODEL.
 
     MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2. Of an exported OUT_DIR/model.onnx,
-    perplexity and counted bits, through its runner.
+    perplexity and counted bits, through its runner. With --compare MODEL may be NAME=FOLDER, and stand several times.
     """
     extra = {"--set": row_set, "--rows": rows_path, "--out": out_dir, "--calibration-tokens": calibration_tokens}
     if comparing:
         own = {"--text": text_path, "--windows": windows, "--window-tokens": window_tokens, "--chunk": chunk, "--device": device}
-        _compare(model, {**extra, **own, "--dtype": "float32" if dtype == "auto" else dtype})
+        _compare(models, {**extra, **own, "--dtype": "float32" if dtype == "auto" else dtype})
         return
     if given := [name for name, value in extra.items() if value is not None]:
         raise click.UsageError(f"{given[0]} goes with --compare.")
+    if len(models) > 1:
+        raise click.UsageError(f"{len(models)} models go with --compare; give one.")
+    model = models[0]
 
     if pictures is not None:
         _pictures(model, pictures, device, dtype, strict, json_path, attention_path, min(chunk, 16))
@@ -231,7 +234,7 @@ def _onnx(
     _show(result, json_path)
 
 
-def _compare(model: str, options: dict[str, object]) -> None:
+def _compare(models: Sequence[str], options: dict[str, object]) -> None:
     """Hand over to `python -m kvsink.tools.compare`, which the tables name as the command that made them."""
     from kvsink.tools.compare import main as compare_main
 
@@ -239,7 +242,7 @@ def _compare(model: str, options: dict[str, object]) -> None:
     if source is not None and source.name == "DEFAULT":
         options.pop("--windows")  # the comparison has a default of its own
     argv = [part for name, value in options.items() if value is not None for part in (name, str(value))]
-    if code := compare_main(["--model", model, *argv]):
+    if code := compare_main([part for model in models for part in ("--model", model)] + argv):
         raise SystemExit(code)
 
 
