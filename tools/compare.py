@@ -109,7 +109,7 @@ def compare(
     for row in rows:
         try:
             key, protect = bench.key(row), "" if row.stock else protection(row)
-        except (Absent, UnknownName) as reason:
+        except (Absent, KvsinkError) as reason:
             tell(f"skipped {describe(row)}: {reason}")
             continue
         if key not in keys:

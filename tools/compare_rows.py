@@ -62,10 +62,10 @@ class RowSet:
 
 
 def resolved(row: Row) -> Row:
-    """The row with its method's own bits, protection and window in place of None; as it is where the method is not registered."""
+    """The row with its method's own bits, protection and window in place of None; as it is where there is no such method."""
     try:
         m = get_method(row.method)
-    except UnknownName:
+    except KvsinkError:
         return row
     own = {"key_bits": m.key_bits, "value_bits": m.value_bits, "protect": m.protect, "window": m.window}
     return replace(row, **{name: value for name, value in own.items() if getattr(row, name) is None})

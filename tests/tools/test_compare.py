@@ -130,11 +130,12 @@ def test_a_refusal_is_a_result_with_its_reason(bench, tmp_path, counted):
 
 def test_what_is_not_there_is_skipped_and_said(bench, tmp_path):
     said: list[str] = []
-    rows = (row("no-such-method", 2, 2), row("rtn", 2, 2, key_nosuch=1), Row("stock:nosuch", 4, 4))
+    rows = (row("no-such-method", 2, 2), row("rtn", 2, 2, key_nosuch=1), Row("stock:nosuch", 4, 4), row("kvquant-99%", 2, 2))
     assert compare(bench, rows, tmp_path, tell=said.append) == []
     assert "method no-such-method is not registered" in said[0]
     assert "no field 'key.nosuch'" in said[1]
-    assert "not installed" in said[2]
+    assert "outliers are a share of 0 to 10 %" in said[2]
+    assert "not installed" in said[3]
 
 
 def test_a_bug_does_not_end_the_run_and_is_tried_again(bench, tmp_path, monkeypatch):
@@ -293,7 +294,11 @@ def test_models_go_on_where_they_were_interrupted(tiny_dir, wide_dir, tmp_path, 
         seen.append((bench.name, row.key_bits))
         return measure(bench, row, rows)
 
+    def made(name, *loaded, **how):
+        return Bench(build({"A": "llama", "B": "llama-24"}[name]), name, tokens(2, 32), "", tokens(8, 64), chunk=16)
+
     monkeypatch.setattr(tool, "measure", stopped)
+    monkeypatch.setattr(tool, "make_bench", made)
     again = False
     assert main(asked) == 130 and seen == [("A", None), ("A", 3), ("B", None)]
     assert "finished rows are kept" in capsys.readouterr().err
