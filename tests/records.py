@@ -32,6 +32,6 @@ def record(method: str = "rtn", bits: float = 2.5, gap: float = 0.1, model: str 
         "strict_top1": None,
         "baseline_perplexity": 10.0,
         "device": "GPU",
-        "versions": {"kvsink": "0.2.0"},
+        "versions": {"kvsink": "7.2.0"},
         **more,
     }

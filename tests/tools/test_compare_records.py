@@ -9,17 +9,17 @@ from kvsink.tools.compare_records import by_set, by_windows, latest, models_in, 
 from kvsink.tools.compare_rows import SETS, Row, row
 
 
-def record(of: Row, version: str = "0.2.0", model: str = "M", **more: Any) -> dict[str, Any]:
+def record(of: Row, version: str = "7.2.0", model: str = "M", **more: Any) -> dict[str, Any]:
     shape = {"text": "WikiText-2 test", "windows": 16, "window_tokens": 1024, "chunk": 64}
     return {"row": of.as_dict(), "name": of.name, "model": model, "versions": {"kvsink": version}, **shape, **more}
 
 
 def test_a_newer_version_replaces_an_older_one_in_whatever_order() -> None:
-    order = ["0.1.0", "0.2.0.dev0", "0.2.0", "0.10.0"]
+    order = ["0.1.0", "7.2.0.dev0", "7.2.0", "7.10.0"]
     rows = [record(row("rtn", 2, 2), v) for v in order]
     for given in (rows, rows[::-1], rows[2:] + rows[:2]):
-        assert [r["versions"]["kvsink"] for r in latest(given)] == ["0.10.0"]
-    assert [r["versions"]["kvsink"] for r in latest(rows[1::-1])] == ["0.2.0.dev0"]
+        assert [r["versions"]["kvsink"] for r in latest(given)] == ["7.10.0"]
+    assert [r["versions"]["kvsink"] for r in latest(rows[1::-1])] == ["7.2.0.dev0"]
     assert latest([record(row("rtn", 2, 2), n=1), record(row("rtn", 2, 2), n=2)])[0]["n"] == 2  # of one version the last
 
 

@@ -25,7 +25,7 @@ def test_every_form_holds_every_row(tmp_path: Path) -> None:
     found = {r["method"]: r for r in rows_of(tmp_path)}
     assert len(found) == 3 and tuple(found["rtn"]) == COLUMNS
     assert (found["rtn"]["gap_percent"], found["rtn"]["bits_at_4096"], found["rtn"]["head_dim"]) == ("10.0", "2.5", "")
-    assert [found["klt"][n] for n in ("head_dim", "dtype", "set", "version")] == ["64", "float16", "mine", "0.2.0"]
+    assert [found["klt"][n] for n in ("head_dim", "dtype", "set", "version")] == ["64", "float16", "mine", "7.2.0"]
     assert (found["kivi"]["status"], found["kivi"]["kl"], found["kivi"]["reason"]) == ("declined", "", "too few")
     page = (tmp_path / "compare.md").read_text()
     assert "the command" in page and "`kivi` 2/2: declined" in page
