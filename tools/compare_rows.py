@@ -67,7 +67,7 @@ def resolved(row: Row) -> Row:
         m = get_method(row.method)
     except KvsinkError:
         return row
-    own = {"key_bits": m.key_bits, "value_bits": m.value_bits, "protect": m.protect, "window": m.window}
+    own: dict[str, Any] = {"key_bits": m.key_bits, "value_bits": m.value_bits, "protect": m.protect, "window": m.window}
     return replace(row, **{name: value for name, value in own.items() if getattr(row, name) is None})
 
 

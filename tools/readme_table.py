@@ -53,8 +53,8 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _figures(r: Record) -> list[str]:
-    smaller = 16 / r.get("cache_bits", r["bits"])
-    return [f"{r['bits']:.2f} ({smaller:.1f}x)", f"{r['perplexity']:.2f} ({r['gap']:+.1%})", f"{r['kl']:.4f}"]
+    whole = r["cache_bits"] if "cache_bits" in r else r["bits"]
+    return [f"{r['bits']:.2f} ({16 / whole:.1f}x)", f"{r['perplexity']:.2f} ({r['gap']:+.1%})", f"{r['kl']:.4f}"]
 
 
 def _measured(model: str, rows: Sequence[Record]) -> str:
