@@ -20,6 +20,7 @@ def test_a_newer_version_replaces_an_older_one_in_whatever_order() -> None:
     for given in (rows, rows[::-1], rows[2:] + rows[:2]):
         assert [r["versions"]["kvsink"] for r in latest(given)] == ["7.10.0"]
     assert [r["versions"]["kvsink"] for r in latest(rows[1::-1])] == ["7.2.0.dev0"]
+    assert [r["versions"]["kvsink"] for r in latest(rows[2:0:-1])] == ["7.2.0"]  # a release comes behind its development
     assert latest([record(row("rtn", 2, 2), n=1), record(row("rtn", 2, 2), n=2)])[0]["n"] == 2  # of one version the last
 
 
