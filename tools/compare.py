@@ -135,8 +135,9 @@ def compare(
             finally:
                 _free()
             about = {"key": key, "set": of, "row": row.as_dict(), "name": row.name, "model": bench.name, "text": bench.text}
+            own = {n: getattr(resolved(row), n) for n in ("key_bits", "value_bits", "window")}  # as its method has them today
             shape = {"windows": len(bench.ids), "window_tokens": bench.ids.shape[1], "chunk": bench.chunk, "command": command}
-            store.add({**about, **shape, **found})
+            store.add({**about, **own, **shape, **found})
             fresh += 1
             left = (time.perf_counter() - begun) / fresh * (count - done)
             tell(f"[{done}/{count}, {left / 60:.0f} min left] {describe(row)}: {outcome(found)}")

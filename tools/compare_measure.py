@@ -48,7 +48,7 @@ def declared(row: Row) -> Method:
     try:
         method = get_method(row.method)
     except UnknownName as error:
-        raise Absent(f"method {row.method} is not registered") from error
+        raise Absent(str(error)) from error
     sides: dict[str, SideSpec] = {"key": method.key, "value": method.value}
     for path, value in row.options:
         side, _, name = path.partition(".")
@@ -237,12 +237,8 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         result = run(work, cache_factory=packed_cache)
         if bench.strict:
             strict = run(work, cache_factory=partial(packed_cache, strict=True))
-    own = resolved(row)
     return {
         "status": "measured",
-        "key_bits": own.key_bits,
-        "value_bits": own.value_bits,
-        "window": own.window,
         **about,
         "bits": bits[STATED_LENGTH],
         "bits_at_window": bits[tokens],

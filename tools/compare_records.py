@@ -43,17 +43,22 @@ def read_records(path: Path) -> list[Record]:
 
 def setting(row: Row) -> str:
     """What a row measures, whatever it is called: two rows are the same when these are."""
-    row = replace(resolved(row), label="", options=tuple(sorted(row.options)))
+    return _setting(resolved(row))
+
+
+def _setting(row: Row) -> str:
+    row = replace(row, label="", options=tuple(sorted(row.options)))
     widths = {n: None if (bits := getattr(row, n)) is None else float(bits) for n in ("key_bits", "value_bits")}
     return repr(replace(row, **widths))  # type: ignore[arg-type]
 
 
 def setting_of(r: Record) -> str:
-    """`setting` of a record: with the widths and the protection that its method had then, where it says them."""
+    """`setting` of a record, with the widths that its method had then; those that it does not say are not taken from today's."""
     known = {f.name for f in fields(Row)}
     row = Row(**{n: v for n, v in r["row"].items() if n in known and n != "options"}, options=tuple(r["row"]["options"].items()))
     kept = {n: r[n] for n in ("key_bits", "value_bits", "protect", "window") if r.get(n) is not None}
-    return setting(replace(row, **kept))
+    row = replace(row, **kept)
+    return _setting(replace(resolved(row), key_bits=row.key_bits, value_bits=row.value_bits))
 
 
 def kvsink_version(r: Record) -> str:

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvsink import __version__
 from kvsink.errors import KvsinkError
 from kvsink.tools.compare_page import widths
 from kvsink.tools.compare_records import Record, by_windows, kvsink_version, latest, models_in, setting, setting_of
@@ -17,6 +18,7 @@ from kvsink.tools.compare_rows import SETS
 __all__ = ["ROOT", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
+RELEASE = __version__.partition(".dev")[0]
 
 
 def table(records: Sequence[Record]) -> str:
@@ -41,7 +43,9 @@ def table(records: Sequence[Record]) -> str:
     for line in lines:
         of, any_one = {r["model"]: r for r in line}, line[-1]
         name, _, more = any_one["name"].partition(" ")
-        cells = [f"`{name}`{f' {more}' if more else ''}", widths(any_one), any_one["protect"]]
+        made = sorted({kvsink_version(r) for r in line})
+        then = "" if all(v.partition(".dev")[0] == RELEASE for v in made) else f"of {' and '.join(made)}"  # names change meaning
+        cells = [" ".join(filter(None, (f"`{name}`", more, then))), widths(any_one), any_one["protect"]]
         for model in models:
             cells += _figures(of[model]) if model in of else ["–"] * 3
         out.append(f"| {' | '.join(cells)} |")

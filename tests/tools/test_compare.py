@@ -132,7 +132,7 @@ def test_what_is_not_there_is_skipped_and_said(bench, tmp_path):
     said: list[str] = []
     rows = (row("no-such-method", 2, 2), row("rtn", 2, 2, key_nosuch=1), Row("stock:nosuch", 4, 4), row("kvquant-99%", 2, 2))
     assert compare(bench, rows, tmp_path, tell=said.append) == []
-    assert "method no-such-method is not registered" in said[0]
+    assert "unknown method 'no-such-method'; nearest known" in said[0]
     assert "no field 'key.nosuch'" in said[1]
     assert "outliers are a share of 0 to 10 %" in said[2]
     assert "not installed" in said[3]

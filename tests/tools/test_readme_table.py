@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import kvsink
 from kvsink.errors import KvsinkError
 from kvsink.tools.compare_records import read_records
 from kvsink.tools.compare_rows import SETS
@@ -49,6 +50,9 @@ def test_models_stand_side_by_side_with_gaps_where_one_has_no_row() -> None:
     assert all(line.endswith("| – | – | – |") for line in rows(text) if "`kivi`" not in line)
     said = " ".join(text.split())
     assert "Other: head width 256, 3 of 18 layers packed, which bits are of, bfloat16, Card, version 9.9." in said
+    assert "| `kivi` of 0.1.0 and 9.9 | 2/2 | none |" in text and "| `cq` 4c8b of 0.1.0 | 2/2 |" in text
+    now = {**other, "versions": {"kvsink": kvsink.__version__}}
+    assert "| `kivi` | 2/2 | none |" in table([now])
     newer = {**other, "model": "demo:smollm2", "versions": {"kvsink": "7.2.0"}}
     assert "22.00 (+10.0%)" in table([newer, *RECORDS]) and "version 0.1.0 and 7.2.0." in " ".join(table([newer, *RECORDS]).split())
     few = [{**other, "windows": 2}]
