@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kvsink.calibrate.calibration import calibrate
+from kvsink.calibrate.choices import refusal
 from kvsink.calibrate.design import gather_needs
 from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.calibrate.record import Calibration
@@ -21,7 +22,7 @@ from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName
 from kvsink.evaluate.evaluation import evaluate, packed_cache, versions
-from kvsink.evaluate.reference import Reference
+from kvsink.evaluate.reference import Reference, free_bytes
 from kvsink.evaluate.results import EvalResult
 from kvsink.methods import Method, get_method
 from kvsink.model.anatomy import anatomy
@@ -29,10 +30,13 @@ from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import runtime_of
 from kvsink.report import STATED_LENGTH, counted_bits
 from kvsink.rewrite import rewrite
-from kvsink.tools.compare_rows import Row
+from kvsink.tools.compare_rows import Row, resolved
 from kvsink.tools.stock import stock_bits, stock_factory
 
-__all__ = ["Absent", "Bench", "declared", "measure", "protection"]
+__all__ = ["Absent", "Bench", "declared", "measure", "protection", "windows_at_once"]
+
+_SHARE = 0.25  # of the free memory, for the log-probabilities of one chunk and what is made of them
+_COPIES = 6  # logits and log-probabilities of both sides, their difference and the weights of it, in float32
 
 
 class Absent(Exception):
@@ -60,11 +64,27 @@ def declared(row: Row) -> Method:
     return replace(method, key=sides["key"], value=sides["value"], **others)
 
 
+def sides_of(row: Row) -> tuple[SideSpec, SideSpec]:
+    """Keys and values at the bits of a row."""
+    method, row = declared(row), resolved(row)
+    assert row.key_bits is not None and row.value_bits is not None
+    return method.side("key", row.key_bits), method.side("value", row.value_bits)
+
+
+def windows_at_once(model: Any, ids: Tensor, chunk: int) -> int:
+    """Windows to run as rows of one batch: all on CUDA and 4 on a CPU, fewer where a large vocabulary would fill the memory."""
+    device = next(model.parameters()).device
+    most = len(ids) if device.type == "cuda" else 4
+    each = _COPIES * 4 * max(chunk, 1) * model.config.get_text_config().vocab_size
+    free = free_bytes(device)
+    return max(1, min(most, int(_SHARE * free / each))) if free else most
+
+
 @dataclass
 class Bench:
     """One model, one set of windows, and what all rows share.
 
-    ids [N, T]; calibration_ids [n, t]; batch: windows run as rows of one batch, None for all on CUDA and 4 on a CPU.
+    ids [N, T]; calibration_ids [n, t]; batch: windows run as rows of one batch, None for as many as `windows_at_once` says.
     """
 
     model: Any
@@ -81,9 +101,8 @@ class Bench:
         self.reference = Reference(self.model)
         self._record: tuple[str, Calibration] | None = None
         self.designs: dict[Any, Any] = {}  # of the record's rows: a side that two rows share is learnt once
-        device = next(self.model.parameters()).device
         if self.batch is None:
-            self.batch = len(self.ids) if device.type == "cuda" else 4
+            self.batch = windows_at_once(self.model, self.ids, self.chunk)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -93,6 +112,7 @@ class Bench:
             return hashlib.sha256(t.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
         return {
+            "model": self.name,
             "weights": digest(fingerprint(self.model)),
             "dtype": str(self.model.dtype),
             "ids": digest(self.ids),
@@ -104,18 +124,15 @@ class Bench:
 
     def key(self, row: Row) -> str:
         """A name of everything that determines a row: model, text, windows, method, and the codec as it is declared."""
+        row = resolved(row)
         about: dict[str, Any] = {**self.identity, **{n: v for n, v in row.as_dict().items() if n != "label"}}
         if not row.stock:
-            m = declared(row)
             sides: dict[str, Any]
             try:
-                sides = {
-                    "key": m.side("key", m.key_bits if row.key_bits is None else row.key_bits).as_dict(),
-                    "value": m.side("value", m.value_bits if row.value_bits is None else row.value_bits).as_dict(),
-                }
+                sides = {n: side.as_dict() for n, side in zip(("key", "value"), sides_of(row), strict=True)}
             except KvsinkError as error:
                 sides = {"refused": str(error)}
-            about["codec"] = {**sides, "protect": protection(row), "window": m.window if row.window is None else row.window}
+            about["codec"] = sides
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
     def record(self, protect: str, rows: Iterable[Row]) -> Calibration:
@@ -127,20 +144,18 @@ class Bench:
         pairs = []
         for row in rows:
             try:
-                m = declared(row)
-                pair = (
-                    m.side("key", m.key_bits if row.key_bits is None else row.key_bits),
-                    m.side("value", m.value_bits if row.value_bits is None else row.value_bits),
-                )
-                wanted = [pair, *(planned_sides(m, where.kv_heads, where.head_dim) if row.plan == "auto" else ())]
+                planned = planned_sides(declared(row), where.kv_heads, where.head_dim) if row.plan == "auto" else ()
+                wanted = [sides_of(row), *planned]
                 _, need = gather_needs(wanted, where.kv_heads, where.head_dim)
             except (Absent, KvsinkError):
                 continue  # the row itself will say so
             if need is None or need.rows <= self.calibration_ids.numel():
                 pairs += wanted
         blocks, need = gather_needs(pairs, where.kv_heads, where.head_dim)
-        layers = range(len(where.attentions))
-        policies = [parse_policies(protect)] * len(layers)
+        every = range(len(where.attentions))
+        config = self.model.config.get_text_config(decoder=True)
+        layers = [i for i in every if not refusal(config, where, i)] or every  # a model that has none but sliding ones packs those
+        policies = [parse_policies(protect)] * len(every)
         samples = {} if need is None else dict.fromkeys(layers, need)
         statistics = dict.fromkeys(layers, blocks) if blocks or need is not None else {}
         record = calibrate(self.model, self.calibration_ids, policies, statistics, 1, None, samples)
@@ -153,8 +168,23 @@ def protection(row: Row) -> str:
     return declared(row).protect if row.protect is None else row.protect
 
 
+def packed_bits(model: Any, length: int) -> float:
+    """Counted bits per element of the layers of a rewritten model that are packed, at `length` tokens."""
+    runtime = runtime_of(model)
+    found = [(heads, p.codec) for heads, p in zip(runtime.anatomy.layers, runtime.plans, strict=True) if p.codec is not None]
+    bits = 0.0
+    for heads, codec in found:
+        sides = counted_bits(codec, heads.kv, heads.key_dim, length, layers=len(found), value_dim=heads.value_dim)
+        bits += heads.elements * sum(sides) / 2
+    return bits / sum(heads.elements for heads, _ in found)
+
+
 def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    """One row: rewrite a copy of the model, count bits, evaluate. `rows` are those that share its calibration record."""
+    """One row: rewrite a copy of the model, count bits, evaluate. `rows` are those that share its calibration record.
+
+    bits: of the layers that are packed; cache_bits: of the whole cache at 4096 tokens, with layers left in 16 bit; seconds: in
+    all, and of them until the model was rewritten.
+    """
     begun = time.perf_counter()
     tokens = bench.ids.shape[1]
     run = partial(
@@ -167,19 +197,20 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         method=row.method,
         text_name=bench.text,
     )
+    where = anatomy(bench.model)
     strict: EvalResult | None = None
     if row.stock:
         factory = stock_factory(row.stock, int(row.key_bits or 4), dict(row.options))
+        rewritten = time.perf_counter() - begun
         result = run(bench.model, cache_factory=factory)
         bits = {n: stock_bits(factory, bench.model, n, bench.chunk) for n in (STATED_LENGTH, tokens)}
-        tables, codec, protect = 0, "", "none"
+        about: dict[str, Any] = {"protect": "none", "cache_bits": bits[STATED_LENGTH], "table_bytes": 0, "codec": ""}
     else:
-        method, protect = declared(row), protection(row)
         work = copy.deepcopy(bench.model)
         wish = partial(
             rewrite,
             work,
-            method,
+            declared(row),
             key_bits=row.key_bits,
             value_bits=row.value_bits,
             protect=row.protect,
@@ -190,43 +221,42 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             tokenizer=bench.tokenizer,
         )
         try:
-            report = wish(calibration=bench.record(protect, rows), designs=bench.designs)
+            report = wish(calibration=bench.record(protection(row), rows), designs=bench.designs)
         except CalibrationError:  # it needs what the shared record lacks: calibrate for this row alone, or say why not
             report = wish(calibration=bench.calibration_ids)
-        where, plans = anatomy(work), runtime_of(work).plans
-        packed = sum(p.codec is not None for p in plans)
-
-        def counted(length: int) -> float:
-            sides = [
-                counted_bits(p.codec, where.kv_heads, where.head_dim, length, layers=packed) if p.codec else (16.0, 16.0)
-                for p in plans
-            ]
-            return sum(k + v for k, v in sides) / (2 * len(sides))
-
-        bits = {n: counted(n) for n in (STATED_LENGTH, tokens)}
-        tables = report.table_bytes
-        codec = hashlib.sha256("".join(p.codec.text() if p.codec else "-" for p in plans).encode()).hexdigest()[:16]
+        rewritten = time.perf_counter() - begun
+        plans = runtime_of(work).plans
+        bits = {n: packed_bits(work, n) for n in (STATED_LENGTH, tokens)}
+        about = {
+            "protect": protection(row),
+            "cache_bits": report.bits,
+            "table_bytes": report.table_bytes,
+            "codec": hashlib.sha256("".join(p.codec.text() if p.codec else "-" for p in plans).encode()).hexdigest()[:16],
+            "packed_layers": sum(p.codec is not None for p in plans),
+        }
         result = run(work, cache_factory=packed_cache)
         if bench.strict:
             strict = run(work, cache_factory=partial(packed_cache, strict=True))
-    change, strict_change = result.perplexity_change, strict.perplexity_change if strict else None
     return {
         "status": "measured",
-        "protect": protect,
+        **about,
         "bits": bits[STATED_LENGTH],
         "bits_at_window": bits[tokens],
-        "table_bytes": tables,
-        "codec": codec,
+        "layers": len(where.attentions),
+        "kv_heads": where.kv_heads,
+        "head_dim": where.head_dim,
         "perplexity": result.perplexity,
-        "gap": change,
+        "gap": result.perplexity_change,
         "kl": result.kl,
         "top1": result.top1,
         "strict_perplexity": strict.perplexity if strict else None,
-        "strict_gap": strict_change,
+        "strict_gap": strict.perplexity_change if strict else None,
         "strict_kl": strict.kl if strict else None,
         "strict_top1": strict.top1 if strict else None,
         "baseline_perplexity": result.baseline_perplexity,
         "device": result.device,
+        "dtype": result.dtype,
         "versions": result.versions,
         "seconds": round(time.perf_counter() - begun, 1),
+        "rewrite_seconds": round(rewritten, 1),
     }

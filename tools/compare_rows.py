@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kvsink.errors import KvsinkError, UnknownName
+from kvsink.methods import get_method
 
-__all__ = ["SETS", "Row", "RowSet", "named_set", "read_rows", "row"]
+__all__ = ["SETS", "Row", "RowSet", "named_set", "read_rows", "resolved", "row"]
 
 OURS = "kvsink:5+first:1"
 Options = tuple[tuple[str, Any], ...]
@@ -60,6 +61,16 @@ class RowSet:
     text: str = "wikitext2"
 
 
+def resolved(row: Row) -> Row:
+    """The row with its method's own bits, protection and window in place of None; as it is where there is no such method."""
+    try:
+        m = get_method(row.method)
+    except KvsinkError:
+        return row
+    own: dict[str, Any] = {"key_bits": m.key_bits, "value_bits": m.value_bits, "protect": m.protect, "window": m.window}
+    return replace(row, **{name: value for name, value in own.items() if getattr(row, name) is None})
+
+
 def row(
     method: str,
     key: float | None = None,
@@ -94,6 +105,16 @@ def _cq() -> list[Row]:
         out.append(row("cq", bits, bits, label=f"cq {name}, unweighted", **_both(weights="none")))
     return out
 
+
+BASELINES = (
+    row("cq", 2, 2, label="cq 4c8b"),
+    row("kvquant", 2, 2, label="kvquant 1 %", **_both(outliers=0.01)),
+    row("rotatekv", 2, 2),
+    row("oscar", 2, 2),
+    row("kivi", 2, 2),
+)
+
+DEFAULT = (*(row("klt", bits, bits) for bits in (4, 3)), row("klt"), row("klt", 2, 2), *BASELINES)
 
 PUBLISHED = (
     row("rtn", 4, 4),
@@ -171,17 +192,7 @@ STOCK = tuple(
     )
 )
 
-SHIFT = (
-    row("klt", 2, 2),
-    row("klt:best", 2, 4),
-    row("centred", 2, 2),
-    row("rtn", 4, 4),
-    row("kivi", 2, 2),
-    row("rotatekv", 2, 2),
-    row("kvquant", 2, 2, label="kvquant 1 %", **_both(outliers=0.01)),
-    row("cq", 2, 2, label="cq 4c8b"),
-    row("oscar", 2, 2),
-)
+SHIFT = (row("klt", 2, 2), row("klt:best", 2, 4), row("centred", 2, 2), row("rtn", 4, 4), *BASELINES)
 
 FIELD_2026 = (
     row("kivi", 2, 2),
@@ -200,6 +211,7 @@ FIELD_2026 = (
 QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 
 SETS: dict[str, RowSet] = {
+    "default": RowSet(DEFAULT),
     "published": RowSet(PUBLISHED),
     "design": RowSet(DESIGN),
     "plan": RowSet(PLAN),

@@ -97,8 +97,8 @@ def _numbers(kind: Callable[[str], Any], low: float, high: float) -> Callable[..
     help="Pictures with text instead of text: drawn[:N], drawn-captions[:N], a folder of images and texts, or JSON lines.",
 )
 @click.option("--attention", "attention_path", metavar="FILE", help="With --images: draw the share of attention by modality.")
-@click.option("--compare", "comparing", is_flag=True, help="Measure a set of methods side by side instead of MODEL alone.")
-@click.option("--set", "row_set", metavar="NAME", help="With --compare: published (the default), stock, shift or quick.")
+@click.option("--compare", "comparing", is_flag=True, help="Measure a set of methods side by side, on one MODEL or several.")
+@click.option("--set", "row_set", metavar="NAME", help="With --compare: published (the default), default, stock, shift, quick ...")
 @click.option("--rows", "rows_path", metavar="FILE", help="With --compare: a JSON list of rows, instead of a set.")
 @click.option("--out", "out_dir", metavar="DIR", help="With --compare: where records, tables and plots go. [default: docs]")
 @click.option("--calibration-tokens", type=click.IntRange(1), metavar="N", help="With --compare. [default: 16384]")
@@ -140,11 +140,12 @@ def command(
     """Perplexity, KL and top-1 agreement with the 16-bit model, retrieval and counted bits of MODEL.
 
     MODEL is a folder made by kvsink-rewrite, any model folder, a hub id, or demo:smollm2. Of an exported OUT_DIR/model.onnx,
-    perplexity and counted bits, through its runner. With --length the same by position, to compare several MODELs.
+    perplexity and counted bits, through its runner. With --length the same by position, to compare several MODELs. With --compare
+    MODEL may be NAME=FOLDER, and stand several times.
     """
     model, *others = models
-    if others and length is None:
-        raise click.UsageError(f"{others[0]!r} is a second MODEL; several go with --length.")
+    if others and length is None and not comparing:
+        raise click.UsageError(f"{others[0]!r} is a second MODEL; several go with --length or --compare.")
     long = {
         "--length": length,
         "--plot": plot_path,
@@ -157,7 +158,7 @@ def command(
     if comparing:
         _refuse(long, "does not go with --compare")
         own = {"--text": text_path, "--windows": windows, "--window-tokens": window_tokens, "--chunk": chunk, "--device": device}
-        _compare(model, {**extra, **own, "--dtype": "float32" if dtype == "auto" else dtype})
+        _compare(models, {**extra, **own, "--dtype": "float32" if dtype == "auto" else dtype})
         return
     _refuse(extra, "goes with --compare")
 
@@ -308,14 +309,14 @@ def _onnx(
         _write(result.to_json(), json_path)
 
 
-def _compare(model: str, options: dict[str, object]) -> None:
+def _compare(models: Sequence[str], options: dict[str, object]) -> None:
     """Hand over to `python -m kvsink.tools.compare`, which the tables name as the command that made them."""
     from kvsink.tools.compare import main as compare_main
 
     if _default("windows"):
         options.pop("--windows")  # the comparison has a default of its own
     argv = [part for name, value in options.items() if value is not None for part in (name, str(value))]
-    if code := compare_main(["--model", model, *argv]):
+    if code := compare_main([part for model in models for part in ("--model", model)] + argv):
         raise SystemExit(code)
 
 

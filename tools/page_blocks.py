@@ -14,6 +14,7 @@ from typing import Any
 
 from kvsink.errors import KvsinkError
 from kvsink.tools import readme_table
+from kvsink.tools.compare_records import read_records
 
 __all__ = ["BLOCKS", "ROOT", "picture_rows", "rows_of"]
 
@@ -408,8 +409,7 @@ def speed(folder: Path) -> str:
 
 def quality(folder: Path) -> str:
     """README's table of methods."""
-    lines = (ROOT / "docs" / "compare.jsonl").read_text(encoding="utf-8").splitlines()
-    return readme_table.table([json.loads(line) for line in lines])
+    return readme_table.table(read_records(ROOT / "docs" / "compare.jsonl"))
 
 
 def picture_rows(name: str) -> dict[str, list[Row]]:

@@ -1,4 +1,5 @@
-"""Write every figure of README.md and docs/performance.md from rows that were measured: `python -m kvsink.tools.pages`.
+"""Write every figure of README.md and docs/performance.md, and docs/compare.md, from rows that were measured:
+`python -m kvsink.tools.pages`.
 
 A block stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`, one function each in `kvsink.tools.page_blocks`; nothing is
 measured here. With matplotlib the plots are drawn too. New rows go to tools/results/, under the names that `page_blocks` reads.
@@ -13,11 +14,15 @@ from pathlib import Path
 
 from kvsink.errors import KvsinkError
 from kvsink.tools.bench_plot import plot_kernels, plot_shapes
+from kvsink.tools.compare import RECORDS
+from kvsink.tools.compare_records import read_records
+from kvsink.tools.compare_report import write_report
 from kvsink.tools.page_blocks import BLOCKS, ROOT, picture_rows
 
-__all__ = ["PAGES", "main", "prose", "written"]
+__all__ = ["COMPARED", "PAGES", "main", "prose", "written"]
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+COMPARED = (ROOT / "docs", ROOT / "docs" / "shift")
 _BLOCK = re.compile(r"(?<=<!-- rows: )([\w-]+)( -->\n)(.*?)(?=<!-- end of rows -->)", re.DOTALL)
 
 
@@ -41,6 +46,8 @@ def main() -> None:
     """Rewrite the pages, and the plots where matplotlib is there."""
     for page in PAGES:
         page.write_text(written(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
+    for folder in COMPARED:
+        write_report(folder, read_records(folder / RECORDS))
     if importlib.util.find_spec("matplotlib") is None:
         return
     for name, draw in (("kernels", plot_kernels), ("shapes", plot_shapes)):

@@ -11,8 +11,11 @@ import pytest
 
 from kvsink.errors import KvsinkError
 from kvsink.tools import page_blocks
+from kvsink.tools.compare import RECORDS
+from kvsink.tools.compare_page import markdown
+from kvsink.tools.compare_records import read_records
 from kvsink.tools.page_blocks import BLOCKS, RESULTS
-from kvsink.tools.pages import PAGES, prose, written
+from kvsink.tools.pages import COMPARED, PAGES, prose, written
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -21,6 +24,14 @@ def test_every_figure_of_a_page_is_that_of_its_rows(page: Path) -> None:
     assert written(text, page.parent) == text, "run python -m kvsink.tools.pages"
     wrong = re.sub(r"(?<=\d)\.(\d)(?=\d*x\b)", lambda m: f".{(int(m[1]) + 1) % 10}", text)
     assert wrong != text and written(wrong, page.parent) == text
+
+
+@pytest.mark.parametrize("folder", COMPARED, ids=lambda p: p.name)
+def test_the_comparison_is_that_of_its_rows(folder: Path) -> None:
+    page = (folder / "compare.md").read_text(encoding="utf-8")
+    records = read_records(folder / RECORDS)
+    assert markdown(records) == page, "run python -m kvsink.tools.pages"
+    assert markdown([{**records[0], "kl": 0.98765}, *records[1:]]) != page
 
 
 def test_every_block_stands_on_a_page() -> None:
