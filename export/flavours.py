@@ -105,7 +105,7 @@ def lean_refusal(codec: Codec | None, kind: str) -> str:
     if codec is not None and codec.key.packed and codec.key.center:
         return (
             "the mean of keys comes back in an attention bias, which GroupQueryAttention has on the CPU only; export float32, "
-            "or use --method static-rotated"
+            "or use --method static:rotated"
         )
     return ""
 
@@ -177,7 +177,7 @@ def check_expressible(
         if plan.codec is not None and (plan.codec.key.center or plan.codec.value.center):
             raise ExportError(
                 f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa: beside learned sink logits shares of "
-                "attention do not sum to one, so means cannot come back behind it; use --method static-rotated"
+                "attention do not sum to one, so means cannot come back behind it; use --method static:rotated"
             )
     for i, plan in enumerate(runtime.plans if lean else ()):
         kinds = runtime.anatomy.layer_types

@@ -17,7 +17,7 @@ import click
 
 from kvsink.tools.cli import command_line
 
-_METHODS = ("centred-even-2", "klt-even-2")
+_METHODS = ("klt-2", "centred:even-2", "klt:even-2")
 
 
 def _gpu() -> None:
@@ -52,7 +52,7 @@ def _pairs(text: str) -> list[tuple[int, int]]:
 
 
 def _batches(text: str, sides: list[str]) -> dict[str, int]:
-    """ "stock=120,klt-even-2=824" as a dict; every name is one of the sides."""
+    """ "stock=120,klt:even-2=824" as a dict; every name is one of the sides."""
     found = {}
     for part in filter(None, text.split(",")):
         side, _, batch = part.partition("=")
@@ -83,7 +83,7 @@ _out = click.option("--out", type=click.Path(path_type=Path), default=None, help
 
 
 @bench.command(help="Decode attention and append_ of one layer of LLaMA-3-8B, against the fastest 16-bit backend.")
-@click.option("--methods", default=",".join((*_METHODS, "centred-even-4")), show_default=True, help=_METHODS_HELP)
+@click.option("--methods", default=",".join((*_METHODS, "centred:even-4")), show_default=True, help=_METHODS_HELP)
 @click.option("--shapes", default="1x1024,1x131072,16x8192,64x4096", show_default=True, help="BATCHxLENGTH, comma-separated.")
 @_out
 def kernels(methods: str, shapes: str, out: Path | None) -> int:
@@ -98,7 +98,7 @@ def kernels(methods: str, shapes: str, out: Path | None) -> int:
     "against the fastest of PyTorch's backends and FlashInfer, where it is installed."
 )
 @click.option("--models", default=None, help="Names or paths of config.json, comma-separated.  [default: all nine]")
-@click.option("--methods", default="centred-even-2,klt-even-2,default,centred-even-4", show_default=True, help=_METHODS_HELP)
+@click.option("--methods", default="centred:even-2,klt:even-2,default,centred:even-4", show_default=True, help=_METHODS_HELP)
 @click.option("--shapes", default="16x8192,1x131072,1x1024", show_default=True, help="BATCHxLENGTH, comma-separated.")
 @click.option("--exact", default=0, show_default=True, help="Time every method a second time with so many first rows exact.")
 @click.option("--window", default=0, show_default=True, help="And with so many recent rows exact.")
@@ -193,7 +193,7 @@ def decode(sides: str, shapes: str, batches: str, layers: int, out: Path | None)
     "against 16 bit compiled the same way."
 )
 @click.option("--baseline", default="static", show_default=True, help="static or stock, see decode.")
-@click.option("--sides", default="akvq-vl-even-2,centred-even-2,klt-even-2", show_default=True, help="METHOD-BITS,…")
+@click.option("--sides", default="akvq-vl:even-2,centred:even-2,klt:even-2", show_default=True, help="METHOD-BITS,…")
 @click.option(
     "--tokens", default="512,2944", show_default=True, help="Lengths, comma-separated; the last 24 tokens are the decoded ones."
 )
@@ -226,7 +226,7 @@ def vlm(baseline: str, sides: str, tokens: str, layers: int, out: Path | None) -
 )
 @click.option(
     "--sides",
-    default="dynamic,static,default,klt-even-2",
+    default="dynamic,static,default,klt:even-2",
     show_default=True,
     help="dynamic, static: transformers' caches in 16 bit, the second compiled; default: kvsink.rewrite(model); METHOD-BITS.",
 )
@@ -273,7 +273,7 @@ def prefill(sides: str, tokens: int, layers: int, out: Path | None) -> int:
 
 
 @bench.command(help="The longest sequence: prefilled in chunks, then decoded. The largest batch is a row of `decode`.")
-@click.option("--side", default="centred-even-2", show_default=True)
+@click.option("--side", default="centred:even-2", show_default=True)
 @click.option("--tokens", default=1_000_000, show_default=True)
 @click.option("--chunk", default=8192, show_default=True, help="Tokens of a chunk.")
 @click.option(

@@ -113,7 +113,7 @@ def decode_rows(
     backends: dict[tuple[int, int], str],
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Tokens per second of each side ("stock", "static", or a method with its bits, "centred-even-2") at each shape."""
+    """Tokens per second of each side ("stock", "static", or a method with its bits, "centred:even-2") at each shape."""
     rows = []
     for batch, length in shapes:
         for side in sides:

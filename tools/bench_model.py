@@ -12,13 +12,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvsink
+from kvsink.kernels.layout import TILE_SLOTS
+from kvsink.kernels.trellis import gain_bytes
 
 __all__ = ["LLAMA_3_8B", "LLAVA_15_7B", "Shape", "fill", "llama", "rewritten"]
 
@@ -81,7 +84,7 @@ def llama(
     return model.eval()
 
 
-_records: dict[Any, Any] = {}
+_records: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()  # not by id, which a later model may have again
 
 
 def declared(side: str) -> tuple[Any, float, float]:
@@ -121,8 +124,8 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: 
     pair = method.side("key", key_bits), method.side("value", value_bits)
     blocks, need = gather_needs([pair], model.config.num_key_value_heads, model.config.head_dim)
     blocks = tuple(sorted({64, *blocks}))
-    known = id(model), blocks, need
-    if known not in _records:
+    known, records = (blocks, need), _records.setdefault(model, {})
+    if known not in records:
         count = max(512, 4 * model.config.head_dim, need.rows if need is not None else 0)
         ids = torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0)).to(model.device)
         every = range(layers)
@@ -130,7 +133,7 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: 
         record = calibrate(model, ids, [()] * layers, dict.fromkeys(every, blocks), 1, None, samples)
         # Random weights have no sinks: a stage is named so that every step ranks its row as a trained model's does.
         stage = SinkStage(0, (7,), 1e4, 1.0)
-        _records[known] = replace(record, stages=(stage,))
+        records[known] = replace(record, stages=(stage,))
     modal = method.modality is not None
     kvsink.rewrite(
         model,
@@ -139,7 +142,7 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: 
         value_bits=value_bits,
         protect=None if modal else protect,
         window=window or None,
-        calibration=_records[known],
+        calibration=records[known],
         fold=False,
         check=False,
         layers=f"0-{min(1, layers - 2)}:pattern=tsa" if modal and layers > 1 else "",
@@ -153,6 +156,11 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: 
     return again
 
 
+def gains_of(codes: Tensor, tiles: bool) -> Tensor:
+    """The bytes of the gains in trellis codes [B, H, L, bytes of a slot], to write to: [B, H, L], in tiles [B, H, L / 128, 128]."""
+    return codes.flatten(2).unflatten(2, (-1, TILE_SLOTS * codes.shape[3]))[..., -TILE_SLOTS:] if tiles else codes[..., -1]
+
+
 def fill(cache: Any, length: int) -> None:
     """Random codes under plausible scales, as if `length` tokens were held, the first ones exact."""
     for i, layer in enumerate(cache.packed_layers()):
@@ -160,6 +168,9 @@ def fill(cache: Any, length: int) -> None:
         for name in ("k_codes", "v_codes"):
             held = getattr(layer, name)
             held.view(torch.int64 if held.shape[-1] % 8 == 0 else torch.uint8).random_(generator=g)
+            if (layer.codec.key if name == "k_codes" else layer.codec.value).kind == "trellis":
+                gains = gains_of(held, layer.codec.tiles)
+                gains.copy_(gain_bytes(torch.rand(gains.shape, device=layer.device, generator=g) * 0.4 + 0.1))
         for name in ("k_scale", "v_scale"):
             held = getattr(layer, name)
             held.copy_(torch.rand(held.shape[2:], device=layer.device, generator=g) * 0.4 + 0.1)

@@ -67,9 +67,9 @@ def parse_cases(text: str) -> list[Case]:
     cases: list[Case] = []
     for part in (p for p in text.split(",") if p):
         flavour, *method, bits = part.split(":") if ":" in part else (part, "")
-        if flavour not in ("functions", "gqa", "custom") or len(method) > 1 or not bits.isdigit():
+        if flavour not in ("functions", "gqa", "custom") or len(method) > 2 or not bits.isdigit():
             raise click.BadParameter(f"{part!r} is not FLAVOUR:BITS or FLAVOUR:METHOD:BITS", param_hint="--cases")
-        cases.append((flavour, method[0] if method else "static-rotated", int(bits)))
+        cases.append((flavour, ":".join(method) if method else "static:rotated", int(bits)))
     return cases
 
 

@@ -29,7 +29,6 @@ from kvsink.errors import KvsinkError, UnknownName
 from kvsink.evaluate.evaluation import token_windows
 from kvsink.evaluate.texts import evaluation_text, read_text
 from kvsink.folder.loading import load_model, load_tokenizer
-from kvsink.methods import methods
 from kvsink.model.decoder import Decoder
 from kvsink.tools.compare_measure import Absent, Bench, declared, measure, protection
 from kvsink.tools.compare_report import write_report
@@ -139,7 +138,7 @@ def compare(
     if report:
         for note in write_report(out, list(store.records.values())):
             tell(note)
-    keys = [bench.key(row) for row in rows if row.stock or (row.method in methods() and _present(row))]
+    keys = [bench.key(row) for row in rows if row.stock or _present(row)]
     return [store.records[key] for key in keys if key in store.records]
 
 

@@ -19,11 +19,11 @@ from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.calibrate.record import Calibration
 from kvsink.codecs import SideSpec
 from kvsink.codecs.protect import parse_policies
-from kvsink.errors import CalibrationError, KvsinkError
+from kvsink.errors import CalibrationError, KvsinkError, UnknownName
 from kvsink.evaluate.evaluation import evaluate, packed_cache, versions
 from kvsink.evaluate.reference import Reference
 from kvsink.evaluate.results import EvalResult
-from kvsink.methods import Method, get_method, methods
+from kvsink.methods import Method, get_method
 from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import runtime_of
@@ -41,9 +41,10 @@ class Absent(Exception):
 
 def declared(row: Row) -> Method:
     """The method of a row with the row's changes of its declaration. Raises Absent for what is not there."""
-    if row.method not in methods():
-        raise Absent(f"method {row.method} is not registered")
-    method = get_method(row.method)
+    try:
+        method = get_method(row.method)
+    except UnknownName as error:
+        raise Absent(str(error)) from error
     sides: dict[str, SideSpec] = {"key": method.key, "value": method.value}
     for path, value in row.options:
         side, _, name = path.partition(".")

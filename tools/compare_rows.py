@@ -118,7 +118,8 @@ PUBLISHED = (
     row("centred", 2, 2, OURS),
     row("centred", 4, 4, OURS),
     row("centred", 2, 2, "none"),
-    *(row("klt", k, v, OURS) for k, v in ((4, 4), (3, 4), (2, 4), (2, 2), (1.25, 1))),
+    *(row("klt", k, v, OURS) for k, v in ((4, 4), (3, 3), (2, 4), (2, 2), (1.25, 1))),
+    *(row(f"klt:{levels}", 2, 2, OURS) for levels in ("best", "codebooks", "even")),
     row("klt", 2, 2, OURS, 16),
     row("klt", 0.75, 0.75, OURS, 96),
     *(row("klt", 2, 2, protect) for protect in ("none", "first:5", "kvsink:5", "massive:20", "kvsink:5+anchors:1%")),
@@ -130,27 +131,28 @@ PLAN = tuple(
     for plan in ("uniform", "auto")
 )
 
+OLD = "klt:codebooks"
 DESIGN = (
     # what the values' codebooks are learnt from
-    row("klt", 2, 2, OURS, value_weights="none", label="klt, values unweighted"),
-    row("klt", 2, 2, OURS, value_weights="fisher", label="klt, values Fisher-weighted"),
-    row("klt", 2, 2, OURS, value_weights="fisher", value_transform="none", value_center=False, label="klt keys, cq values"),
-    row("klt", 2, 2, OURS, value_transform="klt", label="klt, values in their eigenbasis"),
+    row(OLD, 2, 2, OURS, value_weights="none", label="klt, values unweighted"),
+    row(OLD, 2, 2, OURS, value_weights="fisher", label="klt, values Fisher-weighted"),
+    row(OLD, 2, 2, OURS, value_weights="fisher", value_transform="none", value_center=False, label="klt keys, cq values"),
+    row(OLD, 2, 2, OURS, value_transform="klt", label="klt, values in their eigenbasis"),
     # keys
-    row("klt", 2, 2, OURS, key_block=1, label="klt, dense"),
-    row("klt", 2, 2.25, OURS, key_gain=False, label="klt without gain, 4c9b values"),
-    row("klt", 2, 2, OURS, key_kind="vector", label="klt, keys in codebooks"),
-    row("klt", 2, 2, OURS, key_kind="vector", key_block=1, label="klt, dense, keys in codebooks"),
-    row("klt", 2, 16, OURS, label="klt, keys alone"),
-    row("klt", 16, 2, OURS, label="klt, values alone"),
+    row(OLD, 2, 2, OURS, key_block=1, label="klt, dense"),
+    row(OLD, 2, 2.25, OURS, key_gain=False, label="klt without gain, 4c9b values"),
+    row(OLD, 2, 2, OURS, key_kind="vector", label="klt, keys in codebooks"),
+    row(OLD, 2, 2, OURS, key_kind="vector", key_block=1, label="klt, dense, keys in codebooks"),
+    row(OLD, 2, 16, OURS, label="klt, keys alone"),
+    row(OLD, 16, 2, OURS, label="klt, values alone"),
     row("cq", 2, 16, OURS, label="cq, keys alone"),
     row("cq", 2, 2, OURS, label="cq 4c8b"),
     row("cq", 2.25, 2, OURS, label="cq 4c9b keys, 4c8b values"),
     # about one bit
-    row("klt", 1, 1, OURS, key_kind="lloyd", key_gain=True, label="klt, no codebooks for keys"),
-    row("klt", 1, 1, OURS, key_gain=True, label="klt, keys with gain"),
-    row("klt", 1, 1, OURS, 32),
-    row("klt", 0.375, 0.375, OURS, 192),
+    row(OLD, 1, 1, OURS, key_kind="lloyd", key_gain=True, label="klt, no codebooks for keys"),
+    row(OLD, 1, 1, OURS, key_gain=True, label="klt, keys with gain"),
+    row(OLD, 1, 1, OURS, 32),
+    row(OLD, 0.375, 0.375, OURS, 192),
     row("cq", 1, 1, OURS, label="cq 8c8b"),
     row("cq", 1.25, 1, OURS, label="cq 8c10b keys, 8c8b values"),
     row("cq", 0.75, 0.75, OURS, 96, label="cq 16c12b"),
@@ -170,8 +172,8 @@ STOCK = tuple(
 )
 
 SHIFT = (
-    row("klt"),
     row("klt", 2, 2),
+    row("klt:best", 2, 4),
     row("centred", 2, 2),
     row("rtn", 4, 4),
     row("kivi", 2, 2),

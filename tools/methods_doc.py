@@ -57,6 +57,9 @@ def section(m: Method) -> list[str]:
         f"- values: {side_text(m.value)}",
         f"- by default: {m.key_bits:g}-bit keys, {m.value_bits:g}-bit values, protection `{m.protect}`{window}",
     ]
+    for name in m.variants:
+        other = m.variant(name)
+        lines.append(f"- variant `{other.name}`: keys {side_text(other.key)}; values {side_text(other.value)}")
     if m.source.differs:
         lines += ["- differs from its source:", *(f"  - {text}" for text in m.source.differs)]
     elif not ours:

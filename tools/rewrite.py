@@ -16,6 +16,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option("--method", help="A name of kvsink.methods(). [default: klt; static with --onnx-flavour gqa]")
+@click.option("--levels", metavar="NAME", help="For experiments: another variant of the method; of klt: best, codebooks, even.")
 @click.option("--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]")
 @click.option("--value-bits", type=float, metavar="B", help="Average bits of values. [default: the method's]")
 @click.option(
@@ -66,6 +67,7 @@ def command(
     model_dir: str,
     out_dir: Path,
     method: str | None,
+    levels: str | None,
     onnx: bool,
     flavour: str | None,
     device: str,
@@ -95,7 +97,8 @@ def command(
 
         if flavour not in FLAVOURS:
             raise UnknownName("flavour", flavour, FLAVOURS)
-    options["method"] = method or ("static" if flavour == "gqa" else "klt")
+    named = method or ("static" if flavour == "gqa" else "klt")
+    options["method"] = f"{named}:{levels}" if levels else named
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

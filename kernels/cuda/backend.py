@@ -82,7 +82,7 @@ def _unread(f: LayerFormat, dim: int) -> str:
     k, v, block = f.key, f.value, layout.BLOCK
     read = (k.kind == "lloyd-even" and k.gain) or k.kind == "trellis"
     if k.domain == "block" and not (k.block == block and k.transform == "klt" and read):
-        served = "with a trellis or equally spaced levels and gain (klt-trellis, klt-even)"
+        served = "with a trellis or equally spaced levels and gain (klt, klt:even)"
         return f"{k.kind} keys before RoPE, other than klt in blocks of {block} {served}"
     if k.domain == "post" and not (k.kind == "uniform" and k.group_size == dim and k.transform in ("none", "hadamard")):
         return f"{k.kind} keys after RoPE in groups of {k.group_size}"

@@ -1,8 +1,13 @@
 """AKVQ-VL: rotated 2-bit rows, pivots and recent rows exact; text keeps 4 bits in layers that look at text.
 
+Variant even, as the CUDA kernel reads it and ours where it departs: no window, a row stores its scale and minimum, not an integer
+zero point, and text-salient layers give visual rows 4 bits too, which take places of that width in any case.
+
 Source     arXiv 2501.15021
 Differs    see `source.differs`
 """
+
+from dataclasses import replace
 
 from kvsink.codecs import SideSpec
 from kvsink.methods.registry import Claim, Method, Modality, Paper, register_method
@@ -10,6 +15,8 @@ from kvsink.methods.registry import Claim, Method, Modality, Paper, register_met
 _SETTING = "LLaVA-v1.5, MileBench, 2 bit"
 _TABLE = "arXiv 2501.15021v1, table II"
 _SIDE = SideSpec(bits=2, transform="hadamard", kind="uniform-int", group_size=128)
+_EVEN = replace(_SIDE, kind="uniform", group_size=256)
+_MODALITY = Modality(text_bits=4, ratio=2.0, share=0.5, protect="first:1")
 
 AKVQ_VL = register_method(
     Method(
@@ -37,7 +44,16 @@ AKVQ_VL = register_method(
         protect="pivots:15",
         window=128,
         clip_at={1: 0.8, 2: 0.8},
-        modality=Modality(text_bits=4, ratio=2.0, share=0.5, protect="first:1"),
+        modality=_MODALITY,
+        variants={
+            "even": {
+                "key": _EVEN,
+                "value": _EVEN,
+                "window": 0,
+                "value_clip_at": {1: 0.3, 2: 0.6, 3: 0.8, 4: 0.95},
+                "modality": replace(_MODALITY, coarse=False),
+            }
+        },
         claims=(
             Claim("webpage QA", 57.0, f"{_SETTING}, 7B (16 bit: 59.0)", _TABLE),
             Claim("textbook QA", 51.0, f"{_SETTING}, 13B (16 bit: 55.0)", _TABLE),

@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from kvsink.codecs import SideSpec
 from kvsink.errors import KvsinkError, UnknownName
@@ -57,7 +58,8 @@ class Method:
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
     whole bits where it is not 1 (value_clip_at: the same for values, where theirs differ). protect: the default protection.
     key_below, value_below, key_above, value_above: (bits, side): keys or values of fewer or of more bits are coded by that side
-    instead. modality: set when layers are told apart by how they look at text and images.
+    instead. modality: set when layers are told apart by how they look at text and images. variants: for experiments, by name, what
+    else the method may be made of: "klt:even" is `klt` with the fields that its variant even gives.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Method:
     key_above: tuple[float, SideSpec] | None = None
     value_above: tuple[float, SideSpec] | None = None
     modality: Modality | None = None
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def side(self, which: str, bits: float) -> SideSpec:
         """The declaration of "key" or "value" at `bits`; 16 keeps that side exact."""
@@ -104,6 +107,12 @@ class Method:
         if not self.modality.coarse or visual.kind != "uniform-int":
             return text
         return replace(text, kind="modal", visual_bits=int(bits), visual_clip=visual.clip)
+
+    def variant(self, name: str) -> Method:
+        """The same method with what its variant `name` changes. Raises UnknownName."""
+        if name not in self.variants:
+            raise UnknownName("variant", f"{self.name}:{name}", [f"{self.name}:{v}" for v in self.variants] or [self.name])
+        return replace(self, name=f"{self.name}:{name}", variants={}, **self.variants[name])
 
     def with_outliers(self, share: str) -> Method:
         """The same method with a share such as "0.5%" of the entries kept in 16 bit; its name says so."""
@@ -146,12 +155,16 @@ def methods() -> Mapping[str, Method]:
 
 
 def get_method(name: str) -> Method:
-    """One method by name; "kvquant-1%" is kvquant with 1 % of the entries kept as outliers. Raises UnknownName with the
-    three nearest."""
+    """One method by name; "klt:even" is the variant even of klt, "kvquant-1%" is kvquant with 1 % of the entries kept as outliers.
+    Raises UnknownName with the three nearest."""
     known = methods()
+    whole, colon, variant = name.partition(":")
+    if colon and whole in known:
+        return known[whole].variant(variant)
     stem, dash, share = name.rpartition("-")
     if name not in known and dash and share.endswith("%") and stem in known:
         return known[stem].with_outliers(share)
     if name not in known:
-        raise UnknownName("method", name, known, "kvsink.methods() lists them all.")
+        variants = (f"{m.name}:{v}" for m in known.values() for v in m.variants)
+        raise UnknownName("method", name, [*known, *variants], "kvsink.methods() lists them all.")
     return known[name]

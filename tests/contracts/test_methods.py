@@ -209,7 +209,7 @@ def test_folding_keeps_the_function(method: str) -> None:
         assert largest_difference(model(ids).logits, plain(ids).logits) <= SOFTMAX_IN_FLOAT32 * float(plain(ids).logits.abs().max())
 
 
-UNLIKE = ("klt", "klt-trellis", "centred-even", "rotatekv", "kivi", "antkv", "akvq-vl", "cq")
+UNLIKE = ("klt", "klt:best", "klt:codebooks", "klt:even", "centred:even", "rotatekv", "kivi", "antkv", "akvq-vl", "cq")
 SAMPLED = [m if m in UNLIKE else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 """Methods that differ in what is put into a graph, and the others among the slow tests."""
 

@@ -69,7 +69,10 @@ def free_run(path: Path, model: Any, prompts: list[list[int]], count: int) -> tu
         ("llama", {}),
         ("gpt2", dict(protect="kvsink:2+first:1")),
         pytest.param("qwen3", dict(method="cq", protect="first:2"), marks=pytest.mark.slow),
-        *(pytest.param("llama", dict(method=m), marks=pytest.mark.slow) for m in ("rtn", "centred", "static", "klt-even")),
+        *(
+            pytest.param("llama", dict(method=m), marks=pytest.mark.slow)
+            for m in ("rtn", "centred", "static", "klt:best", "klt:even")
+        ),
         pytest.param("gemma3", dict(method="rotatekv"), marks=pytest.mark.slow),
         pytest.param("qwen3-moe", {}, marks=pytest.mark.slow),
     ],

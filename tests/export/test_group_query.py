@@ -46,7 +46,7 @@ def test_the_step_of_least_error_is_near_the_best_of_a_fine_search() -> None:
     assert found <= 1.02 * best
 
 
-@pytest.mark.parametrize("method", ["static", pytest.param("static-plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["static", pytest.param("static:plain", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)])
 def test_families(family: str, method: str, tmp_path) -> None:
     """The export itself compares prefill, chunks and single tokens, one row padded; four bits leave no tie at this size."""
@@ -73,7 +73,7 @@ def test_float16_leaves_without_a_bias_and_writes_in_place(bits: int, kind: str,
     """What CUDA's kernel takes: no attention bias, one step of all channels, a cache of fixed size."""
     import onnx as onnx_package
 
-    model = rewritten("llama", method="static-rotated", key_bits=bits, value_bits=bits)
+    model = rewritten("llama", method="static:rotated", key_bits=bits, value_bits=bits)
     manifest = onnx(model, tmp_path / "model.onnx", "gqa", dtype="float16")
     assert next(model.parameters()).dtype == torch.float32 and manifest["dtype"] == "float16" and not manifest["padding"]
     nodes = onnx_package.load(tmp_path / "model.onnx").graph.node
@@ -112,7 +112,7 @@ def test_float16_leaves_without_a_bias_and_writes_in_place(bits: int, kind: str,
 
 
 def test_float16_declines_what_needs_a_bias(tmp_path) -> None:
-    for family, method, words in (("llama", "static", "the mean of keys comes back"), ("gemma3", "static-rotated", "its window")):
+    for family, method, words in (("llama", "static", "the mean of keys comes back"), ("gemma3", "static:rotated", "its window")):
         with pytest.raises(ExportError, match=words):
             onnx(rewritten(family, method=method), tmp_path / "model.onnx", "gqa", dtype="float16")
     with pytest.raises(ExportError, match="custom leaves in float32"):
@@ -198,8 +198,8 @@ def test_a_cache_of_another_model_is_refused(out) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(method="klt"), "scales of their own in every row"),
-        (dict(method="klt-trellis"), r"keys have scales of their own in every row \(trellis\)"),
+        (dict(method="klt:best"), "scales of their own in every row"),
+        (dict(method="klt"), r"keys have scales of their own in every row \(trellis\)"),
         (dict(method="static", key_bits=4, value_bits=8), "one width for keys and values"),
         (dict(method="static", key_bits=2, value_bits=2), "4 or 8 bits, not 2"),
         (dict(method="static", protect="first:2"), "use --protect none"),
@@ -237,7 +237,7 @@ def test_learned_sinks_leave_as_the_operators_own(tmp_path) -> None:
         without = stock(ids).logits.numpy()
     assert np.abs(wanted - without).max() > 1e-2
     for bits in (16, 4):
-        model, _ = of_family("gpt-oss", "static-rotated", torch.float32, protect="none", key_bits=bits, value_bits=bits)
+        model, _ = of_family("gpt-oss", "static:rotated", torch.float32, protect="none", key_bits=bits, value_bits=bits)
         model.load_state_dict({**stock.state_dict(), **sinks} if bits == 16 else sinks, strict=False)
         found = onnx(model, tmp_path / "model.onnx", "gqa")["check"]
         assert found["different_bytes"] == 0 and found["largest_logit_difference"] < 1e-5

@@ -40,7 +40,7 @@ def embedded(model: Any, given: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llava", "klt"), ("llava", "akvq-vl-even"), *(pytest.param(f, "klt", marks=pytest.mark.slow) for f in SLOW)],
+    [("llava", "klt"), ("llava", "akvq-vl:even"), *(pytest.param(f, "klt", marks=pytest.mark.slow) for f in SLOW)],
 )
 def test_pictures_and_steps_are_those_of_the_torch_model(family: str, method: str, tmp_path: Path) -> None:
     model, given = seeing(family, method), prompt(family, IMAGES)

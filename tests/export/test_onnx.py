@@ -251,7 +251,7 @@ def test_what_onnxruntime_or_torch_would_refuse_is_named_before(family: str, wor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "flavour"), [("rtn", "functions"), ("klt", "functions"), ("klt", "custom")])
+@pytest.mark.parametrize(("method", "flavour"), [("rtn", "functions"), ("klt", "functions"), ("klt:best", "custom")])
 def test_values_beyond_float16_leave_in_their_units(method: str, flavour: str, tmp_path) -> None:
     model = build("llama")
     for layer in model.model.layers:
@@ -382,7 +382,7 @@ def test_the_table_knows_every_method() -> None:
     table = flavour_table()
     for name in kvsink.methods():
         assert f"| `{name}` |" in table
-    assert not any(method_refusal(name) for name in ("klt", "klt-scalar", "klt-trellis", "centred", "rotatekv", "rtn", "cq"))
+    assert not any(method_refusal(name) for name in ("klt", "klt:best", "klt:codebooks", "centred", "rotatekv", "rtn", "cq"))
     assert all(method_refusal(name) for name in ("kivi", "antkv", "kvquant"))
-    assert not any(method_refusal(name, "gqa") for name in ("static", "static-rotated", "static-plain"))
+    assert not any(method_refusal(name, "gqa") for name in ("static", "static:rotated", "static:plain"))
     assert table in (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), "run python -m kvsink.tools.methods_doc"

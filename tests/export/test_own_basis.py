@@ -22,7 +22,7 @@ from tests.models import build
 
 def in_eight_bits() -> kvsink.Method:
     """Keys by the metric of attention in scalar levels, which have eight bits."""
-    m = kvsink.get_method("klt-trellis")
+    m = kvsink.get_method("klt")
     key, value = m.side("key", 8), m.side("value", 8)
     return replace(m, key=replace(key, metric="attention"), value=value, key_above=None, value_above=None, key_bits=8, value_bits=8)
 
@@ -57,7 +57,7 @@ def test_keys_come_back_near_those_of_the_stock_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flavour", ["functions", "custom"])
 def test_walks_in_such_a_basis(flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single nodes, and the one node that reads a past from its codes, each beside the torch model step by step."""
-    model = rewritten("llama", method="klt-trellis", key_bits=2, value_bits=2)
+    model = rewritten("llama", method="klt", key_bits=2, value_bits=2)
     assert not is_orthogonal(model)
     monkeypatch.setattr(past, "takes_packed", lambda c: True)
     found = onnx(model, tmp_path / "model.onnx", flavour)["check"]

@@ -87,7 +87,7 @@ def test_the_nearest_gain_is_stored() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_model_leaves_with_the_bytes_of_the_torch_cache(dtype: str, tmp_path) -> None:
     """Functions and their twin; what stock onnxruntime says by itself is what the torch model says."""
-    model = rewritten("llama", method="klt-trellis", protect="kvsink:2+first:1")
+    model = rewritten("llama", method="klt", protect="kvsink:2+first:1")
     found = onnx(model, tmp_path / "model.onnx", dtype=dtype)["check"]
     assert found["packed_bytes"] > 1000 and found["different_bytes"] == 0
     assert found["largest_logit_difference"] < (1e-12 if dtype == "float64" else 1e-5)

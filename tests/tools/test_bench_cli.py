@@ -163,7 +163,7 @@ def test_a_long_sequence_says_how_far_it_is(whole: bool, tmp_path: Path) -> None
     model = llama(2, torch.float32, positions=2048, shape=shape, device="cpu")
     said: list[str] = []
     row = sequence_row(
-        model, "centred-even-2", 1000, 64, said.append, whole, steps=5, progress=tmp_path / "a" / "p.jsonl", compiled=False
+        model, "centred:even-2", 1000, 64, said.append, whole, steps=5, progress=tmp_path / "a" / "p.jsonl", compiled=False
     )
     assert row["T"] == 1000 and row["chunks"] == 16 and row["chunks_run"] == (16 if whole else 9)
     assert row["finite"] and row["verdict"] == "ok" and row["step_error"] <= 1e-3
@@ -219,10 +219,10 @@ def test_the_check_behind_a_long_past_sees_a_wrong_kernel(monkeypatch: pytest.Mo
     assert error is not None and error > bench_sequence.ATTENTION_BOUND
 
 
-@pytest.mark.parametrize("text", ["stock", "stock=0", "klt-even-2=8", "stock=x"])
+@pytest.mark.parametrize("text", ["stock", "stock=0", "klt:even-2=8", "stock=x"])
 def test_a_batch_that_belongs_to_no_side_is_named(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["decode", "--sides", "stock,centred-even-2", "--batches", text]) == 2
-    assert f"{text!r} is not SIDE=BATCH with one of stock, centred-even-2" in capsys.readouterr().err
+    assert main(["decode", "--sides", "stock,centred:even-2", "--batches", text]) == 2
+    assert f"{text!r} is not SIDE=BATCH with one of stock, centred:even-2" in capsys.readouterr().err
 
 
 def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -240,12 +240,12 @@ def test_sides_have_batches_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(bench_sdpa, "sdpa_best", lambda b, t, *rest: (f"{b}x{t}", (0.0, 0.0, 0.0)))
     monkeypatch.setattr(timing, "device_facts", dict)
     out = tmp_path / "rows.jsonl"
-    flags = ["--sides", "stock,klt-even-2", "--shapes", "1x1024,x4096", "--batches", "stock=120,klt-even-2=824"]
+    flags = ["--sides", "stock,klt:even-2", "--shapes", "1x1024,x4096", "--batches", "stock=120,klt:even-2=824"]
     assert main(["decode", *flags, "--out", str(out)]) == 0
     assert asked == [
         ("stock", (1, 1024), "1x1024"),
-        ("klt-even-2", (1, 1024), "1x1024"),
+        ("klt:even-2", (1, 1024), "1x1024"),
         ("stock", (120, 4096), "64x4096"),
-        ("klt-even-2", (824, 4096), "64x4096"),
+        ("klt:even-2", (824, 4096), "64x4096"),
     ]
     assert len(out.read_text().splitlines()) == 4

@@ -31,7 +31,7 @@ def test_every_side_runs_on_its_own_cache_whatever_ran_before() -> None:
 
     model.model.register_forward_pre_hook(note, with_kwargs=True)
     found = []
-    for side in ("dynamic", "klt-even-2", "static", "default"):
+    for side in ("dynamic", "klt:even-2", "static", "default"):
         for _ in generate_rows(model, [side], [(2, 20)], 2, 1, lambda text: None):
             found.append(seen[-1])
     assert found == [DynamicCache, KVSinkCache, StaticCache, KVSinkCache]

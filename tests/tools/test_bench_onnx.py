@@ -55,7 +55,7 @@ def test_a_process_that_goes_wrong_is_told_in_one_line_and_replaced() -> None:
 
 
 def test_cases() -> None:
-    assert parse_cases("gqa:4,custom:klt:2") == [("gqa", "static-rotated", 4), ("custom", "klt", 2)]
+    assert parse_cases("gqa:4,custom:klt:2") == [("gqa", "static:rotated", 4), ("custom", "klt", 2)]
     for wrong in ("gqa", "onnx:klt:2", "functions:klt:two", "functions:a:b:2"):
         with pytest.raises(click.BadParameter, match="is not FLAVOUR:BITS"):
             parse_cases(wrong)
@@ -72,9 +72,9 @@ def test_rows_of_numbers_then_of_times(tmp_path: Path, capsys) -> None:
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["method"]) for r in rows] == [
         ("onnx-numbers", "kivi"),
-        ("onnx-numbers", "static-rotated"),
+        ("onnx-numbers", "static:rotated"),
         ("onnx-numbers", "klt"),
-        ("onnx", "static-rotated"),
+        ("onnx", "static:rotated"),
         ("onnx", "klt"),
     ]
     assert "blocks of" in rows[0]["verdict"] and "off_cpu" not in rows[0]

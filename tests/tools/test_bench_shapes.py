@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.machinery
 import json
 import os
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from kvsink.kernels import layout
 from kvsink.model.runtime import runtime_of
-from kvsink.tools import bench, bench_ops, bench_sdpa, bench_shapes, timing
+from kvsink.tools import bench, bench_model, bench_ops, bench_sdpa, bench_shapes, timing
 from kvsink.tools.bench import main
 from kvsink.tools.bench_model import Shape, llama, rewritten
 from kvsink.tools.bench_ops import Case, Kept, ops_rows
@@ -69,7 +72,7 @@ def test_a_shape_is_read_from_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_layer_turns_as_many_channels_as_its_model(share: float) -> None:
     shape = Shape(512, 64, 2, 5e5, hidden=64, heads=4, head_dim=64, rotary=share)
-    model = rewritten(llama(1, torch.float32, 97, 4096, shape, "cpu"), "klt-even-2", "first:9", 32)()
+    model = rewritten(llama(1, torch.float32, 97, 4096, shape, "cpu"), "klt:even-2", "first:9", 32)()
     codec = runtime_of(model).plans[0].codec
     assert runtime_of(model).rotary_channels(0) == 64 * share
     assert codec is not None and (codec.exact_rows, codec.window) == (9, 32)
@@ -77,13 +80,13 @@ def test_a_layer_turns_as_many_channels_as_its_model(share: float) -> None:
 
 def test_rows_come_by_shape_then_model_then_method_then_rows_kept() -> None:
     kept = [Kept(), Kept("first:16", 64)]
-    rows = list(ops_rows(SMALL, ["centred-even-2", "default"], [(2, 200), (1, 130)], 1e9, lambda text: None, kept, False, **ON_CPU))
+    rows = list(ops_rows(SMALL, ["centred:even-2", "default"], [(2, 200), (1, 130)], 1e9, lambda text: None, kept, False, **ON_CPU))
     seen = [(r["B"], r["T"], r["model"], r["method"], r["exact"], r["window"]) for r in rows]
     assert seen == [
         (b, t, name, method, *exact)
         for b, t in ((2, 200), (1, 130))
         for name in SMALL
-        for method in ("centred-even", "klt")
+        for method in ("centred:even", "klt")
         for exact in ((1, 0), (16, 64))
     ]
     assert all(float(r["error"]) < 1e-5 and r["p50_ms"] > 0 and r["kernel"] and "in_turn_ms" not in r for r in rows)
@@ -93,10 +96,31 @@ def test_rows_come_by_shape_then_model_then_method_then_rows_kept() -> None:
 
 
 def test_a_window_is_held_as_after_the_write_of_the_new_row() -> None:
-    model = rewritten(llama(1, torch.float32, 97, 4096, SMALL["plain"], "cpu"), "klt-even-2", "first:9", 32)()
+    model = rewritten(llama(1, torch.float32, 97, 4096, SMALL["plain"], "cpu"), "klt:even-2", "first:9", 32)()
     case = Case(model, 2, 100)
     assert sorted(case.first.recent_slot.tolist()) == list(range(68, 100)) and int(case.first.length) == 99
     assert torch.equal(case.first.recent_k[:, :, 99 % 32], case.k[:, :, 0])
+
+
+def test_a_record_goes_with_its_model() -> None:
+    """Another model may have the id of one that is gone, and other heads."""
+    model = llama(1, torch.float32, 97, 4096, SMALL["plain"], "cpu")
+    rewritten(model, "klt:even-2", "first:9")
+    assert bench_model._records[model]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and all(known() is not None for known in bench_model._records.data)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_gains_are_where_readers_look_for_them(tiles: bool) -> None:
+    widths, wanted = (2,) * 8, torch.arange(256, dtype=torch.uint8).view(1, 1, 256)
+    codes = torch.zeros(1, 1, 256, 17, dtype=torch.uint8)
+    gains = bench_model.gains_of(codes, tiles)
+    gains.copy_(wanted.view(gains.shape))
+    read = layout.fetch(codes, widths, "k", "trellis") if tiles else codes
+    assert torch.equal(read[..., -1], wanted) and (read[..., :-1] == 0).all()
 
 
 def run(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> int:
@@ -110,7 +134,7 @@ def run(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> int:
     return main(["shapes", *flags])
 
 
-FLAGS = ["--methods", "centred-even-2,default", "--shapes", "1x130"]
+FLAGS = ["--methods", "centred:even-2,default", "--shapes", "1x130"]
 
 
 def test_rows_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -121,15 +145,15 @@ def test_rows_are_written_as_they_come(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert run(monkeypatch, [*FLAGS, *flags]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["model"], r["method"], r["exact"], r["target"]) for r in rows] == [
-        ("part", m, e, "compute_80") for m in ("centred-even", "klt") for e in (1, 20)
+        ("part", m, e, "compute_80") for m in ("centred:even", "klt") for e in (1, 20)
     ]
     assert os.environ["KVSINK_CUDA_SHARED"] == "101376"
-    assert "| part, B1 T130 | `klt` 2/4, 20 + 0 exact |" in capsys.readouterr().out
+    assert "| part, B1 T130 | `klt` 2, 20 + 0 exact |" in capsys.readouterr().out
 
 
 def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench_ops, "attend", lambda q, *rest: torch.zeros_like(q))
-    assert run(monkeypatch, ["--models", "plain", "--methods", "centred-even-2", "--shapes", "1x130"]) == 2
+    assert run(monkeypatch, ["--models", "plain", "--methods", "centred:even-2", "--shapes", "1x130"]) == 2
     assert "wrong, not timed" in capsys.readouterr().out
 
 

@@ -236,7 +236,7 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
     "options",
     [
         dict(method="klt", protect="kvsink:2+first:1"),
-        dict(method="klt-trellis", protect="kvsink:2+first:1"),
+        dict(method="klt", protect="kvsink:2+first:1"),
         pytest.param(dict(method="rotatekv", protect="massive:3+first:2"), marks=pytest.mark.slow),
         pytest.param(dict(method="static", protect="first:1"), marks=pytest.mark.slow),
         pytest.param(dict(method="cq"), marks=pytest.mark.slow),

@@ -73,7 +73,7 @@ def shape(model: str, t: int, speedup: float | None, **more: Any) -> dict[str, A
         **ABOUT,
         "kind": "kernel",
         "model": model,
-        "method": "centred-even",
+        "method": "centred:even",
         "bits": 2,
         "exact": 1,
         "window": 0,
@@ -110,11 +110,11 @@ def test_shapes_are_told_apart_by_gpu_build_and_rows_kept(results: Path) -> None
     text = BLOCKS["shapes"](results)
     plain, kept, other = text.split("GPU, torch 2, transformers 5")[1:]
     assert "| a | 8/2/64 | cuda | 3.00, 2.00x |" in plain and "| a | 3.00, 1.50x |" in plain
-    assert "| b | 8/2/64 | triton | –, –x |" in plain and "- too wide: b `centred-even` 2" in plain
-    assert "- B16 T8192 b `centred-even` 2: error 1e-2" in plain
+    assert "| b | 8/2/64 | triton | –, –x |" in plain and "- too wide: b `centred:even` 2" in plain
+    assert "- B16 T8192 b `centred:even` 2: error 1e-2" in plain
     assert "flash 4; FlashInfer: not installed" in plain and "64 rows exact and a window of 256" in plain
     assert "| a | 8/2/64 | cuda | 1.12x |" in kept and "built for compute_80" in other and "| 9.00x |" in other
-    assert "`centred-even-2`, GPU: gpt-oss-20b 4.0x of" in BLOCKS["speed"](results)
+    assert "`centred:even-2`, GPU: gpt-oss-20b 4.0x of" in BLOCKS["speed"](results)
 
 
 def test_generate_is_held_against_the_faster_side_of_16_bit(results: Path) -> None:

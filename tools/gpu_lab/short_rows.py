@@ -32,7 +32,7 @@ from kvsink.tools.bench_sdpa import sdpa_best
 from kvsink.tools.timing import device_facts, graph_times, read_bandwidth
 
 SHAPES = "1416x32x512,304x32x2944,64x8x4096,16x8x8192,1x8x131072,1x8x1024"
-SIDES = (("centred-even-2", 22), ("centred-even-2", 6), ("centred-even-4", 22), ("centred-even-4", 6), ("akvq-vl-even-2", 15))
+SIDES = (("centred:even-2", 22), ("centred:even-2", 6), ("centred:even-4", 22), ("centred:even-4", 6), ("akvq-vl:even-2", 15))
 HEADS, SCALE, WAYS = 32, 128**-0.5, ("divided", "whole")
 _DISTINCT = 200_000_000  # bytes of all input sets together: four times the L2 cache
 

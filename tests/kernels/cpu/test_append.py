@@ -155,7 +155,7 @@ def test_the_running_selection_is_that_of_the_definition(
 
 
 def test_what_it_does_not_serve_takes_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = layer_of("klt")
+    layer = layer_of("klt:best")
     codec, (k, v) = Codec.parse(layer.codec_text), rows(1, 2)
     shape = shape_of(k)
     assert declines(codec.format, shape, CPU) == ""

@@ -24,15 +24,15 @@ from tests.kernels.test_attend import MASKS, SCALE, make_mask
 from tests.states import CPU, GPU, SLOTS, asking, filled, shape_of
 
 OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
-    ("klt", (("protect", "first:2+massive:3"), ("window", 5))),
-    *((("klt"), (("key_bits", bits), ("value_bits", 4))) for bits in (1.5, 2, 2.25, 3, 4, 5, 6)),
+    ("klt:best", (("protect", "first:2+massive:3"), ("window", 5))),
+    *((("klt:best"), (("key_bits", bits), ("value_bits", 4))) for bits in (1.5, 2, 2.25, 3, 4, 5, 6)),
     *((("centred"), (("key_bits", bits), ("value_bits", bits), ("protect", "first:1"))) for bits in (1, 3, 5, 6, 7, 8)),
     ("rtn", (("key_bits", 2), ("value_bits", 4), ("window", 4))),
-    ("klt", (("key_bits", 1), ("value_bits", 2))),
-    ("klt-even", (("key_bits", 2.25), ("value_bits", 2))),
-    ("centred-even", (("key_bits", 2), ("value_bits", 3))),
-    ("klt", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
-    *((("klt-trellis"), (("key_bits", key), ("value_bits", value))) for key, value in ((2, 2), (1.5, 4), (3.5, 3))),
+    ("klt:codebooks", (("key_bits", 1), ("value_bits", 2))),
+    ("klt:even", (("key_bits", 2.25), ("value_bits", 2))),
+    ("centred:even", (("key_bits", 2), ("value_bits", 3))),
+    ("klt:codebooks", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
+    *((("klt"), (("key_bits", key), ("value_bits", value))) for key, value in ((2, 2), (1.5, 4), (3.5, 3))),
 )
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options)}" for name, options in OPTIONS]
 
@@ -76,7 +76,7 @@ def test_walks_of_any_length_equal_the_definition(widths: tuple[int, ...]) -> No
 
 
 def test_large_logits_and_rows_that_see_nothing_stay_finite() -> None:
-    layer, k, v = filled("klt", (), batch=2, lengths=(40, 1))
+    layer, k, v = filled("klt:best", (), batch=2, lengths=(40, 1))
     q = 300 * torch.randn(2, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 1, 1, SLOTS, dtype=torch.bool)
     mask[1] = False
@@ -89,7 +89,7 @@ def test_large_logits_and_rows_that_see_nothing_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     ("method", "options", "reason"),
-    [("rotatekv", (), "a rotation across heads"), ("klt", (("value_bits", 16),), "rows of kind none")],
+    [("rotatekv", (), "a rotation across heads"), ("klt:best", (("value_bits", 16),), "rows of kind none")],
 )
 def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: str) -> None:
     layer, k, _ = filled(method, options, batch=1, lengths=(5, 1))
@@ -98,7 +98,7 @@ def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: st
 
 
 def test_several_rows_and_float64_take_another_path() -> None:
-    layer, k, _ = filled("klt", (), batch=1, lengths=(5, 1))
+    layer, k, _ = filled("klt:best", (), batch=1, lengths=(5, 1))
     codec = Codec.parse(layer.codec_text)
     assert declines(codec.format, shape_of(k[:, :, :2]), CPU) == "more than one new row"
     assert "float32" in declines(codec.format, shape_of(k[:, :, :1], dtype=torch.float64), CPU)
@@ -106,7 +106,7 @@ def test_several_rows_and_float64_take_another_path() -> None:
 
 
 def test_without_a_compiler_one_warning_and_the_same_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    layer, k, v = filled("klt", (), batch=1, lengths=(9, 1))
+    layer, k, v = filled("klt:best", (), batch=1, lengths=(9, 1))
     q = torch.randn(1, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
     call = (q, k[:, :, -1:], v[:, :, -1:], layer.state(), layer.params, None, SCALE, True, layer.codec_text)
     wanted = kvsink.kernels.attend(*call)

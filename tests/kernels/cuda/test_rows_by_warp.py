@@ -19,12 +19,12 @@ from .test_tiles import KV_HEADS, append, rewritten, rows
 
 SLOTS = 768
 CODECS: dict[str, tuple[str, dict[str, Any]]] = {
-    "centred-6": ("centred-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
-    "centred-22": ("centred-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:20+first:2"}),
-    "centred-4-bit": ("centred-even", {"key_bits": 4, "value_bits": 4, "protect": "none"}),
-    "akvq": ("akvq-vl-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:15"}),
-    "klt": ("klt-even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
-    "trellis": ("klt-trellis", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
+    "centred-6": ("centred:even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
+    "centred-22": ("centred:even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:20+first:2"}),
+    "centred-4-bit": ("centred:even", {"key_bits": 4, "value_bits": 4, "protect": "none"}),
+    "akvq": ("akvq-vl:even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:15"}),
+    "klt": ("klt:even", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
+    "trellis": ("klt", {"key_bits": 2, "value_bits": 2, "fold": False, "protect": "first:6"}),
 }
 
 

@@ -22,7 +22,8 @@ from .emulated import EmulatedCodes
 
 SLOTS, KV, SCALE = 320, 2, 0.09
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}  # relative error of an output: the rounding of its products and its own
-SIDES = ("klt-2/4", "klt-2", "klt-dense-2", "klt-dense-2/4", "cq-2", "cq-1", "klt-1/2", "centred-2", "rtn-4", "centred-1/4")
+KLT = ("klt:best-2/4", "klt:codebooks-2", "klt:codebooks-dense-2", "klt:best-dense-2/4", "klt:codebooks-1/2")
+SIDES = (*KLT, "cq-2", "cq-1", "centred-2", "rtn-4", "centred-1/4")
 
 
 @cache
@@ -83,7 +84,7 @@ def test_equals_the_definition(side: str) -> None:
     ("repeats", "pad", "length", "dtype"),
     [(1, (0, 37), 200, torch.float16), (3, (5, 70), 130, torch.bfloat16), (2, (0, 9), 1, torch.float16)],
 )
-@pytest.mark.parametrize("side", ["klt-2/4", "klt-dense-2", "cq-2"])
+@pytest.mark.parametrize("side", ["klt:best-2/4", "klt:codebooks-dense-2", "cq-2"])
 def test_padding_ratios_and_types(side: str, repeats: int, pad: tuple[int, ...], length: int, dtype: torch.dtype) -> None:
     layer, q, k, v = filled(side, repeats, 2, length, tuple(min(x, length - 1) for x in pad), dtype)
     slots = torch.arange(SLOTS)
@@ -92,7 +93,7 @@ def test_padding_ratios_and_types(side: str, repeats: int, pad: tuple[int, ...],
 
 
 @pytest.mark.parametrize("moved", [slice(0, 100), slice(100, 151), slice(150, 151), slice(0, 151)], ids=str)
-@pytest.mark.parametrize("side", ["klt-2/4", "klt-dense-2"])
+@pytest.mark.parametrize("side", ["klt:best-2/4", "klt:codebooks-dense-2"])
 def test_positions_that_run_ahead_of_the_slots_unevenly_are_never_a_wrong_number(side: str, moved: slice) -> None:
     """No kernel knows of them where a compiled step brings them: then rows lie before the first block, behind the last or, all
     of them, behind the table of angles."""
@@ -115,13 +116,13 @@ def test_parts_of_many_splits_are_merged_by_several_warps(splits: int, warps: in
     merged: list[int] = []
     merge = EmulatedCodes.merge
     monkeypatch.setattr(EmulatedCodes, "merge", lambda self, call, n: (merged.append(call.merge_warps), merge(self, call, n)))
-    layer, q, k, v = filled("klt-2/4", 3, 1, 270, (0,), torch.float16)
+    layer, q, k, v = filled("klt:best-2/4", 3, 1, 270, (0,), torch.float16)
     assert compared(layer, q, k, v, None) <= BOUND[torch.float16] and merged == [warps]
 
 
 def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
     """The position of the new row comes from outside, rows are coded before and enter the exact ones behind attention."""
-    layer, q, k, v = filled("klt-2/4", 2, 2, 200, (0, 37), torch.float16)
+    layer, q, k, v = filled("klt:best-2/4", 2, 2, 200, (0, 37), torch.float16)
     codec = Codec.parse(layer.codec_text)
     st = {
         n: x.half() if n.startswith("exact_") and x.dtype == torch.float32 and x.dim() == 4 else x.clone()
@@ -151,10 +152,10 @@ def test_a_step_beside_attention_reads_what_is_not_stored_yet() -> None:
 
 
 def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
-    codec = Codec.parse(KVSinkCache.for_model(codes_of("klt-2/4", 4)(), 1, SLOTS).packed_layers()[0].codec_text)
+    codec = Codec.parse(KVSinkCache.for_model(codes_of("klt:best-2/4", 4)(), 1, SLOTS).packed_layers()[0].codec_text)
     shape = states.shape_of(torch.zeros(1, KV, 1, 128, dtype=torch.float16), 4 * KV)
     assert not isinstance(rows_of_bytes.variant_of(codec.format, shape), str)
-    for change in ({"transform": "klt"}, {"transform": "klt", "folded": True}, {"order": 64}):
+    for change in ({"transform": "klt:best"}, {"transform": "klt:best", "folded": True}, {"order": 64}):
         other = replace(codec, value=replace(codec.value, **change))
         assert "values of kind" in str(rows_of_bytes.variant_of(other.format, shape))
 
@@ -162,7 +163,7 @@ def test_values_that_the_merge_cannot_take_back_are_declined() -> None:
 def test_walks_are_declined_on_either_side() -> None:
     """Values below 1.5 bits are codebooks, which the kernels read: the keys beside them are not."""
     shape = states.shape_of(torch.zeros(1, KV, 1, 128, dtype=torch.float16), 4 * KV)
-    for side, kinds in (("klt-trellis-2/1", ("trellis", "vector")), ("klt-trellis-1/2", ("vector", "trellis"))):
+    for side, kinds in (("klt-2/1", ("trellis", "vector")), ("klt-1/2", ("vector", "trellis"))):
         f = Codec.parse(KVSinkCache.for_model(codes_of(side, 4)(), 1, SLOTS).packed_layers()[0].codec_text).format
         assert (f.key.kind, f.value.kind) == kinds
         assert rows_of_bytes.declines(f, shape, replace(states.GPU, capability=(9, 0))) == "rows of kind trellis"
@@ -170,7 +171,7 @@ def test_walks_are_declined_on_either_side() -> None:
 
 def test_a_call_reaches_the_kernels_with_its_coding_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the arguments of the op on: the kernels of the call's own variant, and the launches of the coding at their times."""
-    layer, q, k, v = filled("klt-2/4", 4, 1, 150, (0,), torch.float16)
+    layer, q, k, v = filled("klt:best-2/4", 4, 1, 150, (0,), torch.float16)
     codec = Codec.parse(layer.codec_text)
     held = {n: x.half() if n.startswith(("exact_k", "exact_v")) else x for n, x in codec.named(layer.state()).items()}
     call = states.asking(q, k, v, list(held.values()), layer.params, None, SCALE, codec)

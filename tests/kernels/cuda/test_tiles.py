@@ -33,13 +33,13 @@ MIXED = (4, 4, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1)
 HEADS, KV_HEADS, DIM, SLOTS = 8, 2, 128, 512
 
 CODECS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("klt-even", {"key_bits": 2, "value_bits": 2}),
-    ("klt-even", {"key_bits": 2, "value_bits": 4, "fold": False, "protect": "first:2+first:1"}),
-    ("centred-even", {"key_bits": 2, "value_bits": 2, "fold": False}),
-    ("centred-even", {"key_bits": 4, "value_bits": 4, "protect": "none"}),
-    ("centred-even", {"key_bits": 1, "value_bits": 1, "protect": "first:3"}),
+    ("klt:even", {"key_bits": 2, "value_bits": 2}),
+    ("klt:even", {"key_bits": 2, "value_bits": 4, "fold": False, "protect": "first:2+first:1"}),
+    ("centred:even", {"key_bits": 2, "value_bits": 2, "fold": False}),
+    ("centred:even", {"key_bits": 4, "value_bits": 4, "protect": "none"}),
+    ("centred:even", {"key_bits": 1, "value_bits": 1, "protect": "first:3"}),
     ("rtn", {"key_bits": 2, "value_bits": 2, "protect": "first:2"}),
-    ("klt-trellis", {"key_bits": 2, "value_bits": 2}),
+    ("klt", {"key_bits": 2, "value_bits": 2}),
 )
 
 
@@ -73,7 +73,7 @@ def model_of(index: int) -> Any:
 
 def summed(index: int) -> str:
     """Sides whose codes come from sums, of a projection, a gain or an error, whose order may turn a tie."""
-    return {"klt-even": "k", "klt-trellis": "kv"}.get(CODECS[index][0], "")
+    return {"klt:even": "k", "klt": "kv"}.get(CODECS[index][0], "")
 
 
 def layer_of(index: int, batch: int = 1, tiled: bool = True, strict: bool = False) -> KVSinkLayer:
@@ -184,9 +184,9 @@ def test_refusals_name_the_reason() -> None:
 @pytest.mark.parametrize(
     ("method", "bits", "reason"),
     [
-        ("klt", (2, 4), "lloyd keys before RoPE"),
-        ("klt", (1, 4), "keys in codebooks"),
-        ("klt", (2, 2), "values in codebooks"),
+        ("klt:best", (2, 4), "lloyd keys before RoPE"),
+        ("klt:codebooks", (1, 4), "keys in codebooks"),
+        ("klt:codebooks", (2, 2), "values in codebooks"),
         ("centred", (2, 4), "gauss values"),
         ("kivi", (2, 2), "keys with ranges along tokens"),
         ("kvquant", (3, 3), "keys with free code points"),
@@ -468,7 +468,7 @@ def test_the_attend_kernel_equals_the_definition(index: int, batch: int, length:
     assert error <= (4e-3 if dtype == torch.bfloat16 else 2e-3)
 
 
-@pytest.mark.parametrize("method", ["klt-even", "klt-trellis"])
+@pytest.mark.parametrize("method", ["klt:even", "klt"])
 def test_keys_coded_in_a_basis_that_is_not_orthogonal_are_read_in_their_own(method: str) -> None:
     model = rewritten(method, HEADS, key_bits=2, value_bits=2, protect="none")
     runtime = runtime_of(model)

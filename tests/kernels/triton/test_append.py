@@ -19,12 +19,12 @@ from tests.kernels.triton.test_attend import OPTIONS as ATTENDED
 
 OPTIONS = (
     *ATTENDED,
-    ("klt-scalar", ()),
+    ("klt:best", ()),
     ("static", ()),
-    ("centred-even", (("key_bits", 2), ("value_bits", 3))),
+    ("centred:even", (("key_bits", 2), ("value_bits", 3))),
     ("rtn", (("key_bits", 5), ("value_bits", 7))),
-    ("klt", (("protect", "none"),)),
-    ("klt", (("protect", "first:1+massive:2+first:3"),)),
+    ("klt:best", (("protect", "none"),)),
+    ("klt:best", (("protect", "first:1+massive:2+first:3"),)),
 )
 IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in options)}" for m, options in OPTIONS]
 EXACT = ("exact_k", "exact_v", "exact_slot", "exact_score")
@@ -127,7 +127,7 @@ def test_chunks_equal_the_definition(
 @here
 @interpreter
 def test_rows_behind_the_last_slot_are_left_out() -> None:
-    layer, k, _ = states.filled("klt", (), batch=1, lengths=(3,))
+    layer, k, _ = states.filled("klt:best", (), batch=1, lengths=(3,))
     layer.length.fill_(states.SLOTS - 5)
     rows = torch.randn(1, k.shape[1], 9, k.shape[3])
     call: dict[str, Any] = states.append_arguments(layer, rows, rows)
@@ -161,8 +161,8 @@ def test_the_others_in_the_interpreter() -> None:
     [
         ("rotatekv", (), "a rotation across heads"),
         ("kvquant", (), "rows of kind nuq"),
-        ("klt", (("protect", "first:1+massive:1+first:2+massive:2+first:3"),), "5 protection segments"),
-        ("klt", (("protect", "anchors:2"),), "rows by modality, or anchors"),
+        ("klt:best", (("protect", "first:1+massive:1+first:2+massive:2+first:3"),), "5 protection segments"),
+        ("klt:best", (("protect", "anchors:2"),), "rows by modality, or anchors"),
     ],
 )
 def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: str) -> None:
@@ -177,10 +177,10 @@ def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: st
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        *((m, (("protect", p),)) for m in ("klt", "cq", "rtn") for p in ("none", "first:2", "kvsink:2+first:1")),
-        ("klt", (("protect", "first:1+massive:2+first:3"), ("window", 5))),
-        ("klt-dense", ()),
-        ("klt-trellis", ()),
+        *((m, (("protect", p),)) for m in ("klt:best", "cq", "rtn") for p in ("none", "first:2", "kvsink:2+first:1")),
+        ("klt:best", (("protect", "first:1+massive:2+first:3"), ("window", 5))),
+        ("klt:best-dense", ()),
+        ("klt", ()),
         ("centred", (("window", 3),)),
     ],
 )

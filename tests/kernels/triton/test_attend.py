@@ -32,24 +32,25 @@ here = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="ne
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter, see test_in_the_interpreter")
 
 OPTIONS: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = (
-    ("klt", ()),
-    ("klt", (("protect", "first:2+massive:3"), ("window", 5))),
-    *(("klt", (("key_bits", bits), ("value_bits", 4))) for bits in (1.5, 3, 5)),
-    ("klt", (("key_bits", 1), ("value_bits", 2))),
-    ("klt", (("key_bits", 2), ("value_bits", 2.25), ("windows", 12))),
+    ("klt:best", ()),
+    ("klt:best", (("protect", "first:2+massive:3"), ("window", 5))),
+    *(("klt:best", (("key_bits", bits), ("value_bits", 4))) for bits in (1.5, 3, 5)),
+    ("klt:codebooks", (("key_bits", 1), ("value_bits", 2))),
+    ("klt:codebooks", (("key_bits", 2), ("value_bits", 2.25), ("windows", 12))),
     *(("centred", (("key_bits", bits), ("value_bits", bits), ("protect", "first:1"))) for bits in (1, 2, 3, 6, 8)),
     ("centred", (("window", 3),)),
-    ("klt-even", (("key_bits", 2.25), ("value_bits", 2))),
+    ("klt:even", (("key_bits", 2.25), ("value_bits", 2))),
     ("rtn", (("key_bits", 2), ("value_bits", 4), ("window", 4))),
     ("cq", (("key_bits", 2), ("value_bits", 2), ("windows", 12))),
     ("cq", (("key_bits", 1.25), ("windows", 18), ("value_bits", 2), ("protect", "first:2"))),
-    ("static-rotated", ()),
-    ("klt-dense", ()),
-    ("klt-trellis", ()),
-    ("klt-trellis", (("key_bits", 3.5), ("value_bits", 3), ("window", 5), ("protect", "first:2"))),
-    ("klt-trellis-dense", (("key_bits", 1.5), ("value_bits", 4))),
+    ("static:rotated", ()),
+    ("klt:best-dense", ()),
+    ("klt", ()),
+    ("klt", (("key_bits", 3.5), ("value_bits", 3), ("window", 5), ("protect", "first:2"))),
+    ("klt-dense", (("key_bits", 1.5), ("value_bits", 4))),
 )
-SLOW = {("klt", 3), ("klt", 5), ("klt", 2), ("centred", 1), ("centred", 3), ("centred", 6), ("cq", 2)}  # method and bits of keys
+SLOW = {("klt:best", 3), ("klt:best", 5), ("klt:codebooks", 2), ("centred", 1), ("centred", 3), ("centred", 6), ("cq", 2)}
+"""Method and bits of keys."""
 IDS = [f"{m}-{'-'.join(f'{k}={v}' for k, v in options)}" for m, options in OPTIONS]
 LIKE_OTHERS = {i for i, (m, o) in enumerate(OPTIONS) if (m, dict(o).get("key_bits")) in SLOW}
 TILED = [(*o, 64 if i % 5 == 0 else 16) for i, o in enumerate(OPTIONS)]  # slots of a step
@@ -99,9 +100,9 @@ def _decoder(dim: int, repeats: int) -> Any:
 @pytest.mark.parametrize(
     ("side", "dim", "repeats"),
     [
-        *((side, *shape) for side in ("klt-2", "klt-dense-2/4", "centred-3") for shape in ((64, 1), (96, 3), (256, 5))),
-        *(("klt-trellis-2/3", *shape) for shape in ((80, 1), (128, 4), (256, 2))),
-        ("klt-trellis-dense-2.5/2", 96, 2),
+        *((s, *shape) for s in ("klt:codebooks-2", "klt:best-dense-2/4", "centred-3") for shape in ((64, 1), (96, 3), (256, 5))),
+        *(("klt-2/3", *shape) for shape in ((80, 1), (128, 4), (256, 2))),
+        ("klt-dense-2.5/2", 96, 2),
     ],
 )
 def test_head_dimensions_and_ratios(side: str, dim: int, repeats: int) -> None:
@@ -120,7 +121,7 @@ def test_head_dimensions_and_ratios(side: str, dim: int, repeats: int) -> None:
 @here
 @interpreter
 def test_positions_that_begin_late_and_rows_that_see_nothing() -> None:
-    layer, k, v = states.filled("klt", (), batch=2, lengths=(40, 1))
+    layer, k, v = states.filled("klt:best", (), batch=2, lengths=(40, 1))
     layer.shared.positions.add_(9)
     q = torch.randn(2, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
     assert compared(layer, q, k[:, :, -1:], v[:, :, -1:], None, torch.float32) <= FUSED_FLOAT32
@@ -134,7 +135,7 @@ def test_positions_that_begin_late_and_rows_that_see_nothing() -> None:
 @here
 @interpreter
 def test_positions_that_run_ahead_of_the_slots_are_never_a_wrong_number() -> None:
-    layer, k, v = states.filled("klt", (), batch=1, lengths=(40, 1))
+    layer, k, v = states.filled("klt:best", (), batch=1, lengths=(40, 1))
     layer.shared.positions[:, 20:] += 2000  # further than any cache of this length can name
     layer.shared.positions[:, 40] = 40
     q = torch.randn(1, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
@@ -151,7 +152,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @here
 @interpreter
-@pytest.mark.parametrize("method", ["klt", "klt-dense", "klt-trellis", "klt-trellis-dense"])
+@pytest.mark.parametrize("method", ["klt:best", "klt:best-dense", "klt", "klt-dense"])
 def test_a_basis_of_the_reader(method: str) -> None:
     """Keys written as y T are read as z^ T^-1, T not orthogonal: against softmax in float64 over rows of the formula."""
     layer, _, _ = states.filled(method, (("protect", "none"),), batch=2, lengths=(1,))
@@ -190,7 +191,7 @@ def test_a_basis_of_the_reader(method: str) -> None:
 @here
 @interpreter
 def test_a_gain_that_is_not_a_number_counts_where_it_is_seen() -> None:
-    layer, k, v = states.filled("klt-trellis", (("protect", "first:2"),), batch=2, lengths=(40, 1))
+    layer, k, v = states.filled("klt", (("protect", "first:2"),), batch=2, lengths=(40, 1))
     q = torch.randn(2, 2 * k.shape[1], 1, k.shape[3], generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 1, 1, states.SLOTS, dtype=torch.bool)
     exact = layer.exact_slot[:, 0].tolist()
@@ -244,7 +245,7 @@ def test_the_others_in_the_interpreter() -> None:
     ("method", "options", "reason"),
     [
         ("rotatekv", (), "a rotation across heads"),
-        ("klt", (("value_bits", 16),), "rows of kind none"),
+        ("klt:best", (("value_bits", 16),), "rows of kind none"),
         ("kivi/8", (), "ranges along tokens"),
     ],
 )
@@ -255,7 +256,7 @@ def test_what_it_does_not_serve_is_named(method: str, options: tuple, reason: st
 
 
 def test_limits_are_named() -> None:
-    layer, k, _ = states.filled("klt", (), batch=1, lengths=(5, 1))
+    layer, k, _ = states.filled("klt:best", (), batch=1, lengths=(5, 1))
     codec = Codec.parse(layer.codec_text)
     f, shape = codec.format, states.shape_of(k[:, :, :1].half(), exact=6)
     for change, reason in (
@@ -276,7 +277,7 @@ def test_limits_are_named() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    "side", ["klt-2/4", "klt-2", "klt-dense-2", "klt-trellis-2", "klt-trellis-dense-2.5/3", "cq-2", "centred-3", "rtn-4"]
+    "side", ["klt:best-2/4", "klt:codebooks-2", "klt:codebooks-dense-2", "klt-2", "klt-dense-2.5/3", "cq-2", "centred-3", "rtn-4"]
 )
 def test_natively_on_a_gpu(side: str, dtype: torch.dtype) -> None:
     shape = Shape(64, 64, 2, 1e4, 256, 8, 128)

@@ -107,7 +107,7 @@ def compiled(kernel: Any, given: tuple[Any, ...], options: dict[str, Any]) -> No
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("what", ["attend", "code", "code_rows"])
 def test_kernels_compile(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = KVSinkCache.for_model(rewritten(_decoder(32, 1), "klt-trellis-2/2", "first:3")(), 1, 64).packed_layers()[0]
+    layer = KVSinkCache.for_model(rewritten(_decoder(32, 1), "klt-2/2", "first:3")(), 1, 64).packed_layers()[0]
     codec, rows = Codec.parse(layer.codec_text), 20 if what == "code_rows" else 1
     state = [x.half() if n.startswith(("exact_k", "exact_v")) else x for n, x in codec.named(layer.state()).items()]
     x = torch.zeros(1, 2, rows, 32, dtype=torch.float16)

@@ -84,7 +84,7 @@ def one_process(backend: str, folder: str, tiles: bool, half: bool, before: list
 @cache
 def folder_of(tiles: bool, root: Path) -> tuple[Path, Any]:
     if tiles:
-        model = wide("klt-even", 4, key_bits=2, value_bits=4, protect="first:2")
+        model = wide("klt:even", 4, key_bits=2, value_bits=4, protect="first:2")
     else:
         model = rewritten("llama", "sdpa", "klt", window=4, protect="first:2+kvsink:3")
     folder = root / f"model-{tiles}"

@@ -33,7 +33,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "klt": {"protect": "first:2", "key_bits": 4, "value_bits": 4},
     "kivi/8": {"protect": "first:1", "key_bits": 8, "value_bits": 8},
     "centred": {"protect": "first:1"},
-    "klt-even": {"protect": "first:1+random:2"},
+    "klt:even": {"protect": "first:1+random:2"},
     "rotatekv": {"protect": "first:3"},
     "kvquant": {"protect": "first:1"},
     "kvquant-10%/8": {"protect": "first:1", "key_bits": 8, "value_bits": 8},

@@ -102,7 +102,7 @@ def test_a_compiled_step_reads_the_same_rows(method: str) -> None:
 
 
 def test_kernels_decline_other_units_in_words() -> None:
-    plan = runtime_of(rewritten("v", 1e6, "centred-even", key_bits=2, value_bits=2)).plans[0]
+    plan = runtime_of(rewritten("v", 1e6, "centred:even", key_bits=2, value_bits=2)).plans[0]
     codec: Codec = plan.codec
     row = torch.zeros(1, KV_HEADS, 1, HEAD_DIM)
     assert codec.value.exponent and codec.opaque

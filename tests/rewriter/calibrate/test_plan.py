@@ -48,7 +48,7 @@ def test_damage_never_grows_with_bits():
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
-@pytest.mark.parametrize("method", ["klt", "klt-even"])
+@pytest.mark.parametrize("method", ["klt", "klt:even"])
 def test_quarters_are_tried_where_widths_differ_by_channel(method):
     keys, values = candidates(get_method(method))
     assert 2.25 in keys and 2.25 not in values

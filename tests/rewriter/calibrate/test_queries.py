@@ -64,7 +64,7 @@ def test_a_record_without_queries_is_refused() -> None:
     record = calibrate(model, ids, [parse_policies("kvsink:5+first:1")] * len(layers), dict.fromkeys(layers, (64,)))
     record.queries.clear()
     with pytest.raises(CalibrationError, match="layer 0 has no query statistics in this record; calibrate with this method again"):
-        kvsink.rewrite(model, "klt-trellis", calibration=record)
+        kvsink.rewrite(model, "klt", calibration=record)
 
 
 def test_records_keep_and_add_up_queries(tmp_path: Path) -> None:
@@ -86,6 +86,6 @@ def test_where_attention_shows_no_queries_errors_count_alike() -> None:
     """Eager attention is the model's own function: the report says what is missing, and a record of it is not asked for again."""
     model = build("llama")
     model.set_attn_implementation("eager")
-    report = kvsink.rewrite(model, "klt-trellis", calibration=tokens(4, 64))
+    report = kvsink.rewrite(model, "klt", calibration=tokens(4, 64))
     assert "layers [0, 1]: their attention does not show its queries; errors of their keys count alike" in report.notes
     assert {plan.codec.key.metric for plan in runtime_of(model).plans} == {"none"}

@@ -73,11 +73,11 @@ SERVED = (
     "akvq-vl",
     "antkv",
     "centred",
-    "centred-even",
+    "centred:even",
     "cq",
     "kivi",
     "klt",
-    "klt-even",
+    "klt:even",
     "kvquant",
     "oscar",
     "rotatekv",
@@ -144,7 +144,7 @@ def test_a_step_over_a_new_stage_attends_to_what_was_stored(flipped: None) -> No
 def test_a_stage_says_whether_it_depends_on_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that do: block keys, which are turned back to their block, and centred ones, whose mean turns with the token."""
     placed = {name for name in SERVED if asks_positions(methods()[name].key, "k")}
-    assert placed == {"antkv", "centred", "centred-even", "cq", "klt", "klt-even", "kvquant", "rotatekv", "static"}
+    assert placed == {"antkv", "centred", "centred:even", "cq", "klt", "klt:even", "kvquant", "rotatekv", "static"}
     assert not any(asks_positions(methods()[name].value, "v") for name in SERVED)
     monkeypatch.setattr(steps, "stages_in", lambda *a, **k: (Stage("rotate", lambda do, x, at: do.shifted(x, by=at.positions)),))
     made = Codec(SideSpec(), replace(SIDE, clip=0.625))

@@ -226,7 +226,7 @@ def behind_a_probe(dtype: torch.dtype, device: str = "cpu") -> Any:
     ids = (torch.arange(8 * 64) * 7 % 90 + 3).reshape(8, 64).to(device)
     record = calibrate(model, ids, [()] * layers, dict.fromkeys(range(layers), (64,)))
     record = replace(record, stages=(SinkStage(0, (7,), 1e4, 1.0),))
-    kvsink.rewrite(model, "akvq-vl-even", calibration=record, fold=False, layers="0:pattern=tsa")
+    kvsink.rewrite(model, "akvq-vl:even", calibration=record, fold=False, layers="0:pattern=tsa")
     assert [s.source for p in runtime_of(model).plans for s in p.segments] == ["first", "pivots:0:100:1000"]
     return model
 

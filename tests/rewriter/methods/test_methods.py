@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,32 @@ def test_files_and_names() -> None:
 
 
 def test_an_unknown_method_names_the_three_nearest() -> None:
-    words = r"unknown method 'rotatkv'; nearest known: rotatekv, [\w-]+, [\w-]+\. kvsink.methods"
+    words = r"unknown method 'rotatkv'; nearest known: rotatekv, [\w:-]+, [\w:-]+\. kvsink.methods"
     with pytest.raises(UnknownName, match=words) as caught:
         kvsink.get_method("rotatkv")
     assert len(caught.value.nearest) == 3
     with pytest.raises(UnknownName, match="nearest known: klt"):
         kvsink.rewrite(build("llama"), "kl")
+
+
+def test_a_variant_changes_what_it_gives_and_nothing_else() -> None:
+    method = kvsink.get_method("klt")
+    for name, changes in method.variants.items():
+        other = kvsink.get_method(f"klt:{name}")
+        assert other == replace(method, name=f"klt:{name}", variants={}, **changes)
+        differ = {f.name for f in fields(other) if getattr(other, f.name) != getattr(method, f.name)}
+        assert differ == {"name", "variants", *changes}
+    kinds = {n: tuple(kvsink.get_method(f"klt:{n}").side(s, 2).kind for s in ("key", "value")) for n in method.variants}
+    assert kinds == {"best": ("lloyd", "gauss"), "codebooks": ("lloyd", "vector"), "even": ("lloyd-even", "uniform")}
+
+
+def test_an_unknown_variant_names_the_known_ones() -> None:
+    with pytest.raises(UnknownName, match="unknown variant 'klt:evn'; nearest known: klt:even, klt:best, klt:codebooks"):
+        kvsink.get_method("klt:evn")
+    with pytest.raises(UnknownName, match="unknown variant 'rtn:even'; nearest known: rtn"):
+        kvsink.get_method("rtn:even")
+    with pytest.raises(UnknownName, match="unknown method 'klt-even'; nearest known: klt:even"):  # its name in 0.1
+        kvsink.get_method("klt-even")
 
 
 def test_a_name_is_taken_once() -> None:

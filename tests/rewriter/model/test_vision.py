@@ -70,7 +70,7 @@ def test_rows_kept_exact_give_the_model_itself(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["klt", "centred", "akvq-vl-even"])
+@pytest.mark.parametrize("method", ["klt", "centred", "akvq-vl:even"])
 def test_eight_bits_read_back_are_close_in_every_position_scheme(family: str, method: str) -> None:
     """Codecs that turn keys back by position store and read the same rotation, also where positions have three axes."""
     model, given = build(family), prompt(family, IMAGES)
