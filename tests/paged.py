@@ -12,26 +12,18 @@ from torch import Tensor
 from kvsink.codecs import STATE_NAMES
 from kvsink.kernels import append_
 from kvsink.kernels.pages import PAGE, Batch, PageFormat, Pages, RowCoder, write_pages
-from kvsink.methods import methods
 from tests.states import HEAD_DIM, KV_HEADS, layer_of, rows
 
-__all__ = ["PAGED", "Served", "alone", "exact_rows", "fed", "of_kind", "served", "slots_of"]
-
-
-def of_kind(kind: str) -> str:
-    """The first method whose keys are coded by a quantizer of this kind."""
-    return next(name for name, method in sorted(methods().items()) if method.key.kind == kind)
-
+__all__ = ["PAGED", "Served", "alone", "exact_rows", "fed", "served", "slots_of"]
 
 PAGED: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", ()),
-    ("klt", (("key_bits", 3), ("value_bits", 4))),
-    ("klt", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
-    (of_kind("trellis"), ()),
-    (of_kind("lloyd-even"), (("value_bits", 2),)),
+    ("klt:best", (("key_bits", 3), ("value_bits", 4))),
+    ("klt:codebooks", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
+    ("klt:even", (("value_bits", 2),)),
     ("centred", ()),
     ("rtn", ()),
-    (of_kind("static"), ()),
+    ("static", ()),
     ("kvquant", ()),
 )
 """Codecs that code rows one by one."""

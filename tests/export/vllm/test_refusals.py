@@ -10,9 +10,8 @@ import pytest
 from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
 from kvsink.export.vllm.refusals import check_engine, check_folder, check_layer, read_plan
 from tests.export.vllm.plans import engine, folder, layer, planted
-from tests.paged import of_kind
 
-SERVED = ("klt", of_kind("trellis"), "centred", "rtn", of_kind("static"), "kvquant")
+SERVED = ("klt", "klt:best", "centred", "rtn", "static", "kvquant")
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from kvsink.kernels.backends import Shape
 from kvsink.kernels.cpu.pages import attend, declines
 from kvsink.kernels.pages import Batch, attend_pages_ref
 from tests.close import FUSED_FLOAT32
-from tests.paged import fed, of_kind, served
+from tests.paged import fed, served
 from tests.states import CPU, GPU, HEAD_DIM, KV_HEADS
 
-CODED = ((of_kind("trellis"), ()), ("klt", (("key_bits", 2.25),)))
+CODED = (("klt", ()), ("klt:best", (("key_bits", 2.25),)))
 
 
 def asked(repeats: int, rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_large_logits_stay_finite() -> None:
 
 def test_what_it_does_not_read_is_named() -> None:
     shape = Shape(4, 2, 16, 16, 16, torch.float32, rows=2)
-    known, unknown = served("klt").codec.format, served(of_kind("static")).codec.format
+    known, unknown = served("klt").codec.format, served("static").codec.format
     assert declines(known, shape, CPU) == "" and declines(known, shape, GPU) == "the device is cuda"
     assert declines(unknown, shape, CPU) == "rows of kind static"
     dense = replace(known, key=replace(known.key, block=1))
