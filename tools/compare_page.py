@@ -19,7 +19,8 @@ _ABOUT = """\
 # Methods side by side
 
 Every row goes through the real cache, fed in chunks, so that tokens attend to stored rows; the newest chunk is
-exact, as in `generate()`. The strict columns read even that one back from its codes. Bits are counted from every
+exact, as in `generate()`. The strict columns read even that one back from its codes. A window begins with the token that
+the model's tokenizer puts before every text, where it puts one; calibration does not. Bits are counted from every
 tensor that grows with tokens or sequences (scales, exact rows, windows, positions), at 4096 tokens and at the
 length of a window, in the layers that are packed; where layers stay in 16 bit, those of the whole cache stand behind.
 Static tables (codebooks, bases, means) are listed apart. A gap in bold is on the Pareto front of its model and text: no
@@ -75,7 +76,9 @@ def _model(model: str, rows: Sequence[Record]) -> str:
     if shape := next((r for r in rows if "head_dim" in r), None):
         packed = {r["packed_layers"] for r in rows if "packed_layers" in r}
         some = "" if packed <= {shape["layers"]} else f", {min(packed)} of them packed and the others left in 16 bit"
-        said.append(f"{shape['layers']} attention layers{some}, {shape['kv_heads']} heads of {shape['head_dim']} channels")
+        said.append(
+            f"{shape['layers']} attention layers{some}, {shape['kv_heads']} key-value heads of {shape['head_dim']} channels"
+        )
     said += sorted({r["dtype"] for r in rows})
     return f"- {model}: {', '.join(said)}; measured on {', '.join(sorted({r['device'] for r in rows}))}."
 

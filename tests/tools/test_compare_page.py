@@ -49,7 +49,7 @@ def test_bits_of_the_whole_cache_stand_behind_where_layers_stay_in_16_bit() -> N
     shape = {"layers": 18, "kv_heads": 1, "head_dim": 256, "packed_layers": 3, "dtype": "float32", "cache_bits": 7.4}
     page = markdown([record(**shape), record("klt", 2.1, 0.03, cache_bits=2.1)])
     assert "| 2.500 (7.40) |" in page and "| 2.100 |" in page
-    assert "18 attention layers, 3 of them packed and the others left in 16 bit, 1 heads of 256 channels, float32" in page
+    assert "18 attention layers, 3 of them packed and the others left in 16 bit, 1 key-value heads of 256 channels, float32" in page
 
 
 def test_what_was_not_measured_is_said() -> None:
