@@ -41,6 +41,7 @@ __all__ = [
 FLAVOURS = ("functions", "custom", "gqa")
 # Fields and words that came after, whose meaning nodes carry; stages are functions of `Steps`.
 CARRIED: tuple[str, ...] = (*TABLES_BACK, "spread", "klt after RoPE", "grouped")
+LIBRARY = ("uniform", "uniform-int", "gauss", "lloyd", "lloyd-even", "vector", "static", "trellis")  # as tools/ort_ops knows them
 _HEADS, _DIM = 8, 64  # of the model that the table imagines
 
 
@@ -112,6 +113,10 @@ def lean_refusal(codec: Codec | None, kind: str) -> str:
 
 def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str:
     """Why a layer's codec cannot leave in a flavour, or an empty string."""
+    if flavour == "custom":
+        for name, side in (("keys", codec.key), ("values", codec.value)):
+            if side.packed and side.kind in QUANTIZER_BODIES and side.kind not in LIBRARY:
+                return f"the library of operators has no kernel for quantizer {side.kind} of {name}; use flavour functions"
     return gqa_refusal(codec, segments) if flavour == "gqa" else codec_refusal(codec, segments)
 
 
@@ -205,15 +210,17 @@ def check_expressible(
 def explain_flavours(model: Any, runtime: Runtime) -> str:
     """What of a rewritten model leaves as ONNX: the flavours it leaves in, and one line for every reason against the others."""
     leaves: list[str] = []
-    lines: list[str] = []
-    for flavours in (("functions", "custom"), ("gqa",)):
-        whole = model_refusal(model, flavour=flavours[0])
+    refused: dict[str, list[str]] = {}
+    for flavour in FLAVOURS:
+        whole = model_refusal(model, flavour=flavour)
         reasons: dict[str, int] = {f"the model: {whole}": 1} if whole else {}
         for plan in runtime.plans if not whole else ():
-            if plan.codec is not None and (reason := refusal(flavours[0], plan.codec, plan.segments)):
+            if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
                 reasons[reason] = reasons.get(reason, 0) + 1
-        leaves += [] if reasons else flavours
-        lines += [f"onnx: not as {', '.join(flavours)}, {count} times: {reason}" for reason, count in reasons.items()]
+        leaves += [] if reasons else [flavour]
+        for reason, count in reasons.items():
+            refused.setdefault(f"{count} times: {reason}", []).append(flavour)
+    lines = [f"onnx: not as {', '.join(flavours)}, {why}" for why, flavours in refused.items()]
     return "\n".join([f"onnx: leaves as {', '.join(leaves)}" if leaves else "onnx: no flavour", *lines])
 
 

@@ -51,6 +51,7 @@ def declared(name: str) -> Any:
 
 def test_every_op_is_here() -> None:
     ops = {n.removeprefix("kvsink::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("kvsink::")}
+    ops.discard("note_written")  # of kvsink.export.vllm, where that has been imported
     # The cache ops take the state of a layer; they are tested below, over the codecs of all methods.
     assert {n.split(".")[0] for n in ops} == set(SPECS) | {"append_", "read", "attend", "append_attend_", "release_", "settle_"}
     assert set(FORMULAS) == set(SPECS)

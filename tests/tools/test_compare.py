@@ -358,4 +358,4 @@ def test_bad_models_and_sets_are_one_line_before_anything_runs(asked, words, tin
 
 def test_several_models_are_for_the_comparison(tiny_dir, capsys):
     assert eval_main([str(tiny_dir), str(tiny_dir)]) == 2
-    assert "2 models go with --compare" in capsys.readouterr().err
+    assert "is a second MODEL; several go with --length or --compare" in capsys.readouterr().err
