@@ -48,13 +48,17 @@ def divergence(method: str, bits: int, with_bias: bool) -> float:
     return float((exact.exp() * (exact - found)).sum(-1).mean())
 
 
+# Keys that are whitened after RoPE are centred by the mean there, in which a bias of channels that turn fast is not.
+CENTRED = sorted(n for n, m in methods().items() if m.key.center and (m.key.domain == "block" or m.key.transform != "klt"))
+
+
 def test_the_bias_stands_where_it_should() -> None:
     there = [bool(layer.self_attn.k_proj.bias.any()) for layer in model_of(True).model.layers]
     assert there == [True, False, False, True]
 
 
 @pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("method", sorted(name for name, m in methods().items() if m.key.center))
+@pytest.mark.parametrize("method", CENTRED)
 def test_centred_keys_survive_a_large_bias(method: str, bits: int) -> None:
     plain, with_bias = (divergence(method, bits, b) for b in (False, True))
     assert plain > 0 and with_bias <= SURVIVES * plain, f"{plain:.5f} without, {with_bias:.5f} with the bias"
