@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kvsink.calibrate.observing import calibration_windows
 from kvsink.errors import KvsinkError, UnknownName
@@ -194,16 +193,6 @@ def named_models(asked: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def begun(ids: Tensor, tokenizer: Any) -> Tensor:
-    """Windows [N, T] as `generate()` gives text to a model: the first token of each makes room for the one that the tokenizer puts
-    before every text, where it puts one. Gemma 3 is out of its depth without it."""
-    own, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    if whole[:1] != own[:1]:
-        ids = ids.clone()
-        ids[:, 0] = whole[0]
-    return ids
-
-
 def make_bench(
     name: str,
     folder: Path,
@@ -230,7 +219,7 @@ def make_bench(
         )
     else:
         words, said = evaluation_text(), "WikiText-2 test, detokenized"
-    ids = begun(token_windows(words, tokenizer, windows, window_tokens), tokenizer)
+    ids = token_windows(words, tokenizer, windows, window_tokens)
     net = load_model(folder, device, dtype)
     calibration_ids = calibration_windows(Decoder(net), "builtin", calibration_tokens, tokenizer)
     return Bench(net, name, ids, said, calibration_ids, tokenizer, chunk, batch, strict)

@@ -77,9 +77,19 @@ def observe(
     return record
 
 
+def begun(windows: Tensor, tokenizer: Any) -> Tensor:
+    """Windows of text [N, T] as `generate()` gives text to a model: the first token of each makes room for the one that the
+    tokenizer puts before every text, where it puts one. Gemma 3 is out of its depth without it."""
+    own, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    if whole[:1] != own[:1]:
+        windows = windows.clone()
+        windows[:, 0] = whole[0]
+    return windows
+
+
 def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any) -> Tensor:
-    """Windows [N, T] of token ids from ids, texts, "builtin" or a text file."""
-    config = decoder.config
+    """Windows [N, T] of token ids from ids, texts, "builtin" or a text file; those of text begin as the tokenizer begins one."""
+    config, begin = decoder.config, False
     length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW)
     if are_prompts(source):
         kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
@@ -94,7 +104,7 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
         else:
             text = "\n\n".join(source)
         tokenizer = tokenizer or _tokenizer_of(decoder)
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids, begin = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]), True
     if ids.dim() == 1:
         if ids.numel() < length:
             length = ids.numel()
@@ -107,6 +117,7 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
                 f"--calibration-tokens {ids.numel()}"
             )
         ids = ids[: count * length].reshape(count, length)
+        ids = begun(ids, tokenizer) if begin else ids
     if ids.numel() == 0:
         raise CalibrationError("0 calibration tokens: give token ids [N, T], or a longer text")
     vocabulary = config.vocab_size

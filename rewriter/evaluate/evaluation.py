@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvsink.calibrate.observing import begun
 from kvsink.errors import EvaluationError
 from kvsink.evaluate.positions import Sums
 from kvsink.evaluate.reference import Reference
@@ -64,7 +65,8 @@ def method_name(model: Any) -> str:
 
 
 def token_windows(text: str, tokenizer: Any, windows: int, window_tokens: int) -> Tensor:
-    """`windows` windows of `window_tokens` tokens, spread evenly over `text`; no token is added: ids [N, T]."""
+    """`windows` windows of `window_tokens` tokens, spread evenly over `text`, the first token of each as the
+    tokenizer begins a text: ids [N, T]."""
     if windows < 1 or window_tokens < 2:
         raise EvaluationError(
             f"cannot evaluate {windows} windows of {window_tokens} tokens. Ask for at least 1 window of at least 2 tokens"
@@ -78,7 +80,7 @@ def token_windows(text: str, tokenizer: Any, windows: int, window_tokens: int) -
         )
     spare = len(ids) - windows * window_tokens
     starts = [k * window_tokens + (k * spare // (windows - 1) if windows > 1 else 0) for k in range(windows)]
-    return torch.stack([ids[start : start + window_tokens] for start in starts])
+    return begun(torch.stack([ids[start : start + window_tokens] for start in starts]), tokenizer)
 
 
 def evaluate(

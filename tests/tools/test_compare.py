@@ -325,17 +325,6 @@ def test_a_model_is_called_by_its_own_name(tiny_dir, wide_dir, tmp_path, monkeyp
     }
 
 
-def test_windows_begin_as_the_tokenizer_begins_a_text(tiny_dir):
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
-    tokenizer, ids = AutoTokenizer.from_pretrained(tiny_dir), tokens(2, 8)
-    assert torch.equal(tool.begun(ids, tokenizer), ids)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    found = tool.begun(ids, tokenizer)
-    assert found[:, 0].tolist() == [1, 1] and torch.equal(found[:, 1:], ids[:, 1:]) and ids[0, 0] != 1
-
-
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

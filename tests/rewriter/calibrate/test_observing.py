@@ -11,6 +11,7 @@ import torch
 import kvsink
 from kvsink.calibrate.observing import calibration_windows
 from kvsink.errors import CalibrationError
+from kvsink.evaluate.evaluation import token_windows
 from kvsink.model.decoder import Decoder
 from tests.models import VOCAB, build, tokens
 
@@ -21,7 +22,6 @@ class Characters:
     """A tokenizer that knows letters."""
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        assert not add_special_tokens
         return {"input_ids": [3 + ord(c) % (VOCAB - 3) for c in text]}
 
 
@@ -29,6 +29,20 @@ class Characters:
 def test_calibration_sources(source: Any) -> None:
     report = kvsink.rewrite(build("llama"), "klt", calibration=source, calibration_tokens=512, tokenizer=Characters())
     assert report.calibration_tokens == 512
+
+
+def test_windows_of_text_begin_as_the_tokenizer_begins_one(tmp_path: Path) -> None:
+    class Begins(Characters):
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + super().__call__(text)["input_ids"]}
+
+    file = tmp_path / "text.txt"
+    file.write_text("some text of its own " * 40)
+    decoder = Decoder(build("llama"))
+    plain, begun = (calibration_windows(decoder, file, 512, tokenizer()) for tokenizer in (Characters, Begins))
+    assert begun[:, 0].tolist() == [1] * 4 and torch.equal(begun[:, 1:], plain[:, 1:]) and (plain[:, 0] != 1).all()
+    assert torch.equal(calibration_windows(decoder, IDS, 512, Begins()), IDS)  # token ids are taken as they are
+    assert token_windows(file.read_text(), Begins(), 3, 50)[:, 0].tolist() == [1] * 3
 
 
 def test_a_text_file_is_a_source(tmp_path: Path) -> None:
