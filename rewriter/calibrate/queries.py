@@ -136,9 +136,11 @@ def see_queries(
 
 
 def _reads(module: nn.Module, heads: int, kv_heads: int, dim: int) -> Tensor | None:
-    """`reads` of an attention module with a plain output projection [E, Hq·Dv]; None without."""
+    """`reads` of an attention module with a plain output projection [E, Hq·Dv] that is held in memory; None without."""
     projection = getattr(module, "o_proj", None)
-    if type(projection) is not nn.Linear or not is_plain(projection.weight) or projection.weight.shape[1] != heads * dim:
+    if type(projection) is not nn.Linear or projection.weight.is_meta or not is_plain(projection.weight):
+        return None
+    if projection.weight.shape[1] != heads * dim:
         return None
     w = projection.weight.detach().double().unflatten(1, (kv_heads, -1, dim))  # [E, H, G, Dv]
     return torch.einsum("ehgc,ehgd->hcd", w, w).cpu()

@@ -15,6 +15,7 @@ import transformers as hf
 import kvsink
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, UnsupportedError
 from kvsink.model.runtime import runtime_of
+from tests.graphs import text_for
 from tests.models import _DECODER, LAYERS, build, tokens
 
 IDS = tokens(8, 64, seed=1)
@@ -36,7 +37,8 @@ IDS = tokens(8, 64, seed=1)
         ({"method": "rtn", "key_bits": 2.5}, UnsupportedError, "bits=2.5 is not whole.*use 2 or 3"),
         ({"window": -1}, KvsinkError, "window=-1 is negative"),
         ({"layers": "1:window=-4"}, KvsinkError, "window=-4 is negative"),
-        ({"protect": "sinks:4"}, KvsinkError, "unknown protection 'sinks'"),
+        ({"protect": "sink:4"}, KvsinkError, "unknown protection 'sink'"),
+        ({"protect": "sinks:4"}, KvsinkError, "protection 'sinks:4' needs a share above 0 and up to 1"),
         ({"layers": "0:protect=first:x"}, KvsinkError, "needs a positive number"),
         ({"calibration": tokens(1, 8)}, CalibrationError, "8 calibration tokens are too few"),
     ],
@@ -89,12 +91,19 @@ def test_heads_that_cannot_be_packed(method: str) -> None:
     kvsink.rewrite(head_of(12), method, key_bits=16, value_bits=16)
 
 
+def few(method: str) -> str:
+    """The protection of a method, with less than a tiny text exact."""
+    protect = kvsink.get_method(method).protect
+    return "first:1" if protect.startswith("first:") else protect
+
+
 @pytest.mark.parametrize("dim", [24, 40, 56])
 @pytest.mark.parametrize("method", sorted(kvsink.methods()))
 def test_heads_that_are_not_a_power_of_two(method: str, dim: int) -> None:
     """Rotated in the largest runs that have a Hadamard matrix: 24, 40 and 8 channels. Codebooks have 4 bits at most."""
-    model, bits = head_of(dim), 4 if kvsink.get_method(method).key.kind == "vector" else 8
-    kvsink.rewrite(model, method, calibration=IDS, key_bits=bits, value_bits=bits, window=0)
+    model, bits = head_of(dim), 4 if kvsink.get_method(method).key.kind.startswith("vector") else 8
+    options = {"key_bits": bits, "value_bits": bits, "window": 0, "protect": few(method)}
+    kvsink.rewrite(model, method, calibration=text_for(method, **options), **options)
     ids = tokens(1, 12 + runtime_of(model).plans[0].codec.ring, seed=3)  # recent rows are exact even when strict
     with torch.no_grad():
         wanted = model(ids).logits

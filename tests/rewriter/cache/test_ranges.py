@@ -21,6 +21,7 @@ from kvsink.kernels.triton import attend as attend_triton
 from kvsink.model.passing import given_cache
 from kvsink.model.runtime import runtime_of
 from tests.close import FUSED_FLOAT32, largest_difference
+from tests.graphs import text_for
 from tests.models import HEAD_DIM, KV_HEADS, build, tokens
 from tests.states import CPU, GPU, shape_of
 
@@ -40,7 +41,9 @@ def scaled(side: str, factor: float) -> Any:
 
 def rewritten(side: str, factor: float, method: str, **options: Any) -> Any:
     model = scaled(side, factor)
-    kvsink.rewrite(model, method, calibration=tokens(8, 64, seed=1), **options)
+    if kvsink.get_method(method).protect.startswith("first:"):
+        options["protect"] = "first:1"  # not all of a tiny text
+    kvsink.rewrite(model, method, calibration=text_for(method, **options), **options)
     return model
 
 
@@ -68,7 +71,7 @@ def error(side: str, factor: float, method: str, max_length: int | None) -> floa
 
 
 @pytest.mark.parametrize("power", [20, pytest.param(-20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", sorted(kvsink.methods()))
+@pytest.mark.parametrize("method", sorted({*kvsink.methods()} - {"kvarn"}))  # which clamps deviations and scales at fixed sizes
 def test_powers_of_two_change_no_code(method: str, power: int) -> None:
     for side in _PAIRS:
         one, two = (rewritten(side, factor, method) for factor in (1.0, 2.0**power))
