@@ -27,7 +27,7 @@ from kvsink.calibrate.design import gather_needs
 from kvsink.calibrate.record import Calibration
 from kvsink.errors import KvsinkError
 from kvsink.evaluate.evaluation import dynamic_cache, packed_cache
-from kvsink.methods import Method, methods
+from kvsink.methods import Method, get_method, methods
 from kvsink.model.passing import given_cache
 from kvsink.rewrite import rewrite
 
@@ -133,7 +133,7 @@ def study(
     device: str = "cpu",
     chunk: int = CHUNK,
 ) -> list[BiasRow]:
-    """Every method with and without the bias, on hidden states of random tokens."""
+    """Every method and variant with and without the bias, on hidden states of random tokens."""
     plain = random_qwen2(head_dim).to(device)
     generator = torch.Generator().manual_seed(2)
     vocabulary = plain.config.vocab_size
@@ -141,8 +141,9 @@ def study(
     text = torch.randint(3, vocabulary, (calibration_tokens // tokens, tokens), generator=generator)
     models = (plain, biased(plain, ids))
     found: list[BiasRow] = []
-    for name in names or sorted(methods()):
-        method = methods()[name]
+    every = sorted([*methods(), *(f"{m.name}:{v}" for m in methods().values() for v in m.variants)])
+    for name in names or every:
+        method = get_method(name)
         try:
             errors = [error_of(m, method, bits, _record(m, method, bits, text), ids, chunk) for m in models]
         except KvsinkError as reason:
