@@ -25,7 +25,7 @@ EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
 WIDTHS = (1, 2, 3, 4, 8)  # bits of a code
 TESTED = ((9, 0),)  # compute capabilities on which the tests have run
-WALKED: tuple[tuple[int, int], ...] = ()  # the same of codes of a trellis
+WALKED = ((9, 0),)  # the same of codes of a trellis
 
 
 def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:

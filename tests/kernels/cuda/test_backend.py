@@ -75,6 +75,7 @@ def test_a_refusal_is_told_once_before_work_starts(monkeypatch: pytest.MonkeyPat
 def test_a_gpu_on_which_no_test_has_run_is_used_and_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "library", lambda variant, device: object())
     monkeypatch.setattr(backends, "_TOLD", set())
+    monkeypatch.setattr(backend, "WALKED", ())
     f, shape = layer_of(0).codec.format.in_tiles(), Shape(8, 2, 128, 128, 128, torch.float16)
     walked = layer_of(6).codec.format.in_tiles()
     with pytest.warns(UserWarning, match=r"9\.0 is one on which no test of codes of a trellis has run"):

@@ -42,8 +42,8 @@ def rewritten(method: str, dim: int, options: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("klt", {}),
-        ("klt", {"key_bits": 2, "value_bits": 4}),
+        ("klt:codebooks", {}),
+        ("klt:best", {"key_bits": 2, "value_bits": 4}),
         ("cq", {}),
         ("rtn", {"key_bits": 6, "value_bits": 6, "protect": "first:2"}),
         ("kivi", {}),
