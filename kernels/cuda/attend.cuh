@@ -81,7 +81,7 @@ constexpr int OFF_BASIS = OFF_MEAN + MEAN_BYTES;
 constexpr int OFF_PART = OFF_BASIS + BASIS_BYTES;
 constexpr int OFF_ROTATED = OFF_BASIS;                // attend_single: query in the basis, and its sums; it reads the basis from L2
 constexpr int RAW_ROW = (RUNS + 3) / 4 * 4 + 4, RAW_BYTES = MODE == 0 ? 0 : COLUMNS * 4 * RAW_ROW * 4, QT_BYTES = MODE == 2 ? 0 : COLUMNS * D * 2;
-constexpr int OFF_RAW = OFF_PART + WARPS * COLUMNS * PART * 4;                  // query, B-fragment order; two rows of the batch
+constexpr int OFF_RAW = OFF_PART + WARPS * R * PART * 4;                        // query, B-fragment order; two rows of the batch
 constexpr int OFF_QT = OFF_RAW + 2 * RAW_BYTES;                                // transformed query, COLUMNS x D fp16; two rows of the batch
 constexpr int OFF_SUM = OFF_QT + 2 * QT_BYTES;                                 // sums of the transformed query, 2 x COLUMNS
 struct Queries { static constexpr int HEADS = COLUMNS, RAW = OFF_RAW, QT = OFF_QT, SUM = OFF_SUM, RAW_STEP = RAW_BYTES, QT_STEP = QT_BYTES; };

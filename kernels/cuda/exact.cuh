@@ -191,10 +191,10 @@ DEVICE void attend_many(const Params& p, const Place& place, int b, int warp, in
   for (int k = 0; k < K_STEPS; k++)
 #pragma unroll
     for (int i = 0; i < 4; i++)
-      if (2 * t + (i & 1) < COLUMNS) dst[(2 * t + (i & 1)) * PART + 32 * (k >> 1) + 8 * (g >> 1) + 2 * (2 * (k & 1) + (i >> 1)) + (g & 1)] = o[k][i];
+      if (2 * t + (i & 1) < R) dst[(2 * t + (i & 1)) * PART + 32 * (k >> 1) + 8 * (g >> 1) + 2 * (2 * (k & 1) + (i >> 1)) + (g & 1)] = o[k][i];
 #pragma unroll
   for (int i = 0; i < 2; i++)
-    if (g == 0 && 2 * t + i < COLUMNS) {
+    if (g == 0 && 2 * t + i < R) {
       dst[(2 * t + i) * PART + D] = l[i] > 0 ? m[i] : NEG_INF;
       dst[(2 * t + i) * PART + D + 1] = l[i];
     }

@@ -2,8 +2,7 @@
 #ifndef KVSINK_MERGE
 #define KVSINK_MERGE
 
-// What a warp has of R heads, in the values' own unit; heads beyond R are not written where `own` is set.
-template <bool OWN = false>
+// What a warp has of R heads, in the values' own unit.
 DEVICE void write_warp_partial(State& st, float* dst, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
@@ -21,12 +20,12 @@ DEVICE void write_warp_partial(State& st, float* dst, int lane) {
       if (!WIDE) v += shfl_xor(v, 2);
       const float unit = VALUE_TRELLIS ? walk_unit(VF.width[2 * m + (i >> 1)]) : (float)(1 << (24 - VF.pos[2 * m + (i >> 1)]));
       const int head = 2 * t + (i & 1);
-      if (head < (OWN ? R : COLUMNS)) dst[head * PART + m * 16 + (i >> 1) * 8 + g] = v * unit + st.z[i & 1];
+      if (head < R) dst[head * PART + m * 16 + (i >> 1) * 8 + g] = v * unit + st.z[i & 1];
     }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int head = 2 * lane + i;
-    if (lane >= 4 || head >= (OWN ? R : COLUMNS)) continue;
+    if (lane >= 4 || head >= R) continue;
     dst[head * PART + D] = st.fresh ? NEG_INF : st.m[i];
     dst[head * PART + D + 1] = st.l[i];
   }
@@ -34,7 +33,8 @@ DEVICE void write_warp_partial(State& st, float* dst, int lane) {
 
 template <int N = WARPS> DEVICE Partial merge_warps(const float* parts, int hq, int lane) {
   Partial a = nothing();
-  const float* mine = parts + ((lane < N ? lane : 0) * COLUMNS + hq) * PART;
+  if (hq >= R) return a;                             // a spare column
+  const float* mine = parts + ((lane < N ? lane : 0) * R + hq) * PART;
   const float m = mine[D], l = lane < N ? mine[D + 1] : 0.0f;
   a.m = m;
 #pragma unroll
@@ -45,7 +45,7 @@ template <int N = WARPS> DEVICE Partial merge_warps(const float* parts, int hq, 
   for (int w = 0; w < N; w++) {
     const float e = shfl_float(f, w);
     float v[CH];
-    load_channels(v, parts + (w * COLUMNS + hq) * PART, lane);
+    load_channels(v, parts + (w * R + hq) * PART, lane);
 #pragma unroll
     for (int i = 0; i < CH; i++) a.o[i] += e * v[i];
   }

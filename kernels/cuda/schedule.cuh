@@ -28,42 +28,40 @@ DEVICE void settle(Work& w, const Rows& r, int warp) {
   }
 }
 
-// Part `part` of 1 << shift of superblock i of row b into a stage.
-DEVICE void ask(const Params& p, int b, int kv, int i, int part, int shift, int lane, unsigned char* stage, u64* bar) {
-  if (!copies(lane)) return;
+// Part `part` of 1 << SHIFT of superblock i of row b into a stage; its numbers whole.
+template <int SHIFT> DEVICE void ask(const Params& p, int b, int kv, int i, int part, int lane, unsigned char* stage, u64* bar) {
   const long long tile = tile_of(p, b, kv, i);
-  const u32 kb = K_BYTES >> shift, vb = V_BYTES >> shift, ks = KS_BYTES >> shift, vs = VS_BYTES >> shift;
   const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_STRIDE, *values = (const unsigned char*)p.v_codes + tile * V_STRIDE;
   const unsigned char* of_keys = KEY_TRELLIS ? keys + K_BYTES : (const unsigned char*)p.k_scale + tile * KS_BYTES;
   const unsigned char* of_values = VALUE_TRELLIS ? values + V_BYTES : (const unsigned char*)p.v_scale + tile * VS_BYTES;
-  unsigned char *scales = stage + KI_BYTES, *value_scales = scales + KS_BYTES;
-  const auto numbers = [&](int ka, u32 kn, int va, u32 vn) {
-    copy(scales + ka, of_keys + ka, kn, bar, lane);
-    copy(value_scales + va, of_values + va, vn, bar, lane);
-  };
-  copies_begin(bar, kb + vb + ks + vs + ROT_BYTES + (p.mask ? 128 : 0));
-  if (WIDE && shift) {                               // tiles of one block, which stand between those of the other
-    const Item item = item_of(part, shift);
-    for (int n = 0; n < item.pairs; n++) {
-      const int from = 2 * (item.first + n) + item.block;
-      copy(stage + n * K_TILE * 4, keys + from * K_TILE * 4, K_TILE * 4, bar, lane);
-      copy(stage + IN_VALUES + n * V_TILE * 4, values + from * V_TILE * 4, V_TILE * 4, bar, lane);
+  if constexpr (WIDE && SHIFT > 0) {                 // tiles of one block, which stand between those of the other
+    const Item item = item_of(part, SHIFT);
+    const int from = 2 * item.first + item.block;
+#pragma unroll
+    for (int n = 0; n < 8 >> SHIFT; n++) {
+      copy_by_lanes<K_TILE * 4>(stage + n * K_TILE * 4, keys + (from + 2 * n) * K_TILE * 4, lane);
+      copy_by_lanes<V_TILE * 4>(stage + IN_VALUES + n * V_TILE * 4, values + (from + 2 * n) * V_TILE * 4, lane);
     }
-    numbers(part * ks, ks, part * vs, vs);
   } else {
-    copy(stage, keys + part * kb, kb, bar, lane);
-    copy(stage + IN_VALUES, values + part * vb, vb, bar, lane);
-    if (shift == 0) numbers(0, ks, 0, vs);
-    else                                             // the even tiles' tokens, then the odd tiles'
-      for (int half = 0; half < 2; half++) numbers(half * (KS_BYTES / 2) + part * (ks / 2), ks / 2, half * (VS_BYTES / 2) + part * (vs / 2), vs / 2);
+    copy_by_lanes<(K_BYTES >> SHIFT)>(stage, keys + part * (K_BYTES >> SHIFT), lane);
+    copy_by_lanes<(V_BYTES >> SHIFT)>(stage + IN_VALUES, values + part * (V_BYTES >> SHIFT), lane);
   }
-  if (p.mask) copy(stage + IN_MASK, p.mask + b * p.mask_row + i * 128, 128, bar, lane);
-  if (ROT_BYTES) copy(stage + IN_ROT, p.rotation + (long long)i * (ROT_BYTES / 4), ROT_BYTES, bar, lane);
-  copies_end(bar);
+  if constexpr (KS_BYTES + VS_BYTES <= 512) {
+    if (16 * lane < KS_BYTES + VS_BYTES) copy16(stage + KI_BYTES + 16 * lane, (16 * lane < KS_BYTES ? of_keys : of_values - KS_BYTES) + 16 * lane);
+  } else {
+    copy_by_lanes<KS_BYTES>(stage + KI_BYTES, of_keys, lane);
+    copy_by_lanes<VS_BYTES>(stage + KI_BYTES + KS_BYTES, of_values, lane);
+  }
+  if (p.mask) copy_by_lanes<128>(stage + IN_MASK, p.mask + b * p.mask_row + i * 128, lane);
+  copy_by_lanes<ROT_BYTES>(stage + IN_ROT, p.rotation + (long long)i * (ROT_BYTES / 4), lane);
+  arrive_when_copied(bar);
 }
 DEVICE void request(const Params& p, Work& w, const Rows& r, int kv, int warp, int lane, unsigned char* stage, u64* bar) {
   if (!w.valid) return;
-  ask(p, w.row, kv, w.first + (w.i >> w.shift), w.i & ((1 << w.shift) - 1), w.shift, lane, stage, bar);
+  constexpr int WHOLE = halvings(ITEM_PAIRS), SMALL = halvings(STEP_PAIRS);
+  const int i = w.first + (w.i >> w.shift), part = w.i & ((1 << w.shift) - 1);
+  if (WHOLE == SMALL || w.shift == WHOLE) ask<WHOLE>(p, w.row, kv, i, part, lane, stage, bar);
+  else ask<SMALL>(p, w.row, kv, i, part, lane, stage, bar);
   w.i += WARPS;
   settle(w, r, warp);
 }
@@ -112,7 +110,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     barrier_init(ready, SERVICE); barrier_init(ready + 1, SERVICE);
     barrier_init(done, WARPS);
     barrier_init(emptied, SERVICE);
-    for (int i = 0; i < WARPS * STAGES; i++) barrier_init(bars + 8 + i, COPIERS);
+    for (int i = 0; i < WARPS * STAGES; i++) barrier_init(bars + 8 + i, 32);
     barrier_init_fence();
   }
   if (warp == 0) {
@@ -203,7 +201,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
   if constexpr (SHIFTS) more_registers<COMPUTE_REGISTERS>();
   u64* full = bars + 8 + warp * STAGES;
   unsigned char* stages = smem + warp * STAGES * STAGE_BYTES;
-  float* part = (float*)(smem + OFF_PART) + warp * COLUMNS * PART;
+  float* part = (float*)(smem + OFF_PART) + warp * R * PART;
   Work fetch;
   fetch.row = first_row; fetch.last = last_row; fetch.valid = true;
   enter_row(fetch, rows, warp);
@@ -282,12 +280,12 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   unsigned char* stage = smem + warp * STAGE_BYTES;
 
   if (attends && lane == 0) {
-    barrier_init(full, MODE != 0 ? 2 * COPIERS : COPIERS);
+    barrier_init(full, MODE != 0 ? 32 + COPIERS : 32);
     barrier_init_fence();
   }
   if (attends) {
     sync_warp();
-    ask(p, 0, kv, c, warp, 2, lane, stage, full);
+    ask<2>(p, 0, kv, c, warp, lane, stage, full);
     if (MODE != 0 && copies(lane)) {                 // the pair's part of the table of the mean's logit
       const Item item = item_of(warp, 2);            // two warps write the same where they share pairs
       const u32 size = item.pairs * (MEAN_BYTES / 4);
@@ -378,7 +376,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
     if (any_lane(valid != ALL_SEEN)) step<true, TILES_ALONE>(st, stage, smem, q, rotated, shift, item, item.first, mine, valid, lane);
     else step<false, TILES_ALONE>(st, stage, smem, q, rotated, shift, item, item.first, mine, valid, lane);
-    write_warp_partial(st, (float*)(smem + OFF_PART) + warp * COLUMNS * PART, lane);
+    write_warp_partial(st, (float*)(smem + OFF_PART) + warp * R * PART, lane);
   } else if (last) {
     exact = attend_exact(side, qv, p, 0, kv, lane);
   }
@@ -404,19 +402,19 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
 constexpr int TEAMS = SERVICE / R, IN_FLIGHT = 2;                              // service warps of one team hold the heads of a row
 constexpr int ROW_PART = R * PART * 4;
 struct WarpQueries {                                                           // buffer IN_FLIGHT * warp + (row & 1)
-  static constexpr int HEADS = R, RAW = OFF_RAW, RAW_STEP = MODE == 0 ? 0 : R * 4 * RAW_ROW * 4, QT = RAW + WARPS * IN_FLIGHT * RAW_STEP;
+  static constexpr int HEADS = R, RAW = OFF_PART + WARPS * IN_FLIGHT * ROW_PART, RAW_STEP = MODE == 0 ? 0 : R * 4 * RAW_ROW * 4, QT = RAW + WARPS * IN_FLIGHT * RAW_STEP;
   static constexpr int QT_STEP = MODE == 2 ? 0 : R * D * 2, SUM = QT + WARPS * IN_FLIGHT * QT_STEP;
 };
 constexpr int WARP_BAR = WarpQueries::SUM + WARPS * IN_FLIGHT * R * 4;         // tables, then per warp: ready, done, emptied, stages
 constexpr int WARP_BARS = 3 * IN_FLIGHT + STAGES, WARP_SMEM = WARP_BAR + 8 * (1 + WARPS * WARP_BARS);
-static_assert(WARPS * IN_FLIGHT * ROW_PART <= OFF_RAW - OFF_PART && WARP_BAR % 8 == 0, "results lie where those of attend_packed do");
+static_assert(WARP_BAR % 8 == 0, "barriers");
 
 struct Walk { int row, last, i; };                   // items of the rows up to `last`, `items` of each, one after another
 
 DEVICE void ask_item(const Params& p, Walk& w, int items, int kv, int lane, unsigned char* stage, u64* bar) {
   constexpr int SHIFT = halvings(ITEM_PAIRS);
   if (w.row > w.last) return;
-  ask(p, w.row, kv, w.i >> SHIFT, w.i & ((1 << SHIFT) - 1), SHIFT, lane, stage, bar);
+  ask<SHIFT>(p, w.row, kv, w.i >> SHIFT, w.i & ((1 << SHIFT) - 1), lane, stage, bar);
   if (++w.i == items) { w.i = 0; w.row++; }
 }
 
@@ -437,7 +435,7 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
         barrier_init(bars + IN_FLIGHT + i, 1);
         barrier_init(bars + 2 * IN_FLIGHT + i, R);
       }
-      for (int i = 0; i < STAGES; i++) barrier_init(bars + 3 * IN_FLIGHT + i, COPIERS);
+      for (int i = 0; i < STAGES; i++) barrier_init(bars + 3 * IN_FLIGHT + i, 32);
     }
     barrier_init_fence();
   }
@@ -545,7 +543,7 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
       slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
     if (n >= IN_FLIGHT) barrier_wait(bars + 2 * IN_FLIGHT + (n & 1), (n >> 1 & 1) ^ 1);
-    write_warp_partial<true>(st, (float*)(smem + OFF_PART + at * ROW_PART), lane);
+    write_warp_partial(st, (float*)(smem + OFF_PART + at * ROW_PART), lane);
     sync_warp();
     if (lane == 0) barrier_arrive(bars + IN_FLIGHT + (n & 1));
   }

@@ -153,7 +153,7 @@ class Variant:
         scales = (128 if self.key_trellis else 256 if klt else 512) + (128 if self.value_trellis else 512)
         stage = codes * shape.items // 4 + scales + (4 * self.rotary if self.mode else 0) + 128
         tables = (128 * d if self.mode else 0) + (2 * d * d if klt else 0)
-        parts = shape.warps * columns * (d + 4) * 4
+        parts = shape.warps * -(-self.repeats // shape.groups(self.repeats)) * (d + 4) * 4
         raw = columns * 4 * (-(-runs // 4) * 4 + 4) * 4 if self.mode else 0
         query = 2 * raw + 2 * (0 if klt else columns * d * 2) + 64
         return shape.warps * shape.stages * stage + tables + parts + query + 8 * (shape.warps * shape.stages + 8)

@@ -136,9 +136,9 @@ def model_of(index: int) -> Any:
     return model
 
 
-def layer_of(index: int, batch: int) -> KVSinkLayer:
+def layer_of(index: int, batch: int, slots: int = SLOTS) -> KVSinkLayer:
     """Its second layer's empty cache, in tiles; what no token has written is NaN."""
-    return KVSinkCache.for_model(model_of(index), batch, max_length=SLOTS, tiles=True).packed_layers()[1]
+    return KVSinkCache.for_model(model_of(index), batch, max_length=slots, tiles=True).packed_layers()[1]
 
 
 def rows(batch: int, length: int, seed: int, heads: int, dim: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -210,6 +210,23 @@ def test_attention_equals_the_definition(index: int, batch: int, length: int, pa
     assert got is not None and (lib.partial == -1).all()  # as the next launch expects it
     scales_behind(layer, length, nan=False)
     wanted = defined(layer, length, (q, k, v), mask)
+    assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize(("index", "length"), [(6, 2500), (7, 2000), (33, 2100), (1, 1700)])
+def test_long_rows_equal_the_definition(index: int, length: int) -> None:
+    """More superblocks than warps, two rows to a block: every warp fills its stages again and again."""
+    kind, layer = KINDS[index], layer_of(index, 2, 2560)
+    fill(layer, index, 2, length, torch.zeros(2, 1, dtype=torch.int64))
+    for name in HELD:
+        setattr(layer, name, getattr(layer, name).to(torch.float16))
+    q = rows(2, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
+    k, v = (rows(2, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    lib = kernels(layer, index, 1)
+    got = launch.attend_one(lib, layer.codec, q, k, v, st, p, None, 0.09)
+    assert got is not None
+    wanted = defined(layer, length, (q, k, v), None)
     assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
 
 
