@@ -31,13 +31,10 @@ DEVICE void settle(Work& w, const Rows& r, int warp) {
 // Part `part` of 1 << shift of superblock i of row b into a stage.
 DEVICE void ask(const Params& p, int b, int kv, int i, int part, int shift, int lane, unsigned char* stage, u64* bar) {
   if (!copies(lane)) return;
-  const long long tile = tile_of(p, b, kv, i);
   const u32 kb = K_BYTES >> shift, vb = V_BYTES >> shift, ks = KS_BYTES >> shift, vs = VS_BYTES >> shift;
-  const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_STRIDE, *values = (const unsigned char*)p.v_codes + tile * V_STRIDE;
-  const unsigned char* of_keys = KEY_TRELLIS ? keys + K_BYTES : (const unsigned char*)p.k_scale + tile * KS_BYTES;
-  const unsigned char* of_values = VALUE_TRELLIS ? values + V_BYTES : (const unsigned char*)p.v_scale + tile * VS_BYTES;
+  const auto [keys, values, of_keys, of_values] = stored(p, b, kv, i);
   unsigned char *scales = stage + KI_BYTES, *value_scales = scales + KS_BYTES;
-  const auto numbers = [&](int ka, u32 kn, int va, u32 vn) {
+  const auto numbers = [&, of_keys = of_keys, of_values = of_values](int ka, u32 kn, int va, u32 vn) {
     copy(scales + ka, of_keys + ka, kn, bar, lane);
     copy(value_scales + va, of_values + va, vn, bar, lane);
   };

@@ -93,6 +93,10 @@ class Emulated:
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         self.lib.run_decode(ctypes.byref(argument), -(-rows // 8))
 
+    def list_exact(self, argument: Any, sequences: int) -> None:
+        assert self.lib.place_bytes() == ctypes.sizeof(argument)
+        self.lib.run_list(ctypes.byref(argument), sequences)
+
 
 def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any], seen: Callable[[Any], None]) -> None:
     """Layers in tiles on the CPU are served as on a GPU, by `library` in place of `launch.library`; seen: told of every call
