@@ -101,7 +101,10 @@ def check_engine(plan: Plan, config: Any, platform: str) -> None:
     split = {h for h in plan.kv_heads if h % ranks and ranks % h}
     of_token = any(QUANTIZERS[s.kind].scale_of_token for c in plan.codecs if c is not None for s in (c.key, c.value) if s.packed)
     whys = (
-        (platform != "cpu", f"the device is {platform}, and pages have kernels on processors alone so far"),
+        (
+            platform not in ("cpu", "cuda"),
+            f"the device is {platform}, and pages have kernels on processors and NVIDIA's GPUs alone",
+        ),
         (cache.cache_dtype not in plain, f"--kv-cache-dtype {cache.cache_dtype} codes a cache that is coded already; leave it out"),
         (cache.block_size != PAGE, f"--block-size {cache.block_size} is not the page of {PAGE} tokens; pass --block-size {PAGE}"),
         (config.speculative_config is not None, "speculative decoding takes rows back, which is not served yet; leave it out"),
