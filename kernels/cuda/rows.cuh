@@ -417,30 +417,32 @@ DEVICE Superblock superblock_of(const RowParams& p, int b, int head, int slot) {
 }
 // New row i into a place of its page, if it asks for one and is among the first. Rows of a page that are new come one behind the
 // other; what an earlier use of the page left in places behind them is dropped. Who reads `named` here counts entries that no row of
-// the launch changes.
-DEVICE void keep_in_page(const RowParams& p, const Raw& row, bool values, int i, long long unit, int lane) {
+// the launch changes. ALONE: it is the only row of its page.
+template <bool ALONE = false> DEVICE void keep_in_page(const RowParams& p, const Raw& row, bool values, int i, long long unit, int lane) {
   if (!p.places) return;
   const int slot = (int)(p.slots[i] & 127);
   unsigned char* named = p.named + unit;
+  // New rows of the page on one side of this one, one behind the other, and those of them that ask for a place.
   int before = 0, asked = 0, after = 0;
-  for (int j = lane + 1; ; j += 32) {
-    const bool linked = j <= slot && j <= i && p.slots[i - j] == p.slots[i] - j;
-    const u32 all = ballot_warp(linked);
-    before += popcount(all);
-    asked += popcount(ballot_warp(linked && p.asks[i - j]));
-    if (all != 0xffffffffu) break;
-  }
+  const auto count = [&](int way, int room, int& rows, int& asking) {
+    for (int j = lane + 1;; j += 32) {
+      const bool linked = j <= room && p.slots[i + way * j] == p.slots[i] + way * j;
+      const u32 all = ballot_warp(linked);
+      rows += popcount(all);
+      asking += popcount(ballot_warp(linked && p.asks[i + way * j]));
+      if (all != 0xffffffffu) return;
+    }
+  };
+  if constexpr (!ALONE) count(-1, slot < i ? slot : i, before, asked);
   const int held = lane < p.places ? named[lane] : 0, place = popcount(ballot_warp(held > 0 && held <= slot - before)) + asked;
   if (p.asks[i] && place < p.places) {
     store_raw(values ? p.exact_v : p.exact_k, unit / 2 + place * D + CH * lane, row);
     if (!values && lane == 0) named[place] = (unsigned char)(slot + 1);
   }
   if (values || before) return;
-  for (int j = lane + 1; ; j += 32) {
-    const bool linked = slot + j < 128 && i + j < p.B && p.slots[i + j] == p.slots[i] + j;
-    const u32 all = ballot_warp(linked);
-    after += popcount(ballot_warp(linked && p.asks[i + j]));
-    if (all != 0xffffffffu) break;
+  if constexpr (!ALONE) {
+    int rows = 0;
+    count(1, 127 - slot < p.B - 1 - i ? 127 - slot : p.B - 1 - i, rows, after);
   }
   if (lane < p.places && lane >= place + after + (p.asks[i] ? 1 : 0)) named[lane] = 0;
 }
@@ -540,15 +542,19 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   float* walked = (float*)smem + (WALK_SMEM ? warp * WALK_ROW : 0);
   const Superblock superblock = superblock_of(p, b, head, slot);
   if (s + p.window >= p.S) keep_recent(p, row, values, b, head, slot, lane);
-  if (p.slots) keep_in_page(p, row, values, b, superblock.unit, lane);
   if (values) {
     code_value(x, t, p, superblock, head, slot, walked, lane);
+    if (p.slots) keep_in_page(p, load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + CH * lane), true, b, superblock.unit, lane);
     return;
   }
   float sigma[CH] = {};
   if (MODE == 2) load_channels(sigma, p.sigma + head * D, lane);
   code_key(x, sigma, p, superblock, slot, walked, lane);
-  if (!p.slots && head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
+  if (p.slots) {
+    keep_in_page(p, load_raw(p.k, b * p.k_stride[0] + head * p.k_stride[1] + CH * lane), false, b, superblock.unit, lane);
+    return;
+  }
+  if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
   if (p.segments) {
     const Raw v = load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + CH * lane);
     enter_exact(p, row, v, b, head, slot, lane);
@@ -725,16 +731,18 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     widen(x, row, p.bf16);
     if (!live) return;
     keep_recent(p, row, true, b, head, slot, lane);
-    if (p.slots) keep_in_page(p, row, true, b, superblock.unit, lane);
     code_value(x, t, p, superblock, head, slot, (float*)smem + SINGLE_ROW_WALK, lane);
     if (!p.slots && head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
+    if (p.slots) {
+      keep_in_page<true>(p, row, true, b, superblock.unit, lane);
+      keep_in_page<true>(p, fresh(p.k, p.k_stride), false, b, superblock.unit, lane);
+    }
     return;
   }
   if constexpr (MODE == 2) {
     append_key(p, head, b, slot, live, (float*)smem, (float*)smem + D, warp, lane);
     if (!live || warp) return;
     if (p.window) keep_recent(p, fresh(p.k, p.k_stride), false, b, head, slot, lane);
-    if (p.slots) keep_in_page(p, fresh(p.k, p.k_stride), false, b, superblock.unit, lane);
   } else {
     Angles angles = {};
     const Raw row = fresh(p.k, p.k_stride);
@@ -748,7 +756,6 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     center_key(x, t, angles, p, lane);
     code_key(x, t, p, superblock, slot, (float*)smem, lane);
     keep_recent(p, row, false, b, head, slot, lane);
-    if (p.slots) keep_in_page(p, row, false, b, superblock.unit, lane);
   }
   if (p.segments) enter_exact(p, fresh(p.k, p.k_stride), fresh(p.v, p.v_stride), b, head, slot, lane);
 }

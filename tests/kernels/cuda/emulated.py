@@ -85,7 +85,11 @@ class Emulated:
 
     def append(self, argument: Any) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
-        if argument.S == 1 and self.single_rows >= argument.B and self.variant.single_row:
+        if (
+            argument.S == 1
+            and (min(1, self.single_rows) if argument.slots else self.single_rows) >= argument.B
+            and self.variant.single_row
+        ):
             self.lib.run_append_row(ctypes.byref(argument))
             return
         self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))
