@@ -122,6 +122,7 @@ class TilePages:
         self.p, self.dims = self.codec.tables(params), (of.key_dim, of.value_dim)
         self.format = PageFormat.of(self.codec, self.dims, places, dtype)
         self.lib = lib(self.codec, shape.repeats, rotary) if lib else launch.library(self.codec, shape.repeats, rotary, device)
+        self.opens = all(p.codec is None for p in runtime.plans[:layer])
         self._pages: tuple[tuple[int, torch.Size], Pages] | None = None
 
     def pages(self, cache: Tensor) -> Pages:
@@ -134,6 +135,8 @@ class TilePages:
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: TileStep, scale: float, out: Tensor) -> None:
         """New rows into their pages, then their attention over all rows of their sequences, in place of `out` [n, Hq, D]."""
         held, n = self.pages(cache), step.alone
+        if self.opens:  # a step can run twice, the second time under capture
+            step.known.clear()
         if self.order is not None:
             q, k = q.index_select(-1, self.order[0]), k.index_select(-1, self.order[0])
         asks = step.once(self.segments, lambda: self.sinks.asks(self.segments, step.positions))
