@@ -26,6 +26,7 @@ from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.export.vllm.page import PLACES, LayerPages, first_head
 from kvsink.export.vllm.refusals import Plan, check_engine, check_folder, check_layer, read_plan
 from kvsink.export.vllm.sinks import SHARE, Sinks
+from kvsink.export.vllm.tiles import TilePages
 from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
 from kvsink.model.runtime import Runtime
 
@@ -121,7 +122,7 @@ class KVSinkConfig(QuantizationConfig):
             raise UnsupportedError(f"kvsink in vLLM: {prefix} is a mixture of experts, which is not served yet")
         return None
 
-    def pages_of(self, layer: Any, index: int) -> LayerPages:
+    def pages_of(self, layer: Any, index: int) -> LayerPages | TilePages:
         """The pages of an attention layer of this rank."""
         assert self.plan is not None
         runtime, sinks = self.live()
@@ -130,4 +131,7 @@ class KVSinkConfig(QuantizationConfig):
         rank, ranks, total = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), self.plan.kv_heads[index]
         first = first_head(total, layer.num_kv_heads, rank, ranks)
         tokens = get_current_vllm_config().model_config.max_model_len
-        return LayerPages(runtime, index, first, layer.num_kv_heads, tokens, self.places, layer.dtype, sinks)
+        held = runtime, index, first, layer.num_kv_heads, tokens, self.places, layer.dtype, sinks
+        if current_platform.device_type != "cuda":
+            return LayerPages(*held)
+        return TilePages(*held, layer.num_heads, torch.device("cuda", torch.cuda.current_device()))

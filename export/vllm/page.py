@@ -8,19 +8,20 @@ Differs    new rows are read back from their codes as all others are (strict), s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvsink.codecs import Codec
 from kvsink.errors import UnsupportedError
 from kvsink.export.vllm.sinks import Sinks
 from kvsink.kernels.pages import Batch, PageFormat, Pages, RowCoder, attend_pages, write_pages
 from kvsink.model.runtime import Runtime
 
-__all__ = ["LayerPages", "Step", "first_head"]
+__all__ = ["LayerPages", "Step", "first_head", "held_tables"]
 
 PLACES = 2  # exact rows of a page where calibration counted none
 
@@ -32,6 +33,11 @@ class Step:
     slots: Tensor
     batch: Batch
     known: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """New rows."""
+        return self.batch.starts[-1]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What the first layer that asks makes of this step."""
@@ -54,9 +60,7 @@ class LayerPages:
         self.runtime, self.layer, self.sinks, self.segments = runtime, layer, sinks, plan.segments
         self.codec = replace(plan.codec, segments=(), window=0, strict=True)
         of, device = runtime.anatomy.layers[layer], torch.device("cpu")
-        names, tables = self.codec.param_names(), runtime.params(layer, self.codec, tokens, device)
-        held = slice(first, first + heads)
-        self.params = [t[held].contiguous() if _by_head(n, t, of.kv) else t for n, t in zip(names, tables, strict=True)]
+        self.params = held_tables(runtime, layer, self.codec, first, heads, tokens, device)
         self.order = runtime.order(layer, device)
         self.format = PageFormat.of(self.codec, (of.key_dim, of.value_dim), places if self.segments else 0, dtype)
         self.coder = RowCoder(self.codec, self.params)
@@ -82,9 +86,26 @@ class LayerPages:
         attend_pages(self.codec, self.params, pages, q, step.batch, scale, out)
 
 
+def held_tables(
+    runtime: Runtime,
+    layer: int,
+    codec: Codec,
+    first: int,
+    heads: int,
+    tokens: int,
+    device: torch.device,
+    given: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """The tables of a codec, of these heads alone."""
+    names, tables = codec.param_names(), runtime.params(layer, codec, tokens, device, given)
+    held, total = slice(first, first + heads), runtime.anatomy.layers[layer].kv
+    return [t[held].contiguous() if _by_head(n, t, total) else t for n, t in zip(names, tables, strict=True)]
+
+
 def _by_head(name: str, table: Tensor, heads: int) -> bool:
     """Whether a table has a row for every key-value head."""
-    return name.startswith(("k_", "v_")) and table.dim() > 1 and table.shape[0] == heads
+    of_heads = name.startswith(("k_", "v_")) or name in ("tile_mean", "tile_rows", "tile_basis")
+    return of_heads and table.dim() > 1 and table.shape[0] == heads
 
 
 def first_head(total: int, here: int, rank: int, ranks: int) -> int:

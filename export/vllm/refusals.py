@@ -99,11 +99,15 @@ def check_engine(plan: Plan, config: Any, platform: str) -> None:
     ranks = parallel.tensor_parallel_size
     plain = ("auto", str(config.model_config.dtype).removeprefix("torch."))
     split = {h for h in plan.kv_heads if h % ranks and ranks % h}
+    asked = getattr(cache, "user_specified_block_size", True)  # else it is chosen later, by what layers ask for
     of_token = any(QUANTIZERS[s.kind].scale_of_token for c in plan.codecs if c is not None for s in (c.key, c.value) if s.packed)
     whys = (
-        (platform != "cpu", f"the device is {platform}, and pages have kernels on processors alone so far"),
+        (platform not in ("cpu", "cuda"), f"the device is {platform}; pages have kernels on CPUs and NVIDIA GPUs alone"),
         (cache.cache_dtype not in plain, f"--kv-cache-dtype {cache.cache_dtype} codes a cache that is coded already; leave it out"),
-        (cache.block_size != PAGE, f"--block-size {cache.block_size} is not the page of {PAGE} tokens; pass --block-size {PAGE}"),
+        (
+            asked and cache.block_size != PAGE,
+            f"--block-size {cache.block_size} is not the page of {PAGE} tokens; pass --block-size {PAGE}",
+        ),
         (config.speculative_config is not None, "speculative decoding takes rows back, which is not served yet; leave it out"),
         (bool(split), f"{sorted(split)} key-value heads do not divide among {ranks} ranks; change --tensor-parallel-size"),
         (ranks > 1 and of_token, f"a number of a token is shared by heads of {ranks} ranks; use --tensor-parallel-size 1"),

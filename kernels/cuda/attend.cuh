@@ -32,7 +32,7 @@
 
 struct Params {
   const void* q;            // [B, Hkv * HEADS_PER_KV, D] fp16 or bf16, rotary applied
-  const u32* k_codes;       // [B, Hkv, tiles, K_STRIDE / 4], or pages of [Hkv, K_STRIDE / 4]
+  const u32* k_codes;       // [B, Hkv, tiles, K_STRIDE / 4], or of page 0 and its first head
   const void* k_scale;      // [B, Hkv, tiles * 128, 2] fp16 scale, zero; block KLT: [B, Hkv, tiles * 128] fp16 gain
   const u32* v_codes;       // [B, Hkv, tiles, V_STRIDE / 4]
   const u32* v_scale;       // [B, Hkv, tiles * 128, 2] fp16 scale, zero; a trellis has none, on either side: 128 gains stand behind a tile
@@ -43,6 +43,7 @@ struct Params {
   const float* origin_sin;
   const long long* length;  // [B], length_row apart: one past the last slot of a row
   const int* pages;         // [B, page_row] page of each superblock, or null: superblock i of a row is its i-th
+  const int* exact_at;      // pages: [B, E] 32 times the page of each exact row, and its place there
   const unsigned char* mask;  // [B, mask_row] 1 where a slot is visible, or null: all are
   const void* exact_k;      // [B, Hkv, E, D] same dtype as q
   const void* exact_v;
@@ -56,6 +57,7 @@ struct Params {
   void* out;                // [B, Hkv * HEADS_PER_KV, D]
   float* partial;           // [Hkv * GROUPS, grid_x, COLUMNS * SLOT], every word 0xffffffff before the first launch and left so
   long long mask_row, length_row, page_row;   // between two rows: bytes of masks, elements of the others; 0 when all share one
+  long long page_bytes, unit_bytes;           // pages: between two, and between the heads of one, of everything that stands in them
   int B, Hkv, share, tiles, E, N, extra;  // share: blocks of a group; extra: packed slots from `length` on that are to be read (strict), else 0
   int window;               // newest slots, the new row's among them, that are read as they came
   int q_bf16, key_hadamard, value_hadamard;
@@ -104,10 +106,21 @@ DEVICE Place place_of(int y) {
   const int first = y % GROUPS * R, rest = HEADS_PER_KV - first;
   return {y / GROUPS, first, rest < R ? rest : R};
 }
-DEVICE long long tile_of(const Params& p, int b, int kv, int i) {      // superblock i of a row, in superblocks
-  if (!p.pages) return ((long long)b * p.Hkv + kv) * p.tiles + i;
-  const int page = p.pages[b * p.page_row + i];      // behind a row's end anything may stand: it is asked for and not seen
-  return (long long)(page > 0 ? page : 0) * p.Hkv + kv;
+struct Stored { const unsigned char *keys, *values, *of_keys, *of_values; };   // codes of a superblock, and the numbers beside them
+DEVICE Stored stored(const Params& p, int b, int kv, int i) {          // superblock i of a row
+  long long at = ((long long)b * p.Hkv + kv) * p.tiles + i;
+  int keys = K_STRIDE, values = V_STRIDE, of_keys = KS_BYTES, of_values = VS_BYTES;
+  if (p.pages) {
+    const int page = p.pages[b * p.page_row + i];    // behind a row's end anything may stand: it is asked for and not seen
+    at = (page > 0 ? page : 0) * p.page_bytes + kv * p.unit_bytes;
+    keys = values = of_keys = of_values = 1;
+  }
+  const unsigned char *k = (const unsigned char*)p.k_codes + at * keys, *v = (const unsigned char*)p.v_codes + at * values;
+  return {k, v, KEY_TRELLIS ? k + K_BYTES : (const unsigned char*)p.k_scale + at * of_keys,
+          VALUE_TRELLIS ? v + V_BYTES : (const unsigned char*)p.v_scale + at * of_values};
+}
+DEVICE long long in_page(const Params& p, int at, int kv) {            // of an exact row, in elements
+  return ((at >> 5) * p.page_bytes + kv * p.unit_bytes) / 2 + (at & 31) * D;
 }
 DEVICE int recent_of(const Params& p, int length) {  // first slot that is read as it came
   if (!MANY || !p.window) return length + 1;

@@ -17,6 +17,7 @@
 #include "search.cuh"
 #include "rows.cuh"
 #include "schedule.cuh"
+#include "pages.cuh"
 #endif
 
 static const void *params, *fresh;
@@ -94,6 +95,10 @@ extern "C" void run_append_row(const RowParams* p) {
 extern "C" void run_decode(const RowParams* p, int grid_x) {
   run([] { decode_rows(*(const RowParams*)params); }, p, grid_x, p->Hkv, ROW_THREADS, ROW_SMEM);
 }
+extern "C" void run_list(const PlaceParams* p, int sequences) {
+  run([] { list_exact(*(const PlaceParams*)params); }, p, sequences, 1, 32, 128);
+}
+extern "C" int place_bytes() { return (int)sizeof(PlaceParams); }
 extern "C" int attend_bytes() { return (int)sizeof(Params); }
 extern "C" int row_bytes() { return (int)sizeof(RowParams); }
 extern "C" int smem_bytes() { return SMEM_BYTES; }

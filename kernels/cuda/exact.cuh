@@ -11,8 +11,10 @@ DEVICE int recent_rows(const Params& p, int length) { return MANY && p.window ? 
 DEVICE void prefetch_exact(const Params& p, int b, int kv, int lane) {
   const long long unit = (long long)b * p.Hkv + kv;
   for (int i = lane; i < p.E * D / 64; i += 32) {
-    prefetch((const unsigned short*)p.exact_k + unit * p.E * D + i * 64);
-    prefetch((const unsigned short*)p.exact_v + unit * p.E * D + i * 64);
+    if (p.pages && p.exact_slot[b * p.E + i * 64 / D] < 0) continue;
+    const long long at = p.pages ? in_page(p, p.exact_at[b * p.E + i * 64 / D], kv) + i * 64 % D : unit * p.E * D + i * 64;
+    prefetch((const unsigned short*)p.exact_k + at);
+    prefetch((const unsigned short*)p.exact_v + at);
   }
   for (int i = lane; MANY && i < p.window * D / 64; i += 32) {
     prefetch((const unsigned short*)p.recent_k + unit * p.window * D + i * 64);
@@ -27,6 +29,7 @@ DEVICE void load_exact(ExactRows& r, const Params& p, int b, int kv, int lane, i
   if (lane < CHUNK && mine < old + p.N) {
     slot = mine < p.E ? p.exact_slot[b * p.E + mine] : mine < old ? recent + mine - p.E : length + mine - old;
     row = mine < p.E ? mine : MANY && mine < old ? slot % p.window : mine - old;
+    if (mine < p.E && p.pages) row = slot < 0 ? 0 : p.exact_at[b * p.E + mine];
     if (mine < p.E && slot >= (MANY && p.window ? recent : p.N ? length : length + 1)) slot = -1;   // among the recent or the new rows too
     if (p.mask && slot >= 0 && slot < p.tiles * 128 && !p.mask[b * p.mask_row + slot]) slot = -1;
   }
@@ -37,9 +40,10 @@ DEVICE void load_exact(ExactRows& r, const Params& p, int b, int kv, int lane, i
     r.k[j] = r.v[j] = Raw{};
     if (e0 + j >= old + p.N) continue;
     const bool side = e0 + j < p.E, held = MANY && e0 + j < old;
-    const long long at = (unit * (side ? p.E : held ? p.window : p.N) + shfl_int(row, j)) * D + CH * lane;
-    r.k[j] = load_raw(side ? p.exact_k : held ? p.recent_k : p.new_k, at);
-    r.v[j] = load_raw(side ? p.exact_v : held ? p.recent_v : p.new_v, at);
+    const int from = shfl_int(row, j);
+    const long long at = side && p.pages ? in_page(p, from, kv) : (unit * (side ? p.E : held ? p.window : p.N) + from) * D;
+    r.k[j] = load_raw(side ? p.exact_k : held ? p.recent_k : p.new_k, at + CH * lane);
+    r.v[j] = load_raw(side ? p.exact_v : held ? p.recent_v : p.new_v, at + CH * lane);
   }
 }
 
@@ -113,8 +117,9 @@ DEVICE ExactRow exact_row(const Params& p, int b, int kv, int e, int length, int
   if (e < p.E && slot >= (p.window ? recent : p.N ? length : length + 1)) slot = -1;
   if (p.mask && slot >= 0 && slot < p.tiles * 128 && !p.mask[b * p.mask_row + slot]) slot = -1;
   const long long row = e < p.E ? unit * p.E + e : e < old ? unit * p.window + slot % (p.window ? p.window : 1) : unit * p.N + e - old;
+  const long long at = e < p.E && p.pages ? in_page(p, slot < 0 ? 0 : p.exact_at[b * p.E + e], kv) : row * D;
   const void *k = e < p.E ? p.exact_k : e < old ? p.recent_k : p.new_k, *v = e < p.E ? p.exact_v : e < old ? p.recent_v : p.new_v;
-  return {(const unsigned short*)k + row * D, (const unsigned short*)v + row * D, slot >= 0};
+  return {(const unsigned short*)k + at, (const unsigned short*)v + at, slot >= 0};
 }
 template <bool BF16> DEVICE void product_of(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   if (BF16) mma_bf16(d, a0, a1, a2, a3, b0, b1);

@@ -49,10 +49,10 @@ class AttendArguments(ctypes.Structure):
     _fields_ = [
         *((n, _pointer) for n in (
             "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "origin_cos", "origin_sin", "length",
-            "pages", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v", "value_mean",
-            "value_sigma", "out", "partial",
+            "pages", "exact_at", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v",
+            "value_mean", "value_sigma", "out", "partial",
         )),
-        *((n, _long) for n in ("mask_row", "length_row", "page_row")),
+        *((n, _long) for n in ("mask_row", "length_row", "page_row", "page_bytes", "unit_bytes")),
         *((n, _int) for n in (
             "B", "Hkv", "share", "tiles", "E", "N", "extra", "window", "q_bf16", "key_hadamard", "value_hadamard",
         )),
@@ -67,9 +67,9 @@ class RowArguments(ctypes.Structure):
         ("k", _pointer), ("v", _pointer), ("k_stride", _long * 3), ("v_stride", _long * 3),
         *((n, _pointer) for n in (
             "table", "start_cos", "start_sin", "origin_cos", "origin_sin", "basis", "sigma", "v_mean", "v_sigma", "length",
-            "positions", "pages",
+            "positions", "slots", "asks", "named",
         )),
-        *((n, _long) for n in ("position_row", "length_row", "page_row")),
+        *((n, _long) for n in ("position_row", "length_row", "page_bytes", "unit_bytes")),
         *((n, _pointer) for n in (
             "stored_positions", "k_codes", "v_codes", "k_scale", "v_scale", "exact_k", "exact_v", "exact_slot", "exact_score",
         )),
@@ -77,7 +77,7 @@ class RowArguments(ctypes.Structure):
         *((n, _pointer) for n in ("recent_k", "recent_v", "recent_slot", "arrived", "group_arrived")),
         ("capacity", _int * _SEGMENTS),
         *((n, _int) for n in (
-            "segments", "E", "window", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first",
+            "segments", "E", "window", "B", "Hkv", "S", "L", "bf16", "key_hadamard", "value_hadamard", "per", "first", "places",
         )),
         ("key_clip", _float), ("value_clip", _float),
     ]  # fmt: skip
@@ -97,6 +97,7 @@ class Library(Protocol):
     def append(self, argument: Any) -> None: ...
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None: ...
     def decode(self, argument: Any, rows: int, heads: int) -> None: ...
+    def list_exact(self, argument: Any, sequences: int) -> None: ...
 
 
 def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> variants.Variant:
@@ -224,14 +225,10 @@ def step_one(
 
 def attend_one(
     lib: Library, codec: Any, q: Tensor, k: Tensor, v: Tensor, st: State, p: Params, mask: Tensor | None, scale: float,
-    fresh: RowArguments | None = None, pages: Tensor | None = None,
+    fresh: RowArguments | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """`attend` of one new row per sequence, which `fresh` stores too; None when the mask is not one of visible slots.
-
-    pages: int32 [B, n], the page of every 128 slots of a row, where codes and scales are pages [P, H, 128, ...] of a pool. The
-    length may be one of each row, int64 [B].
-    """
-    slots = st["k_codes"].shape[2] if pages is None else pages.shape[1] * layout.TILE_SLOTS
+    """`attend` of one new row per sequence, which `fresh` stores too; None when the mask is not one of visible slots."""
+    slots = st["k_codes"].shape[2]
     visible = None if mask is None else _mask_rows(mask, slots)
     if mask is not None and visible is None:
         return None
@@ -249,7 +246,7 @@ def attend_one(
         **{n: at(st[n]) for n in _READ},
         new_k=at(k), new_v=at(v), window=codec.ring, value_mean=at(p.get("v_mean")), value_sigma=at(back_table(p, "v", "sigma")),
         out=at(out), partial=at(lib.partial),
-        pages=at(pages), page_row=0 if pages is None else pages.stride(0), length_row=int(st["length"].dim() > 0),
+        length_row=int(st["length"].dim() > 0),
         mask_row=visible.stride(0) if visible is not None and visible.shape[0] > 1 else 0,
         B=q.shape[0], Hkv=k.shape[1], share=share, tiles=slots // layout.TILE_SLOTS, E=codec.exact_rows,
         N=new, extra=1 - new, q_bf16=int(q.dtype == torch.bfloat16), key_hadamard=_rotates(codec.key),

@@ -184,9 +184,9 @@ class Cubin:
         self.overlap, self.by_warp = overlap, by_warp
         with torch.cuda.device(device):
             self._module = Module(variant.source(card), device, card)
-            self._attend, self._single, self._append, self._append_row, self._decode = (
+            self._attend, self._single, self._append, self._append_row, self._decode, self._list = (
                 self._module.function(name)
-                for name in ("attend_packed", "attend_single", "append_rows", "append_row", "decode_rows")
+                for name in ("attend_packed", "attend_single", "append_rows", "append_row", "decode_rows", "list_exact")
             )
             launch = self._module.numbers("kvsink_launch", 5)
             self._threads, self._shared, self._row_threads, self._append_row_threads, self._single_threads = launch
@@ -251,6 +251,10 @@ class Cubin:
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         """Launch `decode_rows` over `rows` rows of every head."""
         self._module.launch(self._decode, -(-rows // 8), heads, self._row_threads, 0, argument)
+
+    def list_exact(self, argument: Any, sequences: int) -> None:
+        """Launch `list_exact`."""
+        self._module.launch(self._list, sequences, 1, 32, 0, argument)
 
 
 _LOADED: dict[tuple[Variant, str], Cubin | NativeError] = {}

@@ -31,8 +31,10 @@ struct RowParams {
   const float* v_mean;                          // [Hkv, D] or null
   const float* v_sigma;                         // trellis: [Hkv, D]
   const long long *length, *positions;          // [B or 1], length_row apart; [B or 1, S], rows position_row apart
-  const int* pages;                             // as Params
-  long long position_row, length_row, page_row;
+  const long long* slots;                       // pages: [B] 128 times the page of a row and its slot there, negative for none; S is 1
+  const unsigned char* asks;                    // pages: [B] whether a row is to stay exact
+  unsigned char* named;                         // pages: of page 0 and its first head: 1 + the slot of the row in each place, or 0
+  long long position_row, length_row, page_bytes, unit_bytes;
   int* stored_positions;                        // [B, L]
   unsigned char *k_codes, *v_codes;
   void* k_scale;
@@ -47,7 +49,8 @@ struct RowParams {
   int capacity[SEGMENTS];
   int segments, E, window, B, Hkv, S, L, bf16, key_hadamard, value_hadamard;
   int per;                                      // (head, row) pairs of a block, at most half its warps
-  int first;                                    // decode_rows: first slot, S slots are read
+  int first;                                    // decode_rows: first slot, S slots are read; pages: `length` says which each row is
+  int places;                                   // pages: rows of one that may stay exact, up to 32
   float key_clip, value_clip;
 };
 
@@ -68,8 +71,8 @@ struct Angles {
 };
 DEVICE void load_origin(Angles& t, const RowParams& p, int b, int lane) {
   if (!p.start_cos) return;
-  load_channels(t.origin_cos, p.origin_cos + (long long)b * ROTARY, lane, ROTARY, 1.0f);
-  load_channels(t.origin_sin, p.origin_sin + (long long)b * ROTARY, lane, ROTARY);
+  load_channels(t.origin_cos, p.origin_cos ? p.origin_cos + (long long)b * ROTARY : 0, lane, ROTARY, 1.0f);
+  load_channels(t.origin_sin, p.origin_sin ? p.origin_sin + (long long)b * ROTARY : 0, lane, ROTARY);
 }
 DEVICE void load_start(Angles& t, const RowParams& p, int slot, int lane) {
   if (!p.start_cos) return;
@@ -402,10 +405,48 @@ constexpr int SINGLE_ROW_PRODUCT = MODE == 2 ? D + PROJECT_WARPS * SINGLE_ROW_PA
 constexpr int SINGLE_ROW_WALK = SINGLE_ROW_PRODUCT + (KEY_TRELLIS ? 3 * D : 0);    // where the value is searched, behind the key
 constexpr int SINGLE_ROW_SMEM = (SINGLE_ROW_WALK + (VALUE_TRELLIS ? WALK_ROW : 0)) * 4;
 
-DEVICE long long superblock_of(const RowParams& p, int b, int head, int slot) {
-  return p.pages ? (long long)p.pages[b * p.page_row + slot / 128] * p.Hkv + head : ((long long)b * p.Hkv + head) * (p.L / 128) + slot / 128;
+struct Superblock { unsigned char *k_codes, *v_codes, *k_scale, *v_scale; long long unit; };   // unit: of a page's head, in bytes
+DEVICE Superblock superblock_of(const RowParams& p, int b, int head, int slot) {
+  long long at = ((long long)b * p.Hkv + head) * (p.L / 128) + slot / 128, unit = 0;
+  int keys = K_STRIDE, values = V_STRIDE, of_keys = KS_BYTES, of_values = VS_BYTES;
+  if (p.slots) {
+    at = unit = p.slots[b] / 128 * p.page_bytes + head * p.unit_bytes;
+    keys = values = of_keys = of_values = 1;
+  }
+  return {p.k_codes + at * keys, p.v_codes + at * values, (unsigned char*)p.k_scale + at * of_keys, (unsigned char*)p.v_scale + at * of_values, unit};
 }
-DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams& p, long long superblock, int head, int slot, float* row, int lane) {
+// New row i into a place of its page, if it asks for one and is among the first. Rows of a page that are new come one behind the
+// other; what an earlier use of the page left in places behind them is dropped. Who reads `named` here counts entries that no row of
+// the launch changes. ALONE: it is the only row of its page.
+template <bool ALONE = false> DEVICE void keep_in_page(const RowParams& p, const Raw& row, bool values, int i, long long unit, int lane) {
+  if (!p.places) return;
+  const int slot = (int)(p.slots[i] & 127);
+  unsigned char* named = p.named + unit;
+  // New rows of the page on one side of this one, one behind the other, and those of them that ask for a place.
+  int before = 0, asked = 0, after = 0;
+  const auto count = [&](int way, int room, int& rows, int& asking) {
+    for (int j = lane + 1;; j += 32) {
+      const bool linked = j <= room && p.slots[i + way * j] == p.slots[i] + way * j;
+      const u32 all = ballot_warp(linked);
+      rows += popcount(all);
+      asking += popcount(ballot_warp(linked && p.asks[i + way * j]));
+      if (all != 0xffffffffu) return;
+    }
+  };
+  if constexpr (!ALONE) count(-1, slot < i ? slot : i, before, asked);
+  const int held = lane < p.places ? named[lane] : 0, place = popcount(ballot_warp(held > 0 && held <= slot - before)) + asked;
+  if (p.asks[i] && place < p.places) {
+    store_raw(values ? p.exact_v : p.exact_k, unit / 2 + place * D + CH * lane, row);
+    if (!values && lane == 0) named[place] = (unsigned char)(slot + 1);
+  }
+  if (values || before) return;
+  if constexpr (!ALONE) {
+    int rows = 0;
+    count(1, 127 - slot < p.B - 1 - i ? 127 - slot : p.B - 1 - i, rows, after);
+  }
+  if (lane < p.places && lane >= place + after + (p.asks[i] ? 1 : 0)) named[lane] = 0;
+}
+DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams& p, const Superblock& at, int head, int slot, float* row, int lane) {
   u32 c[CH];
   if (p.v_mean)
 #pragma unroll
@@ -415,18 +456,18 @@ DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams&
     float sigma[CH];
     load_channels(sigma, p.v_sigma + head * D, lane);
     const u32 gain = encode_walk<ValueWidth>(c, x, sigma, row, lane);
-    if (lane == 0) p.v_codes[superblock * V_STRIDE + V_BYTES + slot % 128] = (unsigned char)gain;
+    if (lane == 0) at.v_codes[V_BYTES + slot % 128] = (unsigned char)gain;
   } else {
     const u32 scale = encode_uniform(c, x, p.value_clip, VF.width[0], lane);
-    if (lane == 0) p.v_scale[superblock * 128 + slot % 128] = scale;
+    if (lane == 0) ((u32*)at.v_scale)[slot % 128] = scale;
   }
-  store_value_words(p.v_codes + superblock * V_STRIDE, c, slot, lane);
+  store_value_words(at.v_codes, c, slot, lane);
 }
-DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, long long superblock, int slot, float* row, int lane) {
+DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, const Superblock& at, int slot, float* row, int lane) {
   u32 c[CH];
   if constexpr (KEY_TRELLIS) {
     const u32 gain = encode_walk<KeyWidth>(c, x, sigma, row, lane);
-    if (lane == 0) p.k_codes[superblock * K_STRIDE + K_BYTES + slot % 128] = (unsigned char)gain;
+    if (lane == 0) at.k_codes[K_BYTES + slot % 128] = (unsigned char)gain;
   } else if (MODE == 2) {
     float y[CH], square = 0;
     const int width = KeyWidth::at(CH * lane >> 3);
@@ -444,13 +485,13 @@ DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, lon
       encode_even(c, y, fmaxf(gain, HALF_TINY), width);
       gain = fit(x, sigma, c, width);
     }
-    if (lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
+    if (lane == 0) ((unsigned short*)at.k_scale)[slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
   } else {
     if (p.key_hadamard) hadamard(x, lane);
     const u32 scale = encode_uniform(c, x, p.key_clip, KF.width[0], lane);
-    if (lane == 0) ((u32*)p.k_scale)[superblock * 128 + slot % 128] = scale;
+    if (lane == 0) ((u32*)at.k_scale)[slot % 128] = scale;
   }
-  store_key_words(p.k_codes + superblock * K_STRIDE, c, slot, lane);
+  store_key_words(at.k_codes, c, slot, lane);
 }
 // The key of a row less the mean of its slot, in the basis of its block.
 DEVICE void center_key(float (&x)[CH], float (&t)[CH], Angles& angles, const RowParams& p, int lane) {
@@ -469,7 +510,7 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   const bool values = warp >= ROWS, inside = r < p.per && index < p.Hkv * rows;
   const int head = inside ? index / rows : 0, row_index = inside ? index - head * rows : 0;
   const int b = row_index / p.S, s = row_index - b * p.S, slot = (int)p.length[b * p.length_row] + s;
-  const bool live = inside && slot < p.L;         // what does not fit is dropped; the cache says so beforehand
+  const bool live = inside && slot < p.L && !(p.slots && p.slots[b] < 0);   // what does not fit is dropped; the cache says so beforehand
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
   Raw row = {};
   float x[CH] = {}, t[CH] = {};
@@ -499,15 +540,20 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   }
   if (!live) return;
   float* walked = (float*)smem + (WALK_SMEM ? warp * WALK_ROW : 0);
-  const long long superblock = superblock_of(p, b, head, slot);
+  const Superblock superblock = superblock_of(p, b, head, slot);
   if (s + p.window >= p.S) keep_recent(p, row, values, b, head, slot, lane);
   if (values) {
     code_value(x, t, p, superblock, head, slot, walked, lane);
+    if (p.slots) keep_in_page(p, load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + CH * lane), true, b, superblock.unit, lane);
     return;
   }
   float sigma[CH] = {};
   if (MODE == 2) load_channels(sigma, p.sigma + head * D, lane);
   code_key(x, sigma, p, superblock, slot, walked, lane);
+  if (p.slots) {
+    keep_in_page(p, load_raw(p.k, b * p.k_stride[0] + head * p.k_stride[1] + CH * lane), false, b, superblock.unit, lane);
+    return;
+  }
   if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
   if (p.segments) {
     const Raw v = load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + CH * lane);
@@ -579,8 +625,8 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
   const bool rotates = p.start_cos != 0;
   float ac = 1, as = 0, sc = 1, ss = 0, mean = 0;
   if (rotates) {
-    ac = p.origin_cos[b * D + c];
-    as = p.origin_sin[b * D + c];
+    ac = p.origin_cos ? p.origin_cos[b * D + c] : 1;
+    as = p.origin_sin ? p.origin_sin[b * D + c] : 0;
   }
   if (live) {
     mean = p.table[((long long)head * 64 + (slot & 63)) * D + c];
@@ -607,12 +653,12 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
   if (!live) return;
   x = some[0] + some[1] + (some[2] + some[3]);
   float* over = sums + PROJECT_WARPS * SINGLE_ROW_PART;
-  const long long superblock = superblock_of(p, b, head, slot);
+  const Superblock superblock = superblock_of(p, b, head, slot);
   const float y = quotient(x, sigma);
   u32 code = 0;
   if constexpr (KEY_TRELLIS) {
     const u32 gain = code_by_walks(code, y, sigma, p.sigma + head * D, over, warp, lane);
-    if (warp == 0 && lane == 0) p.k_codes[superblock * K_STRIDE + K_BYTES + slot % 128] = (unsigned char)gain;
+    if (warp == 0 && lane == 0) superblock.k_codes[K_BYTES + slot % 128] = (unsigned char)gain;
   } else {
     float square[1] = {y * y};
     key_sums(square, over, warp, lane);
@@ -626,7 +672,7 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
       key_sums(fitted, over, warp, lane);
       gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
     }
-    if (warp == 0 && lane == 0) ((unsigned short*)p.k_scale)[superblock * 128 + slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
+    if (warp == 0 && lane == 0) ((unsigned short*)superblock.k_scale)[slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
   }
   const int run = lane >> 1, r = slot & 15;
   u32 mine = 0;
@@ -635,7 +681,7 @@ DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live,
     const u32 word = or_in_warp(in_bin<KEY_TRELLIS>(code, run, width, KeyPlace::at(run), KeyBin::at(run), i) << 16 * (lane & 1));
     if (lane == i) mine = word;
   }
-  unsigned char* tile = p.k_codes + superblock * K_STRIDE;
+  unsigned char* tile = superblock.k_codes;
   if (lane < BINS) *(u32*)(tile + word_place(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, K_WORDS)) = mine;
 }
 
@@ -675,8 +721,8 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     }
   }
   const int slot = (int)p.length[b * p.length_row];
-  const bool live = slot < p.L;                      // what does not fit is dropped; the cache says so beforehand
-  const long long superblock = live ? superblock_of(p, b, head, slot) : 0;
+  const bool live = slot < p.L && !(p.slots && p.slots[b] < 0);   // what does not fit is dropped; the cache says so beforehand
+  const Superblock superblock = live ? superblock_of(p, b, head, slot) : Superblock{};
   const auto fresh = [&](const void* rows, const long long* stride) { return load_raw(rows, b * stride[0] + head * stride[1] + CH * lane); };
   float x[CH], t[CH];
   if (warp == KEY_WARPS) {
@@ -686,7 +732,11 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     if (!live) return;
     keep_recent(p, row, true, b, head, slot, lane);
     code_value(x, t, p, superblock, head, slot, (float*)smem + SINGLE_ROW_WALK, lane);
-    if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
+    if (!p.slots && head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
+    if (p.slots) {
+      keep_in_page<true>(p, row, true, b, superblock.unit, lane);
+      keep_in_page<true>(p, fresh(p.k, p.k_stride), false, b, superblock.unit, lane);
+    }
     return;
   }
   if constexpr (MODE == 2) {
@@ -725,13 +775,13 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
   constexpr int ROWS = ROW_THREADS / 64;
   const int lane = TID & 31, warp = TID >> 5, head = CTA_Y, r = warp % ROWS, index = CTA_X * ROWS + r;
   const bool values = warp >= ROWS, live = index < p.B * p.S;
-  const int b = live ? index / p.S : 0, s = live ? index - b * p.S : 0, slot = p.first + s;
+  const int b = live ? index / p.S : 0, s = live ? index - b * p.S : 0, slot = p.slots ? (int)p.length[b] : p.first + s;
   float *xs = (float*)smem, *sums = xs + ROWS * Z_STRIDE;
-  const long long tile = superblock_of(p, b, head, slot), at = tile * 128 + slot % 128;
+  const Superblock superblock = superblock_of(p, b, head, slot);
   float x[CH] = {}, t[CH] = {};
   Angles angles = {};
   if (values) {
-    const unsigned char* codes = p.v_codes + tile * V_STRIDE;
+    const unsigned char* codes = superblock.v_codes;
     if constexpr (VALUE_TRELLIS) {
       const float gain = gain_of(codes[V_BYTES + slot % 128]);
       float sigma[CH];
@@ -740,7 +790,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
 #pragma unroll
         for (int i = 0; i < CH; i++) x[i] = mul(mul(read_level<true>(codes, slot, CH * lane + i), sigma[i]), gain);
     } else {
-      const u32 scale = p.v_scale[at];
+      const u32 scale = ((const u32*)superblock.v_scale)[slot % 128];
       if (holds(lane))
 #pragma unroll
         for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_code<true>(codes, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
@@ -748,7 +798,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
     if (p.value_hadamard) hadamard(x, lane, true);
     load_channels(t, p.v_mean ? p.v_mean + head * D : 0, lane);
   } else {
-    const unsigned char* codes = p.k_codes + tile * K_STRIDE;
+    const unsigned char* codes = superblock.k_codes;
     if (MODE != 0) {
       load_channels(t, mean_of_slot(p, head, slot), lane);
       if (MODE == 1) {
@@ -757,7 +807,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
       }
     }
     if (MODE == 2) {
-      const float gain = KEY_TRELLIS ? gain_of(codes[K_BYTES + slot % 128]) : half_lo(((const unsigned short*)p.k_scale)[at]);
+      const float gain = KEY_TRELLIS ? gain_of(codes[K_BYTES + slot % 128]) : half_lo(((const unsigned short*)superblock.k_scale)[slot % 128]);
       float sigma[CH];
       load_channels(sigma, p.sigma + head * D, lane);
       if (holds(lane))
@@ -769,7 +819,7 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
           xs[r * Z_STRIDE + CH * lane + i] = mul(mul(level, sigma[i]), gain);
         }
     } else {
-      const u32 scale = ((const u32*)p.k_scale)[at];
+      const u32 scale = ((const u32*)superblock.k_scale)[slot % 128];
       if (holds(lane))
 #pragma unroll
         for (int i = 0; i < CH; i++) x[i] = add(mul((float)read_code<false>(codes, slot, CH * lane + i), half_lo(scale)), half_hi(scale));
@@ -792,7 +842,12 @@ KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {
   }
   if (live) {
     const long long* st = values ? p.v_stride : p.k_stride;
-    store_raw((void*)(values ? p.v : p.k), b * st[0] + head * st[1] + s * st[2] + CH * lane, narrow(x, p.bf16));
+    Raw row = narrow(x, p.bf16);
+    if (p.slots) {                                   // as it came, where it stands in a place of its page
+      const u32 held = ballot_warp(lane < p.places && p.named[superblock.unit + lane] == slot % 128 + 1);
+      if (held) row = load_raw(values ? p.exact_v : p.exact_k, superblock.unit / 2 + popcount((held & (0u - held)) - 1u) * D + CH * lane);
+    }
+    store_raw((void*)(values ? p.v : p.k), b * st[0] + head * st[1] + s * st[2] + CH * lane, row);
   }
 }
 #endif

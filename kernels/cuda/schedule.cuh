@@ -30,10 +30,7 @@ DEVICE void settle(Work& w, const Rows& r, int warp) {
 
 // Part `part` of 1 << SHIFT of superblock i of row b into a stage; its numbers whole.
 template <int SHIFT> DEVICE void ask(const Params& p, int b, int kv, int i, int part, int lane, unsigned char* stage, u64* bar) {
-  const long long tile = tile_of(p, b, kv, i);
-  const unsigned char *keys = (const unsigned char*)p.k_codes + tile * K_STRIDE, *values = (const unsigned char*)p.v_codes + tile * V_STRIDE;
-  const unsigned char* of_keys = KEY_TRELLIS ? keys + K_BYTES : (const unsigned char*)p.k_scale + tile * KS_BYTES;
-  const unsigned char* of_values = VALUE_TRELLIS ? values + V_BYTES : (const unsigned char*)p.v_scale + tile * VS_BYTES;
+  const auto [keys, values, of_keys, of_values] = stored(p, b, kv, i);
   if constexpr (WIDE && SHIFT > 0) {                 // tiles of one block, which stand between those of the other
     const Item item = item_of(part, SHIFT);
     const int from = 2 * item.first + item.block;

@@ -43,6 +43,7 @@ FILES = (
     "search.cuh",
     "rows.cuh",
     "schedule.cuh",
+    "pages.cuh",
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from kvsink.kernels.backends import GROWS, Choice, Device, LayerFormat, Shape, choose, device_of, plan, table, tell_once
 from kvsink.model.runtime import Runtime
 
-__all__ = ["in_tiles", "served", "served_lines", "tiles_serve"]
+__all__ = ["apart", "in_tiles", "served", "served_lines", "tiles_serve"]
 
 
 def _asked(runtime: Runtime, layer: int, dtype: torch.dtype) -> tuple[LayerFormat, Shape]:
@@ -20,7 +20,7 @@ def _asked(runtime: Runtime, layer: int, dtype: torch.dtype) -> tuple[LayerForma
     return codec.format, Shape(*runtime.anatomy.layers[layer], runtime.rotary_channels(layer), dtype, exact)
 
 
-def _apart(runtime: Runtime, layer: int) -> str:
+def apart(runtime: Runtime, layer: int) -> str:
     """What in a model keeps a layer's codes from tiles, whatever the kernels serve."""
     a = runtime.anatomy
     first = next(t for t, p in zip(a.turnings, runtime.plans, strict=True) if p.codec is not None)
@@ -38,7 +38,7 @@ def in_tiles(runtime: Runtime, layer: int) -> str:
     f, s = _asked(runtime, layer, torch.float16)
     attends = table()[0].attend
     assert attends is not None
-    return _apart(runtime, layer) or attends.refuses(f.in_tiles(), s, None)
+    return apart(runtime, layer) or attends.refuses(f.in_tiles(), s, None)
 
 
 def served(runtime: Runtime, dtype: torch.dtype, device: Device) -> dict[int, tuple[Choice, Choice]]:
@@ -48,7 +48,7 @@ def served(runtime: Runtime, dtype: torch.dtype, device: Device) -> dict[int, tu
         if layer_plan.codec is None:
             continue
         f, s = _asked(runtime, layer, dtype)
-        if reason := _apart(runtime, layer):
+        if reason := apart(runtime, layer):
             pair = [choose(what, f, s, device) for what in ("attend", "append")]
             pair = [c._replace(why=((c.why[0][0], reason), *c.why[1:])) for c in pair]
         else:

@@ -89,8 +89,10 @@ def test_options_that_are_served_pass(plan: Any) -> None:
     check_engine(plan, engine(cache_config__cache_dtype="float32"), "cpu")
     for ranks in (2, 4):
         check_engine(plan, engine(parallel_config__tensor_parallel_size=ranks), "cpu")
-    with pytest.raises(UnsupportedError, match="the device is cuda, and pages have kernels on processors alone"):
-        check_engine(plan, engine(), "cuda")
+    check_engine(plan, engine(), "cuda")
+    check_engine(plan, engine(cache_config__block_size=16, cache_config__user_specified_block_size=False), "cuda")
+    with pytest.raises(UnsupportedError, match="the device is xpu; pages have kernels on CPUs and NVIDIA GPUs alone"):
+        check_engine(plan, engine(), "xpu")
 
 
 def test_a_number_of_a_token_does_not_go_over_ranks(tmp_path: Path) -> None:

@@ -85,13 +85,21 @@ class Emulated:
 
     def append(self, argument: Any) -> None:
         assert self.lib.row_bytes() == ctypes.sizeof(argument)
-        if argument.S == 1 and self.single_rows >= argument.B and self.variant.single_row:
+        if (
+            argument.S == 1
+            and (min(1, self.single_rows) if argument.slots else self.single_rows) >= argument.B
+            and self.variant.single_row
+        ):
             self.lib.run_append_row(ctypes.byref(argument))
             return
         self.lib.run_append(ctypes.byref(argument), -(-argument.B * argument.S * argument.Hkv // argument.per))
 
     def decode(self, argument: Any, rows: int, heads: int) -> None:
         self.lib.run_decode(ctypes.byref(argument), -(-rows // 8))
+
+    def list_exact(self, argument: Any, sequences: int) -> None:
+        assert self.lib.place_bytes() == ctypes.sizeof(argument)
+        self.lib.run_list(ctypes.byref(argument), sequences)
 
 
 def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any], seen: Callable[[Any], None]) -> None:

@@ -342,40 +342,6 @@ def test_shared_memory_is_what_the_source_takes(index: int) -> None:
     assert lib.lib.smem_bytes() == lib.variant.shared_bytes(lib.variant.shape(kind.card)) <= kind.card.shared
 
 
-@pytest.mark.parametrize("index", [0, 1, 9])
-def test_rows_of_their_own_lengths_in_pages_equal_each_alone(index: int) -> None:
-    """What serving asks for: lengths of rows, and superblocks of 128 slots anywhere in a pool."""
-    kind, lengths = KINDS[index], (200, 5, 383)
-    alone, layer = [], layer_of(index, 3)
-    fill(layer, index, 3, 383, torch.zeros(3, 1, dtype=torch.int64))
-    layer.exact_slot.fill_(-1)
-    for name in ("exact_k", "exact_v"):
-        setattr(layer, name, getattr(layer, name).to(torch.float16))
-    q = rows(3, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
-    k, v = (rows(3, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
-    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
-    for length in lengths:
-        layer.length.fill_(length)
-        out = launch.attend_one(kernels(layer, index, 3), layer.codec, q, k, v, st, p, None, 0.09)
-        assert out is not None
-        alone.append(out)
-    pages = torch.randperm(3 * 4, generator=torch.Generator().manual_seed(4)).int().view(3, 4)
-    pool = dict(st)
-    for name in ("k_codes", "v_codes", "k_scale", "v_scale"):
-        x = st[name]  # [B, H, L, n] → pages [P, H, 128, n]
-        apart = x.unflatten(2, (4, 128)).permute(0, 2, 1, 3, 4).flatten(0, 1)
-        pool[name] = torch.empty_like(apart)
-        pool[name][pages.flatten().long()] = apart
-    pool["length"] = torch.tensor(lengths)
-    for b, length in enumerate(lengths):  # what a table says behind a row's end is nobody's page
-        pages[b, length // 128 + 1 :] = -(1 << 22)  # so far off that reading it would end the process
-    lib = kernels(layer, index, 3)
-    got = launch.attend_one(lib, layer.codec, q, k, v, pool, p, None, 0.09, pages=pages)
-    assert got is not None and (lib.partial == -1).all()
-    for b in range(3):
-        assert (got[b].float() - alone[b][b].float()).norm() <= 1e-3 * alone[b][b].float().norm()
-
-
 @pytest.mark.parametrize("index", [27, 28, 29, 30])
 def test_tiles_of_odd_widths_hold_the_rows_that_codes_in_order_hold(index: int) -> None:
     kind = KINDS[index]
