@@ -222,10 +222,9 @@ QUALITY = (
 LENGTH = (
     *(row("klt", window=n) for n in (128, 256)),
     *(row("klt", protect=f"kvsink:5+first:{n}") for n in (16, 64)),
-    row("klt", 2.25, 2),
-    row("klt", 2, 2.25),
+    *(row("klt", k, v) for k, v in ((16, 2), (2, 16), (2.5, 2), (2, 2.5))),
 )
-"""What more bits may be spent on in long contexts, beside the default."""
+"""What more bits may be spent on in long contexts, beside the default, and what each side costs alone."""
 
 QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 

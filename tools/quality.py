@@ -29,7 +29,7 @@ __all__ = ["main", "measured"]
 Tell = Callable[[str], None]
 NUMBERS = (
     *("length", "windows", "chunk", "samples", "calls", "prompt_chunk", "problems", "answer", "articles", "words", "batch"),
-    "calibration_tokens",
+    *("calibration_tokens", "calibration_window"),
 )
 """Options that are numbers of `Wish`."""
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kvsink.calibrate.observing import calibration_windows
+from kvsink.calibrate.observing import CALIBRATION_WINDOW, calibration_windows
 from kvsink.errors import EvaluationError, KvsinkError
 from kvsink.evaluate.evaluation import context_of, device_name, dynamic_cache, evaluate, packed_cache, token_windows, versions
 from kvsink.evaluate.generating import arithmetic, writing
@@ -65,6 +65,7 @@ class Wish:
     words: int = 2000
     batch: int = 48
     calibration_tokens: int = 16384
+    calibration_window: int = CALIBRATION_WINDOW
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ class Models:
             if place.type == "cpu":
                 self._benches.clear()
                 self._made.clear()
-            tokenizer = load_tokenizer(self.folders[name])
+            w, tokenizer = self.wish, load_tokenizer(self.folders[name])
             net = load_model(self.folders[name], place, key[1])
-            length = min(self.wish.length, context_of(net) or self.wish.length)
-            ids = token_windows(evaluation_text(), tokenizer, self.wish.windows * max(1, self.wish.length // length), length)
-            text = calibration_windows(Decoder(net), "builtin", self.wish.calibration_tokens, tokenizer)
+            length = min(w.length, context_of(net) or w.length)
+            ids = token_windows(evaluation_text(), tokenizer, w.windows * max(1, w.length // length), length)
+            text = calibration_windows(Decoder(net), "builtin", w.calibration_tokens, tokenizer, w.calibration_window)
             self._benches[key] = Bench(net, name, ids, _SAID, text, tokenizer, self.wish.chunk, None, strict=False)
         return self._benches[key]
 
@@ -207,7 +208,7 @@ class Models:
         if key not in self._asked:
             self._asked[key] = questions(bench.tokenizer, tasks, (length,), self.wish.depths, samples)
         cache = dynamic_cache if cell.row.stock else packed_cache
-        how = {"chunk": self.wish.prompt_chunk, "batch": self.wish.batch, "asked": self._asked[key]}
+        how: dict[str, Any] = {"chunk": self.wish.prompt_chunk, "batch": self.wish.batch, "asked": self._asked[key]}
         rows = retrieval(work, bench.tokenizer, cache, tasks, (length,), self.wish.depths, samples, **how).rows
         columns = {name: [row[name] for row in rows] for name in ("task", "right", "recall", "valid")}
         return {"tokens": length, "n": len(rows), "chunk": self.wish.prompt_chunk, "answers": columns}

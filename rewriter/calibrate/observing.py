@@ -87,10 +87,10 @@ def begun(windows: Tensor, tokenizer: Any) -> Tensor:
     return windows
 
 
-def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any) -> Tensor:
+def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any, window: int = CALIBRATION_WINDOW) -> Tensor:
     """Windows [N, T] of token ids from ids, texts, "builtin" or a text file; those of text begin as the tokenizer begins one."""
     config, begin = decoder.config, False
-    length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW)
+    length = min(window, getattr(config, "max_position_embeddings", None) or window)
     if are_prompts(source):
         kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
         source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
