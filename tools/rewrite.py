@@ -31,7 +31,8 @@ from kvsink.tools.cli import command_line, wide_console
     default="builtin",
     show_default=True,
     metavar="FILE|builtin",
-    help="UTF-8 text; pictures with text: drawn[:N], a folder of images and texts, or JSON lines.",
+    help="UTF-8 text; chats or prompts as JSON lines, in the model's chat template; pictures with text: drawn[:N], a folder of"
+    " images and texts, or JSON lines.",
 )
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
 @click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')

@@ -21,6 +21,7 @@ from kvsink.calibrate.choices import Chosen, are_prompts
 from kvsink.calibrate.record import Calibration
 from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
+from kvsink.evaluate.chats import chat_tokens, is_chats
 from kvsink.evaluate.texts import builtin_text, read_text
 from kvsink.model.decoder import Decoder
 from kvsink.model.rows import visual_tokens
@@ -88,7 +89,7 @@ def begun(windows: Tensor, tokenizer: Any) -> Tensor:
 
 
 def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any, window: int = CALIBRATION_WINDOW) -> Tensor:
-    """Windows [N, T] of token ids from ids, texts, "builtin" or a text file; those of text begin as the tokenizer begins one."""
+    """Windows [N, T] of token ids from ids, texts, "builtin", a text file or chats; but for ids as the tokenizer begins them."""
     config, begin = decoder.config, False
     length = min(window, getattr(config, "max_position_embeddings", None) or window)
     if are_prompts(source):
@@ -97,14 +98,8 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
     if isinstance(source, Tensor):
         ids = source if source.dim() == 2 else source.flatten()
     else:
-        if isinstance(source, str) and source == "builtin":
-            text = builtin_text()
-        elif isinstance(source, str | Path):
-            text = read_text(source)
-        else:
-            text = "\n\n".join(source)
-        tokenizer = tokenizer or _tokenizer_of(decoder)
-        ids, begin = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]), True
+        tokenizer, begin = tokenizer or _tokenizer_of(decoder), True
+        ids = torch.tensor(_text_tokens(source, tokenizer), dtype=torch.int64)
     if ids.dim() == 1:
         if ids.numel() < length:
             length = ids.numel()
@@ -124,6 +119,17 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
     if wrong := ids[(ids < 0) | (ids >= vocabulary)].tolist():
         raise CalibrationError(f"calibration token {wrong[0]} is outside the vocabulary of {vocabulary}; wrong tokenizer?")
     return ids
+
+
+def _text_tokens(source: Any, tokenizer: Any) -> list[int]:
+    """Token ids of "builtin", a text file, a file of chats, or texts."""
+    if isinstance(source, str | Path) and is_chats(source):
+        return chat_tokens(source, tokenizer)
+    if isinstance(source, str | Path):
+        text = builtin_text() if source == "builtin" else read_text(source)
+    else:
+        text = "\n\n".join(source)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _tokenizer_of(decoder: Decoder) -> Any:
