@@ -220,8 +220,9 @@ QUALITY = (
 """Rows of docs/quality.md: ours, and of those published at 2 bits the best of docs/compare.md and those all compare with."""
 
 LENGTH = (
-    *(row("klt", window=n) for n in (128, 256)),
-    *(row("klt", protect=f"kvsink:5+first:{n}") for n in (16, 64)),
+    *(row("klt", protect=f"kvsink:{n}+first:1") for n in (16, 48)),
+    row("klt", protect="kvsink:5+first:48"),
+    row("klt", window=128),
     *(row("klt", k, v) for k, v in ((16, 2), (2, 16), (2.5, 2), (2, 2.5))),
 )
 """What more bits may be spent on in long contexts, beside the default, and what each side costs alone."""

@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default=w.device)
     for name in NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", default=getattr(w, name), type=int)
+    parser.add_argument("--calibration", default=w.calibration, help="builtin, mix, or a file, as kvsink-rewrite takes it.")
+    parser.add_argument("--text", help="A text of yours to read windows from. Default: WikiText-2's test split.")
     parser.add_argument("--lengths", default=",".join(map(str, w.lengths)), help="Tokens of prompts, with commas.")
     o = parser.parse_args(argv)
     try:
@@ -84,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             lengths = tuple(int(n) for n in o.lengths.split(","))
         except ValueError as error:
             raise KvsinkError(f"--lengths {o.lengths!r} is not a list of numbers with commas; write 4096,8192") from error
-        wish = Wish(o.device, lengths=lengths, **{name: getattr(o, name) for name in NUMBERS})
+        wish = Wish(
+            o.device, lengths=lengths, calibration=o.calibration, text=o.text, **{name: getattr(o, name) for name in NUMBERS}
+        )
         rows = read_rows(o.rows) if o.rows else named_set(o.set)
         folders = named_models(o.model)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -105,7 +109,7 @@ def _command(o: argparse.Namespace, folders: dict[str, Path]) -> str:
     own = {**vars(w), "set": "quality", "rows": None, "lengths": ",".join(map(str, w.lengths))}
     asked = {n: v for n, v in vars(o).items() if n in own and v != own[n]}
     parts = [f'--model "{name}={folder.name}"' for name, folder in folders.items()]
-    parts += [f"--{n.replace('_', '-')} {Path(v).name if n == 'rows' else v}" for n, v in asked.items()]
+    parts += [f"--{n.replace('_', '-')} {Path(v).name if n in ('rows', 'text', 'calibration') else v}" for n, v in asked.items()]
     return " ".join(["python -m kvsink.tools.quality", *parts])
 
 

@@ -27,7 +27,6 @@ from kvsink.evaluate.positions import doubling
 from kvsink.evaluate.reference import Reference, free_bytes
 from kvsink.evaluate.results import GenerationResult
 from kvsink.evaluate.retrieval import TASKS, Question, check_retrieval, questions, retrieval
-from kvsink.evaluate.texts import evaluation_text
 from kvsink.folder.loading import load_model, load_tokenizer, pick_device
 from kvsink.model.decoder import Decoder
 from kvsink.model.offload import place_of
@@ -35,6 +34,7 @@ from kvsink.model.runtime import runtime_of
 from kvsink.tools.compare import describe
 from kvsink.tools.compare_measure import Bench, packed_bits, protection, rewritten_copy
 from kvsink.tools.compare_rows import Row
+from kvsink.tools.eval_text import text_of
 
 __all__ = ["KINDS", "STOCK", "Cell", "Models", "Wish"]
 
@@ -42,7 +42,6 @@ KINDS = ("length", "retrieval", "structured", "arithmetic", "generation")
 STOCK = Row("stock:dynamic", label="16 bit")
 _FOUND = tuple(name for name in TASKS if name != "call")
 _KEPT = 0.65  # of a GPU's free memory, for the log-probabilities in 16 bit that all rows are held against
-_SAID = "WikiText-2 test, detokenized"
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class Wish:
     articles: int = 16
     words: int = 2000
     batch: int = 48
+    calibration: str = "builtin"
+    text: str | None = None
     calibration_tokens: int = 16384
     calibration_window: int = CALIBRATION_WINDOW
 
@@ -106,9 +107,10 @@ class Models:
             w, tokenizer = self.wish, load_tokenizer(self.folders[name])
             net = load_model(self.folders[name], place, key[1])
             length = min(w.length, context_of(net) or w.length)
-            ids = token_windows(evaluation_text(), tokenizer, w.windows * max(1, w.length // length), length)
-            text = calibration_windows(Decoder(net), "builtin", w.calibration_tokens, tokenizer, w.calibration_window)
-            self._benches[key] = Bench(net, name, ids, _SAID, text, tokenizer, self.wish.chunk, None, strict=False)
+            words, said = text_of(w.text, None)
+            ids = token_windows(words, tokenizer, w.windows * max(1, w.length // length), length)
+            text = calibration_windows(Decoder(net), w.calibration, w.calibration_tokens, tokenizer, w.calibration_window)
+            self._benches[key] = Bench(net, name, ids, said, text, tokenizer, self.wish.chunk, None, strict=False)
         return self._benches[key]
 
     def _reference(self, bench: Bench) -> Reference:

@@ -23,12 +23,14 @@ from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
 from kvsink.evaluate.chats import chat_tokens, is_chats
 from kvsink.evaluate.texts import builtin_text, read_text
+from kvsink.evaluate.texts.mix import mixed_text
 from kvsink.model.decoder import Decoder
 from kvsink.model.rows import visual_tokens
 
 __all__ = ["CALIBRATION_WINDOW", "Progress", "calibration_windows", "observe"]
 
 CALIBRATION_WINDOW = 1024
+_BUILT_IN: dict[Any, Callable[[], str]] = {"builtin": builtin_text, "mix": mixed_text}
 Progress = Callable[[str, int, int], None]
 
 
@@ -89,7 +91,7 @@ def begun(windows: Tensor, tokenizer: Any) -> Tensor:
 
 
 def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any, window: int = CALIBRATION_WINDOW) -> Tensor:
-    """Windows [N, T] of token ids from ids, texts, "builtin", a text file or chats; but for ids as the tokenizer begins them."""
+    """Windows [N, T] of token ids from ids, texts, "builtin", "mix", a text file or chats; but for ids as a tokenizer begins."""
     config, begin = decoder.config, False
     length = min(window, getattr(config, "max_position_embeddings", None) or window)
     if are_prompts(source):
@@ -106,7 +108,7 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
         count = min(ids.numel(), tokens) // max(1, length)
         if count == 0:
             raise CalibrationError(f"{ids.numel()} calibration tokens, {tokens} asked for: give a longer text")
-        if ids.numel() < tokens and isinstance(source, str | Path) and source != "builtin":
+        if ids.numel() < tokens and isinstance(source, str | Path) and source not in _BUILT_IN:
             raise CalibrationError(
                 f"calibration text {source} has {ids.numel()} tokens, {tokens} were asked for; give a longer text or "
                 f"--calibration-tokens {ids.numel()}"
@@ -122,11 +124,11 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
 
 
 def _text_tokens(source: Any, tokenizer: Any) -> list[int]:
-    """Token ids of "builtin", a text file, a file of chats, or texts."""
+    """Token ids of a text of ours, a text file, a file of chats, or texts."""
     if isinstance(source, str | Path) and is_chats(source):
         return chat_tokens(source, tokenizer)
     if isinstance(source, str | Path):
-        text = builtin_text() if source == "builtin" else read_text(source)
+        text = _BUILT_IN[source]() if source in _BUILT_IN else read_text(source)
     else:
         text = "\n\n".join(source)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
