@@ -65,8 +65,8 @@ def rewrite(
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
     method: a name of `kvsink.methods()` or a Method. key_bits, value_bits: average bits, 16 keeps a side exact. protect: rows
-    kept exact, such as "kvsink:5+first:1". window: recent rows kept exact. calibration: "builtin", a text file, a list of
-    texts, token ids [N, T], prompts (dicts of model inputs), or a `Calibration`. layers: per-layer changes,
+    kept exact, such as "kvsink:5+first:1". window: recent rows kept exact. calibration: "builtin", "mix", a text file, chats, a
+    list of texts, token ids [N, T], prompts (dicts of model inputs), or a `Calibration`. layers: per-layer changes,
     "0-1:key_bits=4". fold: put value rotations into
     the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in, when it is narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured

@@ -38,7 +38,7 @@ from kvsink.tools.compare_report import write_report
 from kvsink.tools.compare_rows import SETS, Row, RowSet, named_set, read_rows, resolved
 from kvsink.tools.stock import MissingPackage
 
-__all__ = ["Store", "compare", "named_models", "python_source"]
+__all__ = ["Store", "compare", "free", "named_models", "python_source"]
 
 Tell = Callable[[str], None]
 RECORDS = "compare.jsonl"
@@ -133,7 +133,7 @@ def compare(
             except Exception as error:  # one row must not end a run of hours; it runs again next time
                 found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:400]}
             finally:
-                _free()
+                free()
             about = {"key": key, "set": of, "row": row.as_dict(), "name": row.name, "model": bench.name, "text": bench.text}
             own = {n: getattr(resolved(row), n) for n in ("key_bits", "value_bits", "window")}  # as its method has them today
             shape = {"windows": len(bench.ids), "window_tokens": bench.ids.shape[1], "chunk": bench.chunk, "command": command}
@@ -146,7 +146,7 @@ def compare(
     return [store.records[key] for key in keys if key in store.records]
 
 
-def _free() -> None:
+def free() -> None:
     """Give back what a row or a model took: a rewritten model and its hooks hold each other."""
     gc.collect()
     if torch.cuda.is_available():
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with torch.no_grad():
                 compare(bench, rows.rows, o.out, shown, o.retry, tell, Path(o.rows).stem if o.rows else o.set)
             del bench
-            _free()
+            free()
     except KvsinkError as error:
         print("kvsink compare:", *which, *str(error).split(), file=sys.stderr)
         return 2

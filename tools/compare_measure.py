@@ -28,12 +28,12 @@ from kvsink.methods import Method, get_method
 from kvsink.model.anatomy import anatomy
 from kvsink.model.fingerprint import fingerprint
 from kvsink.model.runtime import runtime_of
-from kvsink.report import STATED_LENGTH, counted_bits
+from kvsink.report import STATED_LENGTH, Report, counted_bits
 from kvsink.rewrite import rewrite
 from kvsink.tools.compare_rows import Row, resolved
 from kvsink.tools.stock import stock_bits, stock_factory
 
-__all__ = ["Absent", "Bench", "declared", "measure", "protection", "windows_at_once"]
+__all__ = ["Absent", "Bench", "declared", "measure", "packed_bits", "protection", "rewritten_copy", "windows_at_once"]
 
 _SHARE = 0.25  # of the free memory, for the log-probabilities of one chunk and what is made of them
 _COPIES = 6  # logits and log-probabilities of both sides, their difference and the weights of it, in float32
@@ -179,6 +179,28 @@ def packed_bits(model: Any, length: int) -> float:
     return bits / sum(heads.elements for heads, _ in found)
 
 
+def rewritten_copy(bench: Bench, row: Row, rows: Sequence[Row]) -> tuple[Any, Report]:
+    """A copy of the bench's model, rewritten as the row says; `rows` are those that share its calibration record."""
+    work = copy.deepcopy(bench.model)
+    wish = partial(
+        rewrite,
+        work,
+        declared(row),
+        key_bits=row.key_bits,
+        value_bits=row.value_bits,
+        protect=row.protect,
+        window=row.window,
+        bits=row.bits,
+        plan=row.plan,
+        plan_ids=bench.calibration_ids,
+        tokenizer=bench.tokenizer,
+    )
+    try:
+        return work, wish(calibration=bench.record(protection(row), rows), designs=bench.designs)
+    except CalibrationError:  # it needs what the shared record lacks: calibrate for this row alone, or say why not
+        return work, wish(calibration=bench.calibration_ids)
+
+
 def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     """One row: rewrite a copy of the model, count bits, evaluate. `rows` are those that share its calibration record.
 
@@ -206,24 +228,7 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         bits = {n: stock_bits(factory, bench.model, n, bench.chunk) for n in (STATED_LENGTH, tokens)}
         about: dict[str, Any] = {"protect": "none", "cache_bits": bits[STATED_LENGTH], "table_bytes": 0, "codec": ""}
     else:
-        work = copy.deepcopy(bench.model)
-        wish = partial(
-            rewrite,
-            work,
-            declared(row),
-            key_bits=row.key_bits,
-            value_bits=row.value_bits,
-            protect=row.protect,
-            window=row.window,
-            bits=row.bits,
-            plan=row.plan,
-            plan_ids=bench.calibration_ids,
-            tokenizer=bench.tokenizer,
-        )
-        try:
-            report = wish(calibration=bench.record(protection(row), rows), designs=bench.designs)
-        except CalibrationError:  # it needs what the shared record lacks: calibrate for this row alone, or say why not
-            report = wish(calibration=bench.calibration_ids)
+        work, report = rewritten_copy(bench, row, rows)
         rewritten = time.perf_counter() - begun
         plans = runtime_of(work).plans
         bits = {n: packed_bits(work, n) for n in (STATED_LENGTH, tokens)}

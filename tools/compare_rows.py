@@ -208,6 +208,25 @@ FIELD_2026 = (
 )
 """The methods of 2026 with the exact rows of their papers, with ours, and ours with theirs."""
 
+QUALITY = (
+    row("klt"),
+    row("klt", 4, 4),
+    row("klt", 3, 3),
+    row("kivi", 2, 2),
+    row("kvquant", 2, 2, "first:1", label="kvquant 1 %", **_both(outliers=0.01)),
+    row("cq", 2, 2, label="cq 4c8b"),
+    row("oscar", 2, 2),
+)
+"""Rows of docs/quality.md: ours, and of those published at 2 bits the best of docs/compare.md and those all compare with."""
+
+LENGTH = (
+    *(row("klt", protect=f"kvsink:{n}+first:1") for n in (16, 48)),
+    row("klt", protect="kvsink:5+first:48"),
+    row("klt", window=128),
+    *(row("klt", k, v) for k, v in ((16, 2), (2, 16), (2.5, 2), (2, 2.5))),
+)
+"""What more bits may be spent on in long contexts, beside the default, and what each side costs alone."""
+
 QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 
 SETS: dict[str, RowSet] = {
@@ -218,6 +237,8 @@ SETS: dict[str, RowSet] = {
     "stock": RowSet(STOCK),
     "shift": RowSet(SHIFT, "python"),
     "2026": RowSet(FIELD_2026),
+    "quality": RowSet(QUALITY),
+    "length": RowSet(LENGTH),
     "quick": RowSet(QUICK),
 }
 

@@ -1,4 +1,4 @@
-"""Write every figure of README.md and docs/performance.md, and docs/compare.md, from rows that were measured:
+"""Write every figure of README.md and docs/performance.md, docs/compare.md and docs/quality.md from rows that were measured:
 `python -m kvsink.tools.pages`.
 
 A block stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`, one function each in `kvsink.tools.page_blocks`; nothing is
@@ -18,10 +18,12 @@ from kvsink.tools.compare import RECORDS
 from kvsink.tools.compare_records import read_records
 from kvsink.tools.compare_report import write_report
 from kvsink.tools.page_blocks import BLOCKS, ROOT, picture_rows
+from kvsink.tools.quality_page import markdown
 
-__all__ = ["COMPARED", "PAGES", "main", "prose", "written"]
+__all__ = ["COMPARED", "PAGES", "QUALITY", "ROOT", "main", "prose", "written"]
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+QUALITY = ROOT / "docs" / "quality.jsonl"
 COMPARED = (ROOT / "docs", ROOT / "docs" / "shift")
 _BLOCK = re.compile(r"(?<=<!-- rows: )([\w-]+)( -->\n)(.*?)(?=<!-- end of rows -->)", re.DOTALL)
 
@@ -48,6 +50,7 @@ def main() -> None:
         page.write_text(written(page.read_text(encoding="utf-8"), page.parent), encoding="utf-8")
     for folder in COMPARED:
         write_report(folder, read_records(folder / RECORDS))
+    QUALITY.with_suffix(".md").write_text(markdown(read_records(QUALITY)), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         return
     for name, draw in (("kernels", plot_kernels), ("shapes", plot_shapes)):

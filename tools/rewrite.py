@@ -30,8 +30,9 @@ from kvsink.tools.cli import command_line, wide_console
     "--calibration",
     default="builtin",
     show_default=True,
-    metavar="FILE|builtin",
-    help="UTF-8 text; pictures with text: drawn[:N], a folder of images and texts, or JSON lines.",
+    metavar="FILE|builtin|mix",
+    help="builtin: prose; mix: prose, code, chats, numbers, languages; a file of UTF-8 text; chats or prompts as JSON lines, in the"
+    " model's chat template; pictures with text: drawn[:N], a folder of images and texts, or JSON lines.",
 )
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
 @click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')

@@ -21,13 +21,16 @@ from kvsink.calibrate.choices import Chosen, are_prompts
 from kvsink.calibrate.record import Calibration
 from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
+from kvsink.evaluate.chats import chat_tokens, is_chats
 from kvsink.evaluate.texts import builtin_text, read_text
+from kvsink.evaluate.texts.mix import mixed_text
 from kvsink.model.decoder import Decoder
 from kvsink.model.rows import visual_tokens
 
 __all__ = ["CALIBRATION_WINDOW", "Progress", "calibration_windows", "observe"]
 
 CALIBRATION_WINDOW = 1024
+_BUILT_IN: dict[Any, Callable[[], str]] = {"builtin": builtin_text, "mix": mixed_text}
 Progress = Callable[[str, int, int], None]
 
 
@@ -87,31 +90,25 @@ def begun(windows: Tensor, tokenizer: Any) -> Tensor:
     return windows
 
 
-def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any) -> Tensor:
-    """Windows [N, T] of token ids from ids, texts, "builtin" or a text file; those of text begin as the tokenizer begins one."""
+def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any, window: int = CALIBRATION_WINDOW) -> Tensor:
+    """Windows [N, T] of token ids from ids, texts, "builtin", "mix", a text file or chats; but for ids as a tokenizer begins."""
     config, begin = decoder.config, False
-    length = min(CALIBRATION_WINDOW, getattr(config, "max_position_embeddings", None) or CALIBRATION_WINDOW)
+    length = min(window, getattr(config, "max_position_embeddings", None) or window)
     if are_prompts(source):
         kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
         source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
     if isinstance(source, Tensor):
         ids = source if source.dim() == 2 else source.flatten()
     else:
-        if isinstance(source, str) and source == "builtin":
-            text = builtin_text()
-        elif isinstance(source, str | Path):
-            text = read_text(source)
-        else:
-            text = "\n\n".join(source)
-        tokenizer = tokenizer or _tokenizer_of(decoder)
-        ids, begin = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]), True
+        tokenizer, begin = tokenizer or _tokenizer_of(decoder), True
+        ids = torch.tensor(_text_tokens(source, tokenizer), dtype=torch.int64)
     if ids.dim() == 1:
         if ids.numel() < length:
             length = ids.numel()
         count = min(ids.numel(), tokens) // max(1, length)
         if count == 0:
             raise CalibrationError(f"{ids.numel()} calibration tokens, {tokens} asked for: give a longer text")
-        if ids.numel() < tokens and isinstance(source, str | Path) and source != "builtin":
+        if ids.numel() < tokens and isinstance(source, str | Path) and source not in _BUILT_IN:
             raise CalibrationError(
                 f"calibration text {source} has {ids.numel()} tokens, {tokens} were asked for; give a longer text or "
                 f"--calibration-tokens {ids.numel()}"
@@ -124,6 +121,17 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
     if wrong := ids[(ids < 0) | (ids >= vocabulary)].tolist():
         raise CalibrationError(f"calibration token {wrong[0]} is outside the vocabulary of {vocabulary}; wrong tokenizer?")
     return ids
+
+
+def _text_tokens(source: Any, tokenizer: Any) -> list[int]:
+    """Token ids of a text of ours, a text file, a file of chats, or texts."""
+    if isinstance(source, str | Path) and is_chats(source):
+        return chat_tokens(source, tokenizer)
+    if isinstance(source, str | Path):
+        text = _BUILT_IN[source]() if source in _BUILT_IN else read_text(source)
+    else:
+        text = "\n\n".join(source)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _tokenizer_of(decoder: Decoder) -> Any:

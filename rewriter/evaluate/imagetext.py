@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import PictureError
+from kvsink.evaluate.chats import is_chats
 from kvsink.evaluate.pictures import HELD_BACK, Picture, drawn
 from kvsink.model.rows import visual_rows, visual_tokens
 
@@ -53,7 +54,9 @@ class Prompt:
 def is_source(text: str) -> bool:
     """Whether a --calibration or --images argument names pictures rather than text."""
     path = Path(text)
-    return text.partition(":")[0] in ("drawn", "drawn-captions") or path.suffix == ".jsonl" or path.is_dir()
+    return (
+        text.partition(":")[0] in ("drawn", "drawn-captions") or (path.suffix == ".jsonl" and not is_chats(path)) or path.is_dir()
+    )
 
 
 def drawn_examples(count: int, seed: int = HELD_BACK, captions: bool = False, pictures: int = 1) -> list[Example]:

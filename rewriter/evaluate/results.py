@@ -56,8 +56,8 @@ class RetrievalResult:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """Problems answered by `generate()`. A row: wanted, number (None where none was given), right, said, tokens, finished,
-    repetition."""
+    """Answers of `generate()`. A row: said, tokens, finished, repetition; of problems also wanted, number (None where none was
+    given), right."""
 
     budget: int
     temperature: float
@@ -67,7 +67,9 @@ class GenerationResult:
         """Shares with their intervals: right; exhausted, which used up the budget; agreement, the same number as `other` gave.
         Means over problems with theirs: repetition (share of runs of four tokens that occurred before) and tokens."""
         n = len(self.rows)
-        shares = {"right": [row["right"] for row in self.rows], "exhausted": [not row["finished"] for row in self.rows]}
+        shares = {"exhausted": [not row["finished"] for row in self.rows]}
+        if all("right" in row for row in self.rows):
+            shares = {"right": [row["right"] for row in self.rows], **shares}
         if other is not None:
             pairs = zip(self.rows, other.rows, strict=True)
             shares["agreement"] = [a["number"] is not None and a["number"] == b["number"] for a, b in pairs]

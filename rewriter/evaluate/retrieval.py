@@ -26,7 +26,7 @@ from kvsink.evaluate.texts import evaluation_text
 from kvsink.model.offload import place_of
 from kvsink.model.passing import given_cache
 
-__all__ = ["DEPTHS", "TASKS", "check_retrieval", "retrieval", "task_names"]
+__all__ = ["DEPTHS", "TASKS", "Question", "check_retrieval", "questions", "retrieval", "task_names"]
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TASKS: dict[str, tuple[Callable[[Haystack, int, float, Random], Draft], int]] = {
@@ -39,6 +39,8 @@ TASKS: dict[str, tuple[Callable[[Haystack, int, float, Random], Draft], int]] = 
     "call": (call, 128),
 }
 """By name: what drafts a prompt, and the most tokens of an answer."""
+Question = tuple[dict[str, Any], Draft, list[int]]
+"""Task, length and depth of a prompt, what it is graded by, and its token ids."""
 
 
 def task_names(words: str) -> tuple[str, ...]:
@@ -65,6 +67,20 @@ def check_retrieval(model: Any, tokenizer: Any, tasks: Sequence[str], lengths: S
             )
 
 
+def questions(
+    tokenizer: Any, tasks: Sequence[str], lengths: Sequence[int], depths: Sequence[float], samples: int, text: str | None = None
+) -> list[Question]:
+    """What `retrieval` asks, prompts of one length together."""
+    hay, asked = _haystack(tokenizer, text), list[Question]()
+    for length in lengths:
+        for task in tasks:
+            for number, depth in enumerate(depth for depth in depths for _ in range(samples)):
+                rng = Random(f"{task} {length} {number}")
+                draft = TASKS[task][0](hay, length, depth, rng)
+                asked.append(({"task": task, "length": length, "depth": depth}, draft, hay.prompt(draft, length, rng)))
+    return asked
+
+
 def retrieval(
     model: Any,
     tokenizer: Any,
@@ -77,36 +93,32 @@ def retrieval(
     chunk: int = 64,
     batch: int = 5,
     progress: Progress | None = None,
+    asked: Sequence[Question] | None = None,
 ) -> RetrievalResult:
     """Ask for what was hidden at each depth of each length, `samples` times, and count exact answers.
 
     The prompts depend on the tokenizer, the text (by default WikiText-2's test split) and these arguments alone, so that two
-    caches are asked the same.
+    caches are asked the same. asked: those that `questions` made of them before.
     """
     if cache_factory is None:
         cache_factory = packed_cache if is_rewritten(model) else dynamic_cache
     check_retrieval(model, tokenizer, tasks, lengths, text)
-    hay = _haystack(tokenizer, text)
     found: list[dict[str, Any]] = []
-    cells = [(task, length) for task in tasks for length in lengths]
+    if asked is None:
+        asked = questions(tokenizer, tasks, lengths, depths, samples, text)
     with evaluating(model), torch.no_grad():
-        for done, (task, length) in enumerate(cells):
-            make, most = TASKS[task]
-            asked = []
-            for number, depth in enumerate(depth for depth in depths for _ in range(samples)):
-                rng = Random(f"{task} {length} {number}")
-                draft = make(hay, length, depth, rng)
-                asked.append((depth, draft, hay.prompt(draft, length, rng)))
-            for first in range(0, len(asked), batch):
-                part = asked[first : first + batch]
-                ids = torch.tensor([ids for *_, ids in part], device=place_of(model))  # [rows, length]
-                said = _answers(model, tokenizer, ids, [draft for _, draft, _ in part], cache_factory, chunk, most)
-                for (depth, draft, _), words in zip(part, said, strict=True):
-                    grade = draft.grade(words)
-                    row = {"task": task, "length": length, "depth": depth, "right": grade.exact, "recall": grade.recall}
-                    found.append({**row, "valid": grade.valid, "said": words})
+        while len(found) < len(asked):  # tasks of one length share batches, since their rows stop on their own
+            at = asked[len(found) : len(found) + batch]
+            part = [one for one in at if len(one[2]) == len(at[0][2])]
+            ids = torch.tensor([ids for *_, ids in part], device=place_of(model))  # [rows, length]
+            most = [TASKS[about["task"]][1] for about, *_ in part]
+            said = _answers(model, tokenizer, ids, [draft for _, draft, _ in part], cache_factory, chunk, most)
+            for (about, draft, _), words in zip(part, said, strict=True):
+                grade = draft.grade(words)
+                found.append({**about, "right": grade.exact, "recall": grade.recall, "valid": grade.valid, "said": words})
             if progress is not None:
-                progress(done + 1, len(cells))
+                progress(len(found), len(asked))
+    found.sort(key=lambda row: tasks.index(row["task"]))
     return RetrievalResult(tuple(found))
 
 
@@ -115,26 +127,26 @@ def _haystack(tokenizer: Any, text: str | None) -> Haystack:
 
 
 def _answers(
-    model: Any, tokenizer: Any, ids: Tensor, drafts: Sequence[Draft], cache_factory: CacheFactory, chunk: int, most: int
+    model: Any, tokenizer: Any, ids: Tensor, drafts: Sequence[Draft], cache_factory: CacheFactory, chunk: int, most: list[int]
 ) -> list[str]:
-    """Greedy answers of at most `most` tokens, up to the model's end of a turn; a row that is exact already may stop sooner."""
+    """Greedy answers of at most `most` tokens each, up to the model's end of a turn; a row that is exact may stop sooner."""
     rows, length = ids.shape
     config = getattr(model, "generation_config", None)
     end = getattr(config, "eos_token_id", None)
     ends = {end} if isinstance(end, int) else set(end or ())
-    cache = cache_factory(model, rows, length + most)
+    cache = cache_factory(model, rows, length + max(most))
     for start in range(0, length, chunk):
         logits = model(ids[:, start : start + chunk], **given_cache(model, cache), use_cache=True, logits_to_keep=1).logits
     said: list[list[int]] = [[] for _ in drafts]
     running = [True] * rows
-    for step in range(most):
+    for step in range(max(most)):
         tokens = logits[:, -1].argmax(-1, keepdim=True)  # [rows, 1]
         for i, token in enumerate(tokens[:, 0].tolist()):
             running[i] = running[i] and token not in ends
             if running[i]:
                 said[i].append(token)
-                running[i] = not drafts[i].grade(_words(tokenizer, said[i])).exact
-        if not any(running) or step + 1 == most:
+                running[i] = len(said[i]) < most[i] and not drafts[i].grade(_words(tokenizer, said[i])).exact
+        if not any(running) or step + 1 == max(most):
             break
         logits = model(tokens, **given_cache(model, cache), use_cache=True).logits
     return [_words(tokenizer, tokens) for tokens in said]
