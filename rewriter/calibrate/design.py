@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvsink.calibrate.codebooks import Turn, learn
 from kvsink.calibrate.grouping import grouped_basis
-from kvsink.calibrate.metric import basis_of_attention, damped, spread_basis, turned_moment
+from kvsink.calibrate.metric import basis_of_attention, condition, damped, spread_basis, turned_moment
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import SampleNeed
 from kvsink.codecs import SideSpec, hadamard_order
@@ -178,10 +178,18 @@ def _asked(record: Calibration, layer: int, spec: SideSpec, rotary: int) -> Tens
     _need(queries, layer, "query")
     assert queries is not None
     if spec.domain == "block":
-        return turned_moment(queries.moment(), rotary)
-    _need(queries.roped, layer, "query")
-    assert queries.roped is not None
-    return queries.roped
+        moment, full = turned_moment(queries.moment(), rotary), queries.second[:, rotary:, rotary:]
+    else:
+        _need(queries.roped, layer, "query")
+        assert queries.roped is not None
+        moment = full = queries.roped
+    seen, least = int(queries.count), 2 * full.shape[-1]
+    if seen < least:
+        raise CalibrationError(
+            f"layer {layer}: {seen} queries are too few for their second moment of {full.shape[-1]} dimensions "
+            f"(condition number {condition(full):.0e}); calibrate on at least {-(-record.tokens * least // max(1, seen))} tokens"
+        )
+    return moment
 
 
 def _klt(side: str, spec: SideSpec, covariance: Tensor, moment: Tensor | None, tables: dict[str, Tensor]) -> Tensor:

@@ -258,7 +258,7 @@ class SideSpec:
             if self.bits != int(self.bits):
                 raise UnsupportedError(
                     f"bits={self.bits:g} is not whole, which the {self.kind} quantizer needs; "
-                    f"use {int(self.bits)} or {int(self.bits) + 1}"
+                    f"use {f'{int(self.bits)} or ' if self.bits >= 1 else ''}{int(self.bits) + 1}"
                 )
             spec = replace(spec, widths=(int(self.bits),) * (dim // 8))
         return spec
