@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.skeleton import skeleton
 from kvsink.calibrate.streaming import Stream
+from kvsink.calibrate.uncalibrated import default_method, is_none
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.evaluate.imagetext import is_source, load_processor, prompts, read_examples
 from kvsink.evaluate.stepcheck import check_step
@@ -62,6 +64,7 @@ def rewrite_dir(
     time; None does so when they would fill the memory.
     """
     options = options or RewriteOptions()
+    options = replace(options, method=options.method or default_method(options.calibration))
     source, target = Path(model_dir), Path(out_dir)
     if onnx:
         from kvsink.export.flavours import check_expressible
@@ -169,7 +172,7 @@ def _existing(path: Path) -> Path:
 
 def _needs_whole(options: RewriteOptions, onnx: bool) -> bool:
     """Whether the options ask for what cannot be done layer by layer."""
-    modal = options.modality is not None or get_method(options.method).modality is not None
+    modal = options.modality is not None or get_method(options.method or "klt").modality is not None
     return onnx or modal or options.plan == "auto" or is_source(options.calibration)
 
 
@@ -237,7 +240,7 @@ def _refuse_quantized(source: Path, config: dict[str, Any]) -> None:
 
 
 def _needs_text(calibration: str) -> bool:
-    return not calibration.endswith(".safetensors")
+    return not (calibration.endswith(".safetensors") or is_none(calibration))
 
 
 def _storage_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -110,7 +110,8 @@ class Report:
             f"# kvsink: {self.model}",
             "",
             f"Method `{self.method}`, protection `{self.protect}`: {self.bits:.2f} bits per cached element at "
-            f"{STATED_LENGTH} tokens, {self.smaller:.1f}x smaller than 16 bit. Calibrated on {self.calibration_tokens} tokens; "
+            f"{STATED_LENGTH} tokens, {self.smaller:.1f}x smaller than 16 bit. Calibrated on "
+            f"{f'{self.calibration_tokens} tokens' if self.calibration_tokens else 'nothing'}; "
             f"static tables {self.table_bytes / 2**20:.1f} MiB.",
             "",
         ]

@@ -24,6 +24,7 @@ from kvsink.calibrate.plan import planned
 from kvsink.calibrate.probing import check as check_model
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.streaming import Stream
+from kvsink.calibrate.uncalibrated import default_method, is_none
 from kvsink.codecs.protect import SinkStage
 from kvsink.evaluate.applying import apply
 from kvsink.hf import install_generate
@@ -37,7 +38,7 @@ __all__ = ["RewriteOptions", "rewrite"]
 
 def rewrite(
     model: nn.Module,
-    method: str | Method = "klt",
+    method: str | Method | None = None,
     *,
     key_bits: float | None = None,
     value_bits: float | None = None,
@@ -64,11 +65,11 @@ def rewrite(
 ) -> Report:
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
-    method: a name of `kvsink.methods()` or a Method. key_bits, value_bits: average bits, 16 keeps a side exact. protect: rows
-    kept exact, such as "kvsink:5+first:1". window: recent rows kept exact. calibration: "builtin", "mix", a text file, chats, a
-    list of texts, token ids [N, T], prompts (dicts of model inputs), or a `Calibration`. layers: per-layer changes,
-    "0-1:key_bits=4". fold: put value rotations into
-    the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in, when it is narrower.
+    method: a name of `kvsink.methods()` or a Method; None: klt, or rotated where calibration is "none". key_bits, value_bits:
+    average bits, 16 keeps a side exact. protect: rows kept exact, such as "kvsink:5+first:1". window: recent rows kept exact.
+    calibration: "builtin", "mix", a text file, chats, a list of texts, token ids [N, T], prompts (dicts of model inputs), a
+    `Calibration`, or "none" for methods without statistics. layers: per-layer changes, "0-1:key_bits=4". fold: put value
+    rotations into the weights (the model stays the same function). storage_dtype: the dtype weights are saved in, when narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
@@ -81,6 +82,7 @@ def rewrite(
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
     begun = time.monotonic()
+    method = default_method(calibration) if method is None else method
     m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
     asked = RewriteOptions(
         m.name, key_bits, value_bits, protect, window, layers=layers, fold=fold, bits=bits, plan=plan, sliding=sliding, check=check
@@ -97,7 +99,8 @@ def rewrite(
         _plan(decoder, chosen, record, ids, bits, designs, progress)
     designed = design(decoder, chosen, record, designs, progress)
     report = apply(decoder, chosen, record, designed, fold, storage_dtype, check)
-    if any(p.kind == "sinks" for ps in chosen.policies for p in ps) and record.stages and stream is None:
+    counted = record.stages and stream is None and not is_none(calibration)
+    if counted and any(p.kind == "sinks" for ps in chosen.policies for p in ps):
         _count(decoder, calibration, calibration_tokens, tokenizer, report)
     install_generate(decoder.model)
     report.seconds = time.monotonic() - begun

@@ -15,7 +15,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.command("kvsink-rewrite", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--method", help="A name of kvsink.methods(). [default: klt; static with --onnx-flavour gqa]")
+@click.option("--method", help="A name of kvsink.methods(). [default: klt; rotated without calibration; static for gqa]")
 @click.option("--levels", metavar="NAME", help="For experiments: another variant of the method; of klt: best, codebooks, even.")
 @click.option("--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]")
 @click.option("--value-bits", type=float, metavar="B", help="Average bits of values. [default: the method's]")
@@ -30,9 +30,10 @@ from kvsink.tools.cli import command_line, wide_console
     "--calibration",
     default="builtin",
     show_default=True,
-    metavar="FILE|builtin|mix",
-    help="builtin: prose; mix: prose, code, chats, numbers, languages; a file of UTF-8 text; chats or prompts as JSON lines, in the"
-    " model's chat template; pictures with text: drawn[:N], a folder of images and texts, or JSON lines.",
+    metavar="FILE|builtin|mix|none",
+    help="builtin: prose; mix: prose, code, chats, numbers, languages; none: a method without statistics; a file of UTF-8 text;"
+    " chats or prompts as JSON lines, in the model's chat template; pictures with text: drawn[:N], a folder of images and texts, or"
+    " JSON lines.",
 )
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
 @click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')
@@ -88,6 +89,7 @@ def command(
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     import kvsink
+    from kvsink.calibrate.uncalibrated import default_method
     from kvsink.folder.demo import resolve_model_dir
     from kvsink.folder.loading import model_class
 
@@ -98,7 +100,7 @@ def command(
 
         if flavour not in FLAVOURS:
             raise UnknownName("flavour", flavour, FLAVOURS)
-    named = method or ("static" if flavour == "gqa" else "klt")
+    named = method or ("static" if flavour == "gqa" else default_method(options["calibration"]))
     options["method"] = f"{named}:{levels}" if levels else named
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)

@@ -325,9 +325,10 @@ def gather(
     for (layer, _), keys in out.keys.items():
         rows, least = int(keys.count.sum()), 2 * where.layers[layer].key_dim
         if rows < least:
+            more = f"give at least {-(-out.tokens * least // rows)} calibration tokens, or " if rows else ""
             raise CalibrationError(
-                f"layer {layer}: {rows} rows are left to calibrate on beside those that are kept exact, fewer than {least}; give "
-                "more calibration tokens, or protect fewer rows"
+                f"layer {layer}: {rows} rows are left to calibrate on beside those that are kept exact, fewer than {least}; "
+                f"{more}protect fewer rows"
             )
     every: list[tuple[object, KeyStats | QueryStats | ValueStats]] = [*out.keys.items(), *out.queries.items(), *out.values.items()]
     for name, stats in every:

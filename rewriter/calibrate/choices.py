@@ -17,9 +17,10 @@ from kvsink.calibrate.design import gather_needs, key_blocks, needs_calibration,
 from kvsink.calibrate.patterns import PATTERNS, attention_patterns, classify
 from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.calibrate.statistics import SampleNeed
+from kvsink.calibrate.uncalibrated import default_protection, is_none
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.protect import Policy, anchors_for_layer, parse_policies
-from kvsink.errors import KvsinkError, UnknownName, UnsupportedError
+from kvsink.errors import CalibrationError, KvsinkError, UnknownName, UnsupportedError
 from kvsink.methods import Method, get_method, methods
 from kvsink.model.anatomy import Anatomy, rope_types
 from kvsink.model.decoder import Decoder
@@ -35,7 +36,7 @@ PATTERN_PROMPTS = 16  # that layer classes are measured on
 class RewriteOptions:
     """What the user may choose. None means the method's own default."""
 
-    method: str = "klt"
+    method: str | None = None
     key_bits: float | None = None
     value_bits: float | None = None
     protect: str | None = None
@@ -204,11 +205,13 @@ def choose(decoder: Decoder, m: Method, asked: RewriteOptions, calibration: Any,
     base = LayerChoice(
         m.key_bits if asked.key_bits is None else asked.key_bits,
         m.value_bits if asked.value_bits is None else asked.value_bits,
-        m.protect if asked.protect is None else asked.protect,
+        default_protection(m, calibration) if asked.protect is None else asked.protect,
         m.window if asked.window is None else asked.window,
     )
     if base.key_bits == base.value_bits == 16 and asked.protect is None:
         base = replace(base, protect="none")  # everything is exact already
+    if asked.plan == "auto" and is_none(calibration):
+        raise CalibrationError("--plan auto measures widths of layers on text, and calibration is 'none'; use --plan uniform")
     choices = _layers_of(asked, n, base)
     if decoder.stream is not None and (asked.plan == "auto" or m.modality is not None):
         what = "--plan auto" if asked.plan == "auto" else m.name

@@ -10,6 +10,7 @@ Raises     CalibrationError when statistics are missing, UnsupportedError when t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kvsink.calibrate.codebooks import Turn, learn
 from kvsink.calibrate.grouping import grouped_basis
-from kvsink.calibrate.metric import basis_of_attention, damped, spread_basis, turned_moment
+from kvsink.calibrate.metric import basis_of_attention, condition, damped, spread_basis, turned_moment
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.statistics import SampleNeed
 from kvsink.codecs import SideSpec, hadamard_order
@@ -46,7 +47,8 @@ class Design:
 def needs_calibration(spec: SideSpec) -> bool:
     """Whether a side cannot be built without statistics."""
     learns = spec.packed and QUANTIZERS[spec.kind].learns(spec) > 0
-    return learns or (spec.packed and (spec.center or spec.reorder or spec.transform == "klt" or spec.kind in SIGMA_KINDS))
+    tables = spec.center or spec.reorder or spec.transform == "klt" or (spec.kind in SIGMA_KINDS and not spec.flat)
+    return learns or (spec.packed and tables)
 
 
 def sample_need(*sides: SideSpec) -> SampleNeed | None:
@@ -155,6 +157,16 @@ def sigmas(prefix: str, spec: SideSpec, variance: Tensor) -> dict[str, Tensor]:
     return out
 
 
+def _flat(prefix: str, spec: SideSpec, heads: int, dim: int, size: float, tables: dict[str, Tensor]) -> Design:
+    """A side that needs no statistics: of a flat kind with the power of two near `size` as deviation of every channel."""
+    if spec.packed and spec.flat:
+        power = round(math.log2(size)) - spec.exponent if 0 < size < math.inf else 0
+        variance = torch.full((heads, dim), 4.0**power, dtype=torch.float64)
+        spec = replace(spec, widths=water_fill(variance, spec.bits, kind=spec.kind))
+        tables.update(sigmas(prefix, spec, variance))
+    return Design(spec, tables)
+
+
 def _need(found: object, layer: int, what: str) -> None:
     if found is None:
         raise CalibrationError(f"layer {layer} has no {what} statistics in this record; calibrate with this method again")
@@ -166,10 +178,18 @@ def _asked(record: Calibration, layer: int, spec: SideSpec, rotary: int) -> Tens
     _need(queries, layer, "query")
     assert queries is not None
     if spec.domain == "block":
-        return turned_moment(queries.moment(), rotary)
-    _need(queries.roped, layer, "query")
-    assert queries.roped is not None
-    return queries.roped
+        moment, full = turned_moment(queries.moment(), rotary), queries.second[:, rotary:, rotary:]
+    else:
+        _need(queries.roped, layer, "query")
+        assert queries.roped is not None
+        moment = full = queries.roped
+    seen, least = int(queries.count), 2 * full.shape[-1]
+    if seen < least:
+        raise CalibrationError(
+            f"layer {layer}: {seen} queries are too few for their second moment of {full.shape[-1]} dimensions "
+            f"(condition number {condition(full):.0e}); calibrate on at least {-(-record.tokens * least // max(1, seen))} tokens"
+        )
+    return moment
 
 
 def _klt(side: str, spec: SideSpec, covariance: Tensor, moment: Tensor | None, tables: dict[str, Tensor]) -> Tensor:
@@ -219,9 +239,10 @@ def design_key(
     angles: Angles,
     device: torch.device = CPU,
     turn: Turn | None = None,
+    size: float = 1.0,
 ) -> Design:
     """The key codec of one layer. `angles` gives the offset angles of a block length; codebooks are learnt on `device`; `turn`
-    says where rows that are coded after RoPE may stand, and the angles there."""
+    says where rows that are coded after RoPE may stand, and the angles there; size: of rows, for a flat kind."""
     spec = spec.resolved(heads, dim)
     tables: dict[str, Tensor] = {}
     if not spec.packed:
@@ -229,7 +250,7 @@ def design_key(
     if spec.domain == "block" and spec.block > 1:
         tables["offset_cos"], tables["offset_sin"] = (t.float().cpu() for t in angles(spec.block))
     if not needs_calibration(spec):
-        return Design(spec, tables)
+        return _flat("k", spec, heads, dim, size, tables)
     stats = record.keys.get((layer, key_blocks(spec)[0]))
     _need(stats, layer, "key")
     assert stats is not None
@@ -268,11 +289,13 @@ def design_key(
     return Design(spec, tables)
 
 
-def design_value(spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, device: torch.device = CPU) -> Design:
-    """The value codec of one layer; the tables are in the basis of the weights as they are now."""
+def design_value(
+    spec: SideSpec, layer: int, heads: int, dim: int, record: Calibration, device: torch.device = CPU, size: float = 1.0
+) -> Design:
+    """The value codec of one layer; the tables are in the basis of the weights as they are now. size: as of `design_key`."""
     spec = spec.resolved(heads, dim)
     if not needs_calibration(spec):
-        return Design(spec, {})
+        return _flat("v", spec, heads, dim, size, {})
     stats = record.values.get(layer)
     _need(stats, layer, "value")
     assert stats is not None

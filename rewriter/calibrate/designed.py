@@ -43,17 +43,18 @@ def design(
     for i, w in enumerate(chosen.wanted):
         if w is None:
             continue
+        held = sizes.get(i, (1.0, 1.0))
         if i in sizes:
-            w = ranged(w[0], sizes[i][0]), ranged(w[1], sizes[i][1], values=True)
+            w = ranged(w[0], held[0]), ranged(w[1], held[1], values=True)
         w = record.measurable(i, *w)
         angles = partial(probe.offset_angles, i, device=torch.device("cpu"))
         _, kv, key_dim, value_dim = where.layers[i]
         key_design, value_design = made.get((i, "key", w[0])), made.get((i, "value", w[1]))
         if key_design is None:
             turn = partial(_turn, probe, decoder.config, i)
-            key_design = made[i, "key", w[0]] = design_key(w[0], i, kv, key_dim, record, angles, device, turn)
+            key_design = made[i, "key", w[0]] = design_key(w[0], i, kv, key_dim, record, angles, device, turn, held[0])
         if value_design is None:
-            value_design = made[i, "value", w[1]] = design_value(w[1], i, kv, value_dim, record, device)
+            value_design = made[i, "value", w[1]] = design_value(w[1], i, kv, value_dim, record, device, held[1])
         if progress is not None and chosen.samples:
             progress("learning codebooks", i + 1, n)
         designed[i] = key_design, value_design

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvsink.kernels.hadamard import hadamard_ref
 
-__all__ = ["DAMPING", "basis_of_attention", "damped", "spread_basis", "turned_moment"]
+__all__ = ["DAMPING", "basis_of_attention", "condition", "damped", "spread_basis", "turned_moment"]
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to M, so that no direction which calibration did not ask about is without weight."""
@@ -37,6 +37,14 @@ def turned_moment(second: Tensor, rotary: int) -> Tensor:
     out[:, :rotary, :rotary] = torch.diag_embed(mean)
     out[:, rotary:, rotary:] = second[:, rotary:, rotary:]
     return out
+
+
+def condition(moment: Tensor) -> float:
+    """The largest condition number of second moments [H, D, D]; infinite where one is singular to rounding."""
+    values = torch.linalg.eigvalsh(moment)
+    least, most = values[:, 0], values[:, -1]
+    singular = least <= moment.shape[-1] * torch.finfo(moment.dtype).eps * most
+    return float(torch.where(singular, torch.inf, most / least).amax())
 
 
 def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:

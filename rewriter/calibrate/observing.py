@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kvsink.calibrate.calibration import gather
 from kvsink.calibrate.choices import Chosen, are_prompts
 from kvsink.calibrate.record import Calibration
+from kvsink.calibrate.uncalibrated import is_none, refuse
 from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
 from kvsink.evaluate.chats import chat_tokens, is_chats
@@ -58,6 +59,8 @@ def observe(
     if known is not None and not chosen.blocks:
         record.stages = known
     elif chosen.blocks or kinds & {"kvsink", "sinks", "pivots"}:
+        if is_none(calibration):
+            refuse(chosen.method, bool(chosen.blocks), chosen.base.protect)
         if isinstance(calibration, Calibration):
             record = calibration
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):

@@ -422,7 +422,7 @@ class Codec:
 
 
 _TOLD = tuple(f.name for f in fields(SideFormat) if f.name != "beyond")
-_READ = (*_TOLD, "bits", "clip", "shared", "axis", "group_tokens", "outlier_tokens", "visual_clip", "weights")
+_READ = (*_TOLD, "bits", "clip", "shared", "axis", "group_tokens", "outlier_tokens", "visual_clip", "weights", "flat")
 """Fields of a side that kernels are told of, read off the side itself, or have no use for."""
 _SETTINGS = {"domain": ("post", "block"), "transform": ("none", "hadamard", "klt"), "axis": ("token", "channel")}
 """Fields that are words, with the words that kernels know."""

@@ -85,6 +85,7 @@ class SideSpec:
     outliers   kind "nuq": share of entries outside the range that the code points cover; the farthest are kept in 16 bit.
     outlier_tokens  tokens whose outliers share one record, at most; a power of two.
     exponent   codes and tables are of rows times 2^-exponent, where rows are too large or too small for float16 scales.
+    flat       kinds with a deviation per channel: all channels have one, that of the layer's size, and nothing is calibrated.
     unbiased   kind "trellis": levels are read 1 / (1 - D) times as large, D the mean squared error of their width: errors do not
                depend on the number itself then, and average out over the rows that attention sums.
     weights    how a quantizer that learns weighs calibration rows: "none", "fisher" (squared gradient of the loss; of entries
@@ -99,6 +100,7 @@ class SideSpec:
     metric: str = "none"
     spread: str = "none"
     unbiased: bool = False
+    flat: bool = False
     heads_per_group: int = 1
     order: int = 0
     reorder: bool = False
@@ -146,6 +148,8 @@ class SideSpec:
             refuse("a metric is for levels of single components, not for codebooks in blocks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
+        if self.flat and (self.kind not in SIGMA_KINDS or self.center or self.transform == "klt" or self.reorder):
+            refuse(f"flat=True needs a kind of {', '.join(SIGMA_KINDS)} and nothing that is calibrated")
         if self.weights not in WEIGHTS:
             refuse(f"weights {self.weights!r} is not one of {', '.join(WEIGHTS)}")
         if not 0 <= self.outliers < 1:
@@ -254,7 +258,7 @@ class SideSpec:
             if self.bits != int(self.bits):
                 raise UnsupportedError(
                     f"bits={self.bits:g} is not whole, which the {self.kind} quantizer needs; "
-                    f"use {int(self.bits)} or {int(self.bits) + 1}"
+                    f"use {f'{int(self.bits)} or ' if self.bits >= 1 else ''}{int(self.bits) + 1}"
                 )
             spec = replace(spec, widths=(int(self.bits),) * (dim // 8))
         return spec

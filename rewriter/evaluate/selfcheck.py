@@ -114,6 +114,7 @@ def at_eight_bits(codec: Codec) -> Codec:
             group_size=1 if s.own_inverse and s.spread == "none" else s.group_size,
             gain=False,
             unbiased=False,
+            flat=False,
             visual_bits=0,
             visual_clip=1.0,
             couple=0,

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kvsink.codecs import SideSpec
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import KvsinkError, UnknownName
 
 __all__ = ["Claim", "Method", "Modality", "Paper", "get_method", "methods", "register_method"]
@@ -94,6 +95,10 @@ class Method:
             return SideSpec()
         if not 0.125 <= bits <= 8:
             raise KvsinkError(f"{which} bits={bits:g} is impossible: choose 1 to 8, or 16 to keep {which}s exact")
+        least, most = max(QUANTIZERS[template.kind].least, 0.125), QUANTIZERS[template.kind].most
+        if not least <= bits <= most:
+            nearest = least if bits < least else most
+            raise KvsinkError(f"{which} bits={bits:g}: {self.name} has {least} to {most} ({template.kind}); use {nearest}")
         clips = self.value_clip_at if which == "value" and self.value_clip_at is not None else self.clip_at
         clip = clips.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
         return replace(template, bits=float(bits), clip=clip)

@@ -60,6 +60,7 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("nova 2/2, 64 first and 256 recent rows", "nova", 2, 2, {"segments": (64,), "window": 256}),
     ("tasq 1.25/1.25, 64 recent rows", "tasq", 1.25, 1.25, {"segments": (), "window": 64}),
     ("kvarn 2/2", "kvarn", 2, 2, {"segments": (128,)}),
+    ("rotated 4/4", "rotated", 4, 4, {"segments": (4,)}),
     ("kvquant 3/3", "kvquant", 3, 3, {}),
     ("kvquant-1% 2/2", "kvquant-1%", 2, 2, {}),
     ("cq 2/2", "cq", 2, 2, {"segments": ()}),

@@ -87,6 +87,21 @@ def test_a_folder_equals_the_rewrite_in_memory(tiny_dir: Path, text: Path, tmp_p
     assert isinstance(outs[0].past_key_values, kvsink.KVSinkCache)
 
 
+def test_a_folder_without_calibration(tiny_dir: Path, tmp_path: Path) -> None:
+    """Whole and by layers: the same answers, and no tokenizer is asked for."""
+    found = []
+    for by_layer in (False, True):
+        source, out = tmp_path / f"source-{by_layer}", tmp_path / f"out-{by_layer}"
+        source.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (source / name).write_bytes((tiny_dir / name).read_bytes())
+        report = rewrite_dir(source, out, RewriteOptions(calibration="none"), by_layer=by_layer)
+        assert (report.method, report.protect) == ("rotated", "first:4")
+        assert json.loads((out / "kvsink.json").read_text())["options"]["method"] == "rotated"
+        found.append(AutoModelForCausalLM.from_pretrained(out).generate(tokens(1, 30), max_new_tokens=8, do_sample=False))
+    assert torch.equal(*found)
+
+
 def test_everything_is_in_the_folder(rewritten_dir: Path, tiny_dir: Path) -> None:
     names = {p.name for p in rewritten_dir.iterdir()}
     assert names >= {p.name for p in tiny_dir.iterdir()} | {

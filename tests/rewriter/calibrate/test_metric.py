@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kvsink.calibrate.metric import basis_of_attention, damped, spread_basis, turned_moment
+from kvsink.calibrate.metric import basis_of_attention, condition, damped, spread_basis, turned_moment
 from kvsink.kernels.hadamard import hadamard_ref
 
 HEADS, DIM = 2, 8
@@ -34,6 +34,16 @@ def test_the_moment_is_that_of_queries_at_all_distances() -> None:
         turn[:, i, i + 3], turn[:, i + 3, i] = angle.sin(), -angle.sin()
     wanted = torch.stack([(turn.mT @ m @ turn).mean(0) for m in second])
     assert (turned_moment(second, 6) - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+
+
+def test_condition_numbers() -> None:
+    """Of spectra that are known, and of a moment of fewer rows than dimensions."""
+    covariance, moment = moments()
+    assert condition(covariance) == pytest.approx(math.exp(6), rel=1e-6) and condition(moment) == pytest.approx(
+        math.exp(4), rel=1e-6
+    )
+    few = torch.randn(HEADS, DIM - 1, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert condition(few.mT @ few) == math.inf
 
 
 def test_without_rope_it_is_the_moment_itself() -> None:

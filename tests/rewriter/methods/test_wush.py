@@ -11,6 +11,7 @@ import torch
 
 import kvsink
 from kvsink.codecs import Codec
+from kvsink.errors import CalibrationError
 from kvsink.model.runtime import runtime_of
 from kvsink.report import counted_bits
 from tests.graphs import rewritten
@@ -33,6 +34,18 @@ def by_hand(x: Any, forth: Any, kappa: float, bits: int = 2) -> Any:
     lo, hi = np.maximum(z.min(-1, keepdims=True), -t), np.minimum(z.max(-1, keepdims=True), t)
     step = (hi - lo) / (2**bits - 1)
     return (np.clip(np.rint((z - lo) / step), 0, 2**bits - 1) * step + lo) @ np.linalg.inv(forth)
+
+
+@pytest.mark.parametrize("method", ["wush", "oscar-int2"])
+def test_too_few_queries_are_refused_with_a_number_that_works(method: str) -> None:
+    """Every eighth query of 64 tokens, by two query heads a key-value head, are 16; a moment of 16 dimensions asks for 32."""
+    ids, options = tokens(4, 64, seed=1), {"key_bits": 2, "value_bits": 16, "protect": "none"}
+    words = (
+        r"layer 0: 16 queries are too few for their second moment of 16 dimensions \(condition number \de\+\d+\); .*at least 128 "
+    )
+    with pytest.raises(CalibrationError, match=words):
+        kvsink.rewrite(build("llama"), method, calibration=ids[:1], **options)
+    kvsink.rewrite(build("llama"), method, calibration=ids[:2], **options)
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
