@@ -63,14 +63,10 @@ def _bytes_of(word):
 
 
 @triton.jit
-def walk_levels(
-    codes, row, meta, cubic, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
-):  # fmt: skip
-    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: a and c."""
-    G: tl.constexpr = D // 8
-    GP: tl.constexpr = DP // 8
-    g = tl.arange(0, GP) % G  # padded channels repeat others
-    width, first = tl.load(meta + g), tl.load(meta + G + g)
+def _narrow_indices(
+    codes, row, width, first, g, N: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
+):
+    """Indices of levels [N, GP, 8] of runs of at most four bits, eight codes a word."""
     word = tl.zeros([N, GP], tl.uint32)
     for n in tl.static_range(WIDEST):
         byte = tl.minimum(first + n, BYTES - 1)  # behind the run it is masked below
@@ -81,7 +77,44 @@ def walk_levels(
         walk = walk ^ (_before(walk, (g + G - 2) % G, N, GP) & 0x11111111)
     even = ((walk << 1) & 0x1E1E1E1E) | (newer & 0x01010101)  # indices of even channels, one a byte
     odd = ((walk >> 3) & 0x1E1E1E1E) | ((newer >> 4) & 0x01010101)
-    index = tl.reshape(tl.join(_bytes_of(even), _bytes_of(odd)), [N, GP, 8]) & 255
+    return tl.reshape(tl.join(_bytes_of(even), _bytes_of(odd)), [N, GP, 8]) & 255
+
+
+@triton.jit
+def _wide_indices(codes, row, meta, g, N: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BYTES: tl.constexpr):
+    """The same of runs of any width, code by code: each lies in two bytes at most, and so do the lowest bits before it."""
+    c = tl.arange(0, 8)[None, None, :]
+    word = _codes_at(codes, row, meta, g, c, N, G, GP, BYTES)
+    newer = _codes_at(codes, row, meta, (g + G - 1) % G, c, N, G, GP, BYTES) & 1
+    if G > 2:
+        word = word ^ (_codes_at(codes, row, meta, (g + G - 2) % G, c, N, G, GP, BYTES) & 1)
+    return word * 2 + newer
+
+
+@triton.jit
+def _codes_at(codes, row, meta, g, c, N: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BYTES: tl.constexpr):
+    """Codes [N, GP, 8] of runs g [GP]."""
+    width = tl.load(meta + g)[None, :, None]
+    bit = tl.load(meta + G + g)[None, :, None] * 8 + width * c
+    at = codes + row[:, None, None] + (bit >> 3)
+    low = tl.load(at).to(tl.int32)
+    high = tl.load(at + 1).to(tl.int32)  # a row ends with a byte more
+    return ((low | (high << 8)) >> (bit & 7)) & ((1 << width) - 1)
+
+
+@triton.jit
+def walk_levels(
+    codes, row, meta, cubic, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
+):  # fmt: skip
+    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: a and c."""
+    G: tl.constexpr = D // 8
+    GP: tl.constexpr = DP // 8
+    g = tl.arange(0, GP) % G  # padded channels repeat others
+    width = tl.load(meta + g)
+    if WIDEST <= 4:
+        index = _narrow_indices(codes, row, width, tl.load(meta + G + g), g, N, G, GP, WIDEST, BYTES)
+    else:
+        index = _wide_indices(codes, row, meta, g, N, G, GP, BYTES)
     j = index.to(tl.float32) - ((1 << width).to(tl.float32) - 0.5)[None, :, None]
     level = j * (tl.load(cubic + g)[None, :, None] + tl.load(cubic + G + g)[None, :, None] * (j * j))
     return tl.reshape(level, [N, DP])
