@@ -111,24 +111,27 @@ static uint8_t trellis_row(
     }
     if (!finite) memset(y, 0, sizeof(float) * dim);
     for (int64_t i = 0; i < dim; i++) square += y[i] * y[i];
-    const float rms = (float)sqrt(square / (double)dim), start[2] = {0.9f * rms, 1.1f * rms};
+    const float rms = (float)sqrt(square / (double)dim);
+    const float two[2] = {0.9f, 1.1f}, four[4] = {0.8f, 0.95f, 1.1f, 1.3f}; /* where a run has more than 4 bits */
     uint16_t *other = (uint16_t *)(level + 7 * dim);
-    uint8_t gain[2];
-    double error[2];
-    for (int search = 0; search < 2; search++) {
-        const uint8_t with = gain_byte(start[search]);
+    uint8_t gain = 0;
+    double least = 0.0;
+    int wide = 0;
+    for (int64_t k = 0; k < runs; k++) wide |= run[4 * k + 3] > 4;
+    for (int search = 0; search < (wide ? 4 : 2); search++) {
+        const uint8_t with = gain_byte((wide ? four : two)[search] * rms);
         double product = 0.0, size = 0.0;
         best_walks(dim, runs, run, levels, edges, y, gain_of(with ? with : 1), weight, level + dim, search ? other : code, level);
         for (int64_t i = 0; i < dim; i++) {
             const float weighted = weight[i] * level[i];
             product += weighted * y[i], size += weighted * level[i];
         }
-        gain[search] = gain_byte((float)(product / size));
-        const double g = gain_of(gain[search]);
-        error[search] = size * g * g - 2 * g * product;
+        const uint8_t fitted = gain_byte((float)(product / size));
+        const double g = gain_of(fitted), error = size * g * g - 2 * g * product;
+        if (search && !(error < least)) continue;
+        if (search) memcpy(code, other, sizeof(uint16_t) * dim);
+        gain = fitted, least = error;
     }
-    const int second = error[1] < error[0];
-    if (second) memcpy(code, other, sizeof(uint16_t) * dim);
-    return finite ? gain[second] : NOT_A_NUMBER;
+    return finite ? gain : NOT_A_NUMBER;
 }
 #endif
