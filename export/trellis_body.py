@@ -1,4 +1,4 @@
-"""The bodies of quantizer `trellis`: both searches for the best walks side by side, step by step, and the way back from codes.
+"""The bodies of quantizer `trellis`: all searches for the best walks side by side, step by step, and the way back from codes.
 
 Formula    as in `kvsink.kernels.trellis`, in the same order of sums, so that codes are the same, ties included
            writer: a state carries its walk as a whole number whose bit t is u_t, so that nothing has to be traced back; the axes of
@@ -21,7 +21,7 @@ import torch
 
 from kvsink.export.body import Body, look_up, pack, unpack
 from kvsink.kernels.quantize import segments
-from kvsink.kernels.trellis import CUBIC, STARTS, TRELLIS_WIDTHS, gain_of, subsets, trellis_levels
+from kvsink.kernels.trellis import CUBIC, TRELLIS_WIDTHS, gain_of, starts, subsets, trellis_levels
 
 __all__ = ["dequantize", "quantize"]
 
@@ -162,7 +162,8 @@ def quantize(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, st
     finite = b.cast(b.reduce("ReduceMin", b.cast(b.Less(b.Abs(y), b.const(np.inf)), "INT32")), "BOOL")
     y = b.Where(finite, y, b.const(0))
     size = b.number(b.Sqrt(b.reduce("ReduceMean", b.cast(b.Mul(y, y), "DOUBLE"))))
-    start = b.Mul(size, b.const(np.reshape(STARTS, (2, 1, 1, 1, 1))))
+    searches = len(starts(widths))
+    start = b.Mul(size, b.const(np.reshape(starts(widths), (searches, 1, 1, 1, 1))))
     g = b.widened(b.Max(_gain_of(b, _gain_byte(b, start)), b.const(_gains()[1], np.float32)))
     codes, level = _search(b, b.Div(y, g), weight, widths)
     weighted = b.Mul(weight, b.widened(level))
@@ -170,11 +171,12 @@ def quantize(b: Body, a: Mapping[str, Any], x: str, sigma: str) -> tuple[str, st
     gain = _gain_byte(b, b.number(b.Div(dot, square)))
     g = b.cast(_gain_of(b, gain), "DOUBLE")
     error = b.Sub(b.Mul(b.Mul(square, g), g), b.Mul(b.Mul(g, b.const(2, np.float64)), dot))
-    errors = _split(b, error, 1, 2)
-    second = b.Less(errors[1], errors[0])
-    codes, gain = (
-        b.Squeeze(b.Where(second, parts[1], parts[0]), b.ints(0, 1)) for parts in (_split(b, t, 1, 2) for t in (codes, gain))
-    )
+    found = list(zip(*(_split(b, t, 1, searches) for t in (error, codes, gain)), strict=True))
+    error, codes, gain = found[0]
+    for other in found[1:]:
+        better = b.Less(other[0], error)
+        error, codes, gain = (b.Where(better, new, old) for new, old in zip(other, (error, codes, gain), strict=True))
+    codes, gain = (b.Squeeze(t, b.ints(0, 1)) for t in (codes, gain))
     gain = b.cast(b.Where(finite, gain, b.const(_NOT_A_NUMBER, np.int32)), "UINT8")
     packed = [pack(b, b.slice(codes, start, end, 3), w, end - start) for start, end, _, w in segments(widths)]
     out = b.Concat(*packed, gain, axis=-1)

@@ -93,6 +93,7 @@ EXAMPLES = (
     _nuq(3, "v"),
     _trellis((4, 3, 2, 1), "k"),
     _trellis((2, 2, 2), "v"),
+    _trellis((5, 2, 1), "k"),
 )
 
 

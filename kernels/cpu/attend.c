@@ -109,6 +109,40 @@ static inline __attribute__((always_inline)) ints codes_of(int width, const uint
 #endif
 }
 
+/* The same of five and six bits. */
+static inline __attribute__((always_inline)) ints wide_codes_of(int width, const uint8_t *one, const uint8_t *two) {
+    uint64_t a = 0, b = 0;
+    for (int i = 0; i < width; i++) a |= (uint64_t)one[i] << (8 * i), b |= (uint64_t)two[i] << (8 * i);
+#ifdef PERMUTE
+    const __m512i shift = _mm512_setr_epi64(0, width, 2 * width, 3 * width, 4 * width, 5 * width, 6 * width, 7 * width);
+    const __m256i low = _mm512_cvtepi64_epi32(_mm512_srlv_epi64(_mm512_set1_epi64((int64_t)a), shift));
+    const __m256i high = _mm512_cvtepi64_epi32(_mm512_srlv_epi64(_mm512_set1_epi64((int64_t)b), shift));
+    return (ints)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    ints code;
+    for (int i = 0; i < 8; i++) code[i] = (int32_t)(a >> (width * i)), code[i + 8] = (int32_t)(b >> (width * i));
+    return code;
+#endif
+}
+
+static inline __attribute__((always_inline)) void wide_walk(
+    int width, int64_t n, const uint8_t *one, const uint8_t *two, const float *levels, ints turn, ints *older, ints *newer,
+    float *to, float *other
+) {
+    const int32_t mask = (2 << width) - 1;
+    for (int64_t i = 0; i < n; i += 8, one += width, two += width) {
+        const ints code = wide_codes_of(width, one, two), index = ((code ^ *older) << 1 | *newer) & mask;
+        *older = *newer & turn, *newer = code & 1;
+#ifdef PERMUTE
+        const __m512 level = _mm512_i32gather_ps((__m512i)index, levels, 4);
+        _mm256_storeu_ps(to + i, _mm512_castps512_ps256(level));
+        _mm256_storeu_ps(other + i, _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(level), 1)));
+#else
+        for (int j = 0; j < 8; j++) to[i + j] = levels[index[j]], other[i + j] = levels[index[j + 8]];
+#endif
+    }
+}
+
 /* One run of walks in two rows: a lane is a circle, `older` and `newer` are the lowest bits of the codes two and one steps before. */
 static inline __attribute__((always_inline)) void walk(
     int width, int64_t n, const uint8_t *one, const uint8_t *two, const float *levels, ints turn, ints *older, ints *newer,
@@ -136,7 +170,9 @@ static ints last_codes(const uint8_t *one, const uint8_t *two, int64_t width) {
     case 1: return codes_of(1, one, two);
     case 2: return codes_of(2, one, two);
     case 3: return codes_of(3, one, two);
-    default: return codes_of(4, one, two);
+    case 4: return codes_of(4, one, two);
+    case 5: return wide_codes_of(5, one, two);
+    default: return wide_codes_of(6, one, two);
     }
 }
 
@@ -151,8 +187,8 @@ static void decode_walks(const Side *s, const uint8_t *rows, int64_t n, float *o
         ints newer = last_codes(one + at, two + at, last) & 1, older = last_codes(one + behind, two + behind, before) & 1 & turn;
         for (int64_t k = 0; k < s->runs; k++) {
             const int64_t *run = s->run + 4 * k, c = run[0], channels = run[1] - c;
-#define RUN(w) case w: walk(w, channels, one + run[2], two + run[2], s->levels[k], turn, &older, &newer, to + c, other + c); break
-            switch (run[3]) { RUN(1); RUN(2); RUN(3); RUN(4); }
+#define RUN(w, how) case w: how(w, channels, one + run[2], two + run[2], s->levels[k], turn, &older, &newer, to + c, other + c); break
+            switch (run[3]) { RUN(1, walk); RUN(2, walk); RUN(3, walk); RUN(4, walk); RUN(5, wide_walk); RUN(6, wide_walk); }
         }
     }
 }

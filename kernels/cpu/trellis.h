@@ -14,7 +14,7 @@ static inline circles pick(lanes where, circles yes, circles no) {
     return (circles)(((lanes)yes & where) | ((lanes)no & ~where));
 }
 
-/* Of every subset the level nearest to v: its index, four bits each, and the weighted error. levels [4, half], edges between them. */
+/* Of every subset the level nearest to v: its index, a byte each, and the weighted error. levels [4, half], edges between them. */
 static inline __attribute__((always_inline)) lanes nearest_levels(
     int64_t half, const float *levels, const float *edges, circles v, circles weight, circles *error
 ) {
@@ -29,7 +29,7 @@ static inline __attribute__((always_inline)) lanes nearest_levels(
         }
         const circles off = v - level;
         error[j] = off * off * weight;
-        found |= m << (int32_t)(4 * j);
+        found |= m << (int32_t)(8 * j);
     }
     return found;
 }
@@ -52,7 +52,9 @@ static void best_walks(
             case 1: found[t] = nearest_levels(1, levels[k], edges[k], v, w, error + 4 * t); break;
             case 2: found[t] = nearest_levels(2, levels[k], edges[k], v, w, error + 4 * t); break;
             case 4: found[t] = nearest_levels(4, levels[k], edges[k], v, w, error + 4 * t); break;
-            default: found[t] = nearest_levels(8, levels[k], edges[k], v, w, error + 4 * t);
+            case 8: found[t] = nearest_levels(8, levels[k], edges[k], v, w, error + 4 * t); break;
+            case 16: found[t] = nearest_levels(16, levels[k], edges[k], v, w, error + 4 * t); break;
+            default: found[t] = nearest_levels(32, levels[k], edges[k], v, w, error + 4 * t);
             }
         }
     }
@@ -85,7 +87,7 @@ static void best_walks(
     for (int64_t t = steps - 1, k = runs - 1; t >= 0; t--) {
         for (; 8 * t < run[0]; run -= 4) k--;
         const lanes oldest = (taken[t] >> (4 * first + state)) & 1, u = state & 1, a = state >> 1;
-        const lanes subset = 2 * (u ^ (oldest & turn)) + a, m = (found[t] >> (4 * subset)) & 15, at = (subset << (int32_t)(run[3] - 1)) + m;
+        const lanes subset = 2 * (u ^ (oldest & turn)) + a, m = (found[t] >> (8 * subset)) & 255, at = (subset << (int32_t)(run[3] - 1)) + m;
         const lanes word = 2 * m + u;
         for (int i = 0; i < 8; i++) code[8 * t + i] = (uint16_t)word[i], level[8 * t + i] = levels[k][at[i]];
         state = a + 2 * oldest;
@@ -109,24 +111,27 @@ static uint8_t trellis_row(
     }
     if (!finite) memset(y, 0, sizeof(float) * dim);
     for (int64_t i = 0; i < dim; i++) square += y[i] * y[i];
-    const float rms = (float)sqrt(square / (double)dim), start[2] = {0.9f * rms, 1.1f * rms};
+    const float rms = (float)sqrt(square / (double)dim);
+    const float two[2] = {0.9f, 1.1f}, four[4] = {0.8f, 0.95f, 1.1f, 1.3f}; /* where a run has more than 4 bits */
     uint16_t *other = (uint16_t *)(level + 7 * dim);
-    uint8_t gain[2];
-    double error[2];
-    for (int search = 0; search < 2; search++) {
-        const uint8_t with = gain_byte(start[search]);
+    uint8_t gain = 0;
+    double least = 0.0;
+    int wide = 0;
+    for (int64_t k = 0; k < runs; k++) wide |= run[4 * k + 3] > 4;
+    for (int search = 0; search < (wide ? 4 : 2); search++) {
+        const uint8_t with = gain_byte((wide ? four : two)[search] * rms);
         double product = 0.0, size = 0.0;
         best_walks(dim, runs, run, levels, edges, y, gain_of(with ? with : 1), weight, level + dim, search ? other : code, level);
         for (int64_t i = 0; i < dim; i++) {
             const float weighted = weight[i] * level[i];
             product += weighted * y[i], size += weighted * level[i];
         }
-        gain[search] = gain_byte((float)(product / size));
-        const double g = gain_of(gain[search]);
-        error[search] = size * g * g - 2 * g * product;
+        const uint8_t fitted = gain_byte((float)(product / size));
+        const double g = gain_of(fitted), error = size * g * g - 2 * g * product;
+        if (search && !(error < least)) continue;
+        if (search) memcpy(code, other, sizeof(uint16_t) * dim);
+        gain = fitted, least = error;
     }
-    const int second = error[1] < error[0];
-    if (second) memcpy(code, other, sizeof(uint16_t) * dim);
-    return finite ? gain[second] : NOT_A_NUMBER;
+    return finite ? gain : NOT_A_NUMBER;
 }
 #endif

@@ -63,14 +63,10 @@ def _bytes_of(word):
 
 
 @triton.jit
-def walk_levels(
-    codes, row, meta, cubic, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
-):  # fmt: skip
-    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: a and c."""
-    G: tl.constexpr = D // 8
-    GP: tl.constexpr = DP // 8
-    g = tl.arange(0, GP) % G  # padded channels repeat others
-    width, first = tl.load(meta + g), tl.load(meta + G + g)
+def _narrow_indices(
+    codes, row, width, first, g, N: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
+):
+    """Indices of levels [N, GP, 8] of runs of at most four bits, eight codes a word."""
     word = tl.zeros([N, GP], tl.uint32)
     for n in tl.static_range(WIDEST):
         byte = tl.minimum(first + n, BYTES - 1)  # behind the run it is masked below
@@ -81,7 +77,44 @@ def walk_levels(
         walk = walk ^ (_before(walk, (g + G - 2) % G, N, GP) & 0x11111111)
     even = ((walk << 1) & 0x1E1E1E1E) | (newer & 0x01010101)  # indices of even channels, one a byte
     odd = ((walk >> 3) & 0x1E1E1E1E) | ((newer >> 4) & 0x01010101)
-    index = tl.reshape(tl.join(_bytes_of(even), _bytes_of(odd)), [N, GP, 8]) & 255
+    return tl.reshape(tl.join(_bytes_of(even), _bytes_of(odd)), [N, GP, 8]) & 255
+
+
+@triton.jit
+def _wide_indices(codes, row, meta, g, N: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BYTES: tl.constexpr):
+    """The same of runs of any width, code by code: each lies in two bytes at most, and so do the lowest bits before it."""
+    c = tl.arange(0, 8)[None, None, :]
+    word = _codes_at(codes, row, meta, g, c, N, G, GP, BYTES)
+    newer = _codes_at(codes, row, meta, (g + G - 1) % G, c, N, G, GP, BYTES) & 1
+    if G > 2:
+        word = word ^ (_codes_at(codes, row, meta, (g + G - 2) % G, c, N, G, GP, BYTES) & 1)
+    return word * 2 + newer
+
+
+@triton.jit
+def _codes_at(codes, row, meta, g, c, N: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, BYTES: tl.constexpr):
+    """Codes [N, GP, 8] of runs g [GP]."""
+    width = tl.load(meta + g)[None, :, None]
+    bit = tl.load(meta + G + g)[None, :, None] * 8 + width * c
+    at = codes + row[:, None, None] + (bit >> 3)
+    low = tl.load(at).to(tl.int32)
+    high = tl.load(at + 1).to(tl.int32)  # a row ends with a byte more
+    return ((low | (high << 8)) >> (bit & 7)) & ((1 << width) - 1)
+
+
+@triton.jit
+def walk_levels(
+    codes, row, meta, cubic, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
+):  # fmt: skip
+    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: a and c."""
+    G: tl.constexpr = D // 8
+    GP: tl.constexpr = DP // 8
+    g = tl.arange(0, GP) % G  # padded channels repeat others
+    width = tl.load(meta + g)
+    if WIDEST <= 4:
+        index = _narrow_indices(codes, row, width, tl.load(meta + G + g), g, N, G, GP, WIDEST, BYTES)
+    else:
+        index = _wide_indices(codes, row, meta, g, N, G, GP, BYTES)
     j = index.to(tl.float32) - ((1 << width).to(tl.float32) - 0.5)[None, :, None]
     level = j * (tl.load(cubic + g)[None, :, None] + tl.load(cubic + G + g)[None, :, None] * (j * j))
     return tl.reshape(level, [N, DP])
@@ -132,19 +165,20 @@ def _step(one_metric, one_walk, other_metric, other_walk, one_error, other_error
 
 @triton.jit
 def _best_walks(
-    y, weight_of, g, meta, levels, edges, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr
+    y, weight_of, g, meta, levels, edges, SEARCHES: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    WIDEST: tl.constexpr,
 ):  # fmt: skip
-    """Lowest bits of the best circular walks, int32 [2, R, 8], bit t that of step t: of y [R, DP] / g [2, R]."""
+    """Lowest bits of the best circular walks, int32 [SEARCHES, R, 8], bit t that of step t: of y [R, DP] / g [SEARCHES, R]."""
     G: tl.constexpr = D // 8
     s = tl.arange(0, DP // 8)[None, :, None]
     rows = tl.reshape(y, [R, DP // 8, 8])
     weights = tl.reshape(weight_of, [DP // 8, 8])
     first = tl.arange(0, 4)[None, :, None, None]
-    m0 = tl.where(first == 0, 0.0, float("inf")) + tl.zeros([2, 4, R, 8], tl.float32)
-    m1 = tl.where(first == 1, 0.0, float("inf")) + tl.zeros([2, 4, R, 8], tl.float32)
-    m2 = tl.where(first == 2, 0.0, float("inf")) + tl.zeros([2, 4, R, 8], tl.float32)
-    m3 = tl.where(first == 3, 0.0, float("inf")) + tl.zeros([2, 4, R, 8], tl.float32)
-    w0 = tl.zeros([2, 4, R, 8], tl.int32)
+    m0 = tl.where(first == 0, 0.0, float("inf")) + tl.zeros([SEARCHES, 4, R, 8], tl.float32)
+    m1 = tl.where(first == 1, 0.0, float("inf")) + tl.zeros([SEARCHES, 4, R, 8], tl.float32)
+    m2 = tl.where(first == 2, 0.0, float("inf")) + tl.zeros([SEARCHES, 4, R, 8], tl.float32)
+    m3 = tl.where(first == 3, 0.0, float("inf")) + tl.zeros([SEARCHES, 4, R, 8], tl.float32)
+    w0 = tl.zeros([SEARCHES, 4, R, 8], tl.int32)
     w1, w2, w3 = w0, w0, w0
     for t in range(G):
         width, edge, level = tl.load(meta + 8 * t), tl.load(meta + DP + 8 * t), tl.load(meta + 3 * DP + 8 * t)
@@ -190,16 +224,21 @@ def walk_codes(
     finite = tl.min((tl.abs(y) < float("inf")).to(tl.int32), 1) > 0
     y = tl.where(inside & finite[:, None], y, 0.0)
     size = tl.sqrt(tl.sum((y * y).to(tl.float64), 1) / D).to(tl.float32)
-    which = tl.arange(0, 2)[:, None]
-    g = tl.maximum(gain_of(_gain_byte(tl.where(which == 0, 0.9, 1.1) * size[None, :])), gain_of(1 + which * 0))
-    u = _best_walks(y, weight, g, meta, levels, edges, R, D, DP, WIDEST)[:, :, None, :]
+    SEARCHES: tl.constexpr = 4 if WIDEST > 4 else 2
+    which = tl.arange(0, SEARCHES)[:, None]
+    if WIDEST > 4:
+        start = tl.where(which == 0, 0.8, tl.where(which == 1, 0.95, tl.where(which == 2, 1.1, 1.3)))
+    else:
+        start = tl.where(which == 0, 0.9, 1.1)
+    g = tl.maximum(gain_of(_gain_byte(start * size[None, :])), gain_of(1 + which * 0))
+    u = _best_walks(y, weight, g, meta, levels, edges, SEARCHES, R, D, DP, WIDEST)[:, :, None, :]
     t = (tl.arange(0, GP) % G)[None, None, :, None]
     newer, older = (u >> ((t + G - 1) % G)) & 1, (u >> ((t + G - 2) % G)) & 1
     u = (u >> t) & 1
     if G > 2:
-        subset = tl.reshape(2 * (u ^ older) + newer, [2, R, DP])
+        subset = tl.reshape(2 * (u ^ older) + newer, [SEARCHES, R, DP])
     else:
-        subset = tl.reshape(2 * u + newer, [2, R, DP])
+        subset = tl.reshape(2 * u + newer, [SEARCHES, R, DP])
     width, edge, level = (
         tl.load(meta + c)[None, None, :],
         tl.load(meta + DP + c)[None, None, :],
@@ -216,8 +255,11 @@ def walk_codes(
     byte = _gain_byte((dot / square).to(tl.float32))
     gain = gain_of(byte).to(tl.float64)
     error = square * gain * gain - 2 * gain * dot
-    second = tl.sum(tl.where(which == 1, error, 0.0), 0) < tl.sum(tl.where(which == 0, error, 0.0), 0)
-    taken = which == second.to(tl.int32)[None, :]
-    code = tl.sum(tl.where(taken[:, :, None], 2 * m + tl.reshape(u, [2, R, DP]), 0), 0)
+    best, least = tl.zeros([R], tl.int32), tl.sum(tl.where(which == 0, error, 0.0), 0)
+    for n in tl.static_range(1, SEARCHES):
+        other = tl.sum(tl.where(which == n, error, 0.0), 0)
+        best, least = tl.where(other < least, n, best), tl.where(other < least, other, least)
+    taken = which == best[None, :]
+    code = tl.sum(tl.where(taken[:, :, None], 2 * m + tl.reshape(u, [SEARCHES, R, DP]), 0), 0)
     byte = tl.where(finite, tl.sum(tl.where(taken, byte, 0), 0), _NOT_A_NUMBER)
     return code, byte

@@ -91,7 +91,7 @@ def _normed_rows(x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor
 
 def _no_walk(s: SideSpec) -> str:
     if not 1 <= s.bits <= 4 or not set(s.widths) <= set(TRELLIS_WIDTHS):
-        return f"a trellis has 1 to 4 bits a channel, not bits={s.bits:g} and widths {sorted(set(s.widths))}"
+        return f"a trellis has 1 to 4 bits a channel, in runs of 1 to 6, not bits={s.bits:g} and widths {sorted(set(s.widths))}"
     return "a trellis has its gain in the last byte of its codes: gain=True" if s.gain else ""
 
 

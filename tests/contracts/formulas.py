@@ -211,7 +211,7 @@ def _side(codec: str, side: str) -> dict[str, Any]:
     return found
 
 
-CUBIC = {1: (0.5585, 0.1007), 2: (0.3288, 0.01564), 3: (0.1674, 0.002607), 4: (0.0840, 0.0003961)}
+CUBIC = {1: (0.5585, 0.1007), 2: (0.3288, 0.01564), 3: (0.1674, 0.002607), 4: (0.0840, 0.0003961), 5: (0.0430, 5.63e-5)}
 GAINS = np.array([0.0, *(2.0 ** (b // 16 - 9) * (1 + b % 16 / 16) for b in range(1, 255))])
 
 
@@ -239,14 +239,14 @@ def _walked(row: Array, widths: list[int]) -> tuple[Array, Array]:
 
 
 def _trellis(codes: Array, x: Array, sigma: Array, widths: list[int]) -> bool:
-    """Of all words of every circle the nearest ones, with a gain of 0.9 or 1.1 times the rms, whichever errs less once fitted."""
+    """Of all words of every circle the nearest ones, with the gain among two or four times the rms that errs least once fitted."""
     words = np.stack(np.meshgrid(*(np.arange(2**w) for w in widths), indexing="ij"), -1).reshape(-1, len(widths))
     levels = _circles(words, widths)  # [words, steps]
     got, byte = _walked(codes, widths)
     for at in np.ndindex(x.shape[:-1]):
         s = sigma[at[1]].reshape(-1, 8)
         y, w, best = x[at].reshape(-1, 8) / s, s * s, (np.inf, None, -1)
-        for start in (0.9, 1.1):
+        for start in (0.9, 1.1) if max(widths) <= 4 else (0.8, 0.95, 1.1, 1.3):
             z = y / GAINS[_gain(start * np.sqrt(np.array((y * y).mean())))]
             chosen = np.einsum("tc,wtc->wc", w, (z - levels[:, :, None]) ** 2).argmin(0)
             near = levels[chosen].T

@@ -78,7 +78,7 @@ def _side(name: str, which: str, bits: float, dim: int, more: dict[str, Any]) ->
     side = replace(side.resolved(KV_HEADS, dim), exponent=more.get("exponent", 0))
     if side.packed and not side.widths and not side.couple:  # what calibration spreads: half of the runs one bit more or fewer
         low, runs = int(bits), dim // 8
-        side = replace(side, widths=(low,) * runs if low == 4 else (low + 1,) * (runs // 2) + (low - 1,) * (runs - runs // 2))
+        side = replace(side, widths=(low + 1,) * (runs // 2) + (low - 1,) * (runs - runs // 2))
     return replace(side, folded=which == "value" and side.transform == "hadamard")
 
 

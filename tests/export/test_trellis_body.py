@@ -20,7 +20,18 @@ from tests.export.test_body import run as run_nodes
 from tests.graphs import rewritten
 from tests.kernels.test_trellis import gain, read_row
 
-WIDTHS = [(1,), (2, 2), (4, 3, 1), (2,) * 8, (4, 4, 3, 2, 2, 1, 1, 1), (3,) * 9, (4, *(2,) * 15), (1, *(2,) * 32)]
+WIDTHS = [
+    (1,),
+    (2, 2),
+    (4, 3, 1),
+    (2,) * 8,
+    (4, 4, 3, 2, 2, 1, 1, 1),
+    (3,) * 9,
+    (4, *(2,) * 15),
+    (1, *(2,) * 32),
+    (6, 5, 4, 1),
+    (5, 5),
+]
 
 
 def coding(widths: tuple[int, ...]) -> dict[str, Any]:

@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvsink.kernels import trellis
+from kvsink.kernels.levels import distortion as lloyd_max_distortion
 from kvsink.kernels.trellis import DISTORTION, gain_bytes, gain_of, trellis_decode, trellis_encode, trellis_levels
 
-CUBIC = {1: (0.5585, 0.1007), 2: (0.3288, 0.01564), 3: (0.1674, 0.002607), 4: (0.0840, 0.0003961)}
+CUBIC = {
+    1: (0.5585, 0.1007),
+    2: (0.3288, 0.01564),
+    3: (0.1674, 0.002607),
+    4: (0.0840, 0.0003961),
+    5: (0.0430, 5.63e-5),
+    6: (0.0220, 7.99e-6),
+}
 
 
 def level(width: int, index: int) -> float:
@@ -58,7 +66,7 @@ def gauss(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("widths", [(1,), (2, 2), (4, 3, 1), (4, 4, 3, 2, 2, 1, 1, 1), (3,) * 9])
+@pytest.mark.parametrize("widths", [(1,), (2, 2), (4, 3, 1), (4, 4, 3, 2, 2, 1, 1, 1), (3,) * 9, (6, 5, 4), (5,), (6, 5)])
 def test_stored_rows_read_as_the_formula_says(widths: tuple[int, ...]) -> None:
     d = 8 * len(widths)
     sigma = gauss(2, d, seed=1).exp()
@@ -70,7 +78,7 @@ def test_stored_rows_read_as_the_formula_says(widths: tuple[int, ...]) -> None:
         assert (got[at] - wanted).abs().max() <= 2.0**-22 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("widths", [(1, 1), (2, 2), (1, 2), (1, 1, 1), (2, 2, 2), (3, 1, 2)])
+@pytest.mark.parametrize("widths", [(1, 1), (2, 2), (1, 2), (1, 1, 1), (2, 2, 2), (3, 1, 2), (5, 4), (6,)])
 def test_no_walk_is_nearer_than_the_one_written(widths: tuple[int, ...]) -> None:
     """For the gain that was stored or not: every word of every circle is tried."""
     x, sigma = gauss(1, 1, 6, 8 * len(widths), seed=3), gauss(1, 8 * len(widths), seed=4).exp()
@@ -111,7 +119,16 @@ def test_distortion_on_a_gaussian(width: int) -> None:
         assert known - CUBE[width] - 0.05 <= got <= min(known + 0.3, 6.02 * width), (width, steps, got)
 
 
-@pytest.mark.parametrize("width", KNOWN)
+@pytest.mark.parametrize("width", [5, 6])
+def test_wide_runs_are_between_free_levels_of_single_channels_and_what_can_be(width: int) -> None:
+    """Lloyd-Max levels lose 4.35 dB to what can be at all, 1.53 dB of them by the shape of cells: the code gives most of those."""
+    x = gauss(4_000, 128, seed=width).double()
+    codes = trellis._search(x, torch.ones_like(x), (width,) * 16)
+    got = -10 * math.log10(float((read_plainly(codes, width) - x).square().mean()))
+    assert -10 * math.log10(lloyd_max_distortion(width)) + 1.0 <= got <= 6.02 * width
+
+
+@pytest.mark.parametrize("width", CUBIC)
 def test_water_filling_knows_the_distortion(width: int) -> None:
     x = gauss(1, 1, 5000, 128, seed=width)
     back = trellis_decode(trellis_encode(x, torch.ones(1, 128), (width,) * 16), torch.ones(1, 128), (width,) * 16)
@@ -141,7 +158,7 @@ def test_the_nearest_gain_is_stored(g: float) -> None:
         assert byte % 2 == 0
 
 
-WIDTHS = st.lists(st.sampled_from((1, 2, 3, 4)), min_size=1, max_size=6)
+WIDTHS = st.lists(st.sampled_from((1, 2, 3, 4, 5, 6)), min_size=1, max_size=6)
 
 
 @given(widths=WIDTHS, octaves=st.integers(-6, 4), seed=st.integers(0, 2**20))
@@ -192,14 +209,14 @@ def test_neither_chunks_nor_strides_nor_float64_matter(monkeypatch: pytest.Monke
     assert trellis_encode(x[:, :, :0], sigma, widths).shape == (2, 2, 0, 7)
 
 
-@pytest.mark.parametrize(("widths", "words"), [((2, 0), "not 0, 2"), ((5, 2), "not 2, 5"), ((2,), "1 widths of 8 channels")])
+@pytest.mark.parametrize(("widths", "words"), [((2, 0), "not 0, 2"), ((7, 2), "not 2, 7"), ((2,), "1 widths of 8 channels")])
 def test_widths_that_a_walk_cannot_hold(widths: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         trellis_encode(torch.zeros(1, 1, 1, 16), torch.ones(1, 16), widths)
 
 
 def test_levels_are_symmetric_and_ascend() -> None:
-    for width in (1, 2, 3, 4):
+    for width in CUBIC:
         levels = trellis_levels(width, "cpu")
         assert levels.shape == (2 ** (width + 1),) and torch.equal(levels, -levels.flip(0)) and (levels.diff() > 0).all()
         assert (levels.double() - torch.tensor([level(width, i) for i in range(len(levels))])).abs().max() < 2e-6

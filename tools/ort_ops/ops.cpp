@@ -168,7 +168,7 @@ struct Coding {
       if (kind == known) return;
     if (!walk()) throw std::runtime_error("quantizer " + kind + " has no kernel");
     for (const int64_t width : widths)
-      if (width < 1 || width > 4) throw std::runtime_error("a trellis has 1 to 4 bits a channel");
+      if (width < 1 || width > 6) throw std::runtime_error("a trellis has 1 to 6 bits a channel");
   }
   bool vector() const { return kind == "vector"; }
   bool walk() const { return kind == "trellis"; }

@@ -89,7 +89,7 @@ def test_constant_and_extreme_rows(side: SideSpec, value: float) -> None:
     assert torch.equal(held["k_codes"][:, :, FIRST : FIRST + 2], codes)
 
 
-@pytest.mark.parametrize("widths", [(2, 2, 2), (4, 3, 1, 1)])
+@pytest.mark.parametrize("widths", [(2, 2, 2), (4, 3, 1, 1), (6, 5, 4, 3)])
 def test_walks_of_every_gain_and_of_no_number(widths: tuple[int, ...]) -> None:
     """Rows from far below the least gain to far above the largest, of zeros and with entries that are not finite."""
     side = SideSpec(bits=2, kind="trellis", widths=widths)

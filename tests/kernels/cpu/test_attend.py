@@ -55,7 +55,9 @@ def test_c_equals_the_definition(method: str, options: tuple, kind: str) -> None
         assert (got - wanted).abs().max() <= FUSED_FLOAT32 * v.abs().max()
 
 
-@pytest.mark.parametrize("widths", [(1,), (2, 3), (1, 1, 1), (2,) * 8, (4, 4, 3, 3, 2, 2, 1, 1, 1), (4, 3, 3, 2), (3,) * 16])
+@pytest.mark.parametrize(
+    "widths", [(1,), (2, 3), (1, 1, 1), (2,) * 8, (4, 4, 3, 3, 2, 2, 1, 1, 1), (4, 3, 3, 2), (3,) * 16, (6, 5, 4, 3), (5, 6), (6,)]
+)
 def test_walks_of_any_length_equal_the_definition(widths: tuple[int, ...]) -> None:
     """Rows of any bytes are walks; odd numbers of rows and of steps, and a width that the last run has alone."""
     side, g = SideSpec(bits=2, kind="trellis", widths=widths), torch.Generator().manual_seed(len(widths))
