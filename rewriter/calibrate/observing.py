@@ -70,6 +70,13 @@ def observe(
             record = replace(record, stages=known)
     if (named := sorted(kinds & {"kvsink", "sinks"})) and not record.stages:
         notes.append(f"no massive activation was found: {' and '.join(named)} protection has nothing to keep and is off")
+    kept = max((p.count for ps in policies for p in ps if p.kind == "kvsink"), default=0)
+    for stage, rows in zip(record.stages, record.crowds, strict=False) if kept else ():
+        if rows > kept:
+            notes.append(
+                f"block {stage.block} makes up to {rows} sinks in a window of calibration, kvsink:{kept} keeps {kept} of them"
+                f" exact, and longer contexts hold more; --protect kvsink:{2 ** rows.bit_length()}+first:1 keeps more of them"
+            )
     found = {i: (w, record.measurable(i, *w)) for i, w in enumerate(chosen.wanted) if w is not None}
     if blind := [i for i, (asked, kept) in found.items() if asked[0] != kept[0]]:
         notes.append(f"layers {blind}: their attention does not show its queries; errors of their keys count alike")
