@@ -21,8 +21,8 @@ from kvsink.calibrate.choices import Chosen, are_prompts
 from kvsink.calibrate.record import Calibration
 from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
-from kvsink.evaluate.chats import chat_tokens, is_chats
 from kvsink.evaluate.texts import builtin_text, read_text
+from kvsink.evaluate.texts.chats import chat_tokens, is_chats
 from kvsink.evaluate.texts.mix import mixed_text
 from kvsink.model.decoder import Decoder
 from kvsink.model.rows import visual_tokens
