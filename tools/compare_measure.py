@@ -51,6 +51,8 @@ def declared(row: Row) -> Method:
         raise Absent(str(error)) from error
     sides: dict[str, SideSpec] = {"key": method.key, "value": method.value}
     for path, value in row.options:
+        if path == "layers":  # not the method's
+            continue
         side, _, name = path.partition(".")
         if side not in sides or name not in SideSpec.__dataclass_fields__:
             raise Absent(f"the codec has no field {path!r}")
@@ -190,6 +192,7 @@ def rewritten_copy(bench: Bench, row: Row, rows: Sequence[Row]) -> tuple[Any, Re
         value_bits=row.value_bits,
         protect=row.protect,
         window=row.window,
+        layers=dict(row.options).get("layers", ""),
         bits=row.bits,
         plan=row.plan,
         plan_ids=bench.calibration_ids,

@@ -25,7 +25,8 @@ class Row:
     """One configuration. None is the method's own default.
 
     bits, plan: budget and kind of the plan of `kvsink.rewrite`. options: changes of the declaration ("key.FIELD",
-    "value.FIELD"), or the arguments of a stock cache. label: what the table calls it, when the method's name is not enough.
+    "value.FIELD") and "layers", which `kvsink.rewrite` takes, or the arguments of a stock cache. label: what the table calls it,
+    when the method's name is not enough.
     """
 
     method: str
@@ -220,8 +221,8 @@ QUALITY = (
 """Rows of docs/quality.md: ours, and of those published at 2 bits the best of docs/compare.md and those all compare with."""
 
 LENGTH = (
-    *(row("klt", protect=f"kvsink:{n}+first:1") for n in (16, 48)),
-    row("klt", protect="kvsink:5+first:48"),
+    *(row("klt", protect=f"kvsink:{n}+first:1") for n in (16, 64, 256)),
+    row("klt", protect="kvsink:5+first:64"),
     row("klt", window=128),
     *(row("klt", k, v) for k, v in ((16, 2), (2, 16), (2.5, 2), (2, 2.5))),
 )

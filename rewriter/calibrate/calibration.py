@@ -38,6 +38,7 @@ from kvsink.model.tables import LayerPlan
 __all__ = ["calibrate", "find_stages", "gather"]
 
 Progress = Callable[[str, int, int], None]
+MASSIVE = 0.2  # of the largest activation of a stage: rows above it are sinks
 
 
 # -- emergence ---------------------------------------------------------------------------------------------------------
@@ -55,10 +56,11 @@ def find_stages(largest: list[float], medians: list[float], channels: list[tuple
 
 
 class _BlockRecorder:
-    """Forward hooks that keep, per block output, the largest |H| per channel and the mean of its medians."""
+    """Forward hooks that keep, per block output, the largest |H| per channel and per row, and the mean of its medians."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.peak: dict[int, Tensor] = {}
+        self.rows: dict[int, list[Tensor]] = {}
         self.median: dict[int, list[float]] = {}
         self.handles = [
             decoder.model.get_submodule(name).register_forward_hook(self._record(i)) for i, name in enumerate(decoder.where.blocks)
@@ -71,9 +73,14 @@ class _BlockRecorder:
                 raise CalibrationError(f"block {i} puts out NaN or infinite activations; check the weights or calibrate in float32")
             peak = hidden.flatten(0, -2).amax(0).cpu()
             self.peak[i] = torch.maximum(self.peak[i], peak) if i in self.peak else peak
+            self.rows.setdefault(i, []).append(hidden.amax(-1).reshape(-1).cpu())
             self.median.setdefault(i, []).append(float(hidden.flatten()[:: max(1, hidden.numel() // 65536)].median()))
 
         return hook
+
+    def crowd(self, stage: SinkStage) -> int:
+        """The most rows of a window that are massive behind a stage's block."""
+        return max((int((rows > MASSIVE * stage.size).sum()) for rows in self.rows.get(stage.block, [])), default=0)
 
     def close(self) -> None:
         for handle in self.handles:
@@ -284,7 +291,7 @@ def gather(
     medians = [sum(found) / len(found) if (found := recorder.median.get(i)) else 0.0 for i in range(n)]
     top = [tuple(int(c) for c in peak.topk(min(4, peak.numel())).indices) for peak in peaks]
     stages = find_stages(largest, medians, top) if known is None else known
-    out = Calibration(stages, {}, {}, decoder.fingerprint(), 0, largest, medians)
+    out = Calibration(stages, {}, {}, decoder.fingerprint(), 0, largest, medians, crowds=[recorder.crowd(s) for s in stages])
     for layer, lengths in blocks.items():
         _, kv, key_dim, value_dim = where.layers[layer]
         out.values[layer] = ValueStats.empty(kv, value_dim)

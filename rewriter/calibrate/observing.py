@@ -22,8 +22,8 @@ from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.uncalibrated import is_none, refuse
 from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
-from kvsink.evaluate.chats import chat_tokens, is_chats
 from kvsink.evaluate.texts import builtin_text, read_text
+from kvsink.evaluate.texts.chats import chat_tokens, is_chats
 from kvsink.evaluate.texts.mix import mixed_text
 from kvsink.model.decoder import Decoder
 from kvsink.model.rows import visual_tokens
@@ -73,6 +73,13 @@ def observe(
             record = replace(record, stages=known)
     if (named := sorted(kinds & {"kvsink", "sinks"})) and not record.stages:
         notes.append(f"no massive activation was found: {' and '.join(named)} protection has nothing to keep and is off")
+    kept = max((p.count for ps in policies for p in ps if p.kind == "kvsink"), default=0)
+    for stage, rows in zip(record.stages, record.crowds, strict=False) if kept else ():
+        if rows > kept:
+            notes.append(
+                f"block {stage.block} makes up to {rows} sinks in a window of calibration, kvsink:{kept} keeps {kept} of them"
+                f" exact, and longer contexts hold more; --protect kvsink:{2 ** rows.bit_length()}+first:1 keeps more of them"
+            )
     found = {i: (w, record.measurable(i, *w)) for i, w in enumerate(chosen.wanted) if w is not None}
     if blind := [i for i, (asked, kept) in found.items() if asked[0] != kept[0]]:
         notes.append(f"layers {blind}: their attention does not show its queries; errors of their keys count alike")

@@ -41,6 +41,7 @@ class Calibration:
     medians: list[float] = field(default_factory=list)
     samples: dict[int, Samples] = field(default_factory=dict)  # layer → rows, where a quantizer learns from them
     queries: dict[int, QueryStats] = field(default_factory=dict)  # of no rows where attention does not show them
+    crowds: list[int] = field(default_factory=list)  # of every stage the most massive rows of a window; none in older records
 
     def measurable(self, layer: int, key: SideSpec, value: SideSpec) -> tuple[SideSpec, SideSpec]:
         """The declarations of a layer without their metrics where calibration saw that attention does not show its queries, or saw
@@ -74,6 +75,7 @@ class Calibration:
             "stages": json.dumps([asdict(s) for s in self.stages]),
             "largest": json.dumps(self.largest),
             "medians": json.dumps(self.medians),
+            "crowds": json.dumps(self.crowds),
         }
         meta[DIGEST] = digest(tensors, meta)
         save_file(tensors, str(path), metadata=meta)
@@ -97,7 +99,9 @@ class Calibration:
         for layer, rows in self.samples.items():
             self.samples[layer] = rows.merge(other.samples[layer])
         self.tokens += other.tokens
-        self.stages = self.stages or other.stages
+        if self.stages == other.stages:
+            self.crowds = [max(pair) for pair in zip(self.crowds, other.crowds, strict=False)]
+        self.stages, self.crowds = (self.stages, self.crowds) if self.stages else (other.stages, other.crowds)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:
@@ -135,6 +139,7 @@ class Calibration:
                 tokens=int(meta["tokens"]),
                 largest=json.loads(meta["largest"]),
                 medians=json.loads(meta["medians"]),
+                crowds=json.loads(meta.get("crowds", "[]")),
                 samples={at: Samples(**rows) for at, rows in samples.items()},
                 queries={at: QueryStats(**q) for at, q in queries.items()},
             )

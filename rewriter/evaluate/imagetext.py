@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from kvsink.errors import PictureError
-from kvsink.evaluate.chats import is_chats
 from kvsink.evaluate.pictures import HELD_BACK, Picture, drawn
+from kvsink.evaluate.texts.chats import is_chats
 from kvsink.model.rows import visual_rows, visual_tokens
 
 __all__ = ["MARK", "Example", "Prompt", "drawn_examples", "is_source", "load_processor", "prompts", "read_examples"]

@@ -6,9 +6,10 @@ import pytest
 
 import kvsink
 from kvsink.evaluate.evaluation import evaluate
+from kvsink.model.runtime import runtime_of
 from kvsink.tools import compare_measure
-from kvsink.tools.compare_measure import Bench, measure, windows_at_once
-from kvsink.tools.compare_rows import row
+from kvsink.tools.compare_measure import Bench, measure, rewritten_copy, windows_at_once
+from kvsink.tools.compare_rows import Row, row
 from tests.models import build, tokens
 
 ROWS = (row("rtn", 4, 4), row("klt", 2, 2, "first:1"), row("centred", 2, 2, "first:1"))
@@ -54,6 +55,14 @@ def test_layers_that_stay_in_16_bit_are_not_calibrated(monkeypatch):
         one = bench(family)
         assert measure(one, ROWS[1], ROWS[1:2])["status"] == "measured"
         assert set(seen.pop()) == layers and not seen
+
+
+def test_layers_may_differ():
+    asked = Row("klt", 2, 2, "first:1", options=(("layers", "1:value_bits=4"),))
+    work, _ = rewritten_copy(bench("llama"), asked, (asked,))
+    alike, _ = rewritten_copy(bench("llama"), ROWS[1], (ROWS[1],))
+    widths = [[plan.codec.value.bits for plan in runtime_of(m).plans] for m in (work, alike)]
+    assert widths == [[2, 4], [2, 2]] and bench("llama").key(asked) != bench("llama").key(ROWS[1])
 
 
 def test_windows_of_a_batch_are_as_many_as_memory_bears(monkeypatch):

@@ -23,6 +23,7 @@ from tests.rewriter.calibrate.recorded import (
     CHANNEL,
     FLOAT32_SUMS,
     NOTHING,
+    PLANTED,
     ending_in_the_planted_token,
     planted,
     relative,
@@ -54,6 +55,20 @@ def test_a_planted_outlier_is_a_stage() -> None:
     stage = record.stages[0]
     assert (stage.block, stage.channels[0]) == (0, CHANNEL) and abs(stage.size - 800) < 10 and stage.median < 1.5
     assert calibrate(build("llama"), tokens(2, 40), NOTHING, {}).stages == ()
+
+
+def test_sinks_of_a_window_are_counted_and_told(tmp_path) -> None:
+    """Two windows are looked at; the first has one planted token, the second four, of which kvsink:2 keeps two."""
+    ids = ending_in_the_planted_token()
+    ids[1, [3, 17, 30]] = PLANTED
+    record = calibrate(planted(800.0), ids, NOTHING, {})
+    assert record.crowds == [4]
+    record.save(tmp_path / "record.safetensors")
+    assert Calibration.load(tmp_path / "record.safetensors").crowds == [4]
+    for protect, told in (("kvsink:2", True), ("kvsink:4", False), ("first:4", False)):
+        report = kvsink.rewrite(planted(800.0), "rtn", protect=protect, calibration=ids, check=False)
+        said = "block 0 makes up to 4 sinks in a window of calibration, kvsink:2 keeps 2 of them exact"
+        assert any(said in note and "--protect kvsink:8+first:1" in note for note in report.notes) == told
 
 
 @pytest.mark.parametrize(

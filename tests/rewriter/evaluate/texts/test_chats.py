@@ -10,8 +10,8 @@ import torch
 import kvsink
 from kvsink.calibrate.observing import calibration_windows
 from kvsink.errors import CalibrationError
-from kvsink.evaluate.chats import chat_tokens, is_chats
 from kvsink.evaluate.imagetext import is_source
+from kvsink.evaluate.texts.chats import chat_tokens, is_chats
 from kvsink.model.decoder import Decoder
 from tests.models import VOCAB, build
 from tests.wording import Letters
