@@ -182,6 +182,7 @@ PACKED = [
     ("uniform-int", dict(widths=[8] * 4, group_size=32), "hadamard", True, True),
     ("static", dict(widths=[4] * 4, book=[2, 32], code_bits=0), "hadamard", True, False),
     ("trellis", dict(widths=[4, 3, 2, 1], book=[2, 32], code_bits=0), "klt", True, True),
+    ("trellis", dict(widths=[6, 5, 2, 1], book=[2, 32], code_bits=0), "klt", True, True),
     ("trellis", dict(widths=[2] * 4, book=[2, 32], code_bits=0), "hadamard", False, False),
     ("vector", dict(book=[2, 4, 256, 8], code_bits=8, gain=1), "klt", True, True),
     ("vector", dict(book=[2, 4, 512, 8], code_bits=9, gain=0), "none", False, False),

@@ -125,8 +125,11 @@ def compiled(kernel: Any, given: tuple[Any, ...], options: dict[str, Any]) -> No
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("widths", [(), (6, 5, 2, 1)], ids=str)
 @pytest.mark.parametrize("what", ["attend", "code", "code_rows"])
-def test_kernels_compile(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile(what: str, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if widths:
+        monkeypatch.setattr("kvsink.calibrate.design.water_fill", lambda *_, **__: widths)
     layer = KVSinkCache.for_model(rewritten(_decoder(32, 1), "klt-2/2", "first:3")(), 1, 64).packed_layers()[0]
     codec, rows = Codec.parse(layer.codec_text), 20 if what == "code_rows" else 1
     state = [x.half() if n.startswith(("exact_k", "exact_v")) else x for n, x in codec.named(layer.state()).items()]
