@@ -208,6 +208,20 @@ FIELD_2026 = (
 )
 """The methods of 2026 with the exact rows of their papers, with ours, and ours with theirs."""
 
+UNCALIBRATED = (
+    *(row("rotated", bits, bits) for bits in (4, 3, 2)),
+    *(row("kvarn", bits, bits, "first:4") for bits in (4, 3, 2)),
+    *(row("centred", b, b, "first:4", label="centred without means", **_both(center=False)) for b in (4, 3, 2)),
+    *(row("klt", bits, bits) for bits in (4, 3, 2)),  # what text is worth
+)
+
+FRAMES = (
+    row("klt", 2, 2, OURS),
+    row("klt", 2, 2, OURS, key_domain="post", label="klt, keys after RoPE"),
+    *(row(name, 2, 2, OURS, 0) for name in ("nova", "wush")),
+)
+"""Keys in the frames of their blocks and after RoPE: for windows of several lengths."""
+
 QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 
 SETS: dict[str, RowSet] = {
@@ -218,6 +232,8 @@ SETS: dict[str, RowSet] = {
     "stock": RowSet(STOCK),
     "shift": RowSet(SHIFT, "python"),
     "2026": RowSet(FIELD_2026),
+    "uncalibrated": RowSet(UNCALIBRATED),
+    "frames": RowSet(FRAMES),
     "quick": RowSet(QUICK),
 }
 

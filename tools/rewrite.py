@@ -30,8 +30,9 @@ from kvsink.tools.cli import command_line, wide_console
     "--calibration",
     default="builtin",
     show_default=True,
-    metavar="FILE|builtin|none",
-    help="UTF-8 text; none: a method without statistics; pictures with text: drawn[:N], a folder of images and texts, JSON lines.",
+    metavar="FILE|builtin|random|none",
+    help="UTF-8 text; random: tokens drawn at random; none: a method without statistics; pictures with text: drawn[:N], a folder "
+    "of images and texts, JSON lines.",
 )
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
 @click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')
@@ -53,7 +54,9 @@ from kvsink.tools.cli import command_line, wide_console
     default=None,
     help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
 )
-@click.option("--eval-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the result table; 0: none.")
+@click.option(
+    "--eval-windows", type=click.IntRange(0), help="Windows of the result table; 0: none. [default: 4; 1 without calibration]"
+)
 @click.option("--eval-window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of such a window.")
 @click.option(
     "--check/--no-check",
@@ -71,7 +74,7 @@ def command(
     onnx: bool,
     flavour: str | None,
     device: str,
-    eval_windows: int,
+    eval_windows: int | None,
     eval_window_tokens: int,
     force: bool,
     dry_run: bool,
@@ -99,6 +102,8 @@ def command(
         if flavour not in FLAVOURS:
             raise UnknownName("flavour", flavour, FLAVOURS)
     named = method or ("static" if flavour == "gqa" else default_method(options["calibration"]))
+    if eval_windows is None:
+        eval_windows = 1 if options["calibration"] == "none" else 4
     options["method"] = f"{named}:{levels}" if levels else named
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)
