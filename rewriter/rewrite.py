@@ -68,8 +68,9 @@ def rewrite(
     method: a name of `kvsink.methods()` or a Method; None: klt, or rotated where calibration is "none". key_bits, value_bits:
     average bits, 16 keeps a side exact. protect: rows kept exact, such as "kvsink:5+first:1". window: recent rows kept exact.
     calibration: "builtin", "mix", a text file, chats, a list of texts, token ids [N, T], prompts (dicts of model inputs), a
-    `Calibration`, or "none" for methods without statistics. layers: per-layer changes, "0-1:key_bits=4". fold: put value
-    rotations into the weights (the model stays the same function). storage_dtype: the dtype weights are saved in, when narrower.
+    `Calibration`, "random" tokens, or "none" for methods without statistics. layers: per-layer changes, "0-1:key_bits=4". fold:
+    put value rotations into the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in,
+    when it is narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.

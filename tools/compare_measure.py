@@ -33,8 +33,9 @@ from kvsink.rewrite import rewrite
 from kvsink.tools.compare_rows import Row, resolved
 from kvsink.tools.stock import stock_bits, stock_factory
 
-__all__ = ["Absent", "Bench", "declared", "measure", "packed_bits", "protection", "rewritten_copy", "windows_at_once"]
+__all__ = ["FAR", "Absent", "Bench", "declared", "measure", "packed_bits", "protection", "rewritten_copy", "windows_at_once"]
 
+FAR = 131_072  # tokens at which exact rows weigh nothing any more: bits are counted there too
 _SHARE = 0.25  # of the free memory, for the log-probabilities of one chunk and what is made of them
 _COPIES = 6  # logits and log-probabilities of both sides, their difference and the weights of it, in float32
 
@@ -207,8 +208,8 @@ def rewritten_copy(bench: Bench, row: Row, rows: Sequence[Row]) -> tuple[Any, Re
 def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     """One row: rewrite a copy of the model, count bits, evaluate. `rows` are those that share its calibration record.
 
-    bits: of the layers that are packed; cache_bits: of the whole cache at 4096 tokens, with layers left in 16 bit; seconds: in
-    all, and of them until the model was rewritten.
+    bits: of the layers that are packed, at 4096 tokens, bits_far at 131,072; cache_bits: of the whole cache at 4096 tokens, with
+    layers left in 16 bit; seconds: in all, and of them until the model was rewritten.
     """
     begun = time.perf_counter()
     tokens = bench.ids.shape[1]
@@ -234,7 +235,7 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         work, report = rewritten_copy(bench, row, rows)
         rewritten = time.perf_counter() - begun
         plans = runtime_of(work).plans
-        bits = {n: packed_bits(work, n) for n in (STATED_LENGTH, tokens)}
+        bits = {n: packed_bits(work, n) for n in (STATED_LENGTH, tokens, FAR)}
         about = {
             "protect": protection(row),
             "cache_bits": report.bits,
@@ -250,6 +251,7 @@ def measure(bench: Bench, row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         **about,
         "bits": bits[STATED_LENGTH],
         "bits_at_window": bits[tokens],
+        "bits_far": bits.get(FAR),
         "layers": len(where.attentions),
         "kv_heads": where.kv_heads,
         "head_dim": where.head_dim,

@@ -21,11 +21,11 @@ _ABOUT = """\
 Every row goes through the real cache, fed in chunks, so that tokens attend to stored rows; the newest chunk is
 exact, as in `generate()`. The strict columns read even that one back from its codes. A window begins with the token that
 the model's tokenizer puts before every text, where it puts one; calibration does not. Bits are counted from every
-tensor that grows with tokens or sequences (scales, exact rows, windows, positions), at 4096 tokens and at the
-length of a window, in the layers that are packed; where layers stay in 16 bit, those of the whole cache stand behind.
-Static tables (codebooks, bases, means) are listed apart. A gap in bold is on the Pareto front of its model and text: no
-other row has fewer bits and a smaller gap. Each row was measured with the version of kvsink that stands at its end, under
-the name that the method had then; a row of a newer version takes the place of an older one of the same setting.
+tensor that grows with tokens or sequences (scales, exact rows, windows, positions), at 4096 tokens, at the
+length of a window and, in newer rows, at 131072 tokens, in the layers that are packed; where layers stay in 16 bit, those of the
+whole cache stand behind. Static tables (codebooks, bases, means) are listed apart. A gap in bold is on the Pareto front of its
+model and text: no other row has fewer bits and a smaller gap. Each row was measured with the version of kvsink that stands at its
+end, under the name that the method had then; a row of a newer version takes the place of an older one of the same setting.
 """
 _HEADINGS = (
     *("method", "keys/values", "kept exact", "bits at 4096", "bits at {length}", "tables, MB", "perplexity", "gap", "KL", "top-1"),
@@ -128,8 +128,8 @@ def _figures(r: Record, bold: bool) -> list[str]:
 
 
 def _every_column(rows: Sequence[Record], front: set[int], length: int) -> list[str]:
-    """One model's rows with all that was measured."""
-    found = []
+    """One model's rows with all that was measured; bits at 131072 tokens where any of them was counted there."""
+    found, far = [], any(r.get("bits_far") is not None for r in rows)
     for r in rows:
         cells = (
             r["name"],
@@ -137,6 +137,7 @@ def _every_column(rows: Sequence[Record], front: set[int], length: int) -> list[
             _kept(r),
             _bits(r),
             f"{r['bits_at_window']:.3f}",
+            *([_optional(r, "bits_far", ".3f")] if far else []),
             f"{r['table_bytes'] / 1e6:.2f}",
             f"{r['perplexity']:.3f}",
             _gap(r, id(r) in front),
@@ -148,7 +149,7 @@ def _every_column(rows: Sequence[Record], front: set[int], length: int) -> list[
             _measured(r),
         )
         found.append((r["bits"], r["gap"], cells))
-    head = [h.format(length=length) for h in _HEADINGS]
+    head = [h.format(length=length) for h in (*_HEADINGS[:5], *(["bits at 131072"] if far else []), *_HEADINGS[5:])]
     return [*_head(head, 3), *_sorted_lines(found, len(head))]
 
 

@@ -228,6 +228,20 @@ LENGTH = (
 )
 """What more bits may be spent on in long contexts, beside the default, and what each side costs alone."""
 
+UNCALIBRATED = (
+    *(row("rotated", bits, bits) for bits in (4, 3, 2)),
+    *(row("kvarn", bits, bits, "first:4") for bits in (4, 3, 2)),
+    *(row("centred", b, b, "first:4", label="centred without means", **_both(center=False)) for b in (4, 3, 2)),
+    *(row("klt", bits, bits) for bits in (4, 3, 2)),  # what text is worth
+)
+
+FRAMES = (
+    row("klt", 2, 2, OURS),
+    row("klt", 2, 2, OURS, key_domain="post", label="klt, keys after RoPE"),
+    *(row(name, 2, 2, OURS, 0) for name in ("nova", "wush")),
+)
+"""Keys in the frames of their blocks and after RoPE: for windows of several lengths."""
+
 QUICK = (row("rtn", 4, 4), row("klt", 2, 2), row("centred", 2, 2))
 
 SETS: dict[str, RowSet] = {
@@ -240,6 +254,8 @@ SETS: dict[str, RowSet] = {
     "2026": RowSet(FIELD_2026),
     "quality": RowSet(QUALITY),
     "length": RowSet(LENGTH),
+    "uncalibrated": RowSet(UNCALIBRATED),
+    "frames": RowSet(FRAMES),
     "quick": RowSet(QUICK),
 }
 

@@ -30,10 +30,10 @@ from kvsink.tools.cli import command_line, wide_console
     "--calibration",
     default="builtin",
     show_default=True,
-    metavar="FILE|builtin|mix|none",
-    help="builtin: prose; mix: prose, code, chats, numbers, languages; none: a method without statistics; a file of UTF-8 text;"
-    " chats or prompts as JSON lines, in the model's chat template; pictures with text: drawn[:N], a folder of images and texts, or"
-    " JSON lines.",
+    metavar="FILE|builtin|mix|random|none",
+    help="builtin: prose; mix: prose, code, chats, numbers, languages; random: tokens drawn at random; none: a method without"
+    " statistics; a file of UTF-8 text; chats or prompts as JSON lines, in the model's chat template; pictures with text:"
+    " drawn[:N], a folder of images and texts, or JSON lines.",
 )
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
 @click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')
@@ -55,7 +55,9 @@ from kvsink.tools.cli import command_line, wide_console
     default=None,
     help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
 )
-@click.option("--eval-windows", default=4, show_default=True, type=click.IntRange(0), help="Windows of the result table; 0: none.")
+@click.option(
+    "--eval-windows", type=click.IntRange(0), help="Windows of the result table; 0: none. [default: 4; 1 without calibration]"
+)
 @click.option("--eval-window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of such a window.")
 @click.option(
     "--check/--no-check",
@@ -73,7 +75,7 @@ def command(
     onnx: bool,
     flavour: str | None,
     device: str,
-    eval_windows: int,
+    eval_windows: int | None,
     eval_window_tokens: int,
     force: bool,
     dry_run: bool,
@@ -101,6 +103,8 @@ def command(
         if flavour not in FLAVOURS:
             raise UnknownName("flavour", flavour, FLAVOURS)
     named = method or ("static" if flavour == "gqa" else default_method(options["calibration"]))
+    if eval_windows is None:
+        eval_windows = 1 if options["calibration"] == "none" else 4
     options["method"] = f"{named}:{levels}" if levels else named
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)

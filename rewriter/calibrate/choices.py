@@ -17,7 +17,7 @@ from kvsink.calibrate.design import gather_needs, key_blocks, needs_calibration,
 from kvsink.calibrate.patterns import PATTERNS, attention_patterns, classify
 from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.calibrate.statistics import SampleNeed
-from kvsink.calibrate.uncalibrated import default_protection, is_none
+from kvsink.calibrate.uncalibrated import default_protection
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.protect import Policy, anchors_for_layer, parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName, UnsupportedError
@@ -210,8 +210,10 @@ def choose(decoder: Decoder, m: Method, asked: RewriteOptions, calibration: Any,
     )
     if base.key_bits == base.value_bits == 16 and asked.protect is None:
         base = replace(base, protect="none")  # everything is exact already
-    if asked.plan == "auto" and is_none(calibration):
-        raise CalibrationError("--plan auto measures widths of layers on text, and calibration is 'none'; use --plan uniform")
+    if asked.plan == "auto" and isinstance(calibration, str) and calibration in ("none", "random"):
+        raise CalibrationError(
+            f"--plan auto measures widths of layers on text, and calibration is {calibration!r}; use --plan uniform"
+        )
     choices = _layers_of(asked, n, base)
     if decoder.stream is not None and (asked.plan == "auto" or m.modality is not None):
         what = "--plan auto" if asked.plan == "auto" else m.name

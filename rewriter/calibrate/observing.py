@@ -101,13 +101,18 @@ def begun(windows: Tensor, tokenizer: Any) -> Tensor:
 
 
 def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any, window: int = CALIBRATION_WINDOW) -> Tensor:
-    """Windows [N, T] of token ids from ids, texts, "builtin", "mix", a text file or chats; but for ids as a tokenizer begins."""
+    """Windows [N, T] of token ids from ids, texts, "builtin", "mix", "random", a text file or chats; those of text begin as the
+    tokenizer begins one, and those of random tokens where a tokenizer is given."""
     config, begin = decoder.config, False
     length = min(window, getattr(config, "max_position_embeddings", None) or window)
     if are_prompts(source):
         kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
         source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
-    if isinstance(source, Tensor):
+    if isinstance(source, str) and source == "random":
+        ids = torch.randint(0, config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+        pictures = torch.tensor(visual_tokens(decoder.model.config), dtype=ids.dtype)
+        ids, begin = torch.where(torch.isin(ids, pictures), 0, ids), tokenizer is not None
+    elif isinstance(source, Tensor):
         ids = source if source.dim() == 2 else source.flatten()
     else:
         tokenizer, begin = tokenizer or _tokenizer_of(decoder), True

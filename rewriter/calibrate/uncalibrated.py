@@ -42,7 +42,7 @@ def refuse(m: Method, statistics: bool, protect: str) -> None:
         free = [n for n, o in methods().items() if not any(needs_calibration(o.side(w, 4)) for w in ("key", "value"))]
         raise CalibrationError(
             f"{m.name} is made from statistics of text, and calibration is 'none'; use {METHOD}, the default without "
-            f"(or {', '.join(n for n in free if n != METHOD)}), or --calibration builtin"
+            f"(or {', '.join(n for n in free if n != METHOD)}), --calibration random (tokens instead of text) or builtin"
         )
     raise CalibrationError(
         f"the rows of protection {protect!r} are found in text, and calibration is 'none'; use --protect {FIRST_ROWS}, or "

@@ -47,6 +47,16 @@ def test_bits_are_those_of_the_packed_layers(family, packed):
     assert (found["packed_layers"], found["layers"], found["kv_heads"], found["head_dim"]) == (packed, 2, 2, 16)
 
 
+def test_exact_rows_are_counted_at_both_lengths():
+    """64 first and 256 recent rows of 16 bit beside the codes: 1.25 bit at 4,096 tokens, 0.04 at 131,072."""
+    asked = row("rtn", 4, 4, "first:64", 256)
+    found = measure(bench("llama"), asked, (asked,))
+    each, exact = 4 + 32 / 16 + 40 / 2 / (2 * 2 * 16), 320 * 16
+    small = (64 * 64 + 256 * 32 + 64) / 2 / 16 / 2  # slots and scores of first rows, slots of recent ones, the length
+    for name, tokens_held in (("bits", 4096), ("bits_far", 131_072)):
+        assert found[name] == pytest.approx(each + (exact + small) / tokens_held, abs=2e-3)
+
+
 def test_layers_that_stay_in_16_bit_are_not_calibrated(monkeypatch):
     seen: list[dict] = []
     calibrate = compare_measure.calibrate

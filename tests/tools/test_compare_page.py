@@ -52,6 +52,15 @@ def test_bits_of_the_whole_cache_stand_behind_where_layers_stay_in_16_bit() -> N
     assert "18 attention layers, 3 of them packed and the others left in 16 bit, 1 key-value heads of 256 channels, float32" in page
 
 
+def test_bits_of_long_texts_have_a_column_where_they_were_counted() -> None:
+    old, new = record("rtn", 3.32, set="mine"), record("centred", 3.38, set="mine", bits_far=2.25)
+    assert "131072 |" not in markdown([old])
+    table = [line for line in markdown([old, new]).splitlines() if line.startswith(("| method", "| rtn", "| centred"))]
+    found = [[c.strip() for c in line.split("|")] for line in table]
+    at = found[0].index("bits at 131072")
+    assert found[0][at - 2] == "bits at 4096" and {line[1]: line[at] for line in found[1:3]} == {"rtn": "-", "centred": "2.250"}
+
+
 def test_what_was_not_measured_is_said() -> None:
     declined = {
         n: v for n, v in record("kivi").items() if n in ("row", "name", "model", "text", "windows", "window_tokens", "chunk")

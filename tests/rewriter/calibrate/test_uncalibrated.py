@@ -40,11 +40,15 @@ def test_no_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "klt"}, f"klt is made from statistics of text, and calibration is 'none'; use {METHOD}, .*kivi, kvarn, .*rtn"),
+        (
+            {"method": "klt"},
+            f"klt is made from statistics of text, and calibration is 'none'; use {METHOD}, .*kivi.*rtn.*--calibration random",
+        ),
         ({"method": "static"}, f"static is made from statistics.*use {METHOD}"),
         ({"protect": "kvsink:5+first:1"}, f"rows of protection 'kvsink:5.first:1' are found in text.*--protect {FIRST_ROWS}"),
         ({"method": "kivi", "protect": "sinks:0.1"}, "rows of protection 'sinks:0.1' are found in text"),
         ({"plan": "auto"}, "--plan auto measures widths.*calibration is 'none'; use --plan uniform"),
+        ({"plan": "auto", "calibration": "random"}, "--plan auto measures widths.*calibration is 'random'; use --plan uniform"),
     ],
 )
 def test_what_needs_text_is_refused(options: dict[str, Any], words: str) -> None:
