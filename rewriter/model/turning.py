@@ -81,14 +81,14 @@ def tables_of(angles: Any) -> tuple[Tensor, Tensor] | None:
 def find_turning(
     plain: Tensor, turned: Sequence[Tensor], tables: Sequence[tuple[Tensor, Tensor]], tolerance: float
 ) -> Turning | None:
-    """The turning that takes keys at position 0, plain [N, H, D], to the same keys at other positions, turned [N, H, D] each, by
-    the model's tables [.., R] of these positions; NONE where position changes nothing; None where no known turning does it.
+    """The turning that takes keys at position 0, plain [N, H, D], nearest to the same keys at other positions, turned [N, H, D]
+    each, by the model's tables [.., R] of these positions; NONE where position changes nothing; None where no known turning does.
 
     No tables: a model without angles for such layers. tolerance: largest |difference| / |keys| in the Euclidean norm that is
-    rounding. Attention scaling inside the tables is taken out: keys at position 0 carry it too.
+    rounding. A large bias on channels that hardly turn brings several below it, NONE too, so the nearest is taken and not the
+    first. Attention scaling inside the tables is taken out: keys at position 0 carry it too.
     """
-    if all(_apart(x, plain) <= tolerance for x in turned):
-        return NONE
+    found = [(max(_apart(x, plain) for x in turned), NONE)]
     dim, width = plain.shape[-1], tables[0][0].shape[-1] if tables else 0
     for table in TABLES if width else ():
         channels = 2 * width if table == "once" else width
@@ -97,9 +97,9 @@ def find_turning(
         for spelling in SPELLINGS:
             for start in dict.fromkeys((0, dim - channels)):
                 t = Turning(channels, spelling, table, start)
-                if all(_apart(x, _turn(plain, t, *angles)) <= tolerance for x, angles in zip(turned, tables, strict=True)):
-                    return t
-    return None
+                found.append((max(_apart(x, _turn(plain, t, *angles)) for x, angles in zip(turned, tables, strict=True)), t))
+    error, nearest = min(found, key=lambda one: one[0])
+    return nearest if error <= tolerance else None
 
 
 def _turn(plain: Tensor, t: Turning, cos: Tensor, sin: Tensor) -> Tensor:

@@ -111,6 +111,20 @@ def test_rounding_of_half_precision_is_allowed_for_and_no_more() -> None:
     assert find_turning(x, coarse, tables, 1e-4) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_on_channels_that_hardly_turn_hides_no_turning(dtype: torch.dtype) -> None:
+    """Qwen2 has such layers: position moves their keys by less than what half precision may round."""
+    slow = torch.zeros(DIM, dtype=torch.float64)
+    slow[DIM // 2 - 1] = slow[-1] = 600.0
+    plain = torch.randn(5, 2, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + slow
+    told = [halves(plain, p) for p in POSITIONS]
+    coarse, turned = plain.to(dtype).double(), [x.to(dtype).double() for x, _ in told]
+    tolerance = 16 * torch.finfo(dtype).eps
+    assert max((x - coarse).norm() / x.norm() for x in turned) <= tolerance  # as if nothing had turned
+    assert find_turning(coarse, turned, [t for _, t in told], tolerance) == Turning(DIM)
+    assert find_turning(coarse, [coarse] * 3, [t for _, t in told], tolerance) == NONE
+
+
 def test_what_is_no_known_turning_is_none_of_them() -> None:
     x = rows()
     turned, tables = zip(*(halves(x, p) for p in POSITIONS), strict=True)
