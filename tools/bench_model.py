@@ -96,7 +96,7 @@ def declared(side: str) -> tuple[Any, float, float]:
     from kvsink.methods import get_method
 
     if side == "default":
-        method = get_method(inspect.signature(kvsink.rewrite).parameters["method"].default)
+        method = get_method(inspect.signature(kvsink.rewrite).parameters["method"].default or "klt")
         return method, method.key_bits, method.value_bits
     name, dash, bits = side.rpartition("-")
     if not dash or not re.fullmatch(r"[\d.]*\d(/[\d.]*\d)?", bits):

@@ -125,10 +125,10 @@ def test_fisher_is_the_squared_gradient(family: str) -> None:
             losses = []
             for sign in (-1, 1):
                 shift = torch.zeros(2, 1, KV_HEADS, T, HEAD_DIM)
-                shift[side, 0, head, rows.positions[row], channel] = sign * 0.01
+                shift[side, 0, head, rows.positions[row], channel] = sign * 0.03
                 with torch.no_grad():
                     losses.append(float(loss(layer, shift[0], shift[1])))
-            slope = (losses[1] - losses[0]) / 0.02  # the losses are float32 numbers near 300: 0.2 % of this slope
+            slope = (losses[1] - losses[0]) / 0.06  # the losses are float32 numbers near 300, whose rounding is 0.5 % of this slope
             assert abs(abs(slope) - float(held.flatten()[at]) ** 0.5) <= 0.02 * abs(slope)
 
 
