@@ -10,7 +10,8 @@ from kvsink.tools.compare_records import read_records
 from kvsink.tools.compare_rows import SETS
 from kvsink.tools.readme_table import ROOT, table
 
-RECORDS = read_records(ROOT / "docs" / "compare.jsonl")
+ALL = read_records(ROOT / "docs" / "compare.jsonl")
+RECORDS = [r for r in ALL if r["device"] != "NVIDIA H200"]  # of one model, each setting once
 KIVI = [r for r in RECORDS if r["name"] == "kivi" and r["row"]["key_bits"] == 2 and r["row"]["protect"] is None]
 
 
@@ -20,8 +21,8 @@ def rows(text: str) -> list[str]:
 
 def test_the_table_in_readme_is_that_of_the_records() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table(RECORDS) in readme
-    assert len(SETS["default"].rows) == 9 >= len(rows(table(RECORDS))) > 0
+    assert table(ALL) in readme
+    assert len(SETS["default"].rows) == 9 >= len(rows(table(ALL))) > 0
 
 
 def test_a_row_that_was_not_measured_is_not_invented() -> None:
