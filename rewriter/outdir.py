@@ -172,7 +172,7 @@ def _existing(path: Path) -> Path:
 
 def _needs_whole(options: RewriteOptions, onnx: bool) -> bool:
     """Whether the options ask for what cannot be done layer by layer."""
-    modal = options.modality is not None or get_method(options.method or "klt").modality is not None
+    modal = options.modality is not None or get_method(options.method or default_method(options.calibration)).modality is not None
     return onnx or modal or options.plan == "auto" or is_source(options.calibration)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvsink
+from kvsink.calibrate.uncalibrated import default_method
 from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.kernels.trellis import gain_bytes
 
@@ -96,7 +97,7 @@ def declared(side: str) -> tuple[Any, float, float]:
     from kvsink.methods import get_method
 
     if side == "default":
-        method = get_method(inspect.signature(kvsink.rewrite).parameters["method"].default or "klt")
+        method = get_method(default_method(inspect.signature(kvsink.rewrite).parameters["calibration"].default))
         return method, method.key_bits, method.value_bits
     name, dash, bits = side.rpartition("-")
     if not dash or not re.fullmatch(r"[\d.]*\d(/[\d.]*\d)?", bits):

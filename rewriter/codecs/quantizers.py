@@ -43,7 +43,8 @@ class Quantizer:
     when none are learnt from samples. shapes(spec, prefix, heads, head_dim): shapes of tables that have one. scalar: the ops
     `kvsink::quantize` and `kvsink::dequantize` do it; other kinds go through `kvsink::encode` and `kvsink::decode`.
     scale_of_token: the scales are of a token, not of its heads: scale [B, 1, S, n]. check(spec): what the kind does not take of
-    a declaration, in words; empty when it takes it. least, most: bits of a run of channels; distortion: mean squared error by bits
+    a declaration, in words; empty when it takes it. least, most: bits of a run of channels; average: the most
+    of a whole row a channel; distortion: mean squared error by bits
     on a unit Gaussian, for kinds whose runs have widths of their own.
     """
 
@@ -59,6 +60,7 @@ class Quantizer:
     check: Callable[[SideSpec], str] = lambda s: ""
     least: int = 0
     most: int = 8
+    average: int = 8
     distortion: Callable[[int], float] = distortion
 
 
@@ -90,7 +92,7 @@ def _normed_rows(x: Tensor, s: SideSpec, p: Params, prefix: str) -> tuple[Tensor
 
 
 def _no_walk(s: SideSpec) -> str:
-    if not 1 <= s.bits <= 4 or not set(s.widths) <= set(TRELLIS_WIDTHS):
+    if not 1 <= s.bits <= QUANTIZERS[s.kind].average or not set(s.widths) <= set(TRELLIS_WIDTHS):
         return f"a trellis has 1 to 4 bits a channel, in runs of 1 to 6, not bits={s.bits:g} and widths {sorted(set(s.widths))}"
     return "a trellis has its gain in the last byte of its codes: gain=True" if s.gain else ""
 
@@ -151,6 +153,7 @@ register_quantizer(
         check=_no_walk,
         least=min(TRELLIS_WIDTHS),
         most=max(TRELLIS_WIDTHS),
+        average=4,
         distortion=DISTORTION.__getitem__,
     ),
 )

@@ -95,9 +95,8 @@ class Method:
             return SideSpec()
         if not 0.125 <= bits <= 8:
             raise KvsinkError(f"{which} bits={bits:g} is impossible: choose 1 to 8, or 16 to keep {which}s exact")
-        least, most = max(QUANTIZERS[template.kind].least, 0.125), QUANTIZERS[template.kind].most
-        if template.kind == "trellis":
-            most = 4  # on average; single runs have up to 6
+        quantizer = QUANTIZERS[template.kind]
+        least, most = max(quantizer.least, 0.125), min(quantizer.most, quantizer.average)
         if not least <= bits <= most:
             nearest = least if bits < least else most
             raise KvsinkError(f"{which} bits={bits:g}: {self.name} has {least} to {most} ({template.kind}); use {nearest}")
