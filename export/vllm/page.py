@@ -21,7 +21,7 @@ from kvsink.export.vllm.sinks import Sinks
 from kvsink.kernels.pages import Batch, PageFormat, Pages, RowCoder, attend_pages, write_pages
 from kvsink.model.runtime import Runtime
 
-__all__ = ["LayerPages", "Step", "first_head", "held_tables"]
+__all__ = ["LayerPages", "Paged", "Step", "first_head", "held_tables"]
 
 PLACES = 2  # exact rows of a page where calibration counted none
 
@@ -46,7 +46,21 @@ class Step:
         return self.known[key]
 
 
-class LayerPages:
+class Paged:
+    """Pages of a layer in vLLM's cache, in a format of its own."""
+
+    format: PageFormat
+    _pages: tuple[tuple[int, torch.Size], Pages] | None = None
+
+    def pages(self, cache: Tensor) -> Pages:
+        """The views of a cache, made once."""
+        key = cache.data_ptr(), cache.shape
+        if self._pages is None or self._pages[0] != key:
+            self._pages = key, self.format.views(cache)
+        return self._pages[1]
+
+
+class LayerPages(Paged):
     """A layer of a plan, of which this rank holds the heads first … first + heads - 1.
 
     tokens: positions that its tables reach; places: exact rows of a page; dtype: of the model.
@@ -64,14 +78,6 @@ class LayerPages:
         self.order = runtime.order(layer, device)
         self.format = PageFormat.of(self.codec, (of.key_dim, of.value_dim), places if self.segments else 0, dtype)
         self.coder = RowCoder(self.codec, self.params)
-        self._pages: tuple[tuple[int, torch.Size], Pages] | None = None
-
-    def pages(self, cache: Tensor) -> Pages:
-        """The views of a cache, made once."""
-        key = cache.data_ptr(), cache.shape
-        if self._pages is None or self._pages[0] != key:
-            self._pages = key, self.format.views(cache)
-        return self._pages[1]
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: Step, scale: float, out: Tensor) -> None:
         """New rows into their pages, then their attention over all rows of their sequences, in place of `out` [n, Hq, D]."""

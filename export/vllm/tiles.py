@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvsink.cache.served import apart
 from kvsink.errors import UnsupportedError
-from kvsink.export.vllm.page import held_tables
+from kvsink.export.vllm.page import Paged, held_tables
 from kvsink.export.vllm.sinks import Sinks
 from kvsink.kernels.backends import Device, Shape, device_of
 from kvsink.kernels.cuda import launch, module, pages, variants
@@ -96,7 +96,7 @@ class TileStep:
         return made
 
 
-class TilePages:
+class TilePages(Paged):
     """A layer of a plan on a GPU, of which this rank holds the heads first … first + heads - 1, with `queries` query heads.
 
     tokens: positions that its tables reach; places: exact rows of a page; dtype: of the model; lib: the kernels, if others.
@@ -123,14 +123,6 @@ class TilePages:
         self.format = PageFormat.of(self.codec, self.dims, places, dtype)
         self.lib = lib(self.codec, shape.repeats, rotary) if lib else launch.library(self.codec, shape.repeats, rotary, device)
         self.opens = all(p.codec is None for p in runtime.plans[:layer])
-        self._pages: tuple[tuple[int, torch.Size], Pages] | None = None
-
-    def pages(self, cache: Tensor) -> Pages:
-        """The views of a cache, made once."""
-        key = cache.data_ptr(), cache.shape
-        if self._pages is None or self._pages[0] != key:
-            self._pages = key, self.format.views(cache)
-        return self._pages[1]
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, step: TileStep, scale: float, out: Tensor) -> None:
         """New rows into their pages, then their attention over all rows of their sequences, in place of `out` [n, Hq, D]."""
