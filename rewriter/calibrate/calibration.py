@@ -10,6 +10,7 @@ Raises     CalibrationError for too few tokens, and for NaN or infinite activati
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -179,8 +180,11 @@ def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return [{"input_ids": row[None]} for row in ids] if isinstance(ids, Tensor) else list(ids)
 
 
-def _run(decoder: Decoder, prompt: Mapping[str, Any], **options: Any) -> Any:
-    """One forward pass; a prompt whose pictures and placeholders do not agree is named."""
+def _run(decoder: Decoder, prompt: Mapping[str, Any], logits: bool = False, **options: Any) -> Any:
+    """One forward pass; a prompt whose pictures and placeholders do not agree is named. logits: of all tokens are asked for, which
+    a model may leave out else."""
+    if not logits and "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
+        options["logits_to_keep"] = 1
     inputs = {n: t.to(decoder.device) if isinstance(t, Tensor) else t for n, t in prompt.items()}
     try:
         return decoder.model(**inputs, **options)
@@ -321,9 +325,10 @@ def gather(
             cache = _looking_on(runtime, out, blocks, collector)
             if collector is not None:
                 collector.begin(start)
-            with torch.set_grad_enabled(collector is not None and collector.fisher):
-                logits = _run(decoder, prompt, **decoder.given(cache), use_cache=True).logits
-                if collector is not None and collector.fisher:
+            fisher = collector is not None and collector.fisher
+            with torch.set_grad_enabled(fisher):
+                logits = _run(decoder, prompt, fisher, **decoder.given(cache), use_cache=True).logits
+                if collector is not None and fisher:
                     collector.backward(logits, rows)
             out.tokens += int(prompt["attention_mask"].sum()) if "attention_mask" in prompt else rows.numel()
             tell("calibrating", at, sum(len(p["input_ids"]) for p in prompts))
