@@ -56,7 +56,7 @@ from kvsink.tools.cli import command_line, wide_console
     help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
 )
 @click.option(
-    "--eval-windows", type=click.IntRange(0), help="Windows of the result table; 0: none. [default: 4; 1 without calibration]"
+    "--eval-windows", type=click.IntRange(0), help="Windows of the result table; 0: none. [default: 4; 0 without calibration]"
 )
 @click.option("--eval-window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of such a window.")
 @click.option(
@@ -104,7 +104,7 @@ def command(
             raise UnknownName("flavour", flavour, FLAVOURS)
     named = method or ("static" if flavour == "gqa" else DEFAULT)
     if eval_windows is None:
-        eval_windows = 1 if options["calibration"] == "none" else 4
+        eval_windows = 0 if options["calibration"] == "none" else 4
     options["method"] = f"{named}:{levels}" if levels else named
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)
