@@ -64,11 +64,12 @@ def observe(
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
             record = Calibration.load(calibration, decoder.model if decoder.stream is None else None)
         else:
+            if is_none(calibration):
+                tokens = tokens_for(decoder.where.layers, max((n.rows for n in chosen.samples.values()), default=0))
+                notes.append(f"no text: what is known of the layers comes from {tokens} tokens drawn at random")
             seen = are_prompts(calibration) and visual_tokens(decoder.model.config)
             ids = calibration if seen else calibration_windows(decoder, calibration, tokens, tokenizer)
             record = gather(decoder, ids, policies, chosen.blocks, batch, progress, chosen.samples, known)
-            if is_none(calibration):
-                notes.append(f"no text: what is known of the layers comes from {ids.numel()} tokens drawn at random")
         if known is not None and record.stages != known:
             record = replace(record, stages=known)
     if (named := sorted(kinds & {"kvsink", "sinks"})) and not record.stages:
@@ -112,8 +113,7 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
         kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
         source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
     if isinstance(source, str) and source in ("random", "none"):
-        if is_none(source):
-            tokens, length = tokens_for(decoder.where.layers), min(length, WINDOW)
+        length = min(length, WINDOW) if is_none(source) else length
         ids, begin = random_ids(decoder.model.config, tokens), tokenizer is not None
         first = None if begin else getattr(config, "bos_token_id", None)
     elif isinstance(source, Tensor):

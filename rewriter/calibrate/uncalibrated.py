@@ -20,8 +20,8 @@ from kvsink.model.rows import visual_tokens
 
 __all__ = ["TOKENS", "WINDOW", "is_none", "random_ids", "tokens_for"]
 
-TOKENS, WINDOW = 1024, 256  # of calibration="none"
-_ROWS, _EVERY = 4, 8  # rows that a channel of a key wants to be seen in, and which part of the queries is looked at
+TOKENS, WINDOW = 512, 256  # of calibration="none": no fewer, and of a window
+_ROWS, _EVERY = 8, 8  # rows for every channel of a key; one query of so many is looked at, and two are for every channel
 
 
 def is_none(calibration: Any) -> bool:
@@ -29,9 +29,11 @@ def is_none(calibration: Any) -> bool:
     return isinstance(calibration, str) and calibration == "none"
 
 
-def tokens_for(layers: Iterable[Heads]) -> int:
-    """How many tokens do without text: no fewer than the statistics of a layer must have."""
+def tokens_for(layers: Iterable[Heads], centroids: int = 0) -> int:
+    """How many tokens do without text: enough for the widest heads, for those whose queries are fewest, and for codebooks of so
+    many centroids."""
     least = max((max(_ROWS, 2 * _EVERY * h.kv // h.query) * h.key_dim for h in layers), default=0)
+    least = max(least, 2 * centroids)
     return max(TOKENS, -(-least // WINDOW) * WINDOW)
 
 

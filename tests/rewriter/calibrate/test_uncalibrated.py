@@ -62,11 +62,19 @@ def test_methods_without_statistics_run_nothing(method: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("shape", [(9, 3, 64), (32, 32, 128), (32, 8, 128), (4, 1, 256), (8, 8, 256), (16, 1, 512)])
 def test_there_are_enough_tokens(shape: tuple[int, int, int]) -> None:
-    """At least four rows a channel of a key, and two queries: every eighth is looked at, of all query heads of a key-value head."""
+    """Eight rows a channel of a key, and two queries: every eighth is looked at, of all query heads of a key-value head."""
     query, kv, dim = shape
     count = tokens_for([Heads(query, kv, dim, dim), Heads(2, 1, 8, 8)])
     assert count >= TOKENS and count % WINDOW == 0
-    assert count >= 4 * dim and count // WINDOW * len(range(0, WINDOW, 8)) * (query // kv) >= 2 * dim
+    assert count >= 8 * dim and count // WINDOW * len(range(0, WINDOW, 8)) * (query // kv) >= 2 * dim
+
+
+@pytest.mark.parametrize(("method", "centroids"), [("cq", 256), ("tasq", 1024)])
+def test_codebooks_have_rows_enough(method: str, centroids: int) -> None:
+    model = build("llama")
+    report = kvsink.rewrite(model, method, calibration="none")
+    books = [t for n, t in runtime_of(model).tables.items() if n.endswith("_book")]
+    assert report.calibration_tokens >= 2 * centroids and books and all(b.shape[-2] == centroids for b in books)
 
 
 @pytest.mark.parametrize("calibration", ["none", "random"])
