@@ -34,10 +34,10 @@ def drawn(length: int) -> torch.Tensor:
 def test_no_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, "builtin_text", "read_text", "_tokenizer_of")
     model, asked = build("llama"), build("llama")
-    report = kvsink.rewrite(model, calibration="none", key_bits=3)
+    report = kvsink.rewrite(model, calibration="none", key_bits=3, value_bits=3)
     assert (report.method, report.protect, report.calibration_tokens) == ("klt", kvsink.get_method("klt").protect, TOKENS)
     assert f"no text: what is known of the layers comes from {TOKENS} tokens drawn at random" in report.to_markdown()
-    kvsink.rewrite(asked, "klt", key_bits=3, calibration=drawn(128))
+    kvsink.rewrite(asked, "klt", key_bits=3, value_bits=3, calibration=drawn(128))
     mine, theirs = (runtime_of(m).tables for m in (model, asked))
     assert mine.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in mine.items())
 
@@ -51,6 +51,14 @@ def test_tables_are_those_of_the_tokens() -> None:
     kvsink.rewrite(model, calibration="none")
     found = runtime_of(model).tables["layers.0.k_mean"].double()
     assert (found.flatten() - mean).abs().max() <= 1e-5 * mean.abs().max()
+
+
+def test_bits_without_text() -> None:
+    """Four a side by the default method, unless asked; a method that is named has its own."""
+    for options, bits in (({}, (4, 4)), ({"value_bits": 2}, (4, 2)), ({"method": "rotated"}, (4, 4)), ({"method": "kivi"}, (2, 2))):
+        model = build("llama")
+        kvsink.rewrite(model, calibration="none", **options)
+        assert [(p.codec.key.bits, p.codec.value.bits) for p in runtime_of(model).plans] == [bits] * 2
 
 
 @pytest.mark.parametrize("method", ["kivi", "kvarn", "oscar", "rotated", "rtn"])
