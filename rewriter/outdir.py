@@ -25,7 +25,7 @@ from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.skeleton import skeleton
 from kvsink.calibrate.streaming import Stream
-from kvsink.calibrate.uncalibrated import default_method, is_none
+from kvsink.calibrate.uncalibrated import is_none
 from kvsink.errors import KvsinkError, UnsupportedError
 from kvsink.evaluate.imagetext import is_source, load_processor, prompts, read_examples
 from kvsink.evaluate.stepcheck import check_step
@@ -33,7 +33,7 @@ from kvsink.folder.checkpoint import Checkpoint
 from kvsink.folder.loading import load_model, load_tokenizer, pick_device, read_config
 from kvsink.folder.place import building, sweep
 from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, write_sidecar
-from kvsink.methods import get_method
+from kvsink.methods import DEFAULT, get_method
 from kvsink.model.fold import FOLDED, folded
 from kvsink.model.runtime import runtime_of
 from kvsink.report import Report, versions
@@ -64,7 +64,7 @@ def rewrite_dir(
     time; None does so when they would fill the memory.
     """
     options = options or RewriteOptions()
-    options = replace(options, method=options.method or default_method(options.calibration))
+    options = replace(options, method=options.method or DEFAULT)
     source, target = Path(model_dir), Path(out_dir)
     if onnx:
         from kvsink.export.flavours import check_expressible
@@ -172,7 +172,7 @@ def _existing(path: Path) -> Path:
 
 def _needs_whole(options: RewriteOptions, onnx: bool) -> bool:
     """Whether the options ask for what cannot be done layer by layer."""
-    modal = options.modality is not None or get_method(options.method or default_method(options.calibration)).modality is not None
+    modal = options.modality is not None or get_method(options.method or DEFAULT).modality is not None
     return onnx or modal or options.plan == "auto" or is_source(options.calibration)
 
 

@@ -24,11 +24,11 @@ from kvsink.calibrate.plan import planned
 from kvsink.calibrate.probing import check as check_model
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.streaming import Stream
-from kvsink.calibrate.uncalibrated import default_method, is_none
+from kvsink.calibrate.uncalibrated import is_none
 from kvsink.codecs.protect import SinkStage
 from kvsink.evaluate.applying import apply
 from kvsink.hf import install_generate
-from kvsink.methods import Method, get_method
+from kvsink.methods import DEFAULT, Method, get_method
 from kvsink.model.anatomy import Anatomy, rewritable
 from kvsink.model.decoder import Decoder
 from kvsink.report import Report
@@ -65,12 +65,12 @@ def rewrite(
 ) -> Report:
     """Rewrite a causal language model in memory; its `generate()` then runs on the packed cache.
 
-    method: a name of `kvsink.methods()` or a Method; None: klt, or rotated where calibration is "none". key_bits, value_bits:
-    average bits, 16 keeps a side exact. protect: rows kept exact, such as "kvsink:5+first:1". window: recent rows kept exact.
+    method: a name of `kvsink.methods()` or a Method; None: klt. key_bits, value_bits: average bits, 16 keeps a side exact. protect:
+    rows kept exact, such as "kvsink:5+first:1". window: recent rows kept exact.
     calibration: "builtin", "mix", a text file, chats, a list of texts, token ids [N, T], prompts (dicts of model inputs), a
-    `Calibration`, "random" tokens, or "none" for methods without statistics. layers: per-layer changes, "0-1:key_bits=4". fold:
-    put value rotations into the weights (the model stays the same function). storage_dtype: dtype the weights will be saved in,
-    when it is narrower.
+    `Calibration`, "random" tokens, or "none": no text, few random tokens where a method asks for statistics. layers: per-layer
+    changes, "0-1:key_bits=4". fold: put value rotations into the weights (the model stays the same function). storage_dtype: dtype
+    the weights will be saved in, when it is narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
@@ -83,8 +83,7 @@ def rewrite(
     Returns a Report. Raises KvsinkError children; the model is then unchanged.
     """
     begun = time.monotonic()
-    method = default_method(calibration) if method is None else method
-    m = with_modality(method if isinstance(method, Method) else get_method(method), modality)
+    m = with_modality(method if isinstance(method, Method) else get_method(method or DEFAULT), modality)
     asked = RewriteOptions(
         m.name, key_bits, value_bits, protect, window, layers=layers, fold=fold, bits=bits, plan=plan, sliding=sliding, check=check
     )

@@ -7,7 +7,6 @@ Differs    codes are random bits under plausible scales where only the time coun
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvsink
-from kvsink.calibrate.uncalibrated import default_method
 from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.kernels.trellis import gain_bytes
 
@@ -94,10 +92,10 @@ def declared(side: str) -> tuple[Any, float, float]:
     "default" is what `kvsink.rewrite(model)` does. "klt-dense" is `klt` with keys coded before RoPE (block=1), whose basis
     must be undone key by key.
     """
-    from kvsink.methods import get_method
+    from kvsink.methods import DEFAULT, get_method
 
     if side == "default":
-        method = get_method(default_method(inspect.signature(kvsink.rewrite).parameters["calibration"].default))
+        method = get_method(DEFAULT)
         return method, method.key_bits, method.value_bits
     name, dash, bits = side.rpartition("-")
     if not dash or not re.fullmatch(r"[\d.]*\d(/[\d.]*\d)?", bits):

@@ -15,7 +15,7 @@ from kvsink.tools.cli import command_line, wide_console
 @click.command("kvsink-rewrite", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_dir")
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--method", help="A name of kvsink.methods(). [default: klt; rotated without calibration; static for gqa]")
+@click.option("--method", help="A name of kvsink.methods(). [default: klt; static for gqa]")
 @click.option("--levels", metavar="NAME", help="For experiments: another variant of the method; of klt: best, codebooks, even.")
 @click.option("--key-bits", type=float, metavar="B", help="Average bits of keys; 16 keeps them exact. [default: the method's]")
 @click.option("--value-bits", type=float, metavar="B", help="Average bits of values. [default: the method's]")
@@ -31,8 +31,8 @@ from kvsink.tools.cli import command_line, wide_console
     default="builtin",
     show_default=True,
     metavar="FILE|builtin|mix|random|none",
-    help="builtin: prose; mix: prose, code, chats, numbers, languages; random: tokens drawn at random; none: a method without"
-    " statistics; a file of UTF-8 text; chats or prompts as JSON lines, in the model's chat template; pictures with text:"
+    help="builtin: prose; mix: prose, code, chats, numbers, languages; random: tokens drawn at random; none: no text, few of"
+    " those; a file of UTF-8 text; chats or prompts as JSON lines, in the model's chat template; pictures with text:"
     " drawn[:N], a folder of images and texts, or JSON lines.",
 )
 @click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
@@ -56,7 +56,7 @@ from kvsink.tools.cli import command_line, wide_console
     help="Read the weights a layer at a time, or all at once. [default: by layer when they would fill the memory]",
 )
 @click.option(
-    "--eval-windows", type=click.IntRange(0), help="Windows of the result table; 0: none. [default: 4; 1 without calibration]"
+    "--eval-windows", type=click.IntRange(0), help="Windows of the result table; 0: none. [default: 4; 0 without calibration]"
 )
 @click.option("--eval-window-tokens", default=512, show_default=True, type=click.IntRange(2), help="Tokens of such a window.")
 @click.option(
@@ -91,9 +91,9 @@ def command(
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     import kvsink
-    from kvsink.calibrate.uncalibrated import default_method
     from kvsink.folder.demo import resolve_model_dir
     from kvsink.folder.loading import model_class
+    from kvsink.methods import DEFAULT
 
     check_out_dir(out_dir, force or dry_run)
     if flavour is not None:
@@ -102,9 +102,9 @@ def command(
 
         if flavour not in FLAVOURS:
             raise UnknownName("flavour", flavour, FLAVOURS)
-    named = method or ("static" if flavour == "gqa" else default_method(options["calibration"]))
+    named = method or ("static" if flavour == "gqa" else DEFAULT)
     if eval_windows is None:
-        eval_windows = 1 if options["calibration"] == "none" else 4
+        eval_windows = 0 if options["calibration"] == "none" else 4
     options["method"] = f"{named}:{levels}" if levels else named
     source = resolve_model_dir(model_dir)
     check_apart(source, out_dir)

@@ -24,7 +24,7 @@ from ..append import append_plain, keep_exact, keep_recent
 from ..backends import Call, Device, LayerFormat, Shape
 from ..hadamard import hadamard_core
 from ..levels import even_levels, even_thresholds, lloyd_max, thresholds
-from ..quantize import segments
+from ..quantize import SIGMA_KINDS, segments
 from ..stages import rope_rows
 from ..trellis import subsets
 from .c_library import EXACT, FLOAT_TYPES, Plan, c_library
@@ -116,12 +116,14 @@ def declines(f: LayerFormat, s: Shape, d: Device) -> str:
 
 @cache
 def _tables(kind: str, widths: tuple[int, ...]) -> tuple[int, Any, Any, Any, list[Tensor]]:
-    """Runs of equal width with the levels and thresholds of each; the list keeps them alive."""
+    """Runs of equal width with the levels and thresholds of each, where the kind has any; the list keeps them alive."""
     runs = segments(widths)
     numbers = (_int * (4 * len(runs)))(*[n for run in runs for n in run])
+    levels: list[Tensor] = []
+    edges: list[Tensor] = []
     if kind == "trellis":
         levels, edges = map(list, zip(*(subsets(width, "cpu") for *_, width in runs), strict=True))
-    else:
+    elif kind in SIGMA_KINDS or kind == "gauss":
         even = kind == "lloyd-even"
         levels = [(even_levels if even else lloyd_max)(width).contiguous() for *_, width in runs]
         edges = [(even_thresholds if even else thresholds)(width).contiguous() for *_, width in runs]

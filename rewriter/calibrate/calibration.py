@@ -10,6 +10,7 @@ Raises     CalibrationError for too few tokens, and for NaN or infinite activati
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from kvsink.model.tables import LayerPlan
 __all__ = ["calibrate", "find_stages", "gather"]
 
 Progress = Callable[[str, int, int], None]
+ALIKE = 1e-5  # of the size of rows: what their covariance is when they are one row
 MASSIVE = 0.2  # of the largest activation of a stage: rows above it are sinks
 
 
@@ -175,12 +177,21 @@ def _back(gradient: Tensor, order: tuple[Tensor, Tensor] | None, cos: Tensor, si
     return rope(rows, cos, -sin)
 
 
+def _alike(stats: ValueStats) -> bool:
+    """Whether all rows are one, to the rounding of float32."""
+    spread, size = (float(torch.diagonal(t, dim1=-2, dim2=-1).sum()) for t in (stats.covariance(), stats.second / stats.count))
+    return size > 0 and spread <= ALIKE * size
+
+
 def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [{"input_ids": row[None]} for row in ids] if isinstance(ids, Tensor) else list(ids)
 
 
-def _run(decoder: Decoder, prompt: Mapping[str, Any], **options: Any) -> Any:
-    """One forward pass; a prompt whose pictures and placeholders do not agree is named."""
+def _run(decoder: Decoder, prompt: Mapping[str, Any], logits: bool = False, **options: Any) -> Any:
+    """One forward pass; a prompt whose pictures and placeholders do not agree is named. logits: of all tokens are asked for, which
+    a model may leave out else."""
+    if not logits and "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
+        options["logits_to_keep"] = 1
     inputs = {n: t.to(decoder.device) if isinstance(t, Tensor) else t for n, t in prompt.items()}
     try:
         return decoder.model(**inputs, **options)
@@ -321,9 +332,10 @@ def gather(
             cache = _looking_on(runtime, out, blocks, collector)
             if collector is not None:
                 collector.begin(start)
-            with torch.set_grad_enabled(collector is not None and collector.fisher):
-                logits = _run(decoder, prompt, **decoder.given(cache), use_cache=True).logits
-                if collector is not None and collector.fisher:
+            fisher = collector is not None and collector.fisher
+            with torch.set_grad_enabled(fisher):
+                logits = _run(decoder, prompt, fisher, **decoder.given(cache), use_cache=True).logits
+                if collector is not None and fisher:
                     collector.backward(logits, rows)
             out.tokens += int(prompt["attention_mask"].sum()) if "attention_mask" in prompt else rows.numel()
             tell("calibrating", at, sum(len(p["input_ids"]) for p in prompts))
@@ -337,6 +349,11 @@ def gather(
                 f"layer {layer}: {rows} rows are left to calibrate on beside those that are kept exact, fewer than {least}; "
                 f"{more}protect fewer rows"
             )
+    if out.values and all(_alike(v) for v in out.values.values()):
+        raise CalibrationError(
+            f"{out.tokens} calibration tokens give one value again and again (condition number inf), so no direction can be told "
+            "from another; give text of different tokens, or --calibration none"
+        )
     every: list[tuple[object, KeyStats | QueryStats | ValueStats]] = [*out.keys.items(), *out.queries.items(), *out.values.items()]
     for name, stats in every:
         if not torch.isfinite(stats.second).all():

@@ -17,7 +17,7 @@ from kvsink.calibrate.design import gather_needs, key_blocks, needs_calibration,
 from kvsink.calibrate.patterns import PATTERNS, attention_patterns, classify
 from kvsink.calibrate.plan import sides as planned_sides
 from kvsink.calibrate.statistics import SampleNeed
-from kvsink.calibrate.uncalibrated import default_protection
+from kvsink.calibrate.uncalibrated import default_bits
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.protect import Policy, anchors_for_layer, parse_policies
 from kvsink.errors import CalibrationError, KvsinkError, UnknownName, UnsupportedError
@@ -202,10 +202,11 @@ def choose(decoder: Decoder, m: Method, asked: RewriteOptions, calibration: Any,
     calibration: as `kvsink.rewrite` takes it; prompts with images are looked at where layers are told apart by them.
     """
     where, config, n = decoder.where, decoder.config, len(decoder.where.attentions)
+    key_bits, value_bits = default_bits(m, calibration)
     base = LayerChoice(
-        m.key_bits if asked.key_bits is None else asked.key_bits,
-        m.value_bits if asked.value_bits is None else asked.value_bits,
-        default_protection(m, calibration) if asked.protect is None else asked.protect,
+        key_bits if asked.key_bits is None else asked.key_bits,
+        value_bits if asked.value_bits is None else asked.value_bits,
+        m.protect if asked.protect is None else asked.protect,
         m.window if asked.window is None else asked.window,
     )
     if base.key_bits == base.value_bits == 16 and asked.protect is None:

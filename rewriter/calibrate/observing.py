@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kvsink.calibrate.calibration import gather
 from kvsink.calibrate.choices import Chosen, are_prompts
 from kvsink.calibrate.record import Calibration
-from kvsink.calibrate.uncalibrated import is_none, refuse
+from kvsink.calibrate.uncalibrated import WINDOW, is_none, random_ids, tokens_for
 from kvsink.codecs.protect import SinkStage, probe_stage
 from kvsink.errors import CalibrationError
 from kvsink.evaluate.texts import builtin_text, read_text
@@ -59,13 +59,14 @@ def observe(
     if known is not None and not chosen.blocks:
         record.stages = known
     elif chosen.blocks or kinds & {"kvsink", "sinks", "pivots"}:
-        if is_none(calibration):
-            refuse(chosen.method, bool(chosen.blocks), chosen.base.protect)
         if isinstance(calibration, Calibration):
             record = calibration
         elif isinstance(calibration, str | Path) and str(calibration).endswith(".safetensors"):
             record = Calibration.load(calibration, decoder.model if decoder.stream is None else None)
         else:
+            if is_none(calibration):
+                tokens = tokens_for(decoder.where.layers, max((n.rows for n in chosen.samples.values()), default=0))
+                notes.append(f"no text: what is known of the layers comes from {tokens} tokens drawn at random")
             seen = are_prompts(calibration) and visual_tokens(decoder.model.config)
             ids = calibration if seen else calibration_windows(decoder, calibration, tokens, tokenizer)
             record = gather(decoder, ids, policies, chosen.blocks, batch, progress, chosen.samples, known)
@@ -94,24 +95,27 @@ def begun(windows: Tensor, tokenizer: Any) -> Tensor:
     """Windows of text [N, T] as `generate()` gives text to a model: the first token of each makes room for the one that the
     tokenizer puts before every text, where it puts one. Gemma 3 is out of its depth without it."""
     own, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    if whole[:1] != own[:1]:
-        windows = windows.clone()
-        windows[:, 0] = whole[0]
+    return windows if whole[:1] == own[:1] else _led(windows, whole[0])
+
+
+def _led(windows: Tensor, token: int) -> Tensor:
+    windows = windows.clone()
+    windows[:, 0] = token
     return windows
 
 
 def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: Any, window: int = CALIBRATION_WINDOW) -> Tensor:
-    """Windows [N, T] of token ids from ids, texts, "builtin", "mix", "random", a text file or chats; those of text begin as the
-    tokenizer begins one, and those of random tokens where a tokenizer is given."""
-    config, begin = decoder.config, False
+    """Windows [N, T] of token ids from ids, texts, "builtin", "mix", "random", "none", a text file or chats; those of text begin as
+    the tokenizer begins one, and those of random tokens too, or else with the token that the config names."""
+    config, begin, first = decoder.config, False, None
     length = min(window, getattr(config, "max_position_embeddings", None) or window)
     if are_prompts(source):
         kept = [p["attention_mask"].bool() if "attention_mask" in p else torch.ones_like(p["input_ids"]) > 0 for p in source]
         source = torch.cat([p["input_ids"][keep].cpu() for p, keep in zip(source, kept, strict=True)])
-    if isinstance(source, str) and source == "random":
-        ids = torch.randint(0, config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
-        pictures = torch.tensor(visual_tokens(decoder.model.config), dtype=ids.dtype)
-        ids, begin = torch.where(torch.isin(ids, pictures), 0, ids), tokenizer is not None
+    if isinstance(source, str) and source in ("random", "none"):
+        length = min(length, WINDOW) if is_none(source) else length
+        ids, begin = random_ids(decoder.model.config, tokens), tokenizer is not None
+        first = None if begin else getattr(config, "bos_token_id", None)
     elif isinstance(source, Tensor):
         ids = source if source.dim() == 2 else source.flatten()
     else:
@@ -129,7 +133,7 @@ def calibration_windows(decoder: Decoder, source: Any, tokens: int, tokenizer: A
                 f"--calibration-tokens {ids.numel()}"
             )
         ids = ids[: count * length].reshape(count, length)
-        ids = begun(ids, tokenizer) if begin else ids
+        ids = begun(ids, tokenizer) if begin else ids if first is None else _led(ids, first)
     if ids.numel() == 0:
         raise CalibrationError("0 calibration tokens: give token ids [N, T], or a longer text")
     vocabulary = config.vocab_size

@@ -1,23 +1,30 @@
-"""What `calibration="none"` leaves to choose: a method that needs no statistics, and exact rows that need no text to be found.
+"""What stands in for text where none is given: tokens drawn at random, as many as the statistics of the layers ask for.
+
+A table need not know what a model is told, but how its projections lie towards each other and what they add: means, directions and
+sizes of keys and queries, and which rows become sinks. Random tokens show that.
 
 Source     ours
-Raises     CalibrationError for methods, protections and plans that need text, with the nearest that do without
+Shapes     ids int64 [N, T], the same at every call; the first of a window is what the config says begins a text, if anything
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from kvsink.calibrate.design import needs_calibration
-from kvsink.codecs.protect import parse_policies
-from kvsink.errors import CalibrationError
-from kvsink.methods import Method, methods
+import torch
+from torch import Tensor
 
-__all__ = ["FIRST_ROWS", "METHOD", "default_method", "default_protection", "is_none", "refuse"]
+from kvsink.methods import DEFAULT, Method
+from kvsink.model.anatomy import Heads
+from kvsink.model.rows import visual_tokens
 
-METHOD = "rotated"  # the default without statistics
-FIRST_ROWS = "first:4"  # the default of exact rows where nobody has looked where sinks are
-_FOUND_IN_TEXT = ("kvsink", "sinks", "pivots")
+__all__ = ["BITS", "TOKENS", "WINDOW", "default_bits", "is_none", "random_ids", "tokens_for"]
+
+BITS = 4.0  # of keys and of values by the default method: at 2 bits text takes a third of the error away, above next to nothing
+
+TOKENS, WINDOW = 512, 256  # of calibration="none": no fewer, and of a window
+_ROWS, _EVERY = 8, 8  # rows for every channel of a key; one query of so many is looked at, and two are for every channel
 
 
 def is_none(calibration: Any) -> bool:
@@ -25,26 +32,21 @@ def is_none(calibration: Any) -> bool:
     return isinstance(calibration, str) and calibration == "none"
 
 
-def default_method(calibration: Any) -> str:
-    """The method where the user names none."""
-    return METHOD if is_none(calibration) else "klt"
+def default_bits(m: Method, calibration: Any) -> tuple[float, float]:
+    """Bits of keys and of values where the user names none."""
+    return (BITS, BITS) if is_none(calibration) and m.name == DEFAULT else (m.key_bits, m.value_bits)
 
 
-def default_protection(m: Method, calibration: Any) -> str:
-    """The rows that stay exact where the user names none: the method's own, but the first ones where its rule asks for text."""
-    asks = any(p.kind in _FOUND_IN_TEXT for p in parse_policies(m.protect))
-    return FIRST_ROWS if is_none(calibration) and asks else m.protect
+def tokens_for(layers: Iterable[Heads], centroids: int = 0) -> int:
+    """How many tokens do without text: enough for the widest heads, for those whose queries are fewest, and for codebooks of so
+    many centroids."""
+    least = max((max(_ROWS, 2 * _EVERY * h.kv // h.query) * h.key_dim for h in layers), default=0)
+    least = max(least, 2 * centroids)
+    return max(TOKENS, -(-least // WINDOW) * WINDOW)
 
 
-def refuse(m: Method, statistics: bool, protect: str) -> None:
-    """Raise what a method that needs statistics, or a protection that is found in text, lacks without calibration."""
-    if statistics:
-        free = [n for n, o in methods().items() if not any(needs_calibration(o.side(w, 4)) for w in ("key", "value"))]
-        raise CalibrationError(
-            f"{m.name} is made from statistics of text, and calibration is 'none'; use {METHOD}, the default without "
-            f"(or {', '.join(n for n in free if n != METHOD)}), --calibration random (tokens instead of text) or builtin"
-        )
-    raise CalibrationError(
-        f"the rows of protection {protect!r} are found in text, and calibration is 'none'; use --protect {FIRST_ROWS}, or "
-        "--profile with a profile of this model"
-    )
+def random_ids(config: Any, tokens: int) -> Tensor:
+    """Token ids [tokens] of the whole vocabulary, none of which stands for a picture. config: of the model."""
+    count = config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, count, (tokens,), generator=torch.Generator().manual_seed(0))
+    return torch.where(torch.isin(ids, torch.tensor(visual_tokens(config), dtype=ids.dtype)), 0, ids)

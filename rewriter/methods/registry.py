@@ -13,7 +13,9 @@ from kvsink.codecs import SideSpec
 from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import KvsinkError, UnknownName
 
-__all__ = ["Claim", "Method", "Modality", "Paper", "get_method", "methods", "register_method"]
+__all__ = ["DEFAULT", "Claim", "Method", "Modality", "Paper", "get_method", "methods", "register_method"]
+
+DEFAULT = "klt"  # where the user names no method
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Rotated keys and values in trellis-coded levels: nothing is calibrated, no table belongs to a model, and `--calibration none`
-takes it.
+"""Rotated keys and values in trellis-coded levels: nothing is calibrated, and no table belongs to a model.
 
 Keys take a Hadamard rotation after RoPE, values one in the weights; all channels then have about one deviation, and a row stores
 one byte of gain. What the keys of a channel have in common costs bits here, which `klt` takes away by means from text. Four first

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvsink
 from kvsink import outdir
+from kvsink.calibrate.uncalibrated import TOKENS
 from kvsink.errors import CalibrationError, KvsinkError, ModelError, SidecarError
 from kvsink.folder import place
 from kvsink.model.runtime import runtime_of
@@ -88,7 +89,7 @@ def test_a_folder_equals_the_rewrite_in_memory(tiny_dir: Path, text: Path, tmp_p
 
 
 def test_a_folder_without_calibration(tiny_dir: Path, tmp_path: Path) -> None:
-    """Whole and by layers: the same answers, and no tokenizer is asked for."""
+    """Whole and by layers: the same answers, and neither text nor tokenizer is asked for."""
     found = []
     for by_layer in (False, True):
         source, out = tmp_path / f"source-{by_layer}", tmp_path / f"out-{by_layer}"
@@ -96,8 +97,8 @@ def test_a_folder_without_calibration(tiny_dir: Path, tmp_path: Path) -> None:
         for name in ("config.json", "model.safetensors"):
             (source / name).write_bytes((tiny_dir / name).read_bytes())
         report = rewrite_dir(source, out, RewriteOptions(calibration="none"), by_layer=by_layer)
-        assert (report.method, report.protect) == ("rotated", "first:4")
-        assert json.loads((out / "kvsink.json").read_text())["options"]["method"] == "rotated"
+        assert (report.method, report.calibration_tokens) == ("klt", TOKENS)
+        assert json.loads((out / "kvsink.json").read_text())["options"]["calibration"] == "none"
         found.append(AutoModelForCausalLM.from_pretrained(out).generate(tokens(1, 30), max_new_tokens=8, do_sample=False))
     assert torch.equal(*found)
 

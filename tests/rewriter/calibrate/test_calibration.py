@@ -160,6 +160,16 @@ def test_too_few_tokens() -> None:
     assert calibrate(build("llama"), tokens(1, need), NOTHING, BLOCKS).tokens == need
 
 
+@pytest.mark.parametrize("block", [0, 64])
+def test_one_token_again_and_again(block: int) -> None:
+    """Its values are one row, whose covariance no transform can be made of; two tokens in turn are served."""
+    model, one = build("llama"), torch.full((2, 64), 7)
+    with pytest.raises(CalibrationError, match="^128 calibration tokens give one value .*condition number inf.*none$"):
+        calibrate(model, one, NOTHING, {0: (block,), 1: (block,)})
+    one[:, ::2] = 9
+    assert calibrate(model, one, NOTHING, {0: (block,), 1: (block,)}).tokens == 128
+
+
 def test_nan_activations() -> None:
     model = build("llama")
     model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")

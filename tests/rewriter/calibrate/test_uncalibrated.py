@@ -1,4 +1,4 @@
-"""Without calibration: which method and which rows are taken, that nothing is read of any text, and what is refused in one line."""
+"""Without text: what stands in for it and how much, that none is read, what the tables are, and what is refused in one line."""
 
 from __future__ import annotations
 
@@ -9,57 +9,87 @@ import pytest
 import torch
 
 import kvsink
-from kvsink.calibrate.uncalibrated import FIRST_ROWS, METHOD, default_method, default_protection
+from kvsink.calibrate.uncalibrated import TOKENS, WINDOW, tokens_for
 from kvsink.errors import CalibrationError
-from kvsink.methods import get_method
+from kvsink.model.anatomy import Heads
 from kvsink.model.runtime import runtime_of
-from tests.models import build
+from tests.models import VOCAB, build
 
 
-def test_defaults() -> None:
-    assert default_method("none") == METHOD and default_method("builtin") == default_method(["none"]) == "klt"
-    own = {"kvarn": "first:128", "kivi": "none", METHOD: FIRST_ROWS}
-    assert {n: default_protection(get_method(n), "none") for n in own} == own
-    akvq = get_method("akvq-vl")
-    assert default_protection(akvq, "none") == FIRST_ROWS and default_protection(akvq, "builtin") == akvq.protect != FIRST_ROWS
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("text was read, or the model was run for statistics")
+
+    for name in names:
+        monkeypatch.setattr(f"kvsink.calibrate.observing.{name}", never)
+
+
+def drawn(length: int) -> torch.Tensor:
+    """Windows of a model of `length` positions whose config begins a text by 1."""
+    ids = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(0)).reshape(-1, length)
+    ids[:, 0] = 1
+    return ids
 
 
 def test_no_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: Any, **__: Any) -> Any:
-        raise AssertionError("text was read, or the model was run over it")
+    forbid(monkeypatch, "builtin_text", "read_text", "_tokenizer_of")
+    model, asked = build("llama"), build("llama")
+    report = kvsink.rewrite(model, calibration="none", key_bits=3, value_bits=3)
+    assert (report.method, report.protect, report.calibration_tokens) == ("klt", kvsink.get_method("klt").protect, TOKENS)
+    assert f"no text: what is known of the layers comes from {TOKENS} tokens drawn at random" in report.to_markdown()
+    kvsink.rewrite(asked, "klt", key_bits=3, value_bits=3, calibration=drawn(128))
+    mine, theirs = (runtime_of(m).tables for m in (model, asked))
+    assert mine.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in mine.items())
 
-    for name in ("builtin_text", "read_text", "gather", "calibration_windows"):
-        monkeypatch.setattr(f"kvsink.calibrate.observing.{name}", never)
+
+def test_tables_are_those_of_the_tokens() -> None:
+    """The mean of keys before RoPE, by the first layer's own projection in float64; the first row of a window stays exact."""
     model = build("llama")
-    report = kvsink.rewrite(model, calibration="none", key_bits=3)
-    assert (report.method, report.protect, report.calibration_tokens) == (METHOD, FIRST_ROWS, 0)
-    assert [p.codec.key.bits for p in runtime_of(model).plans] == [3, 3] and not report.notes
-    assert "Calibrated on nothing" in report.to_markdown()
+    inner, attention = model.model, model.model.layers[0].self_attn
+    x = inner.layers[0].input_layernorm(inner.embed_tokens(drawn(128)[:, 1:]))
+    mean = attention.k_proj(x).detach().double().mean((0, 1))
+    kvsink.rewrite(model, calibration="none")
+    found = runtime_of(model).tables["layers.0.k_mean"].double()
+    assert (found.flatten() - mean).abs().max() <= 1e-5 * mean.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (
-            {"method": "klt"},
-            f"klt is made from statistics of text, and calibration is 'none'; use {METHOD}, .*kivi.*rtn.*--calibration random",
-        ),
-        ({"method": "static"}, f"static is made from statistics.*use {METHOD}"),
-        ({"protect": "kvsink:5+first:1"}, f"rows of protection 'kvsink:5.first:1' are found in text.*--protect {FIRST_ROWS}"),
-        ({"method": "kivi", "protect": "sinks:0.1"}, "rows of protection 'sinks:0.1' are found in text"),
-        ({"plan": "auto"}, "--plan auto measures widths.*calibration is 'none'; use --plan uniform"),
-        ({"plan": "auto", "calibration": "random"}, "--plan auto measures widths.*calibration is 'random'; use --plan uniform"),
-    ],
-)
-def test_what_needs_text_is_refused(options: dict[str, Any], words: str) -> None:
+def test_bits_without_text() -> None:
+    """Four a side by the default method, unless asked; a method that is named has its own."""
+    for options, bits in (({}, (4, 4)), ({"value_bits": 2}, (4, 2)), ({"method": "rotated"}, (4, 4)), ({"method": "kivi"}, (2, 2))):
+        model = build("llama")
+        kvsink.rewrite(model, calibration="none", **options)
+        assert [(p.codec.key.bits, p.codec.value.bits) for p in runtime_of(model).plans] == [bits] * 2
+
+
+@pytest.mark.parametrize("method", ["kivi", "kvarn", "oscar", "rotated", "rtn"])
+def test_methods_without_statistics_run_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch, "gather", "calibration_windows")
+    report = kvsink.rewrite(build("llama"), method, calibration="none")
+    assert report.calibration_tokens == 0 and "Calibrated on nothing" in report.to_markdown()
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 64), (32, 32, 128), (32, 8, 128), (4, 1, 256), (8, 8, 256), (16, 1, 512)])
+def test_there_are_enough_tokens(shape: tuple[int, int, int]) -> None:
+    """Eight rows a channel of a key, and two queries: every eighth is looked at, of all query heads of a key-value head."""
+    query, kv, dim = shape
+    count = tokens_for([Heads(query, kv, dim, dim), Heads(2, 1, 8, 8)])
+    assert count >= TOKENS and count % WINDOW == 0
+    assert count >= 8 * dim and count // WINDOW * len(range(0, WINDOW, 8)) * (query // kv) >= 2 * dim
+
+
+@pytest.mark.parametrize(("method", "centroids"), [("cq", 256), ("tasq", 1024)])
+def test_codebooks_have_rows_enough(method: str, centroids: int) -> None:
+    model = build("llama")
+    report = kvsink.rewrite(model, method, calibration="none")
+    books = [t for n, t in runtime_of(model).tables.items() if n.endswith("_book")]
+    assert report.calibration_tokens >= 2 * centroids and books and all(b.shape[-2] == centroids for b in books)
+
+
+@pytest.mark.parametrize("calibration", ["none", "random"])
+def test_plans_by_text_are_refused(calibration: str) -> None:
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CalibrationError, match=words) as error:
-        kvsink.rewrite(model, **{"calibration": "none", **options})
+    with pytest.raises(CalibrationError, match=f"--plan auto measures widths.*is '{calibration}'; use --plan uniform") as error:
+        kvsink.rewrite(model, calibration=calibration, plan="auto")
     assert "\n" not in str(error.value)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-
-
-@pytest.mark.parametrize("method", ["akvq-vl", "kivi", "kvarn", "oscar", "rtn"])
-def test_methods_that_the_error_names_need_no_text(method: str) -> None:
-    assert kvsink.rewrite(build("llama"), method, calibration="none").calibration_tokens == 0

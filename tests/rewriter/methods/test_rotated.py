@@ -57,14 +57,14 @@ def test_nothing_stored_is_of_the_model() -> None:
         model = build("llama")
         for p in model.parameters():
             p.data.add_(0.01 * torch.randn_like(p))
-        kvsink.rewrite(model, calibration="none")
+        kvsink.rewrite(model, "rotated", calibration="none")
         found.append(runtime_of(model).tables)
     assert found[0].keys() == found[1].keys() and all(torch.equal(t, found[1][n]) for n, t in found[0].items())
 
 
 def test_the_first_rows_stay_exact() -> None:
     plain, model = build("llama"), build("llama")
-    report = kvsink.rewrite(model, calibration="none")
+    report = kvsink.rewrite(model, "rotated", calibration="none")
     assert [s.key for s in runtime_of(model).plans[0].segments] == ["first:4"] and report.protect == "first:4"
     with torch.no_grad():
         wanted = plain(tokens(1, 4, seed=3)).logits

@@ -109,7 +109,7 @@ def test_the_record_feeds_protection(planted, tmp_path) -> None:
     copied = copy.deepcopy(model)
     called = []
     copied.register_forward_pre_hook(lambda m, args, kwargs: called.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    report = kvsink.rewrite(copied, protect="kvsink:2", profile=path, calibration="none")
+    report = kvsink.rewrite(copied, "rotated", protect="kvsink:2", profile=path, calibration="none")
     assert [s["block"] for s in report.stages] == [1] and max(called) < 40  # looked at and checked, but no text was run
     moved = {**record, "stages": [{**record["stages"][0], "block": 0}]}
     report = kvsink.rewrite(copy.deepcopy(model), "klt", protect="kvsink:2", profile=moved, calibration=windows(0, 12, 3, 4))
