@@ -39,7 +39,6 @@ from kvsink.model.tables import LayerPlan
 __all__ = ["calibrate", "find_stages", "gather"]
 
 Progress = Callable[[str, int, int], None]
-ALIKE = 1e-5  # of the size of rows: what their covariance is when they are one row
 MASSIVE = 0.2  # of the largest activation of a stage: rows above it are sinks
 
 
@@ -175,12 +174,6 @@ def _back(gradient: Tensor, order: tuple[Tensor, Tensor] | None, cos: Tensor, si
     """The gradient of keys [B, H, S, D] as that of the keys before RoPE: turned by the transpose, scaling included."""
     rows = gradient if order is None else gradient.index_select(-1, order[0])
     return rope(rows, cos, -sin)
-
-
-def _alike(stats: ValueStats) -> bool:
-    """Whether all rows are one, to the rounding of float32."""
-    spread, size = (float(torch.diagonal(t, dim1=-2, dim2=-1).sum()) for t in (stats.covariance(), stats.second / stats.count))
-    return size > 0 and spread <= ALIKE * size
 
 
 def _prompts(ids: Tensor | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -341,21 +334,5 @@ def gather(
             tell("calibrating", at, sum(len(p["input_ids"]) for p in prompts))
     if collector is not None:
         out.samples = collector.samples(out.tokens)
-    for (layer, _), keys in out.keys.items():
-        rows, least = int(keys.count.sum()), 2 * where.layers[layer].key_dim
-        if rows < least:
-            more = f"give at least {-(-out.tokens * least // rows)} calibration tokens, or " if rows else ""
-            raise CalibrationError(
-                f"layer {layer}: {rows} rows are left to calibrate on beside those that are kept exact, fewer than {least}; "
-                f"{more}protect fewer rows"
-            )
-    if out.values and all(_alike(v) for v in out.values.values()):
-        raise CalibrationError(
-            f"{out.tokens} calibration tokens give one value again and again (condition number inf), so no direction can be told "
-            "from another; give text of different tokens, or --calibration none"
-        )
-    every: list[tuple[object, KeyStats | QueryStats | ValueStats]] = [*out.keys.items(), *out.queries.items(), *out.values.items()]
-    for name, stats in every:
-        if not torch.isfinite(stats.second).all():
-            raise CalibrationError(f"statistics of layer {name} are not finite; check the weights or calibrate in float32")
+    out.check([heads.key_dim for heads in where.layers])
     return out

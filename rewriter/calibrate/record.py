@@ -7,6 +7,7 @@ Raises     CalibrationError for a damaged record, or one of another model or ver
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -52,6 +53,30 @@ class Calibration:
         if seen is not None and seen.roped is not None and (seen.reads if value.metric == "attention" else seen.scored) is None:
             value = replace(value, metric="none")
         return key, value
+
+    def check(self, dims: Sequence[int]) -> None:
+        """Raise CalibrationError for statistics that nothing can be designed from. dims: width of the keys of every layer."""
+        for (layer, _), keys in self.keys.items():
+            rows, least = int(keys.count.sum()), 2 * dims[layer]
+            if rows < least:
+                more = f"give at least {-(-self.tokens * least // rows)} calibration tokens, or " if rows else ""
+                raise CalibrationError(
+                    f"layer {layer}: {rows} rows are left to calibrate on beside those that are kept exact, fewer than {least}; "
+                    f"{more}protect fewer rows"
+                )
+        if self.values and all(v.alike for v in self.values.values()):
+            raise CalibrationError(
+                f"{self.tokens} calibration tokens give one value again and again (condition number inf), so no direction can be "
+                "told from another; give text of different tokens, or --calibration none"
+            )
+        every: list[tuple[object, KeyStats | QueryStats | ValueStats]] = [
+            *self.keys.items(),
+            *self.queries.items(),
+            *self.values.items(),
+        ]
+        for name, stats in every:
+            if not torch.isfinite(stats.second).all():
+                raise CalibrationError(f"statistics of layer {name} are not finite; check the weights or calibrate in float32")
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; tensors by name, the rest as JSON in its header."""

@@ -20,6 +20,7 @@ from kvsink.kernels.rope import rope
 
 __all__ = ["SAMPLE_ROWS", "KeyStats", "SampleNeed", "Samples", "ValueStats"]
 
+ALIKE = 1e-5  # of the size of rows: no more covariance than that is rounding
 SAMPLE_ROWS = 16384  # rows of a layer that are kept at most
 
 
@@ -127,6 +128,12 @@ class ValueStats:
         """Covariance [H, D, D]."""
         mu = self.mean()
         return self.second / self.count - mu[:, :, None] * mu[:, None, :]
+
+    @property
+    def alike(self) -> bool:
+        """Whether all rows are one, to the rounding of float32."""
+        spread, size = (float(torch.diagonal(t, dim1=-2, dim2=-1).sum()) for t in (self.covariance(), self.second / self.count))
+        return size > 0 and spread <= ALIKE * size
 
 
 @dataclass(frozen=True)
