@@ -75,7 +75,7 @@ def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence
         new, upto = slice(at, at + step), at + step
         new_ids, seen_mask, new_positions = (t.numpy() for t in (given[:, new], mask[:, :upto], positions[:, new]))
         logits, values = runner.step(new_ids, seen_mask, new_positions, past)
-        present = {name: value.numpy() for name, value in values.items()}
+        present = runner.arrays(values)
         seen = mask[:, new].bool().numpy()
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
