@@ -119,7 +119,6 @@ class _PackedLayer(_WholeLayer):
         p = self.cache.params[self.layer]
         frame = self.cache.shared.frame or Frame()
         positions = self.cache.new_positions(frame, k)
-        all_positions = self.cache.positions()
         cos, sin = frame.cos, frame.sin
         if cos is None or sin is None:
             cos, sin = runtime.angles(self.layer, positions[:1])
@@ -149,11 +148,14 @@ class _PackedLayer(_WholeLayer):
         every = []
         for side, name, new, place in (("k", "key", k, 0), ("v", "value", v, 1)):
             rows = _decode(c, side, present[name], present.get(f"{name}_scale"), p)
-            if side == "k" and c.key.packed:
-                rows = c.restore_keys(rows.to(wide), all_positions, p, steps=Steps).to(k.dtype)
-            elif side == "v" and c.value.packed:
-                rows = c.restore_values(rows.to(wide), p, steps=Steps).to(v.dtype)
-            every.append(lay_rows(rows, new, self.cache.first, [kept[place], kept[2]] if kept else []))
+            if (c.key if side == "k" else c.value).packed:  # else they stand there as they came
+                rows = rows.to(wide)
+                if side == "k":
+                    rows = c.restore_keys(rows, self.cache.positions(), p, steps=Steps)
+                else:
+                    rows = c.restore_values(rows, p, steps=Steps)
+                rows = lay_rows(rows.to(new.dtype), new, self.cache.first, [kept[place], kept[2]] if kept else [])
+            every.append(rows)
         keys, values = (self._shown(rows) for rows in every)
         return keys if order is None else keys.index_select(-1, order[1]), values
 

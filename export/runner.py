@@ -59,7 +59,7 @@ class OnnxGenerator:
         """A numpy array as an onnxruntime value on the runner's device; on the CPU it is the array's own memory."""
         if not array.size:  # nothing to copy
             return self._ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self.device, 0)
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
     def empty(self, batch: int, length: int = 0) -> Held:
         """The cache of `batch` rows that hold nothing; room for `length` tokens, and a step makes more where it needs it."""
