@@ -22,13 +22,21 @@ _DTYPES = {"float": "float32", "double": "float64"}  # other types have the name
 class Held(dict[str, Any]):
     """Values of onnxruntime by name without prefix, which hold `tokens` tokens a row.
 
-    A step writes behind them and hands on the same tensors: of two steps from one cache the later one takes the place of the
-    earlier.
+    A step writes behind them and hands on the same tensors: of two steps from one cache the later one writes over what the
+    earlier left, which is then `lost`.
     """
 
     def __init__(self, values: Mapping[str, Any], tokens: int) -> None:
         super().__init__(values)
-        self.tokens = tokens
+        self.tokens, self.lost = tokens, False
+        self._behind: Held | None = None
+
+    def leads_to(self, behind: Held) -> None:
+        """`behind` is what a step wrote into these tensors."""
+        earlier = self._behind
+        while earlier is not None:
+            earlier.lost, earlier = True, earlier._behind
+        self._behind = behind
 
 
 def slots_for(tokens: int) -> int:

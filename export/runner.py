@@ -72,6 +72,11 @@ class OnnxGenerator:
             out[name] = self.value(np.full(shape, fill, dtype=room.dtype_of(entry)))
         return Held(out, 0)
 
+    def copy(self, past: Mapping[str, Any]) -> Held:
+        """The same cache in tensors of its own: to go two ways from one text."""
+        slots = past["0.key"].shape()[2] if self.in_place else _tokens(past)
+        return Held(room.grown(past, self._past, slots, self.value), _tokens(past))
+
     def arrays(self, past: Mapping[str, Any]) -> dict[str, Any]:
         """A cache as numpy arrays, without the room behind its tokens."""
         return room.arrays(past, self._past, _tokens(past))
@@ -133,6 +138,8 @@ class OnnxGenerator:
         """
         self._check(past)
         self._check_rows(ids, mask, positions)
+        if isinstance(past, Held) and past.lost:
+            raise ExportError("this cache was written over by a later step from one before it; copy() that one to go two ways")
         new, total = np.shape(ids)[1], np.shape(mask)[1]
         if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
             limit = self.manifest["max_positions"]
@@ -155,6 +162,7 @@ class OnnxGenerator:
                 f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
                 "one, one token at a time, or whole prompts"
             )
+        given = past
         if self.in_place and total > slots:
             past = room.grown(past, self._past, room.slots_for(total), self.value)
         binding = self.session.io_binding()
@@ -182,7 +190,10 @@ class OnnxGenerator:
         logits = values.pop("logits").numpy()
         logits = logits.astype(np.float32) if logits.dtype == np.float16 else logits
         found = {name.removeprefix(PRESENT): value for name, value in values.items()}
-        return logits, Held({n: past[n] if PRESENT + n in kept else value for n, value in found.items()}, total)
+        after = Held({n: past[n] if PRESENT + n in kept else value for n, value in found.items()}, total)
+        if kept and past is given and isinstance(past, Held):
+            past.leads_to(after)
+        return logits, after
 
     # -- generation ----------------------------------------------------------------------------------------------------
 

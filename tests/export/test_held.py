@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
-from kvsink.export import OnnxGenerator, onnx
+from kvsink.export import ExportError, OnnxGenerator, onnx
 from kvsink.export.held import BLOCK, Held, slots_for
 from kvsink.tools import build_ort_ops
 from tests.close import FUSED_FLOAT32
@@ -131,6 +131,21 @@ def test_caches_of_two_texts_are_two(exported: dict[str, Path]) -> None:
     one, two = (runner.stream([prompt], 8, eos_token_id=-1) for prompt in ([5, 6, 7], [9, 10]))
     together = list(zip(one, two, strict=True))
     assert [[step[i][0] for step in together] for i in (0, 1)] == alone
+
+
+def test_of_two_steps_from_one_cache_the_later_is_left(exported: dict[str, Path]) -> None:
+    """What the earlier one left is refused, and what it was copied from before goes on."""
+    runner = runner_of(exported["llama-functions"])
+    _, past = runner.step(*given(0, 17), runner.empty(2))
+    ids, mask, positions = given(17, 18)
+    aside = runner.copy(past)
+    first, one = runner.step(ids, mask, positions, past)
+    _, further = runner.step(*given(18, 19), one)
+    runner.step(ids + 1, mask, positions, past)
+    for lost in (one, further):
+        with pytest.raises(ExportError, match=r"written over by a later step from one before it; copy\(\) that one"):
+            runner.step(*given(lost.tokens, lost.tokens + 1), lost)
+    assert np.array_equal(runner.step(ids, mask, positions, aside)[0], first)
 
 
 def test_room_is_counted_apart(exported: dict[str, Path]) -> None:
