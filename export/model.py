@@ -84,7 +84,8 @@ def onnx(
     oldest, newest = _OPSETS.get(flavour, (OPSET, OPSET))
     opset = oldest if opset is None else opset
     if not oldest <= opset <= newest:
-        raise ExportError(f"opset {opset} is outside {oldest} to {newest} of flavour {flavour}; leave opset out")
+        known = f"{oldest} to {newest}" if oldest < newest else str(oldest)
+        raise ExportError(f"opset {opset} is not one of flavour {flavour}, which has {known}; leave opset out")
     if target.suffix != ".onnx" or target.is_dir():
         raise ExportError(f"{target} is not the name of an ONNX file; write for example {target.with_suffix('') / 'model.onnx'}")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):

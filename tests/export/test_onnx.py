@@ -294,7 +294,7 @@ def test_a_graph_of_another_model_fails_the_check(out) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (dict(path="m.onnx", opset=18), "opset 18 is outside 24 to 24 of flavour functions"),
+        (dict(path="m.onnx", opset=18), "opset 18 is not one of flavour functions, which has 24"),
         (dict(path="m.onnx", flavour="function"), "nearest known: functions"),
         (dict(path="m.bin"), "not the name of an ONNX file"),
         (dict(path="none/m.onnx"), "not a folder that can be written to"),
