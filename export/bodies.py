@@ -1,4 +1,4 @@
-"""What each node of domain com.kvsink does, written in standard ONNX operators (opset 18): the body of a model-local function.
+"""What each node of domain com.kvsink does, written in standard ONNX operators (opset 24): the body of a model-local function.
 
 A body is specialised to its node: attributes and static sizes are numbers in it; `dtype` says in which type it computes, and
 tables, which are float32, are widened to it. Thresholds are searched by halving.
@@ -23,7 +23,7 @@ from kvsink.kernels.quantize import segments
 
 __all__ = ["BODIES", "DOMAIN", "OPSET", "QUANTIZER_BODIES", "function_proto"]
 
-DOMAIN, OPSET = "com.kvsink", 18
+DOMAIN, OPSET = "com.kvsink", 24  # the first with TensorScatter
 _HALF_TINY = 6.0e-8
 
 
@@ -327,18 +327,9 @@ def _select_first(b: Body, a: Mapping[str, Any], positions: str, valid: str) -> 
 
 
 def _preserve_sinks(
-    b: Body,
-    a: Mapping[str, Any],
-    slot: str,
-    score: str,
-    exact_k: str,
-    exact_v: str,
-    k: str,
-    v: str,
-    past_positions: str,
-    *candidates: str,
+    b: Body, a: Mapping[str, Any], slot: str, score: str, exact_k: str, exact_v: str, k: str, v: str, first: str, *candidates: str
 ) -> tuple[str, ...]:
-    first = b.size(past_positions, 1)
+    first = b.Unsqueeze(first, b.ints(1))
     slot = b.cast(slot, "INT64")
     held = b.Where(b.Less(slot, b.ints(-1)), b.Sub(b.Neg(slot), b.ints(2)), slot)  # a place marked as a repeat
     out: dict[str, list[str]] = {"slot": [], "score": [], "k": [], "v": []}
@@ -373,27 +364,37 @@ def _preserve_sinks(
     return b.cast(merged, "INT32"), joined["score"], joined["k"], joined["v"]
 
 
-def _restore_sinks(b: Body, a: Mapping[str, Any], past: str, new: str, rows: str, slot: str) -> tuple[str, ...]:
-    length = b.size(past, 2)
-    slot = b.cast(slot, "INT64")
-    old = b.And(b.GreaterOrEqual(slot, b.ints(0)), b.Less(slot, length))
-    index = b.Expand(b.Unsqueeze(b.Where(old, slot, length), b.ints(1, 3)), b.Shape(rows))
-    rows = b.Where(b.Unsqueeze(old, b.ints(1, 3)), rows, b.slice(new, 0, 1, 2))
-    return (b.ScatterElements(b.Concat(past, new, axis=2), index, rows, axis=2),)
+def _lay_rows(b: Body, a: Mapping[str, Any], rows: str, new: str, first: str, kept: str = "", slot: str = "") -> tuple[str, ...]:
+    full = b.TensorScatter(rows, new, first)
+    if not slot:
+        return (full,)
+    slot, begin = b.cast(slot, "INT64"), b.Unsqueeze(first, b.ints(1))
+    old = b.And(b.GreaterOrEqual(slot, b.ints(0)), b.Less(slot, begin))
+    index = b.Expand(b.Unsqueeze(b.Where(old, slot, begin), b.ints(1, 3)), b.Shape(kept))
+    kept = b.Where(b.Unsqueeze(old, b.ints(1, 3)), kept, b.slice(new, 0, 1, 2))
+    return (b.ScatterElements(full, index, kept, axis=2),)
 
 
 def _attend(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str) -> tuple[str, ...]:
     heads, kv_heads, dim, value_dim = a["heads"], a["kv_heads"], a["head_dim"], a["value_dim"]
     q = b.Mul(q, b.const(a["scale"]))
+    columns, never = b.size(mask, 3), b.const(-np.inf)
+    room = b.Sub(b.size(k, 2), columns)
+
+    def padded(x: str, axes: int, value: str) -> str:
+        """With columns for the rows of k and v behind the last that the mask knows."""
+        return str(b.Pad(x, b.Concat(b.ints(*[0] * (2 * axes - 1)), room, axis=0), value))
+
     grouped = heads != kv_heads
     rows = b.reshape(q, 0, kv_heads, -1, dim) if grouped else q
     scores = b.MatMul(rows, b.Transpose(k, perm=[0, 1, 3, 2]))
     if grouped:
         scores = b.Reshape(scores, b.Concat(b.Shape(q, start=0, end=3), b.size(k, 2), axis=0))
-    if a["mask"] == "bool":
-        scores = b.Where(mask, scores, b.const(np.finfo(b.kind).min))
+    if a["mask"] == "bool":  # who sees nothing sees all columns alike, and no room
+        unseen = padded(b.Expand(b.const(np.finfo(b.kind).min), columns), 1, never)
+        scores = b.Where(padded(mask, 4, b.const(False, np.bool_)), scores, unseen)
     else:
-        scores = b.Add(scores, mask)
+        scores = b.Add(scores, padded(mask, 4, never))
     share = b.Softmax(scores, axis=-1)
     if not grouped:
         return (b.MatMul(share, v),)
@@ -422,7 +423,7 @@ _PACKED_INPUTS = (
 
 
 def _attend_packed(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: str, positions: str, *rest: str) -> tuple[str, ...]:
-    """The past out of its codes, exact rows over it, new rows behind it, and attention: what the single nodes do in turn."""
+    """Rows out of their codes, new and exact ones laid over them, and attention: what the single nodes do in turn."""
     given = dict(zip(_PACKED_INPUTS, (*rest, *("",) * (len(_PACKED_INPUTS) - len(rest))), strict=True))
     rows = {}
     for side, width in (("k", a["head_dim"]), ("v", a["value_dim"])):
@@ -442,13 +443,11 @@ def _attend_packed(b: Body, a: Mapping[str, Any], q: str, k: str, v: str, mask: 
     keys = b.Add(rows["k"], mean if a["in_block"] else turn(mean)) if mean else rows["k"]
     keys = turn(keys) if a["in_block"] else keys
     values = b.Add(rows["v"], b.Unsqueeze(given["v_mean"], b.ints(1))) if a["v_center"] else rows["v"]
-    if given["slot"]:
-        keys, values = (
-            _restore_sinks(b, {}, past, new, exact, given["slot"])[0]
-            for past, new, exact in ((keys, k, given["exact_k"]), (values, v, given["exact_v"]))
-        )
-    else:
-        keys, values = b.Concat(keys, k, axis=2), b.Concat(values, v, axis=2)
+    first = b.Expand(b.Sub(b.size(mask, 3), b.size(k, 2)), b.size(q, 0))
+    keys, values = (
+        _lay_rows(b, {}, rows, new, first, exact, given["slot"])[0]
+        for rows, new, exact in ((keys, k, given["exact_k"]), (values, v, given["exact_v"]))
+    )
     return _attend(b, a, q, keys, values, mask)
 
 
@@ -459,10 +458,10 @@ BODIES: dict[str, Callable[..., tuple[str, ...]]] = {
     "ChannelReorder": _reorder,
     "DequantizeKV": _dequantize,
     "HadamardRotate": _hadamard,
+    "LayRows": _lay_rows,
     "MeanRows": _mean_rows,
     "PreserveSinks": _preserve_sinks,
     "QuantizeKV": _quantize,
-    "RestoreSinks": _restore_sinks,
     "RotateBlock": _rotate_block,
     "SelectFirst": _select_first,
     "SelectSinks": _select_sinks,

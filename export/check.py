@@ -14,7 +14,7 @@ Raises     ExportError naming the first tensor that differs, and by how much
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,13 @@ def _check_steps(runner: OnnxGenerator, model: Any, ids: Tensor, steps: Sequence
     mask = torch.ones_like(ids)
     mask[1:, : _PADDING if runner.manifest.get("padding", True) else 0] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    past = runner.empty(rows)
+    past: Mapping[str, Any] = runner.empty(rows)
     at, worst, counted, ties = 0, 0.0, 0, 0
     for step in steps:
         new, upto = slice(at, at + step), at + step
         new_ids, seen_mask, new_positions = (t.numpy() for t in (given[:, new], mask[:, :upto], positions[:, new]))
         logits, values = runner.step(new_ids, seen_mask, new_positions, past)
-        present = {name: value.numpy() for name, value in values.items()}
+        present = runner.arrays(values)
         seen = mask[:, new].bool().numpy()
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(

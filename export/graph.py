@@ -32,7 +32,7 @@ from kvsink.kernels.stages import back_table
 __all__ = ["append_functions", "build_graph"]
 
 PAST, PRESENT = "past_key_values", "present"
-_BATCH, _LENGTH, _PAST = 2, 3, 5  # of the example that is traced; all of them stay dynamic
+_BATCH, _LENGTH, _PAST, _SLOTS = 2, 3, 5, 11  # of the example that is traced; all of them stay dynamic
 
 
 def build_graph(
@@ -48,6 +48,7 @@ def build_graph(
     wide = next(model.parameters()).dtype == torch.float64
     table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes(wide).items()}
     table[torch.ops.kvsink_export.group_query.default] = _group_query
+    table[torch.ops.kvsink_export.write_rows.default] = _tensor_scatter
     if wide:
         table[torch.ops.aten.scalar_tensor.default] = _number
     log = logging.getLogger("torch.onnx")  # tells about packages that no language model needs
@@ -69,7 +70,7 @@ def build_graph(
             ) from error
         finally:
             log.setLevel(level)
-    _name(made, list(inputs["past"]), embeds)
+    _name(made, list(inputs["past"]), embeds, ("past", "total") if grouped else ("slots", "slots"))
     _forget(made)
     made.graph.opset_imports["com.microsoft" if grouped else DOMAIN] = 1
     made.ir_version = max(10, made.ir_version)  # the first that tells functions apart by overload
@@ -100,7 +101,7 @@ def _example(wrapper: ExportedModel | GroupQueryModel) -> dict[str, Any]:
     if isinstance(wrapper, GroupQueryModel):
         past = empty_cache(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
     else:
-        past = empty_past(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
+        past = empty_past(wrapper.runtime, _BATCH, _SLOTS, next(wrapper.model.parameters()).dtype)
     ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH)
     if getattr(wrapper, "rows", "") == "inputs_embeds":
         ids = wrapper.model.get_input_embeddings()(ids)  # type: ignore[operator]
@@ -163,6 +164,18 @@ def _number(value: Any, dtype: int = 1, **rest: Any) -> Any:
 
     kind = ir.DataType(dtype if dtype > 0 else 1)
     node = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.array(value, dtype=kind.numpy())))], num_outputs=1)
+    recorder: Any = onnxscript.evaluator.default()
+    recorder.nodes.append(node)
+    return node.outputs[0]
+
+
+def _tensor_scatter(past: Any, new: Any, first: Any) -> Any:
+    """Rows written into their places, in a form that onnxruntime carries out in place."""
+    import onnx_ir as ir
+    import onnxscript
+
+    axis = ir.AttrInt64("axis", min(2, len(past.shape) - 1))
+    node = ir.Node("", "TensorScatter", [past, new, first], [axis], num_outputs=1)
     recorder: Any = onnxscript.evaluator.default()
     recorder.nodes.append(node)
     return node.outputs[0]
@@ -239,8 +252,8 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
     def select(hidden: Any, valid: Any, channels: Any, weights: Any, count: int, entries: bool) -> Any:
         return [hidden, valid, channels, weights], {"count": count, "entries": int(entries)}, 2
 
-    def preserve(slot: Any, score: Any, k: Any, v: Any, new_k: Any, new_v: Any, past: Any, candidates: Any, segments: Any) -> Any:
-        return [slot, score, k, v, new_k, new_v, past, *candidates], {"segments": list(segments)}, 4
+    def preserve(slot: Any, score: Any, k: Any, v: Any, new_k: Any, new_v: Any, first: Any, candidates: Any, segments: Any) -> Any:
+        return [slot, score, k, v, new_k, new_v, first, *candidates], {"segments": list(segments)}, 4
 
     def attend(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
         if mask is None:
@@ -299,7 +312,7 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
         ours.channel_reorder.default: ("ChannelReorder", reorder),
         ours.first_rows.default: ("SelectFirst", lambda p, valid, count: ([p, valid], {"count": count}, 2)),
         ours.preserve_sinks.default: ("PreserveSinks", preserve),
-        ours.restore_sinks.default: ("RestoreSinks", lambda past, new, rows, slot: ([past, new, rows, slot], {}, 1)),
+        ours.lay_rows.default: ("LayRows", lambda rows, new, first, exact: ([rows, new, first, *exact], {}, 1)),
         ours.attend.default: ("Attend", attend),
         ours.attend_packed.default: ("AttendPacked", attend_packed),
     }
@@ -361,7 +374,7 @@ def _forget(model: Any) -> None:
         value.metadata_props.clear()
 
 
-def _name(model: Any, past: list[str], embeds: bool) -> None:
+def _name(model: Any, past: list[str], embeds: bool, lengths: tuple[str, str]) -> None:
     """Names and dimension names of inputs and outputs."""
     import onnx_ir as ir
 
@@ -375,7 +388,7 @@ def _name(model: Any, past: list[str], embeds: bool) -> None:
         shape(value, _0="batch", _1=second)
     model.graph.outputs[0].name = "logits"
     shape(model.graph.outputs[0], _0="batch", _1="sequence")
-    for values, prefix, length in ((model.graph.inputs[3:], PAST, "past"), (model.graph.outputs[1:], PRESENT, "total")):
+    for values, prefix, length in ((model.graph.inputs[3:], PAST, lengths[0]), (model.graph.outputs[1:], PRESENT, lengths[1])):
         if len(values) != len(past):
             raise ExportError(f"the graph has {len(values)} {prefix} tensors, {len(past)} were expected")
         for value, name in zip(values, past, strict=True):

@@ -134,7 +134,7 @@ class _GroupQueryLayer(PlainLayer):
     """A layer whose new rows go to the operator as its codec turns them; `attend` does the rest when attention asks."""
 
     def __init__(self, past: dict[str, Tensor], cache: Any, layer: int) -> None:
-        super().__init__(past)
+        super().__init__(past, past["key"].shape[2])
         self.cache, self.layer = cache, layer
         codec = cache.runtime.plans[layer].codec
         self.codec: Codec | None = codec if codec is not None and codec.key.packed else None

@@ -15,7 +15,7 @@ from kvsink.export.errors import ExportError
 
 __all__ = ["FORMAT", "describe", "manifest_path", "read_manifest"]
 
-FORMAT = "kvsink-onnx-1"
+FORMAT = "kvsink-onnx-2"
 _NEEDED = ("flavour", "inputs", "outputs", "max_positions", "vocab_size", "eos_token_id", "pad_token_id", "elements_per_token")
 _MEANING = {
     "input_ids": "new tokens, padding on the left",

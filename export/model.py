@@ -32,7 +32,7 @@ from kvsink.model.runtime import runtime_of
 
 __all__ = ["check_extras", "onnx"]
 
-LARGEST_OPSET = 20
+_OPSETS = {"gqa": (18, 20)}  # oldest and newest of a flavour; the others write their cache by an operator that 24 brought
 _SINGLE = {"Erf", "Gelu"}  # of the operators that models use, those without a kernel for float64 on the CPU
 _DTYPES = ("float32", "float16", "float64")
 _LARGE = 1 << 30  # bytes of weights from which they go into a file of their own
@@ -52,7 +52,7 @@ def onnx(
     path: str | Path,
     flavour: str = "functions",
     *,
-    opset: int = OPSET,
+    opset: int | None = None,
     tokens: int | None = None,
     external_data: bool | None = None,
     dtype: str = "float32",
@@ -81,8 +81,11 @@ def onnx(
         raise ExportError("GroupQueryAttention computes in float32 or float16; float64 is for flavour functions")
     if dtype != "float32" and embeds:
         raise ExportError("embeddings come in float32; leave dtype out with embeds=True")
-    if not OPSET <= opset <= LARGEST_OPSET:
-        raise ExportError(f"opset {opset} is outside {OPSET} to {LARGEST_OPSET}; {OPSET} is the first with all operators used here")
+    oldest, newest = _OPSETS.get(flavour, (OPSET, OPSET))
+    opset = oldest if opset is None else opset
+    if not oldest <= opset <= newest:
+        known = f"{oldest} to {newest}" if oldest < newest else str(oldest)
+        raise ExportError(f"opset {opset} is not one of flavour {flavour}, which has {known}; leave opset out")
     if target.suffix != ".onnx" or target.is_dir():
         raise ExportError(f"{target} is not the name of an ONNX file; write for example {target.with_suffix('') / 'model.onnx'}")
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):

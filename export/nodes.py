@@ -3,7 +3,8 @@
 The others (hadamard, quantize, dequantize, encode, decode, select_sinks) are those of `kvsink.kernels`. A codec runs its stages
 through `Steps`, so that rotations and reorderings are nodes and not a dozen reshapes.
 
-Shapes     k, v [B, H, S, D] new rows; past slots P; exact rows [B, H, E, D] at slot int32 [B, E] with score float32 [B, E]
+Shapes     k, v [B, H, S, D] new rows, from slot `first` int64 [B] on; C slots of a cache; exact rows [B, H, E, D] at slot int32
+           [B, E] with score float32 [B, E]
 Exact      yes, all of them
 """
 
@@ -26,11 +27,12 @@ __all__ = [
     "center_roped",
     "channel_reorder",
     "first_rows",
+    "lay_rows",
     "mean_rows",
     "preserve_sinks",
-    "restore_sinks",
     "rotate_block",
     "undo_rope",
+    "write_rows",
 ]
 
 FIRST_SCORE = 1e30  # above any activation, as in `kvsink.model.candidates`
@@ -38,9 +40,12 @@ FIRST_SCORE = 1e30  # above any activation, as in `kvsink.model.candidates`
 
 @torch.library.custom_op("kvsink_export::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale · q k^T + mask) v, query heads of a group side by side: q [B, Hq, S, D], k, v [B, H, L, D]."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    """softmax(scale · q k^T + mask) v, query heads of a group side by side: q [B, Hq, S, D], k, v [B, H, C, D].
+
+    Rows of k and v behind the last column of the mask are room that nothing reads.
+    """
+    groups, length = q.shape[1] // k.shape[1], k.shape[2] if mask is None else mask.shape[-1]
+    k, v = (x[:, :, :length].repeat_interleave(groups, dim=1) for x in (k, v))
     causal = mask is None and q.shape[2] > 1
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal)
 
@@ -63,19 +68,19 @@ def attend_packed(
     scale: float,
     codec: str,
 ) -> Tensor:
-    """`attend` over what a packed past stands for, the exact rows and the new ones.
+    """`attend` over what a packed cache stands for, with the exact rows and the new ones in their places.
 
-    positions [B, P] and codes (of keys, their scale, of values, their scale) of the past; exact: keys, values and slots of the
-    rows kept exact, or nothing; params in the order of the codec's names.
+    mask [B, 1, S, total]: the new rows are its last ones. positions [B, C] and codes (of keys, their scale, of values, their
+    scale) of C slots; exact: keys, values and slots of the rows kept exact, or nothing; params in the order of the codec's names.
     """
+    assert mask is not None
     c = resolve_codec(codec)
     p = c.tables(params)
     keys = c.decode_keys(codes[0], codes[1], positions, p).to(k.dtype)
     values = c.decode_values(codes[2], codes[3], p).to(v.dtype)
-    if exact:
-        keys, values = restore_sinks(keys, k, exact[0], exact[2]), restore_sinks(values, v, exact[1], exact[2])
-    else:
-        keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+    first = torch.full((q.shape[0],), mask.shape[-1] - k.shape[2])
+    at = list(exact[2:])
+    keys, values = lay_rows(keys, k, first, [*exact[:1], *at]), lay_rows(values, v, first, [*exact[1:2], *at])
     return attend(q, keys, values, mask, scale)
 
 
@@ -128,13 +133,12 @@ def preserve_sinks(
     exact_v: Tensor,
     k: Tensor,
     v: Tensor,
-    past_positions: Tensor,
+    first: Tensor,
     candidates: Sequence[Tensor],
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kvsink.kernels.selection.merge_exact`; the chunk begins at the slot behind past_positions [B, P]."""
-    first = torch.tensor(past_positions.shape[1])
-    return merge_exact(slot, score, (exact_k, exact_v), (k, v), candidates, segments, first)
+    """`kvsink.kernels.selection.merge_exact`; the chunk begins at slot `first`."""
+    return merge_exact(slot, score, (exact_k, exact_v), (k, v), candidates, segments, first[:, None])
 
 
 @preserve_sinks.register_fake
@@ -145,28 +149,49 @@ def _(
     exact_v: Tensor,
     k: Tensor,
     v: Tensor,
-    past_positions: Tensor,
+    first: Tensor,
     candidates: Sequence[Tensor],
     segments: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(slot), torch.empty_like(score), torch.empty_like(exact_k), torch.empty_like(exact_v)
 
 
-@torch.library.custom_op("kvsink_export::restore_sinks", mutates_args=())
-def restore_sinks(past: Tensor, new: Tensor, rows: Tensor, slot: Tensor) -> Tensor:
-    """Decoded past rows [B, H, P, D], then new rows as they came, with the exact rows laid over them → [B, H, P + S, D].
+@torch.library.custom_op("kvsink_export::write_rows", mutates_args=())
+def write_rows(past: Tensor, new: Tensor, first: Tensor) -> Tensor:
+    """`past` with new rows from slot `first` on: ONNX's TensorScatter, which writes in place where a runtime lets it.
 
-    An empty place rewrites the first new row with itself; exact rows of the new chunk are the new rows.
+    past [B, H, C, n] or [B, C], new with S rows in place of C.
     """
-    full = torch.cat([past, new], dim=2)
-    old = ((slot >= 0) & (slot < past.shape[2]))[:, None, :, None]
-    index = torch.where(old[:, 0, :, 0], slot, past.shape[2]).long()[:, None, :, None].expand(rows.shape)
-    return full.scatter(2, index, torch.where(old, rows, new[:, :, :1]))
+    axis = min(2, past.dim() - 1)
+    at = first[:, None] + torch.arange(new.shape[axis])
+    index = at.view(at.shape[0], *[1] * (axis - 1), at.shape[1], *[1] * (past.dim() - 1 - axis)).expand(new.shape)
+    return past.scatter(axis, index, new)
 
 
-@restore_sinks.register_fake
-def _(past: Tensor, new: Tensor, rows: Tensor, slot: Tensor) -> Tensor:
-    return new.new_empty((new.shape[0], new.shape[1], past.shape[2] + new.shape[2], new.shape[3]))
+@write_rows.register_fake
+def _(past: Tensor, new: Tensor, first: Tensor) -> Tensor:
+    return torch.empty_like(past)
+
+
+@torch.library.custom_op("kvsink_export::lay_rows", mutates_args=())
+def lay_rows(rows: Tensor, new: Tensor, first: Tensor, exact: Sequence[Tensor]) -> Tensor:
+    """Decoded rows [B, H, C, D] with the new ones as they came in their places, and before them the rows kept exact.
+
+    exact: rows and their slots, or nothing. An empty place rewrites the first new row with itself; exact rows of the new chunk
+    are the new rows.
+    """
+    full = write_rows(rows, new, first)
+    if not exact:
+        return full
+    kept, slot = exact
+    old = (slot >= 0) & (slot < first[:, None])
+    index = torch.where(old, slot, first[:, None]).long()[:, None, :, None].expand(kept.shape)
+    return full.scatter(2, index, torch.where(old[:, None, :, None], kept, new[:, :, :1]))
+
+
+@lay_rows.register_fake
+def _(rows: Tensor, new: Tensor, first: Tensor, exact: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(rows)
 
 
 @torch.library.custom_op("kvsink_export::rotate_block", mutates_args=())

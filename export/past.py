@@ -1,6 +1,8 @@
 """The packed cache as plain tensors in and out: what an exported graph holds in place of `KVSinkCache`, by the names of
 `kvsink.export.state`.
 
+Formula    a cache has C slots and holds as many tokens as the attention mask has columns, less the new ones; these are written
+           behind them (`write_rows`), so that present and past may be one buffer. What stands in later slots nobody reads
 Exact      the codes are those of `KVSinkCache`; new rows are attended to as they came
 Declines   see `kvsink.export.flavours`
 """
@@ -17,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvsink.codecs import Codec
 from kvsink.codecs.quantizers import QUANTIZERS
-from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, preserve_sinks, restore_sinks
+from kvsink.export.nodes import Steps, attend, attend_packed, first_rows, lay_rows, preserve_sinks, write_rows
 from kvsink.export.state import past_names
 from kvsink.kernels import decode, dequantize, encode, quantize
 from kvsink.kernels.backends import TABLES_BACK
@@ -61,26 +63,20 @@ def takes_packed(codec: Codec) -> bool:
 
 
 class PlainLayer(CacheLayerMixin):
-    """A layer that kvsink leaves alone: rows as they came; the mask, not the cache, applies a window."""
+    """What transformers asks of a layer that holds `length` tokens; the mask, not the cache, applies a window."""
 
     is_sliding = False
 
-    def __init__(self, past: dict[str, Tensor]) -> None:
+    def __init__(self, past: dict[str, Tensor], length: Any) -> None:
         super().__init__()
-        self.past, self.present = past, past
+        self.past, self.present, self.length = past, past, length
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([self.past["key"], key_states], dim=2)
-        values = torch.cat([self.past["value"], value_states], dim=2)
-        self.present = {"key": keys, "value": values}
-        return keys, values
-
     def get_seq_length(self) -> Any:
-        return self.past["key"].shape[2]
+        return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
         return self.get_seq_length() + query_length, 0
@@ -91,12 +87,28 @@ class PlainLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-class _PackedLayer(PlainLayer):
-    """A packed layer: new rows are coded and joined to the past codes; the past is decoded, exact rows laid over it."""
+class _WholeLayer(PlainLayer):
+    """A layer that kvsink leaves alone: rows as they came."""
 
     def __init__(self, past: dict[str, Tensor], cache: PackedPast, layer: int) -> None:
-        super().__init__(past)
+        super().__init__(past, cache.length)
         self.cache, self.layer = cache, layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (self._written(name, new) for name, new in (("key", key_states), ("value", value_states)))
+        self.present = {"key": keys, "value": values}
+        return self._shown(keys), self._shown(values)
+
+    def _written(self, name: str, new: Tensor) -> Tensor:
+        return write_rows(self.past[name], new, self.cache.first)
+
+    def _shown(self, rows: Tensor) -> Tensor:
+        """Rows [B, H, C, D] as attention takes them: our own function knows of the room behind the last."""
+        return rows if self.cache.own_attention else rows[:, :, : self.cache.length + self.cache.new]
+
+
+class _PackedLayer(_WholeLayer):
+    """A packed layer: new rows are coded and written behind the past codes; all are decoded, new and exact rows laid over them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         v, past, runtime, order = value_states, self.past, self.cache.runtime, self.cache.orders[self.layer]
@@ -119,43 +131,46 @@ class _PackedLayer(PlainLayer):
         y = c.transform_values(v.to(wide), p, steps=Steps) if c.value.packed else v
         for side, name, rows in (("k", "key", x), ("v", "value", y)):
             codes, scale = _encode(c, side, rows, p)
-            present[name] = torch.cat([past[name], codes], dim=2)
+            present[name] = self._written(name, codes)
             if scale is not None:
-                present[f"{name}_scale"] = torch.cat([past[f"{name}_scale"], scale], dim=2)
+                present[f"{name}_scale"] = self._written(f"{name}_scale", scale)
         held = [past[n] for n in ("exact_slot", "exact_score", "exact_key", "exact_value")] if c.segments else []
-        exact: tuple[Tensor, ...] = ()
+        kept: tuple[Tensor, ...] = ()
         if held:
             chosen = self._candidates(frame, positions)
-            slot, score, *rows = preserve_sinks(*held, k, v, self.cache.past_positions, chosen, list(c.segments))
+            slot, score, *rows = preserve_sinks(*held, k, v, self.cache.first, chosen, list(c.segments))
             present |= {"exact_key": rows[0], "exact_value": rows[1], "exact_slot": slot, "exact_score": score}
-            exact = (*rows, slot)
+            kept = (*rows, slot)
         self.present = present
         if self.cache.fused and takes_packed(c):
-            _PACKED.leave(k, partial(self._attend, c, exact))
+            _PACKED.leave(k, partial(self._attend, c, kept))
             return k, v
-        old_k, old_v = (_decode(c, side, past[n], past.get(f"{n}_scale"), p) for side, n in (("k", "key"), ("v", "value")))
-        if c.key.packed:
-            old_k = c.restore_keys(old_k.to(wide), self.cache.past_positions, p, steps=Steps).to(k.dtype)
-        if c.value.packed:
-            old_v = c.restore_values(old_v.to(wide), p, steps=Steps).to(v.dtype)
-        if exact:
-            keys, values = restore_sinks(old_k, k, exact[0], exact[2]), restore_sinks(old_v, v, exact[1], exact[2])
-        else:
-            keys, values = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        every = []
+        for side, name, new, place in (("k", "key", k, 0), ("v", "value", v, 1)):
+            rows = _decode(c, side, present[name], present.get(f"{name}_scale"), p)
+            if (c.key if side == "k" else c.value).packed:  # else they stand there as they came
+                rows = rows.to(wide)
+                if side == "k":
+                    rows = c.restore_keys(rows, self.cache.positions(), p, steps=Steps)
+                else:
+                    rows = c.restore_values(rows, p, steps=Steps)
+                rows = lay_rows(rows.to(new.dtype), new, self.cache.first, [kept[place], kept[2]] if kept else [])
+            every.append(rows)
+        keys, values = (self._shown(rows) for rows in every)
         return keys if order is None else keys.index_select(-1, order[1]), values
 
     def _attend(
-        self, c: Codec, exact: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+        self, c: Codec, kept: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         """Attention output [B, Hq, S, D] as one node; q [B, Hq, S, D]."""
-        p, past, codes, order = self.cache.params[self.layer], self.past, [], self.cache.orders[self.layer]
+        p, codes, order = self.cache.params[self.layer], [], self.cache.orders[self.layer]
         q = q if order is None else q.index_select(-1, order[0])
         for name in ("key", "value"):
-            stored = past[name]
+            stored = self.present[name]
             empty = stored.new_empty((*stored.shape[:-1], 0), dtype=torch.float16)
-            codes += [stored, past.get(f"{name}_scale", empty)]
+            codes += [stored, self.present.get(f"{name}_scale", empty)]
         params = [p[name] for name in c.param_names()]
-        return attend_packed(q, k, v, mask, self.cache.past_positions, codes, list(exact), params, scale, c.text())
+        return attend_packed(q, k, v, mask, self.cache.positions(), codes, list(kept), params, scale, c.text())
 
     def _candidates(self, frame: Frame, positions: Tensor) -> list[Tensor]:
         out: list[Tensor] = []
@@ -205,33 +220,40 @@ class PackedPast(Cache):
 
     is_kvsink = True
 
-    def __init__(
-        self, runtime: Runtime, past: dict[str, Tensor], params: list[dict[str, Tensor]], orders: Orders, fused: bool = False
-    ) -> None:
-        self.runtime, self.params, self.orders, self.fused = runtime, params, orders, fused
-        self.past_positions = past["positions"]
+    def __init__(self, owner: ExportedModel, past: dict[str, Tensor], length: Any, new: Any, batch: Any) -> None:
+        self.runtime, self.params, self.orders = owner.runtime, owner.params, owner.orders
+        self.fused, self.own_attention = owner.fused, owner.own_attention
+        self.length, self.new, self.past_positions = length, new, past["positions"]
+        self.first = torch.full((batch,), length, dtype=torch.int64)
         self.shared = _Shared()
         self.visual: Tensor | None = None
+        self._new_positions: Tensor | None = None
         self._positions: Tensor | None = None
         layers: list[Any] = []
-        for i, plan in enumerate(runtime.plans):
+        for i, plan in enumerate(self.runtime.plans):
             own = {name: past[f"{i}.{name}"] for name in past_names(plan.codec)}
-            layers.append(PlainLayer(own) if plan.codec is None else _PackedLayer(own, self, i))
+            layers.append((_WholeLayer if plan.codec is None else _PackedLayer)(own, self, i))
         super().__init__(layers=layers)
 
     def new_positions(self, frame: Frame, rows: Tensor) -> Tensor:
         """Positions of the new rows [B or 1, S]; without any from the model, their slots."""
         positions = frame.positions
         if positions is None:
-            positions = torch.arange(rows.shape[2], device=rows.device)[None] + self.past_positions.shape[1]
-        if self._positions is None:
-            self._positions = positions.expand(rows.shape[0], rows.shape[2])
+            positions = torch.arange(rows.shape[2], device=rows.device)[None] + self.length
+        if self._new_positions is None:
+            self._new_positions = positions.expand(rows.shape[0], rows.shape[2])
         return positions
+
+    def positions(self) -> Tensor:
+        """Positions of all slots int32 [B, C], the new ones among them; those behind them are nobody's."""
+        if self._positions is None:
+            assert self._new_positions is not None
+            self._positions = write_rows(self.past_positions, self._new_positions.to(torch.int32), self.first)
+        return self._positions
 
     def present(self) -> dict[str, Tensor]:
         """What the call leaves, by graph name without prefix."""
-        assert self._positions is not None
-        out = {"positions": torch.cat([self.past_positions, self._positions.to(torch.int32)], dim=1)}
+        out = {"positions": self.positions()}
         for i, layer in enumerate(self.layers):
             out.update({f"{i}.{name}": tensor for name, tensor in layer.present.items()})
         return out
@@ -240,7 +262,7 @@ class PackedPast(Cache):
 class ExportedModel(nn.Module):
     """(ids, mask, positions, past by name) -> (logits, present...): what is exported, and its definition in torch.
 
-    tokens: positions it serves; block-start angles are a table of that reach. fused: one node reads the past of a layer.
+    tokens: positions it serves; block-start angles are a table of that reach. fused: one node reads the codes of a layer.
     embeds: rows come as embeddings, not as ids.
     """
 
@@ -248,7 +270,8 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.model, self.rows = model, "inputs_embeds" if embeds else "input_ids"
         self.runtime = runtime_of(model)
-        self.fused = fused and bool(getattr(model, "_supports_attention_backend", False))  # else attention is no function
+        self.own_attention = bool(getattr(model, "_supports_attention_backend", False))  # else it is no function
+        self.fused = fused and self.own_attention
         self.params: list[dict[str, Tensor]] = []
         shared: dict[int, Tensor] = {}  # equal tables are one tensor, so that the graph holds one initializer
         for i, plan in enumerate(self.runtime.plans):
@@ -266,7 +289,8 @@ class ExportedModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = PackedPast(self.runtime, past, self.params, self.orders, self.fused)
+        batch, new = input_ids.shape[:2]
+        cache = PackedPast(self, past, attention_mask.shape[1] - new, new, batch)
         out = self.model(
             **{self.rows: input_ids},
             attention_mask=attention_mask,

@@ -1,34 +1,30 @@
 """`OnnxGenerator`: text out of an exported model with numpy and onnxruntime alone; the packed cache stays where it was computed.
 
-Every step binds the tensors that the last one left as inputs of the next, so that the cache is never copied to the host.
-Prompts of different length are padded on the left.
+Every step binds one set of tensors as its past and as its present: new rows are written behind the old ones, and nothing of the
+cache is copied, to the host or anywhere, but when its room is used up (`kvsink.export.held`). Flavour gqa in float32 joins them,
+as its operator does. Prompts of different length are padded on the left.
 
 Shapes     prompts: lists of token ids; logits float32 [B, S, V]
-Raises     ExportError for a missing or foreign file, a cache of the wrong dtype or layout, prompts that do not fit
+Raises     ExportError for a missing or foreign file, a cache of the wrong dtype, layout or place, prompts that do not fit
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvsink.export import held as room
 from kvsink.export.errors import ExportError
+from kvsink.export.held import Held
 from kvsink.export.manifest import read_manifest
+from kvsink.export.session import Provider, open_session
 
-__all__ = ["OnnxGenerator", "load_cuda"]
+__all__ = ["OnnxGenerator"]
 
 PAST, PRESENT = "past_key_values.", "present."
-_DTYPES = {"float": "float32", "double": "float64"}  # other types have the names of numpy
-
-
-def _coded(manifest: Mapping[str, Any]) -> bool:
-    """Whether a graph of flavour gqa keeps codes."""
-    keys = {e["dtype"] for e in manifest["inputs"] if e["name"].startswith(PAST) and e["name"].endswith(".key")}
-    return manifest["flavour"] == "gqa" and bool(keys & {"uint8", "int8"})
 
 
 class OnnxGenerator:
@@ -42,85 +38,56 @@ class OnnxGenerator:
     def __init__(
         self,
         path: str | Path,
-        providers: Sequence[str | tuple[str, Mapping[str, Any]]] = ("CPUExecutionProvider",),
+        providers: Sequence[Provider] = ("CPUExecutionProvider",),
         threads: int = 0,
         library: str | Path | None = None,
         profile: str | Path | None = None,
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ExportError("onnxruntime is not installed; pip install 'kvsink[onnx]'") from error
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        if self.manifest["flavour"] == "custom" and library is None:
-            raise ExportError(
-                f"{path} has nodes without bodies; pass library= with what `python -m kvsink.tools.build_ort_ops` builds, or "
-                "export flavour functions"
-            )
-        self._ort = onnxruntime
-        names = [p if isinstance(p, str) else p[0] for p in providers]
-        if missing := set(names) - set(onnxruntime.get_available_providers()):
-            raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if library is not None:
-            _register(options, Path(library), threads)
-        if profile is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        if "CUDAExecutionProvider" in names:
-            load_cuda(onnxruntime)
-        self.device = "cuda" if names[0] == "CUDAExecutionProvider" else "cpu"
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # onnxruntime raises kinds of its own
-            first = str(error).strip().splitlines()[0][:200]
-            raise ExportError(f"onnxruntime cannot load {path} ({first}); export the model again") from error
-        if self.session.get_providers()[0] != names[0]:
-            raise ExportError(f"onnxruntime cannot start {names[0]} here, see its message above; leave providers out")
+        given = None if library is None else Path(library)
+        self._ort, self.session, self.device = open_session(self.path, self.manifest, providers, threads, given, profile)
         self.one_row = self.manifest["flavour"] == "gqa"
         self.embeds = any(e["name"] == "inputs_embeds" for e in self.manifest["inputs"])
-        self.past: dict[str, Any] = {}  # the cache of the last text, as long as it was
+        self.in_place = not self.one_row or not self.manifest.get("padding", True)
+        self.past = Held({}, 0)  # the cache of the last text
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 
     def value(self, array: Any) -> Any:
-        """A numpy array as an onnxruntime value on the runner's device."""
+        """A numpy array as an onnxruntime value on the runner's device; on the CPU it is the array's own memory."""
         if not array.size:  # nothing to copy
             return self._ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self.device, 0)
-        return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
 
-    def empty(self, batch: int) -> dict[str, Any]:
-        """The past of `batch` rows that hold nothing, by name without prefix."""
-        out = {}
-        for name, entry in self._past.items():
-            shape = [d if isinstance(d, int) else batch if d == "batch" else 0 for d in entry["shape"]]
-            fill = {"exact_slot": -1, "exact_score": -np.inf}.get(name.rpartition(".")[2], 0)
-            out[name] = self.value(np.full(shape, fill, dtype=_dtype(entry)))
-        return out
-
-    def room(self, batch: int, length: int) -> dict[str, Any]:
-        """A past of fixed size that `step` writes in place: for a graph of flavour gqa without an attention bias."""
-        if self.manifest.get("padding", True):
-            raise ExportError(f"{self.path.name} joins new rows to the past; only flavour gqa in float16 writes in place")
+    def empty(self, batch: int, length: int = 0) -> Held:
+        """The cache of `batch` rows that hold nothing; room for `length` tokens, and a step makes more where it needs it."""
+        if length and not self.in_place:
+            raise ExportError(f"{self.path.name} joins new rows to the past and has no room; leave the length out")
         out = {}
         for name, entry in self._past.items():
             shape = [d if isinstance(d, int) else batch if d == "batch" else length for d in entry["shape"]]
-            out[name] = self.value(np.zeros(shape, dtype=_dtype(entry)))
-        return out
+            fill = {"exact_slot": -1, "exact_score": -np.inf}.get(name.rpartition(".")[2], 0)
+            out[name] = self.value(np.full(shape, fill, dtype=room.dtype_of(entry)))
+        return Held(out, 0)
+
+    def copy(self, past: Mapping[str, Any]) -> Held:
+        """The same cache in tensors of its own: to go two ways from one text."""
+        slots = past["0.key"].shape()[2] if self.in_place else _tokens(past)
+        return Held(room.grown(past, self._past, slots, self.value), _tokens(past))
+
+    def arrays(self, past: Mapping[str, Any]) -> dict[str, Any]:
+        """A cache as numpy arrays, without the room behind its tokens."""
+        return room.arrays(past, self._past, _tokens(past))
 
     def nbytes(self, past: Mapping[str, Any]) -> int:
-        """Bytes of a cache."""
-        return sum(int(np.prod(v.shape())) * np.dtype(_dtype(self._past[n])).itemsize for n, v in past.items())
+        """Bytes of a cache, without the room behind its tokens."""
+        return room.nbytes(past, self._past, _tokens(past))
 
     def bits_per_element(self, past: Mapping[str, Any]) -> float:
         """Bits of a cache for every element of keys and values it stands for."""
-        shape = past["0.key"].shape()
-        batch, tokens = shape[0], shape[2]
-        elements = batch * tokens * self.manifest["elements_per_token"]
+        elements = past["0.key"].shape()[0] * _tokens(past) * self.manifest["elements_per_token"]
         return 8.0 * self.nbytes(past) / elements if elements else 0.0
 
     def _check(self, past: Mapping[str, Any]) -> None:
@@ -131,10 +98,11 @@ class OnnxGenerator:
             if not hasattr(value, "data_type"):
                 raise ExportError(f"{PAST}{name} is a {type(value).__name__}, not a value of onnxruntime; make one with value()")
             entry, shape = self._past[name], value.shape()
-            kind = np.dtype(_dtype(entry))
-            found = value.data_type()[7:-1]  # tensor(uint8) → uint8
-            if _DTYPES.get(found, found) != kind.name:
-                raise ExportError(f"{PAST}{name} is {_DTYPES.get(found, found)}, the model takes {kind.name}; begin with empty()")
+            kind, found = room.dtype_of(entry), room.dtype_of({"dtype": value.data_type()[7:-1]})  # tensor(uint8) → uint8
+            if found != kind:
+                raise ExportError(f"{PAST}{name} is {found}, the model takes {kind}; begin with empty()")
+            if (place := value.device_name().lower()) != self.device:
+                raise ExportError(f"{PAST}{name} is on {place}, the model runs on {self.device}; make it with value() or empty()")
             sizes = zip(shape, entry["shape"], strict=False)
             known = [wanted if isinstance(wanted, int) else length.setdefault(wanted, size) for size, wanted in sizes]
             if list(shape) != known or len(shape) != len(entry["shape"]):
@@ -161,38 +129,42 @@ class OnnxGenerator:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, Held]:
         """New tokens int64 [B, S] behind a past: (logits [B, S, V], the cache that holds them too).
 
         Logits are float32, or float64 of a graph in float64. A model exported with embeds=True takes embeddings float32 [B, S, E]
-        in the place of tokens. The past of `room` is the cache that is returned; the mask says how much of it is filled.
+        in the place of tokens. The mask has a column for every token of the past and every new one. The past is used up: its
+        tensors are those of the cache that is returned, or copied there where they had no room.
         """
         self._check(past)
         self._check_rows(ids, mask, positions)
-        total, in_place = np.shape(mask)[1], False
+        if isinstance(past, Held) and past.lost:
+            raise ExportError("this cache was written over by a later step from one before it; copy() that one to go two ways")
+        new, total = np.shape(ids)[1], np.shape(mask)[1]
         if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
             limit = self.manifest["max_positions"]
-            raise ExportError(f"position {int(np.max(positions))} is beyond the {limit} that {self.path.name} serves")
+            raise ExportError(
+                f"the cache is full: position {int(np.max(positions))} is beyond the {limit} that {self.path.name} serves; begin a "
+                "new text, or export with more tokens="
+            )
         if not self.manifest.get("padding", True) and not np.all(mask):
             raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
-        if not self.manifest.get("padding", True):
-            in_place = past["0.key"].shape()[2] >= total
-        batch, _, held = past["0.key"].shape()[:3]
-        if batch != len(ids) or (not in_place and total != held + np.shape(ids)[1]):
+        batch, _, slots = past["0.key"].shape()[:3]
+        stored = past.tokens if isinstance(past, Held) else total - new if self.in_place else slots
+        if batch != len(ids) or total != stored + new or not 0 <= stored <= slots:
             raise ExportError(
-                f"an attention mask of shape {list(np.shape(mask))} with {len(ids)} rows of {np.shape(ids)[1]} new tokens behind a "
-                f"cache of {batch} rows of {held}; it takes a column for every token of the cache and every new one"
+                f"an attention mask of shape {list(np.shape(mask))} with {len(ids)} rows of {new} new tokens behind a "
+                f"cache of {batch} rows of {min(max(stored, 0), slots)}; it takes a column for every token of the cache and every "
+                "new one"
             )
-        if held and not in_place and self.device == "cuda" and _coded(self.manifest):
-            raise ExportError(
-                f"{self.path.name}: on CUDA GroupQueryAttention does not carry a coded past over to another tensor (seen with "
-                "onnxruntime-gpu 1.31.1), it writes behind it in place; begin with room() in place of empty()"
-            )
-        if self.one_row and total > np.shape(ids)[1] and min(np.shape(ids)) > 1:
+        if self.one_row and stored and min(np.shape(ids)[:2]) > 1:
             raise ExportError(
                 f"GroupQueryAttention takes several tokens behind a past for one row only, not for {len(ids)}; feed rows one by "
                 "one, one token at a time, or whole prompts"
             )
+        given = past
+        if self.in_place and total > slots:
+            past = room.grown(past, self._past, room.slots_for(total), self.value)
         binding = self.session.io_binding()
         if self.embeds:
             binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(ids, dtype=np.float32))
@@ -203,8 +175,9 @@ class OnnxGenerator:
         for name, value in past.items():
             binding.bind_ortvalue_input(PAST + name, value)
         outputs = [entry["name"] for entry in self.manifest["outputs"]]
+        kept = {PRESENT + n for n, entry in self._past.items() if self.in_place and room.axis_of(entry) is not None}
         for name in outputs:
-            if in_place and name != "logits":
+            if name in kept:
                 binding.bind_ortvalue_output(name, past[name.removeprefix(PRESENT)])
             else:
                 binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
@@ -216,7 +189,11 @@ class OnnxGenerator:
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
         logits = values.pop("logits").numpy()
         logits = logits.astype(np.float32) if logits.dtype == np.float16 else logits
-        return logits, dict(past) if in_place else {name.removeprefix(PRESENT): value for name, value in values.items()}
+        found = {name.removeprefix(PRESENT): value for name, value in values.items()}
+        after = Held({n: past[n] if PRESENT + n in kept else value for n, value in found.items()}, total)
+        if kept and past is given and isinstance(past, Held):
+            past.leads_to(after)
+        return logits, after
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -246,8 +223,8 @@ class OnnxGenerator:
             raise ExportError(f"temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}, chunk={chunk}: out of range")
         rng = np.random.default_rng(seed)
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        padding = self.manifest.get("padding", True)
-        past = self.past = self.empty(len(ids)) if padding else self.room(len(ids), ids.shape[1] + max_new_tokens)
+        operator = self.one_row and self.in_place  # reads what is filled alone, so that room costs it nothing
+        past = self.past = self.empty(len(ids), ids.shape[1] + max_new_tokens if operator else 0)
         chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)
@@ -291,30 +268,8 @@ class OnnxGenerator:
         return ids, mask
 
 
-def load_cuda(onnxruntime: Any) -> None:
-    """Load the libraries of CUDA from pip's packages, wherever these are: onnxruntime itself looks beside its own folder."""
-    if not hasattr(onnxruntime, "preload_dlls"):
-        return
-    spec = importlib.util.find_spec("nvidia")
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    found = [folder for place in places for folder in Path(place).glob("cu[0-9]*/lib") if any(folder.glob("libcudart.so*"))]
-    onnxruntime.preload_dlls(directory=str(found[-1]) if found else None)
-
-
-def _register(options: Any, library: Path, threads: int) -> None:
-    """Load the operators of a library; `threads` is of the process, as its OpenMP threads are."""
-    import ctypes
-
-    try:
-        options.register_custom_ops_library(str(library))
-        ctypes.CDLL(str(library)).kvsink_set_threads(threads)
-    except Exception as error:  # onnxruntime raises kinds of its own
-        first = str(error).strip().splitlines()[0][:200]
-        raise ExportError(f"{library} cannot be loaded ({first}); build it with python -m kvsink.tools.build_ort_ops") from error
-
-
-def _dtype(entry: Mapping[str, Any]) -> str:
-    return str(_DTYPES.get(entry["dtype"], entry["dtype"]))
+def _tokens(past: Mapping[str, Any]) -> int:
+    return past.tokens if isinstance(past, Held) else int(past["0.key"].shape()[2])
 
 
 def _choose(logits: Any, temperature: float, top_k: int, top_p: float, rng: Any) -> Any:

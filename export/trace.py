@@ -22,6 +22,7 @@ __all__ = ["trace"]
 _SAME = {torch.ops.aten.__and__.Tensor: torch.ops.aten.bitwise_and.Tensor}
 _CASTS = tuple(getattr(torch.ops.aten.to, name) for name in ("dtype", "dtype_layout", "device", "other"))
 _ROUNDS = 2
+_SPOKEN = 18  # opset of torch's translations: later ones say some operators otherwise (Gelu), which fewer types and providers have
 
 
 def trace(
@@ -29,12 +30,14 @@ def trace(
 ) -> Any:
     """The onnx_ir model of `module(**inputs)`; shapes: dynamic axes as torch.export takes them; table: translators of our ops.
 
-    Raises whatever torch raises.
+    opset: 18 or later. Raises whatever torch raises.
     """
+    from onnxscript import version_converter
+
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program: Any = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
         decompose = program.run_decompositions
-        options: dict[str, Any] = {"opset_version": opset, "custom_translation_table": _SHAPED | dict(table)}
+        options: dict[str, Any] = {"opset_version": _SPOKEN, "custom_translation_table": _SHAPED | dict(table)}
         program.run_decompositions = lambda known: program if _respell(program.graph, known) else decompose(known)
         try:
             made = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **options)
@@ -42,6 +45,7 @@ def trace(
             del program.run_decompositions
             made = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **options)
     assert made is not None
+    version_converter.convert_version(made.model, opset)
     _simplify(made.model)
     return made.model
 

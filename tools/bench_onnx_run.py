@@ -39,7 +39,7 @@ def starts(provider: str) -> dict[str, Any]:
     import onnxruntime
     from onnx import TensorProto, helper
 
-    from kvsink.export.runner import load_cuda
+    from kvsink.export.session import load_cuda
 
     if provider == "cuda":
         load_cuda(onnxruntime)
@@ -107,7 +107,7 @@ def pieces() -> list[tuple[int, int]]:
 
 
 def _begin(runner: OnnxGenerator, length: int) -> dict[str, Any]:
-    return runner.empty(1) if runner.manifest["padding"] else runner.room(1, length)
+    return runner.empty(1, 0 if runner.manifest["padding"] else length)
 
 
 def _short(runner: OnnxGenerator, ids: Any) -> tuple[Any, dict[str, Any]]:
@@ -116,7 +116,7 @@ def _short(runner: OnnxGenerator, ids: Any) -> tuple[Any, dict[str, Any]]:
     for a, b in pieces():
         logits, past = _step(runner, ids, a, b, past)
         parts.append(logits)
-    return np.concatenate(parts, axis=1), {n: v.numpy().copy() for n, v in past.items() if n.endswith(("key", "value"))}
+    return np.concatenate(parts, axis=1), {n: v.copy() for n, v in runner.arrays(past).items() if n.endswith(("key", "value"))}
 
 
 def _step(runner: OnnxGenerator, ids: Any, a: int, b: int, past: Any) -> Any:

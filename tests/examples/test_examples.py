@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvsink
 from tests.models import build, tokens
@@ -84,6 +84,36 @@ def test_export_leaves_a_file_that_generates(tiny_dir: Path, tmp_path: Path, cap
     assert json.loads((tmp_path / "made" / "model.onnx.json").read_text())["method"] == "rtn"
     example("onnx_generate")["main"](str(tmp_path / "made" / "model.onnx"), "abc", new_tokens=3)
     assert "bits per element" in capsys.readouterr().out
+
+
+def test_answers_come_in_the_chat_template_until_they_end(
+    tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two questions at once say what each says alone; the oracle is transformers' generate over the template's text."""
+    pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
+    pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
+    from kvsink.export import onnx
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_dir), AutoTokenizer.from_pretrained(tiny_dir)
+    kvsink.rewrite(model, "rtn", key_bits=8, value_bits=8, tokenizer=tokenizer, **FEW)
+    wanted = []
+    for text in ("abc:", "de:"):
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        wanted.append(model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist())
+    model.generation_config.eos_token_id = wanted[0][2]  # the first answer ends early
+    onnx(model, path := tmp_path / "model.onnx")
+    tokenizer.save_pretrained(tmp_path)
+    chat = example("onnx_chat")["main"]
+    with pytest.raises(SystemExit, match="has no chat template"):
+        chat(str(path), "abc")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    tokenizer.save_pretrained(tmp_path)
+    cut = [row[: row.index(wanted[0][2]) + 1] if wanted[0][2] in row else row for row in wanted]
+    one, two = (tokenizer.decode(row, skip_special_tokens=True) for row in cut)
+    chat(str(path), "abc", "de", new_tokens=6)
+    assert f"abc\n  {one}\nde\n  {two}\ncache: " in capsys.readouterr().out and len(cut[0]) <= 3
+    chat(str(path), "de", new_tokens=6)
+    assert capsys.readouterr().out.startswith(f"{two}\n")
 
 
 def test_a_profile_goes_into_the_rewrite(tiny_dir: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ pytest.importorskip("onnx", reason="needs kvsink[onnx]")
 ort = pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
 from kvsink.export import nodes  # noqa: E402
-from kvsink.export.bodies import DOMAIN, function_proto  # noqa: E402
+from kvsink.export.bodies import DOMAIN, OPSET, function_proto  # noqa: E402
 from kvsink.kernels import dequantize, hadamard, quantize, select_sinks, stages  # noqa: E402
 from kvsink.kernels.quantize import SIGMA_KINDS  # noqa: E402
 from kvsink.kernels.static import static_decode, static_encode  # noqa: E402
@@ -33,8 +33,8 @@ def run(op: str, attributes: dict[str, Any], inputs: list[Any], outputs: int) ->
     results = [helper.make_empty_tensor_value_info(f"y{i}") for i in range(outputs)]
     node = helper.make_node(op, names, [r.name for r in results], domain=DOMAIN, **attributes)
     node.overload = "1"
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
-    function = function_proto(op, "1", attributes, given, 18)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    function = function_proto(op, "1", attributes, given, OPSET)
     graph = helper.make_graph([node], "one", values, results)
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
     from onnx import shape_inference
@@ -182,9 +182,9 @@ def test_select_and_preserve(entries: bool, length: int) -> None:
         for got, wanted in zip(run("SelectFirst", {"count": 2}, [positions + chunk * length, valid], 2), first, strict=True):
             seen = first[0].numpy() > -np.inf  # the order of rows that are no candidates means nothing
             np.testing.assert_allclose(np.where(seen, got, 0), np.where(seen, wanted.numpy(), 0))
-        past = torch.zeros(2, chunk * length, dtype=torch.int32)
-        after = nodes.preserve_sinks(*state, k, v, past, [*best, *first], [4, 2])
-        got = run("PreserveSinks", {"segments": [4, 2]}, [*state, k, v, past, *best, *first], 4)
+        begin = torch.full((2,), chunk * length)
+        after = nodes.preserve_sinks(*state, k, v, begin, [*best, *first], [4, 2])
+        got = run("PreserveSinks", {"segments": [4, 2]}, [*state, k, v, begin, *best, *first], 4)
         held = after[0].numpy() != -1
         np.testing.assert_array_equal(got[0], after[0].numpy())
         np.testing.assert_array_equal(got[1], after[1].numpy())
@@ -194,13 +194,26 @@ def test_select_and_preserve(entries: bool, length: int) -> None:
     assert (state[0] < -1).any() or length == 1
 
 
-def test_restore() -> None:
-    past, new, exact = rows(2, 3, 7, 8), rows(2, 3, 2, 8, seed=1), rows(2, 3, 4, 8, seed=2)
-    slot = torch.tensor([[6, -1, -8, 0], [3, 8, -1, -1]], dtype=torch.int32)
-    wanted = torch.cat([past, new], dim=2)
+@pytest.mark.parametrize("room", [0, 4])
+def test_rows_that_are_laid_over_others(room: int) -> None:
+    """New rows behind the seven held, exact ones before them; what stands behind all of them stays."""
+    full, new, exact = rows(2, 3, 9 + room, 8), rows(2, 3, 2, 8, seed=1), rows(2, 3, 4, 8, seed=2)
+    slot, first = torch.tensor([[6, -1, -8, 0], [3, 8, -1, -1]], dtype=torch.int32), torch.full((2,), 7)
+    wanted = full.clone()
+    wanted[:, :, 7:9] = new
+    np.testing.assert_array_equal(run("LayRows", {}, [full, new, first], 1)[0], wanted.numpy())
+    assert torch.equal(nodes.lay_rows(full, new, first, []), wanted)
     wanted[0, :, 6], wanted[0, :, 0], wanted[1, :, 3] = exact[0, :, 0], exact[0, :, 3], exact[1, :, 0]
-    np.testing.assert_array_equal(run("RestoreSinks", {}, [past, new, exact, slot], 1)[0], wanted.numpy())
-    assert torch.equal(nodes.restore_sinks(past, new, exact, slot), wanted)
+    np.testing.assert_array_equal(run("LayRows", {}, [full, new, first, exact, slot], 1)[0], wanted.numpy())
+    assert torch.equal(nodes.lay_rows(full, new, first, [exact, slot]), wanted)
+
+
+def test_written_rows() -> None:
+    past, new, first = rows(2, 3, 5, 4), rows(2, 3, 2, 4, seed=1), torch.tensor([0, 3])
+    written = nodes.write_rows(past, new, first)
+    assert torch.equal(written[0, :, :2], new[0]) and torch.equal(written[1, :, 3:], new[1])
+    assert torch.equal(written[0, :, 2:], past[0, :, 2:]) and torch.equal(written[1, :, :3], past[1, :, :3])
+    assert torch.equal(nodes.write_rows(past[:, 0, :, 0], new[:, 0, :, 0], first), written[:, 0, :, 0])
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -211,4 +224,8 @@ def test_attend(kv_heads: int, kind: str) -> None:
     given = mask if kind == "bool" else torch.zeros(mask.shape).masked_fill(~mask, -1e4)
     attributes = {"scale": 0.3, "mask": kind, "heads": 4, "kv_heads": kv_heads, "head_dim": 8, "value_dim": 6}
     got = run("Attend", attributes, [q, k, v, given], 1)[0]
-    np.testing.assert_allclose(got, nodes.attend(q, k, v, mask, 0.3).numpy(), atol=SOFTMAX_IN_FLOAT32)
+    wanted = nodes.attend(q, k, v, mask, 0.3)
+    np.testing.assert_allclose(got, wanted.numpy(), atol=SOFTMAX_IN_FLOAT32)
+    k, v = (torch.cat([x, 1e3 * rows(2, kv_heads, 5, x.shape[3], seed=3)], dim=2) for x in (k, v))  # room that nothing reads
+    np.testing.assert_array_equal(run("Attend", attributes, [q, k, v, given], 1)[0], got)
+    assert torch.equal(nodes.attend(q, k, v, mask, 0.3), wanted)

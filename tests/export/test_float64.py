@@ -46,15 +46,16 @@ def free_run(path: Path, model: Any, prompts: list[list[int]], count: int) -> tu
         )
     there = out.sequences[:, ids.shape[1] :].tolist()
     seen = np.concatenate([mask, np.ones((len(ids), count - 1))], axis=1).astype(bool)
+    held = runner.arrays(runner.past)
     found: dict[str, Any] = {"bytes": 0, "different": 0, "exact": 0.0}
     for i, layer in enumerate(out.past_key_values.layers):
         if not isinstance(layer, KVSinkLayer):
             continue
         for name in past_names(layer.codec):
-            one, two = runner.past[f"{i}.{name}"].numpy(), getattr(layer, STATE_OF[name]).numpy()
+            one, two = held[f"{i}.{name}"], getattr(layer, STATE_OF[name]).numpy()
             if name in ("exact_key", "exact_value"):
-                held = (runner.past[f"{i}.exact_slot"].numpy() != -1)[:, None, :, None]
-                found["exact"] = max(found["exact"], float(np.abs(np.where(held, one - two, 0)).max()))
+                kept = (held[f"{i}.exact_slot"] != -1)[:, None, :, None]
+                found["exact"] = max(found["exact"], float(np.abs(np.where(kept, one - two, 0)).max()))
                 continue
             if name not in FIXED:
                 one, two = (x[:, :, : seen.shape[1]].transpose(0, 2, 1, 3)[seen] for x in (one, two))

@@ -59,12 +59,12 @@ def test_pictures_and_steps_are_those_of_the_torch_model(family: str, method: st
         assert np.abs(logits - wanted.numpy())[seen].max() < 1e-4
         token = torch.from_numpy(logits[:, -1].argmax(-1))[:, None]
         assert torch.equal(token, wanted[:, -1].argmax(-1)[:, None])
-        held = mask.bool()
+        held, arrays = mask.bool(), runner.arrays(past)
         for i, layer in enumerate(cache.packed_layers()):
             for name in past_names(layer.codec):
                 if name in ("key", "value", "key_scale", "value_scale"):
                     there = getattr(layer, STATE_OF[name])[:, :, : held.shape[1]].transpose(1, 2)[held]
-                    mine = past[f"{i}.{name}"].numpy().swapaxes(1, 2)[held.numpy()].astype(np.float32)
+                    mine = arrays[f"{i}.{name}"].swapaxes(1, 2)[held.numpy()].astype(np.float32)
                     # Codes are equal; a scale is rounded to float16 from float32 numbers that differ in their last bits.
                     step = 2.0**-10 if name.endswith("scale") else 0.0
                     assert (np.abs(mine - there.float().numpy()) <= step * there.float().abs().numpy()).all(), (i, name)

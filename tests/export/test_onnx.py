@@ -18,6 +18,7 @@ pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 import kvsink
 from kvsink.export import ExportError, OnnxGenerator, check, flavour_table, onnx
 from kvsink.export.flavours import explain_flavours, method_refusal
+from kvsink.export.held import BLOCK
 from kvsink.folder.loading import load_model
 from kvsink.model.runtime import runtime_of
 from kvsink.tools.eval import main as eval_main
@@ -66,11 +67,11 @@ def test_the_folder_is_complete(out) -> None:
     assert not [n for n in names if n.endswith(".partial")]
     assert str(ROOT).encode() not in (out / "model.onnx").read_bytes()  # no path of this machine
     record = json.loads((out / "model.onnx.json").read_text())
-    assert record["flavour"] == "functions" and record["method"] == "klt" and record["opset"] == 18
+    assert record["flavour"] == "functions" and record["method"] == "klt" and record["opset"] == 24
     assert record["check"]["different_bytes"] == 0 and record["check"]["packed_bytes"] > 1000
     by_name = {e["name"]: e for e in record["inputs"]}
     assert by_name["past_key_values.1.key"]["dtype"] == "uint8"
-    assert by_name["past_key_values.1.key"]["shape"] == ["batch", 2, "past", 5]  # 16 channels of 2 bits, and a gain
+    assert by_name["past_key_values.1.key"]["shape"] == ["batch", 2, "slots", 5]  # 16 channels of 2 bits, and a gain
     assert [e["name"].replace("present", "past_key_values") for e in record["outputs"][1:]] == list(by_name)[3:]
 
 
@@ -79,14 +80,16 @@ def test_greedy_tokens_are_those_of_generate(out, runner) -> None:
     model.generation_config.eos_token_id = None
     assert suppressed(runner, 12) == greedy(model, 12)
     tokens = 5 - 1 + 12  # the longest prompt and all new tokens but the last
-    assert runner.past["positions"].shape() == [3, tokens]
-    assert runner.past["1.key"].shape() == [3, 2, tokens, 5] and runner.past["1.key"].data_type() == "tensor(uint8)"
+    held = runner.arrays(runner.past)
+    assert runner.past.tokens == tokens and held["positions"].shape == (3, tokens)
+    assert held["1.key"].shape == (3, 2, tokens, 5) and runner.past["1.key"].data_type() == "tensor(uint8)"
+    assert runner.past["1.key"].shape() == [3, 2, BLOCK, 5]
 
 
 def test_a_prompt_in_chunks_reads_what_was_stored(runner) -> None:
     """Rows of an earlier chunk are read from their codes: another text than that of one prefill, the same cache length."""
     one, many = (next(iter(runner.stream(PROMPTS, 1, eos_token_id=-1, chunk=chunk))) for chunk in (5, 2))
-    assert len(one) == len(many) == 3 and runner.past["positions"].shape() == [3, 5]
+    assert len(one) == len(many) == 3 and runner.past.tokens == 5
     assert one[2] == many[2]  # a prompt of one token has nothing stored before it
 
 
@@ -130,7 +133,10 @@ def test_a_cache_of_the_wrong_kind_is_refused(runner) -> None:
         (lambda r: r.generate([[97]]), "outside the vocabulary"),
         (lambda r: r.generate([[5] * 100], 64), "exceed the 128 positions"),
         (lambda r: r.generate([[5]], top_p=0.0), "out of range"),
-        (lambda r: r.step([[5]], [[1]], [[128]], r.empty(1)), "position 128 is beyond the 128 that model.onnx serves"),
+        (
+            lambda r: r.step([[5]], [[1]], [[128]], r.empty(1)),
+            "the cache is full: position 128 is beyond the 128 that model.onnx serves; begin a new text",
+        ),
         (lambda r: r.step([[5.5]], [[1]], [[0]], r.empty(1)), "token ids are float64"),
         (lambda r: r.step([[97]], [[1]], [[0]], r.empty(1)), "token 97 is outside the vocabulary of 97"),
         (lambda r: r.step([[5, -1]], [[1, 1]], [[0, 1]], r.empty(1)), "token -1 is outside"),
@@ -138,7 +144,6 @@ def test_a_cache_of_the_wrong_kind_is_refused(runner) -> None:
         (lambda r: r.step([[5]], [[1, 1]], [[0]], r.empty(1)), r"mask of shape \[1, 2\] with 1 rows of 1 new tokens behind"),
         (lambda r: r.step([[5], [6]], [[1], [1]], [[0], [0]], r.empty(1)), "2 rows of 1 new tokens behind a cache of 1 rows of 0"),
         (lambda r: r.step([[5]], [[1]], [[0, 1]], r.empty(1)), r"shapes \[1, 1\], \[1, 1\] and \[1, 2\]"),
-        (lambda r: r.room(1, 8), "only flavour gqa in float16"),
         (lambda r: OnnxGenerator("nowhere.onnx"), "does not exist"),
         (lambda r: OnnxGenerator(r.path, providers=["NoSuchProvider"]), "has no NoSuchProvider"),
     ],
@@ -172,10 +177,10 @@ def test_a_copy_without_its_manifest(out, tmp_path) -> None:
     shutil.copyfile(out / "model.onnx", tmp_path / "model.onnx")
     with pytest.raises(ExportError, match="is missing; copy it beside"):
         OnnxGenerator(tmp_path / "model.onnx")
-    (tmp_path / "model.onnx.json").write_text('{"format": "kvsink-onnx-0"}')
-    with pytest.raises(ExportError, match="is not kvsink-onnx-1"):
-        OnnxGenerator(tmp_path / "model.onnx")
     (tmp_path / "model.onnx.json").write_text('{"format": "kvsink-onnx-1"}')
+    with pytest.raises(ExportError, match="is not kvsink-onnx-2"):
+        OnnxGenerator(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx.json").write_text('{"format": "kvsink-onnx-2"}')
     with pytest.raises(ExportError, match="cannot be read \\(it has no flavour\\)"):
         OnnxGenerator(tmp_path / "model.onnx")
 
@@ -289,7 +294,7 @@ def test_a_graph_of_another_model_fails_the_check(out) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (dict(path="m.onnx", opset=17), "opset 17 is outside 18"),
+        (dict(path="m.onnx", opset=18), "opset 18 is not one of flavour functions, which has 24"),
         (dict(path="m.onnx", flavour="function"), "nearest known: functions"),
         (dict(path="m.bin"), "not the name of an ONNX file"),
         (dict(path="none/m.onnx"), "not a folder that can be written to"),

@@ -127,7 +127,7 @@ def test_smollm2_differs_by_ties_alone(folder: Path) -> None:
     for _ in range(COUNT):
         step, seen = slice(at, mask.shape[1]), mask[:, at:].astype(bool)
         logits, past = runner.step(ids, mask, positions[:, step], past)
-        present = {name: value.numpy() for name, value in past.items()}
+        present = runner.arrays(past)
         with torch.no_grad(), Ties(runtime_of(model), present, at, seen).followed() as found:
             wanted = model(
                 input_ids=torch.tensor(ids),

@@ -265,19 +265,19 @@ def test_onnx() -> None:
     ort = pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
     from onnx import helper
 
-    from kvsink.export.bodies import DOMAIN, function_proto
+    from kvsink.export.bodies import DOMAIN, OPSET, function_proto
 
     state = fresh()
     names = [f"x{i}" for i in range(7 + 2 * len(SEGMENTS))]
-    kinds = (torch.int32, *[torch.float32] * 5, torch.int32, *[torch.float32, torch.int64] * len(SEGMENTS))
+    kinds = (torch.int32, *[torch.float32] * 5, torch.int64, *[torch.float32, torch.int64] * len(SEGMENTS))
     values = [
         helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=t).numpy().dtype), [None] * dims)
-        for n, t, dims in zip(names, kinds, (2, 2, 4, 4, 4, 4, 2, *[2] * 2 * len(SEGMENTS)), strict=True)
+        for n, t, dims in zip(names, kinds, (2, 2, 4, 4, 4, 4, 1, *[2] * 2 * len(SEGMENTS)), strict=True)
     ]
     results = [helper.make_empty_tensor_value_info(n) for n in NAMES]
     node = helper.make_node("PreserveSinks", names, list(NAMES), domain=DOMAIN, segments=SEGMENTS, overload="1")
-    function = function_proto("PreserveSinks", "1", {"segments": SEGMENTS}, (True,) * len(names), 18)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    function = function_proto("PreserveSinks", "1", {"segments": SEGMENTS}, (True,) * len(names), OPSET)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     graph = helper.make_graph([node], "selection", values, results)
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
     from onnx import shape_inference
@@ -286,7 +286,7 @@ def test_onnx() -> None:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
     def offer(k: Tensor, v: Tensor, candidates: list[Tensor], first: int) -> None:
-        given = [*(state[n] for n in NAMES), k, v, torch.zeros(BATCH, first, dtype=torch.int32), *candidates]
+        given = [*(state[n] for n in NAMES), k, v, torch.full((BATCH,), first), *candidates]
         found = session.run(None, {n: t.contiguous().numpy() for n, t in zip(names, given, strict=True)})
         state.update(zip(NAMES, map(torch.from_numpy, found), strict=True))
 

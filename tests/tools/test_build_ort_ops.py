@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
 
 from kvsink.codecs import Codec, SideSpec
 from kvsink.export import ExportError, OnnxGenerator, onnx
-from kvsink.export.bodies import DOMAIN, QUANTIZER_BODIES, function_proto
+from kvsink.export.bodies import DOMAIN, OPSET, QUANTIZER_BODIES, function_proto
 from kvsink.export.flavours import LIBRARY, refusal
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.tools import build_ort_ops
@@ -43,7 +43,9 @@ def test_what_the_library_has_no_kernel_for_is_declined_before_it_is_written(lib
         assert kind in refusal("custom", Codec(SideSpec(), SideSpec(bits=2, kind=kind).resolved(4, 32)))
 
 
-def both(library: Path, op: str, attributes: dict[str, Any], inputs: list[Any], outputs: int) -> tuple[list[Any], list[Any]]:
+def both(
+    library: Path, op: str, attributes: dict[str, Any], inputs: list[Any], outputs: int, bodies: bool = True
+) -> tuple[list[Any], list[Any]]:
     """What one node leaves by its body, and by the library; None leaves an input out."""
     import onnxruntime as ort
     from onnx import helper
@@ -54,19 +56,19 @@ def both(library: Path, op: str, attributes: dict[str, Any], inputs: list[Any], 
     values = [helper.make_tensor_value_info(name, kinds[name], [None] * a.ndim) for name, a in arrays.items()]
     results = [helper.make_empty_tensor_value_info(f"y{i}") for i in range(outputs)]
     found = []
-    for overload in ("1", ""):
+    for overload in ("1", "") if bodies else ("",):
         names = [f"x{i}" if g else "" for i, g in enumerate(given)]
         node = helper.make_node(op, names, [r.name for r in results], domain=DOMAIN, overload=overload, **attributes)
         graph = helper.make_graph([node], "one", values, results)
-        functions = [function_proto(op, "1", attributes, given, 18)] if overload else []
-        opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+        functions = [function_proto(op, "1", attributes, given, OPSET)] if overload else []
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
         model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
         options = ort.SessionOptions()
         if not overload:
             options.register_custom_ops_library(str(library))
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         found.append(session.run(None, arrays))
-    return found[0], found[1]
+    return found[0], found[-1]
 
 
 def same(library: Path, op: str, attributes: dict[str, Any], inputs: list[Any], outputs: int = 1, atol: float = 0.0) -> list[Any]:
@@ -152,12 +154,17 @@ def test_sinks(library: Path, entries: int, length: int) -> None:
         best = same(library, "SelectSinks", {"count": 4, "entries": entries}, select, 2)
         first = same(library, "SelectFirst", {"count": 2}, [positions, valid], 2)
         candidates = [torch.from_numpy(t) for t in (*best, *first)]
-        past = torch.zeros(2, chunk * length, dtype=torch.int32)
-        after = same(library, "PreserveSinks", {"segments": [4, 2]}, [*state, k, v, past, *candidates], 4)
+        begin = torch.full((2,), chunk * length)
+        after = same(library, "PreserveSinks", {"segments": [4, 2]}, [*state, k, v, begin, *candidates], 4)
         order = torch.tensor([2, 0, 3, 1, 5, 4])  # of the places, which decides nothing
         state = [torch.from_numpy(t).index_select(d, order) for t, d in zip(after, (1, 1, 2, 2), strict=True)]
     slot = torch.tensor([[6, -1, -8, 0], [3, 8, -1, -1]], dtype=torch.int32)
-    same(library, "RestoreSinks", {}, [rows(2, 3, 7, 8), rows(2, 3, 2, 8, seed=1), rows(2, 3, 4, 8, seed=2), slot])
+    for room in (0, 5, 300):
+        laid = [rows(2, 3, 9 + room, 8), rows(2, 3, 2, 8, seed=1), torch.full((2,), 7)]
+        same(library, "LayRows", {}, laid)
+        same(library, "LayRows", {}, [*laid, rows(2, 3, 4, 8, seed=2), slot])
+    with pytest.raises(Exception, match="no room for the new rows"):
+        both(library, "LayRows", {}, [rows(2, 3, 9, 8), rows(2, 3, 2, 8), torch.full((2,), 8)], 1, bodies=False)
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 3, 7), (1, 4, 4, 1, 700), (1, 6, 2, 40, 1100)], ids=str)
@@ -170,6 +177,8 @@ def test_attend(library: Path, sizes: tuple[int, ...], kind: str) -> None:
     mask[0, :, :, : length // 3] = False
     given = mask if kind == "bool" else rows(batch, heads, new, length, seed=3).masked_fill(~mask, -1e30)
     attributes = {"scale": 0.3, "mask": kind, "heads": heads, "kv_heads": kv_heads, "head_dim": 8, "value_dim": 6}
+    same(library, "Attend", attributes, [q, k, v, given], atol=FUSED_FLOAT32)
+    k, v = (torch.cat([x, 1e3 * rows(batch, kv_heads, 40, x.shape[3], seed=4)], dim=2) for x in (k, v))  # room that nothing reads
     same(library, "Attend", attributes, [q, k, v, given], atol=FUSED_FLOAT32)
 
 
@@ -192,9 +201,12 @@ PACKED = [
 @pytest.mark.parametrize("sizes", [(1, 150, 3), (1, 40, 0), (3, 150, 3), (2, 0, 3), (1, 0, 0)], ids=str)
 @pytest.mark.parametrize("case", PACKED, ids=str)
 def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None:
-    """The past out of its codes in one node: one new row (never unpacked) and several, with and without exact rows."""
+    """The past out of its codes in one node: one new row (never unpacked) and several, with and without exact rows.
+
+    Codes have room behind the rows that the mask knows, filled with others."""
     kind, coding, transform, center, in_block = case
     new, past, places = sizes
+    slots = past + new + 5
     batch, heads, kv_heads, dim, span, turns = 2, 6, 2, 32, 16, 12
     coding = {"kind": kind, "group_size": dim, "gain": 0} | coding
     if kind == "vector":
@@ -205,7 +217,7 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
     for seed in (1, 2):
         attributes = coding if kind in ("vector", "static") else {**coding, "clip": 1.0}
         attributes = {name: v for name, v in attributes.items() if not (kind == "vector" and name == "group_size")}
-        made, _ = both(library, "QuantizeKV", attributes, [rows(batch, kv_heads, past, dim, seed=seed), *table], 2)
+        made, _ = both(library, "QuantizeKV", attributes, [rows(batch, kv_heads, slots, dim, seed=seed), *table], 2)
         codes, scale = (torch.from_numpy(t) for t in made)
         state += [codes, scale if scale.shape[-1] else None]
     angles = rows(turns, dim // 2, seed=4).repeat(1, 2)
@@ -218,7 +230,7 @@ def test_attend_packed(library: Path, case: Any, sizes: tuple[int, ...]) -> None
         exact = [rows(batch, kv_heads, places, dim, seed=10), rows(batch, kv_heads, places, dim, seed=11), slot]
     mask = torch.ones(new, past + new, dtype=torch.bool).tril(past).expand(batch, 1, new, past + new).contiguous()
     mask[1, :, :, : past // 3] = False
-    positions = torch.stack([torch.arange(past), (torch.arange(past) - past // 3).clamp_min(0)]).int()
+    positions = torch.stack([torch.arange(slots), (torch.arange(slots) - past // 3).clamp_min(0)]).int()
     sides = {f"{side}_{n}": v for side in "kv" for n, v in coding.items()}
     for side, spec in (("k", transform), ("v", transform)):
         sides |= {f"{side}_transform": spec, f"{side}_order": 16, f"{side}_center": int(center)}
@@ -301,7 +313,7 @@ def _identity(attributes: dict[str, Any]) -> Any:
 
     nodes = [helper.make_node("Identity", ["in_0"], [f"out_{i}"]) for i in range(2)]
     proto = helper.make_function(
-        DOMAIN, "QuantizeKV", ["in_0"], ["out_0", "out_1"], nodes, [helper.make_opsetid("", 18)], attributes=sorted(attributes)
+        DOMAIN, "QuantizeKV", ["in_0"], ["out_0", "out_1"], nodes, [helper.make_opsetid("", OPSET)], attributes=sorted(attributes)
     )
     proto.overload = "1"
     return proto

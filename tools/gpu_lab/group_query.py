@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsink.export.runner import load_cuda
+from kvsink.export.session import load_cuda
 
 D, KV, HEADS, ROOM = 128, 2, 8, 64
 PLANS = ((33, 1, 1, 1), (20, 1, 10, 1), (1, 1, 1, 1))

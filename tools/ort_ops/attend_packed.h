@@ -1,5 +1,6 @@
 // AttendPacked: attention over the codes of the past, the rows kept exact and the new rows, as one node.
 //
+// The mask has a column for every row there is; codes and positions have slots for more, and nothing is read behind those held.
 // One new row per sequence takes kvsink_attend of kernels/cpu/attend.c, which reads codes and never unpacks the past. Several
 // new rows unpack the past once and attend to it as Attend does. What the node means is kvsink.export.bodies.
 #pragma once
@@ -74,14 +75,14 @@ struct AttendPacked : Kernel {
   struct Given {
     Input q, k, v, mask, positions, k_codes, k_scale, v_codes, v_scale, exact_k, exact_v, slot, cos, sin, table, k_basis, k_params,
         v_mean, v_basis, v_params;
-    int64_t batch, heads, kv, rows, dim, wide, held, total, places;
+    int64_t batch, heads, kv, rows, dim, wide, held, total, places, slots;
 
     explicit Given(const Call& call) {
       Input* all[] = {&q,    &k,      &v,       &mask, &positions, &k_codes, &k_scale, &v_codes, &v_scale, &exact_k,
                       &exact_v, &slot, &cos,    &sin,  &table,     &k_basis, &k_params, &v_mean,  &v_basis, &v_params};
       for (size_t i = 0; i < sizeof(all) / sizeof(*all); i++) *all[i] = call.input(i);
       batch = q.dims[0], heads = q.dims[1], rows = q.dims[2], dim = q.dims[3], kv = k.dims[1], wide = v.dims[3];
-      held = k_codes.dims[2], total = held + rows, places = slot ? slot.dims[1] : 0;
+      total = mask.dims[3], held = total - rows, places = slot ? slot.dims[1] : 0, slots = k_codes.dims[2];
     }
     const float* of_head(const Input& table, int64_t h) const {
       return table ? table.floats() + (table.dims[0] > 1 ? h * product(table.dims, 1) : 0) : nullptr;
@@ -90,8 +91,10 @@ struct AttendPacked : Kernel {
 
   void run(const Call& call) const override {
     const Given g(call);
-    if (g.k_codes.dims[3] != k.decoder.c.bytes() || g.v_codes.dims[3] != v.decoder.c.bytes() || g.v_codes.dims[2] != g.held)
+    if (g.k_codes.dims[3] != k.decoder.c.bytes() || g.v_codes.dims[3] != v.decoder.c.bytes() || g.v_codes.dims[2] != g.slots)
       throw std::runtime_error("AttendPacked: codes of another width or length");
+    if (g.held < 0 || g.held > g.slots || g.positions.dims[1] != g.slots)
+      throw std::runtime_error("AttendPacked: a mask or positions of another length than the codes");
     if ((g.k_scale ? g.k_scale.dims[3] : 0) != k.decoder.c.scales() || (g.v_scale ? g.v_scale.dims[3] : 0) != v.decoder.c.scales())
       throw std::runtime_error("AttendPacked: scales of another width");
     if (g.k.dims[3] != k.decoder.c.dim() || g.wide != v.decoder.c.dim())
@@ -111,8 +114,7 @@ struct AttendPacked : Kernel {
 
   void one(const Given& g, float* out) const {
     const int64_t repeats = g.heads / g.kv, dim = g.dim, wide = g.wide;
-    std::vector<int32_t> positions(g.positions.dims[0] * g.held), slot(g.batch * g.places), named(g.batch * (g.places + 1));
-    for (size_t i = 0; i < positions.size(); i++) positions[i] = static_cast<int32_t>(g.positions.integer(static_cast<int64_t>(i)));
+    std::vector<int32_t> slot(g.batch * g.places), named(g.batch * (g.places + 1));
     for (size_t i = 0; i < slot.size(); i++) {
       const int64_t at = g.slot.integer(static_cast<int64_t>(i));
       slot[i] = static_cast<int32_t>(at < g.held ? at : -1);
@@ -132,7 +134,7 @@ struct AttendPacked : Kernel {
     for (int64_t h = 0; k.center && h < g.kv; h++) transpose(g.of_head(g.table, h), span, dim, mean.data() + h * dim * span);
     c.mean = k.center ? mean.data() : nullptr;
     c.value_mean = v.center ? g.v_mean.floats() : nullptr;
-    c.positions = positions.data(), c.position_stride = g.positions.dims[0] > 1 ? g.held : 0;
+    c.positions = g.positions.as<int32_t>(), c.position_stride = g.positions.dims[0] > 1 ? g.slots : 0;
     c.mask_bool = g.mask.type == ort::kBool;
     c.mask = c.mask_bool ? static_cast<const void*>(g.mask.as<bool>()) : static_cast<const void*>(g.mask.floats());
     c.mask_h = g.mask.dims[1] > 1 ? g.total : 0, c.mask_b = g.mask.dims[0] > 1 ? g.mask.dims[1] * g.total : 0;
@@ -202,11 +204,11 @@ struct AttendPacked : Kernel {
       std::vector<float> scratch(std::max(dim, wide));
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < all * g.held; i++) {
-        const int64_t bh = i / g.held, l = i % g.held, h = bh % g.kv, b = bh / g.kv;
+        const int64_t bh = i / g.held, l = i % g.held, h = bh % g.kv, b = bh / g.kv, row = bh * g.slots + l;
         float *key = keys.data() + (bh * g.total + l) * dim, *value = values.data() + (bh * g.total + l) * wide;
-        k.decoder.row(g.k_codes.as<uint8_t>() + i * k_bytes, g.k_scale.as<half>() + i * k_scales, g.of_head(g.k_params, h), key);
-        restore_key(g, h, g.positions.integer((g.positions.dims[0] > 1 ? b * g.held : 0) + l), key, scratch.data());
-        v.decoder.row(g.v_codes.as<uint8_t>() + i * v_bytes, g.v_scale.as<half>() + i * v_scales, g.of_head(g.v_params, h), value);
+        k.decoder.row(g.k_codes.as<uint8_t>() + row * k_bytes, g.k_scale.as<half>() + row * k_scales, g.of_head(g.k_params, h), key);
+        restore_key(g, h, g.positions.integer((g.positions.dims[0] > 1 ? b * g.slots : 0) + l), key, scratch.data());
+        v.decoder.row(g.v_codes.as<uint8_t>() + row * v_bytes, g.v_scale.as<half>() + row * v_scales, g.of_head(g.v_params, h), value);
         restore_value(g, h, value, scratch.data(), false);
       }
 #pragma omp for schedule(static)

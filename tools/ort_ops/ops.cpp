@@ -552,8 +552,8 @@ struct PreserveSinks : Kernel {
   explicit PreserveSinks(const Attributes& a) : segments(a.integers("segments")) {}
   void run(const Call& call) const override {
     const Input slot = call.input(0), score = call.input(1), old[2] = {call.input(2), call.input(3)};
-    const Input fresh[2] = {call.input(4), call.input(5)};
-    const int64_t batch = slot.dims[0], places = slot.dims[1], first = call.input(6).dims[1], heads = fresh[0].dims[1];
+    const Input fresh[2] = {call.input(4), call.input(5)}, begin = call.input(6);
+    const int64_t batch = slot.dims[0], places = slot.dims[1], heads = fresh[0].dims[1];
     int32_t* out_slot = call.output<int32_t>(0, slot.dims);
     float* out_score = call.output<float>(1, slot.dims);
     float* out[2];
@@ -568,7 +568,7 @@ struct PreserveSinks : Kernel {
         every.insert(every.end(), best.floats() + b * more, best.floats() + (b + 1) * more);
         std::vector<int64_t> named(capacity + more);
         for (int64_t j = 0; j < capacity + more; j++) {
-          named[j] = j < capacity ? slot.integer(b * places + at + j) : index.integer(b * more + j - capacity) + first;
+          named[j] = j < capacity ? slot.integer(b * places + at + j) : index.integer(b * more + j - capacity) + begin.integer(b);
           if (named[j] < -1) named[j] = -named[j] - 2;  // a place marked as a repeat
         }
         const auto order = top(every.data(), capacity + more, capacity, named.data());
@@ -598,18 +598,21 @@ struct PreserveSinks : Kernel {
   }
 };
 
-struct RestoreSinks : Kernel {
-  explicit RestoreSinks(const Attributes&) {}
+struct LayRows : Kernel {
+  explicit LayRows(const Attributes&) {}
   void run(const Call& call) const override {
-    const Input past = call.input(0), fresh = call.input(1), exact = call.input(2), slot = call.input(3);
-    const int64_t batch = past.dims[0], heads = past.dims[1], held = past.dims[2], rows = fresh.dims[2], dim = past.dims[3];
-    const int64_t total = held + rows, places = exact.dims[2];
-    const float *one = past.floats(), *two = fresh.floats(), *three = exact.floats();
-    float* out = call.output<float>(0, {batch, heads, total, dim});
-#pragma omp parallel for num_threads(threads()) if (total > 256)
+    const Input past = call.input(0), fresh = call.input(1), begin = call.input(2), exact = call.input(3), slot = call.input(4);
+    const int64_t batch = past.dims[0], heads = past.dims[1], slots = past.dims[2], rows = fresh.dims[2], dim = past.dims[3];
+    const int64_t places = exact ? exact.dims[2] : 0;
+    const float *one = past.floats(), *two = fresh.floats(), *three = exact ? exact.floats() : nullptr;
+    for (int64_t b = 0; b < batch; b++)
+      if (begin.integer(b) < 0 || begin.integer(b) + rows > slots) throw std::runtime_error("LayRows: no room for the new rows");
+    float* out = call.output<float>(0, past.dims);
+#pragma omp parallel for num_threads(threads()) if (slots > 256)
     for (int64_t i = 0; i < batch * heads; i++) {
-      float* to = out + i * total * dim;
-      std::copy(one + i * held * dim, one + (i + 1) * held * dim, to);
+      float* to = out + i * slots * dim;
+      const int64_t held = begin.integer(i / heads);
+      std::copy(one + i * slots * dim, one + (i + 1) * slots * dim, to);
       std::copy(two + i * rows * dim, two + (i + 1) * rows * dim, to + held * dim);
       for (int64_t e = 0; e < places; e++) {
         const int64_t at = slot.integer(i / heads * places + e);
@@ -621,9 +624,11 @@ struct RestoreSinks : Kernel {
 
 // -- attention -------------------------------------------------------------------------------------------------------------
 
-// q [B, Hq, S, D] over keys [B, H, L, D] and values [B, H, L, Dv]
-void attend_rows(const Input& q, const float* keys, int64_t kv, int64_t length, const float* values, int64_t wide, const Input& mask,
+// q [B, Hq, S, D] over as many keys [B, H, slots, D] and values [B, H, slots, Dv] as the mask has columns
+void attend_rows(const Input& q, const float* keys, int64_t kv, int64_t slots, const float* values, int64_t wide, const Input& mask,
                  float scale, float* out) {
+  const int64_t length = mask.dims[3];
+  if (length > slots) throw std::runtime_error("a mask has more columns than there are keys");
   const int64_t batch = q.dims[0], heads = q.dims[1], rows = q.dims[2], dim = q.dims[3], groups = heads / kv;
   const float* query = q.floats();
   const bool* seen = mask.type == ort::kBool ? mask.as<bool>() : nullptr;
@@ -655,7 +660,7 @@ void attend_rows(const Input& q, const float* keys, int64_t kv, int64_t length, 
         if (seen) return seen[bias[r] + l] ? score : std::numeric_limits<float>::lowest();
         return score + added[bias[r] + l];
       };
-      attend_piece(tile.data(), count, keys + (head * length + begin) * dim, values + (head * length + begin) * wide, end - begin,
+      attend_piece(tile.data(), count, keys + (head * slots + begin) * dim, values + (head * slots + begin) * wide, end - begin,
                    dim, wide, add, mine, mass, largest);
     }
 #pragma omp for
@@ -751,7 +756,7 @@ constexpr auto kFloat = ort::kFloat;
 constexpr size_t kMostSegments = 16;
 
 Types preserve_inputs() {
-  Types types = {ort::kInt32, kFloat, kFloat, kFloat, kFloat, kFloat, ort::kAny};
+  Types types = {ort::kInt32, kFloat, kFloat, kFloat, kFloat, kFloat, ort::kInt64};
   for (size_t i = 0; i < kMostSegments; i++) types.insert(types.end(), {kFloat, ort::kInt64});
   return types;
 }
@@ -769,10 +774,10 @@ const std::vector<Op>& ops() {
       make<SelectSinks>("SelectSinks", {kFloat, ort::kBool, ort::kAny, kFloat}, 4, {kFloat, ort::kInt64}),
       make<SelectFirst>("SelectFirst", {ort::kAny, ort::kBool}, 2, {kFloat, ort::kInt64}),
       make<PreserveSinks>("PreserveSinks", preserve_inputs(), 7, {ort::kInt32, kFloat, kFloat, kFloat}),
-      make<RestoreSinks>("RestoreSinks", {kFloat, kFloat, kFloat, ort::kAny}, 4, {kFloat}),
+      make<LayRows>("LayRows", {kFloat, kFloat, ort::kInt64, kFloat, ort::kAny}, 3, {kFloat}),
       make<Attend>("Attend", {kFloat, kFloat, kFloat, ort::kAny}, 4, {kFloat}),
       make<AttendPacked>("AttendPacked",
-                         {kFloat, kFloat, kFloat, ort::kAny, ort::kAny, ort::kUint8, ort::kHalf, ort::kUint8, ort::kHalf, kFloat, kFloat,
+                         {kFloat, kFloat, kFloat, ort::kAny, ort::kInt32, ort::kUint8, ort::kHalf, ort::kUint8, ort::kHalf, kFloat, kFloat,
                           ort::kAny, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat},
                          6, {kFloat}),
   };
@@ -784,6 +789,8 @@ const std::vector<Op>& ops() {
 extern "C" {
 
 void kvsink_set_threads(int threads) { g_threads = threads; }
+
+const char* kvsink_format() { return "kvsink-onnx-2"; }  // FORMAT of kvsink.export.manifest, whose nodes these are
 
 ort::Status* RegisterCustomOps(ort::Options* options, const ort::Base* base) {
   const void* const* table = base->api(ort::kVersion);
