@@ -54,9 +54,15 @@ def check_runs(runs: dict[str, tuple[list[torch.Tensor], list[Any]]], eager: boo
         assert furthest(state, runs["before"][1], bound) <= 0, name  # codes too: a code that moves differs by 1
 
 
-@pytest.mark.parametrize("length", [1, 6])
 @pytest.mark.parametrize(
-    ("method", "options"), CASES, ids=lambda case: "-".join(map(str, case.items())) if isinstance(case, dict) else case
+    ("method", "options", "length"),
+    [
+        pytest.param(
+            *case, length, id="-".join(map(str, (case[0], *case[1].items(), length))), marks=() if quick else pytest.mark.slow
+        )
+        for i, case in enumerate(CASES)
+        for length, quick in ((1, i % 2 == 0 or i == 1), (6, i % 2 == 1 or i == 0))
+    ],
 )
 def test_every_pass_keeps_outputs_and_bytes(method: str, options: dict[str, Any], length: int) -> None:
     check_runs(passes_and_runs(packed_graph("llama", "sdpa", method, length, **options)), eager=False)
