@@ -143,7 +143,14 @@ BOTH constexpr u64 nibbles(const int (&x)[RUNS], const int (&y)[RUNS], int from)
   return all;
 }
 constexpr int NOTHING[RUNS] = {};
-template <u64 LO, u64 HI> struct OfRun { DEVICE_STATIC int at(int run) { return (int)((RUNS > 16 && run >= 16 ? HI : LO) >> (4 * (run & 15))) & 15; } };
+template <u64 LO, u64 HI> struct OfRun {
+  DEVICE_STATIC int at(int run) { return (int)((RUNS > 16 && run >= 16 ? HI : LO) >> (4 * (run & 15))) & 15; }
+  BOTH static constexpr int searches() {             // of a trellis of these widths
+    for (int i = 0; i < 64; i += 4)
+      if ((LO >> i & 15) > 4 || (HI >> i & 15) > 4) return 4;
+    return 2;
+  }
+};
 using KeyWidth = OfRun<nibbles(KF.width, NOTHING, 0), nibbles(KF.width, NOTHING, 16)>;
 using KeyPlace = OfRun<nibbles(KF.shift, KF.pos, 0), nibbles(KF.shift, KF.pos, 16)>;
 using KeyPosition = OfRun<nibbles(KF.pos, NOTHING, 0), nibbles(KF.pos, NOTHING, 16)>;
@@ -194,7 +201,7 @@ template <bool TRELLIS> DEVICE u32 in_bin(u32 pair, int run, int width, int plac
   if (!TRELLIS) return bin == b ? pair << place : 0u;
   u32 word = b == run / 16 ? (pair & 0x00010001u) << run % 16 : 0u;
   if (width > 1 && b == low_bin(run)) word |= (pair >> 1 & 0x00010001u) << low_bit(run);
-  if (width > 2 && b == bin) word |= (pair >> 2 & 0x00030003u) << place;
+  if (width > 2 && b == bin) word |= (pair >> 2 & 0x000f000fu) << place;
   return word;
 }
 // Codes of one row into the words of its slot: word t * bins + b holds what bin b has of channels 2 t and 2 t + 1 of the runs. Lane i
@@ -400,9 +407,10 @@ DEVICE void keep_recent(const RowParams& p, const Raw& row, bool values, int b, 
 constexpr int PRODUCT_SMEM = MODE == 2 ? ROW_THREADS / 64 * Z_STRIDE * 4 * (1 + Product<ROW_THREADS>::PARTS) : 0;
 constexpr int WALK_SMEM = KEY_TRELLIS || VALUE_TRELLIS ? ROW_THREADS / 32 * WALK_ROW * 4 : 0;   // where the product was
 constexpr int ROW_SMEM = (PRODUCT_SMEM > WALK_SMEM ? PRODUCT_SMEM : WALK_SMEM) + 16;
+constexpr int KEY_SEARCHES = KeyWidth::searches(), KEY_PARTS = 2 + 2 * KEY_SEARCHES;   // sums that the key's warps make together
 constexpr int SINGLE_ROW_STRIDE = 40, SINGLE_ROW_PART = 4 * SINGLE_ROW_STRIDE;   // sums of one warp; two banks of its columns never meet
-constexpr int SINGLE_ROW_PRODUCT = MODE == 2 ? D + PROJECT_WARPS * SINGLE_ROW_PART + 6 * KEY_WARPS : 4;   // floats
-constexpr int SINGLE_ROW_WALK = SINGLE_ROW_PRODUCT + (KEY_TRELLIS ? 3 * D : 0);    // where the value is searched, behind the key
+constexpr int SINGLE_ROW_PRODUCT = MODE == 2 ? D + PROJECT_WARPS * SINGLE_ROW_PART + KEY_PARTS * KEY_WARPS : 4;   // floats
+constexpr int SINGLE_ROW_WALK = SINGLE_ROW_PRODUCT + (KEY_TRELLIS ? (1 + KEY_SEARCHES) * D : 0);    // where the value is searched, behind the key
 constexpr int SINGLE_ROW_SMEM = (SINGLE_ROW_WALK + (VALUE_TRELLIS ? WALK_ROW : 0)) * 4;
 
 struct Superblock { unsigned char *k_codes, *v_codes, *k_scale, *v_scale; long long unit; };   // unit: of a page's head, in bytes
@@ -579,9 +587,10 @@ template <int N> DEVICE void key_sums(float (&v)[N], float* part, int warp, int 
   }
 }
 
-// A trellis: the code of this lane's channel, and the byte of the row's gain. The searches from both gains run side by side.
+// A trellis: the code of this lane's channel, and the byte of the row's gain. The searches from all gains run side by side.
 DEVICE u32 code_by_walks(u32& code, float y, float sigma, const float* sigmas, float* part, int warp, int lane) {
-  float *weights = part + 6 * KEY_WARPS, every[CH], most = 0;
+  constexpr int N = KEY_SEARCHES;
+  float *weights = part + KEY_PARTS * KEY_WARPS, every[CH], most = 0;
   load_channels(every, sigmas, lane);
 #pragma unroll
   for (int i = 0; i < CH; i++) most = fmaxf(most, fmaxf(every[i], HALF_TINY));
@@ -592,28 +601,30 @@ DEVICE u32 code_by_walks(u32& code, float y, float sigma, const float* sigmas, f
   const float size = whole ? root(seen[0] / (float)D) : 0.0f, share = quotient(sigma, warp_max(most)), weight = mul(share, share);
   const int step = lane >> 1, width = KeyWidth::at(step), at = 8 * step + 2 * warp + (lane & 1);
   y = whole ? y : 0.0f;
-  float v[2], fits[4], error[2];
+  float v[N], fits[2 * N], error[N];
   weights[at] = weight;
 #pragma unroll
-  for (int n = 0; n < 2; n++) weights[(n + 1) * D + at] = v[n] = quotient(y, first_gain(n, size));
+  for (int n = 0; n < N; n++) weights[(n + 1) * D + at] = v[n] = quotient(y, first_gain<N>(n, size));
   sync_warp();                                       // a warp's circles are its own
-  const int start = lane >> 2 & 1, circle = 2 * warp + (lane >> 3 & 1);
+  const int start = (lane >> 2 & 1) + (N == 4 ? lane >> 4 << 1 : 0), circle = 2 * warp + (lane >> 3 & 1);
   const u32 walk = best_walk<KeyWidth>(weights, weights + (start + 1) * D, circle, lane);
-  u32 found[2], gain[2];
+  u32 found[N], gain[N];
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
+  for (int n = 0; n < N; n++) {
     float level;
-    found[n] = walked_code(level, (u32)shfl_int((int)walk, 8 * (lane & 1) + 4 * n), v[n], step, width);
+    found[n] = walked_code(level, (u32)shfl_int((int)walk, 8 * (lane & 1) + 4 * (n & 1) + 16 * (n >> 1)), v[n], step, width);
     const float weighted = mul(weight, level);
     fits[2 * n] = mul(weighted, y);
     fits[2 * n + 1] = mul(weighted, level);
   }
   key_sums(fits, part + 2 * KEY_WARPS, warp, lane);
 #pragma unroll
-  for (int n = 0; n < 2; n++) gain[n] = fitted_gain(error[n], fits[2 * n], fits[2 * n + 1]);
-  const int best = error[1] < error[0] ? 1 : 0;
-  code = best ? found[1] : found[0];
-  return !whole ? 255u : best ? gain[1] : gain[0];
+  for (int n = 0; n < N; n++) gain[n] = fitted_gain(error[n], fits[2 * n], fits[2 * n + 1]);
+#pragma unroll
+  for (int n = 1; n < N; n++)
+    if (error[n] < error[0]) { error[0] = error[n]; found[0] = found[n]; gain[0] = gain[n]; }
+  code = found[0];
+  return whole ? gain[0] : 255u;
 }
 
 // Block KLT: the key by four warps with one channel per lane, 8 (lane / 2) + 2 warp + lane % 2, so that a warp's words are its own.

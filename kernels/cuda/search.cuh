@@ -1,15 +1,15 @@
 // Rows into codes of a trellis: the best circular walks, one of 8 circles from one of 4 first states a lane, and their gain.
 //
-// Formula    kernels/trellis.py; two searches, the better one counts
+// Formula    kernels/trellis.py; two searches, four where a run has more than 4 bits; the best one counts
 // Exact      walks as the definition finds them: products, differences and sums of a walk are rounded in its order; the sums of the
 //            gain and of the error of a search differ in order
 #ifndef KVSINK_SEARCH
 #define KVSINK_SEARCH
 
-struct WalkTable { float level[4][32], edge[4][4][8]; };   // by bits less one: levels; half-way marks between those of a subset
+struct WalkTable { float level[6][128], edge[6][4][32]; };   // by bits less one: levels; half-way marks between those of a subset
 BOTH constexpr WalkTable make_walk_table() {
   WalkTable t = {};
-  for (int w = 1; w <= 4; w++) {
+  for (int w = 1; w <= 6; w++) {
     for (int i = 0; i < 2 << w; i++) t.level[w - 1][i] = walk_level(w, i);
     for (int s = 0; s < 4; s++)
       for (int m = 0; m + 1 < 1 << (w - 1); m++) t.edge[w - 1][s][m] = (t.level[w - 1][4 * m + 4 + s] + t.level[w - 1][4 * m + s]) / 2;
@@ -17,7 +17,7 @@ BOTH constexpr WalkTable make_walk_table() {
   return t;
 }
 TABLE WalkTable WALK_TABLE = make_walk_table();
-TABLE float STARTS[2] = {0.9f, 1.1f};                // gains that are searched with, in units of the row's rms
+TABLE float STARTS[2] = {0.9f, 1.1f}, WIDE_STARTS[4] = {0.8f, 0.95f, 1.1f, 1.3f};   // gains that are searched with, in units of the row's rms
 constexpr int WALK_ROW = 2 * D;                      // floats of shared memory a warp searches in: weights, then the row over its gain
 
 DEVICE u32 gain_byte(float g) {
@@ -28,7 +28,7 @@ DEVICE u32 gain_byte(float g) {
 // The nearest level of a subset, and its place there.
 DEVICE u32 nearest(float& level, float v, int subset, int width) {
   u32 m = 0;
-  for (int k = 0; k + 1 < 1 << (width - 1); k++) m += v > WALK_TABLE.edge[width - 1][subset][k] ? 1u : 0u;
+  for (u32 half = 1u << (width - 1) >> 1; half; half >>= 1) m += v > WALK_TABLE.edge[width - 1][subset][m + half - 1] ? half : 0u;
   level = WALK_TABLE.level[width - 1][4 * m + subset];
   return m;
 }
@@ -94,7 +94,9 @@ DEVICE u32 walked_code(float& level, u32 walk, float v, int step, int width) {
   const u32 u = bit(step), z1 = u ^ bit(step + RUNS - 2), z0 = bit(step + RUNS - 1);
   return 2 * nearest(level, v, 2 * z1 + z0, width) + u;
 }
-DEVICE float first_gain(int n, float size) { return fmaxf(gain_of(gain_byte(mul(STARTS[n], size))), gain_of(1)); }
+template <int SEARCHES> DEVICE float first_gain(int n, float size) {
+  return fmaxf(gain_of(gain_byte(mul(SEARCHES == 2 ? STARTS[n & 1] : WIDE_STARTS[n], size))), gain_of(1));
+}
 // The byte of the gain that fits levels best, and the error it leaves but for what no gain changes.
 DEVICE u32 fitted_gain(float& error, float dot, float square) {
   const u32 byte = gain_byte(quotient(dot, square));
@@ -129,8 +131,8 @@ template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[
   u32 gain = 0;
   float least = 0;
 #pragma unroll 1                                       // small code
-  for (int n = 0; n < 2; n++) {
-    const float start = first_gain(n, size);
+  for (int n = 0; n < Width::searches(); n++) {
+    const float start = first_gain<Width::searches()>(n, size);
     float v[CH], under[CH], dot = 0, own = 0, error;
     u32 found[CH];
 #pragma unroll

@@ -2,7 +2,7 @@
 //
 // Formula    index = 4 m + 2 (u_t ^ u_(t-2)) + u_(t-1); a lane holds the whole of its circles, so shifts of a word give u_(t-1), u_(t-2)
 //            1 and 2 bits: level = fp16 of a table of 8 bytes and 8 bytes, two registers each, from which `prmt` takes four codes at a time
-//            3 and 4 bits: level / a = j (1 + c/a j^2) in fp16; a is folded into the query (keys) or into the final scaling (values)
+//            3 to 6 bits: level / a = j (1 + c/a j^2) in fp16; a is folded into the query (keys) or into the final scaling (values)
 // Words      a pair of rows or slots x 8 runs is a byte of indices: byte c + 2 B is circle c (half of a word), runs 8 B … 8 B + 7;
 //            at 64 channels B is the row. Nibble k of it, in word j, is run 8 B + 4 k + j; of 80 and 96 channels the last are unused
 // Cost       about 23 operations for the indices of 32 codes and one for every level of 1 and 2 bits
@@ -10,9 +10,9 @@
 #define KVSINK_TRELLIS
 
 #ifndef CUBIC
-#define CUBIC 0.5585, 0.1007, 0.3288, 0.01564, 0.1674, 0.002607, 0.0840, 0.0003961   // a and c of 1 to 4 bits
+#define CUBIC 0.5585, 0.1007, 0.3288, 0.01564, 0.1674, 0.002607, 0.0840, 0.0003961, 0.0430, 5.63e-5, 0.0220, 7.99e-6   // a and c of 1 to 6 bits
 #endif
-TABLE double WALK_CUBIC[8] = {CUBIC};
+TABLE double WALK_CUBIC[12] = {CUBIC};
 BOTH constexpr float walk_level(int width, int index) {
   const double a = WALK_CUBIC[2 * width - 2], c = WALK_CUBIC[2 * width - 1], j = index - 0.5 * ((2 << width) - 1);
   return (float)(a * j + c * (j * j * j));
@@ -110,12 +110,13 @@ template <bool VALUES> DEVICE void indices(Indices& x, const u32 (&w)[Walked<VAL
   }
 }
 
-// Level / a of 3 and 4 bits: `three` holds the lowest bits of the index at bits 4 K of its bytes, `rest` the bits beyond them.
+// Level / a of 3 to 6 bits: `three` holds the lowest bits of the index at bits 4 K of its bytes, `rest` the bits beyond them. The
+// index stands at bit `at` of the 10 of a float16's fraction, which seven bits overrun at 4.
 template <bool VALUES, int RUN, int K> DEVICE u32 curved(u32 three, u32 rest) {
-  constexpr int width = Walked<VALUES>::width(RUN), at = K ? 4 : 1, pos = Walked<VALUES>::pos(RUN), to = at + 3;
+  constexpr int width = Walked<VALUES>::width(RUN), at = K == 0 ? 1 : width < 6 ? 4 : 3, pos = Walked<VALUES>::pos(RUN), to = at + 3;
   constexpr u32 low = 7u << at, high = ((1u << (width - 2)) - 1u) << to;
   const u32 bytes = pick_bytes(three, 0u, 0x4140), b = pos > to ? rest >> (pos > to ? pos - to : 0) : rest << (pos > to ? 0 : to - pos);
-  const u32 index = ((K ? bytes : bytes << 1) & (low | low << 16)) | (b & (high | high << 16)) | 0x64006400u;   // 1024 + index 2^at
+  const u32 index = ((at == 4 ? bytes : at == 3 ? bytes >> 1 : bytes << 1) & (low | low << 16)) | (b & (high | high << 16)) | 0x64006400u;   // 1024 + index 2^at
   constexpr u32 unit = twice(1.0 / (1 << at)), off = twice(-(1024.0 / (1 << at) + 0.5 * ((2 << width) - 1)));
   constexpr u32 bend = twice(WALK_CUBIC[2 * width - 1] / WALK_CUBIC[2 * width - 2]), one = twice(1.0);
   const u32 j = hfma2(index, unit, off);

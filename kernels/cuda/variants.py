@@ -181,7 +181,7 @@ class Variant:
             "VW": ", ".join(map(str, self.value_widths)),
             "KEY_TRELLIS": str(int(self.key_trellis)),
             "VALUE_TRELLIS": str(int(self.value_trellis)),
-            "CUBIC": ", ".join(f"{x}" for w in TRELLIS_WIDTHS[:4] for x in CUBIC[w]),
+            "CUBIC": ", ".join(f"{x}" for w in TRELLIS_WIDTHS for x in CUBIC[w]),
             "HEADS_PER_KV": str(self.repeats),
             "HEAD_DIM": str(self.dim),
             "ROTARY": str(self.rotary),

@@ -40,6 +40,7 @@ CODECS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("centred:even", {"key_bits": 1, "value_bits": 1, "protect": "first:3"}),
     ("rtn", {"key_bits": 2, "value_bits": 2, "protect": "first:2"}),
     ("klt", {"key_bits": 2, "value_bits": 2}),
+    ("klt", {"key_bits": 4, "value_bits": 4}),  # runs of 2 to 6 bits
 )
 
 
@@ -362,8 +363,9 @@ def test_rows_of_any_size_are_coded_one_by_one_as_by_the_definition(index: int) 
 
 
 @pytest.mark.parametrize("single_rows", [0, 1])
-def test_a_row_of_a_trellis_that_is_not_finite_reads_as_not_a_number(single_rows: int) -> None:
-    mine, wanted = layer_of(6, 1), layer_of(6, 1)
+@pytest.mark.parametrize("index", [6, 7])
+def test_a_row_of_a_trellis_that_is_not_finite_reads_as_not_a_number(index: int, single_rows: int) -> None:
+    mine, wanted = layer_of(index, 1), layer_of(index, 1)
     k, v = rows(1, 3, 1, dtype=torch.float16), rows(1, 3, 2, dtype=torch.float16)
     k[0, 1, 1, 7], v[0, 0, 2, 9], v[0, 1, 0] = float("inf"), float("nan"), 0.0
     mean = dict(zip(mine.codec.param_names(), mine.params, strict=True))["v_mean"]
@@ -429,6 +431,8 @@ CASES = [
     (6, 2, 300, "padding", 3),
     (6, 1, 383, None, 4),
     (6, 1, 511, "random", 9),
+    (7, 2, 300, "padding", 3),
+    (7, 1, 383, None, 4),
 ]
 
 
@@ -618,6 +622,7 @@ def test_joined_rows_move_by_whole_tiles(index: int) -> None:
         (3, 9, 128, 1, 0.0),
         (4, 2, 0, 2, 9.0),
         (6, 3, 255, 2, 9.0),
+        (7, 3, 255, 2, 9.0),
     ],
 )
 def test_a_step_stores_the_new_row_and_attends_in_one_launch(index: int, batch: int, length: int, blocks: int, best: float) -> None:
