@@ -4,7 +4,7 @@
 // Formula    kernels/layout.py (transform, layout), kernels/quantize.py (codes and scales); sums in float32
 // Layout     as attend.cuh, in whose translation unit this file stands: KW, VW and MODE are shared
 // Shapes     half the warps of a block take the keys of one (row, KV head) each, the other half the values;
-//            append_row: KEY_WARPS warps the key, one the value, the others the product with the basis (128 channels then)
+//            append_row: KEY_WARPS warps the key, one the value, the others the product with the basis
 // Exact      every product, difference and quotient is rounded on its own, as the plain operators do; only sums differ in order
 #ifndef KVSINK_ROWS
 #define KVSINK_ROWS
@@ -15,9 +15,9 @@
 constexpr int ROW_THREADS = 512, SEGMENTS = 4, Z_STRIDE = D + 4;
 TABLE float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1], 1.0f / STEPS[2], 1.0f / STEPS[3]};
 #ifndef SINGLE_ROW_FIRST
-#define SINGLE_ROW_FIRST 4  // of a warp's 8 rows of the basis, those asked for before what depends on the length
+#define SINGLE_ROW_FIRST 4  // of a warp's rows of the basis, those asked for before what depends on the length
 #endif
-constexpr bool SINGLE_ROW = (MODE != 2 || (D == 128 && !KF.half && (ROTARY == D || ROTARY == 0)));           // whether append_row serves
+constexpr bool SINGLE_ROW = MODE != 2 || D <= 128 || ROTARY == D || ROTARY <= 128;           // whether append_row serves
 constexpr int KEY_WARPS = MODE == 2 ? 4 : 1, PROJECT_WARPS = MODE == 2 ? 16 : 0, SINGLE_ROW_THREADS = 32 * (KEY_WARPS + 1 + PROJECT_WARPS);
 
 struct RowParams {
@@ -226,21 +226,26 @@ DEVICE int word_place(int slot, int word, int lane, int words) {
   const int q = slot & 127, sub_tile = (q & 63) / 16 * 2 + q / 64, wide = words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1;
   return sub_tile * 128 * words + word / wide * 128 * wide + lane * 4 * wide + word % wide * 4;
 }
+// Word b of a slot's key: channels 2 t and 2 t + 1 of the runs.
+DEVICE void store_key_word(unsigned char* tile, u32 word, int slot, int b, int t) {
+  constexpr int full = KF.bins - KF.half;
+  const int r = slot & 15;
+  unsigned char* at = tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, (r >> 1) * 4 + t, K_WORDS);
+  if (b < full) {
+    *(u32*)at = word;
+  } else {                                         // the low bytes of its halves, beside those of the next slot
+    at[r & 1] = (unsigned char)word;
+    at[(r & 1) + 2] = (unsigned char)(word >> 16);
+  }
+}
 DEVICE void store_key_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
-  constexpr int bins = KF.bins, full = bins - KF.half;
-  const int run = CH * lane >> 3, r = slot & 15;
+  constexpr int bins = KF.bins;
+  const int run = CH * lane >> 3;
   const Words<bins> words = gather_words<bins, KEY_TRELLIS>(c, KeyWidth::at(run), KeyPlace::at(run), KeyBin::at(run), lane);
 #pragma unroll
   for (int i = 0; i < (4 * bins + 31) / 32; i++) {
     const int t = (lane + 32 * i) / bins, b = (lane + 32 * i) % bins;
-    if (t >= 4) continue;
-    unsigned char* at = tile + word_place(slot, b < full ? (r & 1) * full + b : 2 * full, (r >> 1) * 4 + t, K_WORDS);
-    if (b < full) {
-      *(u32*)at = words.w[i];
-    } else {                                       // the low bytes of its halves, beside those of the next slot
-      at[r & 1] = (unsigned char)words.w[i];
-      at[(r & 1) + 2] = (unsigned char)(words.w[i] >> 16);
-    }
+    if (t < 4) store_key_word(tile, words.w[i], slot, b, t);
   }
 }
 DEVICE void store_value_words(unsigned char* tile, const u32 (&c)[CH], int slot, int lane) {
@@ -408,7 +413,8 @@ constexpr int PRODUCT_SMEM = MODE == 2 ? ROW_THREADS / 64 * Z_STRIDE * 4 * (1 + 
 constexpr int WALK_SMEM = KEY_TRELLIS || VALUE_TRELLIS ? ROW_THREADS / 32 * WALK_ROW * 4 : 0;   // where the product was
 constexpr int ROW_SMEM = (PRODUCT_SMEM > WALK_SMEM ? PRODUCT_SMEM : WALK_SMEM) + 16;
 constexpr int KEY_SEARCHES = KeyWidth::searches(), KEY_PARTS = 2 + 2 * KEY_SEARCHES;   // sums that the key's warps make together
-constexpr int SINGLE_ROW_STRIDE = 40, SINGLE_ROW_PART = 4 * SINGLE_ROW_STRIDE;   // sums of one warp; two banks of its columns never meet
+constexpr int KEY_CH = D > 128 ? 2 : 1;              // channels that a lane of the key's warps has, 128 apart
+constexpr int SINGLE_ROW_STRIDE = 40, SINGLE_ROW_PART = 4 * KEY_CH * SINGLE_ROW_STRIDE;   // sums of one warp; two banks of its columns never meet
 constexpr int SINGLE_ROW_PRODUCT = MODE == 2 ? D + PROJECT_WARPS * SINGLE_ROW_PART + KEY_PARTS * KEY_WARPS : 4;   // floats
 constexpr int SINGLE_ROW_WALK = SINGLE_ROW_PRODUCT + (KEY_TRELLIS ? (1 + KEY_SEARCHES) * D : 0);    // where the value is searched, behind the key
 constexpr int SINGLE_ROW_SMEM = (SINGLE_ROW_WALK + (VALUE_TRELLIS ? WALK_ROW : 0)) * 4;
@@ -587,141 +593,232 @@ template <int N> DEVICE void key_sums(float (&v)[N], float* part, int warp, int 
   }
 }
 
-// A trellis: the code of this lane's channel, and the byte of the row's gain. The searches from all gains run side by side.
-DEVICE u32 code_by_walks(u32& code, float y, float sigma, const float* sigmas, float* part, int warp, int lane) {
+// Lanes of the key's warps that have channels, and the first of them: 8 (lane / 2) + 2 warp + lane % 2.
+DEVICE bool key_holds(int lane) { return D >= 128 || lane < D / 4; }
+DEVICE int key_run(int lane, int n) { return 16 * n + (key_holds(lane) ? lane >> 1 : 0); }
+DEVICE int key_channel(int warp, int lane, int n) { return 8 * key_run(lane, n) + 2 * warp + (lane & 1); }
+
+// A trellis: the codes of this lane's channels, and the byte of the row's gain. The searches from all gains run side by side.
+DEVICE u32 code_by_walks(u32 (&code)[KEY_CH], float (&y)[KEY_CH], const float (&sigma)[KEY_CH], const float* sigmas, float* part, int warp, int lane) {
   constexpr int N = KEY_SEARCHES;
   float *weights = part + KEY_PARTS * KEY_WARPS, every[CH], most = 0;
   load_channels(every, sigmas, lane);
 #pragma unroll
   for (int i = 0; i < CH; i++) most = fmaxf(most, fmaxf(every[i], HALF_TINY));
-  const bool finite = sub(y, y) == 0.0f;
-  float seen[2] = {finite ? y * y : 0.0f, finite ? 0.0f : 1.0f};
+  float seen[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < KEY_CH; i++) {
+    const bool finite = sub(y[i], y[i]) == 0.0f;
+    seen[0] += finite ? y[i] * y[i] : 0.0f;
+    seen[1] += finite ? 0.0f : 1.0f;
+  }
   key_sums(seen, part, warp, lane);
   const bool whole = seen[1] == 0.0f;
-  const float size = whole ? root(seen[0] / (float)D) : 0.0f, share = quotient(sigma, warp_max(most)), weight = mul(share, share);
-  const int step = lane >> 1, width = KeyWidth::at(step), at = 8 * step + 2 * warp + (lane & 1);
-  y = whole ? y : 0.0f;
-  float v[N], fits[2 * N], error[N];
-  weights[at] = weight;
+  const float size = whole ? root(seen[0] / (float)D) : 0.0f, top = warp_max(most);
+  float weight[KEY_CH], v[N][KEY_CH], fits[2 * N] = {}, error[N];
 #pragma unroll
-  for (int n = 0; n < N; n++) weights[(n + 1) * D + at] = v[n] = quotient(y, first_gain<N>(n, size));
+  for (int i = 0; i < KEY_CH; i++) {
+    const int at = key_channel(warp, lane, i);
+    const float share = quotient(sigma[i], top);
+    y[i] = whole ? y[i] : 0.0f;
+    weight[i] = key_holds(lane) ? mul(share, share) : 0.0f;
+    if (key_holds(lane)) weights[at] = weight[i];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      v[n][i] = quotient(y[i], first_gain<N>(n, size));
+      if (key_holds(lane)) weights[(n + 1) * D + at] = v[n][i];
+    }
+  }
   sync_warp();                                       // a warp's circles are its own
   const int start = (lane >> 2 & 1) + (N == 4 ? lane >> 4 << 1 : 0), circle = 2 * warp + (lane >> 3 & 1);
   const u32 walk = best_walk<KeyWidth>(weights, weights + (start + 1) * D, circle, lane);
-  u32 found[N], gain[N];
+  u32 found[N][KEY_CH], gain[N];
 #pragma unroll
   for (int n = 0; n < N; n++) {
-    float level;
-    found[n] = walked_code(level, (u32)shfl_int((int)walk, 8 * (lane & 1) + 4 * (n & 1) + 16 * (n >> 1)), v[n], step, width);
-    const float weighted = mul(weight, level);
-    fits[2 * n] = mul(weighted, y);
-    fits[2 * n + 1] = mul(weighted, level);
+    const u32 mine = (u32)shfl_int((int)walk, 8 * (lane & 1) + 4 * (n & 1) + 16 * (n >> 1));
+#pragma unroll
+    for (int i = 0; i < KEY_CH; i++) {
+      float level;
+      found[n][i] = walked_code(level, mine, v[n][i], key_run(lane, i), KeyWidth::at(key_run(lane, i)));
+      const float weighted = mul(weight[i], level);
+      fits[2 * n] += mul(weighted, y[i]);
+      fits[2 * n + 1] += mul(weighted, level);
+    }
   }
   key_sums(fits, part + 2 * KEY_WARPS, warp, lane);
 #pragma unroll
   for (int n = 0; n < N; n++) gain[n] = fitted_gain(error[n], fits[2 * n], fits[2 * n + 1]);
+  int best = 0;
 #pragma unroll
   for (int n = 1; n < N; n++)
-    if (error[n] < error[0]) { error[0] = error[n]; found[0] = found[n]; gain[0] = gain[n]; }
-  code = found[0];
+    if (error[n] < error[0]) { error[0] = error[n]; gain[0] = gain[n]; best = n; }
+#pragma unroll
+  for (int i = 0; i < KEY_CH; i++) {
+    code[i] = 0;
+#pragma unroll
+    for (int n = 0; n < N; n++) code[i] = key_holds(lane) && n == best ? found[n][i] : code[i];
+  }
   return whole ? gain[0] : 255u;
 }
 
-// Block KLT: the key by four warps with one channel per lane, 8 (lane / 2) + 2 warp + lane % 2, so that a warp's words are its own.
-DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live, float* xs, float* sums, int warp, int lane) {
-  constexpr int BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS), BINS = KF.bins;
-  const int c = 8 * (lane >> 1) + 2 * warp + (lane & 1), width = KeyWidth::at(lane >> 1);
-  const u32 bits = ((const unsigned short*)p.k)[b * p.k_stride[0] + head * p.k_stride[1] + c];
-  const float sigma = fmaxf(p.sigma[head * D + c], HALF_TINY);
-  const bool rotates = p.start_cos != 0;
-  float ac = 1, as = 0, sc = 1, ss = 0, mean = 0;
-  if (rotates) {
-    ac = p.origin_cos ? p.origin_cos[b * D + c] : 1;
-    as = p.origin_sin ? p.origin_sin[b * D + c] : 0;
+// Rotations of this lane's channels: by the block's start, to be taken back, and by the row's origin.
+struct KeyAngles { float cos[2][KEY_CH], sin[2][KEY_CH]; };
+constexpr bool OWN_PARTNER = KEY_CH == 2 && ROTARY == D;   // the other channel of a rotation is the lane's other one
+constexpr int TURN_LANES = ROTARY / 8;               // or stands so many lanes on
+DEVICE void ask_angles(KeyAngles& a, const RowParams& p, int b, int slot, bool live, int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < KEY_CH; i++) {
+    const int c = key_channel(warp, lane, i);
+    const bool turned = c < ROTARY;
+    a.cos[0][i] = turned && live ? p.start_cos[(long long)(slot / 64) * ROTARY + c] : 1;
+    a.sin[0][i] = turned && live ? p.start_sin[(long long)(slot / 64) * ROTARY + c] : 0;
+    a.cos[1][i] = turned && p.origin_cos ? p.origin_cos[b * ROTARY + c] : 1;
+    a.sin[1][i] = turned && p.origin_sin ? p.origin_sin[b * ROTARY + c] : 0;
   }
-  if (live) {
-    mean = p.table[((long long)head * 64 + (slot & 63)) * D + c];
-    if (rotates) {
-      sc = p.start_cos[(long long)(slot / 64) * D + c];
-      ss = p.start_sin[(long long)(slot / 64) * D + c];
+}
+DEVICE void turn_key(float (&x)[KEY_CH], const KeyAngles& a, int lane) {
+  const bool first = lane < TURN_LANES, turned = lane < 2 * TURN_LANES;
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    float other[KEY_CH];
+#pragma unroll
+    for (int i = 0; i < KEY_CH; i++)
+      other[i] = OWN_PARTNER ? (i ? x[0] : -x[KEY_CH - 1]) : (first ? -1.0f : 1.0f) * shfl_float(x[i], (first ? lane + TURN_LANES : lane - TURN_LANES) & 31);
+#pragma unroll
+    for (int i = 0; i < KEY_CH; i++) {
+      float c = a.cos[n][i], s = a.sin[n][i];
+      if (n == 0) {
+        const float norm = fmaxf(add(mul(c, c), mul(s, s)), 1e-12f);
+        c = quotient(c, norm);
+        s = quotient(-s, norm);
+      }
+      if (OWN_PARTNER || (i == 0 && turned)) x[i] = add(mul(x[i], c), mul(other[i], s));
     }
   }
-  arrive_part<3, BOTH_SIDES>();                      // all of this is asked for: the rest of the basis may follow
-  float x = p.bf16 ? bits_float(bits << 16) : half_lo(bits);
-  if (rotates) {
-    const float norm = fmaxf(add(mul(sc, sc), mul(ss, ss)), 1e-12f), side = lane < 16 ? -1.0f : 1.0f;
-    sc = quotient(sc, norm);
-    ss = quotient(-ss, norm);
-    x = add(mul(x, sc), mul(side * shfl_xor(x, 16), ss));
-    x = add(mul(x, ac), mul(side * shfl_xor(x, 16), as));
-  }
-  xs[c] = sub(x, mean);
-  sync_part<1, BOTH_SIDES>();
-  sync_part<1, BOTH_SIDES>();
-  float some[4] = {0, 0, 0, 0};
+}
+
+// Block KLT: the key by four warps, whose lanes have the channels of `key_channel`, so that a warp's words are its own.
+DEVICE void append_key(const RowParams& p, int head, int b, int slot, bool live, float* xs, float* sums, int warp, int lane) {
+  constexpr int BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS);
+  const bool rotates = p.start_cos != 0, holds_any = key_holds(lane);
+  u32 bits[KEY_CH];
+  float x[KEY_CH], sigma[KEY_CH], mean[KEY_CH] = {};
 #pragma unroll
-  for (int part = 0; part < PROJECT_WARPS; part++) some[part & 3] += sums[part * SINGLE_ROW_PART + warp * SINGLE_ROW_STRIDE + lane];
+  for (int i = 0; i < KEY_CH; i++) {
+    const int c = key_channel(warp, lane, i);
+    bits[i] = ((const unsigned short*)p.k)[b * p.k_stride[0] + head * p.k_stride[1] + c];
+    sigma[i] = fmaxf(p.sigma[head * D + c], HALF_TINY);
+    if (live) mean[i] = p.table[((long long)head * 64 + (slot & 63)) * D + c];
+  }
+  KeyAngles angles = {};
+  if (rotates) ask_angles(angles, p, b, slot, live, warp, lane);
+  arrive_part<3, BOTH_SIDES>();                      // all of this is asked for: the rest of the basis may follow
+#pragma unroll
+  for (int i = 0; i < KEY_CH; i++) x[i] = p.bf16 ? bits_float(bits[i] << 16) : half_lo(bits[i]);
+  if (rotates) turn_key(x, angles, lane);
+#pragma unroll
+  for (int i = 0; i < KEY_CH; i++)
+    if (holds_any) xs[key_channel(warp, lane, i)] = sub(x[i], mean[i]);
+  sync_part<1, BOTH_SIDES>();
+  sync_part<1, BOTH_SIDES>();
+  float some[4][KEY_CH] = {}, y[KEY_CH];
+#pragma unroll
+  for (int part = 0; part < PROJECT_WARPS; part++)
+#pragma unroll
+    for (int i = 0; i < KEY_CH; i++)
+      some[part & 3][i] += holds_any ? sums[part * SINGLE_ROW_PART + (warp + 4 * i) * SINGLE_ROW_STRIDE + lane] : 0.0f;
   if (!live) return;
-  x = some[0] + some[1] + (some[2] + some[3]);
   float* over = sums + PROJECT_WARPS * SINGLE_ROW_PART;
   const Superblock superblock = superblock_of(p, b, head, slot);
-  const float y = quotient(x, sigma);
-  u32 code = 0;
+#pragma unroll
+  for (int i = 0; i < KEY_CH; i++) {
+    x[i] = some[0][i] + some[1][i] + (some[2][i] + some[3][i]);
+    y[i] = quotient(x[i], sigma[i]);
+  }
+  u32 code[KEY_CH] = {};
   if constexpr (KEY_TRELLIS) {
     const u32 gain = code_by_walks(code, y, sigma, p.sigma + head * D, over, warp, lane);
     if (warp == 0 && lane == 0) superblock.k_codes[K_BYTES + slot % 128] = (unsigned char)gain;
   } else {
-    float square[1] = {y * y};
+    float square[1] = {0};
+#pragma unroll
+    for (int i = 0; i < KEY_CH; i++) square[0] += y[i] * y[i];
     key_sums(square, over, warp, lane);
     float gain = root(square[0] / (float)D);
 #pragma unroll 1                                       // small code: fetching instructions takes longer than the branch
     for (int n = 0; n < 2; n++) {
-      code = even_code(quotient(y, fmaxf(gain, HALF_TINY)), width);
-      const float level = mul(even_level(code, width), sigma);
-      float fitted[2] = {x * level, level * level};
+      float fitted[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < KEY_CH; i++) {
+        const int width = KeyWidth::at(key_run(lane, i));
+        code[i] = even_code(quotient(y[i], fmaxf(gain, HALF_TINY)), width);
+        const float level = holds_any ? mul(even_level(code[i], width), sigma[i]) : 0.0f;
+        fitted[0] += x[i] * level;
+        fitted[1] += level * level;
+      }
       over += KEY_WARPS * (n + 1);
       key_sums(fitted, over, warp, lane);
       gain = through_half(quotient(fitted[0], fmaxf(fitted[1], 1e-30f)));
     }
     if (warp == 0 && lane == 0) ((unsigned short*)superblock.k_scale)[slot % 128] = (unsigned short)pack_half2(gain, 0.0f);
   }
-  const int run = lane >> 1, r = slot & 15;
+  constexpr int bins = KF.bins;
   u32 mine = 0;
 #pragma unroll
-  for (int i = 0; i < BINS; i++) {
-    const u32 word = or_in_warp(in_bin<KEY_TRELLIS>(code, run, width, KeyPlace::at(run), KeyBin::at(run), i) << 16 * (lane & 1));
-    if (lane == i) mine = word;
+  for (int b = 0; b < bins; b++) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < KEY_CH; i++) {
+      const int run = key_run(lane, i);
+      word |= holds_any ? in_bin<KEY_TRELLIS>(code[i], run, KeyWidth::at(run), KeyPlace::at(run), KeyBin::at(run), b) << 16 * (lane & 1) : 0u;
+    }
+    word = or_in_warp(word);
+    if (lane == b) mine = word;
   }
-  unsigned char* tile = superblock.k_codes;
-  if (lane < BINS) *(u32*)(tile + word_place(slot, (r & 1) * BINS + lane, (r >> 1) * 4 + warp, K_WORDS)) = mine;
+  if (lane < bins) store_key_word(superblock.k_codes, mine, slot, lane, warp);
 }
 
-// Its product with the basis: rows 8 i … 8 i + 7 by warp i, four columns per lane, into the order of `append_key`.
+// Its product with the basis: D / 16 rows by every warp, four neighbouring columns per lane, into the order of `append_key`.
 DEVICE void project_single_row(const float* matrix, const float* xs, float* sums, int warp, int lane) {
   constexpr int EACH = PROJECT_WARPS ? D / PROJECT_WARPS : 1, BOTH_SIDES = 32 * (KEY_WARPS + PROJECT_WARPS);
-  const int from = warp * EACH;
-  float u[EACH][4], acc[4] = {0, 0, 0, 0};
+  constexpr int AHEAD = EACH < 8 ? EACH : 8 / KEY_CH;   // rows that are on their way at a time
+  const int from = warp * EACH, column = key_holds(lane) ? 4 * lane : 0;
+  float u[AHEAD][4 * KEY_CH], acc[4 * KEY_CH] = {};
+  const auto ask = [&](int i, int row) {
 #pragma unroll
-  for (int i = 0; i < EACH; i++) {
+    for (int n = 0; n < KEY_CH; n++) {
+      float four[4];
+      load_floats(four, matrix + (from + row) * D + 128 * n + column);
+#pragma unroll
+      for (int j = 0; j < 4; j++) u[i][4 * n + j] = four[j];
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) {
     if (i == SINGLE_ROW_FIRST) sync_part<3, BOTH_SIDES>();
-    load_floats(u[i], matrix + (from + i) * D + 4 * lane);
+    ask(i, i);
   }
-  if (SINGLE_ROW_FIRST >= EACH) sync_part<3, BOTH_SIDES>();
+  if (SINGLE_ROW_FIRST >= AHEAD) sync_part<3, BOTH_SIDES>();
   sync_part<1, BOTH_SIDES>();
 #pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    const float at = xs[from + i];
+  for (int row = 0; row < EACH; row++) {
+    const float at = xs[from + row];
 #pragma unroll
-    for (int j = 0; j < 4; j++) acc[j] += at * u[i][j];
+    for (int j = 0; j < 4 * KEY_CH; j++) acc[j] += at * u[row % AHEAD][j];
+    if (row + AHEAD < EACH) ask(row % AHEAD, row + AHEAD);
   }
-  float2* to = (float2*)(sums + warp * SINGLE_ROW_PART + 2 * (lane & 1) * SINGLE_ROW_STRIDE + 2 * (lane >> 1));
-  to[0] = float2{acc[0], acc[1]};
-  to[SINGLE_ROW_STRIDE / 2] = float2{acc[2], acc[3]};
+#pragma unroll
+  for (int n = 0; n < KEY_CH; n++) {
+    float2* to = (float2*)(sums + warp * SINGLE_ROW_PART + (4 * n + 2 * (lane & 1)) * SINGLE_ROW_STRIDE + 2 * (lane >> 1));
+    if (!key_holds(lane)) break;
+    to[0] = float2{acc[4 * n], acc[4 * n + 1]};
+    to[SINGLE_ROW_STRIDE / 2] = float2{acc[4 * n + 2], acc[4 * n + 3]};
+  }
   sync_part<1, BOTH_SIDES>();
 }
 
 // The only new row of sequence CTA_Y, head CTA_X, by one block. Latency is all: what depends on nothing is asked for first, then
-// what depends on the length; the basis, 64 KB, is on its way while the key is rotated.
+// what depends on the length; the basis is on its way while the key is rotated.
 DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
   const int lane = TID & 31, warp = TID >> 5, head = CTA_X, b = CTA_Y;
   if constexpr (MODE == 2) {

@@ -138,7 +138,7 @@ class Variant:
     @property
     def single_row(self) -> bool:
         """Whether `append_row` codes a new row by a block of its own."""
-        return self.mode != 2 or (self.dim == 128 and self._tile_bytes[0] % 16 == 0 and self.rotary in (0, 128))
+        return self.mode != 2 or self.dim <= 128 or self.rotary == self.dim or self.rotary <= 128
 
     @property
     def _tile_bytes(self) -> tuple[int, int]:

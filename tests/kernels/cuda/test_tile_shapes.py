@@ -184,10 +184,10 @@ def defined(layer: KVSinkLayer, length: int, given: tuple[Tensor, ...], mask: Te
     return attend_ref(q, k, v, layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
 
 
-def kernels(layer: KVSinkLayer, index: int, blocks: int) -> Emulated:
+def kernels(layer: KVSinkLayer, index: int, blocks: int, single_rows: int = 0) -> Emulated:
     kind = KINDS[index]
     variant = launch.variant_of(layer.codec, kind.repeats, layer.codec.rotary(layer.params))
-    return Emulated(variant, blocks, card=kind.card)
+    return Emulated(variant, blocks, single_rows=single_rows, card=kind.card)
 
 
 @pytest.mark.parametrize("index", EVERY)
@@ -231,8 +231,10 @@ def test_long_rows_equal_the_definition(index: int, length: int) -> None:
 
 
 @pytest.mark.parametrize("index", EVERY)
-@pytest.mark.parametrize(("batch", "length", "new"), [(2, 130, 1), (1, 127, 1), (2, 40, 9)])
-def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: int, length: int, new: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "length", "new", "single_rows"), [(2, 130, 1, 0), (1, 127, 1, 0), (2, 130, 1, 2), (1, 127, 1, 1), (2, 40, 9, 2)]
+)
+def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: int, length: int, new: int, single_rows: int) -> None:
     kind, layer, other = KINDS[index], layer_of(index, batch), layer_of(index, batch)
     shift = torch.arange(batch)[:, None] * 5
     for x in (layer, other):
@@ -245,7 +247,7 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: in
     for name, t in halves.items():
         setattr(other, name, t)
     given = k.half(), v.half(), positions, none, none, scores, other.state(), other.params, other.codec, True
-    launch.append(coding(*given), kernels(other, index, 2))
+    launch.append(coding(*given), kernels(other, index, 2, single_rows))
     for name, mine in other.codec.named(other.state()).items():
         wanted = getattr(layer.shared if name in SHARED_NAMES else layer, name)
         sums = {"klt:even": "k", "klt": "kv"}.get(kind.method, "kv" if kind.dim in (80, 96) else "")
