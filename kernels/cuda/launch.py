@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from .. import layout
 from ..append import keep_exact
 from ..attend import attend_plain
-from ..backends import Call
+from ..backends import Call, LayerFormat
 from ..prefill import attend_chunk
 from ..read import put_rows
 from ..stages import back_table, rope_rows
@@ -102,12 +103,16 @@ class Library(Protocol):
 
 def variant_of(codec: Any, repeats: int, rotary: int | None = None) -> variants.Variant:
     """What the kernels must be compiled for, by a codec or a format; rotary: channels that carry RoPE, None for all of a head."""
-    k = codec.key
-    mode = 2 if k.transform == "klt" else 1 if k.center else 0
-    rotated = 8 * len(k.widths) if rotary is None or not mode else rotary
-    many = codec.window > 0 or sum(codec.segments) > variants.FEW
-    walks = (side.kind == "trellis" for side in (k, codec.value))
-    return variants.Variant(mode, tuple(k.widths), tuple(codec.value.widths), repeats, rotated, many, *walks)
+    return _variant(codec if isinstance(codec, LayerFormat) else codec.format, repeats, rotary)
+
+
+@cache
+def _variant(f: LayerFormat, repeats: int, rotary: int | None) -> variants.Variant:
+    mode = 2 if f.key.transform == "klt" else 1 if f.key.center else 0
+    rotated = 8 * len(f.key.widths) if rotary is None or not mode else rotary
+    many = f.window > 0 or f.exact > variants.FEW
+    walks = (side.kind == "trellis" for side in (f.key, f.value))
+    return variants.Variant(mode, f.key.widths, f.value.widths, repeats, rotated, many, *walks)
 
 
 def _rotates(side: Any) -> int:
