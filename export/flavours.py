@@ -14,7 +14,7 @@ from typing import Any
 
 from kvsink.cache.sliding import WINDOWED
 from kvsink.codecs import Codec
-from kvsink.codecs.protect import Segment, anchors_for_layer, parse_policies
+from kvsink.codecs.protect import MOST, Segment, anchors_for_layer, parse_policies
 from kvsink.errors import KvsinkError
 from kvsink.export.bodies import QUANTIZER_BODIES
 from kvsink.export.errors import ExportError
@@ -229,7 +229,7 @@ def method_refusal(name: str, flavour: str = "functions") -> str:
     m = get_method(name)
     key, value = (m.side(which, bits).resolved(_HEADS, _DIM) for which, bits in (("key", m.key_bits), ("value", m.value_bits)))
     policies = parse_policies(m.protect)
-    segments = tuple(Segment(p.kind, p.count) for p in policies if p.anchors is None)
+    segments = tuple(Segment(p.kind, p.count or MOST) for p in policies if p.anchors is None)
     return refusal(flavour, Codec(key, value, window=m.window, anchors=anchors_for_layer(policies)), segments)
 
 

@@ -23,7 +23,9 @@ from kvsink.tools.cli import command_line, wide_console
     "--plan", default="uniform", show_default=True, help="uniform, or auto: measured widths for every layer within --bits."
 )
 @click.option("--bits", type=float, metavar="B", help="Counted bits per element of --plan auto. [default: those of uniform]")
-@click.option("--protect", metavar="RULE", help="Rows kept exact: none, first:N, kvsink:K, sinks:T, massive:N, or a union with +.")
+@click.option(
+    "--protect", metavar="RULE", help="Rows kept exact: none, first:N, kvsink:K or :auto, sinks:T, massive:N, or unions with +."
+)
 @click.option("--profile", metavar="FILE", help="A profile.json of this model: its sink stages are used, not looked for again.")
 @click.option("--window", type=int, metavar="R", help="Recent tokens kept exact.")
 @click.option(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -295,7 +296,8 @@ def gather(
     medians = [sum(found) / len(found) if (found := recorder.median.get(i)) else 0.0 for i in range(n)]
     top = [tuple(int(c) for c in peak.topk(min(4, peak.numel())).indices) for peak in peaks]
     stages = find_stages(largest, medians, top) if known is None else known
-    out = Calibration(stages, {}, {}, decoder.fingerprint(), 0, largest, medians, crowds=[recorder.crowd(s) for s in stages])
+    stages = tuple(replace(s, crowd=recorder.crowd(s)) for s in stages)
+    out = Calibration(stages, {}, {}, decoder.fingerprint(), 0, largest, medians)
     for layer, lengths in blocks.items():
         _, kv, key_dim, value_dim = where.layers[layer]
         out.values[layer] = ValueStats.empty(kv, value_dim)

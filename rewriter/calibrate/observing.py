@@ -20,7 +20,7 @@ from kvsink.calibrate.calibration import gather
 from kvsink.calibrate.choices import Chosen, are_prompts
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.uncalibrated import WINDOW, is_none, random_ids, tokens_for
-from kvsink.codecs.protect import SinkStage, probe_stage
+from kvsink.codecs.protect import MOST, SinkStage, probe_stage
 from kvsink.errors import CalibrationError
 from kvsink.evaluate.texts import builtin_text, read_text
 from kvsink.evaluate.texts.chats import chat_tokens, is_chats
@@ -74,12 +74,13 @@ def observe(
             record = replace(record, stages=known)
     if (named := sorted(kinds & {"kvsink", "sinks"})) and not record.stages:
         notes.append(f"no massive activation was found: {' and '.join(named)} protection has nothing to keep and is off")
-    kept = max((p.count for ps in policies for p in ps if p.kind == "kvsink"), default=0)
-    for stage, rows in zip(record.stages, record.crowds, strict=False) if kept else ():
-        if rows > kept:
+    most = max((p for ps in policies for p in ps if p.kind == "kvsink"), key=lambda p: p.count or MOST, default=None)
+    for stage in record.stages if most is not None else ():
+        if stage.crowd > (kept := most.count or stage.kept):
             notes.append(
-                f"block {stage.block} makes up to {rows} sinks in a window of calibration, kvsink:{kept} keeps {kept} of them"
-                f" exact, and longer contexts hold more; --protect kvsink:{2 ** rows.bit_length()}+first:1 keeps more of them"
+                f"block {stage.block} makes up to {stage.crowd} sinks in a window of calibration, {most} keeps {kept} of them"
+                " exact, and longer contexts hold more; --protect"
+                f" kvsink:{2 ** stage.crowd.bit_length()}+first:1 keeps more of them"
             )
     found = {i: (w, record.measurable(i, *w)) for i, w in enumerate(chosen.wanted) if w is not None}
     if blind := [i for i, (asked, kept) in found.items() if asked[0] != kept[0]]:

@@ -42,7 +42,6 @@ class Calibration:
     medians: list[float] = field(default_factory=list)
     samples: dict[int, Samples] = field(default_factory=dict)  # layer → rows, where a quantizer learns from them
     queries: dict[int, QueryStats] = field(default_factory=dict)  # of no rows where attention does not show them
-    crowds: list[int] = field(default_factory=list)  # of every stage the most massive rows of a window; none in older records
 
     def measurable(self, layer: int, key: SideSpec, value: SideSpec) -> tuple[SideSpec, SideSpec]:
         """The declarations of a layer without their metrics where calibration saw that attention does not show its queries, or saw
@@ -100,7 +99,6 @@ class Calibration:
             "stages": json.dumps([asdict(s) for s in self.stages]),
             "largest": json.dumps(self.largest),
             "medians": json.dumps(self.medians),
-            "crowds": json.dumps(self.crowds),
         }
         meta[DIGEST] = digest(tensors, meta)
         save_file(tensors, str(path), metadata=meta)
@@ -125,8 +123,9 @@ class Calibration:
             self.samples[layer] = rows.merge(other.samples[layer])
         self.tokens += other.tokens
         if self.stages == other.stages:
-            self.crowds = [max(pair) for pair in zip(self.crowds, other.crowds, strict=False)]
-        self.stages, self.crowds = (self.stages, self.crowds) if self.stages else (other.stages, other.crowds)
+            pairs = zip(self.stages, other.stages, strict=True)
+            self.stages = tuple(replace(a, crowd=max(a.crowd, b.crowd)) for a, b in pairs)
+        self.stages = self.stages or other.stages
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Calibration:
@@ -155,16 +154,13 @@ class Calibration:
                 elif parts[0] == "samples":
                     samples.setdefault(int(parts[1]), {})[parts[2]] = tensor
             record = cls(
-                stages=tuple(
-                    SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in json.loads(meta["stages"])
-                ),
+                stages=tuple(SinkStage(**s | {"channels": tuple(s["channels"])}) for s in json.loads(meta["stages"])),
                 keys={at: KeyStats(**k) for at, k in keys.items()},
                 values={at: ValueStats(**v) for at, v in values.items()},
                 fingerprint=tensors["fingerprint"],
                 tokens=int(meta["tokens"]),
                 largest=json.loads(meta["largest"]),
                 medians=json.loads(meta["medians"]),
-                crowds=json.loads(meta.get("crowds", "[]")),
                 samples={at: Samples(**rows) for at, rows in samples.items()},
                 queries={at: QueryStats(**q) for at, q in queries.items()},
             )

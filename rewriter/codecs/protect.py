@@ -5,6 +5,7 @@
                         sequence share them, and the first document comes first
     random:N            N rows drawn by a fixed hash of a token's number, the same in every layer and run: a control
     kvsink:K            K attention sinks per emergence stage, by the stable outlier channel of the hidden states
+    kvsink:auto         the same, of every stage as many as a window of calibration shows behind it, 5 to 12
     sinks:T[:N]         per emergence stage, rows into whose outlier channel the feed-forward layer of its block writes more than T
                         times the largest activation of calibration; the first N (8) of a sequence, and of a serving engine's page
                         the first that find a place. A row decides for itself, whatever comes behind it
@@ -24,8 +25,8 @@ Anchors    a new row lives in the recent window while its score grows; leaving i
            chunk that do not fit the window compete right after their own chunk's attention. Scores are summed over all
            query heads: one list of anchors per layer and batch row. Slots of padding count in t, padding is never chosen
 Source     first:N is Preserve-First-N (KVQuant, arXiv 2401.18079); kvsink:K is KVSink, arXiv 2508.04257 section 4, with one
-           set of rows per emergence stage; sinks:T is ours; massive:N is the rule of RotateKV, arXiv 2501.16383; anchors is the
-           online rule of AnTKV, arXiv 2506.19505; pivots is AKVQ-VL, arXiv 2501.15021
+           set of rows per emergence stage; kvsink:auto and sinks:T are ours; massive:N is the rule of RotateKV, arXiv 2501.16383;
+           anchors is the online rule of AnTKV, arXiv 2506.19505; pivots is AKVQ-VL, arXiv 2501.15021
 Differs    a model may have several emergence stages: a layer uses the latest one before it (pivots: the first that passes
            the thresholds). Rows are chosen over chunks and decoding too, up to the capacity; pivots in steps of several
            tokens only. A crop takes rows away, not what their queries gave to other rows' scores. Statistics of a
@@ -42,6 +43,7 @@ from kvsink.codecs.anchors import MILLION, SCORES, Anchors
 from kvsink.errors import KvsinkError, UnknownName
 
 __all__ = [
+    "MOST",
     "SCORES",
     "Anchors",
     "Policy",
@@ -53,13 +55,14 @@ __all__ = [
     "segments_for_layer",
 ]
 
+FEWEST, MOST = 5, 12  # rows of `kvsink:auto`; 12 of 4,096 tokens take 2 % of what codes of 2 bits take
 SINKS = 8  # rows of a sequence that `sinks` keeps where no number is given
 _KINDS = ("none", "first", "random", "kvsink", "sinks", "massive", "pivots", "anchors")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """One policy and its count of rows (of entries, for `massive`).
+    """One policy and its count of rows (of entries, for `massive`; 0 for `kvsink:auto`).
 
     anchors: how anchors are counted and scored; least, ratio: the thresholds of pivots; share: that of sinks.
     """
@@ -76,6 +79,8 @@ class Policy:
             return str(self.anchors)
         if self.kind == "sinks":
             return f"sinks:{self.share:g}:{self.count}"
+        if self.kind == "kvsink" and not self.count:
+            return "kvsink:auto"
         tail = f":{self.least:g}:{self.ratio:g}" if (self.least, self.ratio) != (100.0, 1000.0) else ""
         return self.kind if self.kind == "none" else f"{self.kind}:{self.count}{tail}"
 
@@ -84,13 +89,20 @@ class Policy:
 class SinkStage:
     """One emergence of massive activations: the block that writes them and the channels that carry them.
 
-    channels are sorted by size; size is the largest |H| of the first channel at the output of `block`.
+    channels are sorted by size; size is the largest |H| of the first channel at the output of `block`; crowd: the most rows of a
+    window of calibration that are massive there, 0 where none were counted.
     """
 
     block: int
     channels: tuple[int, ...]
     size: float
     median: float
+    crowd: int = field(default=0, compare=False)
+
+    @property
+    def kept(self) -> int:
+        """Rows that `kvsink:auto` keeps."""
+        return min(MOST, max(FEWEST, self.crowd))
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ def parse_policies(text: str) -> tuple[Policy, ...]:
         elif kind == "sinks":
             policies.append(_sinks(part, count))
         else:
-            policies.append(Policy(kind, _count(part, kind, count)))
+            policies.append(Policy(kind, 0 if part == "kvsink:auto" else _count(part, kind, count)))
     return tuple(policies)
 
 
@@ -201,9 +213,9 @@ def segments_for_layer(policies: tuple[Policy, ...], layer: int, stages: tuple[S
             else:
                 out.append(Segment("first", 1))
         elif policy.kind in ("kvsink", "sinks") and (behind := [s for s in stages if s.block < layer]):
-            block = max(s.block for s in behind)
-            source = f"stage:{block}" if policy.kind == "kvsink" else f"sinks:{block}:{policy.share:g}"
-            out.append(Segment(source, policy.count))
+            stage = max(behind, key=lambda s: s.block)
+            source = f"stage:{stage.block}" if policy.kind == "kvsink" else f"sinks:{stage.block}:{policy.share:g}"
+            out.append(Segment(source, policy.count or stage.kept))
     return tuple(out)
 
 

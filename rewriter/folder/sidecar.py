@@ -97,7 +97,7 @@ def read_sidecar(model: nn.Module, json_path: str | Path, tensors_path: str | Pa
             f"{type(model).__name__})"
         )
     try:
-        stages = tuple(SinkStage(s["block"], tuple(s["channels"]), s["size"], s["median"]) for s in plan["stages"])
+        stages = tuple(SinkStage(**s | {"channels": tuple(s["channels"])}) for s in plan["stages"])
         plans = tuple(
             LayerPlan(
                 Codec.parse(json.dumps(p["codec"])) if p["codec"] is not None else None,

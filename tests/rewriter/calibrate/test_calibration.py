@@ -15,7 +15,7 @@ from kvsink.calibrate.record import Calibration
 from kvsink.codecs.protect import parse_policies
 from kvsink.errors import CalibrationError
 from kvsink.kernels.rope import rope, unrope
-from kvsink.model.runtime import Runtime
+from kvsink.model.runtime import Runtime, runtime_of
 from kvsink.model.tables import LayerPlan
 from tests.models import HEAD_DIM, LAYERS, build, tokens
 from tests.rewriter.calibrate.recorded import (
@@ -62,13 +62,23 @@ def test_sinks_of_a_window_are_counted_and_told(tmp_path) -> None:
     ids = ending_in_the_planted_token()
     ids[1, [3, 17, 30]] = PLANTED
     record = calibrate(planted(800.0), ids, NOTHING, {})
-    assert record.crowds == [4]
+    assert [s.crowd for s in record.stages] == [4]
     record.save(tmp_path / "record.safetensors")
-    assert Calibration.load(tmp_path / "record.safetensors").crowds == [4]
-    for protect, told in (("kvsink:2", True), ("kvsink:4", False), ("first:4", False)):
+    assert [s.crowd for s in Calibration.load(tmp_path / "record.safetensors").stages] == [4]
+    for protect, told in (("kvsink:2", True), ("kvsink:4", False), ("first:4", False), ("kvsink:auto", False)):
         report = kvsink.rewrite(planted(800.0), "rtn", protect=protect, calibration=ids, check=False)
         said = "block 0 makes up to 4 sinks in a window of calibration, kvsink:2 keeps 2 of them exact"
         assert any(said in note and "--protect kvsink:8+first:1" in note for note in report.notes) == told
+
+
+def test_a_crowd_of_sinks_is_kept_behind_its_stage() -> None:
+    """Seven planted tokens in a window: `kvsink:auto` holds as many rows exact behind the block that makes them."""
+    ids = ending_in_the_planted_token()
+    ids[1, [3, 9, 17, 22, 30, 35]] = PLANTED
+    model = planted(800.0)
+    kvsink.rewrite(model, "rtn", protect="kvsink:auto", calibration=ids, check=False)
+    layers = [plan.segments for plan in runtime_of(model).plans]
+    assert layers[0] == () and all([(s.source, s.count) for s in segments] == [("stage:0", 7)] for segments in layers[1:])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvsink.codecs import Anchors
@@ -17,6 +19,7 @@ EARLY, LATE = SinkStage(2, (10,), 300.0, 0.5), SinkStage(7, (11,), 9000.0, 0.6)
         ("none", []),
         ("first:4", [("first", 4)]),
         ("kvsink:5+first:1", [("kvsink", 5), ("first", 1)]),
+        ("kvsink:auto", [("kvsink", 0)]),
         (" massive:20 + first:2 ", [("massive", 20), ("first", 2)]),
         ("none+first:1", [("first", 1)]),
     ],
@@ -26,7 +29,8 @@ def test_policies_are_read(text: str, wanted: list[tuple[str, int]]) -> None:
 
 
 def test_policies_are_printed_as_they_are_written() -> None:
-    assert "+".join(map(str, parse_policies("kvsink:5+first:1"))) == "kvsink:5+first:1"
+    for text in ("kvsink:5+first:1", "kvsink:auto+first:1"):
+        assert "+".join(map(str, parse_policies(text))) == text
     assert str(Policy("none", 0)) == "none"
 
 
@@ -37,6 +41,7 @@ def test_policies_are_printed_as_they_are_written() -> None:
         ("", "unknown protection ''"),
         ("first:1+", "unknown protection ''"),
         ("first", "'first' needs a positive number of rows; write first:5"),
+        ("first:auto", "'first:auto' needs a positive number of rows; write first:5"),
         ("first:0", "'first:0' needs a positive number"),
         ("first:-1", "'first:-1' needs a positive number"),
         ("massive:2.5", "'massive:2.5' needs a positive number"),
@@ -74,6 +79,14 @@ def test_what_cannot_be_read_is_named(text: str, words: str) -> None:
 def test_a_layer_uses_the_latest_stage_before_it(layer: int, source: str | None) -> None:
     segments = segments_for_layer(parse_policies("kvsink:5+first:1"), layer, (EARLY, LATE))
     assert segments == ((Segment(source, 5),) if source else ()) + (Segment("first", 1),)
+
+
+@pytest.mark.parametrize(("crowd", "kept"), [(0, 5), (1, 5), (5, 5), (9, 9), (12, 12), (104, 12)])
+def test_as_many_sinks_are_kept_as_calibration_counted_within_bounds(crowd: int, kept: int) -> None:
+    stages = EARLY, replace(LATE, crowd=crowd)
+    found = [segments_for_layer(parse_policies("kvsink:auto+first:1"), layer, stages) for layer in (2, 3, 8)]
+    first = Segment("first", 1)
+    assert found == [(first,), (Segment("stage:2", 5), first), (Segment("stage:7", kept), first)]
 
 
 def test_without_stages_kvsink_keeps_nothing() -> None:
