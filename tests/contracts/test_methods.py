@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kvsink
 from kvsink.cache.cache import KVSinkCache
+from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.graph.backend import last_report
 from kvsink.kernels import stages
 from kvsink.kernels.packing import unpack_bits, unpack_codes
@@ -116,7 +117,7 @@ def test_the_error_falls_with_every_bit(method: str) -> None:
     assert max(errors[0]) < 0.5, errors
     if chosen[-1] == 8:
         # A thousandth of the range and less; where the ranges of channels are calibrated, what lies outside saturates.
-        assert max(errors[-1]) < (1e-3 if codec.key.kind in ("nuq", "static") else 2e-4), errors
+        assert max(errors[-1]) < (1e-3 if QUANTIZERS[codec.key.kind].learns(codec.key) else 2e-4), errors
 
 
 @pytest.mark.parametrize("method", METHODS)
