@@ -64,7 +64,8 @@ def page(record: dict[str, dict[str, str]]) -> str:
         "- folder: saved, rewritten, and loaded by `from_pretrained`, in float32",
         "- ONNX: `rtn` at 4 bits leaves, and runs beside the torch model in onnxruntime within the export's own check",
         "",
-        f"{len(built)} families; cells: {counted}. torch {torch.__version__}, transformers {transformers.__version__}, CPU.",
+        f"{len(built)} families; cells: {counted}. Last run: torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, CPU.",
         "",
         "| family | 8 bits | chunked | padded | compiled | folder | ONNX |",
         "|---|---|---|---|---|---|---|",

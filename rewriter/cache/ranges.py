@@ -14,21 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from kvsink.codecs import Codec, SideSpec
 from kvsink.errors import KvsinkError
 from kvsink.kernels.quantize import SIGMA_KINDS
-from kvsink.model.offload import number_of
-from kvsink.model.passing import given_cache
 from kvsink.model.rows import visual_tokens
 
 if TYPE_CHECKING:
     from kvsink.calibrate.record import Calibration
+    from kvsink.model.decoder import Decoder
 
 __all__ = ["RowSizes", "check_range", "exponent", "layer_sizes", "ranged", "seen_sizes"]
 
@@ -69,19 +68,17 @@ def _largest(second: Tensor, count: float) -> float:
     return float((torch.diagonal(second, dim1=-2, dim2=-1).amax() / max(1.0, count)).sqrt())
 
 
-def layer_sizes(model: nn.Module, layers: Iterable[int]) -> dict[int, Sizes]:
+def layer_sizes(decoder: Decoder, layers: Iterable[int]) -> dict[int, Sizes]:
     """Sizes in the given layers, of a few tokens that the model is run on; empty where it cannot be run on tokens alone."""
-    wanted = list(layers)
-    weight = number_of(model)
-    if not wanted or weight.is_meta:
+    wanted, model, config = list(layers), decoder.model, decoder.config
+    if not wanted or next(model.parameters()).is_meta:
         return {}
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     ids = torch.randint(0, config.vocab_size, (_TOKENS * 4,), generator=torch.Generator().manual_seed(0))
     ids = ids[~torch.isin(ids, torch.tensor(visual_tokens(model.config), dtype=ids.dtype))][:_TOKENS]
     cache = DynamicCache(config=config)
     try:
         with torch.no_grad():
-            model(input_ids=ids[None].to(weight.device), use_cache=True, **given_cache(model, cache))
+            model(input_ids=ids[None].to(decoder.device), use_cache=True, **decoder.given(cache))
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return {}  # it asks for more than tokens; `check_range` looks at what it is given
     out: dict[int, Sizes] = {}

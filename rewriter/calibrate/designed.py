@@ -36,7 +36,7 @@ def design(
     coded = [i for i, w in enumerate(chosen.wanted) if w is not None]
     sizes = {i: pair for i in coded if (pair := seen_sizes(record, i)) is not None}
     if decoder.stream is None and (unseen := [i for i in coded if i not in sizes]):
-        sizes |= layer_sizes(decoder.model, unseen)
+        sizes |= layer_sizes(decoder, unseen)
     probe = decoder.carrying(tuple(LayerPlan(None) for _ in range(n)), {}, (), chosen.method.name)
     device = decoder.device if decoder.stream is None else torch.device("cpu")
     designed: dict[int, tuple[Design, Design]] = {}

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import fx
 
-from kvsink.errors import KvsinkError
+from kvsink.errors import KvsinkError, UnknownName
 from kvsink.graph.render import render_site
 from kvsink.graph.sites import AttentionSite, Declined, find_sites
-from kvsink.passes.base import RewritePass, Work, pass_named
+from kvsink.passes.base import RewritePass, Work, pass_named, registered_passes
 
 __all__ = ["DEFAULT", "PipelineReport", "Record", "Snapshot", "check_order", "explain_graph", "make_passes", "run_passes"]
 
@@ -82,9 +82,12 @@ def make_passes(names: Sequence[str | RewritePass] = DEFAULT) -> list[RewritePas
 
 
 def check_order(passes: Sequence[RewritePass]) -> None:
-    """Raise KvsinkError when a pass stands before one it must follow, or behind one it must precede."""
-    place = {rewrite.name: index for index, rewrite in enumerate(passes)}
+    """Raise KvsinkError when a pass stands before one it must follow, or behind one it must precede, or names one that is none."""
+    place, known = {rewrite.name: index for index, rewrite in enumerate(passes)}, registered_passes()
     for rewrite in passes:
+        for other in (*rewrite.after, *rewrite.before):
+            if other not in place and other not in known:
+                raise UnknownName("pass", other, known, f"Pass {rewrite.name!r} names it in `after` or `before`.")
         for other in rewrite.after:
             if place.get(other, -1) > place[rewrite.name]:
                 raise KvsinkError(f"pass {rewrite.name!r} must come after {other!r}; move it behind position {place[other]}")

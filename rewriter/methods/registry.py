@@ -59,7 +59,7 @@ class Method:
     """A composition of codec and protection, declared once.
 
     key, value: the codec of each side; its bits are a placeholder that the user's choice replaces. clip_at: clip ratio by
-    whole bits where it is not 1 (value_clip_at: the same for values, where theirs differ). protect: the default protection.
+    whole bits where it is not the side's own (value_clip_at: that of values, where theirs differ). protect: the default protection.
     key_below, value_below, key_above, value_above: (bits, side): keys or values of fewer or of more bits are coded by that side
     instead. modality: set when layers are told apart by how they look at text and images. variants: for experiments, by name, what
     else the method may be made of: "klt:even" is `klt` with the fields that its variant even gives.
@@ -103,7 +103,7 @@ class Method:
             nearest = least if bits < least else most
             raise KvsinkError(f"{which} bits={bits:g}: {self.name} has {least} to {most} ({template.kind}); use {nearest}")
         clips = self.value_clip_at if which == "value" and self.value_clip_at is not None else self.clip_at
-        clip = clips.get(int(bits), 1.0) if template.kind.startswith("uniform") else 1.0
+        clip = clips.get(int(bits), template.clip) if template.kind.startswith("uniform") else template.clip
         return replace(template, bits=float(bits), clip=clip)
 
     def modal_side(self, which: str, bits: float) -> SideSpec:

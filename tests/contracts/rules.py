@@ -198,7 +198,8 @@ def layering(tree: Tree) -> list[str]:
 def ties(tree: Tree, known: Mapping[str, Collection[str]]) -> list[str]:
     """Circles beside the known one, and imports inside that one which nobody named. known: by module, what it imports of it."""
     found = circles(tree)
-    faults = [" ".join(sorted(circle)) for circle in found if not circle <= set(known)]
+    unknown = [circle - set(known) for circle in found]
+    faults = [f"{' '.join(sorted(names))} in a circle that CIRCLE does not have" for names in unknown if names]
     for name, named in known.items():
         inside = {target for target in tree.imports.get(name, ()) if target in known}
         faults += [f"{name} imports {target}: another tie of a circle" for target in sorted(inside - set(named))]
@@ -248,8 +249,8 @@ def long_files(tree: Tree, reasons: Mapping[str, str], most: int = 350) -> list[
 
 
 def untested(tree: Tree, elsewhere: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Modules without a test file in the mirrored place. elsewhere: by path of the module, a test file that stands in another
-    place, and why it tests the module where it does not import it."""
+    """Modules without a test file in the mirrored place. elsewhere: by path of the module, or of its folder with a
+    slash, a test file that stands in another place, and why it tests the module where it does not import it."""
     faults = []
     for name, path in tree.paths.items():
         mirrored = Path("tests", *path.parts[:-1], f"test_{path.stem}.py")
@@ -259,15 +260,16 @@ def untested(tree: Tree, elsewhere: Mapping[str, tuple[str, str]]) -> list[str]:
             if str(path) in elsewhere:
                 faults.append(f"{path} has its test in the mirrored place")
             continue
-        if str(path) not in elsewhere:
-            faults.append(f"{path} has no {mirrored}")
+        known = elsewhere.get(str(path)) or elsewhere.get(f"{path.parent}/")
+        if known is None:
+            faults.append(f"{path} has no {mirrored}, and no line in tests/contracts/elsewhere.txt")
             continue
-        test, why = elsewhere[str(path)]
+        test, why = known
         if not (tree.root / test).is_file():
             faults.append(f"{path}: its test {test} does not exist")
         elif not why and name not in imported((tree.root / test).read_text(encoding="utf-8")):
             faults.append(f"{path}: {test} does not import it; say why it tests it all the same")
-    return faults + [f"{path} does not exist" for path in elsewhere if not (tree.root / path).is_file()]
+    return faults + [f"{path} does not exist" for path in elsewhere if not (tree.root / path).exists()]
 
 
 def imported(text: str) -> set[str]:

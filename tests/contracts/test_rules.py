@@ -245,6 +245,13 @@ def test_a_mirrored_file_without_a_test_is_noticed(house: Path) -> None:
     assert untested(rules.Tree(house)) == ["tests/rewriter/model/test_extra.py holds no test"]
 
 
+def test_a_new_method_needs_no_test_of_its_own(house: Path) -> None:
+    for folder in ("methods", "model"):
+        (house / "rewriter" / folder / "extra.py").write_text('"""Something that nobody tests."""\n', encoding="utf-8")
+    (fault,) = untested(rules.Tree(house))
+    assert fault.startswith("rewriter/model/extra.py has no tests/rewriter/model/test_extra.py, and no line in")
+
+
 def test_what_is_allowed_is_not_a_fault(house: Path) -> None:
     """An import for types alone, a name that a function has as its argument, a table that nobody changes, a number that is
     compared with one that is not fixed, a table of a function's own that is called as a module is."""

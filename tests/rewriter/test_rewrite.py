@@ -186,7 +186,8 @@ def test_a_copy_of_a_rewritten_model_works_alone() -> None:
     assert torch.equal(other.generate(ids, **settings), wanted)
 
 
-def test_the_model_passes_through_few_files() -> None:
+@pytest.mark.parametrize("method", ["klt", "rtn"])
+def test_the_model_passes_through_few_files(method: str) -> None:
     """Counted as one reads. A call that hands the model on is a stay in the file of its caller, who may have it from a `Decoder`,
     then one in that of the function called, and its return one in the caller's again. Neighbours in one file are one stay, each
     place of a call counts once, and a return is a stay in a file that was left before."""
@@ -216,7 +217,7 @@ def test_the_model_passes_through_few_files() -> None:
 
     sys.setprofile(note)
     try:
-        kvsink.rewrite(model, calibration=IDS)
+        kvsink.rewrite(model, method, calibration=IDS)
     finally:
         sys.setprofile(None)
     stays = [Path(file).name for file in files]

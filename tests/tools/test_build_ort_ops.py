@@ -37,8 +37,8 @@ def test_what_the_library_has_no_kernel_for_is_declined_before_it_is_written(lib
     attributes = {"kind": "uniform-quantile", "widths": [2] * 4, "group_size": 16, "gain": 0, "clip": 1.0}
     with pytest.raises(Exception, match="quantizer uniform-quantile has no kernel"):
         both(library, "QuantizeKV", attributes, [rows(2, 3, 5, 32)], 2)
-    others = sorted(set(QUANTIZER_BODIES) - set(LIBRARY))
-    assert others == ["uniform-quantile", "vector-normed"]
+    others = set(QUANTIZER_BODIES) - set(LIBRARY)
+    assert others >= {"uniform-quantile", "vector-normed"}
     for kind in others:
         assert kind in refusal("custom", Codec(SideSpec(), SideSpec(bits=2, kind=kind).resolved(4, 32)))
 

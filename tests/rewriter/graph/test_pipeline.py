@@ -6,6 +6,7 @@ import pytest
 
 from kvsink.errors import KvsinkError, UnknownName
 from kvsink.graph.pipeline import DEFAULT, explain_graph, make_passes, run_passes
+from kvsink.passes.base import RewritePass
 from tests.graphs import packed_graph, stock_graph
 
 
@@ -22,6 +23,13 @@ def test_a_wrong_order_is_refused(names: tuple[str, str]) -> None:
 def test_an_unknown_pass_names_its_neighbours() -> None:
     with pytest.raises(UnknownName, match="unknown pass 'quantise'; nearest known: quantize"):
         make_passes(("quantise",))
+
+
+@pytest.mark.parametrize("where", ["after", "before"])
+def test_a_pass_that_names_no_pass_is_refused(where: str) -> None:
+    late = type("Late", (RewritePass,), {"name": "late", "exact": True, where: ("quantise",)})()
+    with pytest.raises(UnknownName, match=r"unknown pass 'quantise'; nearest known: quantize.*\. Pass 'late' names it"):
+        make_passes((late,))
 
 
 def test_every_site_left_alone_has_a_reason() -> None:

@@ -67,6 +67,13 @@ def test_an_unknown_method_names_the_three_nearest() -> None:
         kvsink.rewrite(build("llama"), "kl")
 
 
+def test_a_side_keeps_its_clip_where_no_other_is_said() -> None:
+    method = kvsink.get_method("rtn")
+    clipped = replace(method, key=replace(method.key, clip=0.9), clip_at={2: 0.8})
+    assert [clipped.side("key", bits).clip for bits in (2, 3, 4)] == [0.8, 0.9, 0.9]
+    assert [clipped.side("value", bits).clip for bits in (2, 4)] == [0.8, 1.0]
+
+
 def test_a_variant_changes_what_it_gives_and_nothing_else() -> None:
     method = kvsink.get_method("klt")
     for name, changes in method.variants.items():
