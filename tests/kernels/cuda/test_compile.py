@@ -96,7 +96,7 @@ CODES = CodesVariant(
     mean=True,
     starts=True,
 )
-MIXED = (4, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1)
+MIXED = (6, 5, 4, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1)
 SOURCES = {
     "tiles": lambda: variants.Variant(2, (2,) * 16, (2,) * 16, 4).source(variants.Card()),
     "a trellis": lambda: variants.Variant(2, MIXED, (2,) * 16, 4, key_trellis=True, value_trellis=True).source(variants.Card()),
