@@ -63,7 +63,7 @@ class KVSinkCache(Cache):
                     self.sliding = SlidingWindow(self.shared, runtime, window_of(config, kinds[i]), max_length)
                 layers.append(KVSinkSlidingLayer(self.sliding, i, plan.codec, plan.segments, max_length))
             else:
-                codec = replace(plan.codec, tiles=tiles and not in_tiles(runtime, i))
+                codec = plan.codec.in_tiles() if tiles and not in_tiles(runtime, i) else plan.codec
                 kind = KVSinkHybridLayer if kinds[i] == "hybrid" else KVSinkLayer
                 layers.append(kind(self.shared, i, codec, plan.segments, max_length))
         super().__init__(layers=layers)

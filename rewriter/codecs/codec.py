@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -120,8 +120,20 @@ class Codec:
         rest = self.segments, self.window, self.ring, self.table_tokens, self.strict, self.anchors is not None, self.uneven
         return layer_format(key, value, *rest, "mma" if self.tiles else "row")
 
+    def in_tiles(self) -> Codec:
+        """The same with codes in tiles; one object, which knows its text and its format from then on."""
+        return self._tiled
+
+    @cached_property
+    def _tiled(self) -> Codec:
+        return replace(self, tiles=True)
+
     def text(self) -> str:
         """Canonical JSON; equal codecs have equal text."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         record = {
             "key": self.key.as_dict(),
             "value": self.value.as_dict(),

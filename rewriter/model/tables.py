@@ -54,6 +54,7 @@ class Tables:
         self._rotary_channels: dict[int, int] = {}
         self._orders: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
+        self._turns = [f"{self._kind(i)} {turning}" for i, turning in enumerate(where.turnings)]  # equal for equal angles
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [N, P, R] of positions [N, P], attention scaling included; R = 0 without RoPE. Canonical, see
@@ -100,8 +101,7 @@ class Tables:
     def start_angles(self, layer: int, block: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Angles of the block starts 0, n, 2n, … for at least `rows` blocks: cos, sin [P + 1, R]. Cached and shared. The last row
         is NaN: whoever reads a position that the table does not reach, as only compiled code can, gets no other number."""
-        turning = self.anatomy.turnings[layer]
-        key = (f"{self._kind(layer)} {turning}", block, str(device))
+        key = self._turns[layer], block, str(device)
         held = self._starts.get(key)
         if held is None or held[0].shape[0] <= rows:
             whole = max(1, TABLE_TOKENS // block)
@@ -158,7 +158,7 @@ class Tables:
         if name == "tile_turn":
             n = codec.table_tokens
             cos, sin = self.start_angles(layer, n, -(-tokens // n), device)
-            key = f"turn.{self._kind(layer)}.{self.anatomy.turnings[layer]}.{n}.{cos.shape[0]}@{device}"
+            key = f"turn.{self._turns[layer]}.{n}.{cos.shape[0]}@{device}"
             if key not in self._tiles:
                 self._tiles[key] = TileTables.rotation(cos, sin)
             return self._tiles[key]
