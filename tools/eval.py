@@ -188,6 +188,7 @@ def command(
     wish = Wishes(
         baseline,
         text_of(text_path, detokenize),
+        text_path is not None,
         windows,
         length or window_tokens,
         length,

@@ -15,6 +15,7 @@ from kvsink.evaluate.harness import harness, load_tasks
 from kvsink.evaluate.positions import doubling
 from kvsink.evaluate.results import EvalResult
 from kvsink.evaluate.retrieval import TASKS, check_retrieval, retrieval
+from kvsink.evaluate.spread import spread, spread_line
 from kvsink.evaluate.texts import detokenize_wikitext, evaluation_text, looks_like_wikitext, read_text
 from kvsink.folder.demo import resolve_model_dir
 from kvsink.folder.loading import load_model, load_tokenizer
@@ -33,6 +34,7 @@ class Wishes:
 
     baseline: str | None
     text: tuple[str, str]
+    own_text: bool
     windows: int
     window_tokens: int
     length: int | None
@@ -54,7 +56,7 @@ class Wishes:
 
 
 def measure(model: str, wish: Wishes, bar: Callable[[str], Progress]) -> tuple[EvalResult, str]:
-    """The row of a model folder, and the line about its sinks. What cannot be measured is refused before anything is."""
+    """The row of a model folder, and lines about its text and sinks. What cannot be measured is refused before anything is."""
     folder = resolve_model_dir(model)
     baseline = None if wish.baseline is None else resolve_model_dir(wish.baseline)
     tokenizer = load_tokenizer(folder)
@@ -102,14 +104,18 @@ def measure(model: str, wish: Wishes, bar: Callable[[str], Progress]) -> tuple[E
             more[f"{side}generation"] = solve(one, tokenizer, cache_factory=cache, progress=bar(f"arithmetic{beside}"))
         if tasks:
             more[f"{side}harness"] = harness(one, tokenizer, tasks, cache, wish.limit, wish.batch)
-    result = replace(result, **more)
-    if not (wish.sinks and packed):
-        return result, ""
-    try:
-        health = sink_health(net, reference, ids[:1, :512], wish.chunk, wish.strict)
-    except UnsupportedError as error:
-        return result, str(error)
-    return replace(result, sink_decay=health.d_sink), health.line()
+    lines = []
+    if packed and wish.own_text:
+        more["spread"] = spread(net, ids[:2, :1024])
+        lines.append(spread_line(more["spread"]))
+    if packed and wish.sinks:
+        try:
+            health = sink_health(net, reference, ids[:1, :512], wish.chunk, wish.strict)
+            more["sink_decay"] = health.d_sink
+            lines.append(health.line())
+        except UnsupportedError as error:
+            lines.append(str(error))
+    return replace(result, **more), "\n".join(filter(None, lines))
 
 
 def text_of(path: str | None, detokenize: bool | None) -> tuple[str, str]:

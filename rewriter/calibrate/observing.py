@@ -74,8 +74,9 @@ def observe(
             record = replace(record, stages=known)
     if (named := sorted(kinds & {"kvsink", "sinks"})) and not record.stages:
         notes.append(f"no massive activation was found: {' and '.join(named)} protection has nothing to keep and is off")
-    most = max((p for ps in policies for p in ps if p.kind == "kvsink"), key=lambda p: p.count or MOST, default=None)
-    for stage in record.stages if most is not None else ():
+    keeping = [p for ps in policies for p in ps if p.kind == "kvsink"]
+    for stage in record.stages if keeping else ():
+        most = max(keeping, key=lambda p: p.count or MOST)
         if stage.crowd > (kept := most.count or stage.kept):
             notes.append(
                 f"block {stage.block} makes up to {stage.crowd} sinks in a window of calibration, {most} keeps {kept} of them"

@@ -116,6 +116,7 @@ class EvalResult:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     sink_decay: tuple[float | None, ...] | None = None  # D_sink by layer, of the packed cache against the reference
+    spread: tuple[tuple[float | None, float | None], ...] | None = None  # by `kvsink.evaluate.spread`, of a text of the user's
     positions: tuple[Bucket, ...] = ()  # the same figures by position, where they were asked for
 
     @property

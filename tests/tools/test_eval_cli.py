@@ -43,6 +43,23 @@ def test_the_sinks_of_a_packed_cache_are_a_line_and_a_list(tiny_dir, tmp_path, c
     assert "sink decay" not in capsys.readouterr().out and json.loads(row.read_text())["sink_decay"] is None
 
 
+def test_a_text_unlike_that_of_calibration_is_told(tiny_dir, tmp_path, capsys):
+    """Calibrated on one line again and again, evaluated on another; the text that ships is not compared."""
+    from kvsink import RewriteOptions, rewrite_dir
+
+    out, row, mine = tmp_path / "out", tmp_path / "row.json", tmp_path / "mine.txt"
+    (tmp_path / "calibration.txt").write_text("one two three four five six seven eight nine ten\n" * 200)
+    mine.write_text(" ".join(f"{n * 7919 % 1000} {chr(97 + n % 26)}x!" for n in range(400)))
+    seen = {"calibration": str(tmp_path / "calibration.txt"), "calibration_tokens": 512}
+    rewrite_dir(tiny_dir, out, RewriteOptions(method="klt", protect="none", check=False, **seen), device="cpu")
+    args = [str(out), *SMALL, "--no-sinks", "--json", str(row)]
+    for text, told in ((["--text", str(mine)], True), ([], False)):
+        assert main([*args, *text]) == 0
+        said, spread = " ".join(capsys.readouterr().out.split()), json.loads(row.read_text())["spread"]
+        assert ("spreads farther than the one of calibration" in said) == told
+        assert (max(x for pair in spread for x in pair) > 1.2) if told else spread is None
+
+
 @pytest.mark.parametrize(("flags", "name"), [([], "t.txt, detokenized"), (["--no-detokenize"], "t.txt")])
 def test_text_is_detokenized_when_it_needs_it(tiny_dir, tmp_path, capsys, flags, name):
     text = tmp_path / "t.txt"

@@ -14,6 +14,7 @@ from kvsink.tools.eval_text import Wishes, measure, text_of
 WISH = Wishes(
     baseline=None,
     text=text_of(None, None),
+    own_text=False,
     windows=2,
     window_tokens=32,
     length=None,
