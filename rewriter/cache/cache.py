@@ -77,8 +77,9 @@ class KVSinkCache(Cache):
         strict: read new rows back from their codes too, as an evaluation may want. tiles: store codes as the GPU kernel reads
         them; None does so where the kernel serves the model. `max_length` is then rounded up to a multiple of 128.
         """
-        if max_length is not None and max_length < 1:
-            raise KvsinkError(f"max_length={max_length} is not positive")
+        for name, number in (("batch_size", batch_size), ("max_length", max_length)):
+            if number is not None and number < 1:
+                raise KvsinkError(f"{name}={number} is not positive")
         runtime = runtime_of(model)
         weight = number_of(model)
         if tiles is None:

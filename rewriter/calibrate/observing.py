@@ -152,7 +152,7 @@ def _text_tokens(source: Any, tokenizer: Any) -> list[int]:
         text = _BUILT_IN[source]() if source in _BUILT_IN else read_text(source)
     else:
         text = "\n\n".join(source)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _tokenizer_of(decoder: Decoder) -> Any:

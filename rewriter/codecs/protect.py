@@ -145,7 +145,8 @@ def parse_policies(text: str) -> tuple[Policy, ...]:
 
 def _count(part: str, kind: str, count: str) -> int:
     if not count.isdigit() or int(count) < 1:
-        raise KvsinkError(f"protection {part!r} needs a positive number of rows; write {kind}:5, or none to protect nothing")
+        auto = f" or {kind}:auto" if kind == "kvsink" else ""
+        raise KvsinkError(f"protection {part!r} needs a positive number of rows; write {kind}:5{auto}, or none to protect nothing")
     return int(count)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvsink.errors import UnsupportedError
+from kvsink.errors import ModelError, UnsupportedError
 from kvsink.model.adapters import check_prompts
 from kvsink.model.turning import Turning
 
@@ -80,6 +80,11 @@ class Anatomy:
 
 def rewritable(model: nn.Module, where: Anatomy | None = None) -> tuple[nn.Module, Anatomy]:
     """The model to rewrite, which may stand in a wrapper, and its anatomy. where: what an earlier look has found."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"kvsink.rewrite takes a model, not {model!r}; load it by AutoModelForCausalLM.from_pretrained, or run kvsink-rewrite"
+            " on its folder"
+        )
     model = _inner(model)
     _check_kind(model)
     return model, anatomy(model) if where is None else where

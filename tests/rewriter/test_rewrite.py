@@ -223,3 +223,9 @@ def test_the_model_passes_through_few_files(method: str) -> None:
     stays = [Path(file).name for file in files]
     assert stays[:2] == ["rewrite.py", "anatomy.py"] and not handed and {"decoder.py", "runtime.py", "hf.py"} < set(stays)
     assert len(set(files)) <= 8 and len(files) - len(set(files)) <= 10, stays
+
+
+@pytest.mark.parametrize("given", ["out", None])
+def test_what_is_no_model_is_refused_in_one_line(given: object) -> None:
+    with pytest.raises(KvsinkError, match=f"takes a model, not {given!r}; load it by AutoModelForCausalLM.from_pretrained, or run"):
+        kvsink.rewrite(given)  # type: ignore[arg-type]

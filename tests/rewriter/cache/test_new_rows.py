@@ -27,6 +27,8 @@ def test_a_full_cache_says_so(model: Any) -> None:
     feed(model, cache, tokens(1, 1))
     with pytest.raises(KvsinkError, match="max_length=0 is not positive"):
         KVSinkCache.for_model(model, 1, max_length=0)
+    with pytest.raises(KvsinkError, match="batch_size=0 is not positive"):
+        KVSinkCache.for_model(model, 0, max_length=8)
 
 
 def test_positions_far_beyond_the_cache_are_undone() -> None:

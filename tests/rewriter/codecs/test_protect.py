@@ -41,6 +41,7 @@ def test_policies_are_printed_as_they_are_written() -> None:
         ("", "unknown protection ''"),
         ("first:1+", "unknown protection ''"),
         ("first", "'first' needs a positive number of rows; write first:5"),
+        ("kvsink:autos", "'kvsink:autos' needs a positive number of rows; write kvsink:5 or kvsink:auto, or none"),
         ("first:auto", "'first:auto' needs a positive number of rows; write first:5"),
         ("first:0", "'first:0' needs a positive number"),
         ("first:-1", "'first:-1' needs a positive number"),
