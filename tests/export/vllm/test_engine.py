@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,31 +22,12 @@ from kvsink.evaluate.evaluation import evaluate, packed_cache
 from kvsink.export.vllm.refusals import read_plan
 from kvsink.folder.loading import load_model
 from kvsink.kernels.pages import PAGE, PageFormat
-from tests.export.vllm.plans import folder, planted, prompt
+from tests.export.vllm.plans import text
+from tests.export.vllm.serve import serve
 
 pytestmark = pytest.mark.slow
 
-ENGINE = {"dtype": "float32", "max_num_batched_tokens": 256, "max_num_seqs": 8, "enforce_eager": True, "skip_tokenizer_init": True}
 TOGETHER = 1e-3  # of log-probabilities and perplexities: sums of four layers in another order are two orders below
-
-
-@pytest.fixture(scope="session")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = planted()
-    model.config.max_position_embeddings = 1024
-    return folder(model, tmp_path_factory.mktemp("served") / "out", places=3)
-
-
-def serve(folder: Path, place: Path, runs: list[dict[str, Any]], **engine: Any) -> dict[str, Any]:
-    """What an engine of those options answers."""
-    files = [place / f"{name}.json" for name in ("engine", "runs", "out")]
-    files[0].write_text(json.dumps(ENGINE | engine))
-    files[1].write_text(json.dumps(runs))
-    command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(folder), *map(str, files)]
-    workers = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if "tensor_parallel_size" in engine else {}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=place, env=os.environ | workers)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return dict(json.loads(files[2].read_text()))
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -58,11 +36,6 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     given = torch.tensor([prompt])
     done = model.generate(given, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, do_sample=False)
     return done[0, len(prompt) :].tolist()
-
-
-def text(*triggers: int, length: int, seed: int) -> list[int]:
-    """Token ids with the token of the massive activation at these places."""
-    return prompt(*triggers, length=length, seed=seed)[0].tolist()
 
 
 @pytest.fixture(scope="session")
