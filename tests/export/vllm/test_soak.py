@@ -21,8 +21,8 @@ from tests.export.vllm.test_engine import TOGETHER, greedy
 
 pytestmark = pytest.mark.slow
 
-REQUESTS, SEED = 60, 21
-AT_ONCE, PAGES = 12, 16  # 8 of them run at most, and find no room for all
+REQUESTS, SEED = 240, 21
+AT_ONCE, PAGES = 12, 12  # 8 of them run at most, and find no room for all
 FLAT = 0.01  # of resident memory, between the half and the end
 
 
