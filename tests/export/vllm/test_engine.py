@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/serving installs it")
 
@@ -52,7 +53,7 @@ def answers(out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         {"prompts": [two], "max_tokens": 24},
         {"prompts": [two], "max_tokens": 24, "fresh": True},
     ]
-    return {"windows": windows, "prompts": prompts} | serve(out, tmp_path_factory.mktemp("engine"), runs)
+    return {"windows": windows, "prompts": prompts, "beginning": two} | serve(out, tmp_path_factory.mktemp("engine"), runs)
 
 
 def test_the_number_of_blocks_is_what_the_pages_make(out: Path, answers: dict[str, Any]) -> None:
@@ -88,6 +89,25 @@ def test_a_prompt_whose_beginning_is_cached_gives_what_it_gives_cold(answers: di
     _, warm, cold = answers["runs"][2:5]
     assert warm["cached"] == [256] and cold["cached"] == [0]
     assert warm["tokens"] == cold["tokens"]
+
+
+def test_pages_that_a_connector_brings_give_what_a_cold_prompt_gives(answers: dict[str, Any], out: Path, tmp_path: Path) -> None:
+    """vLLM's example connector saves whole pages as files, here in one chunk; pages of zeros give something else."""
+    place = {"shared_storage_path": str(tmp_path / "pages")}
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": place}
+    runs = [{"prompts": [answers["beginning"]], "max_tokens": 24}]
+    saved, brought = (serve(out, tmp_path, runs, kv_transfer_config=connector, max_num_batched_tokens=512) for _ in range(2))
+    files = [*(tmp_path / "pages").rglob("*.safetensors")]
+    assert len(files) == 4 and (saved["runs"][0]["cached"], brought["runs"][0]["cached"]) == ([0], [256])
+    for path in files:
+        save_file({name: torch.zeros_like(rows) for name, rows in load_file(path).items()}, path)
+    blank = serve(out, tmp_path, runs, kv_transfer_config=connector, max_num_batched_tokens=512)
+    cold, *others = (
+        torch.tensor(of["chosen"]) for of in (answers["runs"][4], saved["runs"][0], brought["runs"][0], blank["runs"][0])
+    )
+    off = [float((rows - cold).abs().max()) for rows in others]
+    assert max(off[:2]) <= TOGETHER < off[2]
+    assert brought["runs"][0]["tokens"] == answers["runs"][4]["tokens"]
 
 
 def test_sequences_that_had_to_wait_are_what_they_are_alone(out: Path, tmp_path: Path) -> None:
