@@ -3,8 +3,8 @@
 Formula    tokens/s: new tokens of all requests by the seconds from the first that comes to the last that ends; time to first token:
            from a request's coming, waiting included; time per token: from its first to its last, by their number less one
 Shapes     all requests come at once; prompts of random tokens, which share no beginning; greedy, no end token
-Differs    `vllm bench serve` asks a server and tells neither preemptions nor how many sequences ran at once, `vllm bench
-           throughput` no times of a request: so their engine is driven here, in a process of its own for every folder
+Differs    `vllm bench` does not start in the build for processors; its `serve` tells neither preemptions nor how many sequences ran
+           at once, its `throughput` no times of a request: so the engine is driven here, in a process of its own for every folder
 Raises     KvsinkError in one line: no vLLM, or what an engine said that did not start
 """
 
@@ -116,7 +116,8 @@ def _measured(folder: str, lengths: Sequence[Sequence[int]], engine: dict[str, A
     vocabulary = held.model_config.get_vocab_size()
     rng = random.Random(0)
     prompts = [[rng.randrange(vocabulary) for _ in range(prompt)] for prompt, _ in lengths]
-    _run(held, [prompts[0][::-1]], [2])  # kernels are built and memory is touched before the clock starts
+    warm = [prompt[::-1] for prompt in prompts[:8]]  # kernels are built and memory is touched before the clock starts
+    _run(held, warm, [4] * len(warm))
     most, begun = 0, time.perf_counter()
     ended = _run(held, prompts, [answer for _, answer in lengths])
     seconds = time.perf_counter() - begun
