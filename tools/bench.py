@@ -390,7 +390,7 @@ def serve(
 ) -> int:
     from kvsink.tools.bench_serve import lengths_of, serve_rows, serve_table
 
-    bounds = [_bounds(prompts, 1, "--prompts"), _bounds(answers, 2, "--answers")]
+    asked, told = _bounds(prompts, 1, "--prompts"), _bounds(answers, 2, "--answers")
     if requests < 2 or cache < 1:
         raise click.BadParameter(f"{requests} requests and {cache} MiB; at least 2 and 1 are needed")
     try:
@@ -398,7 +398,7 @@ def serve(
     except (ValueError, TypeError) as error:
         raise click.BadParameter(f'{engine!r} is not JSON such as {{"max_num_seqs": 64}}', param_hint="--engine") from error
     rows = []
-    for row in serve_rows(folders, lengths_of(requests, *bounds, seed), cache, options, _say):
+    for row in serve_rows(folders, lengths_of(requests, asked, told, seed), cache, options, _say):
         rows.append(row)
         _append([row], out)
     _say(serve_table(rows))
