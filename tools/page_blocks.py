@@ -207,12 +207,11 @@ def generate(folder: Path) -> str:
 
 
 def serve(folder: Path) -> str:
-    """Requests of mixed lengths through vLLM's engine."""
+    """Requests of mixed lengths through vLLM's engine, every run of them."""
     from kvsink.tools.bench_serve import serve_table
 
     parts = []
     for file, rows in rows_of("serve_*").items():
-        rows = _last(rows, "device", "model", "side", "cache_mib", "requests")
         r = rows[0]
         asked = f"{r['requests']} requests of {r['prompt_tokens']:,} tokens in all, which ask for {r['new_tokens']:,} more"
         where = f"a cache of {r['cache_mib']} MiB, {r['dtype']}, vLLM {r['vllm']}"
