@@ -212,10 +212,12 @@ def serve(folder: Path) -> str:
 
     parts = []
     for file, rows in rows_of("serve_*").items():
-        r = rows[0]
-        asked = f"{r['requests']} requests of {r['prompt_tokens']:,} tokens in all, which ask for {r['new_tokens']:,} more"
-        where = f"a cache of {r['cache_mib']} MiB, {r['dtype']}, vLLM {r['vllm']}"
-        parts.append(f"{asked}; {where}; {_about(rows, [file], folder)}{serve_table(rows)}\n")
+        groups: dict[str, list[Row]] = {}
+        for r in rows:
+            asked = f"{r['requests']} requests of {r['prompt_tokens']:,} tokens in all, which ask for {r['new_tokens']:,} more"
+            where = f"a cache of {r['cache_mib']} MiB, {r['dtype']}, vLLM {r['vllm']}"
+            groups.setdefault(f"{asked}; {where}", []).append(r)
+        parts += [f"{said}; {_about(group, [file], folder)}{serve_table(group)}\n" for said, group in groups.items()]
     return "\n".join(parts) or _missing("kvsink-bench serve", "serve")
 
 
