@@ -33,11 +33,14 @@ def _write(rows: list[dict[str, Any]], out: Path | None) -> None:
     from kvsink.tools.timing import device_facts
 
     facts = device_facts()
+    _append([{**facts, **row} for row in rows], out)
+
+
+def _append(rows: list[dict[str, Any]], out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a") as file:
-            for row in rows:
-                file.write(json.dumps({**facts, **row}) + "\n")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _say(text: str) -> None:
@@ -331,10 +334,7 @@ def cpu(
     if tokens < 1 or steps < 3:
         raise click.BadParameter(f"{tokens} tokens and {steps} steps; at least 1 and 3 are needed")
     rows = cpu_rows(name, method, key_bits, value_bits, tokens, steps, compiled, _say)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    _append(rows, out)
     return 0
 
 
@@ -368,12 +368,49 @@ def onnx_(out: Path | None, **options: Any) -> int:
     rows = []
     for row in onnx_rows(**options, say=_say):
         rows.append(row)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(out, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        _append([row], out)
     _say(table(rows))
     return 0 if all(row["verdict"] == "ok" for row in rows) else 2
+
+
+@bench.command(
+    help="Requests of mixed lengths through vLLM's engine, of a 16-bit folder and of rewritten ones, under the same settings: "
+    "tokens per second, time to first token and per token, sequences at once, preemptions. Needs vLLM: docs/serving.md."
+)
+@click.argument("folders", nargs=-1, required=True, metavar="MODEL OUT_DIR...")
+@click.option("--requests", default=64, show_default=True, help="They all come at once.")
+@click.option("--prompts", default="64-512", show_default=True, help="Tokens of a prompt, LEAST-MOST.")
+@click.option("--answers", default="16-128", show_default=True, help="Tokens of an answer, LEAST-MOST.")
+@click.option("--cache", default=1024, show_default=True, help="MiB of the cache.")
+@click.option("--engine", default="{}", show_default=True, help="Further arguments of vLLM's engine, as JSON.")
+@click.option("--seed", default=0, show_default=True, help="Of the lengths.")
+@_out
+def serve(
+    folders: tuple[str, ...], requests: int, prompts: str, answers: str, cache: int, engine: str, seed: int, out: Path | None
+) -> int:
+    from kvsink.tools.bench_serve import lengths_of, serve_rows, serve_table
+
+    asked, told = _bounds(prompts, 1, "--prompts"), _bounds(answers, 2, "--answers")
+    if requests < 2 or cache < 1:
+        raise click.BadParameter(f"{requests} requests and {cache} MiB; at least 2 and 1 are needed")
+    try:
+        options = dict(json.loads(engine))
+    except (ValueError, TypeError) as error:
+        raise click.BadParameter(f'{engine!r} is not JSON such as {{"max_num_seqs": 64}}', param_hint="--engine") from error
+    rows = []
+    for row in serve_rows(folders, lengths_of(requests, asked, told, seed), cache, options, _say):
+        rows.append(row)
+        _append([row], out)
+    _say(serve_table(rows))
+    return 0
+
+
+def _bounds(text: str, least: int, option: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)-(\d+)", text)
+    low, high = map(int, found.groups()) if found else (0, 0)
+    if not least <= low <= high:
+        raise click.BadParameter(f"{text!r} is not LEAST-MOST of at least {least}, such as 64-512", param_hint=option)
+    return low, high
 
 
 @bench.command(help="Draw the rows of `kernels`, or those of `shapes` by model, from a JSON-lines file; needs no GPU.")

@@ -1,4 +1,4 @@
-"""The blocks of README.md and docs/performance.md, each a function of the folder of its page: text made of measured rows alone.
+"""The blocks of README.md and of pages in docs/, each a function of the folder of its page: text made of measured rows alone.
 
 Source     tools/results/*.jsonl, as `kvsink-bench` wrote them, and docs/compare.jsonl; of several rows of the same thing the last
 """
@@ -204,6 +204,21 @@ def generate(folder: Path) -> str:
         rows = sorted(rows, key=lambda r: (r["B"] * r["T"], r["B"]))
         parts.append(f"{rows[0]['layers']} layers; {_about(rows, [file], folder)}{generate_table(rows)}\n")
     return "\n".join(parts) or _missing("kvsink-bench generate", "generate")
+
+
+def serve(folder: Path) -> str:
+    """Requests of mixed lengths through vLLM's engine, every run of them."""
+    from kvsink.tools.bench_serve import serve_table
+
+    parts = []
+    for file, rows in rows_of("serve_*").items():
+        groups: dict[str, list[Row]] = {}
+        for r in rows:
+            asked = f"{r['requests']} requests of {r['prompt_tokens']:,} tokens in all, which ask for {r['new_tokens']:,} more"
+            where = f"a cache of {r['cache_mib']} MiB, {r['dtype']}, vLLM {r['vllm']}"
+            groups.setdefault(f"{asked}; {where}", []).append(r)
+        parts += [f"{said}; {_about(group, [file], folder)}{serve_table(group)}\n" for said, group in groups.items()]
+    return "\n".join(parts) or _missing("kvsink-bench serve", "serve")
 
 
 def _beside(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
@@ -422,6 +437,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quality": quality,
     "speed": speed,
     "generate": generate,
+    "serve": serve,
     "shapes": shapes,
     "kernels": kernels,
     "codes": codes,

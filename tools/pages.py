@@ -1,4 +1,4 @@
-"""Write every figure of README.md and docs/performance.md, docs/compare.md and docs/quality.md from rows that were measured:
+"""Write the figures of README.md, docs/performance.md, serving.md, compare.md and quality.md from rows that were measured:
 `python -m kvsink.tools.pages`.
 
 A block stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`, one function each in `kvsink.tools.page_blocks`; nothing is
@@ -22,7 +22,7 @@ from kvsink.tools.quality_page import markdown
 
 __all__ = ["COMPARED", "PAGES", "QUALITY", "ROOT", "main", "prose", "written"]
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "serving.md")
 QUALITY = ROOT / "docs" / "quality.jsonl"
 COMPARED = (ROOT / "docs", ROOT / "docs" / "shift")
 _BLOCK = re.compile(r"(?<=<!-- rows: )([\w-]+)( -->\n)(.*?)(?=<!-- end of rows -->)", re.DOTALL)

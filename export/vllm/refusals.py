@@ -51,6 +51,8 @@ def read_plan(folder: Path) -> Plan:
             tuple(int(stage["block"]) for stage in plan["stages"]),
             int((plan.get("pages") or {}).get("places", 0)),
         )
+    except UnsupportedError as error:
+        raise SidecarError(f"{path} is not read: {error}; {AGAIN}") from error
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SidecarError(f"{path} cannot be read ({error!r}); {AGAIN}") from error
 

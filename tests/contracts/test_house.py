@@ -37,7 +37,7 @@ LONG = {
     "kernels/triton/attend_kernels.py": "one Triton kernel with the device functions it is made of",
     "rewriter/codecs/codec.py": "one class: both directions of every stage of a codec",
     "rewriter/graph/sites.py": "the only place that recognises attention; variants share their steps",
-    "tools/bench.py": "one command line of nine commands, each a thin one",
+    "tools/bench.py": "one command line, each of its commands a thin one",
     "tools/ort_ops/kernels.h": "the arithmetic of the operators, which onnxruntime's build takes as one header",
     "tools/ort_ops/ops.cpp": "the operators' registration and checks, in the form that onnxruntime's C API asks for",
     "tools/page_blocks.py": "one block of the documentation's tables after another",

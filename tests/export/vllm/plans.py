@@ -14,7 +14,7 @@ import kvsink
 from kvsink.model.runtime import runtime_of
 from tests.planted import TRIGGER, add_sinks, build, plant, windows
 
-__all__ = ["engine", "folder", "layer", "planted", "prompt"]
+__all__ = ["engine", "folder", "layer", "planted", "prompt", "text"]
 
 
 @cache
@@ -31,6 +31,11 @@ def prompt(*triggers: int, length: int = 96, seed: int = 5) -> torch.Tensor:
     ids[0, -1] = TRIGGER + 1
     ids[0, list(triggers)] = TRIGGER
     return ids
+
+
+def text(*triggers: int, length: int, seed: int) -> list[int]:
+    """The same as a list."""
+    return prompt(*triggers, length=length, seed=seed)[0].tolist()
 
 
 def folder(model: Any, path: Path, **changes: Any) -> Path:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/serving installs it")
 
@@ -25,31 +23,12 @@ from kvsink.evaluate.evaluation import evaluate, packed_cache
 from kvsink.export.vllm.refusals import read_plan
 from kvsink.folder.loading import load_model
 from kvsink.kernels.pages import PAGE, PageFormat
-from tests.export.vllm.plans import folder, planted, prompt
+from tests.export.vllm.plans import text
+from tests.export.vllm.serve import serve
 
 pytestmark = pytest.mark.slow
 
-ENGINE = {"dtype": "float32", "max_num_batched_tokens": 256, "max_num_seqs": 8, "enforce_eager": True, "skip_tokenizer_init": True}
 TOGETHER = 1e-3  # of log-probabilities and perplexities: sums of four layers in another order are two orders below
-
-
-@pytest.fixture(scope="session")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = planted()
-    model.config.max_position_embeddings = 1024
-    return folder(model, tmp_path_factory.mktemp("served") / "out", places=3)
-
-
-def serve(folder: Path, place: Path, runs: list[dict[str, Any]], **engine: Any) -> dict[str, Any]:
-    """What an engine of those options answers."""
-    files = [place / f"{name}.json" for name in ("engine", "runs", "out")]
-    files[0].write_text(json.dumps(ENGINE | engine))
-    files[1].write_text(json.dumps(runs))
-    command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(folder), *map(str, files)]
-    workers = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} if "tensor_parallel_size" in engine else {}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=place, env=os.environ | workers)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return dict(json.loads(files[2].read_text()))
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -58,11 +37,6 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     given = torch.tensor([prompt])
     done = model.generate(given, past_key_values=cache, max_new_tokens=count, min_new_tokens=count, do_sample=False)
     return done[0, len(prompt) :].tolist()
-
-
-def text(*triggers: int, length: int, seed: int) -> list[int]:
-    """Token ids with the token of the massive activation at these places."""
-    return prompt(*triggers, length=length, seed=seed)[0].tolist()
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +53,7 @@ def answers(out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         {"prompts": [two], "max_tokens": 24},
         {"prompts": [two], "max_tokens": 24, "fresh": True},
     ]
-    return {"windows": windows, "prompts": prompts} | serve(out, tmp_path_factory.mktemp("engine"), runs)
+    return {"windows": windows, "prompts": prompts, "beginning": two} | serve(out, tmp_path_factory.mktemp("engine"), runs)
 
 
 def test_the_number_of_blocks_is_what_the_pages_make(out: Path, answers: dict[str, Any]) -> None:
@@ -115,6 +89,25 @@ def test_a_prompt_whose_beginning_is_cached_gives_what_it_gives_cold(answers: di
     _, warm, cold = answers["runs"][2:5]
     assert warm["cached"] == [256] and cold["cached"] == [0]
     assert warm["tokens"] == cold["tokens"]
+
+
+def test_pages_that_a_connector_brings_give_what_a_cold_prompt_gives(answers: dict[str, Any], out: Path, tmp_path: Path) -> None:
+    """vLLM's example connector saves whole pages as files, here in one chunk; pages of zeros give something else."""
+    place = {"shared_storage_path": str(tmp_path / "pages")}
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": place}
+    runs = [{"prompts": [answers["beginning"]], "max_tokens": 24}]
+    saved, brought = (serve(out, tmp_path, runs, kv_transfer_config=connector, max_num_batched_tokens=512) for _ in range(2))
+    files = [*(tmp_path / "pages").rglob("*.safetensors")]
+    assert len(files) == 4 and (saved["runs"][0]["cached"], brought["runs"][0]["cached"]) == ([0], [256])
+    for path in files:
+        save_file({name: torch.zeros_like(rows) for name, rows in load_file(path).items()}, path)
+    blank = serve(out, tmp_path, runs, kv_transfer_config=connector, max_num_batched_tokens=512)
+    cold, *others = (
+        torch.tensor(of["chosen"]) for of in (answers["runs"][4], saved["runs"][0], brought["runs"][0], blank["runs"][0])
+    )
+    off = [float((rows - cold).abs().max()) for rows in others]
+    assert max(off[:2]) <= TOGETHER < off[2]
+    assert brought["runs"][0]["tokens"] == answers["runs"][4]["tokens"]
 
 
 def test_sequences_that_had_to_wait_are_what_they_are_alone(out: Path, tmp_path: Path) -> None:

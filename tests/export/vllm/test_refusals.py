@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
+from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.export.vllm.refusals import check_engine, check_folder, check_layer, read_plan
 from tests.export.vllm.plans import engine, folder, layer, planted
 
@@ -64,7 +64,7 @@ def test_a_folder_of_another_version_is_named(changes: dict[str, Any], words: st
 def test_codecs_of_another_version_are_named(tmp_path: Path) -> None:
     path = folder(planted(), tmp_path / "out") / "kvsink.json"
     path.write_text(path.read_text().replace('"kind"', '"a_field_to_come": 1, "kind"', 1))
-    with pytest.raises(KvsinkError, match="a_field_to_come.*another version of kvsink"):
+    with pytest.raises(SidecarError, match="kvsink.json is not read: .*a_field_to_come.* version of kvsink; run kvsink-rewrite"):
         read_plan(path.parent)
 
 
