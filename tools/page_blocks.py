@@ -389,6 +389,7 @@ def speed(folder: Path) -> str:
         for r in _last(_rows("kernels_h100"), "method", "bits", "B", "T")
         if r["B"] * r["T"] > 1e5 and f"{r['method']}-{r['bits']}" == side
     ]
+    tables: list[str] = []
     items = [
         f"- Speed, {most['device']}, a whole model of LLaMA-3-8B shape with `{side}` against 16 bit compiled with CUDA graphs: "
         f"{gain(4096):.1f}x the tokens per second at the largest batch of 4096 tokens ({most['B']} sequences against {base['B']}), "
@@ -405,11 +406,13 @@ def speed(folder: Path) -> str:
     for rows in rows_of("shapes_*").values():
         last = _last((r for r in rows if "of_plain" not in r and "target" not in r), "model", "method", "bits", "B", "T")
         long = [r for r in last if (r["B"], r["T"]) == (16, 8192) and r["p50_ms"] and r["model"] in _SHOWN]
+        lines = []
         for name in (*_OURS, side):
-            if found := [r for r in long if f"{r['method']}-{r['bits']}" == name]:
-                each = ", ".join(f"{r['model']} {r['speedup']:.1f}x" for r in found)
-                layer = f"Attention of one layer of 16 x 8,192 tokens, `{name}`, {found[0]['device']}"
-                items.append(f"- {layer}: {each} of fp16's speed.")
+            found = {r["model"]: f"{r['speedup']:.1f}x" for r in long if f"{r['method']}-{r['bits']}" == name}
+            lines += [(f"`{name}`", *(found.get(model, "–") for model in _SHOWN))] if found else []
+        if lines:
+            about = f"one layer, 16 x 8,192 tokens, {long[0]['device']}: of fp16's speed"
+            tables.append(_grid((about, *_SHOWN), lines))
     runs = _cpu_runs()
     coded = _coded(runs)
     ratios = [run[coded]["p50_ms"] / run["float32"]["p50_ms"] for run in runs]
@@ -418,7 +421,7 @@ def speed(folder: Path) -> str:
         f"- On a processor ({r['threads']} cores, AVX-512), one token of the demo model behind {r['T']:,} with `{coded}` takes "
         f"{min(ratios):.2f} to {max(ratios):.2f} of the time of float32 with its own cache, by C kernels built at first use."
     )
-    return _sentences(items)
+    return "\n".join((*tables, _sentences(items)))
 
 
 def quality(folder: Path) -> str:

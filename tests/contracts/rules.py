@@ -160,11 +160,15 @@ def _on_tensors(module: ast.Module) -> Iterator[str]:
 
 
 def running(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a tree but for `if TYPE_CHECKING` blocks, which do not run."""
+    """The nodes of a tree but for the bodies of `if TYPE_CHECKING`, which do not run."""
     for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+        skips = isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        if not skips:
             yield child
             yield from running(child)
+        for other in child.orelse if skips else ():  # type: ignore[attr-defined]
+            yield other
+            yield from running(other)
 
 
 def module_name(path: Path) -> str:
