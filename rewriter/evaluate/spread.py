@@ -38,16 +38,17 @@ def spread(model: Any, ids: Tensor) -> tuple[Spread, ...]:
         model(ids.to(place_of(model)), **given_cache(model, cache), use_cache=True, logits_to_keep=1)
         found: list[Spread] = []
         for i, plan in enumerate(runtime.plans):
-            held, codec = cache.layers[i], plan.codec
-            whole = runtime.anatomy.layer_types[i] not in WINDOWED and codec is not None and not codec.modal
-            if codec is None or not whole or held.keys.shape[2] != ids.shape[1]:
+            held, codec = cache.layers[i] if i < len(cache.layers) else None, plan.codec  # layers that share keys hold none
+            keys = None if runtime.anatomy.layer_types[i] in WINDOWED else getattr(held, "keys", None)
+            if codec is None or codec.modal or keys is None or keys.shape[2] != ids.shape[1]:
                 found.append((None, None))
                 continue
-            keys, given = held.keys, runtime.params(i, codec, ids.shape[1], held.keys.device)
+            assert held is not None
+            here, given = positions.to(keys.device), runtime.params(i, codec, ids.shape[1], keys.device)
             p = dict(zip(codec.param_names(), given, strict=True))
             if (order := runtime.order(i, keys.device)) is not None:
                 keys = keys.index_select(-1, order[0])
-            keys = codec.transform_keys(keys, *runtime.angles(i, positions), positions, p, True)
+            keys = codec.transform_keys(keys, *runtime.angles(i, here), here, p, True)
             found.append((_spread(keys, p.get("k_sigma")), _spread(codec.transform_values(held.values, p), p.get("v_sigma"))))
     return tuple(found)
 

@@ -16,6 +16,7 @@ from kvsink.cache.cache import KVSinkCache
 from kvsink.cache.layer import KVSinkLayer
 from kvsink.cache.ranges import LARGE_STEPS
 from kvsink.codecs import SHARED_NAMES
+from kvsink.kernels import layout
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
 from kvsink.kernels.cuda import launch, variants
@@ -253,6 +254,10 @@ def test_new_rows_are_stored_as_the_definition_stores_them(index: int, batch: in
         sums = {"klt:even": "k", "klt": "kv"}.get(kind.method, "kv" if kind.dim in (80, 96) else "")
         if name in ("k_codes", "k_scale", "v_codes", "v_scale") and name[0] in sums:  # in another order than the definition's
             assert mine.numel() == 0 or (mine == wanted).float().mean() >= 0.998, name
+            if name.endswith("codes"):  # of the new rows alone, of which a tie may turn a walk
+                side = other.codec.key if name[0] == "k" else other.codec.value
+                a, b = (layout.fetch(x, side.widths, name[0], side.kind, length, new) for x in (mine, wanted))
+                assert (a == b).float().mean() >= 0.9, name
         elif name in ("exact_slot", "exact_score"):
             assert torch.equal(mine.sort(1)[0], wanted.sort(1)[0]), name
         elif name not in ("exact_k", "exact_v"):
