@@ -436,6 +436,27 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("widths", [(6,) * 8 + (2,) * 8, (5,) * 8 + (3,) * 8, (6, 2) * 8])
+def test_wide_runs_are_read_wherever_they_stand(widths: tuple[int, ...]) -> None:
+    """Runs of 5 and 6 bits in both halves of a byte of indices, as models with flat spectra have them."""
+    model = rewritten("klt", HEADS, key_bits=4, value_bits=4)
+    runtime = runtime_of(model)
+    runtime.plans = tuple(
+        replace(plan, codec=replace(plan.codec, key=replace(plan.codec.key, widths=widths))) for plan in runtime.plans
+    )
+    layer = KVSinkCache.for_model(model, 1, max_length=SLOTS - 3, tiles=True).packed_layers()[1]
+    append(layer, rows(1, 200, 1), rows(1, 200, 2), torch.arange(200)[None])
+    layer.length.fill_(200)
+    layer.exact_k, layer.exact_v = layer.exact_k.half(), layer.exact_v.half()
+    q, k, v = rows(1, 1, 5, HEADS, torch.float16) * 0.5, rows(1, 1, 6, dtype=torch.float16), rows(1, 1, 7, dtype=torch.float16)
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    got = launch.attend_one(library(layer), layer.codec, q, k, v, st, p, None, 0.09)
+    assert got is not None
+    layer.exact_k, layer.exact_v = layer.exact_k.float(), layer.exact_v.float()
+    wanted = attend_ref(q.float(), k.float(), v.float(), layer.state(), layer.params, None, 0.09, False, layer.codec_text)
+    assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
 @pytest.mark.parametrize(("index", "batch", "length", "kind", "blocks"), CASES)
 def test_the_attend_kernel_equals_the_definition(index: int, batch: int, length: int, kind: str | None, blocks: int) -> None:
     layer = layer_of(index, batch)
