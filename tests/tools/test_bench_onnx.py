@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def test_rows_of_numbers_then_of_times(tmp_path: Path, capsys) -> None:
     for r in rows[1:3]:
         assert r["verdict"] == "ok" and r["off_cpu"] == 0 and r["bytes_off_cpu"].startswith("0 of ")
         assert 0 < r["off_torch"] < (1e-3 if r["bits"] == 8 else 1e-5)  # each has a cache of its own: a tie moves a code of 8 bits
-        assert r["cpu_share"] == 1 and "MatMul" in " ".join(r["slowest"])
+        shares = [int(re.fullmatch(r"\w+@CPUE (\d+)%", s)[1]) for s in r["slowest"]]
+        assert r["cpu_share"] == 1 and len(shares) == 6 and shares == sorted(shares, reverse=True) and 6 <= sum(shares) <= 103
     for r in rows[3:]:
         assert 0 < r["fastest_ms"] <= r["p20_ms"] <= r["p50_ms"] <= r["p80_ms"] and r["in_turn"] and r["verdict"] == "ok"
     assert rows[3]["cache_bits"] == 8 and rows[4]["cache_bits"] < 4
