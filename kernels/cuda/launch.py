@@ -272,10 +272,16 @@ def attend_one(
 def library(f: Any, repeats: int, rotary: int, place: torch.device) -> Library:
     """The kernels for a format or codec. repeats: query heads per key-value head, or 0 where any will do: coding rows does not
     depend on them. Raises NativeError."""
-    for n in () if repeats else range(REPEATS, 0, -1):
-        if (held := module.loaded(variant_of(f, n, rotary), place)) is not None:
-            return held
-    return module.library(variant_of(f, repeats or 1, rotary), place)
+    if not repeats:
+        return _any_library(f if isinstance(f, LayerFormat) else f.format, rotary, place)
+    return module.library(variant_of(f, repeats, rotary), place)
+
+
+@cache
+def _any_library(f: LayerFormat, rotary: int, place: torch.device) -> Library:
+    """Kernels that are loaded already where there are some, else those for one query head."""
+    held = (module.loaded(_variant(f, n, rotary), place) for n in range(REPEATS, 0, -1))
+    return next((lib for lib in held if lib is not None), None) or module.library(_variant(f, 1, rotary), place)
 
 
 def _library(call: Call) -> Library:

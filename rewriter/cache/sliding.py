@@ -65,6 +65,7 @@ class SlidingWindow:
     ) -> None:
         self.back, self.slack = back, slack
         self.main, self.runtime, self.window, self.total = shared, runtime, window, max_length
+        self.nothing = shared.nothing
         self.layers: list[Any] = []
         self.positions: Tensor | None = None
         self.real: Tensor | None = None

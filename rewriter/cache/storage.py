@@ -44,6 +44,15 @@ class Shared:
         self.real: Tensor | None = None
         self.origin_cos: Tensor | None = None
         self.origin_sin: Tensor | None = None
+        self._nothing: dict[tuple[Any, ...], Tensor] = {}
+
+    def nothing(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The tensor without elements that stands for what no layer of this kind holds: one for all of them, so that compiled code
+        is given, and looks at, one."""
+        key = name, shape, dtype, device
+        if key not in self._nothing:
+            self._nothing[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self._nothing[key]
 
     def tables(self) -> dict[str, Tensor]:
         """The anchors as tables of a codec."""
@@ -95,7 +104,10 @@ class Storage(CacheLayerMixin):
         c, b, dev = self.codec, self.batch_size, self.device
         slots = self.max_length if self.max_length is not None else BLOCK
         for name, (shape, dtype, fill) in self._layout(slots).items():
-            setattr(self, name, torch.full(shape, fill, dtype=dtype, device=dev))
+            held = (
+                torch.full(shape, fill, dtype=dtype, device=dev) if 0 not in shape else self.shared.nothing(name, shape, dtype, dev)
+            )
+            setattr(self, name, held)
         if self.shared.positions is None or self.shared.positions.shape != (b, slots):
             self.shared.positions = torch.zeros(b, slots, dtype=torch.int32, device=dev)
             self.shared.real = torch.ones(b, slots, dtype=torch.bool, device=dev)
