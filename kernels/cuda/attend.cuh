@@ -94,7 +94,8 @@ static_assert(WARPS * STAGES >= PAIR_WARPS && HEADS_PER_KV <= 32, "warps, heads"
 
 // Registers move from service warps to those that compute. The block owns what it was launched with; asking for more waits for ever.
 constexpr bool SHIFTS = THREADS > 256;
-constexpr int COMPUTE_REGISTERS = WARPS == 4 ? 240 : WIDE ? 168 : 200, SERVICE_REGISTERS = WARPS == 4 ? 128 : WIDE ? 88 : 104;
+constexpr int COMPUTE_REGISTERS = WARPS == 4 ? 240 : WARPS == 12 ? (WIDE ? 128 : 144) : WARPS == 16 ? (WIDE ? 96 : 104) : WIDE ? 168 : 200;
+constexpr int SERVICE_REGISTERS = WARPS == 4 ? 128 : WARPS == 12 ? (WIDE ? 48 : 80) : WARPS == 16 ? (WIDE ? 48 : 64) : WIDE ? 88 : 104;
 static_assert(!SHIFTS || WARPS * 32 * COMPUTE_REGISTERS + SERVICE * 32 * SERVICE_REGISTERS <= 65536 / THREADS / 8 * 8 * THREADS, "registers");
 static_assert(WARPS % 4 == 0, "register counts change per four warps");
 

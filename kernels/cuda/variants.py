@@ -55,12 +55,13 @@ def unit(defines: Mapping[str, str], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Card:
-    """What code is made for: compute capability times ten, the bytes of shared memory that one block can have, and whether the
-    driver's own compiler finishes it, as the code of another card must be."""
+    """What code is made for: compute capability times ten, the bytes of shared memory that one block can have, whether the
+    driver's own compiler finishes it, as the code of another card must be, and how a block works, if not as is best."""
 
     target: int = 90
     shared: int = SHARED_LIMIT
     portable: bool = False
+    shape: Shape | None = None
 
     @property
     def arch(self) -> str:
@@ -71,14 +72,16 @@ class Card:
 @cache
 def card_of(device: torch.device) -> Card:
     """The card at hand. $KVSINK_CUDA_TARGET (compute_80, ...) and $KVSINK_CUDA_SHARED (bytes) name a smaller one, whose code it
-    then runs."""
+    then runs; $KVSINK_CUDA_SHAPE (warps,stages,items,steps of `Shape`) says how a block works, to measure one against another."""
     major, minor = torch.cuda.get_device_capability(device)
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_LIMIT)
     found = 10 * major + minor
     target = int("".join(c for c in os.environ.get("KVSINK_CUDA_TARGET", "") if c.isdigit()) or found)
     if target != found and not 80 <= target < 90:
         raise NativeError(f"KVSINK_CUDA_TARGET={target}: of other cards, the code of 8.0 to 8.9 alone runs here")
-    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found)
+    asked = os.environ.get("KVSINK_CUDA_SHAPE", "")
+    shape = Shape(*map(int, asked.split(","))) if asked else None
+    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found, shape)
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,10 @@ class Variant:
 
     def shape(self, card: Card) -> Shape:
         """How a block works on a card. Raises NativeError when no way fits its shared memory."""
-        fits = [s for s in _SHAPES if self._suits(s, card) and self.shared_bytes(s) <= card.shared]
+        known = _SHAPES if card.shape is None else (card.shape,)
+        fits = [s for s in known if (card.shape or self._suits(s, card)) and self.shared_bytes(s) <= card.shared]
         if not fits:
-            least = min(self.shared_bytes(s) for s in _SHAPES)
+            least = min(self.shared_bytes(s) for s in known)
             raise NativeError(f"{least} bytes of shared memory, more than the {card.shared} that a block can have")
         return fits[0]
 

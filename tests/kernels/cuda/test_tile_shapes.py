@@ -28,6 +28,7 @@ from .emulated import Emulated, scales_behind
 SLOTS, KV_HEADS = 512, 2
 HELD = ("exact_k", "exact_v", "recent_k", "recent_v")
 A100, GEFORCE, HOPPER = variants.Card(80, 166912), variants.Card(89, 101376), variants.Card()
+TWELVE, SIXTEEN = (variants.Card(shape=variants.Shape(*s)) for s in ((12, 1, 4, 2), (16, 1, 4, 1)))  # warps that compute
 
 
 class Kind(NamedTuple):
@@ -91,11 +92,15 @@ KINDS = (
     Kind("klt", 80, 8, (2, 4), fold=False),
     Kind("klt", 80, 1, (4, 3)),
     Kind("klt", 96, 8, (3, 4), card=A100),
+    Kind("klt", 128, 4, card=TWELVE),
+    Kind("klt", 64, 8, card=SIXTEEN, window=20),
 )
 NAMES = [
-    f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}" for k in KINDS
+    f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}"
+    + (f"-{k.card.shape.warps}" if k.card.shape else "")
+    for k in KINDS
 ]
-QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42)  # the others are slow tests
+QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42, 46)  # the others are slow tests
 EVERY = [pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow) for i in range(len(KINDS))]
 
 
