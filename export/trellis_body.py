@@ -3,8 +3,8 @@
 Formula    as in `kvsink.kernels.trellis`, in the same order of sums, so that codes are the same, ties included
            writer: a state carries its walk as a whole number whose bit t is u_t, so that nothing has to be traced back; the axes of
            the two bits of a state change places with every step, since the new bit stands where the oldest one was
-           reader: with v = 2 (1 - 2 u), 4 j = 4 (4 m + 3/2 - (2^(w+1) - 1) / 2) - v_t v_(t-2) - v_(t-1), and levels are a cubic
-           of j: arithmetic, since onnxruntime takes longer over one look-up for every channel than over twenty sums
+           reader: with v = 2 (1 - 2 u), 4 j = 4 (4 m + 3/2 - (2^(w+1) - 1) / 2) - v_t v_(t-2) - v_(t-1), and levels are an
+           odd polynomial of j: arithmetic, since onnxruntime takes longer over one look-up for every channel than over twenty sums
 Shapes     x [B, H, S, D], sigma [H, D] → codes uint8 [B, H, S, sum(widths) + 1], and back to rows float32; the searches hold
            [u or u_(t-2), u_(t-1), first state, search, B, H, S, 8]
 Exact      codes; what is read within eight roundings of float32, and with dtype float64 to the last bit
@@ -21,7 +21,7 @@ import torch
 
 from kvsink.export.body import Body, look_up, pack, unpack
 from kvsink.kernels.quantize import segments
-from kvsink.kernels.trellis import CUBIC, TRELLIS_WIDTHS, gain_of, starts, subsets, trellis_levels
+from kvsink.kernels.trellis import TRELLIS_WIDTHS, gain_of, odd_polynomial, starts, subsets, trellis_levels
 
 __all__ = ["dequantize", "quantize"]
 
@@ -206,10 +206,21 @@ def dequantize(b: Body, a: Mapping[str, Any], codes: str, scale: str, sigma: str
     j = b.Sub(b.Sub(row, b.Mul(sign, older or b.const(2))), newer)  # four times as large
     sigma, gain = b.Unsqueeze(sigma, b.ints(1)), _gain_of(b, b.cast(b.slice(codes, sum(widths), sum(widths) + 1, 3), "INT32"))
     if b.kind == np.float64:  # levels as `trellis_levels` makes them
-        j = b.Mul(j, b.const(0.25))
-        linear, cubic = (b.const(_of_channels(widths, {w: CUBIC[w][i] for w in CUBIC})) for i in (0, 1))
-        level = b.cast(b.Add(b.Mul(linear, j), b.Mul(cubic, b.Mul(b.Mul(j, j), j))), "FLOAT")
+        level = b.cast(_odd(b, b.Mul(j, b.const(0.25)), [b.const(t) for t in _factors(widths, 1)]), "FLOAT")
         return str(b.Mul(b.Mul(level, sigma), gain))
-    scaled = (_of_channels(widths, {w: CUBIC[w][i] / 4 ** (2 * i + 1) for w in CUBIC}) for i in (0, 1))
-    linear, cubic = (b.Mul(sigma, b.const(t)) for t in scaled)
-    return str(b.Mul(b.Mul(j, b.Add(linear, b.Mul(cubic, b.Mul(j, j)))), gain))
+    return str(b.Mul(_odd(b, j, [b.Mul(sigma, b.const(t)) for t in _factors(widths, 4)]), gain))
+
+
+def _factors(widths: Sequence[int], scale: int) -> list[Any]:
+    """[D] each: the factors of x, x^3, … of every channel's level, x = scale j, without the last powers that none has."""
+    table = {w: [f / scale ** (2 * i + 1) for i, f in enumerate(odd_polynomial(w))] for w in set(widths)}
+    powers = 1 + max(i for factors in table.values() for i, f in enumerate(factors) if f)
+    return list(_of_channels(widths, table).T[:powers])
+
+
+def _odd(b: Body, x: str, factors: Sequence[str]) -> str:
+    """The sum of factors times x, x^3, …."""
+    square, total = b.Mul(x, x), factors[-1]
+    for factor in reversed(factors[:-1]):
+        total = b.Add(b.Mul(total, square), factor)
+    return str(b.Mul(x, total))

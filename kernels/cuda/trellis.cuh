@@ -1,23 +1,34 @@
 // Codes of a trellis (kernels/trellis.py) as operands: the levels of a lane's circles, two codes of one run a word.
 //
 // Formula    index = 4 m + 2 (u_t ^ u_(t-2)) + u_(t-1); a lane holds the whole of its circles, so shifts of a word give u_(t-1), u_(t-2)
-//            1 and 2 bits: level = fp16 of a table of 8 bytes and 8 bytes, two registers each, from which `prmt` takes four codes at a time
-//            3 to 6 bits: level / a = j (1 + c/a j^2) in fp16; a is folded into the query (keys) or into the final scaling (values)
+//            1 and 2 bits: level / a = a number whose float16 has nothing in its lower byte: `prmt` takes the upper bytes of four codes
+//            at a time from a table of two registers, and puts a zero below each
+//            3 to 6 bits: level / a = j (1 + c/a j^2) in fp16
+//            a is folded into the query (keys) or into the final scaling (values)
 // Words      a pair of rows or slots x 8 runs is a byte of indices: byte c + 2 B is circle c (half of a word), runs 8 B … 8 B + 7;
 //            at 64 channels B is the row. Nibble k of it, in word j, is run 8 B + 4 k + j; of 80 and 96 channels the last are unused
-// Cost       about 23 operations for the indices of 32 codes and one for every level of 1 and 2 bits
+// Cost       about 23 operations for the indices of 32 codes and three for every four levels of 1 and 2 bits
 #ifndef KVSINK_TRELLIS
 #define KVSINK_TRELLIS
 
-#ifndef CUBIC
-#define CUBIC 0.5585, 0.1007, 0.3288, 0.01564, 0.1674, 0.002607, 0.0840, 0.0003961, 0.0430, 5.63e-5, 0.0220, 7.99e-6   // a and c of 1 to 6 bits
+#ifndef WALK_LEVELS
+#define WALK_LEVELS 0.3, 1.0, 4.0, 0.135, 1.25, 4.0, 8.0, 14.0   // of 1 and 2 bits: a, and the positive levels in it
 #endif
-TABLE double WALK_CUBIC[12] = {CUBIC};
-BOTH constexpr float walk_level(int width, int index) {
-  const double a = WALK_CUBIC[2 * width - 2], c = WALK_CUBIC[2 * width - 1], j = index - 0.5 * ((2 << width) - 1);
-  return (float)(a * j + c * (j * j * j));
+#ifndef CUBIC
+#define CUBIC 0.1674, 0.002607, 0.0840, 0.0003961, 0.0430, 5.63e-5, 0.0220, 7.99e-6   // a and c of 3 to 6 bits
+#endif
+TABLE double WALK_NUMBER[8] = {WALK_LEVELS}, WALK_CUBIC[8] = {CUBIC};
+BOTH constexpr double walk_a(int width) { return width <= 2 ? WALK_NUMBER[3 * width - 3] : WALK_CUBIC[2 * width - 6]; }
+BOTH constexpr double walk_number(int width, int index) {      // of 1 and 2 bits: a level in units of a
+  const int half = 1 << width, at = index < half ? half - 1 - index : index - half;
+  const double x = WALK_NUMBER[3 * width - 2 + at];
+  return index < half ? -x : x;
 }
-BOTH constexpr float walk_unit(int width) { return width <= 2 ? 1.0f : (float)WALK_CUBIC[2 * width - 2]; }
+BOTH constexpr float walk_level(int width, int index) {
+  const double j = index - 0.5 * ((2 << width) - 1);
+  return (float)(width <= 2 ? walk_a(width) * walk_number(width, index) : walk_a(width) * j + WALK_CUBIC[2 * width - 5] * (j * j * j));
+}
+BOTH constexpr float walk_unit(int width) { return (float)walk_a(width); }
 BOTH constexpr u32 half_bits(double x) {             // of a normal float16 or 0
   if (x == 0) return 0;
   const u32 sign = x < 0 ? 0x8000u : 0;
@@ -31,18 +42,21 @@ BOTH constexpr u32 half_bits(double x) {             // of a normal float16 or 0
   return sign | (u32)((e << 10) + n);
 }
 BOTH constexpr u32 twice(double x) { return half_bits(x) | half_bits(x) << 16; }
-BOTH constexpr u32 table_bytes(int width, int from, int high) {   // four bytes of levels; 1 bit: there are four levels, told twice
+BOTH constexpr u32 upper_bytes(int width, int from) {           // of four levels; 1 bit: there are four, told twice
   u32 v = 0;
-  for (int i = 0; i < 4; i++) v |= (half_bits(walk_level(width, (from + i) & ((2 << width) - 1))) >> 8 * high & 255u) << 8 * i;
+  for (int i = 0; i < 4; i++) v |= half_bits(walk_number(width, (from + i) & ((2 << width) - 1))) >> 8 << 8 * i;
   return v;
 }
-template <int WIDTH> struct LevelBytes {              // of eight levels, low and high
-  static constexpr u32 LO0 = table_bytes(WIDTH, 0, 0), LO1 = table_bytes(WIDTH, 4, 0), HI0 = table_bytes(WIDTH, 0, 1), HI1 = table_bytes(WIDTH, 4, 1);
-  DEVICE_STATIC void take(u32& lo, u32& hi, u32 three) {
-    lo = take_bytes(LO0, LO1, three);
-    hi = take_bytes(HI0, HI1, three);
-  }
-};
+BOTH constexpr bool upper_alone(int width) {
+  for (int i = 0; i < 2 << width; i++)
+    if (half_bits(walk_number(width, i)) & 255u) return false;
+  return true;
+}
+static_assert(upper_alone(1) && upper_alone(2), "a level with more than three digits");
+template <int WIDTH> DEVICE u32 four_levels(u32 three) {        // the upper bytes of four levels
+  constexpr u32 lo = upper_bytes(WIDTH, 0), hi = upper_bytes(WIDTH, 4);
+  return take_bytes(lo, hi, three);
+}
 DEVICE float gain_of(u32 byte) {                     // no branches: it is asked for beside products
   const u32 bits = byte ? (byte + (118u << 4)) << 19 : 0u;
   return bits_float(byte == 255 ? 0x7fc00000u : bits);
@@ -118,7 +132,7 @@ template <bool VALUES, int RUN, int K> DEVICE u32 curved(u32 three, u32 rest) {
   const u32 bytes = pick_bytes(three, 0u, 0x4140), b = pos > to ? rest >> (pos > to ? pos - to : 0) : rest << (pos > to ? 0 : to - pos);
   const u32 index = ((at == 4 ? bytes : at == 3 ? bytes >> 1 : bytes << 1) & (low | low << 16)) | (b & (high | high << 16)) | 0x64006400u;   // 1024 + index 2^at
   constexpr u32 unit = twice(1.0 / (1 << at)), off = twice(-(1024.0 / (1 << at) + 0.5 * ((2 << width) - 1)));
-  constexpr u32 bend = twice(WALK_CUBIC[2 * width - 1] / WALK_CUBIC[2 * width - 2]), one = twice(1.0);
+  constexpr u32 bend = twice(WALK_CUBIC[2 * width - 5] / WALK_CUBIC[2 * width - 6]), one = twice(1.0);
   const u32 j = hfma2(index, unit, off);
   return hmul2(j, hfma2(hmul2(j, j), bend, one));
 }
@@ -128,16 +142,16 @@ template <bool VALUES, int RUN> DEVICE void walk_levels(u32& a, u32& b, const In
   using W = Walked<VALUES>;
   constexpr int other = RUN + 4 < RUNS ? RUN + 4 : RUN, wa = W::width(RUN), wb = W::width(other), set = RUN / 16;
   const u32 three = RUNS <= 8 ? x.n[0][RUN % 4] >> 16 * row : x.n[row * SETS + set][RUN % 4] >> 16 * (RUN / 8 % 2);
-  u32 lo = 0, hi = 0;
+  u32 four = 0;
   if constexpr (wa <= 2) {
-    LevelBytes<wa>::take(lo, hi, three);
-    a = pick_bytes(lo, hi, 0x6240);
+    four = four_levels<wa>(three);
+    a = pick_bytes(0u, four, 0x6040);
   } else {
     a = curved<VALUES, RUN, 0>(three, W::word(w, W::bin(RUN), row));
   }
   if constexpr (wb <= 2) {
-    if constexpr (wa != wb) LevelBytes<wb>::take(lo, hi, three);
-    b = pick_bytes(lo, hi, 0x7351);
+    if constexpr (wa != wb) four = four_levels<wb>(three);
+    b = pick_bytes(0u, four, 0x7050);
   } else {
     b = curved<VALUES, other, 1>(three, W::word(w, W::bin(other), row));
   }

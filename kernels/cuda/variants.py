@@ -18,7 +18,7 @@ import torch
 
 from ..layout import tile_bytes
 from ..levels import EVEN_STEP
-from ..trellis import CUBIC, TRELLIS_WIDTHS
+from ..trellis import CUBIC, LEVELS
 from .driver import NativeError
 
 __all__ = ["FEW", "SHARED_LIMIT", "Card", "Shape", "Variant", "by_warp", "card_of", "single", "too_old", "unit"]
@@ -185,7 +185,8 @@ class Variant:
             "VW": ", ".join(map(str, self.value_widths)),
             "KEY_TRELLIS": str(int(self.key_trellis)),
             "VALUE_TRELLIS": str(int(self.value_trellis)),
-            "CUBIC": ", ".join(f"{x}" for w in TRELLIS_WIDTHS for x in CUBIC[w]),
+            "WALK_LEVELS": ", ".join(f"{x}" for unit, numbers in LEVELS.values() for x in (unit, *numbers)),
+            "CUBIC": ", ".join(f"{x}" for factors in CUBIC.values() for x in factors),
             "HEADS_PER_KV": str(self.repeats),
             "HEAD_DIM": str(self.dim),
             "ROTARY": str(self.rotary),

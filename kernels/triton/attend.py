@@ -29,7 +29,7 @@ from ..lasting import kept, lasting
 from ..levels import levels_of, levels_of_bytes
 from ..quantize import segments
 from ..stages import back_table
-from ..trellis import CUBIC
+from ..trellis import odd_polynomial
 
 __all__ = ["attend", "declines", "power", "transform"]
 
@@ -49,7 +49,7 @@ class _Side:
     """How a kernel reads one side's codes.
 
     form 0: a byte is a row of a table; 1: runs of 8 channels, by pairs; 2: single codes; 3: codes that are levels; 4: walks
-    through a trellis, whose levels are the factors of their cubic.
+    through a trellis, whose levels are the factors of their polynomial.
     """
 
     form: int
@@ -147,10 +147,10 @@ def _vector(dim: int, couple: int, bits: int, row_bytes: int, device: str) -> tu
 
 @kept
 def _walks(widths: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
-    """meta int32 [2, D / 8], bits and first byte of a run, and a and c of its levels, float32 [2, D / 8]."""
+    """meta int32 [2, D / 8], bits and first byte of a run, and the `odd_polynomial` of its levels, float32 [4, D / 8]."""
     first = [sum(widths[:g]) for g in range(len(widths))]
     return torch.tensor([widths, first], dtype=torch.int32, device=device), torch.tensor(
-        [CUBIC[w] for w in widths]
+        [odd_polynomial(w) for w in widths]
     ).T.contiguous().to(device)
 
 

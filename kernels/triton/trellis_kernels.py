@@ -5,7 +5,7 @@ Formula    as `kvsink.kernels.trellis`. A walk is known by its lowest bits u, at
 Source     Viterbi search with exchange of registers; the rest as `kvsink.kernels.trellis`
 Shapes     rows [N, DP] or [R, DP] of one head, channels padded to a power of two; runs of 8 channels, one channel for every circle
 Exact      codes equal the definition's for the same rows, where nothing contracts products and sums (`enable_fp_fusion=False`);
-           levels up to the rounding of their cubic in float32
+           levels up to the rounding of their polynomial in float32
 
 Imported only where Triton is there. Names in capitals are constants of the compilation.
 """
@@ -104,9 +104,10 @@ def _codes_at(codes, row, meta, g, c, N: tl.constexpr, G: tl.constexpr, GP: tl.c
 
 @triton.jit
 def walk_levels(
-    codes, row, meta, cubic, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
+    codes, row, meta, odd, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDEST: tl.constexpr, BYTES: tl.constexpr
 ):  # fmt: skip
-    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; cubic float32 [2, D / 8]: a and c."""
+    """Rows of codes as levels [N, DP]. meta int32 [2, D / 8]: bits and first byte of a run; odd float32 [4, D / 8]: its
+    `odd_polynomial`."""
     G: tl.constexpr = D // 8
     GP: tl.constexpr = DP // 8
     g = tl.arange(0, GP) % G  # padded channels repeat others
@@ -116,7 +117,11 @@ def walk_levels(
     else:
         index = _wide_indices(codes, row, meta, g, N, G, GP, BYTES)
     j = index.to(tl.float32) - ((1 << width).to(tl.float32) - 0.5)[None, :, None]
-    level = j * (tl.load(cubic + g)[None, :, None] + tl.load(cubic + G + g)[None, :, None] * (j * j))
+    square = j * j
+    factor = tl.load(odd + 3 * G + g)[None, :, None]
+    for k in tl.static_range(2, -1, -1):
+        factor = factor * square + tl.load(odd + k * G + g)[None, :, None]
+    level = j * factor
     return tl.reshape(level, [N, DP])
 
 

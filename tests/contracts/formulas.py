@@ -211,7 +211,8 @@ def _side(codec: str, side: str) -> dict[str, Any]:
     return found
 
 
-CUBIC = {1: (0.5585, 0.1007), 2: (0.3288, 0.01564), 3: (0.1674, 0.002607), 4: (0.0840, 0.0003961), 5: (0.0430, 5.63e-5)}
+UPPER = {1: (0.3, 1.2), 2: (0.16875, 0.54, 1.08, 1.89)}
+CUBIC = {3: (0.1674, 0.002607), 4: (0.0840, 0.0003961), 5: (0.0430, 5.63e-5)}
 GAINS = np.array([0.0, *(2.0 ** (b // 16 - 9) * (1 + b % 16 / 16) for b in range(1, 255))])
 
 
@@ -223,12 +224,17 @@ def _gain(g: Array) -> Array:
 
 
 def _circles(codes: Array, widths: list[int]) -> Array:
-    """Levels of codes [..., steps] of one circle: index 4 m + 2 (u_t ^ u_(t-2)) + u_(t-1), a j + c j^3 about the middle one."""
+    """Levels of codes [..., steps] of one circle: index 4 m + 2 (u_t ^ u_(t-2)) + u_(t-1), j of them from the middle one: one of
+    `UPPER` with the sign of j, or a j + c j^3."""
     u = codes & 1
     index = 4 * (codes >> 1) + 2 * (u ^ np.roll(u, 2, -1)) + np.roll(u, 1, -1)
     j = index - (2.0 ** (np.array(widths) + 1) - 1) / 2
-    a, c = np.array([CUBIC[w] for w in widths]).T
-    return a * j + c * j**3
+    a, c = np.array([CUBIC.get(w, (0, 0)) for w in widths]).T
+    out = a * j + c * j**3
+    for t, w in enumerate(widths):
+        if w in UPPER:
+            out[..., t] = np.sign(j[..., t]) * np.array(UPPER[w])[np.abs(j[..., t]).astype(int)]
+    return out
 
 
 def _walked(row: Array, widths: list[int]) -> tuple[Array, Array]:

@@ -51,9 +51,9 @@ WRITTEN = (
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def read_kernel(codes, meta, cubic, out, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
+def read_kernel(codes, meta, odd, out, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
     n, c = tl.arange(0, N), tl.arange(0, DP)
-    x = kernels.walk_levels(codes, n * BYTES, meta, cubic, N, D, DP, W, BYTES)
+    x = kernels.walk_levels(codes, n * BYTES, meta, odd, N, D, DP, W, BYTES)
     x = x * kernels.byte_gains(codes, n * BYTES, BYTES)[:, None]
     tl.store(out + n[:, None] * D + c[None, :], x, mask=(c < D)[None, :])
 
