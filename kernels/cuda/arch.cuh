@@ -48,6 +48,7 @@ DEVICE float half_lo(u32 v) { float r; asm("{.reg .f16 l, h; mov.b32 {l, h}, %1;
 DEVICE float half_hi(u32 v) { float r; asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(v)); return r; }
 DEVICE u32 hmul2(u32 a, u32 b) { u32 r; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
 DEVICE u32 hfma2(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
+DEVICE u32 hfma2_sat(u32 a, u32 b, u32 c) { u32 r; asm("fma.rn.sat.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c)); return r; }
 DEVICE float shfl_xor(float v, int m) { return __shfl_xor_sync(0xffffffffu, v, m); }
 DEVICE int shfl_int(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 DEVICE bool any_lane(bool p) { return __any_sync(0xffffffffu, p); }
@@ -118,6 +119,11 @@ DEVICE u32 funnel_right(u32 lo, u32 hi, u32 n) { return __funnelshift_r(lo, hi, 
 DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 // The same where no nibble of `which` is above 7, which the compiler then need not see to.
 DEVICE u32 take_bytes(u32 a, u32 b, u32 which) { u32 r; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(which)); return r; }
+DEVICE u32 select_bits(u32 mask, u32 a, u32 b) {     // of a where the mask has ones; in one operation, which the compiler leaves as it is
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(a), "r"(b));
+  return r;
+}
 DEVICE u32 least_in_warp(u32 v) { return __reduce_min_sync(0xffffffffu, v); }
 DEVICE u32 most_in_warp(u32 v) { return __reduce_max_sync(0xffffffffu, v); }
 DEVICE u32 or_in_warp(u32 v) { return __reduce_or_sync(0xffffffffu, v); }

@@ -98,6 +98,7 @@ extern "C" void run_decode(const RowParams* p, int grid_x) {
 extern "C" void run_list(const PlaceParams* p, int sequences) {
   run([] { list_exact(*(const PlaceParams*)params); }, p, sequences, 1, 32, 128);
 }
+extern "C" void read_gains(float* out, int bytes) { gains_of(out[0], out[1], (u32)bytes); }
 extern "C" int place_bytes() { return (int)sizeof(PlaceParams); }
 extern "C" int attend_bytes() { return (int)sizeof(Params); }
 extern "C" int row_bytes() { return (int)sizeof(RowParams); }

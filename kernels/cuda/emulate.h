@@ -118,6 +118,11 @@ DEVICE float half_lo(u32 v) { return emu::h2f(v); }
 DEVICE float half_hi(u32 v) { return emu::h2f(v >> 16); }
 DEVICE u32 hmul2(u32 a, u32 b) { return pack_half2(half_lo(a) * half_lo(b), half_hi(a) * half_hi(b)); }
 DEVICE u32 hfma2(u32 a, u32 b, u32 c) { return pack_half2(half_lo(a) * half_lo(b) + half_lo(c), half_hi(a) * half_hi(b) + half_hi(c)); }
+DEVICE u32 hfma2_sat(u32 a, u32 b, u32 c) {
+  const u32 x = hfma2(a, b, c);
+  const auto one = [](float v) { return v > 1 ? 1.0f : v > 0 ? v : 0.0f; };
+  return pack_half2(one(half_lo(x)), one(half_hi(x)));
+}
 DEVICE void prefetch(const void*) {}
 DEVICE u32 ballot_warp(bool p) {
   u32 in = p, out;
@@ -136,6 +141,7 @@ DEVICE u32 pick_bytes(u32 a, u32 b, u32 which) {
   for (int i = 0; i < 4; i++) r |= (u32)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
+DEVICE u32 select_bits(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 DEVICE u32 take_bytes(u32 a, u32 b, u32 which) {
   if (which & 0x8888) { fprintf(stderr, "a byte above the seventh is asked for\n"); abort(); }
   return pick_bytes(a, b, which);

@@ -95,8 +95,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   for (int j = 0; j < NP; j++) {
     float sa, sb, za = 0, zb = 0;
     if (KEY_TRELLIS) {
-      const u32 a = *(const unsigned short*)key_scales[j];
-      sa = gain_of(a & 255); sb = gain_of(a >> 8);
+      gains_of(sa, sb, *(const unsigned short*)key_scales[j]);
     } else if (MODE == 2) {
       const u32 a = *(const u32*)key_scales[j];
       sa = half_lo(a); sb = half_hi(a);
@@ -146,8 +145,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   for (int j = 0; j < NP; j++) {
     float sa, sb, za = 0, zb = 0;
     if (VALUE_TRELLIS) {
-      const u32 a = *(const unsigned short*)value_scales[j];
-      sa = gain_of(a & 255); sb = gain_of(a >> 8);
+      gains_of(sa, sb, *(const unsigned short*)value_scales[j]);
     } else {
       const uint2 a = *(const uint2*)value_scales[j];
       sa = half_lo(a.x); za = half_hi(a.x); sb = half_lo(a.y); zb = half_hi(a.y);

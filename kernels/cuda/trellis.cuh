@@ -57,9 +57,17 @@ template <int WIDTH> DEVICE u32 four_levels(u32 three) {        // the upper byt
   constexpr u32 lo = upper_bytes(WIDTH, 0), hi = upper_bytes(WIDTH, 4);
   return take_bytes(lo, hi, three);
 }
-DEVICE float gain_of(u32 byte) {                     // no branches: it is asked for beside products
+DEVICE float gain_of(u32 byte) {
   const u32 bits = byte ? (byte + (118u << 4)) << 19 : 0u;
   return bits_float(byte == 255 ? 0x7fc00000u : bits);
+}
+// The gains of two bytes, as float16 and without comparisons: it is asked for beside products.
+DEVICE void gains_of(float& a, float& b, u32 bytes) {
+  const u32 n = pick_bytes(bytes, 0u, 0x4140), beyond = (n + 0x00010001u) & 0x01000100u;   // of 255 alone
+  const u32 some = hfma2_sat(n | 0x64006400u, 0x3c003c00u, 0xe400e400u);                   // 0 or 1: a row of zeros has no gain
+  const u32 gain = hmul2(n * 64u + 0x18001800u + beyond * 0x28u, some);                    // 0x7fc0, not a number, for 255
+  a = half_lo(gain);
+  b = half_hi(gain);
 }
 
 constexpr int QUARTERS = RUNS / 8 * 2 + RUNS % 8 / 2;   // of eight runs, in two steps; the last ones have one step
@@ -68,14 +76,13 @@ struct Indices { u32 n[INDEX_WORDS][4]; };           // of a tile in one lane: t
 
 // u: lowest bits of 32 codes; before: those two steps back; m: the second bits of the codes.
 DEVICE void three_bits(u32 (&n)[4], u32 u, u32 before, u32 m) {
-  const u32 z1 = u ^ before;
-  const u32 even = (before >> 1 & 0x55555555u) | (z1 << 1 & 0xaaaaaaaau);      // bit 2 k of a run holds u_(t-1), the next one z1
-  const u32 odd = (u & 0x55555555u) | (z1 & 0xaaaaaaaau);
-  const u32 m0 = m & 0x55555555u, m1 = m & 0xaaaaaaaau;                        // the fourth bit of a nibble must be 0
-  n[0] = (even & 0x33333333u) | (m0 << 2 & 0xccccccccu);
-  n[1] = (odd & 0x33333333u) | (m1 << 1 & 0xccccccccu);
-  n[2] = (even >> 2 & 0x33333333u) | (m0 & 0xccccccccu);
-  n[3] = (odd >> 2 & 0x33333333u) | (m1 >> 1 & 0xccccccccu);
+  const u32 z1 = u ^ before, m0 = m & 0x55555555u, m1 = m & 0xaaaaaaaau;       // the fourth bit of a nibble must be 0
+  const u32 even = select_bits(0x55555555u, before >> 1, z1 << 1);             // bit 2 k of a run holds u_(t-1), the next one z1
+  const u32 odd = select_bits(0x55555555u, u, z1);
+  n[0] = select_bits(0x33333333u, even, m0 << 2);
+  n[1] = select_bits(0x33333333u, odd, m1 << 1);
+  n[2] = select_bits(0x33333333u, even >> 2, m0);
+  n[3] = select_bits(0x33333333u, odd >> 2, m1 >> 1);
 }
 
 template <bool VALUES> struct Walked {
@@ -97,7 +104,7 @@ template <bool VALUES> DEVICE void indices(Indices& x, const u32 (&w)[Walked<VAL
   using W = Walked<VALUES>;
   if constexpr (RUNS <= 8) {
     const u32 a = W::word(w, 0, 0), b = W::word(w, 0, 1), u = pick_bytes(a, b, 0x6420);
-    const u32 before = (u << 2 & 0xfcfcfcfcu) | (u >> 6 & 0x03030303u);
+    const u32 before = select_bits(0xfcfcfcfcu, u << 2, u >> 6);
     three_bits(x.n[0], u, before, W::beyond_one(0) ? pick_bytes(a, b, 0x7531) : 0u);
   } else {
 #pragma unroll
@@ -112,7 +119,7 @@ template <bool VALUES> DEVICE void indices(Indices& x, const u32 (&w)[Walked<VAL
       for (int h = 0; h < SETS; h++) {
         // from the byte before; that of the first run is the last byte, of 80 and 96 channels where the runs in it end
         const u32 carried = SPLIT ? (u[h] << 10 & 0xffff0000u) | (u[h] >> (RUNS + 6) & 0xffffu) : funnel_right(u[(h + SETS - 1) % SETS], u[h], 22);
-        const u32 before = (u[h] << 2 & 0xfcfcfcfcu) | (carried & 0x03030303u);
+        const u32 before = select_bits(0xfcfcfcfcu, u[h] << 2, carried);
         u32 m = 0;
         if (W::beyond_one(h)) {
           const u32 units = W::word(w, low_bin(16 * h), row);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -689,3 +691,16 @@ def test_a_step_whose_rows_are_read_from_their_codes_is_left_to_two_launches() -
     call = (q, k, k, torch.zeros(2, 1, dtype=torch.int64), scores, st, p, None, 1.0)
     assert launch.step_one(library(layer), replace(layer.codec, strict=True), *call) is None
     assert launch.step_one(library(layer), layer.codec, *call) is not None
+
+
+def test_gains_of_two_bytes_are_those_of_the_formula() -> None:
+    """g = 2^(e - 9) (1 + f / 16) of 4 and 4 bits; 0 is no gain, 255 not a number."""
+    read, out = library(layer_of(6, 1)).lib.read_gains, (ctypes.c_float * 2)()
+
+    def wanted(byte: int) -> float:
+        return math.nan if byte == 255 else 0.0 if byte == 0 else 2.0 ** (byte // 16 - 9) * (1 + byte % 16 / 16)
+
+    for byte in range(256):
+        read(out, byte | (byte * 7 + 3) % 256 << 8)
+        for got, known in zip(out, (wanted(byte), wanted((byte * 7 + 3) % 256)), strict=True):
+            assert got == known or (math.isnan(got) and math.isnan(known))
