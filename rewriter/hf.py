@@ -245,6 +245,6 @@ def _continuous(self: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).init_continuous_batching(self, *args, **kwargs)
     raise UnsupportedError(
         "continuous batching (generate_batch, cache_implementation='paged') keeps keys and values in transformers' own 16-bit "
-        "pages, which hold no packed rows; let rows join and leave one cache with KVSinkCache.batch_join and "
-        "batch_select_indices, or load the model without its rewrite"
+        "pages, which hold no packed rows; serve the folder with vLLM (docs/serving.md), let rows join and leave one cache with "
+        "KVSinkCache.batch_join and batch_select_indices, or load the model without its rewrite"
     )
