@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kvsink.cache.cache import KVSinkCache
-from kvsink.errors import KvsinkError, UnsupportedError
+from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
 from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
 from kvsink.folder.snapshot import beside
 from kvsink.model.adapters import check_prompts, watch
@@ -29,6 +29,7 @@ from kvsink.model.anatomy import rope_types
 from kvsink.model.attention import install_attention
 from kvsink.model.instead import instead
 from kvsink.model.passing import cache_name
+from kvsink.model.ranks import check_ranks, ranks_of, split
 from kvsink.model.runtime import attach
 from kvsink.saving import save_pretrained
 
@@ -70,12 +71,26 @@ class KvsinkQuantizer(HfQuantizer):
 
         if adjust is not None:
             model.adjust_generation_fn = listen  # type: ignore[assignment]
+        check_ranks(model)
+        if ranks_of(model) > 1 and (files := self._here()):
+            with torch.device("cpu"):
+                split(model, read_sidecar(model, *files))
         return model
+
+    def _here(self) -> list[str]:
+        """Both files of the plan, where they need not be fetched."""
+        try:
+            return [beside(self._weights, name, {"local_files_only": True}) for name in (SIDECAR_JSON, SIDECAR_TENSORS)]
+        except SidecarError:
+            return []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         vars(model).pop("adjust_generation_fn", None)
         files = [beside(self._weights, name, self._asked) for name in (SIDECAR_JSON, SIDECAR_TENSORS)]
-        attach(model, read_sidecar(model, *files))
+        check_ranks(model)
+        runtime = read_sidecar(model, *files)
+        split(model, runtime)
+        attach(model, runtime)
         install_generate(model)
         model.is_quantized = False  # type: ignore[assignment]
         settings: Any = model.config
@@ -177,6 +192,8 @@ def _uncompilable(model: Any) -> str:
     """Why a decode step of a model cannot be one graph, or an empty string."""
     if "dynamic" in rope_types(model.config.get_text_config(decoder=True)):
         return "rope type dynamic computes its angles anew, outside the graph, whenever the length grows"
+    if (ranks := ranks_of(model)) > 1:
+        return f"its weights are split over {ranks} processes, which speak to each other within a step"
     return ""
 
 
@@ -228,6 +245,6 @@ def _continuous(self: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).init_continuous_batching(self, *args, **kwargs)
     raise UnsupportedError(
         "continuous batching (generate_batch, cache_implementation='paged') keeps keys and values in transformers' own 16-bit "
-        "pages, which hold no packed rows; let rows join and leave one cache with KVSinkCache.batch_join and "
-        "batch_select_indices, or load the model without its rewrite"
+        "pages, which hold no packed rows; serve the folder with vLLM (docs/serving.md), let rows join and leave one cache with "
+        "KVSinkCache.batch_join and batch_select_indices, or load the model without its rewrite"
     )

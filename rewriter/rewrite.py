@@ -26,11 +26,13 @@ from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.streaming import Stream
 from kvsink.calibrate.uncalibrated import is_none
 from kvsink.codecs.protect import SinkStage
+from kvsink.errors import UnsupportedError
 from kvsink.evaluate.applying import apply
 from kvsink.hf import install_generate
 from kvsink.methods import DEFAULT, Method, get_method
 from kvsink.model.anatomy import Anatomy, rewritable
 from kvsink.model.decoder import Decoder
+from kvsink.model.ranks import ranks_of
 from kvsink.report import Report
 
 __all__ = ["RewriteOptions", "rewrite"]
@@ -89,6 +91,8 @@ def rewrite(
     )
     designs = {} if designs is None else designs
     decoder = Decoder(*rewritable(model, where), stream)
+    if (ranks := ranks_of(decoder.model)) > 1:
+        raise UnsupportedError(f"{decoder.name} is split over {ranks} processes; rewrite it in one, and load its folder split")
     notes = check_model(decoder, where is not None)
     chosen = choose(decoder, m, asked, calibration, notes)
     stages = None if profile is None else partial(_profiled_stages, profile)

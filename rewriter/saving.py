@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvsink.errors import UnsupportedError
 from kvsink.folder.sidecar import write_sidecar
 from kvsink.model.offload import number_of, place_of, weight_of
 from kvsink.report import make_report, versions
@@ -44,6 +45,8 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: An
     runtime, adapters = self.__dict__.get("_kvsink_runtime"), getattr(self, "_hf_peft_config_loaded", False)
     if runtime is None or adapters:
         return original()
+    if (ranks := runtime.ranks) > 1:
+        raise UnsupportedError(f"each of {ranks} processes holds the tables of its own heads; copy the folder that was loaded")
     if other := getattr(self.config, "quantization_config", None):
         named = other.get("quant_method") if isinstance(other, dict) else getattr(other, "quant_method", "")
         warnings.warn(

@@ -20,6 +20,7 @@ from kvsink.errors import UnsupportedError
 from kvsink.export.vllm.sinks import Sinks
 from kvsink.kernels.pages import Batch, PageFormat, Pages, RowCoder, attend_pages, write_pages
 from kvsink.model.runtime import Runtime
+from kvsink.model.tables import by_head
 
 __all__ = ["LayerPages", "Paged", "Step", "first_head", "held_tables"]
 
@@ -105,13 +106,7 @@ def held_tables(
     """The tables of a codec, of these heads alone."""
     names, tables = codec.param_names(), runtime.params(layer, codec, tokens, device, given)
     held, total = slice(first, first + heads), runtime.anatomy.layers[layer].kv
-    return [t[held].contiguous() if _by_head(n, t, total) else t for n, t in zip(names, tables, strict=True)]
-
-
-def _by_head(name: str, table: Tensor, heads: int) -> bool:
-    """Whether a table has a row for every key-value head."""
-    of_heads = name.startswith(("k_", "v_")) or name in ("tile_mean", "tile_rows", "tile_basis")
-    return of_heads and table.dim() > 1 and table.shape[0] == heads
+    return [t[held].contiguous() if by_head(n, t, total) else t for n, t in zip(names, tables, strict=True)]
 
 
 def first_head(total: int, here: int, rank: int, ranks: int) -> int:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from kvsink.codecs import Codec, SideSpec
 from kvsink.codecs.protect import Segment
-from kvsink.codecs.quantizers import QUANTIZERS
 from kvsink.errors import SidecarError, UnsupportedError
 from kvsink.folder.sidecar import AGAIN, FORMAT, SIDECAR_JSON
 from kvsink.kernels.pages import PAGE
@@ -102,7 +101,7 @@ def check_engine(plan: Plan, config: Any, platform: str) -> None:
     plain = ("auto", str(config.model_config.dtype).removeprefix("torch."))
     split = {h for h in plan.kv_heads if h % ranks and ranks % h}
     asked = getattr(cache, "user_specified_block_size", True)  # else it is chosen later, by what layers ask for
-    of_token = any(QUANTIZERS[s.kind].scale_of_token for c in plan.codecs if c is not None for s in (c.key, c.value) if s.packed)
+    of_token = any(s.shares_heads for c in plan.codecs if c is not None for s in (c.key, c.value))
     whys = (
         (platform not in ("cpu", "cuda"), f"the device is {platform}; pages have kernels on CPUs and NVIDIA GPUs alone"),
         (cache.cache_dtype not in plain, f"--kv-cache-dtype {cache.cache_dtype} codes a cache that is coded already; leave it out"),

@@ -34,6 +34,8 @@ def save_cache(cache: Any, path: str | Path) -> None:
     """Write the packed state to one safetensors file, to be loaded by `KVSinkCache.load` with the same model."""
     if any(not isinstance(layer, KVSinkLayer) for layer in cache.layers):
         raise KvsinkError("a cache with layers that kvsink leaves alone cannot be saved; save the prompt instead")
+    if (ranks := cache.shared.runtime.ranks) > 1:
+        raise KvsinkError(f"a cache of a model split over {ranks} processes cannot be saved; save the prompt instead")
     if cache.sliding is not None:
         raise KvsinkError("a cache with packed sliding-window layers cannot be saved; save the prompt instead")
     if not all(layer.is_initialized for layer in cache.packed_layers()):
@@ -59,6 +61,8 @@ def save_cache(cache: Any, path: str | Path) -> None:
 def load_cache(make: Callable[..., Any], path: str | Path, model: nn.Module, max_length: int | None = None) -> Any:
     """Read a cache saved by `save`. Raises SidecarError when it was made by another plan or cannot be read."""
     runtime = runtime_of(model)
+    if (ranks := runtime.ranks) > 1:
+        raise KvsinkError(f"a cache file holds all heads, and this model is split over {ranks} processes; run the prompt again")
     device = place_of(model)
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:

@@ -213,6 +213,18 @@ class SideSpec:
         return self.packed and (self.axis == "channel" or self.varn > 0)
 
     @property
+    def shares_heads(self) -> str:
+        """Why no key-value head of a row is coded without the others; empty where each is."""
+        if not self.packed:
+            return ""
+        if self.reorder or (self.heads_per_group > 1 and not self.folded):
+            return "are turned across heads"
+        if self.outliers:
+            return "have outliers, which share a record"
+        kind = QUANTIZERS[self.kind]
+        return "share numbers of a token among heads" if self.norm or (kind.scale_of_token and kind.row_scales(self, 0)) else ""
+
+    @property
     def own_inverse(self) -> bool:
         """True when the basis of a klt is not orthogonal and rows come back by another table."""
         return self.metric == "attention" or self.spread == "balanced"

@@ -28,14 +28,25 @@ def fingerprint(model: nn.Module, weight: Callable[[str], Tensor] | None = None,
 
 def fingerprint_of(parts: Iterable[tuple[str, Tensor]], weight: Callable[[str], Tensor]) -> Tensor:
     """`fingerprint` of parameters by name, which `weight` reads."""
-    named = sorted((n, p) for n, p in parts if p.numel() >= 16 and is_plain(p))
+    named = sorted(((n, p) for n, p in parts if p.numel() >= 16 and (is_plain(p) or _is_split(p))), key=lambda row: row[0])
     step = max(1, len(named) // 64)
     out = []
     for name, _ in named[::step][:64]:
-        p = weight(name)
+        p = _whole(weight(name))
         index = torch.linspace(0, p.numel() - 1, 16, dtype=torch.float64).long().to(p.device)
         out.append(p.detach().flatten()[index].float().cpu())
     return torch.cat(out) if out else torch.zeros(0)
+
+
+def _is_split(weight: Tensor) -> bool:
+    """Whether every process holds a part of a weight of floating-point numbers."""
+    return hasattr(weight, "full_tensor") and weight.is_floating_point() and weight.itemsize > 1
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight that may be split over processes, of which all have to ask."""
+    full: Tensor = weight.full_tensor() if _is_split(weight) else weight  # type: ignore[attr-defined]
+    return full
 
 
 def same_model(a: Tensor, b: Tensor) -> bool:

@@ -42,6 +42,7 @@ class Runtime(Tables):
         self._through_functions = bool(getattr(model, "_supports_attention_backend", False))
         self.stages, self.method = stages, method
         self.extra: dict[str, Any] = {}  # what a folder's plan says beside it, written again with it
+        self.ranks = 1  # processes that the model is split over
         self.replaced = ""  # why caches made from this one are refused, once the model has another
 
     @property

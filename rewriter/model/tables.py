@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from kvsink.kernels.stages import back_table
 from kvsink.model.anatomy import Anatomy
 from kvsink.model.turning import rotary_tables, turns_back
 
-__all__ = ["LayerPlan", "Tables"]
+__all__ = ["LayerPlan", "Tables", "by_head"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,12 @@ class LayerPlan:
     codec: Codec | None
     segments: tuple[Segment, ...] = ()
     reason: str = ""
+
+
+def by_head(name: str, table: Tensor, heads: int) -> bool:
+    """Whether a table has a row for every key-value head."""
+    of_heads = name.startswith(("k_", "v_")) or name in ("tile_mean", "tile_rows", "tile_basis")
+    return of_heads and table.dim() > 1 and table.shape[0] == heads
 
 
 class Tables:
@@ -55,6 +61,17 @@ class Tables:
         self._orders: dict[tuple[int, str], tuple[Tensor, Tensor] | None] = {}
         self._starts: dict[tuple[str, int, str], tuple[Tensor, Tensor]] = {}
         self._turns = [f"{self._kind(i)} {turning}" for i, turning in enumerate(where.turnings)]  # equal for equal angles
+
+    def keep(self, rank: int, ranks: int) -> None:
+        """Leave the heads of one of `ranks` processes, which divide every layer's, in order; before anything is read."""
+        layers = self.anatomy.layers
+        for named, heads in zip(self._named, layers, strict=True):
+            n = heads.kv // ranks
+            for name, table in self.tables.items():
+                if name.startswith(named) and by_head(name.removeprefix(named), table, heads.kv):
+                    self.tables[name] = table[rank * n : (rank + 1) * n].clone()
+        here = tuple(heads._replace(query=heads.query // ranks, kv=heads.kv // ranks) for heads in layers)
+        self.anatomy = replace(self.anatomy, layers=here)
 
     def angles(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [N, P, R] of positions [N, P], attention scaling included; R = 0 without RoPE. Canonical, see

@@ -387,7 +387,7 @@ def test_continuous_batching_is_refused(klt: Any) -> None:
         lambda: klt.generate(ids(1, 5, 3), cache_implementation="paged", **GREEDY),
         lambda: klt.init_continuous_batching(),
     ):
-        with pytest.raises(UnsupportedError, match="16-bit pages, which hold no packed rows") as raised:
+        with pytest.raises(UnsupportedError, match="16-bit pages, which hold no packed rows; serve the folder with vLLM") as raised:
             ask()
         assert "\n" not in str(raised.value)
     other = rewritten("llama", "rtn")[0]

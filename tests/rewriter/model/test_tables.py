@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from kvsink.model.runtime import runtime_of
+from kvsink.model.tables import by_head
 from tests.graphs import rewritten
 from tests.models import HEAD_DIM
 
@@ -55,3 +58,29 @@ def test_tables_come_in_the_order_of_the_codec() -> None:
     given = {"k_basis": torch.zeros(1)}
     assert dict(zip(codec.param_names(), runtime.params(1, codec, 64, CPU, given), strict=True))["k_basis"] is given["k_basis"]
     assert runtime.table_nbytes() == sum(t.nbytes for t in runtime.tables.values())
+
+
+def test_processes_keep_heads_of_their_own() -> None:
+    """The parts of two processes beside each other are the tables of one; what has no heads all have."""
+    whole = runtime_of(rewritten("llama", "sdpa", "cq"))
+    parts = []
+    for rank in range(2):
+        part = copy.deepcopy(whole)
+        part.keep(rank, 2)
+        assert all((heads.query, heads.kv) == (2, 1) for heads in part.anatomy.layers)
+        parts.append(part.tables)
+    assert whole.tables.keys() == parts[0].keys() == parts[1].keys()
+    for name, table in whole.tables.items():
+        if table.shape[0] == 2:
+            assert torch.equal(torch.cat([part[name] for part in parts]), table)
+            assert parts[0][name].untyped_storage().nbytes() == table.nbytes // 2
+        else:
+            assert parts[0][name] is not None and torch.equal(parts[0][name], table)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "answer"),
+    [("k_basis", (2, 8, 8), True), ("k_levels", (2,), False), ("start_cos", (2, 8), False), ("v_book", (1, 8, 4, 2), False)],
+)
+def test_tables_of_heads_are_known(name: str, shape: tuple[int, ...], answer: bool) -> None:
+    assert by_head(name, torch.zeros(shape), 2) is answer
