@@ -1,6 +1,6 @@
 """kvsink: a compiler for the KV cache of transformers. `import kvsink` registers the quantizer and the dynamo backend."""
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0.dev1"
 
 from . import codecs, kernels
 from .cache.cache import KVSinkCache
