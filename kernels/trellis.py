@@ -105,7 +105,7 @@ def odd_polynomial(width: int) -> tuple[float, float, float, float]:
     j = torch.arange(len(numbers), dtype=torch.float64)[:, None] + 0.5
     powers = j ** (2 * torch.arange(len(numbers)) + 1)
     found = torch.linalg.solve(powers, unit * torch.tensor(numbers, dtype=torch.float64)).tolist()
-    return tuple([*found, 0.0, 0.0][:4])  # type: ignore[return-value]
+    return tuple([*found, 0.0, 0.0][:4])
 
 
 @kept
