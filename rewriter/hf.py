@@ -192,7 +192,7 @@ def _uncompilable(model: Any) -> str:
     """Why a decode step of a model cannot be one graph, or an empty string."""
     if "dynamic" in rope_types(model.config.get_text_config(decoder=True)):
         return "rope type dynamic computes its angles anew, outside the graph, whenever the length grows"
-    if (ranks := ranks_of(model)) > 1:
+    if (ranks := getattr(model, "_tp_size", None) or 1) > 1:
         return f"its weights are split over {ranks} processes, which speak to each other within a step"
     return ""
 

@@ -32,7 +32,6 @@ from kvsink.hf import install_generate
 from kvsink.methods import DEFAULT, Method, get_method
 from kvsink.model.anatomy import Anatomy, rewritable
 from kvsink.model.decoder import Decoder
-from kvsink.model.ranks import ranks_of
 from kvsink.report import Report
 
 __all__ = ["RewriteOptions", "rewrite"]
@@ -91,7 +90,7 @@ def rewrite(
     )
     designs = {} if designs is None else designs
     decoder = Decoder(*rewritable(model, where), stream)
-    if (ranks := ranks_of(decoder.model)) > 1:
+    if (ranks := getattr(model, "_tp_size", None) or 1) > 1:
         raise UnsupportedError(f"{decoder.name} is split over {ranks} processes; rewrite it in one, and load its folder split")
     notes = check_model(decoder, where is not None)
     chosen = choose(decoder, m, asked, calibration, notes)
