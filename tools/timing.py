@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["ASKED", "captured", "copy_bandwidth", "device_facts", "event_times", "graph_times", "read_bandwidth"]
 
-ASKED = {"target": "KVSINK_CUDA_TARGET", "shared_bytes": "KVSINK_CUDA_SHARED"}
+ASKED = {"target": "KVSINK_CUDA_TARGET", "shared_bytes": "KVSINK_CUDA_SHARED", "block": "KVSINK_CUDA_SHAPE"}
 """What a row calls the build that was asked of `kvsink.kernels.cuda.module`, and the variables that ask."""
 
 Times = tuple[float, float, float]

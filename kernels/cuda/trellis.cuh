@@ -7,7 +7,7 @@
 //            a is folded into the query (keys) or into the final scaling (values)
 // Words      a pair of rows or slots x 8 runs is a byte of indices: byte c + 2 B is circle c (half of a word), runs 8 B … 8 B + 7;
 //            at 64 channels B is the row. Nibble k of it, in word j, is run 8 B + 4 k + j; of 80 and 96 channels the last are unused
-// Cost       about 23 operations for the indices of 32 codes and three for every four levels of 1 and 2 bits
+// Cost       about 21 operations for the indices of 32 codes and three for every four levels of 1 and 2 bits
 #ifndef KVSINK_TRELLIS
 #define KVSINK_TRELLIS
 

@@ -79,9 +79,27 @@ def card_of(device: torch.device) -> Card:
     target = int("".join(c for c in os.environ.get("KVSINK_CUDA_TARGET", "") if c.isdigit()) or found)
     if target != found and not 80 <= target < 90:
         raise NativeError(f"KVSINK_CUDA_TARGET={target}: of other cards, the code of 8.0 to 8.9 alone runs here")
+    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found, _asked_shape())
+
+
+def _asked_shape() -> Shape | None:
+    """What $KVSINK_CUDA_SHAPE says. Raises NativeError for what no kernel is written for."""
     asked = os.environ.get("KVSINK_CUDA_SHAPE", "")
-    shape = Shape(*map(int, asked.split(","))) if asked else None
-    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found, shape)
+    if not asked:
+        return None
+    found = [int(n) for n in asked.split(",") if n.isdecimal()]
+    if len(found) == 4 and asked == ",".join(map(str, found)):
+        shape = Shape(*found)
+        if (
+            shape.warps in (4, 8, 12, 16)
+            and shape.stages > 0
+            and shape.items in (1, 2, 4)
+            and 0 < shape.steps <= min(2, shape.items)
+        ):
+            return shape
+    raise NativeError(
+        f"KVSINK_CUDA_SHAPE={asked}: write warps,stages,items,steps, as 12,1,4,2: 4, 8, 12 or 16 warps, steps of 1 or 2 in items"
+    )
 
 
 @dataclass(frozen=True)

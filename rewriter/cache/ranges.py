@@ -111,8 +111,7 @@ def check_range(prompt: Sequence[RowSizes]) -> None:
     sides = [(at, *side) for at in prompt for side in (("keys", at.codec.key, at.keys), ("values", at.codec.value, at.values))]
     sides = [side for side in sides if side[2].packed]
     rows = [sizes.to(sides[0][3].device) for *_, sizes in sides]
-    alike = len({r.shape for r in rows}) == 1
-    found = [] if not rows else torch.stack(rows).amax((1, 2)).tolist() if alike else torch.stack([r.amax() for r in rows]).tolist()
+    found = torch.stack(rows).amax((1, 2)).tolist() if rows else []  # of one pass, so all [B, S]
     for (at, name, side, sizes), most in zip(sides, found, strict=True):
         if _holds(side, most):
             continue

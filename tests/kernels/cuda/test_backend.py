@@ -106,3 +106,18 @@ def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypa
 def test_widths_that_need_more_memory_than_a_block_has_are_refused() -> None:
     with pytest.raises(module.NativeError, match="shared memory"):
         variants.Variant(2, (8,) * 32, (8,) * 32, 8).defines(variants.Card())
+
+
+def test_how_a_block_works_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = variants.Variant(2, (2,) * 16, (2,) * 16, 4, key_trellis=True, value_trellis=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    for asked, warps in (("", 8), ("12,1,4,2", 12)):
+        monkeypatch.setenv("KVSINK_CUDA_SHAPE", asked)
+        assert variant.shape(variants.card_of.__wrapped__(GPU)).warps == warps
+    for wrong in ("12", "12,1,4", "10,1,4,2", "12,0,4,2", "12,1,2,4", "12,1,x,2", "twelve"):
+        monkeypatch.setenv("KVSINK_CUDA_SHAPE", wrong)
+        with pytest.raises(module.NativeError, match=f"KVSINK_CUDA_SHAPE={wrong}: write warps,stages,items,steps, as 12,1,4,2"):
+            variants.card_of.__wrapped__(GPU)
+    with pytest.raises(module.NativeError, match="bytes of shared memory, more than"):
+        variant.shape(variants.Card(shape=variants.Shape(16, 2, 4, 2)))

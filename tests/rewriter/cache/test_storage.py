@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvsink.cache.cache import KVSinkCache
-from kvsink.cache.storage import BLOCK
+from kvsink.cache.storage import BLOCK, HELD
 from kvsink.errors import KvsinkError
 from tests.close import largest_difference
 from tests.graphs import rewritten
@@ -39,6 +39,13 @@ def test_growth_keeps_what_is_held(model: Any) -> None:
     assert largest_difference(before, states(growing, slots=slice(BLOCK))) > 0  # the first block filled up
     assert largest_difference([t[..., :-3, :] for t in before], states(growing, slots=slice(BLOCK - 3))) == 0
     assert close(one, two)
+
+
+def test_layers_share_what_holds_nothing_and_nothing_else(klt: Any) -> None:
+    cache = KVSinkCache.for_model(klt, 2, max_length=64)
+    one, two = cache.packed_layers()[:2]
+    empty = {n for n in HELD if getattr(one, n).numel() == 0}
+    assert empty and {n for n in HELD if getattr(one, n) is getattr(two, n)} == empty
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
