@@ -26,7 +26,6 @@ __all__ = ["FEW", "SHARED_LIMIT", "Card", "Shape", "Variant", "by_warp", "card_o
 FEW = 8  # exact rows that a warp of each query head sees to
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent
-_WARPS = 8  # that compute, in a block where rows may be taken whole
 _ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 FILES = (
     "arch.cuh",
@@ -122,6 +121,7 @@ class Shape:
 
 
 _SHAPES = (
+    Shape(12, 1, 2, 2),
     Shape(8, 2, 4, 2),
     Shape(8, 2, 2, 2),
     Shape(8, 2, 1, 1),
@@ -190,9 +190,11 @@ class Variant:
         return fits[0]
 
     def _suits(self, shape: Shape, card: Card) -> bool:
-        """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others."""
+        """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others. Twelve take
+        less time where one reads both sides of a trellis for more than four query heads of 128 channels, and more elsewhere."""
         eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4)
-        return (shape.warps == 4 or eight) and (self.dim <= 128 or shape.steps == 1)
+        twelve = eight and self.dim == 128 and shape.columns(self.repeats) == 8 and self.key_trellis and self.value_trellis
+        return (shape.warps == 4 or (twelve if shape.warps == 12 else eight)) and (self.dim <= 128 or shape.steps == 1)
 
     def defines(self, card: Card) -> dict[str, str]:
         """Macros of the source."""
@@ -224,9 +226,9 @@ class Variant:
         return unit(self.defines(card), FILES)
 
 
-def by_warp(batch: int, share: int, tiles: int) -> bool:
-    """Whether rows of `tiles` superblocks take less time whole, one warp each, than divided among the warps of `share` blocks."""
-    warps = share * _WARPS
+def by_warp(batch: int, share: int, tiles: int, warps: int) -> bool:
+    """Whether rows of `tiles` superblocks take less time whole, one warp each, than divided among `share` blocks of `warps`."""
+    warps *= share
     return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
 
 

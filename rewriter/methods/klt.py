@@ -32,7 +32,7 @@ KLT = register_method(
         value_below=(1.5, replace(_CODEBOOKS, bits=1)),
         key_above=(4, replace(_LLOYD, bits=8)),
         value_above=(4, replace(_GAUSS, bits=8)),
-        protect="kvsink:5+first:1",
+        protect="kvsink:auto+first:1",
         value_clip_at={1: 0.3, 2: 0.6, 3: 0.8, 4: 0.95},  # of the variant even
         variants={
             "best": {"key": _LLOYD, "value": _GAUSS, **_ALIKE},

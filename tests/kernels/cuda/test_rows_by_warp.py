@@ -133,9 +133,9 @@ def test_a_step_enters_new_rows_after_every_head_has_read_the_exact_ones(
 
 
 def test_whole_rows_are_chosen_where_they_are_many_and_short() -> None:
-    assert variants.by_warp(1416, 4, 4) and variants.by_warp(304, 4, 23) and variants.by_warp(248, 4, 4)
-    assert not variants.by_warp(1, 16, 8) and not variants.by_warp(1, 4, 1024) and not variants.by_warp(16, 16, 64)
-    assert not variants.by_warp(40, 4, 64)  # 40 rows for 32 warps: the second row of eight warps is waited for
+    assert variants.by_warp(1416, 4, 4, 8) and variants.by_warp(304, 4, 23, 8) and variants.by_warp(248, 4, 4, 8)
+    assert not variants.by_warp(1, 16, 8, 8) and not variants.by_warp(1, 4, 1024, 8) and not variants.by_warp(16, 16, 64, 8)
+    assert not variants.by_warp(40, 4, 64, 8)  # 40 rows for 32 warps: the second row of eight warps is waited for
 
 
 @pytest.mark.parametrize("name", list(CODECS))
