@@ -73,14 +73,6 @@ template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sy
 template <int N> DEVICE void more_registers() {}
 template <int N> DEVICE void fewer_registers() {}
 #endif
-#if TARGET >= 90
-// A launch that asks to start beside this one does, once every block has said so; it says when the other must have ended.
-DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-DEVICE void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#else
-DEVICE void let_next_start() {}
-DEVICE void wait_for_last() {}
-#endif
 DEVICE u32 float_bits(float v) { return __float_as_uint(v); }
 DEVICE float bits_float(u32 v) { return __uint_as_float(v); }
 DEVICE u32 smem_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

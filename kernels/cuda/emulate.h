@@ -171,8 +171,6 @@ DEVICE void wide_product(float (&y)[16][4], const u32 (&a)[8][4], const void* b)
 DEVICE int popcount(u32 v) { return __builtin_popcount(v); }
 DEVICE uint4 load_polled(const void* p) { return *(const uint4*)p; }
 DEVICE void store_polled(void* p, uint4 v) { *(uint4*)p = v; }
-DEVICE void let_next_start() {}
-DEVICE void wait_for_last() {}
 template <int N> DEVICE void more_registers() {}
 template <int N> DEVICE void fewer_registers() {}
 DEVICE float bits_float(u32 v) { return emu::asf(v); }

@@ -35,7 +35,6 @@ __all__ = ["Cubin", "Module", "NativeError", "library", "module_of", "scratch"]
 
 SINGLE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
 _SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
-_PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _MOST_ROWS = 65536  # sequences whose exact rows the kernels see to
 _PART_WORDS = 8 * 260  # the most that a block leaves for another: see COLUMNS and SLOT in attend.cuh
 
@@ -121,21 +120,6 @@ def compile_cubin(source: str, arch: str) -> bytes:
 # -- loading and launching ----------------------------------------------------------------------------------------------
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute of one integer."""
-
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
-
-
-class _Launch(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
-    ]  # fmt: skip
-
-
 class Module:
     """Machine code on one GPU: its functions and how to launch them."""
 
@@ -165,25 +149,13 @@ class Module:
         """Let a function have `size` bytes of shared memory in a block."""
         _check(_driver().cuFuncSetAttribute(function, 8, size), "asking for shared memory")
 
-    def launch(
-        self,
-        function: ctypes.c_void_p,
-        x: int,
-        y: int,
-        threads: int,
-        shared: int,
-        *arguments: ctypes.Structure,
-        beside: bool = False,
-    ) -> None:
-        """Launch on the current stream of the module's GPU, which need not be the current one. beside: as soon as every block of
-        the launch before says that the next may start, if that launch is one that does."""
+    def launch(self, function: ctypes.c_void_p, x: int, y: int, threads: int, shared: int, *arguments: ctypes.Structure) -> None:
+        """Launch on the current stream of the module's GPU, which need not be the current one."""
         args = (ctypes.c_void_p * len(arguments))(*[ctypes.cast(ctypes.byref(a), ctypes.c_void_p) for a in arguments])
-        how = (_Attribute * 1)(_Attribute(_PROGRAMMATIC, value=1))
-        where = torch.cuda.current_stream(self.device).cuda_stream
-        config = _Launch((ctypes.c_uint * 3)(x, y, 1), (ctypes.c_uint * 3)(threads, 1, 1), shared, where, how, int(beside))
+        where = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         here = self.device.index is None or torch.cuda.current_device() == self.device.index
         with nullcontext() if here else torch.cuda.device(self.device):
-            _check(_driver().cuLaunchKernelEx(ctypes.byref(config), function, args, None), "a launch")
+            _check(_driver().cuLaunchKernel(function, x, y, 1, threads, 1, 1, shared, where, args, None), "a launch")
 
 
 def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.device) -> Module:
@@ -201,15 +173,15 @@ def scratch(device: torch.device) -> Scratch:
 class Cubin:
     """The kernels of one variant on one GPU.
 
-    overlap: new rows are coded while attention runs; below compute capability 9.0 in a CUDA graph alone, on a second stream.
-    by_warp: warps of attention take whole rows where they can; None: where it is expected to be faster.
+    overlap: in a CUDA graph, new rows are coded on a second stream while attention runs. by_warp: warps of attention take whole
+    rows where they can; None: where it is expected to be faster.
     """
 
     def __init__(
         self, variant: Variant, device: torch.device, card: Card | None = None, overlap: bool = True, by_warp: bool | None = None
     ) -> None:
         self.variant, self.device, card = variant, device, card or card_of(device)
-        self.overlap, self.by_warp, self._target = overlap, by_warp, card.target
+        self.overlap, self.by_warp = overlap, by_warp
         with torch.cuda.device(device):
             self._module = Module(variant.source(card), device, card)
             self._attend, self._single, self._append, self._append_row, self._decode, self._list = (
@@ -256,23 +228,16 @@ class Cubin:
             return
         self._module.launch(self._attend, argument.share, heads, self._threads, self._shared, argument, fresh)
 
-    def append(self, argument: Any, beside: bool = False) -> None:
-        """Launch `append_row`, where latency is all, or `append_rows`; beside: the launch of attention before it."""
+    def append(self, argument: Any) -> None:
+        """Launch `append_row`, where latency is all, or `append_rows`."""
         if argument.S == 1 and argument.B <= SINGLE_ROWS and self.variant.single_row:
-            self._module.launch(self._append_row, argument.Hkv, argument.B, self._append_row_threads, 0, argument, beside=beside)
+            self._module.launch(self._append_row, argument.Hkv, argument.B, self._append_row_threads, 0, argument)
             return
         pairs = argument.B * argument.S * argument.Hkv
-        self._module.launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument, beside=beside)
+        self._module.launch(self._append, -(-pairs // argument.per), 1, self._row_threads, 0, argument)
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:
-        """`attend` and `append` of the same new rows, side by side where they can be.
-
-        Attention comes first: its blocks each fill a multiprocessor, and would wait for those that rows being coded had taken.
-        """
-        if self.overlap and self._target >= 90:
-            self.attend(argument, fresh, heads)
-            self.append(rows, beside=True)
-            return
+        """`attend` and `append` of the same new rows: side by side in a CUDA graph, else one after the other."""
         if not self.overlap or not torch.cuda.is_current_stream_capturing():
             self.append(rows)
             self.attend(argument, fresh, heads)

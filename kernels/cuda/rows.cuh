@@ -871,13 +871,11 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
 KERNEL(SINGLE_ROW_THREADS) append_row(ARGUMENT(RowParams) p) {
   BLOCK_MEMORY(SINGLE_ROW_SMEM)
   if constexpr (SINGLE_ROW) append_single_row(p, smem);
-  wait_for_last();                                   // who waits for this launch waits for attention too
 }
 
 KERNEL(ROW_THREADS, 2) append_rows(ARGUMENT(RowParams) p) {
   BLOCK_MEMORY(ROW_SMEM)
   append_unit<ROW_THREADS>(p, CTA_X, smem);
-  wait_for_last();
 }
 
 KERNEL(ROW_THREADS, 2) decode_rows(ARGUMENT(RowParams) p) {

@@ -95,7 +95,6 @@ DEVICE void enter_new(const Params& p, const RowParams& fresh, int b, int kv, in
 }
 
 KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
-  let_next_start();
   LAUNCH_MEMORY
   const int lane = TID & 31, warp = TID >> 5;
   const Place place = place_of(CTA_Y);
@@ -268,7 +267,6 @@ constexpr int SINGLE_WARPS = PAIR_WARPS + SERVICE, SINGLE_THREADS = 32 * SINGLE_
 extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, SINGLE_ROW_THREADS, SINGLE_THREADS};   // what the host must ask for
 #endif
 KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
-  let_next_start();
   LAUNCH_MEMORY
   constexpr int BLOCKS = WIDE ? 2 : 1, TILES_ALONE = WIDE ? 2 : 1;             // of 64 tokens, whose queries stand apart; units of a warp
   const int lane = TID & 31, warp = TID >> 5, c = CTA_X, h = warp - PAIR_WARPS;
@@ -421,7 +419,6 @@ DEVICE void ask_item(const Params& p, Walk& w, int items, int kv, int lane, unsi
 extern "C" __device__ const int kvsink_by_warp = WARP_SMEM <= SHARED_MOST ? WARP_SMEM : 0;   // 0: not to be launched
 #endif
 KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
-  let_next_start();
   LAUNCH_MEMORY
   const int lane = TID & 31, warp = TID >> 5, kv = CTA_Y;
   const Place place = place_of(CTA_Y);

@@ -22,7 +22,7 @@ def test_a_launch_goes_to_its_own_gpu(index: int, monkeypatch: pytest.MonkeyPatc
         yield
         current[0] = before
 
-    driver = SimpleNamespace(cuLaunchKernelEx=lambda *arguments: launched.append(current[0]) or 0)
+    driver = SimpleNamespace(cuLaunchKernel=lambda *arguments: launched.append(current[0]) or 0)
     monkeypatch.setattr(module, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", chosen)
