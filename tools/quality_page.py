@@ -16,6 +16,7 @@ from kvsink.evaluate.intervals import Interval, binomial, bootstrap
 from kvsink.evaluate.positions import Bucket
 from kvsink.tools.compare_page import widths
 from kvsink.tools.compare_records import Record, setting_of
+from kvsink.tools.compare_rows import Row, resolved
 
 __all__ = ["growth", "markdown", "summary"]
 
@@ -201,7 +202,8 @@ def _name(r: Record) -> str:
     if _is_stock(r):
         return str(r["name"])
     name, _, more = str(r["name"]).partition(" ")
-    kept = r.get("protect", "") if r["row"]["protect"] else ""  # where it is not the method's own
+    protect = r.get("protect", "")
+    kept = protect if protect != resolved(Row(r["row"]["method"])).protect else ""  # where it is not the method's own, or was once
     return " ".join(filter(None, [f"`{name}`", more, widths(r), kept, f"window {r['window']}" if r.get("window") else ""]))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvsink.evaluate.intervals import binomial
 from kvsink.tools.compare_records import read_records
-from kvsink.tools.compare_rows import row
+from kvsink.tools.compare_rows import resolved, row
 from kvsink.tools.pages import QUALITY, ROOT
 from kvsink.tools.quality_measure import STOCK
 from kvsink.tools.quality_page import growth, markdown, summary
@@ -21,7 +21,7 @@ def bucket(start: int, stop: int, kl: float) -> dict[str, Any]:
 
 def cell(kind: str, asked: Any, length: int, **found: Any) -> dict[str, Any]:
     about = {"kind": kind, "model": "Tiny", "name": asked.name, "row": asked.as_dict(), "length": length, "tokens": length}
-    own = {"key_bits": asked.key_bits, "value_bits": asked.value_bits, "protect": "first:1", "window": 0, "command": "measure"}
+    own = {"key_bits": asked.key_bits, "value_bits": asked.value_bits, "protect": resolved(asked).protect, "window": 0}
     where = {"dtype": "float32", "device": "cpu", "versions": {"kvsink": "9"}, "seconds": 1, "packed_layers": 1, "layers": 2}
     return {**about, **own, **where, "status": "measured", "bits": 2.125, "n": 4, "chunk": 64, **found}
 
@@ -43,6 +43,8 @@ def test_growth_is_that_of_the_last_octave() -> None:
     page = markdown([cell("length", KLT, 8192, positions=POSITIONS)])
     assert "| `klt` 2/2 | 2.12 | 0.0500 [0.0490, 0.0510] |" in page and "| 2.00x | 90.0% | +12.50% |" in page
     assert "1 of 2 layers packed" in page
+    once = markdown([cell("length", KLT, 8192, positions=POSITIONS, protect="kvsink:3")])  # rows of another default say so
+    assert "| `klt` 2/2 kvsink:3 | 2.12 |" in once
 
 
 def answers(recall: list[float]) -> dict[str, Any]:
