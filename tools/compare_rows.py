@@ -140,7 +140,7 @@ PUBLISHED = (
     row("centred", 2, 2, OURS),
     row("centred", 4, 4, OURS),
     row("centred", 2, 2, "none"),
-    *(row("klt", k, v, OURS) for k, v in ((4, 4), (3, 3), (2, 4), (2, 2), (1.25, 1))),
+    *(row("klt", k, v) for k, v in ((4, 4), (3, 3), (2, 4), (2, 2), (1.25, 1))),
     *(row(f"klt:{levels}", 2, 2, OURS) for levels in ("best", "codebooks", "even")),
     row("klt", 2, 2, OURS, 16),
     row("klt", 0.75, 0.75, OURS, 96),
@@ -148,7 +148,7 @@ PUBLISHED = (
 )
 
 PLAN = tuple(
-    row("klt", k, v, OURS, plan=plan, label="klt, automatic plan" if plan == "auto" else "")
+    row("klt", k, v, plan=plan, label="klt, automatic plan" if plan == "auto" else "")
     for k, v in ((2, 4), (2, 2))
     for plan in ("uniform", "auto")
 )
@@ -202,6 +202,7 @@ FIELD_2026 = (
     *(row(name, 2, 2, OURS, 0) for name in ("kvarn", "wush", "nova", "oscar-int2")),
     row("tasq"),
     row("tasq", 1.25, 1.25, OURS, 0),
+    row("klt", 2, 2),
     row("klt", 2, 2, OURS),
     row("klt", 2, 2, "first:64", 256),
     row("klt", 1.25, 1.25, OURS),
