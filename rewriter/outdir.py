@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvsink.calibrate.choices import RewriteOptions
 from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory, needs
-from kvsink.calibrate.observing import CALIBRATION_WINDOW, TOKENS, Progress
+from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
 from kvsink.calibrate.record import Calibration
 from kvsink.calibrate.skeleton import skeleton
 from kvsink.calibrate.streaming import Stream
@@ -84,7 +84,7 @@ def rewrite_dir(
     stream, notes = None, []
     if checkpoint is not None:
         bare = skeleton(source)
-        wanted = needs(bare, checkpoint, options.calibration_tokens or 2 * TOKENS, CALIBRATION_WINDOW)
+        wanted = needs(bare, checkpoint, options.calibration_tokens, CALIBRATION_WINDOW)
         free, room = available_memory(place), shutil.disk_usage(_existing(target)).free
         notes.append(f"needs {wanted}; {free / 2**30:.1f} and {room / 2**30:.1f} GiB are free")
         if wanted.disk > room and not dry_run:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kvsink.calibrate.choices import Chosen, RewriteOptions, are_prompts, choose, with_modality
 from kvsink.calibrate.design import Design
 from kvsink.calibrate.designed import design
-from kvsink.calibrate.observing import Progress, calibration_windows, default_tokens, observe
+from kvsink.calibrate.observing import Progress, calibration_windows, observe
 from kvsink.calibrate.places import count_places
 from kvsink.calibrate.plan import planned
 from kvsink.calibrate.probing import check as check_model
@@ -46,7 +46,7 @@ def rewrite(
     protect: str | None = None,
     window: int | None = None,
     calibration: Any = "builtin",
-    calibration_tokens: int | None = None,
+    calibration_tokens: int = 16384,
     layers: str = "",
     tokenizer: Any = None,
     fold: bool = True,
@@ -69,8 +69,7 @@ def rewrite(
     method: a name of `kvsink.methods()` or a Method; None: klt. key_bits, value_bits: average bits, 16 keeps a side exact. protect:
     rows kept exact, such as "kvsink:5+first:1". window: recent rows kept exact.
     calibration: "builtin", "mix", a text file, chats, a list of texts, token ids [N, T], prompts (dicts of model inputs), a
-    `Calibration`, "random" tokens, or "none": no text, few random tokens where a method asks for statistics. calibration_tokens: of
-    that text; None: 8,192, or 16,384 where a quantizer learns from rows (codebooks, code points). layers: per-layer
+    `Calibration`, "random" tokens, or "none": no text, few random tokens where a method asks for statistics. layers: per-layer
     changes, "0-1:key_bits=4". fold: put value rotations into the weights (the model stays the same function). storage_dtype: dtype
     the weights will be saved in, when it is narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
@@ -96,17 +95,16 @@ def rewrite(
     notes = check_model(decoder, where is not None)
     chosen = choose(decoder, m, asked, calibration, notes)
     stages = None if profile is None else partial(_profiled_stages, profile)
-    tokens = default_tokens(chosen) if calibration_tokens is None else calibration_tokens
-    record = observe(decoder, chosen, calibration, tokens, tokenizer, batch, progress, stages)
+    record = observe(decoder, chosen, calibration, calibration_tokens, tokenizer, batch, progress, stages)
     if plan == "auto":
         source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration
-        ids = calibration_windows(decoder, source, tokens, tokenizer) if plan_ids is None else plan_ids
+        ids = calibration_windows(decoder, source, calibration_tokens, tokenizer) if plan_ids is None else plan_ids
         _plan(decoder, chosen, record, ids, bits, designs, progress)
     designed = design(decoder, chosen, record, designs, progress)
     report = apply(decoder, chosen, record, designed, fold, storage_dtype, check)
     counted = record.stages and stream is None and not is_none(calibration)
     if counted and any(p.kind == "sinks" for ps in chosen.policies for p in ps):
-        _count(decoder, calibration, tokens, tokenizer, report)
+        _count(decoder, calibration, calibration_tokens, tokenizer, report)
     install_generate(decoder.model)
     report.seconds = time.monotonic() - begun
     return report

@@ -198,7 +198,7 @@ class Cubin:
                 self._attend_rows = self._module.function("attend_rows")
                 self._module.allow_shared(self._attend_rows, self._shared_rows)
         shape = variant.shape(card)
-        self.groups, self._warps = shape.groups(variant.repeats), shape.warps
+        self.groups, self.warps = shape.groups(variant.repeats), shape.warps
         self.blocks = self._module.multiprocessors
         self.scratch = scratch(device)
         self._side = torch.cuda.Stream(device)
@@ -222,7 +222,7 @@ class Cubin:
         if single(argument):
             self._module.launch(self._single, argument.share, heads, self._single_threads, self._shared, argument, fresh)
             return
-        whole = by_warp(argument.B, argument.share, argument.tiles, self._warps) if self.by_warp is None else self.by_warp
+        whole = by_warp(argument.B, argument.share, argument.tiles, self.warps) if self.by_warp is None else self.by_warp
         if whole and self.whole_rows and not self.variant.many:
             self._module.launch(self._attend_rows, argument.share, heads, self._threads, self._shared_rows, argument, fresh)
             return

@@ -42,7 +42,7 @@ class RewriteOptions:
     protect: str | None = None
     window: int | None = None
     calibration: str = "builtin"
-    calibration_tokens: int | None = None
+    calibration_tokens: int = 16384
     layers: str = ""
     fold: bool = True
     bits: float | None = None

@@ -28,10 +28,9 @@ from kvsink.evaluate.texts.mix import mixed_text
 from kvsink.model.decoder import Decoder
 from kvsink.model.rows import visual_tokens
 
-__all__ = ["CALIBRATION_WINDOW", "TOKENS", "Progress", "calibration_windows", "default_tokens", "observe"]
+__all__ = ["CALIBRATION_WINDOW", "Progress", "calibration_windows", "observe"]
 
 CALIBRATION_WINDOW = 1024
-TOKENS = 8192  # of text; twice as many take 1 % of the KL off `klt` 2/2
 _BUILT_IN: dict[Any, Callable[[], str]] = {"builtin": builtin_text, "mix": mixed_text}
 Progress = Callable[[str, int, int], None]
 
@@ -92,11 +91,6 @@ def observe(
     if any(p.kind == "pivots" and probe_stage(p, record.stages) is None for ps in policies for p in ps):
         notes.append("no activation passes the thresholds of pivots: they have nothing to keep but the first row")
     return record
-
-
-def default_tokens(chosen: Chosen) -> int:
-    """Tokens of text to calibrate on: twice `TOKENS` where quantizers learn from rows, which moments do without."""
-    return 2 * TOKENS if chosen.samples else TOKENS
 
 
 def begun(windows: Tensor, tokenizer: Any) -> Tensor:

@@ -57,9 +57,7 @@ def test_unset_options_are_the_methods_own(engine, tiny_dir, tmp_path):
     assert main([str(tiny_dir), str(tmp_path / "out"), "--eval-windows", "0"]) == 0
     options = engine[0][2]
     assert options["method"] == "klt"
-    assert [options[name] for name in ("key_bits", "value_bits", "protect", "window", "sliding", "calibration_tokens")] == [
-        None
-    ] * 6
+    assert [options[name] for name in ("key_bits", "value_bits", "protect", "window", "sliding")] == [None] * 5
 
 
 def test_methods_without_calibration_are_those_with_it(engine, tiny_dir, tmp_path):

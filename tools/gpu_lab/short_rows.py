@@ -100,7 +100,7 @@ def measure(model: Any, side: str, exact: int, shape: tuple[int, int, int], mask
         "bytes": size,
         "limit_ms": round(limit, 5),
         "limit_all_ms": round(whole_limit, 5),
-        "chosen": "whole" if by_warp(b, lib.share(kv_heads), slots.numel() // 128, 8) and lib.whole_rows else "divided",
+        "chosen": "whole" if by_warp(b, lib.share(kv_heads), slots.numel() // 128, lib.warps) and lib.whole_rows else "divided",
     }
     outs, layers = {}, [layer]
     for name, whole in (("divided", False), ("whole", True)):

@@ -21,6 +21,23 @@ from .test_tiles import CODECS, layer_of, model_of
 GPU = torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize(
+    ("heads", "dim", "walks", "target", "warps"),
+    [
+        (8, 128, True, 90, 12),
+        (16, 128, True, 90, 12),
+        (4, 128, True, 90, 8),
+        (8, 64, True, 90, 8),
+        (8, 128, False, 90, 8),
+        (8, 128, True, 80, 4),
+    ],
+)
+def test_twelve_warps_where_they_were_faster(heads: int, dim: int, walks: bool, target: int, warps: int) -> None:
+    widths = (2,) * (dim // 8)
+    variant = variants.Variant(2, widths, widths, heads, dim, key_trellis=walks, value_trellis=walks)
+    assert variant.shape(variants.Card(target)).warps == warps
+
+
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((6, 1), "6.1")])
 def test_a_gpu_of_another_generation_is_named(capability: tuple[int, int], reason: str) -> None:
     assert reason in variants.too_old(capability, "a GPU") and variants.too_old((9, 0), "a GPU") == ""

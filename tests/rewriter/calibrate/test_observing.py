@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import kvsink
-from kvsink.calibrate import observing
 from kvsink.calibrate.observing import calibration_windows
 from kvsink.errors import CalibrationError
 from kvsink.evaluate.evaluation import token_windows
@@ -38,12 +37,6 @@ class Begins(Characters):
 def test_calibration_sources(source: Any) -> None:
     report = kvsink.rewrite(build("llama"), "klt", calibration=source, calibration_tokens=512, tokenizer=Characters())
     assert report.calibration_tokens == 512
-
-
-@pytest.mark.parametrize(("method", "times"), [("klt", 1), ("cq", 2)])
-def test_codebooks_learn_from_twice_the_tokens(method: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observing, "TOKENS", 1024)
-    assert kvsink.rewrite(build("llama"), method, calibration="random").calibration_tokens == 1024 * times
 
 
 def test_windows_of_text_begin_as_the_tokenizer_begins_one(tmp_path: Path) -> None:
