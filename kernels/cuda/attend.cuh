@@ -56,6 +56,7 @@ struct Params {
   const float* value_sigma; // trellis: [Hkv, D]
   void* out;                // [B, Hkv * HEADS_PER_KV, D]
   float* partial;           // [Hkv * GROUPS, grid_x, COLUMNS * SLOT], every word 0xffffffff before the first launch and left so
+  unsigned char* turned;    // AHEAD: [B, Hkv * GROUPS, tiles, 2, TURNED_BYTES] queries and the mean's logits of every block of 64 slots
   long long mask_row, length_row, page_row;   // between two rows: bytes of masks, elements of the others; 0 when all share one
   long long page_bytes, unit_bytes;           // pages: between two, and between the heads of one, of everything that stands in them
   int B, Hkv, share, tiles, E, N, extra;  // share: blocks of a group; extra: packed slots from `length` on that are to be read (strict), else 0
@@ -68,21 +69,31 @@ constexpr int GROUPS = HEADS_PER_KV <= 4 ? 1 : (HEADS_PER_KV + MOST_HEADS - 1) /
 constexpr bool WIDE = R > 4;
 constexpr int COLUMNS = WIDE ? 8 : 4, TILES = WIDE ? 1 : 2, SERVICE = COLUMNS, THREADS = (WARPS + SERVICE) * 32;
 
-constexpr int KS_BYTES = KEY_TRELLIS ? 128 : MODE == 2 ? 256 : 512, VS_BYTES = VALUE_TRELLIS ? 128 : 512, HALF_RUNS = ROTARY / 16, ROT_BYTES = MODE == 0 ? 0 : 64 * HALF_RUNS;
+// AHEAD: where the basis would take more shared memory than the codes, and every warp would read all of it for each superblock, a launch
+// ahead of attention (`turn_queries`) takes the query to it for all blocks, and to the mean's logits. A block of 64 slots then has
+// [RUNS / 4, HELD, 4, 4] words of the query's B fragments (run / 4, head, t, run) and [4, HELD / 2, 8, 2, 2] float logits (pair of tiles, two
+// heads, g, row, head).
+constexpr bool AHEAD = MODE == 2 && D > 128;
+constexpr int HELD = WIDE ? 8 : R > 2 ? 4 : 2, TURNED_QUERY = AHEAD ? 16 * RUNS * HELD : 0, TURNED_BYTES = AHEAD ? TURNED_QUERY + 256 * HELD : 0;
+constexpr int IN_TURN_BLOCKS = WIDE && ITEM_PAIRS < 4 ? 1 : 2;   // blocks of an item
+
+constexpr int KS_BYTES = KEY_TRELLIS ? 128 : MODE == 2 ? 256 : 512, VS_BYTES = VALUE_TRELLIS ? 128 : 512, HALF_RUNS = ROTARY / 16;
+constexpr int ROT_TABLE = 64 * HALF_RUNS, ROT_BYTES = MODE == 0 || AHEAD ? 0 : ROT_TABLE;   // of a superblock
 constexpr int KI_BYTES = K_BYTES * ITEM_PAIRS / 4, VI_BYTES = V_BYTES * ITEM_PAIRS / 4;   // codes of one item
 constexpr int K_SCALE = KS_BYTES / 128, V_SCALE = VS_BYTES / 128;              // bytes per token
-constexpr int IN_VALUES = KI_BYTES + KS_BYTES + VS_BYTES, IN_ROT = IN_VALUES + VI_BYTES, IN_MASK = IN_ROT + ROT_BYTES;   // offsets inside a stage
+constexpr int IN_VALUES = KI_BYTES + KS_BYTES + VS_BYTES, IN_ROT = IN_VALUES + VI_BYTES, IN_TURN = IN_ROT + ROT_BYTES;       // offsets inside a stage
+constexpr int IN_MASK = IN_TURN + IN_TURN_BLOCKS * TURNED_BYTES;
 constexpr int STAGE_BYTES = IN_MASK + 128;
 constexpr int PART = D + 4;                                                    // floats per head of a warp's partial: channels, max, sum
 constexpr int QUADS = CH <= 4 ? 1 : CH / 4, SLOT = 128 * QUADS + 4;           // of one that goes to another block: four a lane, max, sum
-constexpr int MEAN_BYTES = MODE == 0 ? 0 : 128 * D, BASIS_BYTES = MODE == 2 ? 2 * D * D : 0;
+constexpr int MEAN_BYTES = MODE == 0 ? 0 : 128 * D, BASIS_BYTES = MODE == 2 ? 2 * D * D : 0, TABLE_BYTES = AHEAD ? 0 : MEAN_BYTES + BASIS_BYTES;
 constexpr int PAIR_WARPS = 4;                        // that attend in attend_single
 
 constexpr int OFF_MEAN = WARPS * STAGES * STAGE_BYTES;
 constexpr int OFF_BASIS = OFF_MEAN + MEAN_BYTES;
-constexpr int OFF_PART = OFF_BASIS + BASIS_BYTES;
-constexpr int OFF_ROTATED = OFF_BASIS;                // attend_single: query in the basis, and its sums; it reads the basis from L2
-constexpr int RAW_ROW = (RUNS + 3) / 4 * 4 + 4, RAW_BYTES = MODE == 0 ? 0 : COLUMNS * 4 * RAW_ROW * 4, QT_BYTES = MODE == 2 ? 0 : COLUMNS * D * 2;
+constexpr int OFF_PART = OFF_MEAN + TABLE_BYTES;
+constexpr int RAW_ROW = (RUNS + 3) / 4 * 4 + 4, RAW_SIZE = MODE == 0 ? 0 : COLUMNS * 4 * RAW_ROW * 4, RAW_BYTES = AHEAD ? 0 : RAW_SIZE;
+constexpr int QT_BYTES = MODE == 2 ? 0 : COLUMNS * D * 2;
 constexpr int OFF_RAW = OFF_PART + WARPS * R * PART * 4;                        // query, B-fragment order; two rows of the batch
 constexpr int OFF_QT = OFF_RAW + 2 * RAW_BYTES;                                // transformed query, COLUMNS x D fp16; two rows of the batch
 constexpr int OFF_SUM = OFF_QT + 2 * QT_BYTES;                                 // sums of the transformed query, 2 x COLUMNS
@@ -90,6 +101,15 @@ struct Queries { static constexpr int HEADS = COLUMNS, RAW = OFF_RAW, QT = OFF_Q
 constexpr int OFF_BAR = OFF_SUM + 64;
 constexpr int SMEM_BYTES = OFF_BAR + 8 * (WARPS * STAGES + 8);
 static_assert(SMEM_BYTES <= SHARED_MOST, "more shared memory than a block can have");
+// attend_single: the same places, with the query in the basis and its sums where the basis, which it reads from L2, would stand; AHEAD: after
+// the stages of its four warps.
+constexpr int ROTATED_BYTES = MODE == 2 ? (WIDE ? 2 : 1) * K_STEPS * (256 + 32) : 0;
+struct Single {
+  static constexpr int HEADS = COLUMNS, MEAN = AHEAD ? PAIR_WARPS * STAGE_BYTES : OFF_MEAN, ROTATED = MEAN + MEAN_BYTES;
+  static constexpr int PARTS = AHEAD ? ROTATED + ROTATED_BYTES : OFF_PART, RAW = AHEAD ? PARTS + PAIR_WARPS * R * PART * 4 : OFF_RAW;
+  static constexpr int QT = OFF_QT, SUM = OFF_SUM, RAW_STEP = 0, QT_STEP = 0, BAR = AHEAD ? RAW + RAW_SIZE : OFF_BAR;
+  static constexpr int BYTES = AHEAD ? BAR + 8 * PAIR_WARPS : SMEM_BYTES;
+};
 static_assert(WARPS * STAGES >= PAIR_WARPS && HEADS_PER_KV <= 32, "warps, heads");
 
 // Registers move from service warps to those that compute. The block owns what it was launched with; asking for more waits for ever.

@@ -77,8 +77,13 @@ extern "C" void run_attend(const Params* p, const RowParams* n) {
 }
 extern "C" void run_attend_single(const Params* p, const RowParams* n) {
   fresh = n;
-  run([] { attend_single(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv * GROUPS, SINGLE_THREADS, SMEM_BYTES);
+  run([] { attend_single(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv * GROUPS, SINGLE_THREADS, Single::BYTES);
 }
+extern "C" void run_turn(const Params* p, int grid_x) {
+  run([] { turn_queries(*(const Params*)params); }, p, grid_x, p->Hkv * GROUPS, 32 * TURN_WARPS, Turn::BYTES);
+}
+extern "C" int single_bytes() { return Single::BYTES <= SHARED_MOST ? Single::BYTES : 0; }
+extern "C" int turned_bytes() { return 2 * TURNED_BYTES; }
 #if HEADS_PER_KV <= 2
 extern "C" void run_attend_rows(const Params* p, const RowParams* n) {
   fresh = n;

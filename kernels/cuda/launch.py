@@ -51,7 +51,7 @@ class AttendArguments(ctypes.Structure):
         *((n, _pointer) for n in (
             "q", "k_codes", "k_scale", "v_codes", "v_scale", "mean", "rotation", "basis", "origin_cos", "origin_sin", "length",
             "pages", "exact_at", "mask", "exact_k", "exact_v", "exact_slot", "recent_k", "recent_v", "new_k", "new_v",
-            "value_mean", "value_sigma", "out", "partial",
+            "value_mean", "value_sigma", "out", "partial", "turned",
         )),
         *((n, _long) for n in ("mask_row", "length_row", "page_row", "page_bytes", "unit_bytes")),
         *((n, _int) for n in (

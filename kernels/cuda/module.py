@@ -188,10 +188,16 @@ class Cubin:
                 self._module.function(name)
                 for name in ("attend_packed", "attend_single", "append_rows", "append_row", "decode_rows", "list_exact")
             )
-            launch = self._module.numbers("kvsink_launch", 5)
-            self._threads, self._shared, self._row_threads, self._append_row_threads, self._single_threads = launch
+            *threads, self._shared, self._shared_single = self._module.numbers("kvsink_launch", 6)
+            self._threads, self._row_threads, self._append_row_threads, self._single_threads = threads
             self._module.allow_shared(self._attend, self._shared)
-            self._module.allow_shared(self._single, self._shared)
+            if self._shared_single:
+                self._module.allow_shared(self._single, self._shared_single)
+            self.turned = 0
+            if variant.ahead:
+                self._turn_threads, self._shared_turn, self.turned = self._module.numbers("kvsink_turn", 3)
+                self._turn = self._module.function("turn_queries")
+                self._module.allow_shared(self._turn, self._shared_turn)
             (self._shared_rows,) = self._module.numbers("kvsink_by_warp", 1)
             self.whole_rows = self._shared_rows > 0
             if self.whole_rows:
@@ -219,8 +225,21 @@ class Cubin:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         """Launch the kernel for these rows; `fresh` names the new ones that may enter the exact ones, or none."""
-        if single(argument):
-            self._module.launch(self._single, argument.share, heads, self._single_threads, self._shared, argument, fresh)
+        _turned = self._ahead(argument, heads)  # not another tensor's memory before the launch that reads it is on the stream
+        self._attend_now(argument, fresh, heads)
+
+    def _ahead(self, argument: Any, heads: int) -> Tensor | None:
+        """Launch what turns the queries of all blocks, where attention does not; returns where they will stand."""
+        if not self.turned or (self._shared_single and single(argument)):
+            return None
+        turned = torch.empty(argument.B * heads * argument.tiles * self.turned, dtype=torch.uint8, device=self.device)
+        argument.turned = turned.data_ptr()
+        self._module.launch(self._turn, self.share(heads), heads, self._turn_threads, self._shared_turn, argument)
+        return turned
+
+    def _attend_now(self, argument: Any, fresh: Any, heads: int) -> None:
+        if self._shared_single and single(argument):
+            self._module.launch(self._single, argument.share, heads, self._single_threads, self._shared_single, argument, fresh)
             return
         whole = by_warp(argument.B, argument.share, argument.tiles, self.warps) if self.by_warp is None else self.by_warp
         if whole and self.whole_rows and not self.variant.many:
@@ -244,7 +263,8 @@ class Cubin:
             return
         here = torch.cuda.current_stream(self.device)
         self._side.wait_stream(here)
-        self.attend(argument, fresh, heads)
+        _turned = self._ahead(argument, heads)
+        self._attend_now(argument, fresh, heads)
         with torch.cuda.stream(self._side):
             self.append(rows)
         here.wait_stream(self._side)

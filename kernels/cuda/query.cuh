@@ -118,9 +118,20 @@ template <int KS> struct CenterSteps {
 };
 template <> struct CenterSteps<0> { DEVICE_STATIC void run(float (&)[4], const u32 (&)[RUNS]) {} };
 
+// AHEAD: the query of this lane's column at a block, which stands at `from`.
+DEVICE void load_turned(u32 (&q)[RUNS], const unsigned char* from, int lane) {
+#pragma unroll
+  for (int i = 0; i < RUNS / 4; i++) {
+    u32 x[4];
+    load_u32(x, (const u32*)from + ((i * HELD + (lane >> 2 & (HELD - 1))) * 4 + (lane & 3)) * 4);
+#pragma unroll
+    for (int k = 0; k < 4; k++) q[4 * i + k] = x[k];
+  }
+}
+
 constexpr float SUBNORMAL = 5.9604644775390625e-08f;   // 2^-24, the unit of a subnormal code
 
-DEVICE void transform_query(u32 (&q)[RUNS], float (&shift)[2], const u32 (&rq)[RUNS], const unsigned char* smem, int lane) {
+DEVICE void transform_query(u32 (&q)[RUNS], const u32 (&rq)[RUNS], const unsigned char* smem, int lane) {
   constexpr int CHAINS = K_STEPS % 4 == 0 ? 4 : K_STEPS % 3 == 0 ? 3 : 1;      // side by side
   const uint4* basis = (const uint4*)(smem + OFF_BASIS) + lane;
 #pragma unroll
@@ -139,6 +150,8 @@ DEVICE void transform_query(u32 (&q)[RUNS], float (&shift)[2], const u32 (&rq)[R
       q[2 * (m + i) + 1] = transpose8x8(pack_half2(y[i][2], y[i][3]));
     }
   }
+}
+DEVICE void center_query(float (&shift)[2], const u32 (&q)[RUNS]) {
   if (KEY_TRELLIS) return;                           // its levels have no centre to take off
   float c[4] = {0, 0, 0, 0};
   CenterSteps<K_STEPS>::run(c, q);

@@ -17,10 +17,10 @@ template <int RUN> DEVICE u32 value_field(const u32 (&w)[V_WORDS], int half) {
 }
 // S^T += K Q^T of NT tiles of each of NP units, 16 components per step, and the mean's logits of the same tokens: independent chains
 // side by side. `mean` are its A operands, a pair of tiles 32 * K_STEPS words of 16 bytes on.
-template <int KS, int NP, int NT> struct KeySteps {
+template <int KS, int NP, int NT, bool MEAN> struct KeySteps {
   DEVICE_STATIC void run(float (&s)[NP][NT][4], float (&u)[NP][4], const u32 (&w)[NP][NT][K_WORDS], const u32 (&q)[RUNS],
                          const u32 (&rq)[RUNS], const uint4* mean) {
-    KeySteps<KS - 1, NP, NT>::run(s, u, w, q, rq, mean);
+    KeySteps<KS - 1, NP, NT, MEAN>::run(s, u, w, q, rq, mean);
     constexpr int k = KS - 1;
 #pragma unroll
     for (int j = 0; j < NP; j++) {
@@ -28,22 +28,22 @@ template <int KS, int NP, int NT> struct KeySteps {
       for (int i = 0; i < NT; i++)
         mma(s[j][i], key_field<2 * k>(w[j][i], 0), key_field<2 * k>(w[j][i], 1), key_field<2 * k + 1>(w[j][i], 0), key_field<2 * k + 1>(w[j][i], 1),
             q[2 * k], q[2 * k + 1]);
-      if (MODE != 0) {
+      if (MEAN) {
         const uint4 a = mean[j * 32 * K_STEPS + k * 32];
         mma(u[j], a.x, a.y, a.z, a.w, rq[2 * k], rq[2 * k + 1]);
       }
     }
   }
 };
-template <int NP, int NT> struct KeySteps<0, NP, NT> {
+template <int NP, int NT, bool MEAN> struct KeySteps<0, NP, NT, MEAN> {
   DEVICE_STATIC void run(float (&)[NP][NT][4], float (&)[NP][4], const u32 (&)[NP][NT][K_WORDS], const u32 (&)[RUNS], const u32 (&)[RUNS],
                          const uint4*) {}
 };
 // The same of a trellis, a quarter of 16 runs at a time: two steps of 16 components, which are 32 components apart.
-template <int QUARTER, int NP, int NT> struct KeyWalks {
+template <int QUARTER, int NP, int NT, bool MEAN> struct KeyWalks {
   DEVICE_STATIC void run(float (&s)[NP][NT][4], float (&u)[NP][4], const u32 (&w)[NP][NT][K_WORDS], const Indices (&n)[NP][NT],
                          const u32 (&q)[RUNS], const u32 (&rq)[RUNS], const uint4* mean) {
-    KeyWalks<QUARTER - 1, NP, NT>::run(s, u, w, n, q, rq, mean);
+    KeyWalks<QUARTER - 1, NP, NT, MEAN>::run(s, u, w, n, q, rq, mean);
     constexpr int r = (QUARTER - 1) / 2 * 8 + (QUARTER - 1) % 2 * 2;           // runs r, r + 1, r + 4 and r + 5
 #pragma unroll
     for (int j = 0; j < NP; j++) {
@@ -58,6 +58,7 @@ template <int QUARTER, int NP, int NT> struct KeyWalks {
         mma(s[j][i], a[0][0], a[0][1], a[0][2], a[0][3], q[r], q[r + 1]);
         if constexpr (r + 5 < RUNS) mma(s[j][i], a[1][0], a[1][1], a[1][2], a[1][3], q[r + 4], q[r + 5]);
       }
+      if (MEAN)
 #pragma unroll
       for (int h = 0; h < (r + 5 < RUNS ? 2 : 1); h++) {
         const uint4 a = mean[j * 32 * K_STEPS + (r / 2 + 2 * h) * 32];
@@ -66,7 +67,7 @@ template <int QUARTER, int NP, int NT> struct KeyWalks {
     }
   }
 };
-template <int NP, int NT> struct KeyWalks<0, NP, NT> {
+template <int NP, int NT, bool MEAN> struct KeyWalks<0, NP, NT, MEAN> {
   DEVICE_STATIC void run(float (&)[NP][NT][4], float (&)[NP][4], const u32 (&)[NP][NT][K_WORDS], const Indices (&)[NP][NT], const u32 (&)[RUNS],
                          const u32 (&)[RUNS], const uint4*) {}
 };

@@ -303,7 +303,7 @@ template <int N> DEVICE void project_rows(float* xs, float* sums, const float* m
     for (int d = from; d < to; d++) acc[0] += xs[d] * matrix[d * D + c];
   } else if (first == last) {
     const float* matrix = matrices + (long long)first * D * D;
-#pragma unroll 8
+#pragma unroll 16
     for (int d = from; d < to; d++) {
       const float u = matrix[d * D + c];
 #pragma unroll

@@ -29,7 +29,7 @@ DEVICE void settle(Work& w, const Rows& r, int warp) {
 }
 
 // Part `part` of 1 << SHIFT of superblock i of row b into a stage; its numbers whole.
-template <int SHIFT> DEVICE void ask(const Params& p, int b, int kv, int i, int part, int lane, unsigned char* stage, u64* bar) {
+template <int SHIFT, bool TURNED = AHEAD> DEVICE void ask(const Params& p, int b, int kv, int i, int part, int lane, unsigned char* stage, u64* bar) {
   const auto [keys, values, of_keys, of_values] = stored(p, b, kv, i);
   if constexpr (WIDE && SHIFT > 0) {                 // tiles of one block, which stand between those of the other
     const Item item = item_of(part, SHIFT);
@@ -49,6 +49,11 @@ template <int SHIFT> DEVICE void ask(const Params& p, int b, int kv, int i, int 
     copy_by_lanes<KS_BYTES>(stage + KI_BYTES, of_keys, lane);
     copy_by_lanes<VS_BYTES>(stage + KI_BYTES + KS_BYTES, of_values, lane);
   }
+  if constexpr (TURNED) {
+    const unsigned char* turned = p.turned + (((long long)b * p.Hkv * GROUPS + CTA_Y) * p.tiles + i) * 2 * TURNED_BYTES;
+    if constexpr (WIDE && SHIFT > 0) copy_by_lanes<TURNED_BYTES>(stage + IN_TURN, turned + item_of(part, SHIFT).block * TURNED_BYTES, lane);
+    else copy_by_lanes<2 * TURNED_BYTES>(stage + IN_TURN, turned, lane);
+  }
   if (p.mask) copy_by_lanes<128>(stage + IN_MASK, p.mask + b * p.mask_row + i * 128, lane);
   copy_by_lanes<ROT_BYTES>(stage + IN_ROT, p.rotation + (long long)i * (ROT_BYTES / 4), lane);
   arrive_when_copied(bar);
@@ -64,8 +69,8 @@ DEVICE void request(const Params& p, Work& w, const Rows& r, int kv, int warp, i
 }
 // The tables of a KV head, by one warp. Nothing is on its way to a block that has ended: who leaves early waits for them.
 DEVICE void ask_tables(const Params& p, int kv, int lane, unsigned char* smem, u64* bar) {
-  if (MODE == 0 || !copies(lane)) return;
-  copies_begin(bar, MEAN_BYTES + BASIS_BYTES);
+  if (TABLE_BYTES == 0 || !copies(lane)) return;
+  copies_begin(bar, TABLE_BYTES);
   copy(smem + OFF_MEAN, p.mean + kv * (MEAN_BYTES / 4), MEAN_BYTES, bar, lane);
   if (MODE == 2) copy(smem + OFF_BASIS, p.basis + kv * (BASIS_BYTES / 4), BASIS_BYTES, bar, lane);
   copies_end(bar);
@@ -94,18 +99,110 @@ DEVICE void enter_new(const Params& p, const RowParams& fresh, int b, int kv, in
   enter_exact(fresh, load_raw(p.new_k, at), load_raw(p.new_v, at), b, kv, slot, lane);
 }
 
+// -- the query of every block, ahead of attention ------------------------------------------------------------------------------
+//
+// A warp holds 32 rows of the basis in registers and its part of the mean's table in shared memory. Eight units of 8 columns at a time: each
+// warp rotates the query of one, all warps take all of them to their rows. A unit is as many blocks as give 8 columns.
+#if defined(KVSINK_EMULATE) || MODE == 2
+constexpr int TURN_WARPS = 8, TURN_BLOCKS = 8 / HELD;
+struct Turn {
+  static constexpr int HEADS = HELD, MEAN = TURN_WARPS * RUNS * 128, RAW = MEAN + MEAN_BYTES, QT = 0, SUM = 0, RAW_STEP = 0, QT_STEP = 0;
+  static constexpr int BYTES = AHEAD ? RAW + HELD * 4 * RAW_ROW * 4 : 0;
+};
+#ifndef KVSINK_EMULATE
+extern "C" __device__ const int kvsink_turn[3] = {AHEAD ? 32 * TURN_WARPS : 0, Turn::BYTES, 2 * TURNED_BYTES};   // 0 threads: no such launch
+#endif
+KERNEL(32 * TURN_WARPS, 1) turn_queries(ARGUMENT(Params) p) {
+  LAUNCH_MEMORY
+  if constexpr (AHEAD) {
+    static_assert(!AHEAD || K_STEPS == 2 * TURN_WARPS, "rows of the basis");
+    const int lane = TID & 31, warp = TID >> 5, g = lane >> 2, t = lane & 3;
+    const Place place = place_of(CTA_Y);
+    const uint4* rows = (const uint4*)p.basis + (long long)place.kv * (BASIS_BYTES / 16) + 2 * warp * K_STEPS * 32 + lane;
+    uint4 basis[2][K_STEPS];
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++) {
+      basis[0][k] = rows[k * 32];
+      basis[1][k] = rows[(K_STEPS + k) * 32];
+    }
+    const uint4* from = (const uint4*)p.mean + place.kv * (MEAN_BYTES / 16);
+    for (int i = TID; i < MEAN_BYTES / 16; i += 32 * TURN_WARPS) ((uint4*)(smem + Turn::MEAN))[i] = from[i];
+    const uint4* mean = (const uint4*)(smem + Turn::MEAN) + (warp & 3) * 32 * K_STEPS + lane;
+    const int blocks = 2 * longest(p, lane), each = (blocks + TURN_BLOCKS - 1) / TURN_BLOCKS;
+    const u32 total = (u32)(p.B * each);
+    const int last = (int)((u64)total * (CTA_X + 1) / GRID_X);
+    int held = -1;
+    for (int first = (int)((u64)total * CTA_X / GRID_X); first < last;) {
+      const int b = first / each, i0 = first - b * each, rest = last - first < each - i0 ? last - first : each - i0;
+      const int count = rest < TURN_WARPS ? rest : TURN_WARPS;
+      if (b != held) {                               // nobody reads the query of another row any more
+        if (warp < HELD) prepare_query<Turn>(p, query_of(p, b, place, warp, lane), b, warp, lane, smem, 0);
+        held = b;
+      }
+      sync_cta();
+      if (warp < count) {
+        const int block = (i0 + warp) * TURN_BLOCKS + g / HELD;
+        Rotation rot;
+        u32 rq[RUNS];
+        load_rotation(rot, p.rotation, block < blocks ? block : blocks - 1, lane);
+        rotate_query<Turn>(rq, rot, smem, lane, 0);
+#pragma unroll
+        for (int i = 0; i < RUNS / 4; i++)
+          ((uint4*)smem)[(warp * (RUNS / 4) + i) * 32 + lane] = uint4{rq[4 * i], rq[4 * i + 1], rq[4 * i + 2], rq[4 * i + 3]};
+      }
+      sync_cta();
+      unsigned char* row = p.turned + ((long long)b * p.Hkv * GROUPS + CTA_Y) * p.tiles * 2 * TURNED_BYTES;
+#pragma unroll 1
+      for (int n = 0; n < count; n += 2) {           // two units side by side, as a chain of products waits for each of them
+        float y[2][2][4] = {}, z[2][4] = {};         // unit, product; two halves of the logits of one of the units
+#pragma unroll
+        for (int i = 0; i < RUNS / 4; i++) {
+          const uint4 v[2] = {((const uint4*)smem)[(n * (RUNS / 4) + i) * 32 + lane], ((const uint4*)smem)[((n + 1) * (RUNS / 4) + i) * 32 + lane]};
+#pragma unroll
+          for (int j = 0; j < 2; j++) {
+            const uint4 a = basis[j][2 * i], c = basis[j][2 * i + 1];
+#pragma unroll
+            for (int m = 0; m < 2; m++) mma(y[m][j], a.x, a.y, a.z, a.w, v[m].x, v[m].y);
+#pragma unroll
+            for (int m = 0; m < 2; m++) mma(y[m][j], c.x, c.y, c.z, c.w, v[m].z, v[m].w);
+          }
+          const uint4 a = mean[2 * i * 32], c = mean[(2 * i + 1) * 32], x = warp < 4 ? v[0] : v[1];
+          mma(z[0], a.x, a.y, a.z, a.w, x.x, x.y);
+          mma(z[1], c.x, c.y, c.z, c.w, x.z, x.w);
+        }
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          const int at = (i0 + n + m) * TURN_BLOCKS + g / HELD;
+          u32 w[4];
+#pragma unroll
+          for (int j = 0; j < 2; j++) {
+            w[2 * j] = transpose8x8(pack_half2(y[m][j][0], y[m][j][1]));
+            w[2 * j + 1] = transpose8x8(pack_half2(y[m][j][2], y[m][j][3]));
+          }
+          if (n + m < count && at < blocks) ((uint4*)(row + at * TURNED_BYTES))[(warp * HELD + g % HELD) * 4 + t] = uint4{w[0], w[1], w[2], w[3]};
+        }
+        const int unit = n + warp / 4, at = (i0 + unit) * TURN_BLOCKS + 2 * t / HELD;
+        if (unit < count && at < blocks)
+          ((float4*)(row + at * TURNED_BYTES + TURNED_QUERY))[((warp & 3) * (HELD / 2) + 2 * t % HELD / 2) * 8 + g] =
+              float4{z[0][0] + z[1][0], z[0][1] + z[1][1], z[0][2] + z[1][2], z[0][3] + z[1][3]};
+      }
+      first += count;
+    }
+  }
+}
+#endif
+
 KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   LAUNCH_MEMORY
   const int lane = TID & 31, warp = TID >> 5;
   const Place place = place_of(CTA_Y);
   const int kv = place.kv;
   u64* bars = (u64*)(smem + OFF_BAR);
-  u64 *tables = bars, *ready = bars + 1, *done = bars + 3, *emptied = bars + 4;   // ready: two buffers of query rows
+  u64 *tables = bars, *ready = bars + 1, *emptied = bars + 3;   // ready: two buffers of query rows
 
   if (TID == 0) {
     barrier_init(tables, COPIERS);
     barrier_init(ready, SERVICE); barrier_init(ready + 1, SERVICE);
-    barrier_init(done, WARPS);
     barrier_init(emptied, SERVICE);
     for (int i = 0; i < WARPS * STAGES; i++) barrier_init(bars + 8 + i, 32);
     barrier_init_fence();
@@ -118,7 +215,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
   const u32 total = (u32)(p.B * each), nc = (u32)p.share < total ? p.share : total, c = CTA_X;
   sync_cta();
   if (c >= nc) {
-    if (MODE != 0 && warp == 0) barrier_wait(tables, 0);
+    if (TABLE_BYTES && warp == 0) barrier_wait(tables, 0);
     return;
   }
   Rows rows = {each, {(int)(total * c / nc), (int)(total * (c + 1) / nc)}};
@@ -133,7 +230,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     Partial held = nothing(), held_exact = held;
     bool held_enters = false, entering = false;
     Raw qv = query_of(p, first_row, place, h, lane); // before any other load: they would queue behind everybody's packed rows
-    prepare_query(p, qv, first_row, h, lane, smem, 0);
+    if (!AHEAD) prepare_query(p, qv, first_row, h, lane, smem, 0);
     sync_warp();
     if (lane == 0) barrier_arrive(ready);
     if (!(first_row == last_row && tail)) prefetch_exact(p, first_row, kv, lane);
@@ -146,7 +243,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
         Raw next = qv;
         if (b < last_row) {
           next = query_of(p, b + 1, place, h, lane);
-          prepare_query(p, next, b + 1, h, lane, smem, (n + 1) & 1);
+          if (!AHEAD) prepare_query(p, next, b + 1, h, lane, smem, (n + 1) & 1);
           sync_warp();
           if (lane == 0) barrier_arrive(ready + ((n + 1) & 1));
         }
@@ -158,7 +255,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
         }
         qv = next;
         const auto taken = [&] {
-          barrier_wait(done, round & 1);
+          sync_part<1, THREADS>();                   // a named barrier: warps that ask a barrier in shared memory take issue slots
           const Partial merged = merge_warps((const float*)(smem + OFF_PART), h, lane);
           sync_warp();
           if (lane == 0) barrier_arrive(emptied);
@@ -223,7 +320,7 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     if (MODE != 2) load_query(q, shift, smem, lane, at);
     State st;
     begin_softmax(st);
-    if (MODE != 0 && n == 0) barrier_wait(tables, 0);
+    if (TABLE_BYTES && n == 0) barrier_wait(tables, 0);
 
     for (; work.i < work.items; work.i += WARPS) {
       unsigned char* stage = stages + slot * STAGE_BYTES;
@@ -241,16 +338,14 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
     }
     if (round) barrier_wait(emptied, (round - 1) & 1);
     write_warp_partial(st, part, lane);
-    sync_warp();
-    if (lane == 0) barrier_arrive(done);
+    arrive_part<1, THREADS>();
     round++;
     if constexpr (BY_WARPS) {
       if (b == last_row && tail) continue;
       const auto free = [&] { barrier_wait(emptied, (round - 1) & 1); };
       if (p.q_bf16) attend_many<true>(p, place, b, warp, lane, part, free);
       else attend_many<false>(p, place, b, warp, lane, part, free);
-      sync_warp();
-      if (lane == 0) barrier_arrive(done);
+      arrive_part<1, THREADS>();
       round++;
     }
   }
@@ -264,7 +359,9 @@ KERNEL(THREADS, 1) attend_packed(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) 
 constexpr int SINGLE_WARPS = PAIR_WARPS + SERVICE, SINGLE_THREADS = 32 * SINGLE_WARPS;
 
 #ifndef KVSINK_EMULATE
-extern "C" __device__ const int kvsink_launch[5] = {THREADS, SMEM_BYTES, ROW_THREADS, SINGLE_ROW_THREADS, SINGLE_THREADS};   // what the host must ask for
+// What the host must ask for: threads of the kernels, bytes of two; 0: not to be launched.
+extern "C" __device__ const int kvsink_launch[6] = {THREADS, ROW_THREADS, SINGLE_ROW_THREADS, SINGLE_THREADS, SMEM_BYTES,
+                                                   Single::BYTES <= SHARED_MOST ? Single::BYTES : 0};
 #endif
 KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   LAUNCH_MEMORY
@@ -273,7 +370,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   const Place place = place_of(CTA_Y);
   const int kv = place.kv;
   const bool attends = warp < PAIR_WARPS;
-  u64* full = (u64*)(smem + OFF_BAR) + warp;
+  u64* full = (u64*)(smem + Single::BAR) + warp;
   unsigned char* stage = smem + warp * STAGE_BYTES;
 
   if (attends && lane == 0) {
@@ -282,12 +379,12 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   }
   if (attends) {
     sync_warp();
-    ask<2>(p, 0, kv, c, warp, lane, stage, full);
+    ask<2, false>(p, 0, kv, c, warp, lane, stage, full);
     if (MODE != 0 && copies(lane)) {                 // the pair's part of the table of the mean's logit
       const Item item = item_of(warp, 2);            // two warps write the same where they share pairs
       const u32 size = item.pairs * (MEAN_BYTES / 4);
       copies_begin(full, size);
-      copy(smem + OFF_MEAN + item.first * (MEAN_BYTES / 4), p.mean + kv * (MEAN_BYTES / 4) + item.first * (MEAN_BYTES / 16), size, full, lane);
+      copy(smem + Single::MEAN + item.first * (MEAN_BYTES / 4), p.mean + kv * (MEAN_BYTES / 4) + item.first * (MEAN_BYTES / 16), size, full, lane);
       copies_end(full);
     }
   }
@@ -300,13 +397,13 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     for (int k = 0; k < K_STEPS; k++) basis[k] = rows[(warp * K_STEPS + k) * 32];
   if (MODE == 2 || (MODE == 1 && attends))
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++) load_rotation(rot[i], p.rotation + c * (ROT_BYTES / 4), WIDE ? i : lane >> 4, lane);
+    for (int i = 0; i < BLOCKS; i++) load_rotation(rot[i], p.rotation + c * (ROT_TABLE / 4), WIDE ? i : lane >> 4, lane);
   Raw qv = {};
   ExactRows side;
   bool better = false;                               // the new row than some exact one, for the warp that sees to it
   if (!attends) {
     qv = query_of(p, 0, place, h, lane);
-    prepare_query(p, qv, 0, h, lane, smem, 0);
+    prepare_query<Single>(p, qv, 0, h, lane, smem, 0);
   }
   sync_cta();
   const int end = end_of(p, 0), each = superblocks(end);
@@ -322,7 +419,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
   u32 rq[BLOCKS][RUNS];
   if (MODE == 2 || (MODE == 1 && attends))
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i++) rotate_query(rq[i], rot[i], smem, lane, 0);
+    for (int i = 0; i < BLOCKS; i++) rotate_query<Single>(rq[i], rot[i], smem, lane, 0);
   if (MODE == 2) {
 #pragma unroll 1
     for (int m = warp; m < K_STEPS; m += SINGLE_WARPS) {
@@ -339,8 +436,8 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
           const u32 lo = center_of(2 * m), hi = center_of(2 * m + 1);
           mma(sum, lo, lo, hi, hi, a, b);
         }
-        *(uint2*)(smem + OFF_ROTATED + ((i * K_STEPS + m) * 32 + lane) * 8) = uint2{a, b};
-        if (lane < 4) *(float2*)(smem + OFF_ROTATED + BLOCKS * K_STEPS * 256 + ((i * K_STEPS + m) * 4 + lane) * 8) = float2{sum[0], sum[1]};
+        *(uint2*)(smem + Single::ROTATED + ((i * K_STEPS + m) * 32 + lane) * 8) = uint2{a, b};
+        if (lane < 4) *(float2*)(smem + Single::ROTATED + BLOCKS * K_STEPS * 256 + ((i * K_STEPS + m) * 4 + lane) * 8) = float2{sum[0], sum[1]};
       }
     }
     sync_cta();
@@ -359,8 +456,8 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     if (MODE == 2) {
 #pragma unroll
       for (int m = 0; m < K_STEPS; m++) {
-        const uint2 pair = *(const uint2*)(smem + OFF_ROTATED + ((mine * K_STEPS + m) * 32 + lane) * 8);
-        const float2 sum = *(const float2*)(smem + OFF_ROTATED + BLOCKS * K_STEPS * 256 + ((mine * K_STEPS + m) * 4 + (lane & 3)) * 8);
+        const uint2 pair = *(const uint2*)(smem + Single::ROTATED + ((mine * K_STEPS + m) * 32 + lane) * 8);
+        const float2 sum = *(const float2*)(smem + Single::ROTATED + BLOCKS * K_STEPS * 256 + ((mine * K_STEPS + m) * 4 + (lane & 3)) * 8);
         q[2 * m] = pair.x; q[2 * m + 1] = pair.y;
         shift[0] -= sum.x; shift[1] -= sum.y;
       }
@@ -371,16 +468,16 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
     }
     barrier_wait(full, 0);
     if (p.mask) valid = masked_tokens(valid, stage + IN_MASK, lane);
-    if (any_lane(valid != ALL_SEEN)) step<true, TILES_ALONE>(st, stage, smem, q, rotated, shift, item, item.first, mine, valid, lane);
-    else step<false, TILES_ALONE>(st, stage, smem, q, rotated, shift, item, item.first, mine, valid, lane);
-    write_warp_partial(st, (float*)(smem + OFF_PART) + warp * R * PART, lane);
+    const bool masked = any_lane(valid != ALL_SEEN);
+    step<TILES_ALONE, false>(st, stage, smem + Single::MEAN, q, rotated, shift, item, item.first, mine, valid, masked, lane);
+    write_warp_partial(st, (float*)(smem + Single::PARTS) + warp * R * PART, lane);
   } else if (last) {
     exact = attend_exact(side, qv, p, 0, kv, lane);
   }
   sync_cta();
   if (attends || h >= place.heads) return;
   float* slots = p.partial + (long long)CTA_Y * p.share * COLUMNS * SLOT + h * SLOT;
-  Partial a = merge_warps<PAIR_WARPS>((const float*)(smem + OFF_PART), h, lane);
+  Partial a = merge_warps<PAIR_WARPS>((const float*)(smem + Single::PARTS), h, lane);
   if (!last) {
     send_partial(slots + (long long)c * COLUMNS * SLOT, a, lane);
     return;
@@ -399,7 +496,7 @@ KERNEL(SINGLE_THREADS, 1) attend_single(ARGUMENT(Params) p, ARGUMENT(RowParams) 
 constexpr int TEAMS = SERVICE / R, IN_FLIGHT = 2;                              // service warps of one team hold the heads of a row
 constexpr int ROW_PART = R * PART * 4;
 struct WarpQueries {                                                           // buffer IN_FLIGHT * warp + (row & 1)
-  static constexpr int HEADS = R, RAW = OFF_PART + WARPS * IN_FLIGHT * ROW_PART, RAW_STEP = MODE == 0 ? 0 : R * 4 * RAW_ROW * 4, QT = RAW + WARPS * IN_FLIGHT * RAW_STEP;
+  static constexpr int HEADS = R, RAW = OFF_PART + WARPS * IN_FLIGHT * ROW_PART, RAW_STEP = MODE == 0 || AHEAD ? 0 : R * 4 * RAW_ROW * 4, QT = RAW + WARPS * IN_FLIGHT * RAW_STEP;
   static constexpr int QT_STEP = MODE == 2 ? 0 : R * D * 2, SUM = QT + WARPS * IN_FLIGHT * QT_STEP;
 };
 constexpr int WARP_BAR = WarpQueries::SUM + WARPS * IN_FLIGHT * R * 4;         // tables, then per warp: ready, done, emptied, stages
@@ -450,7 +547,7 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
     if constexpr (SHIFTS) fewer_registers<SERVICE_REGISTERS>();
     const int hq = (warp - WARPS) % R, team = (warp - WARPS) / R;
     const auto prepare = [&](int w, int n, int b) {
-      prepare_query<WarpQueries>(p, query_of(p, b, place, hq, lane), b, hq, lane, smem, w * IN_FLIGHT + (n & 1));
+      if (!AHEAD) prepare_query<WarpQueries>(p, query_of(p, b, place, hq, lane), b, hq, lane, smem, w * IN_FLIGHT + (n & 1));
       sync_warp();
       if (lane == 0) barrier_arrive(tables + 1 + w * WARP_BARS + (n & 1));
       if (!hq) prefetch_exact(p, b, kv, lane);       // a row ahead of their use
@@ -499,7 +596,7 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   if constexpr (SHIFTS) more_registers<COMPUTE_REGISTERS>();
   const int first_row = first_of(warp), last_row = first_of(warp + 1) - 1;
   if (last_row < first_row) {
-    if (MODE != 0 && warp == 0) barrier_wait(tables, 0);       // no copy may be on its way to a block that has ended
+    if (TABLE_BYTES && warp == 0) barrier_wait(tables, 0);     // no copy may be on its way to a block that has ended
     return;
   }
   u64 *bars = tables + 1 + warp * WARP_BARS, *full = bars + 3 * IN_FLIGHT;
@@ -512,7 +609,7 @@ KERNEL(THREADS, 1) attend_rows(ARGUMENT(Params) p, ARGUMENT(RowParams) fresh) {
   for (int i = 0; i < STAGES; i++) ask_item(p, fetch, items, kv, lane, stages + i * STAGE_BYTES, full + i);
   int slot = 0;
   u32 parity = 0;
-  if (MODE != 0) barrier_wait(tables, 0);
+  if (TABLE_BYTES) barrier_wait(tables, 0);
 
 #pragma unroll 1
   for (int b = first_row, n = 0; b <= last_row; b++, n++) {

@@ -50,10 +50,11 @@ DEVICE Item item_of(int part, int shift) {
   return {shift == 1 ? 0 : (part & 1) * n, n, shift == 1 ? part : part >> 1, 1};
 }
 
-// One softmax step over NP units of an item from pair `pr` on; `block` is theirs when WIDE.
-template <bool MASKED, int NP>
-DEVICE void step(State& st, const unsigned char* stage, const unsigned char* smem, const u32 (&q)[RUNS], const u32 (&rq)[RUNS],
-                 const float (&shift)[2], const Item& item, int pr, int block, u32 valid, int lane) {
+// One softmax step over NP units of an item from pair `pr` on; `block` is theirs when WIDE. mean: its table, by which the query rotated to
+// the block gives its logits; TURNED: those logits, of the block of these columns. masked: some lane has tokens that are not seen.
+template <int NP, bool TURNED>
+DEVICE void step(State& st, const unsigned char* stage, const unsigned char* mean, const u32 (&q)[RUNS], const u32 (&rq)[RUNS],
+                 const float (&shift)[2], const Item& item, int pr, int block, u32 valid, bool masked, int lane) {
   const int g = lane >> 2, half = WIDE ? block : lane >> 1 & 1;
   const int token = half * 64 + 16 * pr + 2 * g;     // this lane's rows of unit j are tokens token + 16 j and the next
   if (WIDE && block) valid >>= 8;
@@ -80,16 +81,22 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   for (int j = 0; j < NP; j++)
 #pragma unroll
     for (int e = 0; e < 4; e++) u[j][e] = -st.m[e & LAST];
-  const uint4* mean = (const uint4*)(smem + OFF_MEAN) + pr * 32 * K_STEPS + lane;
+  if (TURNED)
+#pragma unroll
+    for (int j = 0; j < NP; j++) {
+      const float4 a = ((const float4*)mean)[((pr + j) * (HELD / 2) + (lane & (HELD / 2 - 1))) * 8 + g];
+      u[j][0] += a.x; u[j][1] += a.y; u[j][2] += a.z; u[j][3] += a.w;
+    }
+  const uint4* table = (const uint4*)mean + pr * 32 * K_STEPS + lane;
   if constexpr (KEY_TRELLIS) {
     Indices n[NP][TILES];
 #pragma unroll
     for (int j = 0; j < NP; j++)
 #pragma unroll
       for (int i = 0; i < TILES; i++) indices<false>(n[j][i], w[j][i]);
-    KeyWalks<QUARTERS, NP, TILES>::run(s, u, w, n, q, rq, mean);
+    KeyWalks<QUARTERS, NP, TILES, MODE != 0 && !TURNED>::run(s, u, w, n, q, rq, table);
   } else {
-    KeySteps<K_STEPS, NP, TILES>::run(s, u, w, q, rq, mean);
+    KeySteps<K_STEPS, NP, TILES, MODE != 0 && !TURNED>::run(s, u, w, q, rq, table);
   }
 #pragma unroll
   for (int j = 0; j < NP; j++) {
@@ -110,9 +117,14 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
       if (R == 1 && (i & 1)) { x[j][i] = x[j][i - 1]; continue; }
       if (MODE != 2) u[j][i] += (i < 2 ? za : zb) * shift[i & 1];
       x[j][i] = (i < 2 ? sa : sb) * (TILES == 2 && half ? s[j][TILES - 1][i] : s[j][0][i]) + u[j][i];
-      if (MASKED && !(valid >> (2 * (pr + j) + (i >> 1)) & 1)) x[j][i] = NEG_INF;
     }
   }
+  if (masked)
+#pragma unroll
+    for (int j = 0; j < NP; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (!(valid >> (2 * (pr + j) + (i >> 1)) & 1)) x[j][i] = NEG_INF;
   float top0 = x[0][0], top1 = x[0][1];
 #pragma unroll
   for (int j = 0; j < NP; j++) {
@@ -127,7 +139,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
     }
     float d0 = (st.fresh || top0 > LAZY_HIGH) ? top0 - LAZY_LOW : 0.0f, d1 = (st.fresh || top1 > LAZY_HIGH) ? top1 - LAZY_LOW : 0.0f;
     float f0 = exp2_fast(-d0), f1 = exp2_fast(-d1);
-    bool empty = MASKED && top0 < -1e29f;            // nothing visible yet: stay fresh
+    bool empty = masked && top0 < -1e29f;            // nothing visible yet: stay fresh
     if (empty) d0 = d1 = 0.0f;
     if (st.fresh) f0 = f1 = 0.0f;
     st.fresh = st.fresh && empty;
@@ -150,7 +162,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
       const uint2 a = *(const uint2*)value_scales[j];
       sa = half_lo(a.x); za = half_hi(a.x); sb = half_lo(a.y); zb = half_hi(a.y);
     }
-    if (MASKED) {
+    if (masked) {
       if (!(valid >> (2 * (pr + j)) & 1)) sa = za = 0;
       if (!(valid >> (2 * (pr + j) + 1) & 1)) sb = zb = 0;
     }
@@ -180,25 +192,37 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* sme
   }
 }
 
+// A step of few products loses more to branches than to being there twice, once without masks; a longer one is the other way round: its
+// instructions are fetched late (H200: tools/gpu_lab/NOTES.md).
+constexpr bool TWICE = WIDE || STEP_PAIRS == 1;
+
 // All of an item, the query rotated (and taken to the basis) for its blocks.
 template <class Q, int NP>
 DEVICE void attend_item(State& st, u32 (&q)[RUNS], float (&shift)[2], const unsigned char* stage, const unsigned char* smem, const Item& item,
                         u32 valid, int at, int lane) {
-  u32 rq[RUNS];
+  const bool masked = any_lane(valid != ALL_SEEN);
+  u32 rq[RUNS];                                      // AHEAD: unused
 #pragma unroll 1
   for (int block = item.block; block < item.block + item.blocks; block++) {
-    if (MODE != 0) {
+    const unsigned char *mean = smem + OFF_MEAN, *turned = stage + IN_TURN;
+    if constexpr (AHEAD) {
+      load_turned(q, turned + (WIDE ? block - item.block : lane >> 4) * TURNED_BYTES, lane);
+      mean = turned + (WIDE ? block - item.block : lane >> 1 & 1) * TURNED_BYTES + TURNED_QUERY;
+    } else if (MODE != 0) {
       Rotation rot;
       load_rotation(rot, stage + IN_ROT, WIDE ? block : lane >> 4, lane);
       rotate_query<Q>(rq, rot, smem, lane, at);
+      if (MODE == 2) transform_query(q, rq, smem, lane);
     }
-    if (MODE == 2) transform_query(q, shift, rq, smem, lane);
-    if (!any_lane(valid != ALL_SEEN))
+    if (MODE == 2) center_query(shift, q);
+    const auto steps = [&](bool masks) {
 #pragma unroll 1
-      for (int pr = item.first; pr < item.first + item.pairs; pr += NP) step<false, NP>(st, stage, smem, q, rq, shift, item, pr, block, valid, lane);
-    else
-#pragma unroll 1
-      for (int pr = item.first; pr < item.first + item.pairs; pr += NP) step<true, NP>(st, stage, smem, q, rq, shift, item, pr, block, valid, lane);
+      for (int pr = item.first; pr < item.first + item.pairs; pr += NP)
+        step<NP, AHEAD>(st, stage, mean, q, rq, shift, item, pr, block, valid, masks, lane);
+    };
+    if (!TWICE) steps(masked);
+    else if (masked) steps(true);
+    else steps(false);
   }
 }
 #endif

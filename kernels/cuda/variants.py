@@ -162,6 +162,11 @@ class Variant:
         return self.mode != 2 or self.dim <= 128 or self.rotary == self.dim or self.rotary <= 128
 
     @property
+    def ahead(self) -> bool:
+        """Whether a launch ahead of attention takes the query to the basis of the codes."""
+        return self.mode == 2 and self.dim > 128
+
+    @property
     def _tile_bytes(self) -> tuple[int, int]:
         """Bytes of one slot's codes, without the gain of a trellis."""
         sides = (self.key_widths, self.key_trellis), (self.value_widths, self.value_trellis)
@@ -173,10 +178,13 @@ class Variant:
         d, columns, runs = self.dim, shape.columns(self.repeats), self.dim // 8
         klt, codes = self.mode == 2, 128 * sum(self._tile_bytes)
         scales = (128 if self.key_trellis else 256 if klt else 512) + (128 if self.value_trellis else 512)
-        stage = codes * shape.items // 4 + scales + (4 * self.rotary if self.mode else 0) + 128
-        tables = (128 * d if self.mode else 0) + (2 * d * d if klt else 0)
-        parts = shape.warps * -(-self.repeats // shape.groups(self.repeats)) * (d + 4) * 4
-        raw = columns * 4 * (-(-runs // 4) * 4 + 4) * 4 if self.mode else 0
+        heads = -(-self.repeats // shape.groups(self.repeats))
+        held, blocks = 8 if columns == 8 else 4 if heads > 2 else 2, 1 if columns == 8 and shape.items < 4 else 2
+        turn = blocks * held * (2 * d + 256) if self.ahead else 4 * self.rotary if self.mode else 0
+        stage = codes * shape.items // 4 + scales + turn + 128
+        tables = 0 if self.ahead else (128 * d if self.mode else 0) + (2 * d * d if klt else 0)
+        parts = shape.warps * heads * (d + 4) * 4
+        raw = columns * 4 * (-(-runs // 4) * 4 + 4) * 4 if self.mode and not self.ahead else 0
         query = 2 * raw + 2 * (0 if klt else columns * d * 2) + 64
         return shape.warps * shape.stages * stage + tables + parts + query + 8 * (shape.warps * shape.stages + 8)
 

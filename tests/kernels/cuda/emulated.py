@@ -75,8 +75,12 @@ class Emulated:
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         assert self.lib.attend_bytes() == ctypes.sizeof(argument)
-        one = self.lib.run_attend_single if variants.single(argument) else self.lib.run_attend
-        run = self.lib.run_attend_rows if self.by_warp else one
+        alone = variants.single(argument) and self.lib.single_bytes() and not self.by_warp
+        run = self.lib.run_attend_rows if self.by_warp else self.lib.run_attend_single if alone else self.lib.run_attend
+        if self.variant.ahead and not alone:
+            turned = torch.full((argument.B * heads * argument.tiles * self.lib.turned_bytes(),), 255, dtype=torch.uint8)
+            argument.turned = turned.data_ptr()
+            self.lib.run_turn(ctypes.byref(argument), self.blocks)
         run(ctypes.byref(argument), ctypes.byref(fresh))
 
     def step(self, argument: Any, fresh: Any, rows: Any, heads: int) -> None:

@@ -122,7 +122,7 @@ def test_a_gpu_of_another_maker_never_meets_the_cuda_driver(index: int, monkeypa
 
 def test_widths_that_need_more_memory_than_a_block_has_are_refused() -> None:
     with pytest.raises(module.NativeError, match="shared memory"):
-        variants.Variant(2, (8,) * 32, (8,) * 32, 8).defines(variants.Card())
+        variants.Variant(1, (8,) * 32, (8,) * 32, 8).defines(variants.Card(89, 101376))
 
 
 def test_how_a_block_works_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

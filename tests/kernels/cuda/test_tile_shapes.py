@@ -94,13 +94,18 @@ KINDS = (
     Kind("klt", 96, 8, (3, 4), card=A100),
     Kind("klt", 128, 4, card=TWELVE),
     Kind("klt", 64, 8, card=SIXTEEN, window=20),
+    Kind("klt", 256, 2),
+    Kind("klt", 256, 1, (4, 4), rotary=0.25),
+    Kind("klt:even", 256, 3, card=GEFORCE),
+    Kind("klt", 256, 8, rotary=0.25, card=GEFORCE, protect="first:20"),
+    Kind("klt", 256, 12, card=A100),
 )
 NAMES = [
     f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}"
     + (f"-{k.card.shape.warps}" if k.card.shape else "")
     for k in KINDS
 ]
-QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42, 46)  # the others are slow tests
+QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42, 46, 48, 51)  # the others are slow tests
 EVERY = [pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow) for i in range(len(KINDS))]
 
 
@@ -219,7 +224,7 @@ def test_attention_equals_the_definition(index: int, batch: int, length: int, pa
     assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
 
 
-@pytest.mark.parametrize(("index", "length"), [(6, 2500), (7, 2000), (33, 2100), (1, 1700)])
+@pytest.mark.parametrize(("index", "length"), [(6, 2500), (7, 2000), (33, 2100), (1, 1700), (48, 1500), (51, 1300)])
 def test_long_rows_equal_the_definition(index: int, length: int) -> None:
     """More superblocks than warps, two rows to a block: every warp fills its stages again and again."""
     kind, layer = KINDS[index], layer_of(index, 2, 2560)
@@ -233,6 +238,25 @@ def test_long_rows_equal_the_definition(index: int, length: int) -> None:
     got = launch.attend_one(lib, layer.codec, q, k, v, st, p, None, 0.09)
     assert got is not None
     wanted = defined(layer, length, (q, k, v), None)
+    assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("index", [48, pytest.param(49, marks=pytest.mark.slow)])
+def test_whole_rows_by_warp_take_the_query_that_was_turned_ahead(index: int) -> None:
+    kind, layer = KINDS[index], layer_of(index, 9)
+    shift = torch.arange(9)[:, None] * 7
+    fill(layer, index, 9, 300, shift)
+    for name in HELD:
+        setattr(layer, name, getattr(layer, name).to(torch.float16))
+    q = rows(9, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5
+    k, v = (rows(9, 1, s, KV_HEADS, kind.dim) for s in (6, 7))
+    slots = torch.arange(SLOTS)
+    mask = ((slots >= shift) & (slots <= 300))[:, None, None]
+    st, p = layer.codec.named(layer.state()), dict(zip(layer.codec.param_names(), layer.params, strict=True))
+    variant = launch.variant_of(layer.codec, kind.repeats, layer.codec.rotary(layer.params))
+    got = launch.attend_one(Emulated(variant, 1, by_warp=True), layer.codec, q, k, v, st, p, mask, 0.09)
+    assert variant.ahead and got is not None
+    wanted = defined(layer, 300, (q, k, v), mask)
     assert (got.float() - wanted).norm() <= 2e-3 * wanted.norm()
 
 
