@@ -194,7 +194,7 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* mea
 
 // A step of few products loses more to branches than to being there twice, once without masks; a longer one is the other way round: its
 // instructions are fetched late (H200: tools/gpu_lab/NOTES.md).
-constexpr bool TWICE = WIDE || STEP_PAIRS == 1;
+constexpr bool TWICE = D <= 128 && (WIDE || STEP_PAIRS == 1);
 
 // All of an item, the query rotated (and taken to the basis) for its blocks.
 template <class Q, int NP>

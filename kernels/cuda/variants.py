@@ -200,7 +200,7 @@ class Variant:
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others. Twelve take
         less time where one reads both sides of a trellis for more than four query heads of 128 channels, and more elsewhere."""
-        eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4)
+        eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4 or self.ahead)
         twelve = eight and self.dim == 128 and shape.columns(self.repeats) == 8 and self.key_trellis and self.value_trellis
         return (shape.warps == 4 or (twelve if shape.warps == 12 else eight)) and (self.dim <= 128 or shape.steps == 1)
 
