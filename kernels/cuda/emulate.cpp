@@ -79,9 +79,11 @@ extern "C" void run_attend_single(const Params* p, const RowParams* n) {
   fresh = n;
   run([] { attend_single(*(const Params*)params, *(const RowParams*)fresh); }, p, p->share, p->Hkv * GROUPS, SINGLE_THREADS, Single::BYTES);
 }
+#if MODE == 2 && HEAD_DIM > 128
 extern "C" void run_turn(const Params* p, int grid_x) {
   run([] { turn_queries(*(const Params*)params); }, p, grid_x, p->Hkv * GROUPS, 32 * TURN_WARPS, Turn::BYTES);
 }
+#endif
 extern "C" int single_bytes() { return Single::BYTES <= SHARED_MOST ? Single::BYTES : 0; }
 extern "C" int turned_bytes() { return 2 * TURNED_BYTES; }
 #if HEADS_PER_KV <= 2

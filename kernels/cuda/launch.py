@@ -88,6 +88,7 @@ class Library(Protocol):
     """Who runs the kernels: `module.Cubin`, or an emulation."""
 
     groups: int  # rows of the grid that share a key-value head
+    turned: int  # bytes of 128 slots' queries in the basis, for each of them; 0 where attention turns them
 
     @property
     def partial(self) -> Tensor: ...

@@ -33,6 +33,7 @@ __all__ = ["EXACT", "PLACES", "Places", "PlaceArguments", "attend", "declines", 
 
 EXACT = 64  # exact rows of a sequence that attention reads as they came
 PLACES = 32  # of a page at most
+TURNED = 1 << 28  # bytes of queries turned to the basis of every block that one launch may leave for attention
 
 _pointer, _int, _long = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
 
@@ -135,8 +136,18 @@ def attend(
     lib: Library, codec: Any, p: Params, pages: Pages, q: Tensor, tables: Tensor, last: Tensor, exact: Places | None, scale: float,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """Attention of q [sequences, Hq, D] over the slots up to `last` of each, in place of `out`. tables: int32 [., pages]."""
+    """Attention of q [sequences, Hq, D] over the slots up to `last` of each, in place of `out`. tables: int32 [., pages].
+
+    Where queries are turned ahead, as many sequences at a time as `TURNED` holds pages of: tables are as wide as the longest that
+    a sequence may ever become.
+    """
     at, n, kv, tiles = module.pointer, q.shape[0], pages.k_codes.shape[1], tables.shape[1]
+    if n > (most := max(1, TURNED // max(1, kv * lib.groups * tiles * lib.turned))):
+        for i in range(0, n, most):
+            part = slice(i, i + most)
+            some = None if exact is None else Places(exact.slot[part], exact.at[part])
+            attend(lib, codec, p, pages, q[part], tables[part], last[part], some, scale, out[part])
+        return
     q = q.contiguous()
     made = out if out.is_contiguous() and out.dtype == q.dtype else torch.empty_like(q)
     a = AttendArguments(

@@ -67,6 +67,7 @@ class Emulated:
     ) -> None:
         self.lib, self.blocks, self.by_warp, self.single_rows = _library(variant, card), blocks, by_warp, single_rows
         self.variant, self.groups = variant, variant.shape(card).groups(variant.repeats)
+        self.turned = self.lib.turned_bytes()
         self.partial = torch.full((64 * blocks * self.lib.slot_words(),), -1, dtype=torch.int32)
         self.arrived = torch.zeros(1024, dtype=torch.int32)
 
@@ -77,8 +78,8 @@ class Emulated:
         assert self.lib.attend_bytes() == ctypes.sizeof(argument)
         alone = variants.single(argument) and self.lib.single_bytes() and not self.by_warp
         run = self.lib.run_attend_rows if self.by_warp else self.lib.run_attend_single if alone else self.lib.run_attend
-        if self.variant.ahead and not alone:
-            turned = torch.full((argument.B * heads * argument.tiles * self.lib.turned_bytes(),), 255, dtype=torch.uint8)
+        if self.turned and not alone:
+            turned = torch.full((argument.B * heads * argument.tiles * self.turned,), 255, dtype=torch.uint8)
             argument.turned = turned.data_ptr()
             self.lib.run_turn(ctypes.byref(argument), self.blocks)
         run(ctypes.byref(argument), ctypes.byref(fresh))

@@ -23,7 +23,10 @@ from .test_tile_shapes import KINDS, KV_HEADS, NAMES, layer_of, rows
 REACH = 512
 NONE = torch.empty(0)
 QUICK = (0, 9, 32)
-EVERY = [pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow) for i in (0, 6, 9, 11, 20, 27, 32, 33, 37, 44)]
+EVERY = [
+    pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow)
+    for i in (0, 6, 9, 11, 20, 27, 32, 33, 37, 44, 48, 51)
+]
 
 
 @dataclass
@@ -131,6 +134,22 @@ def test_attention_over_pages_is_softmax_over_what_is_held(index: int, exact: in
         query = q[i].double().unflatten(0, (KV_HEADS, -1))
         wanted = ((0.09 * query @ full[0].mT).softmax(-1) @ full[1]).flatten(0, 1)
         assert (out[i].double() - wanted).norm() <= 3e-3 * wanted.norm()
+
+
+def test_sequences_are_attended_to_a_few_at_a_time_where_turned_queries_would_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(48)
+    tables, _ = fed(held, [200, 5, 383], [1, 1, 1])
+    kind, last = KINDS[48], torch.tensor([199, 4, 382])
+    q = (rows(3, 1, 5, KV_HEADS * kind.repeats, kind.dim) * 0.5)[:, :, 0]
+    places = pages.list_exact(held.lib, held.codec, held.pages, tables, last)
+    outs, launches = [], []
+    monkeypatch.setattr(held.lib, "attend", lambda a, *rest: (launches.append(a.B), Emulated.attend(held.lib, a, *rest)))
+    for most in (3, 2):
+        monkeypatch.setattr(pages, "TURNED", most * KV_HEADS * tables.shape[1] * held.lib.turned)
+        outs.append(torch.full_like(q, float("nan")))
+        pages.attend(held.lib, held.codec, held.p, held.pages, q, tables, last, places, 0.09, outs[-1])
+    assert launches == [3, 2, 1]
+    assert (outs[0].float() - outs[1].float()).norm() <= 2e-3 * outs[0].float().norm()  # in another order of parts
 
 
 def test_a_page_used_again_and_a_slot_written_again_keep_no_place() -> None:
