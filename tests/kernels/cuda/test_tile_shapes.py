@@ -95,7 +95,7 @@ KINDS = (
     Kind("klt", 128, 4, card=TWELVE),
     Kind("klt", 64, 8, card=SIXTEEN, window=20),
     Kind("klt", 256, 2),
-    Kind("klt", 256, 1, (4, 4), rotary=0.25),
+    Kind("klt", 256, 1, (4, 4)),
     Kind("klt:even", 256, 3, card=GEFORCE),
     Kind("klt", 256, 8, rotary=0.25, card=GEFORCE, protect="first:20"),
     Kind("klt", 256, 12, card=A100),
