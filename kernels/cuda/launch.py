@@ -5,7 +5,8 @@ Source     ours
 Shapes     as the ops'
 Exact      codes equal the definition's up to ties that the order of sums decides; output: relative error of a 16-bit result
 Declines   a mask that is not bool [B or 1, 1, 1, >= L] for one new row: the definition runs then, and says so once
-Cost       one launch for `append_`, one for `attend` of one new row; no copy from the host, no synchronisation
+Cost       one launch for `append_`, one for `attend` of one new row, two with block KLT in more than 128 channels, between which
+           the turned queries of all blocks stand in memory; no copy from the host, no synchronisation
 """
 
 from __future__ import annotations
@@ -299,7 +300,7 @@ def append(call: Call, lib: Library | None = None) -> None:
 
 
 def attend(call: Call, lib: Library | None = None) -> Tensor:
-    """`attend`: one launch for one new row, pieces of the decoded past for more."""
+    """`attend`: the kernels for one new row, pieces of the decoded past for more."""
     q, k, v, _, _, mask, scale = call.asking()
     lib, c, st, p = lib or _library(call), call.codec, call.st, call.p
     if q.shape[2] == 1:

@@ -6,8 +6,8 @@ Differs    of a sequence the first `EXACT` rows that stand exact are read as the
 Shapes     as `kvsink.kernels.pages`; last int64 [sequences], the slot of each one's new row, negative for none
 Exact      codes equal the definition's up to ties that the order of sums decides; output: relative error of a 16-bit result
 Declines   what `kvsink.kernels.cuda.backend` declines, and more than `PLACES` exact rows of a page
-Cost       one launch for new rows, one for attention, one for the places of a step; nothing is asked of the GPU, so all can be
-           captured in a CUDA graph
+Cost       one launch for new rows, one for attention, two or more where queries are turned ahead (`TURNED`), one for the places
+           of a step; nothing is asked of the GPU, so all can be captured in a CUDA graph
 """
 
 from __future__ import annotations
