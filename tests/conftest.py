@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked `sample(n)` every n-th case runs by default; the others are slow tests.
+
+    Which case is the first differs from test to test, so that other families stand in another test's sample. A case that is
+    named on the command line runs.
+    """
+    if any("[" in argument for argument in config.args):
+        return
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sample")
+        if mark is None or item.get_closest_marker("slow") is not None:
+            continue
+        name = item.nodeid.partition("[")[0]
+        if (seen[name] + zlib.crc32(name.encode())) % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[name] += 1
+
 
 OFFLINE = ("pip could not download", "needs pip")
 

@@ -100,6 +100,7 @@ def test_the_declaration_is_complete(method: str) -> None:
     kvsink.rewrite(build("llama"), method, calibration=text_for(method))  # with its own defaults
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_error_falls_with_every_bit(method: str) -> None:
     _, k, v, positions, cos, sin = rows_of_the_model()
@@ -156,6 +157,7 @@ def test_16_bit_changes_nothing(method: str) -> None:
     assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_are_those_of_the_tensors_and_of_the_report(method: str) -> None:
     model = build("llama", dtype=torch.bfloat16)  # reports count exact rows as 16 bit
@@ -177,6 +179,7 @@ def test_bytes_are_those_of_the_tensors_and_of_the_report(method: str) -> None:
         assert abs(cache.bits_per_element() - 8 * cache.nbytes() / elements) < 1e-9
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("max_length", [None, 64])
 @pytest.mark.parametrize("method", METHODS)
 def test_chunks_equal_one_prefill_when_strict(method: str, max_length: int | None) -> None:
@@ -217,6 +220,7 @@ SAMPLED = [pytest.param(m, marks=pytest.mark.slow) if m in LIKE else m for m in 
 """Methods, and among the slow tests those that put nothing into a graph that another one of them does not."""
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("window", [5, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", SAMPLED)
 def test_compiled_equals_uncompiled(method: str, window: int) -> None:
@@ -232,6 +236,7 @@ def test_compiled_equals_uncompiled(method: str, window: int) -> None:
         assert len(report.done("fuse")) == 2 and not report.left_alone()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", SAMPLED)
 def test_explain_shows_the_fused_site(method: str) -> None:
     text = kvsink.explain(rewritten("llama", "sdpa", method, **({"protect": "first:1"} if observes(method) else {})))

@@ -132,6 +132,7 @@ def test_the_cost_counts_what_is_written(name: str, i: int) -> None:
 # -- the ops on the state of a layer -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("method", "options"), SAMPLED, ids=IDS)
 def test_append_passes_opcheck(method: str, options: tuple) -> None:
     layer = layer_of(method, options, 2)
@@ -150,6 +151,7 @@ def test_append_takes_any_strides(method: str, options: tuple) -> None:
     assert equal(states[0], states[1]) and equal(states[0], states[2])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("method", "options"), SAMPLED, ids=IDS)
 def test_read_and_attend_pass_opcheck(method: str, options: tuple) -> None:
     layer, k, v = filled(method, options, batch=2, lengths=(9, 4))

@@ -252,6 +252,7 @@ def test_rows_leave_a_batch(klt: Any) -> None:
         assert torch.equal(out[at], alone(klt, rows[row, 12:], cache=one))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("family", "method", "options", "fixed"),
     [

@@ -17,6 +17,7 @@ from tests.models import VOCAB, build
 HELD, STEPS = 9, 3
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("method", ["klt", "cq", "rtn", "kivi"])
 def test_one_op_gives_what_two_give(method: str, family: str, seen: list[fx.Graph], monkeypatch: pytest.MonkeyPatch) -> None:

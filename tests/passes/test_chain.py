@@ -54,6 +54,7 @@ def check_runs(runs: dict[str, tuple[list[torch.Tensor], list[Any]]], eager: boo
         assert furthest(state, runs["before"][1], bound) <= 0, name  # codes too: a code that moves differs by 1
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("method", "options", "length"),
     [
@@ -68,6 +69,7 @@ def test_every_pass_keeps_outputs_and_bytes(method: str, options: dict[str, Any]
     check_runs(passes_and_runs(packed_graph("llama", "sdpa", method, length, **options)), eager=False)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "gemma3", "qwen3-moe"])
 def test_every_family(family: str, attention: str) -> None:

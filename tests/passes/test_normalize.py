@@ -21,6 +21,7 @@ def kinds(gm: torch.fx.GraphModule) -> Counter[str]:
     return Counter(kind(node) for node in gm.graph.nodes)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("cache", "length", "dtype"),
     [

@@ -35,6 +35,7 @@ def step(model: Any, cache: str, length: int) -> torch.fx.GraphModule:
     return capture(model, tokens(length=length, seed=5), held)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("cache", "length"), [("static", 1), ("static", 6), ("dynamic", 1), pytest.param("none", 6, marks=pytest.mark.slow)]
 )

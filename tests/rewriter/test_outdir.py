@@ -66,6 +66,7 @@ def generate(model: Any, ids: Tensor, **more: Any) -> Tensor:
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_folder_equals_the_rewrite_in_memory(tiny_dir: Path, text: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "deep" / "out"
@@ -189,6 +190,7 @@ def test_a_file_in_the_way(tiny_dir: Path, text: Path, tmp_path: Path) -> None:
 FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), RuntimeError("anything")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize("step", ["write_sidecar", "exchange", "copyfile", "rename"])
 @pytest.mark.parametrize("existing", [False, True])

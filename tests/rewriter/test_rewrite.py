@@ -101,6 +101,7 @@ def few(method: str) -> str:
     return "first:1" if protect.startswith("first:") else protect
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dim", [24, 40, 56])
 @pytest.mark.parametrize("method", sorted(kvsink.methods()))
 def test_heads_that_are_not_a_power_of_two(method: str, dim: int) -> None:

@@ -54,12 +54,14 @@ NAMED = (
 )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_a_family_is_held_against_its_stock_model(family: str) -> None:
     found = check_family(family, QUICK)
     assert all(outcome.startswith("right (0.0") for outcome in found.values()), found
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "family",
     ["qwen3-5", "gemma4", "gpt-oss", "cohere2", "exaone4", "smollm3", "falcon-h1", "diffllama", "lfm2-moe", "mllama", "llama4"],

@@ -56,6 +56,7 @@ def defined(layer: KVSinkLayer, given: tuple[Tensor, ...], mask: Tensor | None, 
     return attend_ref(*[x.float() for x in given], layer.state(), layer.params, mask, 0.09, False, layer.codec_text)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("repeats", "whole"), [(1, True), pytest.param(2, True, marks=pytest.mark.slow), (1, False)])
 @pytest.mark.parametrize(
     ("name", "batch", "length", "kind", "blocks"),
@@ -101,6 +102,7 @@ def test_rows_equal_the_definition_whole_and_divided(
     assert error.max() <= (4e-3 if dtype == torch.bfloat16 else 2e-3)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize(
     ("name", "batch", "length", "best"), [("centred-22", 19, 130, 9.0), ("akvq", 9, 255, 0.0), ("klt", 8, 40, 9.0)]

@@ -74,12 +74,14 @@ def compared(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, b
     return float((got.float() - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("side", SIDES)
 def test_equals_the_definition(side: str) -> None:
     layer, q, k, v = filled(side, 4, 1, 150, (0,), torch.float16)
     assert compared(layer, q, k, v, None) <= BOUND[torch.float16]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("repeats", "pad", "length", "dtype"),
     [(1, (0, 37), 200, torch.float16), (3, (5, 70), 130, torch.bfloat16), (2, (0, 9), 1, torch.float16)],

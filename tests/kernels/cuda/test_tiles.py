@@ -302,6 +302,7 @@ def decoded_by(lib: Emulated, layer: KVSinkLayer, end: int) -> tuple[Tensor, Ten
     return launch.decode_rows(lib, layer.codec, st, p, 0, end, torch.float16, end)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("single_rows", [0, 2])
 @pytest.mark.parametrize("index", range(len(CODECS)))
 def test_the_append_kernels_store_what_the_definition_stores(index: int, single_rows: int) -> None:

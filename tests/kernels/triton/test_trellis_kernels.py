@@ -124,6 +124,7 @@ def compiled(kernel: Any, given: tuple[Any, ...], options: dict[str, Any]) -> No
     assert triton.compile(source, target=target, options=launch).asm["cubin"]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("widths", [(), (6, 5, 2, 1)], ids=str)
 @pytest.mark.parametrize("what", ["attend", "code", "code_rows"])

@@ -54,6 +54,7 @@ def fed(model: Any, cache: Any) -> Tensor:
     return torch.cat(outs[1:], 1)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("factor", [1e6, 1e-7, *(pytest.param(f, marks=pytest.mark.slow) for f in (1e5, 1e-5))])
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("method", ["rtn", "klt", "centred"])
@@ -70,6 +71,7 @@ def error(side: str, factor: float, method: str, max_length: int | None) -> floa
     return largest_difference(fed(model, KVSinkCache.for_model(model, 2, max_length)), wanted) / float(wanted.abs().max())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("power", [20, pytest.param(-20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", sorted({*kvsink.methods()} - {"kvarn"}))  # which clamps deviations and scales at fixed sizes
 def test_powers_of_two_change_no_code(method: str, power: int) -> None:

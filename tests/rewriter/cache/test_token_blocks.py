@@ -226,6 +226,7 @@ def test_generate_continues_and_beams_run(model: Any) -> None:
     assert beams.sequences.shape == (3, 17)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("length", [1, 13])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_pass_keeps_outputs_and_bytes(method: str, length: int) -> None:

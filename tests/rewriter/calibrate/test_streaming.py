@@ -137,6 +137,7 @@ def test_nan_weights_are_found_by_layers_too(tiny_dir: Path, tmp_path: Path, tex
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["rotatekv", "klt", "klt"])

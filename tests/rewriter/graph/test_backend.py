@@ -57,6 +57,7 @@ def test_options_are_split() -> None:
         split_options({"kvsink.methd": "rtn"})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

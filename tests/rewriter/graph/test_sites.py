@@ -42,6 +42,7 @@ def check_site(site: AttentionSite, family: str, attention: str, cache: str, len
         assert shape(site.positions) == (1, length)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("cache", "length"), STEPS)
@@ -60,6 +61,7 @@ def test_both_layers_are_found_whole(family: str, attention: str, cache: str, le
             assert (turned - values[site.k_rope]).abs().max() <= SOFTMAX_IN_FLOAT32
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3"])
 @pytest.mark.parametrize(("cache", "length"), PREFILLS)
@@ -79,6 +81,7 @@ def test_a_full_sliding_window_is_a_static_cache(family: str) -> None:
             check_site(site, family, "sdpa", "static", length)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_those_of_the_block(family: str) -> None:
     model = build(family)
@@ -111,6 +114,7 @@ def test_new_rows_are_what_the_cache_receives() -> None:
         assert values[site.positions].tolist() == [[13]]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gemma3"])
 def test_exported_graphs_hold_the_same_sites(family: str, attention: str) -> None:

@@ -75,6 +75,7 @@ def original(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("original", CONFIGS, indirect=True)
 def test_a_loaded_adapter_computes_what_it_does_on_the_original(original: Any, tmp_path: Path, request: Any) -> None:
     kind, base = request.node.callspec.params["original"], rewritten()

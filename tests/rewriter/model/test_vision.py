@@ -69,6 +69,7 @@ def test_rows_kept_exact_give_the_model_itself(family: str) -> None:
     assert new_tokens(model, given) == wanted
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["klt", "centred", "akvq-vl:even"])
 def test_eight_bits_read_back_are_close_in_every_position_scheme(family: str, method: str) -> None:
@@ -156,6 +157,7 @@ def text_model(family: str, seeing: Any) -> Any:
     return model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["klt", "akvq-vl"])
 def test_a_prompt_without_pictures_is_that_of_the_text_model(family: str, method: str) -> None:

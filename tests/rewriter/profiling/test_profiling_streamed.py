@@ -81,6 +81,7 @@ def test_stages_of_a_dense_model_come_with_their_neuron(tmp_path: Path) -> None:
     assert stage["block"] == 1 and stage["neurons"][0]["weight_view"][0] == {"neuron": 0, "weight": 60.0}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("apart", [True, False], ids=["one-tensor-per-expert", "stacked"])
 @pytest.mark.parametrize("family", planted.MIXTURES)
 def test_mixtures_whatever_the_files_hold(tmp_path: Path, family: str, apart: bool) -> None:
