@@ -192,8 +192,8 @@ DEVICE void step(State& st, const unsigned char* stage, const unsigned char* mea
   }
 }
 
-// A step of few products loses more to branches than to being there twice, once without masks; a longer one is the other way round: its
-// instructions are fetched late (H200: tools/gpu_lab/NOTES.md).
+// Whether a step is there a second time for masked tokens, as was faster on an H200 (tools/gpu_lab/NOTES.md): of few products it loses more
+// to branches, of many to instructions that are fetched late.
 constexpr bool TWICE = D <= 128 && (WIDE || STEP_PAIRS == 1);
 
 // All of an item, the query rotated (and taken to the basis) for its blocks.
