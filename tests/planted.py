@@ -48,7 +48,7 @@ _MLA = {
     "head_dim": 8,
 }
 _MAKE = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_BASE)),
+    "llama": lambda **other: hf.LlamaForCausalLM(hf.LlamaConfig(**_BASE | other)),
     "mixtral": lambda: hf.MixtralForCausalLM(
         hf.MixtralConfig(**_BASE, num_local_experts=EXPERTS, num_experts_per_tok=2, sliding_window=None)
     ),
@@ -68,11 +68,11 @@ _MAKE = {
 MIXTURES = tuple(name for name in _MAKE if name != "llama")
 
 
-def build(family: str) -> Any:
-    """A quiet model: small random weights, no massive activation anywhere."""
+def build(family: str, **other: Any) -> Any:
+    """A quiet model: small random weights, no massive activation anywhere. other: entries of a llama's config."""
     with torch.random.fork_rng():
         torch.manual_seed(len(family))
-        model = _MAKE[family]()
+        model = _MAKE[family](**other)
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.data.normal_(std=0.02)
