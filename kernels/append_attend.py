@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import Call, Device, LayerFormat, LayerState, Shape
-from .base import resolve_codec
+from .base import resolve_codec, stream_beside
 from .cuda import rows_of_bytes
 from .triton import append as triton_append
 
@@ -38,7 +38,8 @@ class _Beside:
         self.positions, (*self._code, self._enter) = positions.long(), launches
         self._here = torch.cuda.current_stream(positions.device)
         apart = torch.cuda.is_current_stream_capturing()
-        self._sides = _streams(positions.device) if apart else (self._here, self._here)
+        held = _streams(positions.device) if apart else ()
+        self._sides = [stream_beside(self._here, s) for s in held] or [self._here] * 2
 
     def code(self) -> None:
         for stream, launch in zip(self._sides, self._code, strict=True):

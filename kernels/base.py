@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Cost", "OpSpec", "cache_folder", "nbytes", "op_specs", "register_op", "resolve_codec", "set_codec_resolver"]
+__all__ = [
+    "Cost", "OpSpec", "cache_folder", "nbytes", "op_specs", "register_op", "resolve_codec", "set_codec_resolver", "stream_beside",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,13 @@ def cache_folder() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "kvsink"
+
+
+def stream_beside(here: Any, held: Any) -> Any:
+    """The stream held, or another of its GPU where that is `here` itself: torch hands out 32 in turn, and captures a graph on one.
+
+    On one stream launches that should run side by side would run in turn, and nothing would say so.
+    """
+    while held == here:
+        held = torch.cuda.Stream(here.device)
+    return held

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import cache_folder
+from ..base import cache_folder, stream_beside
 from .driver import NativeError
 from .driver import check as _check
 from .driver import driver as _driver
@@ -262,6 +262,7 @@ class Cubin:
             self.attend(argument, fresh, heads)
             return
         here = torch.cuda.current_stream(self.device)
+        self._side = stream_beside(here, self._side)
         self._side.wait_stream(here)
         _turned = self._ahead(argument, heads)
         self._attend_now(argument, fresh, heads)

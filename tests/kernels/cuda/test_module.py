@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -31,3 +32,36 @@ def test_a_launch_goes_to_its_own_gpu(index: int, monkeypatch: pytest.MonkeyPatc
     made.device = torch.device("cuda", index)
     made.launch(None, 1, 1, 32, 0)
     assert launched == [index] and current == [0]
+
+
+@dataclass(frozen=True)
+class _Stream:
+    number: int
+    device: str = "cuda"
+
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+
+@pytest.mark.parametrize("side", [3, 7])
+def test_rows_are_coded_beside_attention_whatever_stream_a_graph_is_captured_on(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch hands out streams in turn: the one that a library holds may be the one that captures, here number 7."""
+    here, coded, made_next = _Stream(7), [], iter((7, 8))
+    on = [here]
+
+    @contextmanager
+    def chosen(stream: _Stream) -> Iterator[None]:
+        on.append(stream)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", chosen)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(next(made_next)))
+    made = module.Cubin.__new__(module.Cubin)
+    made.device, made.overlap, made.turned, made._side = torch.device("cuda"), True, 0, _Stream(side)
+    monkeypatch.setattr(made, "_attend_now", lambda *arguments: None)
+    monkeypatch.setattr(made, "append", lambda rows: coded.append(on[-1]))
+    made.step(None, None, None, 8)
+    assert coded == [_Stream(8 if side == 7 else 3)]
