@@ -133,4 +133,5 @@ def check_layer(plan: Plan, index: int, layer: Any) -> None:
         (bool(layer.has_sink), "has learned sink logits"),
     )
     if why := next((why for found, why in whys if found), ""):
-        raise UnsupportedError(f"kvsink in vLLM: layer {index} ({layer.layer_name}) {why}; {_AGAIN}")
+        where = f"layer {index} ({layer.layer_name})"
+        raise UnsupportedError(f"kvsink in vLLM: {where} {why}, which pages do not serve; run the folder with transformers")

@@ -115,7 +115,7 @@ def test_a_number_of_a_token_does_not_go_over_ranks(tmp_path: Path) -> None:
 )
 def test_layers_that_attend_otherwise_are_named(plan: Any, changes: dict[str, Any], words: str) -> None:
     check_layer(plan, 2, layer())
-    with pytest.raises(UnsupportedError, match=rf"layer 2 \(model.layers.2.self_attn.attn\) {words}; rewrite"):
+    with pytest.raises(UnsupportedError, match=rf"layer 2 \(model.layers.2.self_attn.attn\) {words}, which pages do not serve"):
         check_layer(plan, 2, layer(**changes))
     with pytest.raises(UnsupportedError, match="is not one of the plan's 4"):
         check_layer(plan, 4, layer())
