@@ -123,10 +123,11 @@ def test_a_compiled_model_gives_what_it_gives_eagerly(out: Path, answers: dict[s
     assert found["runs"][0]["tokens"] == answers["runs"][1]["tokens"]
 
 
-def test_two_ranks_give_what_one_gives(answers: dict[str, Any], out: Path, tmp_path: Path) -> None:
-    """Each codes and holds one of the two key-value heads."""
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_give_what_one_gives(ranks: int, answers: dict[str, Any], out: Path, tmp_path: Path) -> None:
+    """Each codes and holds one of the two key-value heads, of four ranks two hold the same."""
     runs = [{"prompts": answers[name], "max_tokens": n, "scored": n == 1} for name, n in (("windows", 1), ("prompts", 24))]
-    found = serve(out, tmp_path, runs, tensor_parallel_size=2)
+    found = serve(out, tmp_path, runs, tensor_parallel_size=ranks)
     scores = (torch.tensor(of["runs"][0]["logprobs"]) for of in (found, answers))
     assert torch.stack([*scores]).diff(dim=0).abs().max() <= TOGETHER
     assert found["runs"][1]["tokens"] == answers["runs"][1]["tokens"] and found["blocks"] // 2 == answers["blocks"]
