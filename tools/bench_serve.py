@@ -70,7 +70,7 @@ def serve_rows(
     for name, folder in zip(names, folders, strict=True):
         about = {"kind": "serve", "side": side_of(folder), "model": Path(name).name, "cache_mib": cache_mib}
         found = _asked({"folder": str(folder), "lengths": lengths, "engine": {**options, "tokenizer": str(folder)}})
-        row = {**about, "dtype": options["dtype"], **found}
+        row = {**about, "dtype": options["dtype"], **({"engine": engine} if engine else {}), **found}
         first = first or row
         row["of_first"] = round(row["tokens_per_s"] / first["tokens_per_s"], 3)
         say("  ".join(f"{k}={v}" for k, v in row.items() if k != "kind"))

@@ -215,7 +215,8 @@ def serve(folder: Path) -> str:
         groups: dict[str, list[Row]] = {}
         for r in rows:
             asked = f"{r['requests']} requests of {r['prompt_tokens']:,} tokens in all, which ask for {r['new_tokens']:,} more"
-            where = f"a cache of {r['cache_mib']} MiB, {r['dtype']}, vLLM {r['vllm']}"
+            given = "".join(f", {k} {json.dumps(v)}" for k, v in r.get("engine", {}).items() if k != "dtype")
+            where = f"a cache of {r['cache_mib']} MiB, {r['dtype']}, vLLM {r['vllm']}{given}"
             groups.setdefault(f"{asked}; {where}", []).append(r)
         parts += [f"{said}; {_about(group, [file], folder)}{serve_table(group)}\n" for said, group in groups.items()]
     return "\n".join(parts) or _missing("kvsink-bench serve", "serve")

@@ -88,6 +88,7 @@ def test_every_folder_runs_under_the_same_settings(tmp_path: Path, monkeypatch: 
         ("16 bit", "stock", "float32", 1.0),
         ("klt 2/4", "out", "float32", 2.0),
     ]
+    assert [r["engine"] for r in rows] == [{"max_num_seqs": 4, "dtype": "float32"}] * 2
     lines = serve_table(rows).splitlines()
     assert lines[3] == "| `out`, klt 2/4 | 2,816 | 7 | 3 | 200.0 | 2.00x | 50.0 (20.0 to 80.0) | 50.0 (20.0 to 80.0) |"
     assert {line.count("|") for line in lines} == {9}

@@ -149,3 +149,12 @@ def test_rows_that_are_missing_are_named(results: Path) -> None:
     (results / "prefill_h100.jsonl").unlink()
     with pytest.raises(KvsinkError, match="prefill_h100.jsonl is missing"):
         BLOCKS["prefill"](results)
+
+
+def test_a_run_of_an_engine_says_under_which_options(results: Path) -> None:
+    """Those that were given; a run under others stands in a table of its own."""
+    first, *_ = (json.loads(line) for line in (results / "serve_h200.jsonl").read_text().splitlines())
+    rows = [first | {"engine": {"max_num_seqs": n, "dtype": "bfloat16"}} for n in (4, 1)]
+    (results / "serve_new.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    heads = [line for line in page_blocks.serve(results).splitlines() if "serve_new" in line]
+    assert [re.findall(r"vLLM [\d.]+(.*?);", line) for line in heads] == [[", max_num_seqs 4"], [", max_num_seqs 1"]]
