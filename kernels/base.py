@@ -1,7 +1,7 @@
 """What every op of kvsink is made of: its registration, its shape rule, its cost, and how a codec text becomes a codec.
 
 An op file holds, in this order: the reference in plain torch, the shape rule that serves launch and fake alike, the
-registration. Ops live in the `kvsink` namespace of `torch.ops`; they have no gradient.
+registration. Ops live in the `kvsink` namespace of `torch.ops`; they have no gradient. Behind that, what their kernels share.
 """
 
 from __future__ import annotations

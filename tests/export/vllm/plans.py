@@ -18,9 +18,9 @@ __all__ = ["engine", "folder", "layer", "planted", "prompt", "text"]
 
 
 @cache
-def planted(method: str = "klt", protect: str = "sinks:0.25+first:1", **options: Any) -> Any:
+def planted(method: str = "klt", protect: str = "sinks:0.25+first:1", head_dim: int = 16, **options: Any) -> Any:
     """A Llama of four blocks, whose block 1 writes a massive activation for one token, which later blocks look for."""
-    model = add_sinks(plant(build("llama"), "1:dense"), range(2, 4))
+    model = add_sinks(plant(build("llama", head_dim=head_dim), "1:dense"), range(2, 4))
     kvsink.rewrite(model, method, protect=protect, calibration=windows(3, 40, 70, 11, 5, 60), check=False, **options)
     return model
 

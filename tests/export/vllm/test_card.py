@@ -15,14 +15,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-import kvsink
 from kvsink.evaluate.evaluation import packed_cache
 from kvsink.export.vllm.refusals import read_plan
 from kvsink.folder.loading import load_model
 from kvsink.kernels.pages import PAGE, PageFormat
-from tests.export.vllm.plans import folder, text
+from tests.export.vllm.plans import folder, planted, text
 from tests.export.vllm.serve import serve
-from tests.planted import add_sinks, build, plant, windows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -34,9 +32,8 @@ GRAPHS = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_size
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A folder, texts, and what transformers makes of them on the GPU with and without codes."""
-    model = add_sinks(plant(build("llama", head_dim=64), "1:dense"), range(2, 4))
+    model = planted(head_dim=64)
     model.config.max_position_embeddings = 1024
-    kvsink.rewrite(model, "klt", protect="sinks:0.25+first:1", calibration=windows(3, 40, 70, 11, 5, 60), check=False)
     out = folder(model, tmp_path_factory.mktemp("card") / "out", places=PLACES)
     texts = torch.tensor([text(7, 8, 140, 300 + i, length=512, seed=i) for i in range(4)])
     model, ids = load_model(out, "cuda", "float16"), texts.cuda()

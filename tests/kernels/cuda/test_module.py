@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvsink.kernels import append_attend
 from kvsink.kernels.cuda import module
 
 
@@ -65,3 +66,12 @@ def test_rows_are_coded_beside_attention_whatever_stream_a_graph_is_captured_on(
     monkeypatch.setattr(made, "append", lambda rows: coded.append(on[-1]))
     made.step(None, None, None, 8)
     assert coded == [_Stream(8 if side == 7 else 3)]
+
+
+def test_launches_of_triton_leave_the_stream_that_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(7))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(8))
+    monkeypatch.setattr(append_attend, "_streams", lambda device: (_Stream(7), _Stream(3)))
+    beside = append_attend._Beside(torch.zeros(1, 1, dtype=torch.int64), [lambda: None] * 3)
+    assert beside._sides == [_Stream(8), _Stream(3)]
