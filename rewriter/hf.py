@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kvsink.cache.cache import KVSinkCache
+from kvsink.cache.reuse import fixed_cache
 from kvsink.errors import KvsinkError, SidecarError, UnsupportedError
 from kvsink.folder.sidecar import SIDECAR_JSON, SIDECAR_TENSORS, read_sidecar
 from kvsink.folder.snapshot import beside
@@ -185,7 +186,9 @@ def _new_cache(model: Any, config: Any, batch_size: int, max_length: int) -> KVS
     length = max(max_length, getattr(config, "max_cache_len", None) or 0)
     if compiling:  # whole blocks, so that two prompts of nearly the same length share one compiled graph
         length = -(-length // 256) * 256
-    return KVSinkCache.for_model(model, rows, length)
+    return (
+        KVSinkCache.for_model(model, rows, length) if getattr(config, "is_assistant", False) else fixed_cache(model, rows, length)
+    )
 
 
 def _uncompilable(model: Any) -> str:

@@ -131,6 +131,7 @@ def detach(model: nn.Module) -> None:
     """Remove the hooks and the runtime, if there are any."""
     for handle in model.__dict__.pop("_kvsink_handles", ()):
         handle.remove()
+    model.__dict__.pop("_kvsink_last_cache", None)  # see kvsink.cache.reuse
     earlier = model.__dict__.pop("_kvsink_runtime", None)
     for name in earlier.anatomy.attentions if earlier is not None else ():
         model.get_submodule(name).__dict__.pop("_kvsink_observer", None)
