@@ -1,6 +1,7 @@
 """Codes stored in the order in which a GPU's matrix unit reads them, inside tiles of 128 slots; scales stay in order.
 
-Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits in bin b_r at bit o_r (first fit into 16-bit bins)
+Formula    a run is 8 neighbouring channels; the code of run r of width w_r sits in bin b_r of 16 bits at bit o_r: of the runs left,
+           the first ones that fill a bin as far as any do
            unit (x, b) of a slot, 16 bit: channel 8 r + x of the runs in bin b; of a last bin with 8 bits at most, the low byte
            inside a tile the units of 16 slots stand as the A operand of mma.m16n8k16, see `byte_index`
            codes of a trellis: of every unit one bin, or two of 256 channels, holds the lowest bits of 16 runs in their order; the
@@ -82,13 +83,21 @@ def make_fields(widths: tuple[int, ...], kind: str) -> Fields:
 
 
 def _even_pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:
-    """First fit, whole codes."""
-    fill, pieces = [0] * len(widths), []
-    for r, w in enumerate(widths):
-        b = next(i for i in range(len(widths)) if fill[i] + w <= 16)
-        pieces.append(Piece(r, 0, w, b, fill[b]))
-        fill[b] += w
-    return tuple(pieces)
+    """Whole codes, bin after bin."""
+    left, pieces, b = list(range(len(widths))), list[Piece](), 0
+    while left:
+        sums = [{0}]  # what runs from one on can fill, from the last one back
+        for r in reversed(left):
+            sums.append(sums[-1] | {n + widths[r] for n in sums[-1] if n + widths[r] <= 16})
+        sums.reverse()
+        room = most = max(sums[0])
+        for r, behind in zip(list(left), sums[1:], strict=True):
+            if room - widths[r] in behind:
+                pieces.append(Piece(r, 0, widths[r], b, most - room))
+                room -= widths[r]
+                left.remove(r)
+        b += 1
+    return tuple(sorted(pieces))
 
 
 def _walk_pieces(widths: tuple[int, ...]) -> tuple[Piece, ...]:

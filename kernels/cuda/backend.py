@@ -24,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 80, 96, 128, 256)  # channels of a head
 EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
-WIDTHS = (1, 2, 3, 4, 8)  # bits of a code but for those of a trellis
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)  # bits of a code but for those of a trellis
 TESTED = ((9, 0),)  # compute capabilities on which the tests have run
 WALKED = ((9, 0),)  # the same of codes of a trellis
 
@@ -96,7 +96,7 @@ def _unread(f: LayerFormat, dim: int) -> str:
     for name, side in (("keys", k), ("values", v)):
         widths = TRELLIS_WIDTHS if side.kind == "trellis" else WIDTHS
         if not set(side.widths) <= set(widths) or (8 in side.widths and side.kind != "uniform"):
-            return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 4 and 8"
+            return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 6 and 8"
         if layout.tile_bytes(side.widths, side.kind) - (side.kind == "trellis") > 1.2 * sum(side.widths):
             return f"{name} of {sum(side.widths) / len(side.widths):g} bits in {dim} channels do not fill whole words"
     return ""

@@ -9,11 +9,9 @@
 #ifndef KVSINK_ROWS
 #define KVSINK_ROWS
 
-#ifndef KSTEP
-#define KSTEP 1.5957691f, 0.9956867f, 0.5860194f, 0.3352006f  // spacing of 1- to 4-bit levels (kernels/levels.py)
-#endif
 constexpr int ROW_THREADS = 512, SEGMENTS = 4, Z_STRIDE = D + 4;
-TABLE float STEPS[4] = {KSTEP}, PER_UNIT[4] = {1.0f / STEPS[0], 1.0f / STEPS[1], 1.0f / STEPS[2], 1.0f / STEPS[3]};
+TABLE float STEPS[6] = {KSTEP};                      // spacing of levels of 1 to 6 bits (kernels/levels.py)
+TABLE float PER_UNIT[6] = {1.0f / STEPS[0], 1.0f / STEPS[1], 1.0f / STEPS[2], 1.0f / STEPS[3], 1.0f / STEPS[4], 1.0f / STEPS[5]};
 #ifndef SINGLE_ROW_FIRST
 #define SINGLE_ROW_FIRST 4  // of a warp's rows of the basis, those asked for before what depends on the length
 #endif
@@ -145,11 +143,14 @@ BOTH constexpr u64 nibbles(const int (&x)[RUNS], const int (&y)[RUNS], int from)
 constexpr int NOTHING[RUNS] = {};
 template <u64 LO, u64 HI> struct OfRun {
   DEVICE_STATIC int at(int run) { return (int)((RUNS > 16 && run >= 16 ? HI : LO) >> (4 * (run & 15))) & 15; }
-  BOTH static constexpr int searches() {             // of a trellis of these widths
+  BOTH static constexpr int most() {                 // up to 6
+    int n = 1;
     for (int i = 0; i < 64; i += 4)
-      if ((LO >> i & 15) > 4 || (HI >> i & 15) > 4) return 4;
-    return 2;
+      for (int w = 2; w <= 6; w++)
+        if ((LO >> i & 15) >= w || (HI >> i & 15) >= w) n = n < w ? w : n;
+    return n;
   }
+  BOTH static constexpr int searches() { return most() > 4 ? 4 : 2; }   // of a trellis of these widths
 };
 using KeyWidth = OfRun<nibbles(KF.width, NOTHING, 0), nibbles(KF.width, NOTHING, 16)>;
 using KeyPlace = OfRun<nibbles(KF.shift, KF.pos, 0), nibbles(KF.shift, KF.pos, 16)>;
@@ -162,10 +163,14 @@ DEVICE u32 center_of(int run) {                    // 2^pos (2^w - 1) / 2 of a r
   const float x = 0.5f * (float)(((1 << KeyWidth::at(run)) - 1) << KeyPosition::at(run));
   return pack_half2(x, x);
 }
-DEVICE float step_of(int width) { return width == 1 ? STEPS[0] : width == 2 ? STEPS[1] : width == 3 ? STEPS[2] : STEPS[3]; }
-DEVICE float levels_per_unit(int width) {
-  return width == 1 ? PER_UNIT[0] : width == 2 ? PER_UNIT[1] : width == 3 ? PER_UNIT[2] : PER_UNIT[3];
+DEVICE float of_width(const float (&numbers)[6], int width) {
+  float x = numbers[0];
+#pragma unroll
+  for (int w = 1; w < KeyWidth::most(); w++) x = width > w ? numbers[w] : x;
+  return x;
 }
+DEVICE float step_of(int width) { return of_width(STEPS, width); }
+DEVICE float levels_per_unit(int width) { return of_width(PER_UNIT, width); }
 DEVICE float even_level(u32 code, int width) { return mul(step_of(width), (float)code - 0.5f * (float)((1 << width) - 1)); }
 
 // The number of thresholds step * m, |m| < half, below x. They rise with m, so the one next to x decides.

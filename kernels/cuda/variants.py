@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..layout import tile_bytes
+from ..layout import even_positions, make_fields, tile_bytes
 from ..levels import EVEN_STEP
 from ..trellis import CUBIC, LEVELS
 from .driver import NativeError
@@ -123,6 +123,7 @@ class Shape:
 _SHAPES = (
     Shape(12, 1, 2, 2),
     Shape(8, 2, 4, 2),
+    Shape(8, 1, 4, 2),
     Shape(8, 2, 2, 2),
     Shape(8, 2, 1, 1),
     Shape(8, 1, 2, 2),
@@ -199,8 +200,12 @@ class Variant:
 
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others. Twelve take
-        less time where one reads both sides of a trellis for more than four query heads of 128 channels, and more elsewhere."""
+        less time where one reads both sides of a trellis for more than four query heads of 128 channels, and more elsewhere; one
+        stage of a whole superblock does in place of two of half of it with equally spaced keys in a basis and 3 bits or more."""
         eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4 or self.ahead)
+        if (shape.warps, shape.stages, shape.items) == (8, 1, 4):
+            many = sum(self.key_widths) + sum(self.value_widths) >= 6 * len(self.key_widths)
+            return eight and self.mode == 2 and self.dim == 128 and many and not (self.key_trellis or self.value_trellis)
         twelve = eight and self.dim == 128 and shape.columns(self.repeats) == 8 and self.key_trellis and self.value_trellis
         return (shape.warps == 4 or (twelve if shape.warps == 12 else eight)) and (self.dim <= 128 or shape.steps == 1)
 
@@ -209,8 +214,8 @@ class Variant:
         shape = self.shape(card)
         return {
             "MODE": str(self.mode),
-            "KW": ", ".join(map(str, self.key_widths)),
-            "VW": ", ".join(map(str, self.value_widths)),
+            **_places("KEY", self.key_widths, self.key_trellis),
+            **_places("VALUE", self.value_widths, self.value_trellis),
             "KEY_TRELLIS": str(int(self.key_trellis)),
             "VALUE_TRELLIS": str(int(self.value_trellis)),
             "WALK_LEVELS": ", ".join(f"{x}" for unit, numbers in LEVELS.values() for x in (unit, *numbers)),
@@ -226,12 +231,25 @@ class Variant:
             "MOST_HEADS": str(shape.heads),
             "TARGET": str(card.target),
             "SHARED_MOST": str(card.shared),
-            "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 5)),
+            "KSTEP": ", ".join(f"{EVEN_STEP[w]}f" for w in range(1, 7)),
         }
 
     def source(self, card: Card) -> str:
         """One translation unit without includes."""
         return unit(self.defines(card), FILES)
+
+
+def _places(side: str, widths: tuple[int, ...], walks: bool) -> dict[str, str]:
+    """Macros of fields.cuh: where the codes of each run stand."""
+    fields = make_fields(widths, "trellis" if walks else "lloyd-even")
+    bins, places = [0] * len(widths), [0] * len(widths)
+    for piece in fields.pieces:
+        if not walks or piece.first == 2:
+            bins[piece.run], places[piece.run] = piece.bin, piece.offset
+    read = places if walks else even_positions(widths)
+    lists = {"WIDTHS": widths, "BINS": bins, "SHIFTS": [a - b for a, b in zip(places, read, strict=True)], "PLACES": read}
+    units = {"UNITS": (fields.bins, int(fields.half))}
+    return {f"{side}_{name}": ", ".join(map(str, numbers)) for name, numbers in (lists | units).items()}
 
 
 def by_warp(batch: int, share: int, tiles: int, warps: int) -> bool:

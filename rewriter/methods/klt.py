@@ -37,7 +37,11 @@ KLT = register_method(
         variants={
             "best": {"key": _LLOYD, "value": _GAUSS, **_ALIKE},
             "codebooks": {"key": _LLOYD, "value": _CODEBOOKS},
-            "even": {"key": replace(_LLOYD, kind="lloyd-even"), "value": replace(_GAUSS, kind="uniform", group_size=256), **_ALIKE},
+            "even": {
+                "key": replace(_LLOYD, kind="lloyd-even", metric="attention"),
+                "value": replace(_GAUSS, kind="uniform", group_size=256),
+                **_ALIKE,
+            },
         },
     )
 )

@@ -39,6 +39,7 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("klt:codebooks 2/2", "klt:codebooks", 2, 2, {}),
     ("klt:even 2/2", "klt:even", 2, 2, {}),
     ("klt:even 2/4", "klt:even", 2, 4, {}),
+    ("klt:even 4/4", "klt:even", 4, 4, {}),
     ("klt:even 2/2, 64 first and 256 recent rows", "klt:even", 2, 2, {"segments": (64,), "window": 256}),
     ("centred:even 2/2", "centred:even", 2, 2, {}),
     ("centred:even 4/4", "centred:even", 4, 4, {}),

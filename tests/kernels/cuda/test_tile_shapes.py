@@ -99,13 +99,18 @@ KINDS = (
     Kind("klt:even", 256, 3, card=GEFORCE),
     Kind("klt", 256, 8, rotary=0.25, card=GEFORCE, protect="first:20"),
     Kind("klt", 256, 12, card=A100),
+    Kind("klt:even", 128, 4, (4, 4)),
+    Kind("klt:even", 64, 8, (4, 4)),
+    Kind("klt:even", 256, 4, (4, 4), fold=False),
+    Kind("klt:even", 96, 1, (4, 2), card=GEFORCE),
+    Kind("klt:even", 128, 6, (4.5, 4)),
 )
 NAMES = [
     f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}"
     + (f"-{k.card.shape.warps}" if k.card.shape else "")
     for k in KINDS
 ]
-QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42, 46, 48, 51)  # the others are slow tests
+QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42, 46, 48, 51, 53)  # the others are slow tests
 EVERY = [pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow) for i in range(len(KINDS))]
 
 

@@ -128,7 +128,8 @@ WALKED = (
 @pytest.mark.parametrize(
     ("widths", "kind"),
     [(w, kind) for kind in ("lloyd-even", "trellis") for w in ((1,) * 16, (2,) * 16, (4,) * 16, MIXED)]
-    + [(w, "trellis") for w in WALKED],
+    + [(w, "trellis") for w in WALKED]
+    + [(w, "lloyd-even") for w in ((5, 5, 5, *(4,) * 10, 3, 3, 3), (6, 5, 4, 4, 4, 4, 3, 2), (5, 3, 5, 3))],
 )
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_rows_come_back_from_their_places(widths: tuple[int, ...], kind: str, side: str) -> None:
@@ -176,8 +177,8 @@ def test_refusals_name_the_reason() -> None:
     assert refusal(codec, dim=48, rotary=48) == "head_dim is 48, not one of 64, 80, 96, 128, 256"
     assert "more than 32 each" in refusal(codec, 64, 1)
     assert "24 of 128 channels" in refusal(codec, rotary=24)
-    wide = replace(codec, value=replace(codec.value, bits=6, widths=(6,) * 16))
-    assert "outside 1 to 4" in refusal(wide)
+    wide = replace(codec, value=replace(codec.value, bits=7, widths=(7,) * 16))
+    assert "outside 1 to 6" in refusal(wide)
     odd = replace(codec, key=replace(codec.key, bits=1.0625, widths=(2, *(1,) * 15)))
     assert refusal(odd) == "keys of 1.0625 bits in 128 channels do not fill whole words"
     assert refusal(replace(codec, window=513)) == "a window of 513 recent rows, more than 512"
