@@ -408,7 +408,7 @@ def speed(folder: Path) -> str:
         last = _last((r for r in rows if "of_plain" not in r and "target" not in r), "model", "method", "bits", "B", "T")
         long = [r for r in last if (r["B"], r["T"]) == (16, 8192) and r["p50_ms"] and r["model"] in _SHOWN]
         lines = []
-        for name in (*_OURS, side):
+        for name in (*_OURS, "klt:even-2", "klt:even-4", side):
             found = {r["model"]: f"{r['speedup']:.1f}x" for r in long if f"{r['method']}-{r['bits']}" == name}
             lines += [(f"`{name}`", *(found.get(model, "–") for model in _SHOWN))] if found else []
         if lines:
