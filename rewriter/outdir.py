@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvsink.calibrate.choices import RewriteOptions
+from kvsink.calibrate.choices import LEARNING_TOKENS, RewriteOptions
 from kvsink.calibrate.memory import SHARE_OF_MEMORY, available_memory, needs
 from kvsink.calibrate.observing import CALIBRATION_WINDOW, Progress
 from kvsink.calibrate.record import Calibration
@@ -84,7 +84,7 @@ def rewrite_dir(
     stream, notes = None, []
     if checkpoint is not None:
         bare = skeleton(source)
-        wanted = needs(bare, checkpoint, options.calibration_tokens, CALIBRATION_WINDOW)
+        wanted = needs(bare, checkpoint, options.calibration_tokens or LEARNING_TOKENS, CALIBRATION_WINDOW)
         free, room = available_memory(place), shutil.disk_usage(_existing(target)).free
         notes.append(f"needs {wanted}; {free / 2**30:.1f} and {room / 2**30:.1f} GiB are free")
         if wanted.disk > room and not dry_run:

@@ -46,7 +46,7 @@ def rewrite(
     protect: str | None = None,
     window: int | None = None,
     calibration: Any = "builtin",
-    calibration_tokens: int = 16384,
+    calibration_tokens: int | None = None,
     layers: str = "",
     tokenizer: Any = None,
     fold: bool = True,
@@ -69,9 +69,10 @@ def rewrite(
     method: a name of `kvsink.methods()` or a Method; None: klt. key_bits, value_bits: average bits, 16 keeps a side exact. protect:
     rows kept exact, such as "kvsink:5+first:1". window: recent rows kept exact.
     calibration: "builtin", "mix", a text file, chats, a list of texts, token ids [N, T], prompts (dicts of model inputs), a
-    `Calibration`, "random" tokens, or "none": no text, few random tokens where a method asks for statistics. layers: per-layer
-    changes, "0-1:key_bits=4". fold: put value rotations into the weights (the model stays the same function). storage_dtype: dtype
-    the weights will be saved in, when it is narrower.
+    `Calibration`, "random" tokens, or "none": no text, few random tokens where a method asks for statistics.
+    calibration_tokens: None takes 8,192, and 16,384 where codebooks or levels are learnt. layers: per-layer changes,
+    "0-1:key_bits=4". fold: put value rotations into the weights (the model stays the same function). storage_dtype: dtype the
+    weights will be saved in, when it is narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured
     on plan_ids [N, T], by default the calibration text.
     designs: codecs by layer and side that earlier calls with the same record have made, so that they are not made again.
@@ -95,6 +96,7 @@ def rewrite(
     notes = check_model(decoder, where is not None)
     chosen = choose(decoder, m, asked, calibration, notes)
     stages = None if profile is None else partial(_profiled_stages, profile)
+    calibration_tokens = calibration_tokens or chosen.tokens
     record = observe(decoder, chosen, calibration, calibration_tokens, tokenizer, batch, progress, stages)
     if plan == "auto":
         source = "builtin" if isinstance(calibration, Calibration) or str(calibration).endswith(".safetensors") else calibration

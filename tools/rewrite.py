@@ -37,7 +37,9 @@ from kvsink.tools.cli import command_line, wide_console
     " those; a file of UTF-8 text; chats or prompts as JSON lines, in the model's chat template; pictures with text:"
     " drawn[:N], a folder of images and texts, or JSON lines.",
 )
-@click.option("--calibration-tokens", default=16384, show_default=True, type=click.IntRange(1), metavar="N")
+@click.option(
+    "--calibration-tokens", type=click.IntRange(1), metavar="N", help="[default: 8192; 16384 where codebooks or levels are learnt]"
+)
 @click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')
 @click.option(
     "--modality", metavar="METHOD", help="Lay the bits by layer class of METHOD (akvq-vl) over this codec; none: leave them out."

@@ -17,6 +17,7 @@
 #include "search.cuh"
 #include "rows.cuh"
 #include "schedule.cuh"
+#include "turn.cuh"
 #include "pages.cuh"
 #endif
 

@@ -465,7 +465,7 @@ template <bool ALONE = false> DEVICE void keep_in_page(const RowParams& p, const
   }
   if (lane < p.places && lane >= place + after + (p.asks[i] ? 1 : 0)) named[lane] = 0;
 }
-DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams& p, const Superblock& at, int head, int slot, float* row, int lane) {
+template <int TOGETHER> DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams& p, const Superblock& at, int head, int slot, float* row, int lane) {
   u32 c[CH];
   if (p.v_mean)
 #pragma unroll
@@ -474,7 +474,7 @@ DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams&
   if constexpr (VALUE_TRELLIS) {
     float sigma[CH];
     load_channels(sigma, p.v_sigma + head * D, lane);
-    const u32 gain = encode_walk<ValueWidth>(c, x, sigma, row, lane);
+    const u32 gain = encode_walk<ValueWidth, TOGETHER>(c, x, sigma, row, lane);
     if (lane == 0) at.v_codes[V_BYTES + slot % 128] = (unsigned char)gain;
   } else {
     const u32 scale = encode_uniform(c, x, p.value_clip, VF.width[0], lane);
@@ -485,7 +485,7 @@ DEVICE void code_value(float (&x)[CH], const float (&mean)[CH], const RowParams&
 DEVICE void code_key(float (&x)[CH], float (&sigma)[CH], const RowParams& p, const Superblock& at, int slot, float* row, int lane) {
   u32 c[CH];
   if constexpr (KEY_TRELLIS) {
-    const u32 gain = encode_walk<KeyWidth>(c, x, sigma, row, lane);
+    const u32 gain = encode_walk<KeyWidth, AMONG>(c, x, sigma, row, lane);
     if (lane == 0) at.k_codes[K_BYTES + slot % 128] = (unsigned char)gain;
   } else if (MODE == 2) {
     float y[CH], square = 0;
@@ -562,7 +562,7 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
   const Superblock superblock = superblock_of(p, b, head, slot);
   if (s + p.window >= p.S) keep_recent(p, row, values, b, head, slot, lane);
   if (values) {
-    code_value(x, t, p, superblock, head, slot, walked, lane);
+    code_value<AMONG>(x, t, p, superblock, head, slot, walked, lane);
     if (p.slots) keep_in_page(p, load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + CH * lane), true, b, superblock.unit, lane);
     return;
   }
@@ -636,7 +636,7 @@ DEVICE u32 code_by_walks(u32 (&code)[KEY_CH], float (&y)[KEY_CH], const float (&
   }
   sync_warp();                                       // a warp's circles are its own
   const int start = (lane >> 2 & 1) + (N == 4 ? lane >> 4 << 1 : 0), circle = 2 * warp + (lane >> 3 & 1);
-  const u32 walk = best_walk<KeyWidth>(weights, weights + (start + 1) * D, circle, lane);
+  const u32 walk = best_walk<KeyWidth, ALONE>(weights, weights + (start + 1) * D, circle, lane);
   u32 found[N][KEY_CH], gain[N];
 #pragma unroll
   for (int n = 0; n < N; n++) {
@@ -644,7 +644,7 @@ DEVICE u32 code_by_walks(u32 (&code)[KEY_CH], float (&y)[KEY_CH], const float (&
 #pragma unroll
     for (int i = 0; i < KEY_CH; i++) {
       float level;
-      found[n][i] = walked_code(level, mine, v[n][i], key_run(lane, i), KeyWidth::at(key_run(lane, i)));
+      found[n][i] = walked_code<KeyWidth>(level, mine, v[n][i], key_run(lane, i));
       const float weighted = mul(weight[i], level);
       fits[2 * n] += mul(weighted, y[i]);
       fits[2 * n + 1] += mul(weighted, level);
@@ -844,7 +844,7 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     widen(x, row, p.bf16);
     if (!live) return;
     keep_recent(p, row, true, b, head, slot, lane);
-    code_value(x, t, p, superblock, head, slot, (float*)smem + SINGLE_ROW_WALK, lane);
+    code_value<ALONE>(x, t, p, superblock, head, slot, (float*)smem + SINGLE_ROW_WALK, lane);
     if (!p.slots && head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
     if (p.slots) {
       keep_in_page<true>(p, row, true, b, superblock.unit, lane);

@@ -18,6 +18,7 @@ BOTH constexpr WalkTable make_walk_table() {
 }
 TABLE WalkTable WALK_TABLE = make_walk_table();
 TABLE float STARTS[2] = {0.9f, 1.1f}, WIDE_STARTS[4] = {0.8f, 0.95f, 1.1f, 1.3f};   // gains that are searched with, in units of the row's rms
+constexpr int ALONE = RUNS % 4 ? 2 : 4, AMONG = 1;  // TOGETHER where one row is all there is, and where many are
 constexpr int WALK_ROW = 2 * D;                      // floats of shared memory a warp searches in: weights, then the row over its gain
 
 DEVICE u32 gain_byte(float g) {
@@ -25,16 +26,18 @@ DEVICE u32 gain_byte(float g) {
   const u32 bits = float_bits(g), byte = ((bits + 0x3ffffu + (bits >> 19 & 1)) >> 19) - (118u << 4);
   return byte < 1 || byte > 0x7fffffffu ? 1 : byte > 254 ? 254 : byte;
 }
-// The nearest level of a subset, and its place there.
-DEVICE u32 nearest(float& level, float v, int subset, int width) {
-  u32 m = 0;
-  for (u32 half = 1u << (width - 1) >> 1; half; half >>= 1) m += v > WALK_TABLE.edge[width - 1][subset][m + half - 1] ? half : 0u;
+// The nearest level of a subset, and its place there. MOST: bits of any code; the rounds that fewer need not do nothing.
+template <int MOST> DEVICE u32 nearest(float& level, float v, int subset, int width) {
+  u32 m = 0, half = 1u << (width - 1) >> 1;
+#pragma unroll
+  for (int round = 1; round < MOST; round++, half >>= 1) m += half && v > WALK_TABLE.edge[width - 1][subset][half ? m + half - 1 : 0] ? half : 0u;
   level = WALK_TABLE.level[width - 1][4 * m + subset];
   return m;
 }
 
 // The lowest bits of a circle's best walk for a row v, the bit of a step at its place. Four neighbouring lanes search and agree.
-template <class Width> DEVICE u32 best_walk(const float* weights, const float* v, int circle, int lane) {
+// TOGETHER: steps whose costs are found side by side, as each waits for the tables; what they take is registers.
+template <class Width, int TOGETHER> DEVICE u32 best_walk(const float* weights, const float* v, int circle, int lane) {
   const int first = lane & 3;                        // a lane costs the subset of the same number
   float a[4];                                        // of the walks that end in a state, bit 0 the newest
 #pragma unroll
@@ -44,26 +47,32 @@ template <class Width> DEVICE u32 best_walk(const float* weights, const float* v
 #pragma unroll
   for (int part = 0; part < PARTS; part++) {
     taken[part] = 0;
-#pragma unroll 2
-    for (int k = 0; k < (RUNS - 8 * part < 8 ? RUNS - 8 * part : 8); k++) {
-      const int step = 8 * part + k, at = 8 * step + circle;
-      float level;
-      nearest(level, v[at], first, Width::at(step));
-      const float off = sub(v[at], level), cost = mul(mul(off, off), weights[at]);
-      float c[4], b[4];
+#pragma unroll 1
+    for (int k = 0; k < (RUNS - 8 * part < 8 ? RUNS - 8 * part : 8); k += TOGETHER) {
+      float c[TOGETHER][4], b[4];
 #pragma unroll
-      for (int s = 0; s < 4; s++) c[s] = shfl_float(cost, (lane & 28) + s);
-      u32 bits = 0;
+      for (int i = 0; i < TOGETHER; i++) {
+        const int step = 8 * part + k + i, at = 8 * step + circle;
+        float level;
+        nearest<Width::most()>(level, v[at], first, Width::at(step));
+        const float off = sub(v[at], level), cost = mul(mul(off, off), weights[at]);
 #pragma unroll
-      for (int s = 0; s < 4; s++) {                  // from states s / 2 and s / 2 + 2, whose oldest bit is 0 and 1
-        const int subset = 2 * (s & 1) + (s >> 1);
-        const float zero = add(a[s >> 1], c[subset]), one = add(a[(s >> 1) + 2], c[subset ^ 2]);
-        bits |= one < zero ? 1u << s : 0u;
-        b[s] = one < zero ? one : zero;
+        for (int s = 0; s < 4; s++) c[i][s] = shfl_float(cost, (lane & 28) + s);
       }
 #pragma unroll
-      for (int s = 0; s < 4; s++) a[s] = b[s];
-      taken[part] |= bits << 4 * k;
+      for (int i = 0; i < TOGETHER; i++) {
+        u32 bits = 0;
+#pragma unroll
+        for (int s = 0; s < 4; s++) {                // from states s / 2 and s / 2 + 2, whose oldest bit is 0 and 1
+          const int subset = 2 * (s & 1) + (s >> 1);
+          const float zero = add(a[s >> 1], c[i][subset]), one = add(a[(s >> 1) + 2], c[i][subset ^ 2]);
+          bits |= one < zero ? 1u << s : 0u;
+          b[s] = one < zero ? one : zero;
+        }
+#pragma unroll
+        for (int s = 0; s < 4; s++) a[s] = b[s];
+        taken[part] |= bits << 4 * (k + i);
+      }
     }
   }
   float least = first == 0 ? a[0] : first == 1 ? a[1] : first == 2 ? a[2] : a[3];
@@ -89,10 +98,10 @@ template <class Width> DEVICE u32 best_walk(const float* weights, const float* v
   return walk;
 }
 // The code of a step in a walk, for v.
-DEVICE u32 walked_code(float& level, u32 walk, float v, int step, int width) {
+template <class Width> DEVICE u32 walked_code(float& level, u32 walk, float v, int step) {
   const auto bit = [&](int at) { return walk >> at % RUNS & 1; };
   const u32 u = bit(step), z1 = u ^ bit(step + RUNS - 2), z0 = bit(step + RUNS - 1);
-  return 2 * nearest(level, v, 2 * z1 + z0, width) + u;
+  return 2 * nearest<Width::most()>(level, v, 2 * z1 + z0, Width::at(step)) + u;
 }
 template <int SEARCHES> DEVICE float first_gain(int n, float size) {
   return fmaxf(gain_of(gain_byte(mul(SEARCHES == 2 ? STARTS[n & 1] : WIDE_STARTS[n], size))), gain_of(1));
@@ -106,8 +115,8 @@ DEVICE u32 fitted_gain(float& error, float dot, float square) {
 }
 
 // Codes of a row x and the byte of its gain; `row` has WALK_ROW floats.
-template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[CH], float (&sigma)[CH], float* row, int lane) {
-  const int step = holds(lane) ? CH * lane >> 3 : 0, width = Width::at(step);
+template <class Width, int TOGETHER> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[CH], float (&sigma)[CH], float* row, int lane) {
+  const int step = holds(lane) ? CH * lane >> 3 : 0;
   float y[CH], weight[CH], top[CH], most = 0, square = 0;
   bool finite = true;
 #pragma unroll
@@ -142,13 +151,13 @@ template <class Width> DEVICE u32 encode_walk(u32 (&code)[CH], const float (&x)[
     for (int i = 0; i < CH; i++)
       if (holds(lane)) row[D + CH * lane + i] = v[i];
     sync_warp();
-    const u32 walk = best_walk<Width>(row, row + D, lane >> 2, lane);
+    const u32 walk = best_walk<Width, TOGETHER>(row, row + D, lane >> 2, lane);
     sync_warp();
 #pragma unroll
     for (int i = 0; i < CH; i++) {
       const u32 mine = (u32)shfl_int((int)walk, (CH * lane & 7) * 4 + 4 * i);   // of circle (CH lane + i) % 8
       float level;
-      found[i] = walked_code(level, mine, v[i], step, width);
+      found[i] = walked_code<Width>(level, mine, v[i], step);
       const float weighted = mul(weight[i], level);
       dot += mul(weighted, y[i]);
       own += mul(weighted, level);

@@ -42,6 +42,7 @@ FILES = (
     "search.cuh",
     "rows.cuh",
     "schedule.cuh",
+    "turn.cuh",
     "pages.cuh",
 )
 

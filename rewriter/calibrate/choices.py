@@ -30,6 +30,7 @@ from kvsink.model.rows import visual_tokens
 __all__ = ["Chosen", "LayerChoice", "RewriteOptions", "choose", "parse_layers", "refusal", "with_modality"]
 
 PATTERN_PROMPTS = 16  # that layer classes are measured on
+TOKENS, LEARNING_TOKENS = 8192, 16384  # of calibration text: for statistics, and where rows are learnt from
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RewriteOptions:
     protect: str | None = None
     window: int | None = None
     calibration: str = "builtin"
-    calibration_tokens: int = 16384
+    calibration_tokens: int | None = None
     layers: str = ""
     fold: bool = True
     bits: float | None = None
@@ -89,6 +90,11 @@ class Chosen:
             None if w is None else (m.side("key", c.key_bits), m.side("value", c.value_bits))
             for w, c in zip(self.wanted, self.choices, strict=True)
         ]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of calibration text where nobody has asked for a number."""
+        return LEARNING_TOKENS if self.samples else TOKENS
 
 
 def parse_layers(text: str, count: int, base: LayerChoice) -> list[LayerChoice]:
