@@ -117,7 +117,7 @@ def act_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, library: Callable[..., Any]
                 seen(call)
             return held.run(call)
 
-        return backends.Part(lambda f, s, d: said(f, s, None), run)
+        return backends.Part(lambda f, s, d: said(f, s, None), run, held.knows)
 
     tiles, *rest = backends.table()
     assert tiles.append is not None and tiles.attend is not None and tiles.step is not None
