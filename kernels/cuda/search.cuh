@@ -26,11 +26,16 @@ DEVICE u32 gain_byte(float g) {
   const u32 bits = float_bits(g), byte = ((bits + 0x3ffffu + (bits >> 19 & 1)) >> 19) - (118u << 4);
   return byte < 1 || byte > 0x7fffffffu ? 1 : byte > 254 ? 254 : byte;
 }
-// The nearest level of a subset, and its place there. MOST: bits of any code; the rounds that fewer need not do nothing.
-template <int MOST> DEVICE u32 nearest(float& level, float v, int subset, int width) {
+// The nearest level of a subset, and its place there. ROUNDS: as many for all widths, so that several such searches run side by
+// side, those that fewer bits need not doing nothing; 0: as many as the width asks for.
+template <int ROUNDS> DEVICE u32 nearest(float& level, float v, int subset, int width) {
   u32 m = 0, half = 1u << (width - 1) >> 1;
+  if constexpr (ROUNDS == 0) {
+    for (; half; half >>= 1) m += v > WALK_TABLE.edge[width - 1][subset][m + half - 1] ? half : 0u;
+  } else {
 #pragma unroll
-  for (int round = 1; round < MOST; round++, half >>= 1) m += half && v > WALK_TABLE.edge[width - 1][subset][half ? m + half - 1 : 0] ? half : 0u;
+    for (int round = 0; round < ROUNDS; round++, half >>= 1) m += half && v > WALK_TABLE.edge[width - 1][subset][half ? m + half - 1 : 0] ? half : 0u;
+  }
   level = WALK_TABLE.level[width - 1][4 * m + subset];
   return m;
 }
@@ -47,14 +52,14 @@ template <class Width, int TOGETHER> DEVICE u32 best_walk(const float* weights, 
 #pragma unroll
   for (int part = 0; part < PARTS; part++) {
     taken[part] = 0;
-#pragma unroll 1
+#pragma unroll (TOGETHER == 1 ? 2 : 1)
     for (int k = 0; k < (RUNS - 8 * part < 8 ? RUNS - 8 * part : 8); k += TOGETHER) {
       float c[TOGETHER][4], b[4];
 #pragma unroll
       for (int i = 0; i < TOGETHER; i++) {
         const int step = 8 * part + k + i, at = 8 * step + circle;
         float level;
-        nearest<Width::most()>(level, v[at], first, Width::at(step));
+        nearest<TOGETHER == 1 ? 0 : Width::most() - 1>(level, v[at], first, Width::at(step));
         const float off = sub(v[at], level), cost = mul(mul(off, off), weights[at]);
 #pragma unroll
         for (int s = 0; s < 4; s++) c[i][s] = shfl_float(cost, (lane & 28) + s);
@@ -101,7 +106,7 @@ template <class Width, int TOGETHER> DEVICE u32 best_walk(const float* weights, 
 template <class Width> DEVICE u32 walked_code(float& level, u32 walk, float v, int step) {
   const auto bit = [&](int at) { return walk >> at % RUNS & 1; };
   const u32 u = bit(step), z1 = u ^ bit(step + RUNS - 2), z0 = bit(step + RUNS - 1);
-  return 2 * nearest<Width::most()>(level, v, 2 * z1 + z0, Width::at(step)) + u;
+  return 2 * nearest<0>(level, v, 2 * z1 + z0, Width::at(step)) + u;
 }
 template <int SEARCHES> DEVICE float first_gain(int n, float size) {
   return fmaxf(gain_of(gain_byte(mul(SEARCHES == 2 ? STARTS[n & 1] : WIDE_STARTS[n], size))), gain_of(1));

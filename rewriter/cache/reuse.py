@@ -1,6 +1,6 @@
 """The cache of one call of `generate()` serves the next call of the same shape, so that no tensors are made for it.
 
-Making a cache for a GPU takes the host longer than a layer of a short prompt, and the GPU then waits for the host.
+Behind a short prompt the GPU waits for the host, which would make all tensors of every layer.
 
 Source     ours
 Exact      yes: a cache is handed on after `reset()`, and only where nobody else can see it: neither a caller who was given it by
@@ -80,5 +80,4 @@ def _small(cache: KVSinkCache, device: torch.device) -> bool:
         return False
     if device.type != "cuda":
         return True
-    held = sum(t.numel() * t.element_size() for t in cache.tensors().values())
-    return held * _SHARE <= torch.cuda.get_device_properties(device).total_memory
+    return cache.nbytes() * _SHARE <= torch.cuda.get_device_properties(device).total_memory
