@@ -316,7 +316,7 @@ def _select_sinks(b: Body, a: Mapping[str, Any], hidden: str, valid: str, channe
         return _top(b, b.Where(valid, b.reduce("ReduceMax", size, keep=False), lowest), a["count"])
     size = b.Where(b.Unsqueeze(valid, b.ints(-1)), b.Abs(b.cast(hidden, "FLOAT")), lowest)
     best, flat = _top(b, b.reshape(size, 0, -1), a["count"])
-    return best, b.Div(flat, b.size(hidden, 2))
+    return best, b.Div(flat, b.ints(a["width"]))
 
 
 def _select_first(b: Body, a: Mapping[str, Any], positions: str, valid: str) -> tuple[str, ...]:

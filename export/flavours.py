@@ -19,6 +19,7 @@ from kvsink.errors import KvsinkError
 from kvsink.export.bodies import QUANTIZER_BODIES
 from kvsink.export.errors import ExportError
 from kvsink.export.nodes import Steps
+from kvsink.export.tiles import refuses as tile_refusal
 from kvsink.kernels.backends import TABLES_BACK
 from kvsink.methods import get_method, methods
 from kvsink.model.anatomy import rope_types
@@ -123,8 +124,8 @@ def refusal(flavour: str, codec: Codec, segments: Sequence[Segment] = ()) -> str
 def model_refusal(model: Any, anywhere: bool = False, embeds: bool = False, flavour: str = "functions", lean: bool = False) -> str:
     """Why a model cannot be written as a graph, whatever its codec, or an empty string.
 
-    anywhere: not yet where it must be; embeds: the graph takes embeddings, those of pictures among them; lean: flavour gqa as
-    CUDA's kernel takes it.
+    anywhere: not yet where it must be; embeds: the graph takes embeddings, those of pictures among them; lean: in float16, as
+    CUDA's kernels take it.
     """
     config = model.config.get_text_config(decoder=True)
     if visual_tokens(model.config) and not embeds:
@@ -134,7 +135,8 @@ def model_refusal(model: Any, anywhere: bool = False, embeds: bool = False, flav
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention logits, which the Attend node does not"
     if (flavour != "gqa" or lean) and any(hasattr(module, "sinks") for module in model.modules()):
-        rest = "flavour gqa takes in float32 only" if lean else "the Attend node does not; use --onnx-flavour gqa"
+        grouped = lean and flavour == "gqa"
+        rest = "flavour gqa takes in float32 only" if grouped else "the Attend node does not; use --onnx-flavour gqa"
         return f"its attention has learned sink logits, which {rest}"
     if "dynamic" in rope_types(config):
         return "rope type dynamic computes its angles anew whenever the length grows, which no graph can"
@@ -168,11 +170,16 @@ def check_expressible(
         raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {reason}")
     if flavour == "gqa" and embeds:
         raise ExportError("flavour gqa takes token ids, as its genai_config.json says; export flavour functions with embeds=True")
-    if flavour == "gqa" and not takes_functions(model):
+    tiled = flavour == "custom" and lean
+    if (flavour == "gqa" or tiled) and not takes_functions(model):
+        what = "custom in float16" if tiled else "gqa"
         raise ExportError(
-            f"{type(model).__name__} cannot be exported to ONNX flavour gqa: its attention does not go through transformers' "
-            "attention functions, where GroupQueryAttention takes its place; use --onnx-flavour functions"
+            f"{type(model).__name__} cannot be exported to ONNX flavour {what}: its attention does not go through transformers' "
+            "attention functions, where one node takes its place; use --onnx-flavour functions"
         )
+    for i in range(len(runtime.plans) if tiled else 0):
+        if reason := tile_refusal(runtime, i):
+            raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour custom in float16: {reason}")
     for i, plan in enumerate(runtime.plans):
         if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
             what = "ONNX" if flavour != "gqa" else "ONNX flavour gqa"
@@ -184,7 +191,7 @@ def check_expressible(
                 f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa: beside learned sink logits shares of "
                 "attention do not sum to one, so means cannot come back behind it; use --method static:rotated"
             )
-    for i, plan in enumerate(runtime.plans if lean else ()):
+    for i, plan in enumerate(runtime.plans if lean and flavour == "gqa" else ()):
         kinds = runtime.anatomy.layer_types
         if reason := lean_refusal(plan.codec, kinds[i] if kinds else ""):
             raise ExportError(f"layer {i} ({runtime.method}) cannot be exported to ONNX flavour gqa in float16: {reason}")

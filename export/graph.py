@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,9 @@ from kvsink.export.flavours import takes_functions
 from kvsink.export.group_query import GQA_ATTENTION, GQA_LEAN, GroupQueryModel, empty_cache
 from kvsink.export.past import ATTENTION, ExportedModel
 from kvsink.export.state import FIXED, empty_past
+from kvsink.export.tiles import TILES, TileModel, empty_tiles
 from kvsink.export.trace import trace
+from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.kernels.quantize import SIGMA_KINDS
 from kvsink.kernels.stages import back_table
 
@@ -33,6 +35,7 @@ __all__ = ["append_functions", "build_graph"]
 
 PAST, PRESENT = "past_key_values", "present"
 _BATCH, _LENGTH, _PAST, _SLOTS = 2, 3, 5, 11  # of the example that is traced; all of them stay dynamic
+_TILED = 3 * TILE_SLOTS  # slots of an example in tiles
 
 
 def build_graph(
@@ -40,11 +43,12 @@ def build_graph(
 ) -> Any:
     """The onnx_ir model of a rewritten causal language model on the CPU, its nodes of com.kvsink without bodies.
 
-    lean: flavour gqa as the kernels for CUDA take it, see `kvsink.export.group_query`. Flavour custom has one node for all that
-    reads the past, where its library has a kernel for it. embeds: rows come as embeddings, not as ids.
+    lean: as the kernels for CUDA take it, see `kvsink.export.group_query` of flavour gqa, `kvsink.export.tiles` of custom. Flavour
+    custom has one node for all that reads the past, where its library has a kernel for it. embeds: rows come as embeddings, not
+    as ids.
     """
-    grouped = flavour == "gqa"
-    attention = (GQA_LEAN if lean else GQA_ATTENTION) if grouped else ATTENTION
+    grouped, tiled = flavour == "gqa", flavour == "custom" and lean
+    attention = (GQA_LEAN if lean else GQA_ATTENTION) if grouped else TILES if tiled else ATTENTION
     wide = next(model.parameters()).dtype == torch.float64
     table: dict[Any, Any] = {op: _emit(name, describe) for op, (name, describe) in _nodes(wide).items()}
     table[torch.ops.kvsink_export.group_query.default] = _group_query
@@ -56,9 +60,11 @@ def build_graph(
     with _exporting(model, attention), torch.no_grad(), warnings.catch_warnings():
         log.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
-        wrapper: ExportedModel | GroupQueryModel
+        wrapper: ExportedModel | GroupQueryModel | TileModel
         if grouped:
             wrapper = GroupQueryModel(model, tokens, lean).eval()
+        elif tiled:
+            wrapper = TileModel(model, tokens).eval()
         else:
             wrapper = ExportedModel(model, tokens, flavour == "custom", embeds).eval()
         inputs = _example(wrapper)
@@ -97,11 +103,14 @@ def _exporting(model: nn.Module, attention: str) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _example(wrapper: ExportedModel | GroupQueryModel) -> dict[str, Any]:
+def _example(wrapper: ExportedModel | GroupQueryModel | TileModel) -> dict[str, Any]:
+    dtype = next(wrapper.model.parameters()).dtype
     if isinstance(wrapper, GroupQueryModel):
-        past = empty_cache(wrapper.runtime, _BATCH, _PAST, next(wrapper.model.parameters()).dtype)
+        past = empty_cache(wrapper.runtime, _BATCH, _PAST, dtype)
+    elif isinstance(wrapper, TileModel):
+        past = empty_tiles(wrapper.runtime, _BATCH, _TILED, dtype)
     else:
-        past = empty_past(wrapper.runtime, _BATCH, _SLOTS, next(wrapper.model.parameters()).dtype)
+        past = empty_past(wrapper.runtime, _BATCH, _SLOTS, dtype)
     ids = torch.arange(_BATCH * _LENGTH).reshape(_BATCH, _LENGTH)
     if getattr(wrapper, "rows", "") == "inputs_embeds":
         ids = wrapper.model.get_input_embeddings()(ids)  # type: ignore[operator]
@@ -156,70 +165,66 @@ def _emit(op: str, describe: Callable[..., tuple[list[Any], dict[str, Any], int]
     return translate
 
 
-def _number(value: Any, dtype: int = 1, **rest: Any) -> Any:
-    """A constant as it is; the exporter's own translator goes through float32. dtype: of ONNX."""
-    import numpy as np
+def _recorded(op: str, inputs: Sequence[Any], outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    """Record a node of standard operators or of a domain's first version; its output, or outputs."""
     import onnx_ir as ir
     import onnxscript
 
-    kind = ir.DataType(dtype if dtype > 0 else 1)
-    node = ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(np.array(value, dtype=kind.numpy())))], num_outputs=1)
     recorder: Any = onnxscript.evaluator.default()
-    recorder.nodes.append(node)
-    return node.outputs[0]
+    attrs = ir.convenience.convert_attributes(attributes)
+    made = ir.Node(domain, op, list(inputs), attrs, num_outputs=outputs, version=1 if domain else None)
+    recorder.nodes.append(made)
+    return made.outputs[0] if outputs == 1 else made.outputs
+
+
+def _constant(value: Any, dtype: Any) -> Any:
+    import numpy as np
+    import onnx_ir as ir
+
+    return _recorded("Constant", [], value=ir.tensor(np.array(value, dtype=dtype)))
+
+
+def _rows_of_heads(x: Any, width: int) -> Any:
+    """[B, heads, S, D] → [B, S, width]."""
+    return _recorded("Reshape", [_recorded("Transpose", [x], perm=[0, 2, 1, 3]), _constant([0, 0, width], "int64")])
+
+
+def _number(value: Any, dtype: int = 1, **rest: Any) -> Any:
+    """A constant as it is; the exporter's own translator goes through float32. dtype: of ONNX."""
+    import onnx_ir as ir
+
+    return _constant(value, ir.DataType(dtype if dtype > 0 else 1).numpy())
 
 
 def _tensor_scatter(past: Any, new: Any, first: Any) -> Any:
     """Rows written into their places, in a form that onnxruntime carries out in place."""
-    import onnx_ir as ir
-    import onnxscript
-
-    axis = ir.AttrInt64("axis", min(2, len(past.shape) - 1))
-    node = ir.Node("", "TensorScatter", [past, new, first], [axis], num_outputs=1)
-    recorder: Any = onnxscript.evaluator.default()
-    recorder.nodes.append(node)
-    return node.outputs[0]
+    return _recorded("TensorScatter", [past, new, first], axis=min(2, len(past.shape) - 1))
 
 
 def _group_query(
     q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int, sink: Any = None
 ) -> Any:
     """Record com.microsoft::GroupQueryAttention, with the transposes and lengths it asks for, in standard operators."""
-    import numpy as np
     import onnx_ir as ir
-    import onnxscript
 
-    recorder: Any = onnxscript.evaluator.default()
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
-
-    def node(op: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
-        attrs = ir.convenience.convert_attributes(attributes)
-        made = ir.Node(domain, op, list(inputs), attrs, num_outputs=outputs, version=1 if domain else None)
-        recorder.nodes.append(made)
-        return made.outputs[0] if outputs == 1 else made.outputs
-
-    def constant(value: Any, dtype: Any) -> Any:
-        return node("Constant", value=ir.tensor(np.array(value, dtype=dtype)))
-
-    def flat(x: Any, width: int) -> Any:
-        return node("Reshape", node("Transpose", x, perm=[0, 2, 1, 3]), constant([0, 0, width], np.int64))
-
     lean = len(bias.shape) == 2  # the attention mask, which says how long the cache is whatever the size of its tensors
     slots = len(bias.shape) - 1
-    total = node("Cast", node("Shape", bias, start=slots, end=slots + 1), to=ir.DataType.INT32.value)  # [1]
-    last = node("Sub", total, constant([1], np.int32))
-    lengths = node("Expand", last, node("Shape", q, start=0, end=1))  # [B]
-    inputs = [flat(q, heads * dim), flat(k, kv_heads * dim), flat(v, kv_heads * dim), past_k, past_v, lengths, total]
+    total = _recorded("Cast", [_recorded("Shape", [bias], start=slots, end=slots + 1)], to=ir.DataType.INT32.value)  # [1]
+    last = _recorded("Sub", [total, _constant([1], "int32")])
+    lengths = _recorded("Expand", [last, _recorded("Shape", [q], start=0, end=1)])  # [B]
+    inputs = [_rows_of_heads(x, n * dim) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
+    inputs += [past_k, past_v, lengths, total]
     inputs += [None, None, None, None if lean else bias, sink]  # cos, sin and positions of a rotation that has been done
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale), "do_rotary": 0}
     if bits < 32:
-        shape = constant([kv_heads, 1, dim], np.int64)
-        inputs += [*((k_step, k_step) if lean else (node("Reshape", step, shape) for step in (k_step, v_step)))]
+        shape = _constant([kv_heads, 1, dim], "int64")
+        inputs += [*((k_step, k_step) if lean else (_recorded("Reshape", [step, shape]) for step in (k_step, v_step)))]
         kind = "PER_TENSOR" if lean else "PER_CHANNEL"
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
     while inputs[-1] is None:
         inputs.pop()
-    return node("GroupQueryAttention", *inputs, domain="com.microsoft", outputs=3, **attributes)
+    return _recorded("GroupQueryAttention", inputs, 3, "com.microsoft", **attributes)
 
 
 def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], dict[str, Any], int]]]]:
@@ -250,7 +255,8 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
         return [x, permutation], {"heads": x.shape[1], "head_dim": x.shape[3]}, 1
 
     def select(hidden: Any, valid: Any, channels: Any, weights: Any, count: int, entries: bool) -> Any:
-        return [hidden, valid, channels, weights], {"count": count, "entries": int(entries)}, 2
+        sizes = {"count": count, "entries": int(entries), "width": hidden.shape[2]}
+        return [hidden, valid, channels, weights], sizes, 2
 
     def preserve(slot: Any, score: Any, k: Any, v: Any, new_k: Any, new_v: Any, first: Any, candidates: Any, segments: Any) -> Any:
         return [slot, score, k, v, new_k, new_v, first, *candidates], {"segments": list(segments)}, 4
@@ -288,6 +294,20 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
         inputs += [starts, p.get("start_sin"), p.get("k_table"), k_basis, k_params, p.get("v_mean"), v_basis, v_params]
         return inputs, attributes, 1
 
+    def attend_tiles(mask: Any, q: Any, k: Any, v: Any, positions: Any, carried: Any, chosen: Any, params: Any, *rest: Any) -> Any:
+        scale, codec, kernels = rest
+        c = Codec.parse(codec)
+        p = c.tables(params)
+        p |= {f"{side}_back": back_table(p, side, "sigma") for side in "kv"}
+        turned = {f"{n}_hadamard": int(s.transform == "hadamard" and not s.folded) for n, s in (("key", c.key), ("value", c.value))}
+        attributes = turned | {"key_clip": float(c.key.clip), "value_clip": float(c.value.clip), "kernels": kernels}
+        attributes |= {"scale": float(scale), "heads": q.shape[1], "kv_heads": k.shape[1]}
+        attributes |= {"segments": list(c.segments)} if c.segments else {}
+        names = ("k_table", "start_cos", "start_sin", "k_basis", "k_sigma", "v_mean", "v_sigma")
+        names += ("tile_mean", "tile_turn", "tile_basis", "tile_rows", "k_back", "v_back")
+        state = [None if 0 in x.shape else x for x in carried]
+        return [mask, q, k, v, positions, *state, *(p.get(n) for n in names), *chosen], attributes, 9
+
     def turn(x: Any, cos: Any, sin: Any, positions: Any, block: int, start: bool) -> Any:
         sizes = {"block": block, "start": int(start), "rows": cos.shape[0]}
         return [x, cos, sin, positions], sizes | {"rotary": cos.shape[-1], "head_dim": x.shape[3]} | _kind(x), 1
@@ -315,6 +335,7 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
         ours.lay_rows.default: ("LayRows", lambda rows, new, first, exact: ([rows, new, first, *exact], {}, 1)),
         ours.attend.default: ("Attend", attend),
         ours.attend_packed.default: ("AttendPacked", attend_packed),
+        ours.attend_tiles.default: ("AttendTiles", attend_tiles),
     }
 
 
@@ -342,13 +363,19 @@ def _tabled(codec: str, side: str, params: Any) -> dict[str, Any]:
     return {"kind": s.kind, "code_bits": s.code_bits, "gain": int(s.gain)} | sizes | widths
 
 
+BODILESS = ("AttendTiles",)
+"""Nodes that no standard operators say, as codes stand in the order of one kernel; the bodies of others beside them are put in
+their place, since a library of operators has kernels of the same names for the CPU."""
+
+
 def append_functions(model: Any, opset: int) -> None:
     """One function per kind of node of com.kvsink; kinds of one op are told apart by their overload."""
     import onnx_ir as ir
+    import onnx_ir.passes.common as inline
 
     kinds: dict[str, list[Any]] = {}
     for node in model.graph:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type in BODILESS:
             continue
         attributes = {name: attr.value for name, attr in node.attributes.items()}
         attributes = {name: list(v) if isinstance(v, (list, tuple)) else v for name, v in attributes.items()}
@@ -360,6 +387,8 @@ def append_functions(model: Any, opset: int) -> None:
             function = ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
         node.overload = str(known.index(kind) + 1)
+    if any(node.op_type in BODILESS for node in model.graph):
+        inline.InlinePass()(model)
 
 
 def _forget(model: Any) -> None:

@@ -1,6 +1,7 @@
 """A cache outside of its graph: tensors with room for more tokens than they hold, so that a step writes into them.
 
-Formula    slots grow by whole blocks of 64, and only when a step finds none left; what they held is copied then, once a block
+Formula    slots grow by whole blocks of 64 (tiles: 128), and only when a step finds none left; what they held is copied then, once
+           a block
 Shapes     every tensor has `slots` on one axis, or none: rows kept exact have as many places as ever
 """
 
@@ -29,6 +30,7 @@ class Held(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], tokens: int) -> None:
         super().__init__(values)
         self.tokens, self.lost = tokens, False
+        self.bound: Any = None  # what a step binds, where it binds the same each time
         self._behind: Held | None = None
 
     def leads_to(self, behind: Held) -> None:
@@ -39,9 +41,9 @@ class Held(dict[str, Any]):
         self._behind = behind
 
 
-def slots_for(tokens: int) -> int:
-    """Slots of a cache that is to hold `tokens`."""
-    return -(-tokens // BLOCK) * BLOCK
+def slots_for(tokens: int, multiple: int = BLOCK) -> int:
+    """Slots of a cache that is to hold `tokens`, a multiple of a number."""
+    return -(-tokens // multiple) * multiple
 
 
 def axis_of(entry: Mapping[str, Any]) -> int | None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from kvsink.export.flavours import FLAVOURS, check_expressible, takes_functions
 from kvsink.export.genai import write_genai
 from kvsink.export.graph import append_functions, build_graph
 from kvsink.export.manifest import FORMAT, describe, manifest_path
+from kvsink.export.tiles import kernels_of
 from kvsink.export.wide import in_float64, parameters_as
 from kvsink.folder.loading import load_model, load_tokenizer
+from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.model.runtime import runtime_of
 
 __all__ = ["check_extras", "onnx"]
@@ -64,6 +67,8 @@ def onnx(
     static: GroupQueryAttention over an int8 or int4 cache under the standard names, with a genai_config.json. tokens: positions it
     serves, by default the model's own limit. external_data: weights in path + ".data"; by default from 1 GB on. dtype: "float16"
     is for CUDA; flavour gqa then has no attention bias, which its kernel there declines: rows of equal length, keys not centred.
+    Flavour custom is then one node a layer that codes and attends by the kernels of the cache itself: rows of equal length, and a
+    library that `build_ort_ops --cuda` builds.
     "float64" is for comparisons, of flavour functions: its tokens and bytes are those of the torch model under `in_float64`.
     embeds: the graph takes inputs_embeds in place of input_ids, as the language part of a vision-language model does that is to
     see pictures.
@@ -75,10 +80,8 @@ def onnx(
         raise UnknownName("flavour", flavour, FLAVOURS)
     if dtype not in _DTYPES:
         raise ExportError(f"dtype {dtype} is none of {', '.join(_DTYPES)}")
-    if dtype != "float32" and flavour == "custom":
-        raise ExportError(f"flavour custom leaves in float32, as its kernels compute; {dtype} is for functions")
-    if dtype == "float64" and flavour == "gqa":
-        raise ExportError("GroupQueryAttention computes in float32 or float16; float64 is for flavour functions")
+    if dtype == "float64" and flavour != "functions":
+        raise ExportError(f"flavour {flavour} computes in float32 or float16; float64 is for flavour functions")
     if dtype != "float32" and embeds:
         raise ExportError("embeddings come in float32; leave dtype out with embeds=True")
     oldest, newest = _OPSETS.get(flavour, (OPSET, OPSET))
@@ -96,7 +99,7 @@ def onnx(
     runtime = runtime_of(model)
     if dtype == "float64" and not takes_functions(model):
         raise ExportError(f"{type(model).__name__} spells its attention out, in float32 whatever it is; export it in float32")
-    check_expressible(model, runtime, flavour=flavour, lean=flavour == "gqa" and dtype == "float16", embeds=embeds)
+    check_expressible(model, runtime, flavour=flavour, lean=dtype == "float16", embeds=embeds)
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or 4096
     reach = limit if tokens is None else tokens
@@ -128,9 +131,9 @@ def _write(
 
     half = dtype == "float16"
     runtime, config = runtime_of(model), model.config.get_text_config(decoder=True)
-    lean = half and flavour == "gqa"
-    graph = build_graph(model, opset, tokens, flavour, lean, embeds)
     plain, grouped = flavour == "custom", flavour == "gqa"
+    lean = half and (plain or grouped)
+    graph = build_graph(model, opset, tokens, flavour, lean and grouped, embeds)
     if dtype == "float64" and (found := {node.op_type for node in graph.graph} & _SINGLE):
         raise ExportError(f"{type(model).__name__} cannot be exported in float64: onnxruntime has {min(found)} in float32 alone")
     append_functions(graph, opset)
@@ -177,6 +180,9 @@ def _write(
             manifest |= {"dtype": "float16", "inputs": describe(graph.graph.inputs), "outputs": describe(graph.graph.outputs)}
             if grouped:
                 write_genai(path, model, manifest)
+            elif plain:
+                manifest["flavour"] = flavour
+                manifest |= {"slot_multiple": TILE_SLOTS, "kernels": {n: asdict(v) for n, v in kernels_of(runtime).items()}}
             save()
         return manifest
     if grouped:

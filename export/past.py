@@ -29,7 +29,7 @@ from kvsink.model.passing import given_cache
 from kvsink.model.runtime import Runtime, runtime_of
 from kvsink.model.turning import turns_back
 
-__all__ = ["ATTENTION", "ExportedModel", "Orders", "PlainLayer", "orders_of", "takes_packed"]
+__all__ = ["ATTENTION", "ExportedModel", "Orders", "PlainLayer", "candidates_of", "orders_of", "takes_packed"]
 
 ATTENTION = "kvsink_export"
 Orders = list[tuple[Tensor, Tensor] | None]
@@ -60,6 +60,18 @@ def takes_packed(codec: Codec) -> bool:
     if {*codec.format.key.beyond, *codec.format.value.beyond} - {*TABLES_BACK}:
         return False
     return codec.key.domain != "block" or codec.key.block >= _SMALLEST_BLOCK
+
+
+def candidates_of(runtime: Runtime, layer: int, frame: Frame, positions: Tensor) -> list[Tensor]:
+    """Scores and places of the new rows that may stay exact in a layer, a pair for every segment."""
+    out: list[Tensor] = []
+    for segment in runtime.plans[layer].segments:
+        key = segment.key if segment.source != "massive" else f"{segment.key}@{layer}"
+        if key not in frame.candidates:
+            assert segment.source == "first" and frame.valid is not None, segment
+            frame.candidates[key] = first_rows(positions.expand(frame.valid.shape), frame.valid, segment.count)
+        out += frame.candidates[key]
+    return out
 
 
 class PlainLayer(CacheLayerMixin):
@@ -137,7 +149,7 @@ class _PackedLayer(_WholeLayer):
         held = [past[n] for n in ("exact_slot", "exact_score", "exact_key", "exact_value")] if c.segments else []
         kept: tuple[Tensor, ...] = ()
         if held:
-            chosen = self._candidates(frame, positions)
+            chosen = candidates_of(self.cache.runtime, self.layer, frame, positions)
             slot, score, *rows = preserve_sinks(*held, k, v, self.cache.first, chosen, list(c.segments))
             present |= {"exact_key": rows[0], "exact_value": rows[1], "exact_slot": slot, "exact_score": score}
             kept = (*rows, slot)
@@ -171,16 +183,6 @@ class _PackedLayer(_WholeLayer):
             codes += [stored, self.present.get(f"{name}_scale", empty)]
         params = [p[name] for name in c.param_names()]
         return attend_packed(q, k, v, mask, self.cache.positions(), codes, list(kept), params, scale, c.text())
-
-    def _candidates(self, frame: Frame, positions: Tensor) -> list[Tensor]:
-        out: list[Tensor] = []
-        for segment in self.cache.runtime.plans[self.layer].segments:
-            key = segment.key if segment.source != "massive" else f"{segment.key}@{self.layer}"
-            if key not in frame.candidates:
-                assert segment.source == "first" and frame.valid is not None, segment
-                frame.candidates[key] = first_rows(positions.expand(frame.valid.shape), frame.valid, segment.count)
-            out += frame.candidates[key]
-        return out
 
 
 def _tables(c: Codec, side: str, p: dict[str, Tensor]) -> list[Tensor]:

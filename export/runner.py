@@ -47,9 +47,15 @@ class OnnxGenerator:
         self.manifest = read_manifest(self.path)
         given = None if library is None else Path(library)
         self._ort, self.session, self.device = open_session(self.path, self.manifest, providers, threads, given, profile)
-        self.one_row = self.manifest["flavour"] == "gqa"
+        self.tiled = "kernels" in self.manifest  # codes in tiles, read by kernels for CUDA
+        self.one_row = self.manifest["flavour"] == "gqa" or self.tiled
+        self._multiple = int(self.manifest.get("slot_multiple", room.BLOCK))
         self.embeds = any(e["name"] == "inputs_embeds" for e in self.manifest["inputs"])
-        self.in_place = not self.one_row or not self.manifest.get("padding", True)
+        self.graphs = self.tiled and any(
+            isinstance(p, tuple) and str(p[1].get("enable_cuda_graph", "0")).lower() in ("1", "true") for p in providers
+        )
+        self._captured = 0
+        self.in_place = self.manifest["flavour"] != "gqa" or not self.manifest.get("padding", True)
         self.past = Held({}, 0)  # the cache of the last text
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
 
@@ -65,7 +71,7 @@ class OnnxGenerator:
         """The cache of `batch` rows that hold nothing; room for `length` tokens, and a step makes more where it needs it."""
         if length and not self.in_place:
             raise ExportError(f"{self.path.name} joins new rows to the past and has no room; leave the length out")
-        out = {}
+        out, length = {}, room.slots_for(length, self._multiple) if self.tiled else length
         for name, entry in self._past.items():
             shape = [d if isinstance(d, int) else batch if d == "batch" else length for d in entry["shape"]]
             fill = {"exact_slot": -1, "exact_score": -np.inf}.get(name.rpartition(".")[2], 0)
@@ -79,11 +85,15 @@ class OnnxGenerator:
 
     def arrays(self, past: Mapping[str, Any]) -> dict[str, Any]:
         """A cache as numpy arrays, without the room behind its tokens."""
-        return room.arrays(past, self._past, _tokens(past))
+        return room.arrays(past, self._past, self._slots(past))
 
     def nbytes(self, past: Mapping[str, Any]) -> int:
         """Bytes of a cache, without the room behind its tokens."""
-        return room.nbytes(past, self._past, _tokens(past))
+        return room.nbytes(past, self._past, self._slots(past))
+
+    def _slots(self, past: Mapping[str, Any]) -> int:
+        """Slots that a cache cannot do without: a tile is whole."""
+        return room.slots_for(_tokens(past), self._multiple) if self.tiled else _tokens(past)
 
     def bits_per_element(self, past: Mapping[str, Any]) -> float:
         """Bits of a cache for every element of keys and values it stands for."""
@@ -136,7 +146,8 @@ class OnnxGenerator:
         in the place of tokens. The mask has a column for every token of the past and every new one. The past is used up: its
         tensors are those of the cache that is returned, or copied there where they had no room.
         """
-        self._check(past)
+        if not isinstance(past, Held) or past.bound is None:  # else these tensors were looked at when they were bound
+            self._check(past)
         self._check_rows(ids, mask, positions)
         if isinstance(past, Held) and past.lost:
             raise ExportError("this cache was written over by a later step from one before it; copy() that one to go two ways")
@@ -149,6 +160,11 @@ class OnnxGenerator:
             )
         if not self.manifest.get("padding", True) and not np.all(mask):
             raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
+        if self.tiled and not np.array_equal(positions, np.broadcast_to(np.arange(total - new, total), np.shape(ids))):
+            raise ExportError(
+                f"{self.path.name} tells rows apart by their slots: {new} new tokens behind {total - new} have the positions "
+                f"{total - new} to {total - 1}"
+            )
         batch, _, slots = past["0.key"].shape()[:3]
         stored = past.tokens if isinstance(past, Held) else total - new if self.in_place else slots
         if batch != len(ids) or total != stored + new or not 0 <= stored <= slots:
@@ -164,7 +180,9 @@ class OnnxGenerator:
             )
         given = past
         if self.in_place and total > slots:
-            past = room.grown(past, self._past, room.slots_for(total), self.value)
+            past = room.grown(past, self._past, room.slots_for(total, self._multiple), self.value)
+        if self.tiled and new == 1:
+            return self._one(ids, positions, past if isinstance(past, Held) else Held(past, stored), given)
         binding = self.session.io_binding()
         if self.embeds:
             binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(ids, dtype=np.float32))
@@ -175,17 +193,13 @@ class OnnxGenerator:
         for name, value in past.items():
             binding.bind_ortvalue_input(PAST + name, value)
         outputs = [entry["name"] for entry in self.manifest["outputs"]]
-        kept = {PRESENT + n for n, entry in self._past.items() if self.in_place and room.axis_of(entry) is not None}
+        kept = {PRESENT + n for n, e in self._past.items() if self.in_place and (self.tiled or room.axis_of(e) is not None)}
         for name in outputs:
             if name in kept:
                 binding.bind_ortvalue_output(name, past[name.removeprefix(PRESENT)])
             else:
                 binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
-        try:
-            self.session.run_with_iobinding(binding)
-        except Exception as error:
-            first = str(error).strip().splitlines()[0][:200]
-            raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
+        self._run(binding, "-1")
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
         logits = values.pop("logits").numpy()
         logits = logits.astype(np.float32) if logits.dtype == np.float16 else logits
@@ -194,6 +208,55 @@ class OnnxGenerator:
         if kept and past is given and isinstance(past, Held):
             past.leads_to(after)
         return logits, after
+
+    def _run(self, binding: Any, graph: str) -> None:
+        """Run what is bound; graph: number of the CUDA graph that it is, "-1" for none."""
+        options = self._ort.RunOptions()
+        if self.graphs:
+            options.add_run_config_entry("gpu_graph_id", graph)
+        try:
+            self.session.run_with_iobinding(binding, options)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0][:200]
+            raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
+
+    def _one(self, ids: Any, positions: Any, past: Held, given: Mapping[str, Any]) -> tuple[Any, Held]:
+        """One new token a row of a cache in tiles: what is bound once is bound for all further steps, as a CUDA graph needs it."""
+        fresh = past.bound is None
+        if fresh:
+            past.bound = self._bind(past, len(ids))
+        binding, values, graph, _ = past.bound
+        for name, array in (("input_ids", ids), ("position_ids", positions)):
+            values[name].update_inplace(np.ascontiguousarray(array, dtype=np.int64))
+        if fresh and self.graphs:  # capturing runs a step several times: it codes its row anew, but may not offer it twice
+            exact = {n: value.numpy() for n, value in past.items() if ".exact_" in n}
+            self._run(binding, graph)
+            for n, array in exact.items():
+                past[n].update_inplace(array)
+        self._run(binding, graph)
+        after = Held(past, past.tokens + 1)
+        after.bound = past.bound
+        if past is given:
+            past.leads_to(after)
+        return values["logits"].numpy().astype(np.float32), after
+
+    def _bind(self, past: Held, batch: int) -> tuple[Any, ...]:
+        """The binding of a step behind `past`, the tensors that it reads and writes besides, the number of its CUDA graph, and
+        memory that a tensor of the CPU uses."""
+        binding, width = self.session.io_binding(), self.manifest["outputs"][0]["shape"][2]
+        values = {name: self.value(np.zeros((batch, 1), dtype=np.int64)) for name in ("input_ids", "position_ids")}
+        values["logits"] = self.value(np.zeros((batch, 1, width), dtype=np.float16))
+        for name in ("input_ids", "position_ids"):
+            binding.bind_ortvalue_input(name, values[name])
+        ones = np.ones((batch, 1), dtype=np.int64)  # before a single row nothing reads its length
+        values["attention_mask"] = self._ort.OrtValue.ortvalue_from_numpy(ones, "cpu", 0)
+        binding.bind_ortvalue_input("attention_mask", values["attention_mask"])
+        binding.bind_ortvalue_output("logits", values["logits"])
+        for name, value in past.items():
+            binding.bind_ortvalue_input(PAST + name, value)
+            binding.bind_ortvalue_output(PRESENT + name, value)
+        self._captured += 1
+        return binding, values, str(self._captured), ones
 
     # -- generation ----------------------------------------------------------------------------------------------------
 

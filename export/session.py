@@ -48,10 +48,14 @@ def open_session(
         raise ExportError(
             f"{path} has nodes without bodies; pass library= with what `{_BUILD}` builds, or export flavour functions"
         )
-    if manifest["flavour"] == "custom" and names[0] != "CPUExecutionProvider":
+    tiled, build = "kernels" in manifest, f"{_BUILD} {library} --cuda {path}"
+    if manifest["flavour"] == "custom" and names[0] != ("CUDAExecutionProvider" if tiled else "CPUExecutionProvider"):
         raise ExportError(
-            f"{path.name} has nodes whose kernels run on the CPU alone, not on {names[0]}; leave providers out, or export flavour "
-            "functions"
+            f"{path.name} has nodes whose kernels run on CUDA alone, not on {names[0]}; pass providers=('CUDAExecutionProvider',), "
+            "or export float32"
+            if tiled
+            else f"{path.name} has nodes whose kernels run on the CPU alone, not on {names[0]}; leave providers out, or export "
+            'dtype="float16", whose kernels run on CUDA'
         )
     if missing := set(names) - set(onnxruntime.get_available_providers()):
         raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
@@ -60,7 +64,9 @@ def open_session(
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if library is not None:
-        _register(options, library, threads)
+        loaded = _register(options, library, threads)
+        if tiled and not set(manifest["kernels"]) <= set(loaded.kvsink_kernels().decode().split()):
+            raise ExportError(f"{library} has no kernels for the layers of {path.name}; build them in with {build}")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if "CUDAExecutionProvider" in names:
@@ -84,7 +90,7 @@ def load_cuda(onnxruntime: Any) -> None:
     onnxruntime.preload_dlls(directory=str(found[-1]) if found else None)
 
 
-def _register(options: Any, library: Path, threads: int) -> None:
+def _register(options: Any, library: Path, threads: int) -> Any:
     """Load the operators of a library; `threads` is of the process, as its OpenMP threads are."""
     try:
         loaded = ctypes.CDLL(str(library))
@@ -98,6 +104,8 @@ def _register(options: Any, library: Path, threads: int) -> None:
     if found != FORMAT:
         raise ExportError(f"{library} has nodes of another format ({found}, not {FORMAT}); build it again with {_BUILD}")
     loaded.kvsink_set_threads(threads)
+    loaded.kvsink_kernels.restype = ctypes.c_char_p
+    return loaded
 
 
 def _first(error: BaseException) -> str:

@@ -352,11 +352,12 @@ def cpu(
     "--cases",
     default="functions:16,gqa:16,gqa:4,functions:klt:2,gqa:8",
     show_default=True,
-    help="FLAVOUR:BITS or FLAVOUR:METHOD:BITS; 16 bits: not coded. Flavour custom, on the CPU, builds its library.",
+    help="FLAVOUR:BITS or FLAVOUR:METHOD:BITS; 16 bits: not coded. Flavour custom builds its library.",
 )
 @click.option("--tokens", default=4096, show_default=True, help="Length of the prompt.")
 @click.option("--steps", default=40, show_default=True)
 @click.option("--threads", default=0, show_default=True, help="Of onnxruntime; 0 lets it choose.")
+@click.option("--chunk", default=512, show_default=True, type=click.IntRange(1), help="Tokens of the prompt that a call takes.")
 @click.option("--seconds", default=340, show_default=True, help="After three quarters of them nothing more is exported.")
 @_out
 def onnx_(out: Path | None, **options: Any) -> int:

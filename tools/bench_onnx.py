@@ -84,15 +84,14 @@ def onnx_rows(
     steps: int,
     threads: int,
     seconds: int,
+    chunk: int,
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """One row per case about its numbers, then one per case about its time; a case that stops has its reason as verdict.
 
-    seconds: no export begins after three quarters of them.
+    seconds: no export begins after three quarters of them. chunk: tokens of a prompt that a call takes.
     """
     began, kind = time.perf_counter(), dtype or ("float16" if provider == "cuda" else "float32")
-    if provider == "cuda" and any(case[0] == "custom" for case in cases):
-        raise click.BadParameter("flavour custom has kernels for the CPU alone; pass --provider cpu", param_hint="--cases")
     label = name if name != "llama" else f"llama {hidden} x{layers}"
     facts = _facts(provider) | {"model": label, "dtype": kind}
     say("  ".join(f"{k}={v}" for k, v in facts.items()))
@@ -116,7 +115,7 @@ def onnx_rows(
                 row |= exported | apart(_ONE, numbers, str(path), provider, kind, ids.numpy(), logits, threads)
             except Exception as error:  # whatever a case brings is told in its row
                 row |= {"verdict": _told(error)}
-            made[case] = path if row["verdict"] == "ok" or "off_cpu" in row else None
+            made[case] = path if row["verdict"] == "ok" or "off_torch" in row else None
             _tell(say, case, row)
             yield row
         measured: list[Case] = [case for case in cases if made[case] is not None]
@@ -144,11 +143,11 @@ def onnx_rows(
         def left() -> float:
             return max(30.0, seconds - (time.perf_counter() - began))
 
-        found = apart(left(), timed, paths, provider, rows, tokens, steps, threads) if measured else {}
+        found = apart(left(), timed, paths, provider, rows, tokens, steps, threads, chunk) if measured else {}
         each = found.get("rows")
         for i, case in enumerate(measured):  # all of them in turn; where that stops, each alone
             row = facts | _named(case) | {"kind": "onnx", "T": tokens, "in_turn": bool(each)}
-            one = each[i] if each else apart(left(), timed, paths[i : i + 1], provider, rows, tokens, steps, threads)
+            one = each[i] if each else apart(left(), timed, paths[i : i + 1], provider, rows, tokens, steps, threads, chunk)
             row |= one["rows"][0] if "rows" in one else one
             _tell(say, case, row)
             yield row
@@ -253,7 +252,7 @@ class _Source:
         given: dict[str, Any] = {"calibration": self.text(1024)} if self.name == "llama" else {}
         kvsink.rewrite(self.model, method, key_bits=bits, value_bits=bits, **plain, **given)
         path.parent.mkdir()
-        manifest = onnx(self.model, path, flavour, tokens=positions, dtype=kind if flavour != "custom" else "float32")
+        manifest = onnx(self.model, path, flavour, tokens=positions, dtype=kind)
         row = {"export_s": round(time.perf_counter() - begun, 1), "checked": manifest["check"]}
         ids, strict = self.text(positions), flavour == "gqa"
         logits = {"cpu": self._logits(ids, strict, strict)}

@@ -34,9 +34,9 @@ from .variants import Card, Variant, by_warp, card_of, single, unit
 __all__ = ["Cubin", "Module", "NativeError", "library", "module_of", "scratch"]
 
 SINGLE_ROWS = 1  # sequences up to which every new row of a head is coded by a block of its own
-_SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
-_MOST_ROWS = 65536  # sequences whose exact rows the kernels see to
-_PART_WORDS = 8 * 260  # the most that a block leaves for another: see COLUMNS and SLOT in attend.cuh
+SPARE = 4  # multiprocessors that attention leaves to the coding of new rows
+MOST_ROWS = 65536  # sequences whose exact rows the kernels see to
+PART_WORDS = 8 * 260  # the most that a block leaves for another: see COLUMNS and SLOT in attend.cuh
 
 
 # -- compiling ----------------------------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def module_of(defines: Mapping[str, str], names: Sequence[str], device: torch.de
 @cache
 def scratch(device: torch.device) -> Scratch:
     """The scratch memory of a GPU."""
-    words = torch.cuda.get_device_properties(device).multi_processor_count * _PART_WORDS
-    return Scratch(device, words, _MOST_ROWS)
+    words = torch.cuda.get_device_properties(device).multi_processor_count * PART_WORDS
+    return Scratch(device, words, MOST_ROWS)
 
 
 class Cubin:
@@ -221,7 +221,7 @@ class Cubin:
 
     def share(self, heads: int) -> int:
         """Blocks per key-value head that attend. All run at once, as waiting for each other needs; a few are left over."""
-        return max(1, (self.blocks - _SPARE) // heads)
+        return max(1, (self.blocks - SPARE) // heads)
 
     def attend(self, argument: Any, fresh: Any, heads: int) -> None:
         """Launch the kernel for these rows; `fresh` names the new ones that may enter the exact ones, or none."""

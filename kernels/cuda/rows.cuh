@@ -33,7 +33,7 @@ struct RowParams {
   const unsigned char* asks;                    // pages: [B] whether a row is to stay exact
   unsigned char* named;                         // pages: of page 0 and its first head: 1 + the slot of the row in each place, or 0
   long long position_row, length_row, page_bytes, unit_bytes;
-  int* stored_positions;                        // [B, L]
+  int* stored_positions;                        // [B, L], or null
   unsigned char *k_codes, *v_codes;
   void* k_scale;
   u32* v_scale;
@@ -573,7 +573,7 @@ template <int N> DEVICE void append_unit(const RowParams& p, int unit, unsigned 
     keep_in_page(p, load_raw(p.k, b * p.k_stride[0] + head * p.k_stride[1] + CH * lane), false, b, superblock.unit, lane);
     return;
   }
-  if (head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
+  if (p.stored_positions && head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row + s];
   if (p.segments) {
     const Raw v = load_raw(p.v, b * p.v_stride[0] + head * p.v_stride[1] + s * p.v_stride[2] + CH * lane);
     enter_exact(p, row, v, b, head, slot, lane);
@@ -845,7 +845,7 @@ DEVICE void append_single_row(const RowParams& p, unsigned char* smem) {
     if (!live) return;
     keep_recent(p, row, true, b, head, slot, lane);
     code_value<ALONE>(x, t, p, superblock, head, slot, (float*)smem + SINGLE_ROW_WALK, lane);
-    if (!p.slots && head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
+    if (p.stored_positions && head == 0 && lane == 0) p.stored_positions[(long long)b * p.L + slot] = (int)p.positions[b * p.position_row];
     if (p.slots) {
       keep_in_page<true>(p, row, true, b, superblock.unit, lane);
       keep_in_page<true>(p, fresh(p.k, p.k_stride), false, b, superblock.unit, lane);

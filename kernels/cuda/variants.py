@@ -8,6 +8,7 @@ Raises     NativeError where none fits
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,12 +22,12 @@ from ..levels import EVEN_STEP
 from ..trellis import CUBIC, LEVELS
 from .driver import NativeError
 
-__all__ = ["FEW", "SHARED_LIMIT", "Card", "Shape", "Variant", "by_warp", "card_of", "single", "too_old", "unit"]
+__all__ = ["FEW", "SHARED_LIMIT", "Card", "Shape", "Variant", "by_warp", "card_named", "card_of", "single", "too_old", "unit"]
 
 FEW = 8  # exact rows that a warp of each query head sees to
 SHARED_LIMIT = 232448  # bytes of shared memory that one block of an sm_90 GPU can have
 _FOLDER = Path(__file__).parent
-_ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
+ROW_COST = 16  # superblocks of 128 tokens in whose time a divided row is prepared, merged and written
 FILES = (
     "arch.cuh",
     "channels.cuh",
@@ -69,6 +70,21 @@ class Card:
         return f"compute_{self.target}" if self.portable else f"sm_{self.target}{'a' if self.target in (90, 100) else ''}"
 
 
+SHARED = {80: 166912, 87: 166912, 90: SHARED_LIMIT, 100: SHARED_LIMIT}
+"""Bytes of shared memory that a block can have, by compute capability times ten; of others 101376."""
+
+
+def card_named(capability: str) -> Card:
+    """The card of a compute capability such as "8.9". Raises NativeError for what is none."""
+    major, _, minor = capability.partition(".")
+    if not major.isdecimal() or len(minor) != 1 or not minor.isdecimal():
+        raise NativeError(f"{capability!r} is not a compute capability; write for example 9.0")
+    if reason := too_old((int(major), int(minor)), "a card"):
+        raise NativeError(reason)
+    target = 10 * int(major) + int(minor)
+    return Card(target, SHARED.get(target, 101376))
+
+
 @cache
 def card_of(device: torch.device) -> Card:
     """The card at hand. $KVSINK_CUDA_TARGET (compute_80, ...) and $KVSINK_CUDA_SHARED (bytes) name a smaller one, whose code it
@@ -76,10 +92,30 @@ def card_of(device: torch.device) -> Card:
     major, minor = torch.cuda.get_device_capability(device)
     shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_LIMIT)
     found = 10 * major + minor
-    target = int("".join(c for c in os.environ.get("KVSINK_CUDA_TARGET", "") if c.isdigit()) or found)
+    target = _asked_target(found)
+    return Card(target, _asked_shared(shared), target != found, _asked_shape())
+
+
+def _asked_target(found: int) -> int:
+    """What $KVSINK_CUDA_TARGET says, or the target of the card. Raises NativeError for what does not run on it."""
+    asked = os.environ.get("KVSINK_CUDA_TARGET", "")
+    named = re.fullmatch(r"(?:(?:compute|sm)_)?([1-9][0-9]+)[af]?", asked)
+    if asked and not named:
+        raise NativeError(f"KVSINK_CUDA_TARGET={asked}: write a target of a CUDA compiler, as compute_80")
+    target = int(named[1]) if named else found
     if target != found and not 80 <= target < 90:
-        raise NativeError(f"KVSINK_CUDA_TARGET={target}: of other cards, the code of 8.0 to 8.9 alone runs here")
-    return Card(target, int(os.environ.get("KVSINK_CUDA_SHARED", shared)), target != found, _asked_shape())
+        raise NativeError(f"KVSINK_CUDA_TARGET={asked}: of other cards, the code of 8.0 to 8.9 alone runs here; write compute_80")
+    return target
+
+
+def _asked_shared(most: int) -> int:
+    """What $KVSINK_CUDA_SHARED says, or the bytes that the card has. Raises NativeError for what it has not."""
+    asked = os.environ.get("KVSINK_CUDA_SHARED", "")
+    if not asked:
+        return most
+    if not re.fullmatch("[1-9][0-9]*", asked) or int(asked) > most:
+        raise NativeError(f"KVSINK_CUDA_SHARED={asked}: write bytes of shared memory from 1 to {most}, as 101376")
+    return int(asked)
 
 
 def _asked_shape() -> Shape | None:
@@ -256,7 +292,7 @@ def _places(side: str, widths: tuple[int, ...], walks: bool) -> dict[str, str]:
 def by_warp(batch: int, share: int, tiles: int, warps: int) -> bool:
     """Whether rows of `tiles` superblocks take less time whole, one warp each, than divided among `share` blocks of `warps`."""
     warps *= share
-    return -(-batch // warps) * warps * tiles <= batch * max(_ROW_COST, 1.1 * tiles)
+    return -(-batch // warps) * warps * tiles <= batch * max(ROW_COST, 1.1 * tiles)
 
 
 def single(argument: Any) -> bool:

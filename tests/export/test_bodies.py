@@ -171,7 +171,7 @@ def test_select_and_preserve(entries: bool, length: int) -> None:
     valid[1, : length // 3] = False
     positions = torch.arange(length).expand(2, -1)
     channels, weights = torch.tensor([3, 7]), torch.tensor([1.0, 0.5])
-    attributes = {"count": 4, "entries": int(entries)}
+    attributes = {"count": 4, "entries": int(entries), "width": 16}
     state = [torch.full((2, 6), -1, dtype=torch.int32), torch.full((2, 6), -torch.inf), rows(2, 3, 6, 8), rows(2, 3, 6, 8)]
     for chunk in range(2):
         hidden, k, v = rows(2, length, 16, seed=chunk), rows(2, 3, length, 8, seed=chunk + 2), rows(2, 3, length, 8, seed=chunk + 4)

@@ -115,8 +115,8 @@ def test_norms_and_angles_are_wide_only_inside() -> None:
 @pytest.mark.parametrize(
     ("flavour", "options", "words"),
     [
-        ("custom", {}, "flavour custom leaves in float32"),
-        ("gqa", dict(method="static", protect="none"), "GroupQueryAttention computes in float32 or float16"),
+        ("custom", {}, "flavour custom computes in float32 or float16"),
+        ("gqa", dict(method="static", protect="none"), "flavour gqa computes in float32 or float16"),
     ],
 )
 def test_what_has_no_float64(flavour: str, options: dict[str, Any], words: str, tmp_path) -> None:

@@ -112,7 +112,7 @@ def test_float16_declines_what_needs_a_bias(tmp_path) -> None:
     for family, method, words in (("llama", "static", "the mean of keys comes back"), ("gemma3", "static:rotated", "its window")):
         with pytest.raises(ExportError, match=words):
             onnx(rewritten(family, method=method), tmp_path / "model.onnx", "gqa", dtype="float16")
-    with pytest.raises(ExportError, match="custom leaves in float32"):
+    with pytest.raises(ExportError, match="flavour custom in float16: head_dim is 16"):
         onnx(rewritten("llama"), tmp_path / "model.onnx", "custom", dtype="float16")
     with pytest.raises(ExportError, match="none of float32, float16, float64"):
         onnx(rewritten("llama"), tmp_path / "model.onnx", "gqa", dtype="int8")

@@ -151,7 +151,7 @@ def test_sinks(library: Path, entries: int, length: int) -> None:
         positions = torch.arange(length).expand(2, -1).contiguous() + chunk * length
         hidden, k, v = rows(2, length, 16, seed=chunk), rows(2, 3, length, 8, seed=chunk + 2), rows(2, 3, length, 8, seed=chunk + 4)
         select = [hidden.round(), valid, torch.tensor([3, 7]), torch.tensor([1.0, 0.5])]  # so that scores tie
-        best = same(library, "SelectSinks", {"count": 4, "entries": entries}, select, 2)
+        best = same(library, "SelectSinks", {"count": 4, "entries": entries, "width": select[0].shape[2]}, select, 2)
         first = same(library, "SelectFirst", {"count": 2}, [positions, valid], 2)
         candidates = [torch.from_numpy(t) for t in (*best, *first)]
         begin = torch.full((2,), chunk * length)

@@ -32,8 +32,9 @@ struct Runtime {
   ort::Api api;
   void check(ort::Status* status) const {
     if (status == nullptr) return;
+    const std::string said = api.message(status);
     api.release(status);
-    throw std::runtime_error("onnxruntime refused a call of the operator library");
+    throw std::runtime_error("onnxruntime refused a call of the operator library: " + said);
   }
 };
 
@@ -103,6 +104,12 @@ class Call {
     return static_cast<T*>(data);
   }
   size_t inputs() const { return count_; }
+  ort::Context* context() const { return context_; }
+  void* stream() const {
+    void* out = nullptr;
+    g_runtime.check(g_runtime.api.stream(context_, &out));
+    return out;
+  }
 
  private:
   ort::Context* context_;
@@ -112,6 +119,7 @@ class Call {
 class Attributes {
  public:
   explicit Attributes(const ort::Info* info) : info_(info) {}
+  const ort::Info* info() const { return info_; }
 
   int64_t integer(const char* name) const {
     int64_t out = 0;
@@ -697,6 +705,7 @@ struct Attend : Kernel {
 }  // namespace
 
 #include "attend_packed.h"
+#include "tiles.h"
 
 namespace {
 
@@ -710,13 +719,14 @@ struct Op : ort::CustomOp {
   const char* op_name;
   Types in, out;
   size_t required;
+  const char* runs_on = nullptr;  // a provider's name, or the CPU; on CUDA the first input, of which sizes are read, is the host's
 
   Op(const char* name_, Types in_, size_t required_, Types out_, ort::Status* (*make)(const CustomOp*, const void*, const ort::Info*, void**))
       : ort::CustomOp{}, op_name(name_), in(std::move(in_)), out(std::move(out_)), required(required_) {
     using Self = const ort::CustomOp*;
     version = ort::kVersion;
     name = [](Self op) { return static_cast<const Op*>(op)->op_name; };
-    provider = [](Self) -> const char* { return nullptr; };  // the CPU
+    provider = [](Self op) { return static_cast<const Op*>(op)->runs_on; };
     input_type = [](Self op, size_t i) { return static_cast<const Op*>(op)->in[i]; };
     input_count = [](Self op) { return static_cast<const Op*>(op)->in.size(); };
     output_type = [](Self op, size_t i) { return static_cast<const Op*>(op)->out[i]; };
@@ -724,7 +734,7 @@ struct Op : ort::CustomOp {
     destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     input_presence = [](Self op, size_t i) { return i < static_cast<const Op*>(op)->required ? ort::kRequired : ort::kOptional; };
     output_presence = [](Self, size_t) { return ort::kRequired; };
-    input_memory = [](Self, size_t) { return 0; };
+    input_memory = [](Self op, size_t i) -> int { return static_cast<const Op*>(op)->runs_on && i == 0 ? ort::kHost : ort::kDevice; };
     variadic_input_least = variadic_output_least = [](Self) { return 1; };
     variadic_input_alike = variadic_output_alike = [](Self) { return 0; };
     create_v2 = make;
@@ -784,9 +794,35 @@ const std::vector<Op>& ops() {
   return all;
 }
 
+Op on_cuda(Op op) {
+  op.runs_on = "CUDAExecutionProvider";
+  return op;
+}
+
+const std::vector<Op>& cuda_ops() {
+  constexpr auto kHalf = ort::kHalf, kUint8 = ort::kUint8, kInt32 = ort::kInt32, kInt64 = ort::kInt64;
+  static const std::vector<Op> all = {
+      on_cuda(make<AttendTiles>("AttendTiles",
+                                {kInt64, kHalf,  kHalf,  kHalf,  kInt64, kUint8, kHalf,  kUint8, kHalf,  kHalf,  kHalf,
+                                 kInt32, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kInt32, kInt32,
+                                 kInt32, kFloat, kFloat, kFloat, kFloat, kInt64, kFloat, kInt64, kFloat, kInt64, kFloat, kInt64},
+                                6, {kHalf, kUint8, kHalf, kUint8, kHalf, kHalf, kHalf, kInt32, kFloat})),
+  };
+  return all;
+}
+
 }  // namespace
 
 extern "C" {
+
+const char* kvsink_kernels() {  // names of the variants that have machine code for CUDA, a space behind each
+  static const std::string names = [] {
+    std::string out;
+    for (const Image& image : kImages) out += std::string(image.name) + " ";
+    return out;
+  }();
+  return names.c_str();
+}
 
 void kvsink_set_threads(int threads) { g_threads = threads; }
 
@@ -800,6 +836,9 @@ ort::Status* RegisterCustomOps(ort::Options* options, const ort::Base* base) {
   if (ort::Status* status = g_runtime.api.create_domain("com.kvsink", &domain)) return status;
   for (const Op& op : ops())
     if (ort::Status* status = g_runtime.api.domain_add(domain, &op)) return status;
+  if (!kImages.empty())
+    for (const Op& op : cuda_ops())
+      if (ort::Status* status = g_runtime.api.domain_add(domain, &op)) return status;
   return g_runtime.api.add_domain(options, domain);
 }
 }

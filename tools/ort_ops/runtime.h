@@ -18,6 +18,9 @@ struct Context;  // of a node, when it runs
 struct Shape;
 struct Options;
 struct Domain;
+struct Attribute;  // of an operator of the runtime's own, and such an operator
+struct Operator;
+struct Memory;     // where a tensor lies
 
 struct Base {
   const void* const* (*api)(uint32_t version);
@@ -25,6 +28,7 @@ struct Base {
 };
 
 enum Type : int { kAny = 0, kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10 };
+enum Place : int { kDevice = 0, kHost = -2 };  // memory of an input; the CPU's is both
 enum Presence : int { kRequired = 0, kOptional = 1 };
 
 struct CustomOp {
@@ -78,8 +82,35 @@ struct Api {
   Status* output(Context* context, size_t index, const int64_t* dims, size_t rank, Value** out) const {
     return call<91, Status*>(context, index, dims, rank, out);
   }
+  const char* message(const Status* status) const { return call<2, const char*>(status); }
+  Status* tensor(const Memory* memory, void* data, size_t bytes, const int64_t* dims, size_t rank, Type type, Value** out) const {
+    return call<49, Status*>(memory, data, bytes, dims, rank, static_cast<int>(type), out);
+  }
+  Status* memory(const char* name, int allocator, int device, int kind, Memory** out) const {
+    return call<68, Status*>(name, allocator, device, kind, out);
+  }
+  Status* attribute(const char* name, const int64_t* number, Attribute** out) const {
+    return call<211, Status*>(name, static_cast<const void*>(number), 1, 1, out);
+  }
+  Status* attribute(const char* name, const float* number, Attribute** out) const {
+    return call<211, Status*>(name, static_cast<const void*>(number), 1, 3, out);
+  }
+  Status* create_operator(const Info* info, const char* name, const char* domain, int version, const char* const* types,
+                          const Type* values, int count, Attribute* const* attributes, int given, int inputs, int outputs,
+                          Operator** out) const {
+    return call<213, Status*>(info, name, domain, version, types, values, count, attributes, given, inputs, outputs, out);
+  }
+  Status* invoke(const Context* context, const Operator* op, const Value* const* inputs, int count, Value* const* outputs,
+                 int many) const {
+    return call<214, Status*>(context, op, inputs, count, outputs, many);
+  }
+  void release(Value* value) const { call<96, void>(value); }
+  void release(Memory* memory) const { call<94, void>(memory); }
+  void release(Attribute* attribute) const { call<212, void>(attribute); }
+  void release(Operator* op) const { call<215, void>(op); }
   void release(Status* status) const { call<93, void>(status); }
   void release(Shape* shape) const { call<99, void>(shape); }
+  Status* stream(const Context* context, void** out) const { return call<193, Status*>(context, out); }
   Status* attribute(const Info* info, const char* name, int64_t* out, size_t* size) const {
     return call<163, Status*>(info, name, out, size);
   }

@@ -1,0 +1,436 @@
+// AttendTiles: the kernels of kvsink.kernels.cuda over codes in tiles, on the stream that onnxruntime computes on.
+//
+// What is launched, and with what, is kvsink.kernels.cuda.launch and module; their arguments and machine code stand in images.h, which
+// build_ort_ops writes. One new row per sequence is coded and attended to in its codes; the rows of a prompt attend by the runtime's own
+// GroupQueryAttention over the decoded rows before them. Nothing is copied from the device, and a step allocates nothing: words that
+// blocks leave for each other are made once a stream.
+#pragma once
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "images.h"
+
+namespace {
+
+using Address = unsigned long long;
+
+// The driver's library, which a processor alone does not have.
+class Driver {
+ public:
+  template <typename... Args>
+  void operator()(const char* name, Args... args) {
+    const int code = reinterpret_cast<int (*)(Args...)>(find(name))(args...);
+    if (code) throw std::runtime_error(std::string("CUDA driver error ") + std::to_string(code) + " in " + name);
+  }
+
+ private:
+  void* find(const char* name) {
+    std::lock_guard<std::mutex> guard(lock_);
+    if (!library_) library_ = dlopen("libcuda.so.1", RTLD_NOW);
+    if (!library_) throw std::runtime_error("libcuda.so.1 is not found");
+    void*& found = known_[name];
+    if (!found) found = dlsym(library_, name);
+    if (!found) throw std::runtime_error(std::string("the driver has no ") + name);
+    return found;
+  }
+  std::mutex lock_;
+  void* library_ = nullptr;
+  std::map<const char*, void*> known_;
+};
+
+Driver g_driver;
+
+void* address(const Input& x) { return x && product(x.dims) ? const_cast<void*>(x.data) : nullptr; }
+
+int64_t size_of(ort::Type type) { return type == ort::kUint8 ? 1 : type == ort::kHalf ? 2 : 4; }
+
+int device_number(int attribute) {
+  int device = 0, value = 0;
+  g_driver("cuCtxGetDevice", &device);
+  g_driver("cuDeviceGetAttribute", &value, attribute, device);
+  return value;
+}
+
+// Machine code of one variant on the device at hand.
+class Loaded {
+ public:
+  explicit Loaded(const std::string& name) {
+    constexpr int kMajor = 75, kMinor = 76, kMultiprocessors = 16;
+    const int capability = 10 * device_number(kMajor) + device_number(kMinor);
+    std::set<std::string> built;
+    for (const Image& image : kImages) {
+      if (name != image.name) continue;
+      built.insert(std::to_string(image.capability / 10) + "." + std::to_string(image.capability % 10));
+      if (image.capability == capability) image_ = &image;
+    }
+    if (!image_) {
+      std::string has = built.empty() ? "nothing" : "";
+      for (const std::string& one : built) has += (has.empty() ? "" : ", ") + one;
+      throw std::runtime_error("the library has kernels of this model for " + has + ", the card is " + std::to_string(capability / 10) +
+                               "." + std::to_string(capability % 10) + "; build it again there");
+    }
+    g_driver("cuModuleLoadData", &module_, static_cast<const void*>(image_->begin));
+    multiprocessors = device_number(kMultiprocessors);
+  }
+  const Image& image() const { return *image_; }
+  int multiprocessors = 0;
+
+  void* function(const char* name, int shared = 0) {
+    void* found = nullptr;
+    g_driver("cuModuleGetFunction", &found, module_, name);
+    constexpr int kMostShared = 8;
+    if (shared > 0) g_driver("cuFuncSetAttribute", found, kMostShared, shared);
+    return found;
+  }
+  std::vector<int> numbers(const char* name, size_t count) {
+    Address where = 0;
+    size_t size = 0;
+    std::vector<int> out(count);
+    g_driver("cuModuleGetGlobal_v2", &where, &size, module_, name);
+    g_driver("cuMemcpyDtoH_v2", static_cast<void*>(out.data()), where, count * sizeof(int));
+    return out;
+  }
+
+ private:
+  const Image* image_ = nullptr;
+  void* module_ = nullptr;
+};
+
+template <typename... Args>
+void launch(void* function, unsigned x, unsigned y, unsigned threads, unsigned shared, void* stream, const Args&... args) {
+  void* given[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  g_driver("cuLaunchKernel", function, x, y, 1u, threads, 1u, 1u, shared, stream, static_cast<void**>(given), static_cast<void**>(nullptr));
+}
+
+// Words of one stream that launches find empty and leave so, and queries turned ahead.
+struct Place {
+  Address partial = 0, arrived = 0, turned = 0;
+  size_t turned_bytes = 0;
+};
+
+Place& place_of(void* stream, int multiprocessors) {
+  static std::mutex lock;
+  static std::map<std::pair<int, void*>, std::unique_ptr<Place>> places;
+  int device = 0;
+  g_driver("cuCtxGetDevice", &device);
+  std::lock_guard<std::mutex> guard(lock);
+  auto& held = places[{device, stream}];
+  if (!held) {
+    auto made = std::make_unique<Place>();
+    const size_t words = static_cast<size_t>(multiprocessors) * kPartWords;
+    g_driver("cuMemAlloc_v2", &made->partial, words * 4);
+    g_driver("cuMemAlloc_v2", &made->arrived, size_t{kMostRows} * 4);
+    g_driver("cuMemsetD32Async", made->partial, 0xffffffffu, words, stream);
+    g_driver("cuMemsetD32Async", made->arrived, 0u, size_t{kMostRows}, stream);
+    held = std::move(made);
+  }
+  return *held;
+}
+
+// The kernels of one variant: `Cubin` of kvsink.kernels.cuda.module.
+struct Kernels {
+  Loaded loaded;
+  int groups, warps, threads, row_threads, single_row_threads, single_threads, shared, shared_single, shared_rows, turn_threads = 0,
+      shared_turn = 0, turned = 0;
+  void *attend, *single, *append, *append_row, *decode, *rows, *turn;
+
+  explicit Kernels(const std::string& name) : loaded(name), groups(loaded.image().groups), warps(loaded.image().warps) {
+    const auto sizes = loaded.numbers("kvsink_launch", 6);
+    threads = sizes[0], row_threads = sizes[1], single_row_threads = sizes[2], single_threads = sizes[3];
+    shared = sizes[4], shared_single = sizes[5], shared_rows = loaded.numbers("kvsink_by_warp", 1)[0];
+    attend = loaded.function("attend_packed", shared), single = loaded.function("attend_single", shared_single);
+    append = loaded.function("append_rows"), append_row = loaded.function("append_row"), decode = loaded.function("decode_rows");
+    rows = shared_rows ? loaded.function("attend_rows", shared_rows) : nullptr;
+    if (!loaded.image().ahead) return;
+    const auto ahead = loaded.numbers("kvsink_turn", 3);
+    turn_threads = ahead[0], shared_turn = ahead[1], turned = ahead[2], turn = loaded.function("turn_queries", shared_turn);
+  }
+
+  int share(int heads) const { return std::max(1, (loaded.multiprocessors - kSpare) / heads); }
+
+  void run_append(RowArguments& a, void* stream) const {
+    if (a.S == 1 && a.B <= kSingleRows && loaded.image().single_row) {
+      launch(append_row, a.Hkv, a.B, single_row_threads, 0, stream, a);
+      return;
+    }
+    const int64_t pairs = int64_t{a.B} * a.S * a.Hkv;
+    launch(append, static_cast<unsigned>((pairs + a.per - 1) / a.per), 1, row_threads, 0, stream, a);
+  }
+
+  void run_attend(AttendArguments& a, const RowArguments& fresh, int heads, Place& place, void* stream) const {
+    const bool alone = a.B == 1 && a.share == a.tiles && a.E <= kFew && shared_single;
+    if (turned && !alone) {
+      const size_t bytes = size_t(a.B) * heads * a.tiles * turned;
+      if (place.turned_bytes < bytes) {  // a longer cache than any before; what is in flight may read the old one
+        g_driver("cuStreamSynchronize", stream);
+        if (place.turned) g_driver("cuMemFree_v2", place.turned);
+        g_driver("cuMemAlloc_v2", &place.turned, bytes);
+        place.turned_bytes = bytes;
+      }
+      a.turned = reinterpret_cast<void*>(place.turned);
+      launch(turn, share(heads), heads, turn_threads, shared_turn, stream, a);
+    }
+    if (alone) {
+      launch(single, a.share, heads, single_threads, shared_single, stream, a, fresh);
+      return;
+    }
+    const int64_t many = int64_t{warps} * a.share;
+    const bool whole = (a.B + many - 1) / many * many * a.tiles <= a.B * std::max<double>(kRowCost, 1.1 * a.tiles);
+    const bool by_warp = whole && rows && !loaded.image().many;
+    launch(by_warp ? rows : attend, a.share, heads, threads, by_warp ? shared_rows : shared, stream, a, fresh);
+  }
+};
+
+template <typename T>
+T& held(const std::string& name) {
+  static std::mutex lock;
+  static std::map<std::pair<int, std::string>, std::unique_ptr<T>> all;
+  int device = 0;
+  g_driver("cuCtxGetDevice", &device);
+  std::lock_guard<std::mutex> guard(lock);
+  auto& found = all[{device, name}];
+  if (!found) found = std::make_unique<T>(name);
+  return *found;
+}
+
+struct PromptKernels {
+  Loaded loaded;
+  void *enter, *lay, *rows;
+  explicit PromptKernels(const std::string& name)
+      : loaded(name), enter(loaded.function("enter_rows")), lay(loaded.function("lay_exact")), rows(loaded.function("to_rows")) {}
+};
+
+// The runtime's own GroupQueryAttention, for the rows of a prompt.
+class PromptAttention {
+ public:
+  PromptAttention(const ort::Info* info, int64_t heads, int64_t kv_heads, float scale) {
+    const auto& api = g_runtime.api;
+    const int64_t rotary = 0;
+    ort::Attribute* given[4] = {};
+    g_runtime.check(api.attribute("num_heads", &heads, &given[0]));
+    g_runtime.check(api.attribute("kv_num_heads", &kv_heads, &given[1]));
+    g_runtime.check(api.attribute("do_rotary", &rotary, &given[2]));
+    g_runtime.check(api.attribute("scale", &scale, &given[3]));
+    const char* types[] = {"T", "M", "T_CACHE", "T_KV_SCALE"};  // the last two since its cache can hold codes
+    const ort::Type values[] = {ort::kHalf, ort::kInt32, ort::kHalf, ort::kFloat};
+    ort::Status* refused = nullptr;
+    for (const int count : {4, 2}) {
+      if (refused) api.release(refused);
+      refused = api.create_operator(info, "GroupQueryAttention", "com.microsoft", 1, types, values, count, given, 4, 7, 3, &op_);
+      if (!refused) break;
+    }
+    for (ort::Attribute* one : given) api.release(one);
+    g_runtime.check(refused);
+  }
+  PromptAttention(const PromptAttention&) = delete;
+  ~PromptAttention() { g_runtime.api.release(op_); }
+
+  void run(ort::Context* context, const ort::Value* const* inputs, ort::Value* const* outputs) const {
+    g_runtime.check(g_runtime.api.invoke(context, op_, inputs, 7, outputs, 3));
+  }
+
+ private:
+  ort::Operator* op_ = nullptr;
+};
+
+// Device memory of a prompt, given back in the order of the stream, and tensors in it.
+class Room {
+ public:
+  Room(size_t bytes, void* stream) : stream_(stream) {
+    g_driver("cuMemAllocAsync", &begin_, bytes, stream);
+    int device = 0;
+    g_driver("cuCtxGetDevice", &device);
+    g_runtime.check(g_runtime.api.memory("Cuda", 0, device, 0, &there_));
+    g_runtime.check(g_runtime.api.memory("Cpu", 0, 0, 0, &here_));
+  }
+  Room(const Room&) = delete;
+  ~Room() {
+    for (ort::Value* value : made_) g_runtime.api.release(value);
+    g_runtime.api.release(there_), g_runtime.api.release(here_);
+    try {
+      g_driver("cuMemFreeAsync", begin_, stream_);
+    } catch (const std::exception&) {  // what went wrong before is told already
+    }
+  }
+  static size_t bytes_of(int64_t count, int64_t size) { return static_cast<size_t>((count * size + 255) / 256 * 256); }
+
+  // The next tensor on the device; its address too.
+  ort::Value* tensor(const Dims& dims, ort::Type type, void** address) {
+    const size_t bytes = bytes_of(product(dims), size_of(type));
+    *address = reinterpret_cast<void*>(begin_ + used_), used_ += bytes;
+    return add(there_, *address, static_cast<size_t>(product(dims) * size_of(type)), dims, type);
+  }
+  ort::Value* number(int32_t* value) { return add(here_, value, sizeof(int32_t), {1}, ort::kInt32); }
+
+ private:
+  ort::Value* add(ort::Memory* memory, void* data, size_t bytes, const Dims& dims, ort::Type type) {
+    ort::Value* value = nullptr;
+    g_runtime.check(g_runtime.api.tensor(memory, data, bytes, dims.data(), dims.size(), type, &value));
+    made_.push_back(value);
+    return value;
+  }
+  void* stream_;
+  Address begin_ = 0;
+  size_t used_ = 0;
+  ort::Memory *there_ = nullptr, *here_ = nullptr;
+  std::vector<ort::Value*> made_;
+};
+
+struct AttendTiles : Kernel {
+  enum { kMask, kQ, kK, kV, kPositions, kState, kTable = kState + 8, kStartCos, kStartSin, kBasis, kSigma, kVMean, kVSigma, kTileMean,
+         kTileTurn, kTileBasis, kTileRows, kKBack, kVBack, kCandidates };
+  std::string name;
+  float scale, key_clip, value_clip;
+  int key_hadamard, value_hadamard;
+  Dims segments;
+  PromptAttention prompt;
+
+  explicit AttendTiles(const Attributes& a)
+      : name(a.text("kernels")), scale(a.number("scale", 1.0f)), key_clip(a.number("key_clip", 1.0f)),
+        value_clip(a.number("value_clip", 1.0f)), key_hadamard(static_cast<int>(a.integer("key_hadamard"))),
+        value_hadamard(static_cast<int>(a.integer("value_hadamard"))), segments(a.integers("segments")),
+        prompt(a.info(), a.integer("heads"), a.integer("kv_heads"), scale) {}
+
+  void run(const Call& call) const override {
+    void* stream = call.stream();
+    const Input mask = call.input(kMask), q = call.input(kQ), k = call.input(kK), v = call.input(kV), positions = call.input(kPositions);
+    Kernels& kernels = held<Kernels>(name);
+    void* state[8] = {};
+    int64_t slots = 0, exact = 0;
+    for (int i = 0; i < 8; i++) {
+      const Input past = call.input(kState + i);
+      if (!past) continue;
+      if (i == 0 || i == 4) (i == 0 ? slots : exact) = past.dims.at(2);
+      state[i] = call.output<uint8_t>(1 + i, past.dims);
+      const int64_t bytes = product(past.dims) * size_of(past.type);
+      if (state[i] != past.data && bytes)  // where past and present are one tensor, nothing moves
+        g_driver("cuMemcpyDtoDAsync_v2", reinterpret_cast<Address>(state[i]), reinterpret_cast<Address>(past.data),
+                 static_cast<size_t>(bytes), stream);
+    }
+    const int64_t fresh = k.dims[2], total = mask.dims.at(1), first = total - fresh;
+    if (slots % 128) throw std::runtime_error("AttendTiles: a cache has a multiple of 128 slots");
+    if (total > slots || (first < 0 && fresh > 1))
+      throw std::runtime_error("AttendTiles: " + std::to_string(fresh) + " rows behind " + std::to_string(first) + " do not fit " +
+                               std::to_string(slots) + " slots; make the cache longer");
+    if (fresh > 1) attend_prompt(call, kernels, q, k, v, state, exact, first, slots, stream);
+    RowArguments a = rows(k.dims, slots);
+    const auto input = [&](int i) { return address(call.input(i)); };
+    a.k = address(k), a.v = address(v), a.table = input(kTable), a.start_cos = input(kStartCos), a.start_sin = input(kStartSin);
+    a.basis = input(kBasis), a.sigma = input(kSigma), a.v_mean = input(kVMean), a.v_sigma = input(kVSigma);
+    a.length = address(positions), a.length_row = positions.dims[0] > 1 ? fresh : 0;  // rows held: the position of the first new one
+    a.k_codes = state[0], a.k_scale = state[1], a.v_codes = state[2], a.v_scale = state[3];
+    kernels.run_append(a, stream);
+    if (fresh > 1)
+      enter(call, k, v, state, exact, first, stream);
+    else
+      attend_row(call, kernels, q, a, state, exact, slots, stream);
+  }
+
+ private:
+  RowArguments rows(const Dims& fresh, int64_t slots) const {
+    RowArguments a = {};
+    a.B = static_cast<int>(fresh[0]), a.Hkv = static_cast<int>(fresh[1]), a.S = static_cast<int>(fresh[2]), a.L = static_cast<int>(slots);
+    a.k_stride[0] = a.v_stride[0] = fresh[1] * fresh[2] * fresh[3], a.k_stride[1] = a.v_stride[1] = fresh[2] * fresh[3];
+    a.k_stride[2] = a.v_stride[2] = fresh[3];
+    a.key_hadamard = key_hadamard, a.value_hadamard = value_hadamard, a.key_clip = key_clip, a.value_clip = value_clip;
+    a.per = static_cast<int>(std::min<int64_t>(8, fresh[0] * fresh[2]));
+    return a;
+  }
+
+  // One new row: attention reads the codes, and offers the row to the exact ones.
+  void attend_row(const Call& call, const Kernels& kernels, const Input& q, const RowArguments& coded, void* const* state, int64_t exact,
+                  int64_t slots, void* stream) const {
+    const auto input = [&](int i) { return address(call.input(i)); };
+    Place& place = place_of(stream, kernels.loaded.multiprocessors);
+    RowArguments fresh = coded;
+    if (exact) {
+      if (fresh.B * (fresh.Hkv + 1) > kMostRows) throw std::runtime_error("AttendTiles: more sequences than its kernels see to; feed fewer");
+      fresh.exact_k = state[4], fresh.exact_v = state[5], fresh.exact_slot = state[6], fresh.exact_score = state[7];
+      fresh.E = static_cast<int>(exact), fresh.segments = static_cast<int>(segments.size());
+      fresh.arrived = reinterpret_cast<void*>(place.arrived);
+      fresh.group_arrived = reinterpret_cast<void*>(place.arrived + 4 * static_cast<Address>(fresh.B));
+      for (size_t g = 0; g < segments.size(); g++)
+        fresh.score[g] = input(kCandidates + 2 * g), fresh.capacity[g] = static_cast<int>(segments[g]);
+    }
+    AttendArguments p = {};
+    const int heads = fresh.Hkv * kernels.groups, tiles = static_cast<int>(slots / 128);
+    p.q = address(q), p.k_codes = state[0], p.k_scale = state[1], p.v_codes = state[2], p.v_scale = state[3];
+    p.mean = input(kTileMean), p.rotation = input(kTileTurn), p.basis = input(kTileBasis), p.length = coded.length;
+    p.length_row = coded.length_row, p.exact_k = state[4], p.exact_v = state[5], p.exact_slot = state[6];
+    p.new_k = coded.k, p.new_v = coded.v, p.value_mean = coded.v_mean, p.value_sigma = input(kVBack);
+    p.out = call.output<uint16_t>(0, {q.dims[0], 1, q.dims[1] * q.dims[3]}), p.partial = reinterpret_cast<void*>(place.partial);
+    p.B = fresh.B, p.Hkv = fresh.Hkv, p.share = std::min(kernels.share(heads), fresh.B * tiles), p.tiles = tiles;
+    p.E = static_cast<int>(exact), p.N = 1, p.key_hadamard = key_hadamard, p.value_hadamard = value_hadamard;
+    p.scale = scale * 1.4426950408889634f;
+    kernels.run_attend(p, fresh, heads, place, stream);
+  }
+
+  // Rows of a prompt: the runtime's own attention over the rows before them, decoded, and themselves.
+  void attend_prompt(const Call& call, const Kernels& kernels, const Input& q, const Input& k, const Input& v, void* const* state,
+                     int64_t exact, int64_t first, int64_t slots, void* stream) const {
+    const int64_t batch = q.dims[0], fresh = q.dims[2], dim = q.dims[3];
+    int32_t total = static_cast<int32_t>(first + fresh);
+    const Dims every = {batch, k.dims[1], total, dim}, one = {batch};
+    const auto flat = [&](const Input& x) { return Dims{batch, fresh, x.dims[1] * dim}; };
+    Room room(Room::bytes_of(product(q.dims), 2) + 2 * Room::bytes_of(product(k.dims), 2) + 2 * Room::bytes_of(product(every), 2) +
+                  Room::bytes_of(batch, 4), stream);
+    const PromptKernels& own = held<PromptKernels>(kPromptKernels);
+    const ort::Value* given[7] = {};
+    for (int i = 0; i < 3; i++) {
+      const Input& x = i == 0 ? q : i == 1 ? k : v;
+      void* to = nullptr;
+      given[i] = room.tensor(flat(x), ort::kHalf, &to);
+      RowsArguments r = {};
+      r.x = address(x), r.y = to, r.H = static_cast<int>(x.dims[1]), r.S = static_cast<int>(fresh), r.D = static_cast<int>(dim);
+      launch(own.rows, static_cast<unsigned>(fresh), static_cast<unsigned>(batch), 256, 0, stream, r);
+    }
+    void *keys = nullptr, *values = nullptr, *last = nullptr;
+    ort::Value* out[3] = {nullptr, room.tensor(every, ort::kHalf, &keys), room.tensor(every, ort::kHalf, &values)};
+    if (first) {  // one tensor is past and present, so that nothing of it is copied
+      const Dims before = {batch, k.dims[1], first, dim};
+      const auto input = [&](int i) { return address(call.input(i)); };
+      RowArguments a = rows(before, slots);
+      a.k_stride[0] = a.v_stride[0] = k.dims[1] * total * dim, a.k_stride[1] = a.v_stride[1] = total * dim;
+      a.k = keys, a.v = values, a.table = input(kTable), a.start_cos = input(kStartCos), a.start_sin = input(kStartSin);
+      a.basis = input(kTileRows), a.sigma = input(kKBack), a.v_mean = input(kVMean), a.v_sigma = input(kVBack);
+      a.k_codes = state[0], a.k_scale = state[1], a.v_codes = state[2], a.v_scale = state[3];
+      launch(kernels.decode, static_cast<unsigned>((batch * first + 7) / 8), a.Hkv, kernels.row_threads, 0, stream, a);
+      if (exact) {
+        LayArguments l = {};
+        l.k = keys, l.v = values, l.exact_k = state[4], l.exact_v = state[5], l.slot = state[6];
+        l.E = static_cast<int>(exact), l.H = a.Hkv, l.S = total, l.D = static_cast<int>(dim);
+        launch(own.lay, l.E, a.B * a.Hkv, 128, 0, stream, l);
+      }
+      given[3] = out[1], given[4] = out[2];
+    }
+    given[5] = room.tensor(one, ort::kInt32, &last), given[6] = room.number(&total);
+    g_driver("cuMemsetD32Async", reinterpret_cast<Address>(last), static_cast<unsigned>(total - 1), static_cast<size_t>(batch), stream);
+    const Dims shape = flat(q);
+    g_runtime.check(g_runtime.api.output(call.context(), 0, shape.data(), shape.size(), &out[0]));
+    prompt.run(call.context(), given, out);
+  }
+
+  // The running selection over the rows of a prompt.
+  void enter(const Call& call, const Input& k, const Input& v, void* const* state, int64_t exact, int64_t first, void* stream) const {
+    if (!exact) return;
+    EnterArguments e = {};
+    e.k = address(k), e.v = address(v), e.exact_k = state[4], e.exact_v = state[5], e.slot = state[6], e.score = state[7];
+    for (size_t g = 0; g < segments.size(); g++) {
+      const Input best = call.input(kCandidates + 2 * g), row = call.input(kCandidates + 2 * g + 1);
+      e.best[g] = address(best), e.row[g] = address(row);
+      e.capacity[g] = static_cast<int>(segments[g]), e.count[g] = static_cast<int>(best.dims.at(1));
+    }
+    e.segments = static_cast<int>(segments.size()), e.E = static_cast<int>(exact), e.H = static_cast<int>(k.dims[1]);
+    e.S = static_cast<int>(k.dims[2]), e.D = static_cast<int>(k.dims[3]), e.first = static_cast<int>(first);
+    launch(held<PromptKernels>(kPromptKernels).enter, static_cast<unsigned>(k.dims[0]), 1, 256, 0, stream, e);
+  }
+};
+
+}  // namespace
