@@ -1,8 +1,8 @@
 """Answers of an exported model as they come: `python examples/onnx_chat.py out/model.onnx "What is a sink?" ["another" ...]`.
 
 Write the model first: `kvsink-rewrite demo:smollm2 out/ --onnx`. Questions are put in the model's own chat template and answered
-together, each until the model ends it. `--cuda` runs on an NVIDIA GPU (`pip install onnxruntime-gpu`), for which
-`kvsink.export.onnx(..., dtype="float16")` writes.
+together, each until the model ends it. `--cuda` runs on an NVIDIA GPU (`pip install onnxruntime-gpu`), for which `--onnx-flavour
+custom:float16` writes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from kvsink.export import OnnxGenerator
-
-PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+from kvsink.tools.build_ort_ops import runner_for
 
 
 def pieces(tokenizer: Any, steps: Iterator[list[int | None]]) -> Iterator[tuple[int, str]]:
@@ -38,7 +36,7 @@ def main(path: str, *questions: str, new_tokens: int = 200, device: str = "cpu")
     tokenizer = AutoTokenizer.from_pretrained(Path(path).parent)
     if tokenizer.chat_template is None:
         sys.exit(f"the tokenizer beside {path} has no chat template; examples/onnx_generate.py goes on with a text")
-    runner = OnnxGenerator(path, PROVIDERS[device])
+    runner = runner_for(path, device)
     prompts = []
     for question in questions:
         turns = [{"role": "user", "content": question}]

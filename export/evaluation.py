@@ -62,7 +62,7 @@ def evaluate_onnx(
     predicted = count * (length - 1)
     return EvalResult(
         model=str(runner.path),
-        method=f"kvsink {runner.manifest['method']}, onnx" + (" gqa" if runner.one_row else ""),
+        method=f"kvsink {runner.manifest['method']}, onnx {runner.manifest['flavour']}".removesuffix(" functions"),
         text=text_name,
         windows=count,
         window_tokens=length,

@@ -303,8 +303,8 @@ def _nodes(wide: bool) -> dict[Any, tuple[str, Callable[..., tuple[list[Any], di
         attributes = turned | {"key_clip": float(c.key.clip), "value_clip": float(c.value.clip), "kernels": kernels}
         attributes |= {"scale": float(scale), "heads": q.shape[1], "kv_heads": k.shape[1]}
         attributes |= {"segments": list(c.segments)} if c.segments else {}
-        names = ("k_table", "start_cos", "start_sin", "k_basis", "k_sigma", "v_mean", "v_sigma")
-        names += ("tile_mean", "tile_turn", "tile_basis", "tile_rows", "k_back", "v_back")
+        names = ["k_table", "start_cos", "start_sin", "k_basis", "k_sigma", "v_mean", "v_sigma"]
+        names += ["tile_mean", "tile_turn", "tile_basis", "tile_rows", "k_back", "v_back"]
         state = [None if 0 in x.shape else x for x in carried]
         return [mask, q, k, v, positions, *state, *(p.get(n) for n in names), *chosen], attributes, 9
 

@@ -222,8 +222,7 @@ class OnnxGenerator:
 
     def _one(self, ids: Any, positions: Any, past: Held, given: Mapping[str, Any]) -> tuple[Any, Held]:
         """One new token a row of a cache in tiles: what is bound once is bound for all further steps, as a CUDA graph needs it."""
-        fresh = past.bound is None
-        if fresh:
+        if fresh := past.bound is None:
             past.bound = self._bind(past, len(ids))
         binding, values, graph, _ = past.bound
         for name, array in (("input_ids", ids), ("position_ids", positions)):
@@ -241,16 +240,14 @@ class OnnxGenerator:
         return values["logits"].numpy().astype(np.float32), after
 
     def _bind(self, past: Held, batch: int) -> tuple[Any, ...]:
-        """The binding of a step behind `past`, the tensors that it reads and writes besides, the number of its CUDA graph, and
-        memory that a tensor of the CPU uses."""
-        binding, width = self.session.io_binding(), self.manifest["outputs"][0]["shape"][2]
-        values = {name: self.value(np.zeros((batch, 1), dtype=np.int64)) for name in ("input_ids", "position_ids")}
+        """The binding of a step behind `past`, the other tensors that it names, the number of its graph, and memory of one."""
+        binding, ones = self.session.io_binding(), np.ones((batch, 1), dtype=np.int64)
+        values = {name: self.value(ones) for name in ("input_ids", "position_ids")}
+        values["attention_mask"] = self._ort.OrtValue.ortvalue_from_numpy(ones, "cpu", 0)  # of a single row nobody reads its length
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        width = self.manifest["outputs"][0]["shape"][2]
         values["logits"] = self.value(np.zeros((batch, 1, width), dtype=np.float16))
-        for name in ("input_ids", "position_ids"):
-            binding.bind_ortvalue_input(name, values[name])
-        ones = np.ones((batch, 1), dtype=np.int64)  # before a single row nothing reads its length
-        values["attention_mask"] = self._ort.OrtValue.ortvalue_from_numpy(ones, "cpu", 0)
-        binding.bind_ortvalue_input("attention_mask", values["attention_mask"])
         binding.bind_ortvalue_output("logits", values["logits"])
         for name, value in past.items():
             binding.bind_ortvalue_input(PAST + name, value)
@@ -270,16 +267,18 @@ class OnnxGenerator:
         top_p: float = 1.0,
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
-        chunk: int = 256,
+        chunk: int | None = None,
     ) -> Iterator[list[int | None]]:
         """Yield the next token of every row, step by step; None for rows that have ended.
 
         temperature 0 is greedy; else tokens are drawn from the top_k (0: all) most likely within the mass top_p. The prompt is
-        fed `chunk` tokens at a time (of several rows in flavour gqa, whole). eos_token_id: the model's own by default; -1: none.
+        fed `chunk` tokens at a time, 256 or on CUDA 4,096 (of several rows in flavour gqa or on CUDA, whole). eos_token_id: the
+        model's own by default; -1: none.
         """
         if self.embeds:
             raise ExportError(f"{self.path.name} takes embeddings; embed tokens and pictures with the model and call step()")
         ids, mask = self._pad(prompts, max_new_tokens)
+        chunk = chunk if chunk is not None else 4096 if self.tiled else 256
         stop = self.manifest["eos_token_id"] if eos_token_id is None else eos_token_id
         ends = {stop} if isinstance(stop, int) else set(stop or ())
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or chunk < 1:

@@ -44,11 +44,7 @@ def open_session(
             f"pip install 'onnxruntime>={oldest}'"
         )
     names = [p if isinstance(p, str) else p[0] for p in providers]
-    if manifest["flavour"] == "custom" and library is None:
-        raise ExportError(
-            f"{path} has nodes without bodies; pass library= with what `{_BUILD}` builds, or export flavour functions"
-        )
-    tiled, build = "kernels" in manifest, f"{_BUILD} {library} --cuda {path}"
+    tiled, build = "kernels" in manifest, f"{_BUILD} {library or 'ops.so'} --cuda {path}"
     if manifest["flavour"] == "custom" and names[0] != ("CUDAExecutionProvider" if tiled else "CPUExecutionProvider"):
         raise ExportError(
             f"{path.name} has nodes whose kernels run on CUDA alone, not on {names[0]}; pass providers=('CUDAExecutionProvider',), "
@@ -59,6 +55,9 @@ def open_session(
         )
     if missing := set(names) - set(onnxruntime.get_available_providers()):
         raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
+    if manifest["flavour"] == "custom" and library is None:
+        how = build if tiled else _BUILD
+        raise ExportError(f"{path} has nodes without bodies; pass library= with what `{how}` builds, or export flavour functions")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

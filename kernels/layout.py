@@ -285,11 +285,11 @@ def restore_keys(x: Tensor, slots: Tensor, s: Any, p: Params, hadamard: Any) -> 
 
 def key_rows(basis: Tensor, sigma: Tensor, widths: tuple[int, ...], kind: str) -> Tensor:
     """diag(sigma · unit) U^T, [H, 128 components, 128 channels]: the query in units of codes. unit: 2^8 times what is read as 1,
-    which is step · 2^-pos of equally spaced codes and `walk_unit` of a trellis."""
+    which is step · 2^-pos of equally spaced codes, 0 of those of 0 bits, and `walk_unit` of a trellis."""
     if kind == "trellis":
         units = [walk_unit(w) * 2.0**8 for w in widths]
     else:
-        units = [EVEN_STEP[w] * 2.0 ** (8 - q) for w, q in zip(widths, even_positions(widths), strict=True)]
+        units = [EVEN_STEP[w] * 2.0 ** (8 - q) if w else 0.0 for w, q in zip(widths, even_positions(widths), strict=True)]
     return (sigma * torch.tensor(units, device=basis.device).repeat_interleave(8)).unsqueeze(-1) * basis.mT
 
 

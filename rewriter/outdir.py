@@ -59,9 +59,9 @@ def rewrite_dir(
 ) -> Report:
     """Calibrate and rewrite the model in `model_dir` (a local folder) and leave it in `out_dir`.
 
-    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. `onnx` names
-    the flavour of a model.onnx in the folder, see `kvsink.export.onnx`; empty: none. by_layer: read the weights one layer at a
-    time; None does so when they would fill the memory.
+    With `force` an existing out_dir is replaced, at the very end. With `dry_run` nothing is written. `onnx` names the flavour of
+    a model.onnx in the folder, with its dtype behind a colon where it is not float32, see `kvsink.export.onnx`; empty: none.
+    by_layer: read the weights one layer at a time; None does so when they would fill the memory.
     """
     options = options or RewriteOptions()
     options = replace(options, method=options.method or DEFAULT)
@@ -141,7 +141,8 @@ def rewrite_dir(
     report.model = str(model_dir)
     report.notes += notes
     if onnx:
-        check_expressible(model, runtime_of(model), anywhere=True, flavour=onnx)
+        flavour, _, dtype = onnx.partition(":")
+        check_expressible(model, runtime_of(model), anywhere=True, flavour=flavour, lean=dtype == "float16")
     if dry_run:
         return report
     with building(target, force) as build:
@@ -226,7 +227,8 @@ def _export(build: Path, flavour: str, progress: Progress | None) -> None:
 
     if progress is not None:
         progress("export", 0, 1)
-    onnx(build, build / "model.onnx", flavour)
+    name, _, dtype = flavour.partition(":")
+    onnx(build, build / "model.onnx", name, dtype=dtype or "float32")
     if progress is not None:
         progress("export", 1, 1)
 

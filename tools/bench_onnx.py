@@ -6,8 +6,9 @@ case in turn. What runs on a GPU runs in another process, so that a case that br
 
 Formula    difference = max |logits - logits'| / max |logits'| over a prompt of 96 tokens and 8 single ones, each side with its own
            cache; bytes: codes that differ between the providers. Verdict "ok": difference to the CPU at most 2 % in float16 (0.1 %
-           in float32), or to torch at most 1.5 times the CPU's own (codes that tie part two caches of 4 bits in float16 further
-           than that), and no node but those that handle shapes on the CPU
+           in float32), or to torch at most 1.5 times the CPU's own, or that of torch in float16 for what runs on CUDA alone
+           (codes that tie part two caches of 4 bits in float16 further than that), and no node but those that handle shapes
+           on the CPU
 Shapes     one sequence; the cache stays on the device
 Differs    random weights where no folder is given: what is right is then asked of two layers of a quarter of the width, and times
            are those of the shape; a folder, or a shape as small as that, is exported once
@@ -51,6 +52,7 @@ _SAID = (
     "off_cpu",
     "off_torch",
     "cpu_off_torch",
+    "half_off_torch",
     "top1_torch",
     "bytes_off_cpu",
     "cpu_share",
@@ -256,23 +258,29 @@ class _Source:
         row = {"export_s": round(time.perf_counter() - begun, 1), "checked": manifest["check"]}
         ids, strict = self.text(positions), flavour == "gqa"
         logits = {"cpu": self._logits(ids, strict, strict)}
+        if "kernels" in manifest and torch.cuda.is_available():  # codes part where float16 rounds otherwise: how far, torch shows
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.half()
+            logits["half"] = self._logits(ids.cuda(), False, False, self.model.cuda())
+            self.model.cpu()
         return row, logits | {"cuda": self._logits(ids, False, strict) if strict and bits < 16 else logits["cpu"]}
 
-    def _logits(self, ids: Tensor, strict_prompt: bool, strict: bool) -> Any:
+    def _logits(self, ids: Tensor, strict_prompt: bool, strict: bool, model: Any = None) -> Any:
         """strict: new rows are read from their codes, those of the prompt or of later steps."""
         from kvsink import KVSinkCache
 
+        model = self.model if model is None else model
         found: list[Tensor] = []
-        cache, then = (KVSinkCache.for_model(self.model, 1, SHORT + SINGLE, strict=s) for s in (strict_prompt, strict))
+        cache, then = (KVSinkCache.for_model(model, 1, SHORT + SINGLE, strict=s) for s in (strict_prompt, strict))
         with torch.no_grad():
             for a, b in pieces():
-                found.append(self.model(input_ids=ids[:, a:b], **given_cache(self.model, cache), use_cache=True).logits)
+                found.append(model(input_ids=ids[:, a:b], **given_cache(model, cache), use_cache=True).logits)
                 if a == 0:
                     for one, other in zip(cache.packed_layers(), then.packed_layers(), strict=True):
                         for held, x in zip(other.state(), one.state(), strict=True):
                             held.copy_(x)
                     cache = then if then.packed_layers() else cache
-        return torch.cat(found, dim=1).float().numpy()
+        return torch.cat(found, dim=1).float().cpu().numpy()
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------------

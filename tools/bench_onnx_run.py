@@ -26,12 +26,9 @@ def _providers(provider: str) -> list[str | tuple[str, dict[str, str]]]:
 
 
 def _runner(path: str, provider: str, threads: int, **options: Any) -> OnnxGenerator:
-    manifest = json.loads(Path(path + ".json").read_text())
-    if manifest["flavour"] == "custom":
-        from kvsink.tools.build_ort_ops import build
+    from kvsink.tools.build_ort_ops import runner_for
 
-        options["library"] = build(cuda=[path] if "kernels" in manifest else [])
-    return OnnxGenerator(path, _providers(provider), threads=threads, **options)
+    return runner_for(path, provider, threads, **options)
 
 
 def starts(provider: str) -> dict[str, Any]:
@@ -71,7 +68,10 @@ def numbers(path: str, provider: str, kind: str, ids: Any, torch_logits: Any, th
     on_cpu, row["cpu_share"], row["slowest"] = _profiled(path, provider, ids, threads)
     row["on_cpu"] = on_cpu if provider == "cuda" else "all"
     computing = [op for op in on_cpu if op not in _SHAPES] if provider == "cuda" else []
-    wrong = row.get("off_cpu", row["off_torch"]) > _LIMIT[kind] and row["off_torch"] > 1.5 * row.get("cpu_off_torch", 0.0)
+    if "half" in torch_logits:
+        row["half_off_torch"] = _off(torch_logits["half"], torch_logits["cpu"])
+    others = max(row.get("cpu_off_torch", 0.0), row.get("half_off_torch", 0.0))
+    wrong = row.get("off_cpu", row["off_torch"]) > _LIMIT[kind] and row["off_torch"] > 1.5 * others
     row["verdict"] = "logits differ" if wrong else f"on the CPU: {' '.join(computing)}" if computing else "ok"
     return row
 

@@ -29,7 +29,9 @@ from typing import Any
 import torch
 
 from kvsink.errors import KvsinkError
+from kvsink.export import OnnxGenerator
 from kvsink.export.manifest import manifest_path, read_manifest
+from kvsink.export.session import Provider
 from kvsink.kernels.base import cache_folder
 from kvsink.kernels.cpu.c_library import EXACT, FOLDER, LOOSE, machine
 from kvsink.kernels.cuda import launch, module, variants
@@ -37,7 +39,7 @@ from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.levels import even_levels, even_thresholds, lloyd_max, thresholds
 from kvsink.kernels.trellis import TRELLIS_WIDTHS, subsets, trellis_levels
 
-__all__ = ["build", "compiler", "main"]
+__all__ = ["build", "compiler", "main", "runner_for"]
 
 SOURCES = Path(__file__).parent / "ort_ops"
 SEGMENTS = 4  # of exact rows, as prompt.cu has them
@@ -131,7 +133,8 @@ def _sources(models: Sequence[Path], capabilities: Sequence[str]) -> list[tuple[
         if not kernels:
             raise KvsinkError(f'{manifest_path(path)} names no kernels for CUDA; export flavour custom with dtype="float16"')
         for name, fields in kernels.items():
-            asked[name] = variants.Variant(**{n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()})
+            given: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()}
+            asked[name] = variants.Variant(**given)
     if not asked:
         return []
     if capabilities:
@@ -236,6 +239,22 @@ def _compiled(by: str, found: Sequence[tuple[str, variants.Card, variants.Varian
     listing.write_text(_assembly(places), encoding="utf-8")
     _run([by, "-x", "assembler", "-c", "-o", str(made), str(listing)], listing)
     return str(made)
+
+
+def runner_for(path: str | Path, device: str = "auto", threads: int = 0, **options: Any) -> OnnxGenerator:
+    """The runner of an exported model, with the library that it needs built where there is none.
+
+    device: cpu, cuda, or auto, which is cuda for a model whose nodes run there alone; such a model's steps are CUDA graphs.
+    """
+    manifest = read_manifest(Path(path))
+    tiled = "kernels" in manifest
+    on_cuda = device == "cuda" or (device == "auto" and tiled)
+    cuda = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if tiled else {})
+    providers: list[Provider] = [("CUDAExecutionProvider", cuda)] if on_cuda else []
+    library = None  # without a GPU the session says what is missing
+    if manifest["flavour"] == "custom" and (not tiled or torch.cuda.is_available()):
+        library = build(cuda=[path] if tiled else [])
+    return OnnxGenerator(path, [*providers, "CPUExecutionProvider"], threads, library, **options)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -294,14 +294,13 @@ def _onnx(
     """Perplexity of an exported model; its tokenizer is beside it."""
     from kvsink.errors import UnsupportedError
     from kvsink.evaluate import evaluation
-    from kvsink.export import OnnxGenerator
     from kvsink.export.evaluation import evaluate_onnx
     from kvsink.folder.loading import load_tokenizer
+    from kvsink.tools.build_ort_ops import runner_for
 
     if device not in ("auto", "cpu", "cuda"):
         raise UnsupportedError(f"device {device!r} is not one of auto, cpu, cuda for an ONNX model")
-    providers = ("CUDAExecutionProvider", "CPUExecutionProvider") if device == "cuda" else ("CPUExecutionProvider",)
-    runner = OnnxGenerator(model, providers=providers)
+    runner = runner_for(model, device)
     ids = evaluation.token_windows(text[0], load_tokenizer(Path(model).parent), windows, window_tokens)
     with _bars() as bar:
         result = evaluate_onnx(runner, ids, chunk, batch, text[1], bar("perplexity"))

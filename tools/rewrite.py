@@ -51,7 +51,12 @@ from kvsink.tools.cli import command_line, wide_console
     help="Pack sliding-window layers too, or leave them in 16 bit. [default: pack where a model has no others]",
 )
 @click.option("--onnx", is_flag=True, help="Also export OUT_DIR/model.onnx, checked in onnxruntime.")
-@click.option("--onnx-flavour", "flavour", metavar="NAME", help="functions, custom or gqa; implies --onnx. [default: functions]")
+@click.option(
+    "--onnx-flavour",
+    "flavour",
+    metavar="NAME",
+    help="functions, custom or gqa, with :float16 behind it for CUDA; implies --onnx. [default: functions]",
+)
 @click.option("--device", default="auto", show_default=True, help="Where to calibrate: auto, cpu, cuda ...")
 @click.option(
     "--by-layer/--whole",
@@ -104,9 +109,10 @@ def command(
         from kvsink.errors import UnknownName
         from kvsink.export.flavours import FLAVOURS
 
-        if flavour not in FLAVOURS:
+        if flavour.partition(":")[0] not in FLAVOURS:
             raise UnknownName("flavour", flavour, FLAVOURS)
-    named = method or ("static" if flavour == "gqa" else DEFAULT)
+    grouped = "static:rotated" if flavour == "gqa:float16" else "static" if flavour == "gqa" else None
+    named = method or grouped or DEFAULT
     if eval_windows is None:
         eval_windows = 0 if options["calibration"] == "none" else 4
     options["method"] = f"{named}:{levels}" if levels else named

@@ -24,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 DIMS = (64, 80, 96, 128, 256)  # channels of a head
 EXACT, WINDOW = 64, 512  # rows of the segments, recent rows
 SEGMENTS = 4  # of exact rows that a step sees to
-WIDTHS = (1, 2, 3, 4, 5, 6, 8)  # bits of a code but for those of a trellis
+WIDTHS = {"trellis": TRELLIS_WIDTHS, "lloyd-even": (1, 2, 3, 4, 5, 6), "uniform": (1, 2, 3, 4, 5, 6, 8)}  # bits of a code
 TESTED = ((9, 0),)  # compute capabilities on which the tests have run
 WALKED = ((9, 0),)  # the same of codes of a trellis
 
@@ -94,9 +94,10 @@ def _unread(f: LayerFormat, dim: int) -> str:
     if v.transform == "klt" or v.heads_per_group > 1 or (v.transform == "hadamard" and not v.folded and v.order != dim):
         return f"values transformed by {v.transform} across heads or by statistics"
     for name, side in (("keys", k), ("values", v)):
-        widths = TRELLIS_WIDTHS if side.kind == "trellis" else WIDTHS
-        if not set(side.widths) <= set(widths) or (8 in side.widths and side.kind != "uniform"):
-            return f"{name} of {min(side.widths)} to {max(side.widths)} bits, outside 1 to 6 and 8"
+        if not set(side.widths) <= set(WIDTHS[side.kind]):
+            few, most = min(side.widths), max(side.widths)
+            found, known = f"{few}" if few == most else f"{few} to {most}", "1 to 6 and 8" if 8 in WIDTHS[side.kind] else "1 to 6"
+            return f"{side.kind} {name} of {found} bits, not of {known}"
         if layout.tile_bytes(side.widths, side.kind) - (side.kind == "trellis") > 1.2 * sum(side.widths):
             return f"{name} of {sum(side.widths) / len(side.widths):g} bits in {dim} channels do not fill whole words"
     return ""

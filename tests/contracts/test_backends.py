@@ -37,6 +37,7 @@ RECIPES: tuple[tuple[str, str, float, float, dict[str, Any]], ...] = (
     ("klt:best 2/4 strict", "klt:best", 2, 4, {"strict": True}),
     ("klt:best 2/4 before RoPE", "klt:best", 2, 4, {"block": 1}),
     ("klt:codebooks 2/2", "klt:codebooks", 2, 2, {}),
+    ("klt:even 1/1", "klt:even", 1, 1, {}),
     ("klt:even 2/2", "klt:even", 2, 2, {}),
     ("klt:even 2/4", "klt:even", 2, 4, {}),
     ("klt:even 4/4", "klt:even", 4, 4, {}),

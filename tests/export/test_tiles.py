@@ -107,17 +107,17 @@ def test_files_and_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert manifest["check"]["packed_bytes"] > 1000 and manifest["dtype"] == "float16" and not manifest["padding"]
     keys = next(e for e in manifest["inputs"] if e["name"] == "past_key_values.0.key")
     assert keys["shape"] == ["batch", 2, "slots", 17] and keys["dtype"] == "uint8"
-    with pytest.raises(ExportError, match="pass library= with what"):
-        OnnxGenerator(path, providers=("CUDAExecutionProvider",))
     with pytest.raises(ExportError, match="kernels run on CUDA alone, not on CPUExecutionProvider; pass providers="):
         OnnxGenerator(path, library="ops.so")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         with pytest.raises(ExportError, match="onnxruntime has no CUDAExecutionProvider here"):
-            OnnxGenerator(path, providers=("CUDAExecutionProvider",), library="ops.so")
+            build_ort_ops.runner_for(path)
     if build_ort_ops.compiler() is None:
         pytest.skip("no C++ compiler")
     plain = build_ort_ops.build()
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(ExportError, match=rf"pass library= with what `python -m .*build_ort_ops ops.so --cuda {path}` builds"):
+        OnnxGenerator(path, providers=("CUDAExecutionProvider",))
     with pytest.raises(ExportError, match=rf"no kernels for the layers of model.onnx; build .* --cuda {path}"):
         OnnxGenerator(path, providers=("CUDAExecutionProvider",), library=plain)
 
@@ -134,8 +134,8 @@ def test_a_library_names_the_machine_code_it_was_built_with(tmp_path: Path) -> N
     loaded = ctypes.CDLL(str(library))
     loaded.kvsink_kernels.restype = ctypes.c_char_p
     assert loaded.kvsink_kernels().decode().split() == ["prompt", *manifest["kernels"]]
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(str(library))  # its operators for CUDA trouble nobody where there is no such provider
+    onnx(rewritten("llama"), path, "custom")  # its operators for CUDA trouble nobody where there is no such provider
+    assert len(OnnxGenerator(path, library=library).generate([[5, 6, 7]], 3, eos_token_id=-1)[0]) == 3
 
 
 def test_what_a_library_cannot_be_built_for_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,8 +67,12 @@ def test_cases() -> None:
 
 
 def test_what_cannot_start_is_one_line(capsys) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime has CUDA here")
     assert main(["onnx", "--cases", "custom:klt:2"]) == 2
-    assert "pass --provider cpu" in capsys.readouterr().err
+    assert "CUDAExecutionProvider does not start" in capsys.readouterr().err
 
 
 def test_rows_of_numbers_then_of_times(tmp_path: Path, capsys) -> None:

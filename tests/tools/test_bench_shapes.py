@@ -69,6 +69,54 @@ def test_a_shape_is_read_from_a_config(tmp_path: Path) -> None:
     }
 
 
+LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+
+
+def test_a_share_of_no_channels_is_read_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    for entries in ({"partial_rotary_factor": 0.0}, {"rope_parameters": {"partial_rotary_factor": 0.0}}):
+        path.write_text(json.dumps(LLAMA | entries))
+        assert shapes_of(str(path))["mine"].rotary == 0.0
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"num_attention_heads": 0}, "0 query heads cannot share 2 key-value heads"),
+        ({"num_attention_heads": 0, "head_dim": None, "hidden_size": 64}, "0 query heads cannot share 2 key-value heads"),
+        ({"num_key_value_heads": 3}, "8 query heads cannot share 3 key-value heads"),
+        ({"num_key_value_heads": -2}, "8 query heads cannot share -2 key-value heads"),
+        ({"num_key_value_heads": 0}, "8 query heads cannot share 0 key-value heads"),
+        ({"head_dim": 0}, "heads of 0 channels"),
+        ({"partial_rotary_factor": 3}, "partial_rotary_factor 3 is no share of a head's channels"),
+        ({"rope_parameters": {"partial_rotary_factor": -0.5}}, "partial_rotary_factor -0.5 is no share of a head's channels"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank: what it keeps of a token is compressed, for all heads at once"),
+        ({"num_attention_heads": float("inf")}, "cannot convert float infinity to integer"),
+    ],
+)
+def test_a_config_that_describes_no_such_attention_is_one_line(
+    entries: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(LLAMA | entries))
+    assert main(["shapes", "--models", f"llama-3-8b,{path}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} gives no attention shape ({said})" in error and error.count("\n") == 1
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / folder / "mine.json" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(LLAMA))
+    assert list(shapes_of(f"{paths[0]},{paths[0]},llama-3-8b,llama-3-8b")) == ["mine", "llama-3-8b"]
+    (tmp_path / "llama-3-8b.json").write_text(json.dumps(LLAMA))
+    for models, name in ((",".join(map(str, paths)), "mine"), (f"llama-3-8b,{tmp_path / 'llama-3-8b.json'}", "llama-3-8b")):
+        assert main(["shapes", "--models", models]) == 2
+        error = capsys.readouterr().err
+        assert f"would both be called '{name}'; rename one" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_layer_turns_as_many_channels_as_its_model(share: float) -> None:
     shape = Shape(512, 64, 2, 5e5, hidden=64, heads=4, head_dim=64, rotary=share)

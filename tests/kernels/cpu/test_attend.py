@@ -30,6 +30,7 @@ OPTIONS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("rtn", (("key_bits", 2), ("value_bits", 4), ("window", 4))),
     ("klt:codebooks", (("key_bits", 1), ("value_bits", 2))),
     ("klt:even", (("key_bits", 2.25), ("value_bits", 2))),
+    ("klt:even", (("key_bits", 0.5), ("value_bits", 1))),  # a run of 0 bits
     ("centred:even", (("key_bits", 2), ("value_bits", 3))),
     ("klt:codebooks", (("key_bits", 1.25), ("value_bits", 1), ("windows", 18))),
     *((("klt"), (("key_bits", key), ("value_bits", value))) for key, value in ((2, 2), (1.5, 4), (3.5, 3))),

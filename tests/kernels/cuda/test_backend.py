@@ -138,3 +138,34 @@ def test_how_a_block_works_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
             variants.card_of.__wrapped__(GPU)
     with pytest.raises(module.NativeError, match="bytes of shared memory, more than"):
         variant.shape(variants.Card(shape=variants.Shape(16, 2, 4, 2)))
+
+
+def test_a_smaller_card_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    for asked, arch in (
+        ("", "sm_90a"),
+        ("90", "sm_90a"),
+        ("sm_90a", "sm_90a"),
+        ("compute_80", "compute_80"),
+        ("sm_89", "compute_89"),
+    ):
+        monkeypatch.setenv("KVSINK_CUDA_TARGET", asked)
+        assert variants.card_of.__wrapped__(GPU).arch == arch
+    for wrong, said in (
+        ("abc", "write a target"),
+        ("8.0", "write a target"),
+        ("compute_", "write a target"),
+        ("75", "write compute_80"),
+    ):
+        monkeypatch.setenv("KVSINK_CUDA_TARGET", wrong)
+        with pytest.raises(module.NativeError, match=f"^KVSINK_CUDA_TARGET={wrong}: .*{said}[^\n]*$"):
+            variants.card_of.__wrapped__(GPU)
+    monkeypatch.delenv("KVSINK_CUDA_TARGET")
+    for asked, shared in (("", 232448), ("101376", 101376), ("1", 1), ("232448", 232448)):
+        monkeypatch.setenv("KVSINK_CUDA_SHARED", asked)
+        assert variants.card_of.__wrapped__(GPU).shared == shared
+    for wrong in ("abc", "-5", "0", "99 KB", "1e5", "232449"):
+        monkeypatch.setenv("KVSINK_CUDA_SHARED", wrong)
+        with pytest.raises(module.NativeError, match=f"^KVSINK_CUDA_SHARED={wrong}: write bytes of shared memory from 1 to 232448"):
+            variants.card_of.__wrapped__(GPU)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from kvsink.kernels.cuda import module, variants
+from kvsink.codecs import Codec
+from kvsink.kernels.backends import Device, LayerFormat, Shape
+from kvsink.kernels.cuda import backend, launch, module, variants
 from kvsink.kernels.cuda.rows_of_bytes import CodesVariant
+from kvsink.methods import get_method
 
 CARDS = {
     "8.0": variants.Card(80, 166912),
@@ -31,6 +36,14 @@ CELLS = [
     for repeats in (1, 4, 8)
     if not (mode == 0 and dim != 128)
 ]
+CELLS += [
+    *((1, 3, 128, 4), (2, 3, 256, 8), (TRELLIS, 3, 96, 4)),
+    *((1, 2, 128, 5), (2, 2, 64, 5), (TRELLIS, 4, 128, 5)),
+    *((1, 4, 128, 16), (2, 2, 128, 16), (TRELLIS, 2, 256, 16)),
+]
+METHODS = ("rtn", "centred:even", "klt:even", "klt")
+"""By mode, whose codes are such; all runs of 8 channels have as many bits here."""
+KERNELS = {"attend_packed", "attend_single", "append_rows", "append_row", "decode_rows"}
 SAMPLE = {(1, 2, 128, 4), (2, 2, 128, 8), (1, 4, 256, 8), (TRELLIS, 2, 128, 4)}  # on 9.0, and of them on other cards
 ELSEWHERE = {("8.0", (TRELLIS, 2, 128, 4)), ("8.9", (1, 2, 128, 4)), ("12.0", (2, 2, 128, 8))}
 
@@ -44,18 +57,46 @@ def _cells() -> list[object]:
     return out
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def _format(mode: int, bits: int, dim: int) -> LayerFormat:
+    """How a layer of a cell is stored, of eight key-value heads."""
+    sides = []
+    for which in ("key", "value"):
+        side = get_method(METHODS[mode]).side(which, bits).resolved(8, dim)
+        sides.append(replace(side, widths=(bits,) * (dim // 8), folded=which == "value" and side.transform == "hadamard"))
+    return Codec(*sides).format.in_tiles()
+
+
+def _declined(card: str, mode: int, bits: int, dim: int, repeats: int) -> str:
+    """What a user of the card reads in place of the kernels of a cell."""
+    device = Device("cuda", (int(card[:-2]), int(card[-1])), shared=CARDS[card].shared)
+    return backend.declines(_format(mode, bits, dim), Shape(8 * repeats, 8, dim, dim, dim, torch.float16), device)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_declines_the_cells_that_its_blocks_do_not_hold_and_no_other(card: str) -> None:
+    found = {cell: reason for cell in CELLS if (reason := _declined(card, *cell))}
+    assert set(found) == ({(1, 8, 256, repeats) for repeats in (1, 4, 8)} if card in ("8.6", "8.9", "12.0") else set())
+    for cell, reason in found.items():
+        least = 120032 if cell[3] == 1 else 132512
+        assert reason == f"{least} bytes of shared memory, more than the 101376 that a block can have"
+
+
 @pytest.mark.parametrize(("card", "mode", "bits", "dim", "repeats"), _cells())
-def test_every_cell_compiles_within_its_card(card: str, mode: int, bits: int, dim: int, repeats: int, tmp_path: Path) -> None:
-    made, widths = CARDS[card], (bits,) * (dim // 8)
-    walks = mode == TRELLIS
-    variant = variants.Variant(min(mode, 2), widths, widths, repeats, dim, key_trellis=walks, value_trellis=walks)
-    try:
-        shape = variant.shape(made)
-    except module.NativeError as error:
-        assert "bytes of shared memory" in str(error)  # said before anything is compiled
-        return
-    assert variant.shared_bytes(shape) <= made.shared
+def test_every_cell_compiles_within_its_card(
+    card: str, mode: int, bits: int, dim: int, repeats: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := _declined(card, mode, bits, dim, repeats):
+        pytest.skip(reason)
+    made, variant = CARDS[card], launch.variant_of(_format(mode, bits, dim), repeats)
+    assert variant.key_trellis == variant.value_trellis == (mode == TRELLIS) and variant.mode == min(mode, 2)
+    assert variant.shared_bytes(variant.shape(made)) <= made.shared
+    if shutil.which("nvcc") is None:
+        if module._nvrtc() is None:
+            pytest.skip("neither nvcc nor NVRTC is installed")
+        monkeypatch.setenv("KVSINK_CACHE", str(tmp_path))
+        image = module.compile_cubin(variant.source(made), made.arch)
+        assert image[:4] == b"\x7fELF" and all(name.encode() in image for name in KERNELS)
+        return  # NVRTC does not tell of registers
     unit, out = tmp_path / "unit.cu", tmp_path / "unit.cubin"
     unit.write_text(variant.source(made))
     arch = f"-gencode=arch=compute_{made.arch[3:]},code={made.arch}"
@@ -74,7 +115,7 @@ def test_every_cell_compiles_within_its_card(card: str, mode: int, bits: int, di
             spills[name] = max(int(found[1]), spills.get(name, 0))
         elif found := re.search(r"Used (\d+) registers", line):
             registers[name] = int(found[1])
-    assert {"attend_packed", "attend_single", "append_rows", "append_row", "decode_rows"} <= set(registers)
+    assert set(registers) >= KERNELS
     assert max(registers.values()) <= 255
     # Kernels of one row may spill a little. Where registers move between warps (9.0 and 10.0) the service warps, which have few and
     # wait most of the time, spill theirs.

@@ -178,13 +178,27 @@ def test_refusals_name_the_reason() -> None:
     assert "more than 32 each" in refusal(codec, 64, 1)
     assert "24 of 128 channels" in refusal(codec, rotary=24)
     wide = replace(codec, value=replace(codec.value, bits=7, widths=(7,) * 16))
-    assert "outside 1 to 6" in refusal(wide)
+    assert refusal(wide) == "uniform values of 7 bits, not of 1 to 6 and 8"
+    for widths, found in (((8,) * 16, "8"), ((3, 2, *(1,) * 12, 0, 0), "0 to 3"), ((7, *(4,) * 15), "4 to 7")):
+        keys = replace(codec, key=replace(codec.key, bits=float(sum(widths)) / 16, widths=widths))
+        assert refusal(keys) == f"lloyd-even keys of {found} bits, not of 1 to 6"
     odd = replace(codec, key=replace(codec.key, bits=1.0625, widths=(2, *(1,) * 15)))
     assert refusal(odd) == "keys of 1.0625 bits in 128 channels do not fill whole words"
     assert refusal(replace(codec, window=513)) == "a window of 513 recent rows, more than 512"
     assert refusal(replace(codec, segments=(65,))) == "65 exact rows, more than 64"
     in_rows = replace(codec, tiles=False).format
     assert backend.declines(in_rows, Shape(8, 2, 128, 128, 128, torch.float16), None) == "codes in rows of bytes"
+
+
+def test_codes_of_one_width_are_refused_where_they_do_not_fill_words() -> None:
+    refused = set()
+    for dim in backend.DIMS:
+        for bits in (1, 2, 3, 4, 5, 6, 8):
+            sides = [get_method("centred:even").side(name, bits).resolved(KV_HEADS, dim) for name in ("key", "value")]
+            if reason := refusal(Codec(*sides), dim=dim, rotary=dim):
+                assert reason == f"keys of {bits} bits in {dim} channels do not fill whole words"
+                refused.add((dim, bits))
+    assert refused == {(64, 3), (80, 1), (96, 1), *((dim, 6) for dim in backend.DIMS)}
 
 
 @pytest.mark.parametrize(

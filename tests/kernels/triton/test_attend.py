@@ -48,6 +48,7 @@ OPTIONS: tuple[tuple[Any, tuple[tuple[str, Any], ...]], ...] = (
     ("klt", ()),
     ("klt", (("key_bits", 3.5), ("value_bits", 3), ("window", 5), ("protect", "first:2"))),
     ("klt-dense", (("key_bits", 1.5), ("value_bits", 4))),
+    ("klt:even", (("key_bits", 0.5), ("value_bits", 1))),  # a run of 0 bits
 )
 SLOW = {
     *(("klt:best", bits) for bits in (1.5, 3, 5)),

@@ -200,7 +200,7 @@ def served_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, i
             asked.append((name, call.k.shape[2]))
             return held.run(call)  # type: ignore[union-attr]
 
-        return held and backends.Part(lambda f, s, d: declines(f, s, GPU), run)
+        return held and backends.Part(lambda f, s, d: declines(f, s, GPU), run, held.knows)
 
     def served(b: backends.Backend) -> backends.Backend:
         if b.name != "triton":

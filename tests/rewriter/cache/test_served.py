@@ -9,10 +9,12 @@ import torch
 
 import kvsink
 from kvsink.cache import served
+from kvsink.cache.cache import KVSinkCache
 from kvsink.kernels.backends import Device, table
 from kvsink.model.runtime import runtime_of
-from tests.kernels.cuda.test_tiles import model_of
-from tests.models import build
+from tests.close import FUSED_FLOAT32, largest_difference
+from tests.kernels.cuda.test_tiles import model_of, rewritten
+from tests.models import build, tokens
 
 IDS = torch.randint(3, 97, (4, 64), generator=torch.Generator().manual_seed(1))
 HERE = torch.device("cpu")
@@ -55,3 +57,22 @@ def test_keys_whose_basis_float16_does_not_hold_are_left_to_others(monkeypatch: 
     monkeypatch.setattr(runtime, "tables", {**runtime.tables, "layers.1.k_sigma": torch.full_like(sigma, 2000.0)})
     monkeypatch.setattr(runtime, "_beyond_half", {})
     assert served.in_tiles(runtime, 0) == "" and "float16" in served.in_tiles(runtime, 1)
+
+
+@pytest.mark.parametrize("bits", [1, 1.25])
+def test_keys_with_runs_of_no_bits_are_left_to_others(bits: float) -> None:
+    logits = []
+    for attention in ("sdpa", "eager"):  # "eager" attends to decoded rows
+        model = rewritten("klt:even", 4, key_bits=bits, value_bits=1)
+        model.set_attn_implementation(attention)
+        held = KVSinkCache.for_model(model, 2, 64)
+        with torch.no_grad():
+            logits.append([model(tokens(2, n, seed=n), past_key_values=held).logits for n in (20, 1, 1)])
+    assert largest_difference(*logits) <= FUSED_FLOAT32 * float(logits[1][0].abs().max())
+    runtime = runtime_of(model)
+    assert 0 in held.packed_layers()[0].codec.key.widths
+    assert served.in_tiles(runtime, 0) == "lloyd-even keys of 0 to 3 bits, not of 1 to 6"
+    (line,) = served.served_lines(runtime, torch.float32, HERE)
+    assert line == "layers 0 to 1 on cpu: rows coded by cpu (C), attention by cpu (C)"
+    found = served.served(runtime, torch.float16, Device("cuda", (9, 0), "a GPU", True))
+    assert {choice.name for pair in found.values() for choice in pair} == {"triton"}
