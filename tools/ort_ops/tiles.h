@@ -76,9 +76,7 @@ struct Kernels {
     const bool alone = a.B == 1 && a.share == a.tiles && a.E <= kFew && shared_single;
     if (turned && !alone) {
       const size_t bytes = size_t(a.B) * heads * a.tiles * turned;
-      if (place.turned_bytes < bytes) {  // a longer cache than any before; what is in flight may read the old one
-        g_driver("cuStreamSynchronize", stream);
-        if (place.turned) g_driver("cuMemFree_v2", place.turned);
+      if (place.turned_bytes < bytes) {  // a longer cache than any before; a captured graph of one before keeps what it was given
         g_driver("cuMemAlloc_v2", &place.turned, bytes);
         place.turned_bytes = bytes;
       }
