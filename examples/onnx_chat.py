@@ -1,8 +1,8 @@
 """Answers of an exported model as they come: `python examples/onnx_chat.py out/model.onnx "What is a sink?" ["another" ...]`.
 
 Write the model first: `kvsink-rewrite demo:smollm2 out/ --onnx`. Questions are put in the model's own chat template and answered
-together, each until the model ends it. `--cuda` runs on an NVIDIA GPU (`pip install onnxruntime-gpu`), for which `--onnx-flavour
-custom:float16` writes.
+together where the graph pads them, each until the model ends it. `--cuda` runs on an NVIDIA GPU (`pip install onnxruntime-gpu`),
+for which `--onnx-flavour custom:float16` writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def pieces(tokenizer: Any, steps: Iterator[list[int | None]]) -> Iterator[tuple[
                     said[row] = text
 
 
-def main(path: str, *questions: str, new_tokens: int = 200, device: str = "cpu") -> None:
+def main(path: str, *questions: str, new_tokens: int = 200, device: str = "auto") -> None:
     """Print one answer as it comes; several one below the other, when all have ended; and what their cache takes."""
     tokenizer = AutoTokenizer.from_pretrained(Path(path).parent)
     if tokenizer.chat_template is None:
@@ -42,11 +42,14 @@ def main(path: str, *questions: str, new_tokens: int = 200, device: str = "cpu")
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    together = len({len(p) for p in prompts}) == 1 or runner.manifest["padding"]  # else one after the other
     answers = [""] * len(questions)
-    for row, piece in pieces(tokenizer, runner.stream(prompts, new_tokens)):
-        answers[row] += piece
-        if len(questions) == 1:
-            print(piece, end="", flush=True)
+    for first in range(0, len(prompts), len(prompts) if together else 1):
+        group = prompts if together else prompts[first : first + 1]
+        for row, piece in pieces(tokenizer, runner.stream(group, new_tokens)):
+            answers[first + row] += piece
+            if len(questions) == 1:
+                print(piece, end="", flush=True)
     print("\n".join(f"{question}\n  {answer}" for question, answer in zip(questions, answers, strict=True) if len(questions) > 1))
     print(f"cache: {runner.nbytes(runner.past)} bytes, {runner.bits_per_element(runner.past):.2f} bits per element")
 
@@ -55,4 +58,4 @@ if __name__ == "__main__":
     given = [a for a in sys.argv[1:] if a != "--cuda"]
     if len(given) < 2 or given[0] in ("-h", "--help"):
         sys.exit(__doc__)
-    main(*given, device="cuda" if "--cuda" in sys.argv else "cpu")
+    main(*given, device="cuda" if "--cuda" in sys.argv else "auto")

@@ -43,7 +43,7 @@ def evaluate_onnx(
     held = (math.nan, 0)
     for first in range(0, count, batch):
         rows = windows[first : first + batch]
-        past = runner.empty(len(rows))
+        past = runner.begin(len(rows), length)
         mask, positions = np.ones_like(rows), np.broadcast_to(np.arange(length), rows.shape)
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
@@ -53,6 +53,7 @@ def evaluate_onnx(
             top = scores.max(-1, keepdims=True)
             log_sum = np.log(np.exp(scores - top).sum(-1)) + top[..., 0]
             nll[first : first + batch] += (log_sum - np.take_along_axis(scores, targets[..., None], -1)[..., 0]).sum(-1)
+        runner.past = past
         if not np.isfinite(nll).all():
             raise EvaluationError(f"the model gives logits that are not finite in windows {first} to {first + len(rows) - 1}")
         if not held[1]:

@@ -24,7 +24,7 @@ class Held(dict[str, Any]):
     """Values of onnxruntime by name without prefix, which hold `tokens` tokens a row.
 
     A step writes behind them and hands on the same tensors: of two steps from one cache the later one writes over what the
-    earlier left, which is then `lost`.
+    earlier left, which is then `lost`. So is a cache in tiles itself that a step has gone on from: its exact rows are among them.
     """
 
     def __init__(self, values: Mapping[str, Any], tokens: int) -> None:
@@ -61,8 +61,8 @@ def grown(past: Mapping[str, Any], entries: Mapping[str, Any], slots: int, value
     out = {}
     for name, held in past.items():
         axis = axis_of(entries[name])
-        if axis is None:
-            out[name] = held
+        if axis is None:  # rows kept exact, into which a step may write too
+            out[name] = value(held.numpy().copy())
             continue
         shape = list(held.shape())
         array = np.zeros([*shape[:axis], slots, *shape[axis + 1 :]], dtype=dtype_of(entries[name]))

@@ -62,6 +62,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {record['format']!r} is not {FORMAT}")
         if missing := [name for name in _NEEDED if name not in record]:
             raise ValueError(f"it has no {missing[0]}")
+        kernels = record.get("kernels", {"": {}})
+        if not kernels or not isinstance(kernels, dict) or not all(isinstance(fields, dict) for fields in kernels.values()):
+            raise ValueError("its kernels are no layers by name")
     except FileNotFoundError as error:
         raise ExportError(f"{beside} is missing; copy it beside {path.name}, or export the model again") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -20,11 +20,10 @@ from kvsink.export import held as room
 from kvsink.export.errors import ExportError
 from kvsink.export.held import Held
 from kvsink.export.manifest import read_manifest
+from kvsink.export.replay import PAST, PRESENT, Steps
 from kvsink.export.session import Provider, open_session
 
 __all__ = ["OnnxGenerator"]
-
-PAST, PRESENT = "past_key_values.", "present."
 
 
 class OnnxGenerator:
@@ -54,18 +53,25 @@ class OnnxGenerator:
         self.graphs = self.tiled and any(
             isinstance(p, tuple) and str(p[1].get("enable_cuda_graph", "0")).lower() in ("1", "true") for p in providers
         )
-        self._captured = 0
+        self._steps = Steps(self)
         self.in_place = self.manifest["flavour"] != "gqa" or not self.manifest.get("padding", True)
         self.past = Held({}, 0)  # the cache of the last text
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 
-    def value(self, array: Any) -> Any:
-        """A numpy array as an onnxruntime value on the runner's device; on the CPU it is the array's own memory."""
+    def value(self, array: Any, device: str = "") -> Any:
+        """A numpy array as an onnxruntime value on the runner's device or another; on the CPU it is the array's own memory."""
         if not array.size:  # nothing to copy
-            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, self.device, 0)
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype.type, device or self.device, 0)
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device or self.device, 0)
+
+    def begin(self, batch: int, length: int) -> Held:
+        """An empty cache for a text of `length` tokens, with room where that costs nothing. A cache in tiles takes the tensors of
+        the last text, `past`, where they have room: that one is lost then."""
+        if not self.one_row or not self.in_place:
+            return self.empty(batch)
+        return self._steps.begin(batch, length) if self.tiled else self.empty(batch, length)
 
     def empty(self, batch: int, length: int = 0) -> Held:
         """The cache of `batch` rows that hold nothing; room for `length` tokens, and a step makes more where it needs it."""
@@ -150,7 +156,7 @@ class OnnxGenerator:
             self._check(past)
         self._check_rows(ids, mask, positions)
         if isinstance(past, Held) and past.lost:
-            raise ExportError("this cache was written over by a later step from one before it; copy() that one to go two ways")
+            raise ExportError("this cache was written over by a later step; copy() a cache from which to go two ways")
         new, total = np.shape(ids)[1], np.shape(mask)[1]
         if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
             limit = self.manifest["max_positions"]
@@ -182,7 +188,9 @@ class OnnxGenerator:
         if self.in_place and total > slots:
             past = room.grown(past, self._past, room.slots_for(total, self._multiple), self.value)
         if self.tiled and new == 1:
-            return self._one(ids, positions, past if isinstance(past, Held) else Held(past, stored), given)
+            past = past if isinstance(past, Held) else Held(past, stored)
+            logits, after = self._steps.step(ids, positions, past)
+            return logits, self._behind(past, after, given)
         binding = self.session.io_binding()
         if self.embeds:
             binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(ids, dtype=np.float32))
@@ -199,18 +207,25 @@ class OnnxGenerator:
                 binding.bind_ortvalue_output(name, past[name.removeprefix(PRESENT)])
             else:
                 binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
-        self._run(binding, "-1")
+        self.run(binding)
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
         logits = values.pop("logits").numpy()
         logits = logits.astype(np.float32) if logits.dtype == np.float16 else logits
         found = {name.removeprefix(PRESENT): value for name, value in values.items()}
         after = Held({n: past[n] if PRESENT + n in kept else value for n, value in found.items()}, total)
-        if kept and past is given and isinstance(past, Held):
-            past.leads_to(after)
-        return logits, after
+        return logits, self._behind(past, after, given) if kept else after
 
-    def _run(self, binding: Any, graph: str) -> None:
-        """Run what is bound; graph: number of the CUDA graph that it is, "-1" for none."""
+    def _behind(self, past: Mapping[str, Any], after: Held, given: Mapping[str, Any]) -> Held:
+        """`after`, which a step wrote into the tensors of `past`; these are of the cache that was given, or copies."""
+        if isinstance(past, Held):
+            after.bound = past.bound
+            if past is given:
+                past.leads_to(after)
+                past.lost = past.lost or self.tiled  # its exact rows have been written over
+        return after
+
+    def run(self, binding: Any, graph: str = "-1") -> None:
+        """Run what is bound; graph: number of the CUDA graph that it is, "-1" for none. Raises ExportError."""
         options = self._ort.RunOptions()
         if self.graphs:
             options.add_run_config_entry("gpu_graph_id", graph)
@@ -219,41 +234,6 @@ class OnnxGenerator:
         except Exception as error:
             first = str(error).strip().splitlines()[0][:200]
             raise ExportError(f"onnxruntime stopped in {self.path.name}: {first}") from error
-
-    def _one(self, ids: Any, positions: Any, past: Held, given: Mapping[str, Any]) -> tuple[Any, Held]:
-        """One new token a row of a cache in tiles: what is bound once is bound for all further steps, as a CUDA graph needs it."""
-        if fresh := past.bound is None:
-            past.bound = self._bind(past, len(ids))
-        binding, values, graph, _ = past.bound
-        for name, array in (("input_ids", ids), ("position_ids", positions)):
-            values[name].update_inplace(np.ascontiguousarray(array, dtype=np.int64))
-        if fresh and self.graphs:  # capturing runs a step several times: it codes its row anew, but may not offer it twice
-            exact = {n: value.numpy() for n, value in past.items() if ".exact_" in n}
-            self._run(binding, graph)
-            for n, array in exact.items():
-                past[n].update_inplace(array)
-        self._run(binding, graph)
-        after = Held(past, past.tokens + 1)
-        after.bound = past.bound
-        if past is given:
-            past.leads_to(after)
-        return values["logits"].numpy().astype(np.float32), after
-
-    def _bind(self, past: Held, batch: int) -> tuple[Any, ...]:
-        """The binding of a step behind `past`, the other tensors that it names, the number of its graph, and memory of one."""
-        binding, ones = self.session.io_binding(), np.ones((batch, 1), dtype=np.int64)
-        values = {name: self.value(ones) for name in ("input_ids", "position_ids")}
-        values["attention_mask"] = self._ort.OrtValue.ortvalue_from_numpy(ones, "cpu", 0)  # of a single row nobody reads its length
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        width = self.manifest["outputs"][0]["shape"][2]
-        values["logits"] = self.value(np.zeros((batch, 1, width), dtype=np.float16))
-        binding.bind_ortvalue_output("logits", values["logits"])
-        for name, value in past.items():
-            binding.bind_ortvalue_input(PAST + name, value)
-            binding.bind_ortvalue_output(PRESENT + name, value)
-        self._captured += 1
-        return binding, values, str(self._captured), ones
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -285,8 +265,7 @@ class OnnxGenerator:
             raise ExportError(f"temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}, chunk={chunk}: out of range")
         rng = np.random.default_rng(seed)
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        operator = self.one_row and self.in_place  # reads what is filled alone, so that room costs it nothing
-        past = self.past = self.empty(len(ids), ids.shape[1] + max_new_tokens if operator else 0)
+        past = self.past = self.begin(len(ids), ids.shape[1] + max_new_tokens)
         chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)

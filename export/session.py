@@ -53,18 +53,26 @@ def open_session(
             else f"{path.name} has nodes whose kernels run on the CPU alone, not on {names[0]}; leave providers out, or export "
             'dtype="float16", whose kernels run on CUDA'
         )
-    if missing := set(names) - set(onnxruntime.get_available_providers()):
+    missing = set(names) - set(onnxruntime.get_available_providers())
+    if tiled and "CUDAExecutionProvider" in missing:
+        raise ExportError(
+            f"{path.name} runs on NVIDIA GPUs alone, for which onnxruntime has no provider here; pip install onnxruntime-gpu, or "
+            "export float32"
+        )
+    if missing:
         raise ExportError(f"onnxruntime has no {min(missing)} here; install one that has, or leave providers out")
     if manifest["flavour"] == "custom" and library is None:
         how = build if tiled else _BUILD
         raise ExportError(f"{path} has nodes without bodies; pass library= with what `{how}` builds, or export flavour functions")
+    if any(not isinstance(p, str) and str(p[1].get("device_id", "0")) != "0" for p in providers):
+        raise ExportError("caches are made on the first GPU; choose another by CUDA_VISIBLE_DEVICES, and leave device_id out")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if library is not None:
         loaded = _register(options, library, threads)
-        if tiled and not set(manifest["kernels"]) <= set(loaded.kvsink_kernels().decode().split()):
+        if tiled and not set(manifest["kernels"]) <= _kernels(loaded):
             raise ExportError(f"{library} has no kernels for the layers of {path.name}; build them in with {build}")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
@@ -92,8 +100,8 @@ def load_cuda(onnxruntime: Any) -> None:
 def _register(options: Any, library: Path, threads: int) -> Any:
     """Load the operators of a library; `threads` is of the process, as its OpenMP threads are."""
     try:
-        loaded = ctypes.CDLL(str(library))
-        options.register_custom_ops_library(str(library))
+        loaded = ctypes.CDLL(str(library.resolve()))
+        options.register_custom_ops_library(str(library.resolve()))
     except Exception as error:  # onnxruntime raises kinds of its own
         raise ExportError(f"{library} cannot be loaded ({_first(error)}); build it with {_BUILD}") from error
     found = "none that it names"
@@ -103,8 +111,15 @@ def _register(options: Any, library: Path, threads: int) -> Any:
     if found != FORMAT:
         raise ExportError(f"{library} has nodes of another format ({found}, not {FORMAT}); build it again with {_BUILD}")
     loaded.kvsink_set_threads(threads)
-    loaded.kvsink_kernels.restype = ctypes.c_char_p
     return loaded
+
+
+def _kernels(loaded: Any) -> set[str]:
+    """Names of the machine code for CUDA that a library has."""
+    if not hasattr(loaded, "kvsink_kernels"):  # built before there was any
+        return set()
+    loaded.kvsink_kernels.restype = ctypes.c_char_p
+    return set(loaded.kvsink_kernels().decode().split())
 
 
 def _first(error: BaseException) -> str:

@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
-from kvsink.errors import KvsinkError
+from kvsink.errors import KvsinkError, UnknownName
 from kvsink.export import OnnxGenerator
 from kvsink.export.manifest import manifest_path, read_manifest
 from kvsink.export.session import Provider
+from kvsink.export.tiles import variant_name
 from kvsink.kernels.base import cache_folder
 from kvsink.kernels.cpu.c_library import EXACT, FOLDER, LOOSE, machine
 from kvsink.kernels.cuda import launch, module, variants
@@ -134,7 +135,15 @@ def _sources(models: Sequence[Path], capabilities: Sequence[str]) -> list[tuple[
             raise KvsinkError(f'{manifest_path(path)} names no kernels for CUDA; export flavour custom with dtype="float16"')
         for name, fields in kernels.items():
             given: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in fields.items()}
-            asked[name] = variants.Variant(**given)
+            try:
+                asked[name] = variants.Variant(**given)
+            except TypeError as error:
+                what = f"{manifest_path(path)} names layers that these kernels do not know"
+                raise KvsinkError(f"{what} ({error}); export the model again") from error
+            if variant_name(asked[name]) != name:
+                raise KvsinkError(f"{manifest_path(path)} names other layers than it describes; export the model again")
+    if capabilities and not asked:
+        raise KvsinkError("a capability is of kernels for CUDA; name a model that needs them with --cuda")
     if not asked:
         return []
     if capabilities:
@@ -244,8 +253,11 @@ def _compiled(by: str, found: Sequence[tuple[str, variants.Card, variants.Varian
 def runner_for(path: str | Path, device: str = "auto", threads: int = 0, **options: Any) -> OnnxGenerator:
     """The runner of an exported model, with the library that it needs built where there is none.
 
-    device: cpu, cuda, or auto, which is cuda for a model whose nodes run there alone; such a model's steps are CUDA graphs.
+    device: cpu, cuda, or auto, which is cuda for a model whose nodes run there alone; such a model's steps are CUDA graphs. Raises
+    KvsinkError children.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UnknownName("device", device, ("auto", "cpu", "cuda"))
     manifest = read_manifest(Path(path))
     tiled = "kernels" in manifest
     on_cuda = device == "cuda" or (device == "auto" and tiled)
@@ -270,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(build(given.out, given.cuda, given.capability))
     except (KvsinkError, module.NativeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

@@ -109,8 +109,9 @@ def command(
         from kvsink.errors import UnknownName
         from kvsink.export.flavours import FLAVOURS
 
-        if flavour.partition(":")[0] not in FLAVOURS:
-            raise UnknownName("flavour", flavour, FLAVOURS)
+        known = (*FLAVOURS, *(f"{name}:float16" for name in FLAVOURS))
+        if flavour not in known:
+            raise UnknownName("flavour", flavour, known)
     grouped = "static:rotated" if flavour == "gqa:float16" else "static" if flavour == "gqa" else None
     named = method or grouped or DEFAULT
     if eval_windows is None:

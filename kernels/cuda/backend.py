@@ -43,8 +43,8 @@ def declines(f: LayerFormat, s: Shape, d: Device | None) -> str:
         return f"head_dim is {found}, not one of {', '.join(map(str, DIMS))}"
     if s.heads > launch.REPEATS * s.kv_heads or s.heads % s.kv_heads:
         return f"{s.heads} query heads share {s.kv_heads} key-value heads: more than {launch.REPEATS} each"
-    if s.rotary % 16 or s.rotary > s.dim:
-        return f"{s.rotary} of {s.dim} channels carry RoPE"
+    if s.rotary % 16 or s.rotary > s.dim or (f.key.center and not s.rotary):
+        return f"{s.rotary or 'none'} of {s.dim} channels carry RoPE"
     if not f.key.packed or not f.value.packed:
         return "keys or values stay in 16 bit"
     if reason := _beyond_rows(f):

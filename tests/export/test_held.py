@@ -143,7 +143,7 @@ def test_of_two_steps_from_one_cache_the_later_is_left(exported: dict[str, Path]
     _, further = runner.step(*given(18, 19), one)
     runner.step(ids + 1, mask, positions, past)
     for lost in (one, further):
-        with pytest.raises(ExportError, match=r"written over by a later step from one before it; copy\(\) that one"):
+        with pytest.raises(ExportError, match=r"written over by a later step; copy\(\) a cache"):
             runner.step(*given(lost.tokens, lost.tokens + 1), lost)
     assert np.array_equal(runner.step(ids, mask, positions, aside)[0], first)
 

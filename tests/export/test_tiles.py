@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 pytest.importorskip("onnxscript", reason="needs kvsink[onnx]")
 pytest.importorskip("onnxruntime", reason="needs kvsink[onnx]")
@@ -21,9 +22,11 @@ import onnxruntime as ort
 import kvsink
 from kvsink import KVSinkCache
 from kvsink.codecs import STATE_NAMES
+from kvsink.errors import KvsinkError
 from kvsink.export import ExportError, OnnxGenerator, onnx, tiles
 from kvsink.export.bodies import DOMAIN, OPSET
 from kvsink.export.graph import _exporting, _nodes, append_functions, build_graph
+from kvsink.export.manifest import manifest_path
 from kvsink.export.session import load_cuda
 from kvsink.export.state import STATE_OF
 from kvsink.export.wide import parameters_as
@@ -56,6 +59,12 @@ def model_of(kind: str, layers: int = 1, of: Any = (LlamaConfig, LlamaForCausalL
     model = of[1](config).eval()
     text = torch.randint(0, 97, (8, 128), generator=torch.Generator().manual_seed(1))
     kvsink.rewrite(model, method, key_bits=bits, value_bits=bits, protect=protect, calibration=text)
+    return model
+
+
+def gpt2() -> Any:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=128, n_head=2, n_layer=1, vocab_size=97, n_positions=TOKENS)).eval()
+    kvsink.rewrite(model, "klt:even", key_bits=4, value_bits=4, calibration=torch.randint(0, 97, (8, 128)))
     return model
 
 
@@ -110,8 +119,10 @@ def test_files_and_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ExportError, match="kernels run on CUDA alone, not on CPUExecutionProvider; pass providers="):
         OnnxGenerator(path, library="ops.so")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        with pytest.raises(ExportError, match="onnxruntime has no CUDAExecutionProvider here"):
+        with pytest.raises(ExportError, match="runs on NVIDIA GPUs alone, .* pip install onnxruntime-gpu, or export float32"):
             build_ort_ops.runner_for(path)
+    with pytest.raises(KvsinkError, match="unknown device 'cuda:1'"):
+        build_ort_ops.runner_for(path, "cuda:1")
     if build_ort_ops.compiler() is None:
         pytest.skip("no C++ compiler")
     plain = build_ort_ops.build()
@@ -151,6 +162,19 @@ def test_what_a_library_cannot_be_built_for_is_one_line(tmp_path: Path, capsys: 
     for capability, said in (("nine", "is not a compute capability"), ("7.5", "the kernels need 8.0")):
         assert build_ort_ops.main(["--cuda", str(path), "--capability", capability]) == 2
         assert said in capsys.readouterr().err
+    assert build_ort_ops.main(["--capability", "9.0"]) == 2
+    assert "name a model that needs them with --cuda" in capsys.readouterr().err
+    record = json.loads(manifest_path(path).read_text())
+    ((name, fields),) = record["kernels"].items()
+    for kernels, said in (
+        ({"other": fields}, "names other layers than it describes"),
+        ({name: fields | {"lanes": 3}}, "names layers that these kernels do not know"),
+        ([name], "its kernels are no layers by name"),
+        ({}, "its kernels are no layers by name"),
+    ):
+        manifest_path(path).write_text(json.dumps(record | {"kernels": kernels}))
+        assert build_ort_ops.main(["--cuda", str(path), "--capability", "9.0"]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,6 +183,7 @@ def test_what_a_library_cannot_be_built_for_is_one_line(tmp_path: Path, capsys: 
         (lambda: rewritten("llama", method="klt"), "head_dim is 16"),
         (lambda: rewritten("llama", method="klt", window=16), "its window of 16 recent rows"),
         (lambda: rewritten("llama", method="cq"), "head_dim is 16"),
+        (lambda: gpt2(), "none of 64 channels carry RoPE"),
         (lambda: model_of("mean", of=(MistralConfig, MistralForCausalLM), sliding_window=64), "kind sliding attention"),
     ],
 )

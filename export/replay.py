@@ -1,0 +1,83 @@
+"""Steps of one new token a row over a cache in tiles: what is bound once stays bound, as a CUDA graph needs it.
+
+Formula    the tensors of a cache, and those of tokens, positions and logits beside them, are bound at its first step; every
+           further step writes tokens and positions into theirs and runs. With CUDA graphs the first step captures
+Differs    capturing runs a step more than once. It codes its row anew each time, but may not offer it to the exact rows twice:
+           those are put back, whatever comes of the capture
+Cost       a graph of its own for the tensors of every cache, as long as the session lives; `begin` takes those of the last text
+           again where they have room
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvsink.export.held import Held
+
+__all__ = ["PAST", "PRESENT", "Steps"]
+
+PAST, PRESENT = "past_key_values.", "present."
+
+
+@dataclass
+class _Bound:
+    """A binding, the tensors that it names beside the cache's, memory of one of them, and the number of its CUDA graph."""
+
+    binding: Any
+    values: dict[str, Any]
+    memory: Any
+    graph: str
+
+
+class Steps:
+    """The steps of a runner whose cache stands in tiles."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.graphs = runner, 0
+
+    def begin(self, batch: int, length: int) -> Held:
+        """An empty cache for a text of `length` tokens, in the tensors of the last one where these have room."""
+        last = self.runner.past
+        if not last or last["0.key"].shape()[0] != batch or last["0.key"].shape()[2] < length:
+            return self.runner.empty(batch, length + length // 8)  # type: ignore[no-any-return]
+        for name, value in last.items():
+            for of, empty in ((".exact_slot", -1), (".exact_score", -np.inf)):
+                if name.endswith(of):
+                    value.update_inplace(np.full_like(value.numpy(), empty))
+        again = Held(last, 0)
+        again.bound, last.lost = last.bound, True
+        return again
+
+    def step(self, ids: Any, positions: Any, past: Held) -> tuple[Any, Held]:
+        """Tokens int64 [B, 1] behind a cache with room for them: logits float32 [B, 1, V], and the cache that holds them."""
+        bound = past.bound or self._bind(past, len(ids))
+        for name, array in (("input_ids", ids), ("position_ids", positions)):
+            bound.values[name].update_inplace(np.ascontiguousarray(array, dtype=np.int64))
+        if past.bound is None and self.runner.graphs:
+            exact = {name: value.numpy().copy() for name, value in past.items() if ".exact_" in name}
+            try:
+                self.runner.run(bound.binding, bound.graph)
+            finally:
+                for name, array in exact.items():
+                    past[name].update_inplace(array)
+        past.bound = bound
+        self.runner.run(bound.binding, bound.graph)
+        return bound.values["logits"].numpy().astype(np.float32), Held(past, past.tokens + 1)
+
+    def _bind(self, past: Held, batch: int) -> _Bound:
+        runner, ones = self.runner, np.ones((batch, 1), dtype=np.int64)
+        binding, values = runner.session.io_binding(), {name: runner.value(ones) for name in ("input_ids", "position_ids")}
+        values["attention_mask"] = runner.value(ones, "cpu")  # of a single row nobody reads its length
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        width = next(e["shape"][2] for e in runner.manifest["outputs"] if e["name"] == "logits")
+        values["logits"] = runner.value(np.zeros((batch, 1, width), dtype=np.float16))
+        binding.bind_ortvalue_output("logits", values["logits"])
+        for name, value in past.items():
+            binding.bind_ortvalue_input(PAST + name, value)
+            binding.bind_ortvalue_output(PRESENT + name, value)
+        self.graphs += 1
+        return _Bound(binding, values, ones, str(self.graphs))
