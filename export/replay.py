@@ -42,7 +42,8 @@ class Steps:
         """An empty cache for a text of `length` tokens, in the tensors of the last one where these have room."""
         last = self.runner.past
         if not last or last["0.key"].shape()[0] != batch or last["0.key"].shape()[2] < length:
-            return self.runner.empty(batch, length + length // 8)  # type: ignore[no-any-return]
+            made: Held = self.runner.empty(batch, length + length // 8)
+            return made
         for name, value in last.items():
             for of, empty in ((".exact_slot", -1), (".exact_score", -np.inf)):
                 if name.endswith(of):
