@@ -218,11 +218,13 @@ def explain_flavours(model: Any, runtime: Runtime) -> str:
     """What of a rewritten model leaves as ONNX: the flavours it leaves in, and one line for every reason against the others."""
     leaves: list[str] = []
     refused: dict[str, list[str]] = {}
-    for flavour in FLAVOURS:
-        whole = model_refusal(model, flavour=flavour)
+    for flavour in (*FLAVOURS, "custom:float16"):
+        name, _, tiled = flavour.partition(":")
+        whole = model_refusal(model, flavour=name, lean=bool(tiled))
         reasons: dict[str, int] = {f"the model: {whole}": 1} if whole else {}
-        for plan in runtime.plans if not whole else ():
-            if plan.codec is not None and (reason := refusal(flavour, plan.codec, plan.segments)):
+        for i, plan in enumerate(runtime.plans if not whole else ()):
+            reason = tile_refusal(runtime, i) if tiled else plan.codec and refusal(name, plan.codec, plan.segments)
+            if reason:
                 reasons[reason] = reasons.get(reason, 0) + 1
         leaves += [] if reasons else [flavour]
         for reason, count in reasons.items():

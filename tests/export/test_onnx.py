@@ -379,6 +379,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch) -> None:
 def test_explain_says_what_leaves() -> None:
     said = kvsink.explain(rewritten("llama", method="rtn"), onnx=True)
     assert "onnx: leaves as functions, custom\nonnx: not as gqa, 2 times: keys have scales of their own" in said
+    assert "onnx: not as custom:float16, 2 times: head_dim is 16" in said
     refused = explain_flavours(model := rewritten("llama", method="kivi"), runtime_of(model))
     assert refused.startswith("onnx: no flavour\nonnx: not as functions, custom, 2 times: keys are coded by blocks")
 
