@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kvsink.codecs import Codec
-from kvsink.export.past import PlainLayer, orders_of
+from kvsink.export.past import PlainLayer, Shared, orders_of
 from kvsink.kernels import stages
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
@@ -37,11 +37,21 @@ from kvsink.model.handover import Handover
 from kvsink.model.passing import given_cache
 from kvsink.model.runtime import Runtime, runtime_of
 
-__all__ = ["GQA_ATTENTION", "GQA_LEAN", "MASKED", "GroupQueryModel", "cache_bits", "empty_cache", "group_query"]
+__all__ = [
+    "ASKED",
+    "GQA_ATTENTION",
+    "GQA_LEAN",
+    "MASKED",
+    "GroupQueryModel",
+    "attention_forward",
+    "cache_bits",
+    "empty_cache",
+    "group_query",
+]
 
 GQA_ATTENTION, GQA_LEAN = "kvsink_gqa", "kvsink_gqa_lean"
+ASKED: Handover[ReferenceType[Any]] = Handover()  # with keys that a layer returned: the layer, which attends itself
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
-_ASKED: Handover[ReferenceType[Any]] = Handover()  # with keys that a layer turned: the layer, which attends
 
 
 def cache_bits(codec: Codec | None) -> int:
@@ -155,7 +165,7 @@ class _GroupQueryLayer(PlainLayer):
             if self.cache.lean:
                 k, v = k / p["k_step"][:, None], v / p["v_step"][:, None]
             k, v = k.to(key_states.dtype), v.to(value_states.dtype)
-        _ASKED.leave(k, ref(self))
+        ASKED.leave(k, ref(self))
         return k, v
 
     def _ordered(self, x: Tensor) -> Tensor:
@@ -217,10 +227,6 @@ class _GroupQueryLayer(PlainLayer):
         return (u.flatten(1, 2)[:, None] @ turns).reshape(*u.shape[:3], turns.shape[3])
 
 
-class _Shared:
-    frame: Frame | None = None
-
-
 class _GroupQueryPast(Cache):
     """The cache of one traced call."""
 
@@ -230,7 +236,7 @@ class _GroupQueryPast(Cache):
         self.runtime, self.params, self.hadamard, self.table = owner.runtime, owner.params, owner.hadamard, owner.tables
         self.lean, self.mask, self.one = owner.lean, mask, owner.one
         self.orders = owner.orders
-        self.shared = _Shared()
+        self.shared = Shared()
         self.visual: Tensor | None = None
         self._positions = (mask.cumsum(1) - 1).clamp_min(0)
         self._turns: dict[str, Tensor] = {}
@@ -315,9 +321,9 @@ def attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of the traced model: the layer that turned the keys attends; s_aux: learned sink logits [Hq]."""
+    """The attention function of models whose layers attend themselves (`ASKED`); s_aux: learned sink logits [Hq]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    asked = _ASKED.found(key)
+    asked = ASKED.found(key)
     layer = None if asked is None else asked()
     assert layer is not None, "attention was given other keys than the cache returned"
     return layer.attend(query, key, value, attention_mask, scale, s_aux), None

@@ -29,7 +29,7 @@ from kvsink.model.passing import given_cache
 from kvsink.model.runtime import Runtime, runtime_of
 from kvsink.model.turning import turns_back
 
-__all__ = ["ATTENTION", "ExportedModel", "Orders", "PlainLayer", "candidates_of", "orders_of", "takes_packed"]
+__all__ = ["ATTENTION", "ExportedModel", "Orders", "PlainLayer", "Shared", "candidates_of", "orders_of", "takes_packed"]
 
 ATTENTION = "kvsink_export"
 Orders = list[tuple[Tensor, Tensor] | None]
@@ -211,7 +211,7 @@ def _decode(c: Codec, side: str, codes: Tensor, scale: Tensor | None, p: dict[st
     return decode(codes, scale, _tables(c, side, p), c.text(), side)
 
 
-class _Shared:
+class Shared:
     """What the hooks of a rewritten model write to: the frame of the running forward pass."""
 
     frame: Frame | None = None
@@ -227,7 +227,7 @@ class PackedPast(Cache):
         self.fused, self.own_attention = owner.fused, owner.own_attention
         self.length, self.new, self.past_positions = length, new, past["positions"]
         self.first = torch.full((batch,), length, dtype=torch.int64)
-        self.shared = _Shared()
+        self.shared = Shared()
         self.visual: Tensor | None = None
         self._new_positions: Tensor | None = None
         self._positions: Tensor | None = None

@@ -45,14 +45,11 @@ def open_session(
         )
     names = [p if isinstance(p, str) else p[0] for p in providers]
     tiled, build = "kernels" in manifest, f"{_BUILD} {library or 'ops.so'} --cuda {path}"
+    place, advice = "the CPU", 'leave providers out, or export dtype="float16", whose kernels run on CUDA'
+    if tiled:
+        place, advice = "CUDA", "pass providers=('CUDAExecutionProvider',), or export float32"
     if manifest["flavour"] == "custom" and names[0] != ("CUDAExecutionProvider" if tiled else "CPUExecutionProvider"):
-        raise ExportError(
-            f"{path.name} has nodes whose kernels run on CUDA alone, not on {names[0]}; pass providers=('CUDAExecutionProvider',), "
-            "or export float32"
-            if tiled
-            else f"{path.name} has nodes whose kernels run on the CPU alone, not on {names[0]}; leave providers out, or export "
-            'dtype="float16", whose kernels run on CUDA'
-        )
+        raise ExportError(f"{path.name} has nodes whose kernels run on {place} alone, not on {names[0]}; {advice}")
     missing = set(names) - set(onnxruntime.get_available_providers())
     if tiled and "CUDAExecutionProvider" in missing:
         raise ExportError(

@@ -20,33 +20,30 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from kvsink.cache.served import apart
+from kvsink.cache.served import in_tiles
 from kvsink.codecs import STATE_NAMES, Codec
-from kvsink.export.past import PlainLayer, candidates_of, orders_of
+from kvsink.export.group_query import ASKED, attention_forward
+from kvsink.export.past import PlainLayer, Shared, candidates_of, orders_of
 from kvsink.export.state import STATE_OF, past_names
 from kvsink.kernels.append import append_ref
 from kvsink.kernels.attend import attend_ref
-from kvsink.kernels.backends import Shape
 from kvsink.kernels.base import resolve_codec
-from kvsink.kernels.cuda.backend import SEGMENTS, declines
 from kvsink.kernels.cuda.launch import variant_of
 from kvsink.kernels.cuda.variants import Variant
 from kvsink.kernels.layout import TILE_SLOTS
 from kvsink.model.frame import Frame
-from kvsink.model.handover import Handover
 from kvsink.model.passing import given_cache
 from kvsink.model.runtime import Runtime, runtime_of
 
 __all__ = ["TILES", "TileModel", "attend_tiles", "empty_tiles", "kernels_of", "refuses", "variant_name"]
 
 TILES = "kvsink_tiles"
-_ASKED: Handover[ReferenceType[Any]] = Handover()  # with keys that a layer was given: the layer, which attends
 _CARRIED = tuple(STATE_OF.values())
 """Of the state of a layer, what the graph carries."""
 
@@ -61,10 +58,7 @@ def refuses(runtime: Runtime, layer: int) -> str:
         return f"its attention is of the kind {kinds[layer].replace('_', ' ')}"
     if codec.ring:
         return f"its window of {codec.ring} recent rows is not part of the graph; use --window 0"
-    if len(codec.segments) > SEGMENTS:
-        return f"{len(codec.segments)} protection segments, more than {SEGMENTS}"
-    shape = Shape(*runtime.anatomy.layers[layer], runtime.rotary_channels(layer), torch.float16, codec.exact_rows)
-    return apart(runtime, layer) or declines(codec.in_tiles().format, shape, None)
+    return in_tiles(runtime, layer, "step")
 
 
 def variant_name(variant: Variant) -> str:
@@ -140,19 +134,7 @@ def attend_tiles(
 
 
 @attend_tiles.register_fake
-def _(
-    mask: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    carried: Sequence[Tensor],
-    candidates: Sequence[Tensor],
-    params: Sequence[Tensor],
-    scale: float,
-    codec: str,
-    kernels: str,
-) -> list[Tensor]:
+def _(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, carried: Sequence[Tensor], *_: Any) -> list[Tensor]:
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]))
     return [out, *(torch.empty_like(x) for x in carried)]
 
@@ -168,11 +150,11 @@ class _TileLayer(PlainLayer):
         self.cache, self.layer = cache, layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        _ASKED.leave(key_states, ref(self))
+        ASKED.leave(key_states, ref(self))
         return key_states, value_states
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention output [B, S, Hq, D]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None = None) -> Tensor:
+        """Attention output [B, S, Hq, D]; causal, without padding and without a sink, which `refuses` and the export see to."""
         cache, order = self.cache, self.cache.owner.orders[self.layer]
         codec, params, kernels = cache.owner.layers[self.layer]
         q, k = (x if order is None else x.index_select(-1, order[0]) for x in (q, k))
@@ -189,10 +171,6 @@ class _TileLayer(PlainLayer):
         return out.unflatten(-1, (q.shape[1], -1))
 
 
-class _Shared:
-    frame: Frame | None = None
-
-
 class _TilePast(Cache):
     """The cache of one traced call."""
 
@@ -200,7 +178,7 @@ class _TilePast(Cache):
 
     def __init__(self, owner: TileModel, mask: Tensor, past: Mapping[str, Tensor], new: Any) -> None:
         self.owner, self.runtime, self.mask, self.length = owner, owner.runtime, mask, mask.shape[1] - new
-        self.shared = _Shared()
+        self.shared = Shared()
         self.visual: Tensor | None = None
         layers: list[Any] = []
         for i, (codec, _, _) in enumerate(owner.layers):
@@ -245,24 +223,6 @@ class TileModel(nn.Module):
         )
         present = {f"{i}.{name}": tensor for i, layer in enumerate(cache.layers) for name, tensor in layer.present.items()}
         return (out.logits, *(present[name] for name in past))
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of the traced model: the layer that was given the keys attends."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    asked = _ASKED.found(key)
-    layer = None if asked is None else asked()
-    assert layer is not None, "attention was given other keys than the cache returned"
-    return layer.attend(query, key, value, scale), None
 
 
 def _register() -> None:

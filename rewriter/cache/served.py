@@ -33,12 +33,12 @@ def apart(runtime: Runtime, layer: int) -> str:
     return "its keys deviate beyond what the kernels' basis holds in float16" if runtime.beyond_half(layer, codec) else ""
 
 
-def in_tiles(runtime: Runtime, layer: int) -> str:
-    """Why the codes of a packed layer cannot stand in tiles on any device; empty when they can."""
+def in_tiles(runtime: Runtime, layer: int, what: str = "attend") -> str:
+    """Why the codes of a packed layer cannot stand in tiles on any device; empty when they can. what: of `choose`."""
     f, s = _asked(runtime, layer, torch.float16)
-    attends = table()[0].attend
-    assert attends is not None
-    return apart(runtime, layer) or attends.refuses(f.in_tiles(), s, None)
+    part = getattr(table()[0], what)
+    assert part is not None
+    return apart(runtime, layer) or str(part.refuses(f.in_tiles(), s, None))
 
 
 def served(runtime: Runtime, dtype: torch.dtype, device: Device) -> dict[int, tuple[Choice, Choice]]:

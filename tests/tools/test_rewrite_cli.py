@@ -67,6 +67,17 @@ def test_methods_without_calibration_are_those_with_it(engine, tiny_dir, tmp_pat
         assert (engine[i][2]["method"], engine[i][2]["calibration"]) == (method, "none")
 
 
+def test_flavours_for_cuda(tiny_dir, tmp_path, capsys):
+    """A dtype behind the flavour; what is not served leaves one line and no folder."""
+    argv = [str(tiny_dir), str(tmp_path / "out"), "--eval-windows", "0", "--device", "cpu", "--calibration-tokens", "512"]
+    for flavour, said in (("custom:bfloat16", "unknown flavour 'custom:bfloat16'"), ("custom:float16", "head_dim is 16, not one")):
+        assert main([*argv, "--onnx-flavour", flavour]) == 2
+        assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert main([*argv, "--onnx-flavour", "gqa:float16"]) == 0
+    manifest = json.loads((tmp_path / "out" / "model.onnx.json").read_text())
+    assert (manifest["flavour"], manifest["dtype"], manifest["method"]) == ("gqa", "float16", "static:rotated")
+
+
 @pytest.mark.parametrize(("flags", "layers"), [([], [1]), (["--no-sliding"], [1]), (["--sliding"], [0, 1])])
 def test_sliding_layers_are_packed_where_asked(mixed_dir, tmp_path, flags, layers, capsys):
     """The folder generates what the same rewrite in memory does; its table is measured through the packed windows."""
