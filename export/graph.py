@@ -69,7 +69,7 @@ def build_graph(
             wrapper = ExportedModel(model, tokens, flavour == "custom", embeds).eval()
         inputs = _example(wrapper)
         try:
-            made = trace(wrapper, inputs, _shapes(inputs), opset, table)
+            made = trace(wrapper, inputs, _shapes(inputs), opset, table, grouped or tiled)
         except Exception as error:  # torch has many kinds, none of them ours
             raise ExportError(
                 f"{type(model).__name__} cannot be exported: {_reason(error)}. Its PyTorch folder works; leave --onnx out"
@@ -78,7 +78,8 @@ def build_graph(
             log.setLevel(level)
     _name(made, list(inputs["past"]), embeds, ("past", "total") if grouped else ("slots", "slots"))
     _forget(made)
-    made.graph.opset_imports["com.microsoft" if grouped else DOMAIN] = 1
+    domains = (["com.microsoft"] if grouped or tiled else []) + ([] if grouped else [DOMAIN])
+    made.graph.opset_imports.update(dict.fromkeys(domains, 1))
     made.ir_version = max(10, made.ir_version)  # the first that tells functions apart by overload
     return made
 
@@ -202,7 +203,18 @@ def _tensor_scatter(past: Any, new: Any, first: Any) -> Any:
 
 
 def _group_query(
-    q: Any, k: Any, v: Any, past_k: Any, past_v: Any, bias: Any, k_step: Any, v_step: Any, scale: float, bits: int, sink: Any = None
+    q: Any,
+    k: Any,
+    v: Any,
+    past_k: Any,
+    past_v: Any,
+    bias: Any,
+    k_step: Any,
+    v_step: Any,
+    scale: float,
+    bits: int,
+    sink: Any = None,
+    last: Any = None,
 ) -> Any:
     """Record com.microsoft::GroupQueryAttention, with the transposes and lengths it asks for, in standard operators."""
     import onnx_ir as ir
@@ -211,10 +223,10 @@ def _group_query(
     lean = len(bias.shape) == 2  # the attention mask, which says how long the cache is whatever the size of its tensors
     slots = len(bias.shape) - 1
     total = _recorded("Cast", [_recorded("Shape", [bias], start=slots, end=slots + 1)], to=ir.DataType.INT32.value)  # [1]
-    last = _recorded("Sub", [total, _constant([1], "int32")])
-    lengths = _recorded("Expand", [last, _recorded("Shape", [q], start=0, end=1)])  # [B]
+    if last is None:
+        last = _recorded("Expand", [_recorded("Sub", [total, _constant([1], "int32")]), _recorded("Shape", [q], start=0, end=1)])
     inputs = [_rows_of_heads(x, n * dim) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
-    inputs += [past_k, past_v, lengths, total]
+    inputs += [past_k, past_v, last, total]
     inputs += [None, None, None, None if lean else bias, sink]  # cos, sin and positions of a rotation that has been done
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": float(scale), "do_rotary": 0}
     if bits < 32:

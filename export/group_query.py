@@ -11,7 +11,8 @@ Formula    k' = (R_j (k - mu)) H, q' = q H, so q'·k' = q·R_j k - q·R_j mu;  b
 Source     ours; the operator is that of onnxruntime 1.31 and later
 Shapes     q [B, Hq, S, D], k, v [B, H, S, D] after RoPE; past int8 [B, H, P, D] or uint8 [B, H, P, D / 2] (even channel low)
            lean, for CUDA, whose kernel takes no bias and is fast for one step of all channels alone: k'' = k' / step,
-           q'' = q' step, o' = o'' step, codes of step 1; the attention mask gives the lengths and nothing else
+           q'' = q' step, o' = o'' step, codes of step 1. A row's slot is its position: the last one gives the length, of the
+           attention mask the number of columns alone is read, which may be that of a cache with room
 Exact      yes, up to the codes; positions of stored rows are those that the attention mask implies
 Sinks      learned logits are the operator's head_sink; shares then sum to less than one, so no mean may leave
 Declines   see `kvsink.export.flavours.gqa_refusal`
@@ -83,11 +84,13 @@ def group_query(
     scale: float,
     bits: int,
     sink: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One GroupQueryAttention node in plain torch: (output [B, S, Hq·D], present keys, present values); causal, bias added.
 
     bias: float [B, Hq or 1, S, P + S]; or the attention mask [B, P + S], all ones, and steps are 1. sink: learned logits [Hq] of a
-    slot without a value, which takes its share of every row.
+    slot without a value, which takes its share of every row. last: int32 [B], with a mask, the slot of the last new row: P + S - 1
+    here, and less in a graph whose mask has a column for every slot of a cache with room.
     """
     if bias.dim() == 2:
         bias = q.new_zeros(())
@@ -121,6 +124,7 @@ def _(
     scale: float,
     bits: int,
     sink: Tensor | None = None,
+    last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, h, s, d = q.shape
     made = [past.new_empty((b, past.shape[1], past.shape[2] + s, past.shape[3])) for past in (past_k, past_v)]
@@ -140,6 +144,27 @@ def _rows(codes: Tensor, step: Tensor | None, bits: int) -> Tensor:
     return static_decode(codes.view(torch.uint8) ^ 128 if bits == 8 else codes, step, bits)
 
 
+def _turned(x: Tensor, table: Tensor) -> Tensor:
+    """Rows [B, H, S, D] times a matrix of every head [H, D, D], or a number of every channel [H, 1, D]."""
+    return x * table if table.shape[1] == 1 else x @ table
+
+
+def _tables(codec: Codec, params: dict[str, Tensor], groups: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What turns rows and divides them by their steps, and back, of a layer whose operator has steps of 1."""
+    k_step, v_step, out = params["k_step"].double(), params["v_step"].double(), {}
+
+    def turn(side: Any) -> Tensor:
+        if side.transform != "hadamard" or (side is codec.value and side.folded):
+            return torch.ones(1, 1, dtype=torch.float64)
+        runs = k_step.shape[1] // side.order
+        return torch.block_diag(*[hadamard_matrix(side.order).double()] * runs)
+
+    out["to_k"], out["to_v"] = turn(codec.key) / k_step[:, None], turn(codec.value) / v_step[:, None]
+    out["to_q"] = turn(codec.key) * k_step.repeat_interleave(groups, dim=0)[:, None]
+    out["from_v"] = v_step.repeat_interleave(groups, dim=0)  # [Hq, D]
+    return {name: table.to(dtype) for name, table in out.items()}
+
+
 class _GroupQueryLayer(PlainLayer):
     """A layer whose new rows go to the operator as its codec turns them; `attend` does the rest when attention asks."""
 
@@ -152,7 +177,10 @@ class _GroupQueryLayer(PlainLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         k, v, c, p = key_states, value_states, self.codec, self.params
-        if c is not None:
+        if c is not None and self.cache.lean:
+            v = stages.center(v, p["v_mean"]).to(v.dtype) if c.value.center else v
+            k, v = _turned(self._ordered(k), p["to_k"]), _turned(v, p["to_v"])
+        elif c is not None:
             frame = self.cache.shared.frame or Frame()
             k = self._ordered(k)
             if c.key.center and frame.cos is not None and frame.sin is not None:
@@ -162,8 +190,6 @@ class _GroupQueryLayer(PlainLayer):
             k = self._turn(k, c.key)
             v = stages.center(v, p["v_mean"]) if c.value.center else v
             v = v if c.value.folded else self._turn(v, c.value)
-            if self.cache.lean:
-                k, v = k / p["k_step"][:, None], v / p["v_step"][:, None]
             k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         ASKED.leave(k, ref(self))
         return k, v
@@ -183,7 +209,7 @@ class _GroupQueryLayer(PlainLayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sink: Tensor | None = None) -> Tensor:
         """Attention output [B, S, Hq, D] of queries [B, Hq, S, D] over the past and the rows that `update` returned; sink [Hq]."""
         c, p, groups = self.codec, self.params, q.shape[1] // k.shape[1]
-        if c is not None and self.cache.lean:
+        if self.cache.lean:
             return self._attend_lean(q, k, v, scale)
         q = self._ordered(q)
         bias = self.cache.mask if mask is None else torch.where(mask, 0.0, MASKED)
@@ -201,19 +227,19 @@ class _GroupQueryLayer(PlainLayer):
 
     def _attend_lean(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """`attend` with steps of 1 inside the operator and their sizes outside of it."""
-        c, p, groups = self.codec, self.params, q.shape[1] // k.shape[1]
-        assert c is not None
-        k_step, v_step = (p[name].repeat_interleave(groups, dim=0) for name in ("k_step", "v_step"))  # [Hq, D]
-        one = self.cache.one
-        q = (self._turn(q, c.key) * k_step[:, None]).to(k.dtype)
+        c, p, groups, cache = self.codec, self.params, q.shape[1] // k.shape[1], self.cache
+        bits, steps = cache_bits(c), (None, None) if c is None else (cache.one, cache.one)
+        q = self._ordered(q) if c is None else _turned(self._ordered(q), p["to_q"])
         out, keys, values = group_query(
-            q, k, v, self.past["key"], self.past["value"], self.cache.mask, one, one, scale, cache_bits(c)
+            q, k, v, self.past["key"], self.past["value"], cache.mask, *steps, scale, bits, None, cache.last
         )
         self.present = {"key": keys, "value": values}
-        out = out.unflatten(-1, (q.shape[1], -1)) * v_step
+        out = out.unflatten(-1, (q.shape[1], -1))
+        if c is None:
+            return out
+        out = out * p["from_v"]
         out = out if c.value.folded else self._turn(out, c.value, inverse=True)
-        out = out + p["v_mean"].repeat_interleave(groups, dim=0) if c.value.center else out
-        return out.to(q.dtype)
+        return out + p["v_mean"].to(q.dtype).repeat_interleave(groups, dim=0) if c.value.center else out
 
     def _mean_scores(self, q: Tensor, mean: Tensor) -> Tensor:
         """q_i·R_j mu for all slots j, but for what is the same for all of them: [B, Hq, S, P + S]; mean [Hq, D]."""
@@ -232,9 +258,9 @@ class _GroupQueryPast(Cache):
 
     is_kvsink = True
 
-    def __init__(self, owner: GroupQueryModel, mask: Tensor, past: dict[str, Tensor]) -> None:
+    def __init__(self, owner: GroupQueryModel, mask: Tensor, last: Tensor, past: dict[str, Tensor]) -> None:
         self.runtime, self.params, self.hadamard, self.table = owner.runtime, owner.params, owner.hadamard, owner.tables
-        self.lean, self.mask, self.one = owner.lean, mask, owner.one
+        self.lean, self.mask, self.one, self.last = owner.lean, mask, owner.one, last
         self.orders = owner.orders
         self.shared = Shared()
         self.visual: Tensor | None = None
@@ -278,8 +304,13 @@ class GroupQueryModel(nn.Module):
             if c is not None and c.key.packed:
                 wanted = [n for n in c.param_names() if n in ("k_mean", "v_mean", "k_step", "v_step")]
                 given = c.tables(self.runtime.params(i, c, tokens, torch.device("cpu")))
-                for name in wanted:
-                    self.register_buffer(f"{name}_{i}", given[name].float(), persistent=False)
+                tables = {n: given[n].float() for n in wanted}
+                if lean:
+                    heads, kv_heads, *_ = self.runtime.anatomy.layers[i]
+                    dtype = next(model.parameters()).dtype
+                    tables |= _tables(c, tables, heads // kv_heads, dtype)
+                for name, table in tables.items():
+                    self.register_buffer(f"{name}_{i}", table, persistent=False)
                     own[name] = getattr(self, f"{name}_{i}")
                 for side in (c.key, c.value):
                     if side.transform == "hadamard" and side.order not in self.hadamard:
@@ -298,7 +329,7 @@ class GroupQueryModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        cache = _GroupQueryPast(self, attention_mask, past)
+        cache = _GroupQueryPast(self, attention_mask, position_ids[:, -1].to(torch.int32), past)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

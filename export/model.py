@@ -35,7 +35,7 @@ from kvsink.model.runtime import runtime_of
 
 __all__ = ["check_extras", "onnx"]
 
-_OPSETS = {"gqa": (18, 20)}  # oldest and newest of a flavour; the others write their cache by an operator that 24 brought
+_OPSETS = {"gqa": (18, OPSET)}  # oldest and newest of a flavour; the others write their cache by an operator that 24 brought
 _SINGLE = {"Erf", "Gelu"}  # of the operators that models use, those without a kernel for float64 on the CPU
 _DTYPES = ("float32", "float16", "float64")
 _LARGE = 1 << 30  # bytes of weights from which they go into a file of their own
@@ -85,7 +85,7 @@ def onnx(
     if dtype != "float32" and embeds:
         raise ExportError("embeddings come in float32; leave dtype out with embeds=True")
     oldest, newest = _OPSETS.get(flavour, (OPSET, OPSET))
-    opset = oldest if opset is None else opset
+    opset = newest if opset is None else opset
     if not oldest <= opset <= newest:
         known = f"{oldest} to {newest}" if oldest < newest else str(oldest)
         raise ExportError(f"opset {opset} is not one of flavour {flavour}, which has {known}; leave opset out")
@@ -157,7 +157,7 @@ def _write(
         "inputs": describe(graph.graph.inputs),
         "outputs": describe(graph.graph.outputs),
         "dtype": "float64" if dtype == "float64" else "float32",
-        "padding": not lean,
+        "padding": not (lean and grouped),
         "codecs": [None if p.codec is None else p.codec.text() for p in runtime.plans],
         "versions": versions(),
     }
@@ -181,7 +181,7 @@ def _write(
             if grouped:
                 write_genai(path, model, manifest)
             elif plain:
-                manifest["flavour"] = flavour
+                manifest |= {"flavour": flavour, "padding": False}
                 manifest |= {"slot_multiple": TILE_SLOTS, "kernels": {n: asdict(v) for n, v in kernels_of(runtime).items()}}
             save()
         return manifest

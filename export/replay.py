@@ -1,4 +1,4 @@
-"""Steps of one new token a row over a cache in tiles: what is bound once stays bound, as a CUDA graph needs it.
+"""Steps of one new token a row whose slot is its position: what is bound once stays bound, as a CUDA graph needs it.
 
 Formula    the tensors of a cache, and those of tokens, positions and logits beside them, are bound at its first step; every
            further step writes tokens and positions into theirs and runs. With CUDA graphs the first step captures
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsink.export.held import Held
+from kvsink.export.held import Held, dtype_of
 
 __all__ = ["PAST", "PRESENT", "Steps"]
 
@@ -24,7 +24,7 @@ PAST, PRESENT = "past_key_values.", "present."
 
 @dataclass
 class _Bound:
-    """A binding, the tensors that it names beside the cache's, memory of one of them, and the number of its CUDA graph."""
+    """A binding, the tensors it names beside the cache's, arrays that may be their memory, and the number of its CUDA graph."""
 
     binding: Any
     values: dict[str, Any]
@@ -33,7 +33,7 @@ class _Bound:
 
 
 class Steps:
-    """The steps of a runner whose cache stands in tiles."""
+    """The steps of a runner of flavour custom or gqa in float16."""
 
     def __init__(self, runner: Any) -> None:
         self.runner, self.graphs = runner, 0
@@ -53,7 +53,7 @@ class Steps:
         return again
 
     def step(self, ids: Any, positions: Any, past: Held) -> tuple[Any, Held]:
-        """Tokens int64 [B, 1] behind a cache with room for them: logits float32 [B, 1, V], and the cache that holds them."""
+        """Tokens int64 [B, 1] behind a cache with room: (logits float32 [B, 1, V] of their own, the cache that holds them)."""
         bound = past.bound or self._bind(past, len(ids))
         for name, array in (("input_ids", ids), ("position_ids", positions)):
             bound.values[name].update_inplace(np.ascontiguousarray(array, dtype=np.int64))
@@ -69,16 +69,18 @@ class Steps:
         return bound.values["logits"].numpy().astype(np.float32), Held(past, past.tokens + 1)
 
     def _bind(self, past: Held, batch: int) -> _Bound:
-        runner, ones = self.runner, np.ones((batch, 1), dtype=np.int64)
-        binding, values = runner.session.io_binding(), {name: runner.value(ones) for name in ("input_ids", "position_ids")}
-        values["attention_mask"] = runner.value(ones, "cpu")  # of a single row nobody reads its length
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        width = next(e["shape"][2] for e in runner.manifest["outputs"] if e["name"] == "logits")
-        values["logits"] = runner.value(np.zeros((batch, 1, width), dtype=np.float16))
-        binding.bind_ortvalue_output("logits", values["logits"])
+        runner, binding, slots = self.runner, self.runner.session.io_binding(), past["0.key"].shape()[2]
+        logits = next(e for e in runner.manifest["outputs"] if e["name"] == "logits")
+        # Of a mask nobody reads more than the number of its columns. On a processor values are the memory of their arrays.
+        memory = {name: np.ones((batch, 1), dtype=np.int64) for name in ("input_ids", "position_ids")}
+        memory["attention_mask"] = np.ones((batch, slots), dtype=np.int64)
+        memory["logits"] = np.zeros((batch, 1, logits["shape"][2]), dtype=dtype_of(logits))
+        values = {}
+        for name, array in memory.items():
+            values[name] = runner.value(array, "cpu" if name == "attention_mask" and runner.tiled else "")
+            (binding.bind_ortvalue_output if name == "logits" else binding.bind_ortvalue_input)(name, values[name])
         for name, value in past.items():
             binding.bind_ortvalue_input(PAST + name, value)
             binding.bind_ortvalue_output(PRESENT + name, value)
         self.graphs += 1
-        return _Bound(binding, values, ones, str(self.graphs))
+        return _Bound(binding, values, memory, str(self.graphs))

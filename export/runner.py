@@ -47,14 +47,15 @@ class OnnxGenerator:
         given = None if library is None else Path(library)
         self._ort, self.session, self.device = open_session(self.path, self.manifest, providers, threads, given, profile)
         self.tiled = "kernels" in self.manifest  # codes in tiles, read by kernels for CUDA
+        self.lean = not self.manifest.get("padding", True)  # rows of equal length, whose slots are their positions
         self.one_row = self.manifest["flavour"] == "gqa" or self.tiled
         self._multiple = int(self.manifest.get("slot_multiple", room.BLOCK))
         self.embeds = any(e["name"] == "inputs_embeds" for e in self.manifest["inputs"])
-        self.graphs = self.tiled and any(
+        self.graphs = self.lean and any(
             isinstance(p, tuple) and str(p[1].get("enable_cuda_graph", "0")).lower() in ("1", "true") for p in providers
         )
         self._steps = Steps(self)
-        self.in_place = self.manifest["flavour"] != "gqa" or not self.manifest.get("padding", True)
+        self.in_place = self.manifest["flavour"] != "gqa" or self.lean
         self.past = Held({}, 0)  # the cache of the last text
         self._past = {e["name"].removeprefix(PAST): e for e in self.manifest["inputs"] if e["name"].startswith(PAST)}
 
@@ -67,11 +68,9 @@ class OnnxGenerator:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device or self.device, 0)
 
     def begin(self, batch: int, length: int) -> Held:
-        """An empty cache for a text of `length` tokens, with room where that costs nothing. A cache in tiles takes the tensors of
-        the last text, `past`, where they have room: that one is lost then."""
-        if not self.one_row or not self.in_place:
-            return self.empty(batch)
-        return self._steps.begin(batch, length) if self.tiled else self.empty(batch, length)
+        """An empty cache for a text of `length` tokens, with room where that costs nothing. Flavours gqa and custom in float16 take
+        the tensors of the last text, `past`, where they have room: that one is lost then."""
+        return self._steps.begin(batch, length) if self.lean else self.empty(batch)
 
     def empty(self, batch: int, length: int = 0) -> Held:
         """The cache of `batch` rows that hold nothing; room for `length` tokens, and a step makes more where it needs it."""
@@ -129,7 +128,8 @@ class OnnxGenerator:
         if len(shape) != 2 + self.embeds:
             kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
             raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(shape)}")
-        if np.shape(positions) != shape[:2] or np.ndim(mask) != 2 or len(mask) != shape[0]:
+        masked = mask is None or (np.ndim(mask) == 2 and len(mask) == shape[0])
+        if not masked or (positions is not None and np.shape(positions) != shape[:2]):
             raise ExportError(
                 f"token ids, mask and positions of shapes {list(shape)}, {list(np.shape(mask))} and {list(np.shape(positions))}; "
                 "positions have the shape of the tokens, and the mask as many rows"
@@ -148,25 +148,29 @@ class OnnxGenerator:
     def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, Held]:
         """New tokens int64 [B, S] behind a past: (logits [B, S, V], the cache that holds them too).
 
-        Logits are float32, or float64 of a graph in float64. A model exported with embeds=True takes embeddings float32 [B, S, E]
-        in the place of tokens. The mask has a column for every token of the past and every new one. The past is used up: its
-        tensors are those of the cache that is returned, or copied there where they had no room.
+        mask, positions: None where no row is padded, so that every token stands behind the ones before it. Logits are float32, or
+        float64 of a graph in float64. A model exported with embeds=True takes embeddings float32 [B, S, E] in the place of tokens.
+        The mask has a column for every token of the past and every new one. The past is used up: its tensors are those of the
+        cache that is returned, or copied there where they had no room.
         """
         if not isinstance(past, Held) or past.bound is None:  # else these tensors were looked at when they were bound
             self._check(past)
         self._check_rows(ids, mask, positions)
         if isinstance(past, Held) and past.lost:
             raise ExportError("this cache was written over by a later step; copy() a cache from which to go two ways")
-        new, total = np.shape(ids)[1], np.shape(mask)[1]
+        new = np.shape(ids)[1]
+        total = _tokens(past) + new if mask is None else np.shape(mask)[1]
+        behind = np.broadcast_to(np.arange(total - new, total), np.shape(ids)[:2])
+        positions = behind if positions is None else positions
         if np.size(positions) and int(np.max(positions)) >= self.manifest["max_positions"]:
             limit = self.manifest["max_positions"]
             raise ExportError(
                 f"the cache is full: position {int(np.max(positions))} is beyond the {limit} that {self.path.name} serves; begin a "
                 "new text, or export with more tokens="
             )
-        if not self.manifest.get("padding", True) and not np.all(mask):
+        if self.lean and mask is not None and not np.all(mask):
             raise ExportError(f"{self.path.name} has no attention bias for padding; give rows of equal length, or export float32")
-        if self.tiled and not np.array_equal(positions, np.broadcast_to(np.arange(total - new, total), np.shape(ids))):
+        if self.lean and not np.array_equal(positions, behind):
             raise ExportError(
                 f"{self.path.name} tells rows apart by their slots: {new} new tokens behind {total - new} have the positions "
                 f"{total - new} to {total - 1}"
@@ -175,7 +179,7 @@ class OnnxGenerator:
         stored = past.tokens if isinstance(past, Held) else total - new if self.in_place else slots
         if batch != len(ids) or total != stored + new or not 0 <= stored <= slots:
             raise ExportError(
-                f"an attention mask of shape {list(np.shape(mask))} with {len(ids)} rows of {new} new tokens behind a "
+                f"an attention mask of shape {[len(ids), total]} with {len(ids)} rows of {new} new tokens behind a "
                 f"cache of {batch} rows of {min(max(stored, 0), slots)}; it takes a column for every token of the cache and every "
                 "new one"
             )
@@ -187,7 +191,7 @@ class OnnxGenerator:
         given = past
         if self.in_place and total > slots:
             past = room.grown(past, self._past, room.slots_for(total, self._multiple), self.value)
-        if self.tiled and new == 1:
+        if self.lean and new == 1:
             past = past if isinstance(past, Held) else Held(past, stored)
             logits, after = self._steps.step(ids, positions, past)
             return logits, self._behind(past, after, given)
@@ -196,6 +200,7 @@ class OnnxGenerator:
             binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(ids, dtype=np.float32))
         else:
             binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
+        mask = np.ones((batch, total), dtype=np.int64) if mask is None else mask
         for name, array in (("attention_mask", mask), ("position_ids", positions)):
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
         for name, value in past.items():
@@ -258,18 +263,18 @@ class OnnxGenerator:
         if self.embeds:
             raise ExportError(f"{self.path.name} takes embeddings; embed tokens and pictures with the model and call step()")
         ids, mask = self._pad(prompts, max_new_tokens)
-        chunk = chunk if chunk is not None else 4096 if self.tiled else 256
+        chunk = chunk if chunk is not None else 4096 if self.lean else 256
         stop = self.manifest["eos_token_id"] if eos_token_id is None else eos_token_id
         ends = {stop} if isinstance(stop, int) else set(stop or ())
         if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or chunk < 1:
             raise ExportError(f"temperature={temperature:g}, top_k={top_k}, top_p={top_p:g}, chunk={chunk}: out of range")
         rng = np.random.default_rng(seed)
-        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        padded, positions = not mask.all(), np.maximum(mask.cumsum(1) - 1, 0)
         past = self.past = self.begin(len(ids), ids.shape[1] + max_new_tokens)
         chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)
-            logits, past = self.step(ids[:, part], mask[:, : at + chunk], positions[:, part], past)
+            logits, past = self.step(ids[:, part], mask[:, : at + chunk] if padded else None, positions[:, part], past)
         self.past = past
         last, done = positions[:, -1:], np.zeros(len(ids), dtype=bool)
         for left in range(max_new_tokens - 1, -1, -1):
@@ -278,7 +283,7 @@ class OnnxGenerator:
             done |= np.isin(token, list(ends))
             if done.all() or not left:
                 return
-            mask = np.concatenate([mask, np.ones_like(last)], axis=1)
+            mask = np.concatenate([mask, np.ones_like(last)], axis=1) if padded else None
             last = last + 1
             logits, past = self.step(token[:, None], mask, last, past)
             self.past = past

@@ -26,11 +26,16 @@ _SPOKEN = 18  # opset of torch's translations: later ones say some operators oth
 
 
 def trace(
-    module: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any], opset: int, table: Mapping[Any, Callable[..., Any]]
+    module: nn.Module,
+    inputs: dict[str, Any],
+    shapes: dict[str, Any],
+    opset: int,
+    table: Mapping[Any, Callable[..., Any]],
+    runtime: bool = False,
 ) -> Any:
     """The onnx_ir model of `module(**inputs)`; shapes: dynamic axes as torch.export takes them; table: translators of our ops.
 
-    opset: 18 or later. Raises whatever torch raises.
+    opset: 18 or later; runtime: for onnxruntime alone, whose own operators may stand in it. Raises whatever torch raises.
     """
     from onnxscript import version_converter
 
@@ -46,7 +51,7 @@ def trace(
             made = torch.onnx.export(program, (), dynamo=True, verbose=False, optimize=False, **options)
     assert made is not None
     version_converter.convert_version(made.model, opset)
-    _simplify(made.model)
+    _simplify(made.model, opset, runtime)
     return made.model
 
 
@@ -104,11 +109,13 @@ def _reshape(x: Any, kept: int, sizes: Sequence[Any], after: Sequence[Any]) -> A
 _SHAPED: dict[Any, Callable[..., Any]] = {torch.ops.aten.flatten.using_ints: _flatten, torch.ops.aten.unflatten.int: _unflatten}
 
 
-def _simplify(model: Any) -> None:
-    """Fold constants and drop what does nothing, in place."""
+def _simplify(model: Any, opset: int, runtime: bool) -> None:
+    """Fold constants, drop what does nothing and fuse what has an operator of its own, in place."""
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
+
+    from kvsink.export.fuse import FUSED_OPSET, fuse
 
     useful = [
         rules.add_0_rule,
@@ -130,6 +137,8 @@ def _simplify(model: Any) -> None:
     for _ in range(_ROUNDS):
         optimizer.fold_constants_ir(model)
         rewriter.rewrite(model, useful)
+    if opset >= FUSED_OPSET:
+        fuse(model, runtime)
     for step in (
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),

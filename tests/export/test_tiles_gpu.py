@@ -59,6 +59,7 @@ class Nodes:
         self.library, self.traced, runtime = library, tiles.TileModel(model, TOKENS), runtime_of(model)
         self.codec, self.params, self.kernels = self.traced.layers[0]
         self.heads, self.kv_heads, self.dim, *_ = KINDS[kind]
+        self.room = {"room": 1} if kind in ("mean", "many") else {}  # its prompts attend head by head
         self.batch, self.scale = batch, self.dim**-0.5
         past = tiles.empty_tiles(runtime, batch, TOKENS, torch.float16)
         self.past = {STATE_OF[n.removeprefix("0.")]: t for n, t in past.items()}
@@ -81,7 +82,7 @@ class Nodes:
         values = [helper.make_tensor_value_info(n, kinds[n], [None] * a.ndim) for n, a in feeds.items()]
         outputs = [f"y{i}" for i in range(count) if i == 0 or inputs[4 + i] is not None]
         names = [f"x{i}" if x is not None else "" for i, x in enumerate(inputs)]
-        made = helper.make_node(name, names, [f"y{i}" for i in range(count)], domain=DOMAIN, **attributes)
+        made = helper.make_node(name, names, [f"y{i}" for i in range(count)], domain=DOMAIN, **attributes, **self.room)
         graph = helper.make_graph([made], "one", values, [helper.make_empty_tensor_value_info(n) for n in outputs])
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
         options = ort.SessionOptions()

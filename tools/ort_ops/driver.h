@@ -101,6 +101,26 @@ void launch(void* function, unsigned x, unsigned y, unsigned threads, unsigned s
   g_driver("cuLaunchKernel", function, x, y, 1u, threads, 1u, 1u, shared, stream, static_cast<void**>(given), static_cast<void**>(nullptr));
 }
 
+// Rows that stand behind each other into columns of wider ones, `pitch` bytes apart.
+inline void copy_columns(void* to, size_t pitch, const void* from, size_t width, size_t rows, void* stream) {
+  struct Place {  // half of CUDA_MEMCPY2D
+    size_t x = 0, y = 0;
+    int kind = 2;  // on the device
+    const void* host = nullptr;
+    Address device = 0;
+    void* array = nullptr;
+    size_t pitch = 0;
+  };
+  struct {
+    Place from, to;
+    size_t width, rows;
+  } copy;
+  copy.from.device = reinterpret_cast<Address>(from), copy.from.pitch = width;
+  copy.to.device = reinterpret_cast<Address>(to), copy.to.pitch = pitch;
+  copy.width = width, copy.rows = rows;
+  g_driver("cuMemcpy2DAsync_v2", static_cast<const void*>(&copy), stream);
+}
+
 // One of a kind for a name on the device at hand, made at first use.
 template <typename T>
 T& held(const std::string& name) {

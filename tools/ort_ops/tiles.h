@@ -15,6 +15,8 @@ using namespace kvsink::cuda;
 
 void* address(const Input& x) { return x && product(x.dims) ? const_cast<void*>(x.data) : nullptr; }
 
+constexpr int64_t kRoom = 64 << 20;  // bytes of rows in 16 bit that a prompt of one sequence attends to at a time
+
 int64_t size_of(ort::Type type) { return type == ort::kUint8 ? 1 : type == ort::kHalf ? 2 : 4; }
 
 // Words of one stream that launches find empty and leave so, and queries turned ahead.
@@ -104,7 +106,8 @@ struct PromptKernels {
 // The runtime's own GroupQueryAttention, for the rows of a prompt.
 class PromptAttention {
  public:
-  PromptAttention(const ort::Info* info, int64_t heads, int64_t kv_heads, float scale) {
+  const int64_t kv_heads;
+  PromptAttention(const ort::Info* info, int64_t heads, int64_t kv, float scale) : kv_heads(kv) {
     const auto& api = g_runtime.api;
     const int64_t rotary = 0;
     ort::Attribute* given[4] = {};
@@ -184,13 +187,19 @@ struct AttendTiles : Kernel {
   float scale, key_clip, value_clip;
   int key_hadamard, value_hadamard;
   Dims segments;
-  PromptAttention prompt;
+  int64_t room;
+  std::vector<std::unique_ptr<PromptAttention>> prompt;  // for all KV heads at a time, a half of them, ...
 
   explicit AttendTiles(const Attributes& a)
       : name(a.text("kernels")), scale(a.number("scale", 1.0f)), key_clip(a.number("key_clip", 1.0f)),
         value_clip(a.number("value_clip", 1.0f)), key_hadamard(static_cast<int>(a.integer("key_hadamard"))),
         value_hadamard(static_cast<int>(a.integer("value_hadamard"))), segments(a.integers("segments")),
-        prompt(a.info(), a.integer("heads"), a.integer("kv_heads"), scale) {}
+        room(a.integer("room") ? a.integer("room") : kRoom) {
+    const int64_t groups = a.integer("heads") / a.integer("kv_heads");
+    int64_t many = a.integer("kv_heads");
+    prompt.push_back(std::make_unique<PromptAttention>(a.info(), many * groups, many, scale));
+    for (; many % 2 == 0; prompt.push_back(std::make_unique<PromptAttention>(a.info(), many * groups, many, scale))) many /= 2;
+  }
 
   void run(const Call& call) const override {
     void* stream = call.stream();
@@ -266,49 +275,77 @@ struct AttendTiles : Kernel {
     kernels.run_attend(p, fresh, heads, place, stream);
   }
 
+  // Of one sequence as many KV heads at a time as have room for their rows in 16 bit, else all.
+  const PromptAttention& attention_of(int64_t batch, int64_t total, int64_t dim) const {
+    size_t i = 0;
+    while (batch == 1 && i + 1 < prompt.size() && 4 * prompt[i]->kv_heads * total * dim > room) i++;
+    return *prompt[i];
+  }
+
   // Rows of a prompt: the runtime's own attention over the rows before them, decoded, and themselves.
   void attend_prompt(const Call& call, const Kernels& kernels, const Input& q, const Input& k, const Input& v, void* const* state,
                      int64_t exact, int64_t first, int64_t slots, void* stream) const {
-    const int64_t batch = q.dims[0], fresh = q.dims[2], dim = q.dims[3];
+    const int64_t batch = q.dims[0], fresh = q.dims[2], dim = q.dims[3], kv_heads = k.dims[1], groups = q.dims[1] / kv_heads;
     int32_t total = static_cast<int32_t>(first + fresh);
-    const Dims every = {batch, k.dims[1], total, dim}, one = {batch};
-    const auto flat = [&](const Input& x) { return Dims{batch, fresh, x.dims[1] * dim}; };
-    Room room(Room::bytes_of(product(q.dims), 2) + 2 * Room::bytes_of(product(k.dims), 2) + 2 * Room::bytes_of(product(every), 2) +
-                  Room::bytes_of(batch, 4), stream);
+    const PromptAttention& attention = attention_of(batch, total, dim);
+    const int64_t many = attention.kv_heads;
+    const Dims every = {batch, many, total, dim}, one = {batch}, shape = {batch, fresh, q.dims[1] * dim};
+    const Dims wide = {batch, fresh, many * groups * dim}, narrow = {batch, fresh, many * dim};
+    const bool whole = many == kv_heads;
+    uint16_t* const attended = whole ? nullptr : call.output<uint16_t>(0, shape);
     const PromptKernels& own = held<PromptKernels>(kPromptKernels);
-    const ort::Value* given[7] = {};
-    for (int i = 0; i < 3; i++) {
-      const Input& x = i == 0 ? q : i == 1 ? k : v;
-      void* to = nullptr;
-      given[i] = room.tensor(flat(x), ort::kHalf, &to);
-      RowsArguments r = {};
-      r.x = address(x), r.y = to, r.H = static_cast<int>(x.dims[1]), r.S = static_cast<int>(fresh), r.D = static_cast<int>(dim);
-      launch(own.rows, static_cast<unsigned>(fresh), static_cast<unsigned>(batch), 256, 0, stream, r);
-    }
-    void *keys = nullptr, *values = nullptr, *last = nullptr;
-    ort::Value* out[3] = {nullptr, room.tensor(every, ort::kHalf, &keys), room.tensor(every, ort::kHalf, &values)};
-    if (first) {  // one tensor is past and present, so that nothing of it is copied
-      const Dims before = {batch, k.dims[1], first, dim};
-      const auto input = [&](int i) { return address(call.input(i)); };
-      RowArguments a = rows(before, slots);
-      a.k_stride[0] = a.v_stride[0] = k.dims[1] * total * dim, a.k_stride[1] = a.v_stride[1] = total * dim;
-      a.k = keys, a.v = values, a.table = input(kTable), a.start_cos = input(kStartCos), a.start_sin = input(kStartSin);
-      a.basis = input(kTileRows), a.sigma = input(kKBack), a.v_mean = input(kVMean), a.v_sigma = input(kVBack);
-      a.k_codes = state[0], a.k_scale = state[1], a.v_codes = state[2], a.v_scale = state[3];
-      launch(kernels.decode, static_cast<unsigned>((batch * first + 7) / 8), a.Hkv, kernels.row_threads, 0, stream, a);
-      if (exact) {
-        LayArguments l = {};
-        l.k = keys, l.v = values, l.exact_k = state[4], l.exact_v = state[5], l.slot = state[6];
-        l.E = static_cast<int>(exact), l.H = a.Hkv, l.S = total, l.D = static_cast<int>(dim);
-        launch(own.lay, l.E, a.B * a.Hkv, 128, 0, stream, l);
+    const auto part = [](void* begin, int64_t bytes, int64_t heads, int64_t head) -> void* {  // of a tensor with `heads` equal parts
+      return begin ? static_cast<char*>(begin) + bytes / heads * head : nullptr;
+    };
+    for (int64_t head = 0; head < kv_heads; head += many) {
+      Room room(2 * Room::bytes_of(product(wide), 2) + 2 * Room::bytes_of(product(narrow), 2) +
+                    2 * Room::bytes_of(product(every), 2) + Room::bytes_of(batch, 4), stream);
+      const ort::Value* given[7] = {};
+      for (int i = 0; i < 3; i++) {
+        const Input& x = i == 0 ? q : i == 1 ? k : v;
+        void* to = nullptr;
+        given[i] = room.tensor(i == 0 ? wide : narrow, ort::kHalf, &to);
+        RowsArguments r = {};
+        r.x = part(address(x), product(x.dims) * 2, kv_heads, head), r.y = to;
+        r.H = static_cast<int>(x.dims[1] / kv_heads * many), r.S = static_cast<int>(fresh), r.D = static_cast<int>(dim);
+        launch(own.rows, static_cast<unsigned>(fresh), static_cast<unsigned>(batch), 256, 0, stream, r);
       }
-      given[3] = out[1], given[4] = out[2];
+      void *keys = nullptr, *values = nullptr, *last = nullptr, *rows_out = nullptr;
+      ort::Value* out[3] = {nullptr, room.tensor(every, ort::kHalf, &keys), room.tensor(every, ort::kHalf, &values)};
+      if (first) {  // one tensor is past and present, so that nothing of it is copied
+        const Dims before = {batch, many, first, dim};
+        const auto table = [&](int i) {
+          const Input x = call.input(i);
+          return x ? part(address(x), product(x.dims) * size_of(x.type), kv_heads, head) : nullptr;
+        };
+        const auto codes = [&](int i) {
+          const Input x = call.input(kState + i);
+          return x ? part(state[i], product(x.dims) * size_of(x.type) / batch, kv_heads, head) : nullptr;
+        };
+        RowArguments a = rows(before, slots);
+        a.k_stride[0] = a.v_stride[0] = many * total * dim, a.k_stride[1] = a.v_stride[1] = total * dim;
+        a.k = keys, a.v = values, a.start_cos = address(call.input(kStartCos)), a.start_sin = address(call.input(kStartSin));
+        a.table = table(kTable), a.basis = table(kTileRows), a.sigma = table(kKBack), a.v_mean = table(kVMean), a.v_sigma = table(kVBack);
+        a.k_codes = codes(0), a.k_scale = codes(1), a.v_codes = codes(2), a.v_scale = codes(3);
+        launch(kernels.decode, static_cast<unsigned>((batch * first + 7) / 8), a.Hkv, kernels.row_threads, 0, stream, a);
+        if (exact) {
+          LayArguments l = {};
+          l.k = keys, l.v = values, l.exact_k = codes(4), l.exact_v = codes(5), l.slot = state[6];
+          l.E = static_cast<int>(exact), l.H = a.Hkv, l.S = total, l.D = static_cast<int>(dim);
+          launch(own.lay, l.E, a.B * a.Hkv, 128, 0, stream, l);
+        }
+        given[3] = out[1], given[4] = out[2];
+      }
+      given[5] = room.tensor(one, ort::kInt32, &last), given[6] = room.number(&total);
+      g_driver("cuMemsetD32Async", reinterpret_cast<Address>(last), static_cast<unsigned>(total - 1), static_cast<size_t>(batch), stream);
+      if (whole)
+        g_runtime.check(g_runtime.api.output(call.context(), 0, shape.data(), shape.size(), &out[0]));
+      else
+        out[0] = room.tensor(wide, ort::kHalf, &rows_out);
+      attention.run(call.context(), given, out);
+      const size_t width = static_cast<size_t>(wide[2]) * 2, pitch = static_cast<size_t>(shape[2]) * 2;
+      if (!whole) copy_columns(attended + head * groups * dim, pitch, rows_out, width, static_cast<size_t>(batch * fresh), stream);
     }
-    given[5] = room.tensor(one, ort::kInt32, &last), given[6] = room.number(&total);
-    g_driver("cuMemsetD32Async", reinterpret_cast<Address>(last), static_cast<unsigned>(total - 1), static_cast<size_t>(batch), stream);
-    const Dims shape = flat(q);
-    g_runtime.check(g_runtime.api.output(call.context(), 0, shape.data(), shape.size(), &out[0]));
-    prompt.run(call.context(), given, out);
   }
 
   // The running selection over the rows of a prompt.
