@@ -12,20 +12,48 @@ from __future__ import annotations
 
 from typing import Any
 
-import onnx_ir as ir
-from onnxscript.rewriter import pattern, rewrite
-from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
-
 __all__ = ["FUSED_OPSET", "fuse"]
 
 FUSED_OPSET = 23
 """The first with both operators."""
 
 
+def fuse(model: Any, runtime: bool = False) -> None:
+    """Rewrite a graph of opset 23 or later in place; runtime: with operators that onnxruntime alone has."""
+    from onnxscript.rewriter import RewriteRule, rewrite
+    from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
+
+    rotary = RewriteRule(_spelled_rotation, _rotation, _is_rotation, remove_nodes=False)  # queries and keys share the tables
+    rewrite(model, [*rms_normalization_rules, rotary])
+    if runtime:
+        rewrite(model, [RewriteRule(_sum_and_norm, _norm_of_sum, _is_norm_of_sum)])
+
+
 def _number(value: Any) -> Any:
     """What a constant of one element holds, or None."""
+    import onnx_ir as ir
+
     held = ir.convenience.get_const_tensor(value)
     return held.numpy().item() if held is not None and held.size == 1 else None
+
+
+# x · cos + rotate_half(x) · sin of x [B, H, S, D], tables [B, S, D] that hold every angle twice
+
+
+def _spelled_rotation(op: Any, x: Any, cos: Any, sin: Any, at: Any, low: Any, half: Any, high: Any, end: Any) -> Any:
+    first, second = op.Slice(x, low, half, [3], [1]), op.Slice(x, high, end, [3], [1])
+    turned = op.Concat(op.Neg(second), first, axis=-1)
+    return op.Add(op.Mul(x, op.Unsqueeze(cos, at)), op.Mul(turned, op.Unsqueeze(sin, at)))
+
+
+def _is_rotation(context: Any, x: Any, cos: Any, sin: Any, at: Any, low: Any, half: Any, high: Any, end: Any, **_: Any) -> bool:
+    """Whether its halves are equal, those of the tables too, and every sequence has a row of angles of its own."""
+    width = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
+    if not isinstance(width, int) or str(x.dtype) not in ("FLOAT", "FLOAT16"):
+        return False
+    if [_number(v) for v in (low, half, high, at)] != [0, width // 2, width // 2, 1] or _number(end) < width:
+        return False
+    return cos.shape is not None and cos.shape[0] != 1 and _doubled(cos, "Cos") and _doubled(sin, "Sin")
 
 
 def _doubled(table: Any, function: str) -> bool:
@@ -43,56 +71,26 @@ def _doubled(table: Any, function: str) -> bool:
     return bool(twice and joined.attributes.get_int("axis", 0) in (-1, 2))
 
 
-class _Rotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """x · cos + rotate_half(x) · sin of x [B, H, S, D], tables [B, S, D] that hold every angle twice."""
-
-    def __init__(self) -> None:
-        super().__init__(remove_nodes=False)  # queries and keys share the tables
-
-    def pattern(self, op: Any, x: Any, cos: Any, sin: Any, at: Any, low: Any, half: Any, high: Any, end: Any) -> Any:
-        first, second = op.Slice(x, low, half, [3], [1]), op.Slice(x, high, end, [3], [1])
-        turned = op.Concat(op.Neg(second), first, axis=-1)
-        return op.Add(op.Mul(x, op.Unsqueeze(cos, at)), op.Mul(turned, op.Unsqueeze(sin, at)))
-
-    def check(self, op: Any, x: Any, cos: Any, sin: Any, at: Any, low: Any, half: Any, high: Any, end: Any, **_: Any) -> Any:
-        found = pattern.MatchResult()
-        width = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
-        if not isinstance(width, int) or x.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-            return found.fail("not of four axes in float32 or float16, the last of known width", x)
-        if [_number(v) for v in (low, half, high, at)] != [0, width // 2, width // 2, 1] or _number(end) < width:
-            return found.fail("not the two halves", x)
-        if cos.shape is None or cos.shape[0] == 1 or not _doubled(cos, "Cos") or not _doubled(sin, "Sin"):
-            return found.fail("tables of one row for all, or whose halves are not known to be equal", cos)
-        return found
-
-    def rewrite(self, op: Any, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
-        half = op.Constant(value_ints=[x.shape[3] // 2])
-        zero, last, one = (op.Constant(value_ints=[n]) for n in (0, 2, 1))
-        return op.RotaryEmbedding(x, *(op.Slice(table, zero, half, last, one) for table in (cos, sin)))
+def _rotation(op: Any, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
+    zero, half, last, one = (op.Constant(value_ints=[n]) for n in (0, x.shape[3] // 2, 2, 1))
+    return op.RotaryEmbedding(x, *(op.Slice(table, zero, half, last, one) for table in (cos, sin)))
 
 
-class _Skip(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """A norm of a sum of two [B, S, C], and the sum, which others read too."""
-
-    def pattern(self, op: Any, x: Any, y: Any, scale: Any) -> Any:
-        total = op.Add(x, y)
-        return op.RMSNormalization(total, scale, _allow_other_attributes=True, _outputs=["norm"]), total
-
-    def check(self, op: Any, x: Any, y: Any, scale: Any, norm: Any, **_: Any) -> Any:
-        found, attributes = pattern.MatchResult(), norm.producer().attributes
-        alike = x.shape is not None and len(x.shape) == 3 and x.shape == y.shape and x.dtype == scale.dtype
-        if not alike or attributes.get_int("axis", -1) not in (-1, 2) or attributes.get_int("stash_type", 1) != 1:
-            return found.fail("shapes, types or axes that the operator does not take", norm)
-        return found
-
-    def rewrite(self, op: Any, x: Any, y: Any, scale: Any, norm: Any, **_: Any) -> Any:
-        size = norm.producer().attributes.get_float("epsilon", 1e-5)
-        out = op.SkipSimplifiedLayerNormalization(x, y, scale, epsilon=size, _outputs=4, _domain="com.microsoft")
-        return out[0], out[3]
+# A norm of a sum of two [B, S, C], and the sum, which others read too
 
 
-def fuse(model: Any, runtime: bool = False) -> None:
-    """Rewrite a graph of opset 23 or later in place; runtime: with operators that onnxruntime alone has."""
-    rewrite(model, [*rms_normalization_rules, _Rotary.rule()])
-    if runtime:
-        rewrite(model, [_Skip.rule()])
+def _sum_and_norm(op: Any, x: Any, y: Any, scale: Any) -> Any:
+    total = op.Add(x, y)
+    return op.RMSNormalization(total, scale, _allow_other_attributes=True, _outputs=["norm"]), total
+
+
+def _is_norm_of_sum(context: Any, x: Any, y: Any, scale: Any, norm: Any, **_: Any) -> bool:
+    attributes = norm.producer().attributes
+    alike = x.shape is not None and len(x.shape) == 3 and x.shape == y.shape and x.dtype == scale.dtype
+    return bool(alike and attributes.get_int("axis", -1) in (-1, 2) and attributes.get_int("stash_type", 1) == 1)
+
+
+def _norm_of_sum(op: Any, x: Any, y: Any, scale: Any, norm: Any, **_: Any) -> Any:
+    size = norm.producer().attributes.get_float("epsilon", 1e-5)
+    out = op.SkipSimplifiedLayerNormalization(x, y, scale, epsilon=size, _outputs=4, _domain="com.microsoft")
+    return out[0], out[3]

@@ -2,7 +2,7 @@
 
 Route      `ExportedModel` → `kvsink.export.trace` with a translation table that records one opaque node per op → function bodies
            appended (`append_functions`) or not
-Names      input_ids, attention_mask, position_ids, past_key_values.N.…, logits, present.N.…
+Names      input_ids, attention_mask, position_ids, past_key_values.N.…, logits, last_logits (lean), present.N.…
 Raises     ExportError when torch cannot trace or translate the model, naming the first reason
 """
 
@@ -427,9 +427,12 @@ def _name(model: Any, past: list[str], embeds: bool, lengths: tuple[str, str]) -
     for value, (name, second) in zip(model.graph.inputs, heads, strict=False):
         value.name = name
         shape(value, _0="batch", _1=second)
-    model.graph.outputs[0].name = "logits"
-    shape(model.graph.outputs[0], _0="batch", _1="sequence")
-    for values, prefix, length in ((model.graph.inputs[3:], PAST, lengths[0]), (model.graph.outputs[1:], PRESENT, lengths[1])):
+    logits = ("logits", "last_logits")[: len(model.graph.outputs) - len(past)]
+    for value, name in zip(model.graph.outputs, logits, strict=False):
+        value.name = name
+        shape(value, **({"_0": "batch"} if name == "last_logits" else {"_0": "batch", "_1": "sequence"}))
+    presents = model.graph.outputs[len(logits) :]
+    for values, prefix, length in ((model.graph.inputs[3:], PAST, lengths[0]), (presents, PRESENT, lengths[1])):
         if len(values) != len(past):
             raise ExportError(f"the graph has {len(values)} {prefix} tensors, {len(past)} were expected")
         for value, name in zip(values, past, strict=True):

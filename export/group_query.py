@@ -21,37 +21,27 @@ Declines   see `kvsink.export.flavours.gqa_refusal`
 from __future__ import annotations
 
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvsink.codecs import Codec
+from kvsink.export.asked import ASKED, register
 from kvsink.export.past import PlainLayer, Shared, orders_of
 from kvsink.kernels import stages
 from kvsink.kernels.hadamard import hadamard_matrix
 from kvsink.kernels.static import static_decode, static_encode
 from kvsink.model.frame import Frame
-from kvsink.model.handover import Handover
 from kvsink.model.passing import given_cache
 from kvsink.model.runtime import Runtime, runtime_of
 
-__all__ = [
-    "ASKED",
-    "GQA_ATTENTION",
-    "GQA_LEAN",
-    "MASKED",
-    "GroupQueryModel",
-    "attention_forward",
-    "cache_bits",
-    "empty_cache",
-    "group_query",
-]
+__all__ = ["GQA_ATTENTION", "GQA_LEAN", "MASKED", "GroupQueryModel", "cache_bits", "empty_cache", "group_query"]
 
 GQA_ATTENTION, GQA_LEAN = "kvsink_gqa", "kvsink_gqa_lean"
-ASKED: Handover[ReferenceType[Any]] = Handover()  # with keys that a layer returned: the layer, which attends itself
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
 
 
@@ -287,7 +277,8 @@ class _GroupQueryPast(Cache):
 class GroupQueryModel(nn.Module):
     """(ids, mask, positions, past by name) -> (logits, present...) for a model whose layers have fixed steps.
 
-    tokens: positions it serves; the angles behind the mean of the keys are a table of that reach. lean: without bias.
+    tokens: positions it serves; the angles behind the mean of the keys are a table of that reach. lean: without bias, and the
+    logits of the last row in float32 come behind those of all.
     """
 
     def __init__(self, model: nn.Module, tokens: int, lean: bool = False) -> None:
@@ -338,36 +329,9 @@ class GroupQueryModel(nn.Module):
             **given_cache(self.model, cache),
         )
         present = {f"{i}.{name}": tensor for i, layer in enumerate(cache.layers) for name, tensor in layer.present.items()}
-        return (out.logits, *(present[name] for name in past))
+        last = (out.logits[:, -1:].float(),) if self.lean else ()
+        return (out.logits, *last, *(present[name] for name in past))
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of models whose layers attend themselves (`ASKED`); s_aux: learned sink logits [Hq]."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    asked = ASKED.found(key)
-    layer = None if asked is None else asked()
-    assert layer is not None, "attention was given other keys than the cache returned"
-    return layer.attend(query, key, value, attention_mask, scale, s_aux), None
-
-
-def _register() -> None:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(GQA_ATTENTION, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(GQA_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    ALL_ATTENTION_FUNCTIONS.register(GQA_LEAN, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(GQA_LEAN, lambda *args, **kwargs: None)
-
-
-_register()
+register(GQA_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+register(GQA_LEAN)

@@ -23,6 +23,7 @@ _MEANING = {
     "attention_mask": "1 at tokens, 0 at padding, past tokens included",
     "position_ids": "position of every new token in its row; padding may have any",
     "logits": "float32 scores of the next token",
+    "last_logits": "those of the last token",
     "positions": "position of every stored token, shared by all layers",
     "key": "codes of keys (int8, or two of 4 bits in a byte, in flavour gqa), or keys after RoPE of a layer or side that is "
     "not packed",

@@ -66,19 +66,20 @@ class Steps:
                     past[name].update_inplace(array)
         past.bound = bound
         self.runner.run(bound.binding, bound.graph)
-        return bound.values["logits"].numpy().astype(np.float32), Held(past, past.tokens + 1)
+        logits = bound.values[self.runner.last_logits].numpy().astype(np.float32)
+        return logits, Held(past, past.tokens + 1)
 
     def _bind(self, past: Held, batch: int) -> _Bound:
         runner, binding, slots = self.runner, self.runner.session.io_binding(), past["0.key"].shape()[2]
-        logits = next(e for e in runner.manifest["outputs"] if e["name"] == "logits")
+        logits = next(e for e in runner.manifest["outputs"] if e["name"] == runner.last_logits)
         # Of a mask nobody reads more than the number of its columns. On a processor values are the memory of their arrays.
         memory = {name: np.ones((batch, 1), dtype=np.int64) for name in ("input_ids", "position_ids")}
         memory["attention_mask"] = np.ones((batch, slots), dtype=np.int64)
-        memory["logits"] = np.zeros((batch, 1, logits["shape"][2]), dtype=dtype_of(logits))
+        memory[runner.last_logits] = np.zeros((batch, 1, logits["shape"][2]), dtype=dtype_of(logits))
         values = {}
         for name, array in memory.items():
             values[name] = runner.value(array, "cpu" if name == "attention_mask" and runner.tiled else "")
-            (binding.bind_ortvalue_output if name == "logits" else binding.bind_ortvalue_input)(name, values[name])
+            (binding.bind_ortvalue_output if name == runner.last_logits else binding.bind_ortvalue_input)(name, values[name])
         for name, value in past.items():
             binding.bind_ortvalue_input(PAST + name, value)
             binding.bind_ortvalue_output(PRESENT + name, value)

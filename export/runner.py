@@ -54,6 +54,9 @@ class OnnxGenerator:
         self.graphs = self.lean and any(
             isinstance(p, tuple) and str(p[1].get("enable_cuda_graph", "0")).lower() in ("1", "true") for p in providers
         )
+        outputs = {e["name"] for e in self.manifest["outputs"]}
+        self.last_logits = "last_logits" if "last_logits" in outputs else "logits"
+        self._binds_once = self.tiled or "last_logits" in outputs  # gqa of before takes its length from the mask
         self._steps = Steps(self)
         self.in_place = self.manifest["flavour"] != "gqa" or self.lean
         self.past = Held({}, 0)  # the cache of the last text
@@ -145,13 +148,14 @@ class OnnxGenerator:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any]) -> tuple[Any, Held]:
+    def step(self, ids: Any, mask: Any, positions: Any, past: Mapping[str, Any], last: bool = False) -> tuple[Any, Held]:
         """New tokens int64 [B, S] behind a past: (logits [B, S, V], the cache that holds them too).
 
         mask, positions: None where no row is padded, so that every token stands behind the ones before it. Logits are float32, or
         float64 of a graph in float64. A model exported with embeds=True takes embeddings float32 [B, S, E] in the place of tokens.
         The mask has a column for every token of the past and every new one. The past is used up: its tensors are those of the
-        cache that is returned, or copied there where they had no room.
+        cache that is returned, or copied there where they had no room. last: logits [B, 1, V] of the last token alone; those of a
+        long prompt are many.
         """
         if not isinstance(past, Held) or past.bound is None:  # else these tensors were looked at when they were bound
             self._check(past)
@@ -191,7 +195,7 @@ class OnnxGenerator:
         given = past
         if self.in_place and total > slots:
             past = room.grown(past, self._past, room.slots_for(total, self._multiple), self.value)
-        if self.lean and new == 1:
+        if self._binds_once and new == 1:
             past = past if isinstance(past, Held) else Held(past, stored)
             logits, after = self._steps.step(ids, positions, past)
             return logits, self._behind(past, after, given)
@@ -205,16 +209,18 @@ class OnnxGenerator:
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
         for name, value in past.items():
             binding.bind_ortvalue_input(PAST + name, value)
-        outputs = [entry["name"] for entry in self.manifest["outputs"]]
+        scores = self.last_logits if last else "logits"
+        outputs = [n for n in (e["name"] for e in self.manifest["outputs"]) if n == scores or not n.endswith("logits")]
         kept = {PRESENT + n for n, e in self._past.items() if self.in_place and (self.tiled or room.axis_of(e) is not None)}
         for name in outputs:
             if name in kept:
                 binding.bind_ortvalue_output(name, past[name.removeprefix(PRESENT)])
             else:
-                binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
+                binding.bind_output(name, "cpu" if name == scores else self.device, 0)
         self.run(binding)
         values = dict(zip(outputs, binding.get_outputs(), strict=True))
-        logits = values.pop("logits").numpy()
+        logits = values.pop(scores).numpy()
+        logits = logits[:, -1:] if last else logits
         logits = logits.astype(np.float32) if logits.dtype == np.float16 else logits
         found = {name.removeprefix(PRESENT): value for name, value in values.items()}
         after = Held({n: past[n] if PRESENT + n in kept else value for n, value in found.items()}, total)
@@ -274,7 +280,8 @@ class OnnxGenerator:
         chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
         for at in range(0, ids.shape[1], chunk):
             part = slice(at, at + chunk)
-            logits, past = self.step(ids[:, part], mask[:, : at + chunk] if padded else None, positions[:, part], past)
+            seen = mask[:, : at + chunk] if padded else None
+            logits, past = self.step(ids[:, part], seen, positions[:, part], past, last=True)
         self.past = past
         last, done = positions[:, -1:], np.zeros(len(ids), dtype=bool)
         for left in range(max_new_tokens - 1, -1, -1):

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 
 from kvsink.cache.served import in_tiles
 from kvsink.codecs import STATE_NAMES, Codec
-from kvsink.export.group_query import ASKED, attention_forward
+from kvsink.export.asked import ASKED, register
 from kvsink.export.past import PlainLayer, Shared, candidates_of, orders_of
 from kvsink.export.state import STATE_OF, past_names
 from kvsink.kernels.append import append_ref
@@ -187,7 +187,7 @@ class _TilePast(Cache):
 
 
 class TileModel(nn.Module):
-    """(ids, mask, positions, past by name) -> (logits, present...), its cache in tiles.
+    """(ids, mask, positions, past by name) -> (logits, those of the last row in float32, present...), its cache in tiles.
 
     tokens: positions it serves, whole tiles of them.
     """
@@ -222,15 +222,7 @@ class TileModel(nn.Module):
             **given_cache(self.model, cache),
         )
         present = {f"{i}.{name}": tensor for i, layer in enumerate(cache.layers) for name, tensor in layer.present.items()}
-        return (out.logits, *(present[name] for name in past))
+        return (out.logits, out.logits[:, -1:].float(), *(present[name] for name in past))
 
 
-def _register() -> None:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(TILES, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(TILES, lambda *args, **kwargs: None)
-
-
-_register()
+register(TILES)

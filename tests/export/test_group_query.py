@@ -92,6 +92,18 @@ def test_float16_leaves_without_a_bias_and_writes_in_place(bits: int, kind: str,
         one, room = runner.step(*step, room)
         two, grown = runner.step(*step, grown)
         assert room["0.key"] is begun and np.array_equal(one, two)
+    whole, _ = runner.step(ids[:, :4], None, None, runner.empty(1))
+    end, past = runner.step(ids[:, :4], None, None, runner.empty(1, 8), last=True)
+    assert end.dtype == np.float32 and end.shape == (1, 1, 97) and np.array_equal(end, whole[:, -1:])
+    for i in (4, 5):
+        end, past = runner.step(ids[:, i : i + 1], None, None, past, last=True)
+    assert np.array_equal(end, one) and np.array_equal(past["1.value"].numpy(), room["1.value"].numpy())
+    before = OnnxGenerator(tmp_path / "model.onnx")  # a graph of before last_logits took its lengths from the mask
+    before.last_logits, before._binds_once = "logits", False
+    old = before.empty(1, 8)
+    for a, b in ((0, 4), (4, 5), (5, 6)):
+        three, old = before.step(ids[:, a:b], None, None, old)
+    assert np.array_equal(three, one) and old.bound is None
     for name, value in grown.items():
         assert value.shape()[2] == BLOCK and np.array_equal(room[name].numpy(), value.numpy()[:, :, :8]), name
         assert not room[name].numpy()[:, :, 6:].any()

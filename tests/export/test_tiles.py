@@ -80,9 +80,10 @@ def test_the_model_that_is_traced_is_the_torch_model_over_a_cache_in_tiles(kind:
         for a, b in ((0, 120), (120, 141), *((i, i + 1) for i in range(141, 150))):
             wanted = model(input_ids=ids[:, a:b], **given_cache(model, cache), use_cache=True).logits
             with _exporting(model, tiles.TILES):
-                found, *left = traced(ids[:, a:b], torch.ones(1, b, dtype=torch.int64), torch.arange(a, b)[None], past)
+                found, last, *left = traced(ids[:, a:b], torch.ones(1, b, dtype=torch.int64), torch.arange(a, b)[None], past)
             past = dict(zip(past, left, strict=True))
             torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+            assert torch.equal(last, found[:, -1:])
     for i, layer in enumerate(cache.packed_layers()):
         held = dict(zip(STATE_NAMES, layer.state(), strict=True))
         for name, of in STATE_OF.items():
@@ -99,7 +100,7 @@ def test_the_model_that_is_traced_is_near_the_stock_model() -> None:
     found = []
     with torch.no_grad(), _exporting(model, tiles.TILES):
         for a, b in ((0, 60), (60, 121), *((i, i + 1) for i in range(121, 150))):
-            logits, *left = traced(ids[:, a:b], torch.ones(1, b, dtype=torch.int64), torch.arange(a, b)[None], past)
+            logits, _, *left = traced(ids[:, a:b], torch.ones(1, b, dtype=torch.int64), torch.arange(a, b)[None], past)
             past = dict(zip(past, left, strict=True))
             found.append(logits)
     with torch.no_grad():

@@ -5,8 +5,8 @@
 Caches are empty tensors marked as full, so that no prompt has to be computed: times do not depend on what stands in them, and
 numbers are asked for by `kvsink-bench onnx` and tests/export/test_tiles_gpu.py. Rows of kind onnx have wall times of a step
 through `OnnxGenerator`, logits on the host; onnx-kernels what the card computes in it, and what of that is the attention node;
-onnx-memory what the card holds more when 32,768 tokens have been fed in pieces than after a short text. Rows go to
-$OUT/onnx_steps.jsonl, graphs to the temporary folder.
+onnx-memory times of a prompt of 8,192 tokens, and what the card holds more when 32,768 have been fed in pieces than behind
+the first piece. Rows go to $OUT/onnx_steps.jsonl, graphs to the temporary folder.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def runner_of(path: str, case: tuple[str, str, int], library: Any, graph: bool =
 
 
 def memory(path: str, case: tuple[str, str, int], library: Any, tokens: int, told: Any) -> None:
-    """MiB that the card holds more at most, while a text is fed in pieces and behind it, than after a first piece of it."""
+    """MiB that the card holds more at most, while a text is fed in pieces and behind it, than after one piece; times of prompts."""
     runner, rng = runner_of(path, case, library, arena_extend_strategy="kSameAsRequested"), np.random.default_rng(0)
-    runner.step(rng.integers(0, 8000, (1, PIECE)), None, None, runner.empty(1, PIECE))
+    warm = runner.step(rng.integers(0, 8000, (1, PIECE)), None, None, runner.empty(1, PIECE), last=True)[1]
     before, most, done = torch.cuda.mem_get_info()[0], 0, threading.Event()
 
     def watch() -> None:
@@ -68,13 +68,28 @@ def memory(path: str, case: tuple[str, str, int], library: Any, tokens: int, tol
     watcher.start()
     past = runner.empty(1, tokens + 128)
     for _ in range(0, tokens, PIECE):
-        past = runner.step(rng.integers(0, 8000, (1, PIECE)), None, None, past)[1]
+        past = runner.step(rng.integers(0, 8000, (1, PIECE)), None, None, past, last=True)[1]
     for _ in range(8):
         past = runner.step(rng.integers(0, 8000, (1, 1)), None, None, past)[1]
     behind = before - torch.cuda.mem_get_info()[0]
     done.set()
     watcher.join()
-    told.put({"B": 1, "T": tokens, "most_mib": round(max(most, behind) / 2**20, 1), "behind_mib": round(behind / 2**20, 1)})
+    del past, warm
+    prompts = []
+    for _ in range(4):
+        past, ids, begun = runner.empty(1, PROMPT + 128), rng.integers(0, 8000, (1, PROMPT)), time.perf_counter()
+        runner.step(ids, None, None, past, last=True)
+        prompts.append(round((time.perf_counter() - begun) * 1e3, 1))
+    told.put(
+        {
+            "prompt": PROMPT,
+            "prompt_ms": prompts,
+            "B": 1,
+            "T": tokens,
+            "most_mib": round(max(most, behind) / 2**20, 1),
+            "behind_mib": round(behind / 2**20, 1),
+        }
+    )
 
 
 def main() -> None:
@@ -154,12 +169,6 @@ def times(every: dict[tuple[Any, ...], OnnxGenerator], rng: Any, say: Any) -> No
                 launches=round(launches, 1),
             )
         del pasts
-    for again in range(4):
-        for case in (case for case in every if case[0] != "functions"):
-            past, ids = every[case].empty(1, PROMPT + 128), rng.integers(0, 8000, (1, PROMPT))
-            begun = time.perf_counter()
-            every[case].step(ids, None, None, past)
-            say("onnx-prefill", case, B=1, T=PROMPT, rep=again, ms=round((time.perf_counter() - begun) * 1e3, 1))
 
 
 if __name__ == "__main__":
