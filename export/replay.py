@@ -66,7 +66,8 @@ class Steps:
                     past[name].update_inplace(array)
         past.bound = bound
         self.runner.run(bound.binding, bound.graph)
-        logits = bound.values[self.runner.last_logits].numpy().astype(np.float32)
+        logits = bound.values[self.runner.last_logits].numpy()  # on a processor the memory that the next step writes
+        logits = logits.astype(np.float32, copy=self.runner.device == "cpu")
         return logits, Held(past, past.tokens + 1)
 
     def _bind(self, past: Held, batch: int) -> _Bound:
