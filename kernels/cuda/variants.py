@@ -70,8 +70,9 @@ class Card:
         return f"compute_{self.target}" if self.portable else f"sm_{self.target}{'a' if self.target in (90, 100) else ''}"
 
 
+SMALL = 101376  # bytes of shared memory that a block of most cards can have
 SHARED = {80: 166912, 87: 166912, 90: SHARED_LIMIT, 100: SHARED_LIMIT}
-"""Bytes of shared memory that a block can have, by compute capability times ten; of others 101376."""
+"""Bytes of shared memory that a block can have, by compute capability times ten; of others `SMALL`."""
 
 
 def card_named(capability: str) -> Card:
@@ -82,7 +83,7 @@ def card_named(capability: str) -> Card:
     if reason := too_old((int(major), int(minor)), "a card"):
         raise NativeError(reason)
     target = 10 * int(major) + int(minor)
-    return Card(target, SHARED.get(target, 101376))
+    return Card(target, SHARED.get(target, SMALL))
 
 
 @cache
@@ -238,11 +239,16 @@ class Variant:
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others. Twelve take
         less time where one reads both sides of a trellis for more than four query heads of 128 channels, and more elsewhere; one
-        stage of a whole superblock does in place of two of half of it with equally spaced keys in a basis and 3 bits or more."""
+        stage of a whole superblock does in place of two of half of it with equally spaced keys in a basis and 3 bits or more. In 99
+        KB eight with little room each take less time than four with more where such keys have 2 bits, and more with a trellis."""
+        even = self.mode == 2 and self.dim == 128 and not (self.key_trellis or self.value_trellis)
+        few = set(self.key_widths + self.value_widths) == {2} and self.repeats <= 4
+        if (shape.warps, shape.stages, shape.items) == (8, 1, 1) and card.shared == SMALL and card.target not in (90, 100):
+            return even and few
         eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4 or self.ahead)
         if (shape.warps, shape.stages, shape.items) == (8, 1, 4):
             many = sum(self.key_widths) + sum(self.value_widths) >= 6 * len(self.key_widths)
-            return eight and self.mode == 2 and self.dim == 128 and many and not (self.key_trellis or self.value_trellis)
+            return eight and even and many
         twelve = eight and self.dim == 128 and shape.columns(self.repeats) == 8 and self.key_trellis and self.value_trellis
         return (shape.warps == 4 or (twelve if shape.warps == 12 else eight)) and (self.dim <= 128 or shape.steps == 1)
 

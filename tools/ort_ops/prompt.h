@@ -6,7 +6,7 @@ namespace {
 
 using namespace kvsink::cuda;
 
-constexpr int64_t kRoom = 64 << 20;  // bytes of rows in 16 bit that a prompt of one sequence attends to at a time
+constexpr int64_t kRoom = 32 << 20;  // bytes of rows in 16 bit that a prompt of one sequence attends to at a time
 
 int64_t size_of(ort::Type type) { return type == ort::kUint8 ? 1 : type == ort::kHalf ? 2 : 4; }
 
