@@ -54,6 +54,7 @@ def evaluate_onnx(
             log_sum = np.log(np.exp(scores - top).sum(-1)) + top[..., 0]
             nll[first : first + batch] += (log_sum - np.take_along_axis(scores, targets[..., None], -1)[..., 0]).sum(-1)
         runner.past = past
+        past.end()
         if not np.isfinite(nll).all():
             raise EvaluationError(f"the model gives logits that are not finite in windows {first} to {first + len(rows) - 1}")
         if not held[1]:

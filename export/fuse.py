@@ -21,12 +21,39 @@ FUSED_OPSET = 23
 def fuse(model: Any, runtime: bool = False) -> None:
     """Rewrite a graph of opset 23 or later in place; runtime: with operators that onnxruntime alone has."""
     from onnxscript.rewriter import RewriteRule, rewrite
-    from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
 
     rotary = RewriteRule(_spelled_rotation, _rotation, _is_rotation, remove_nodes=False)  # queries and keys share the tables
-    rewrite(model, [*rms_normalization_rules, rotary])
+    rewrite(model, [*_norms(), rotary])
     if runtime:
         rewrite(model, [RewriteRule(_sum_and_norm, _norm_of_sum, _is_norm_of_sum)])
+
+
+def _norms() -> list[Any]:
+    """The rules of onnxscript for norms of rows and scales of one type, which they do not ask for; a scale in float32 has the rows
+    widened before it, as the norm itself has them."""
+    from onnxscript.rewriter.pattern import MatchResult
+    from onnxscript.rewriter.rules.fusion._rms_normalization import RmsNormFusion
+
+    class Norm(RmsNormFusion):
+        def check(self, op: Any, x: Any, scale: Any, *rest: Any, **named: Any) -> Any:
+            found = super().check(op, x, scale, *rest, **named)
+            if not found:
+                return found
+            narrow = x.dtype != scale.dtype and str(scale.dtype) != "FLOAT"
+            if narrow or scale.shape is None or x.shape is None or len(scale.shape) > len(x.shape):
+                return MatchResult().fail("a scale of another type or of more axes", scale)
+            return found
+
+        def rewrite(self, op: Any, x: Any, scale: Any, *rest: Any, **named: Any) -> Any:
+            wide = x if x.dtype == scale.dtype else op.Cast(x, to=scale.dtype)
+            return super().rewrite(op, wide, scale, *rest, **named)
+
+    return [Norm.rule(f"norm {order}", order) for order in (True, False)]
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """Whether two dimensions are known to be equal: numbers, or one symbol with a name."""
+    return bool(x == y and (isinstance(x, int) or x.value is not None))
 
 
 def _number(value: Any) -> Any:
@@ -51,9 +78,14 @@ def _is_rotation(context: Any, x: Any, cos: Any, sin: Any, at: Any, low: Any, ha
     width = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
     if not isinstance(width, int) or str(x.dtype) not in ("FLOAT", "FLOAT16"):
         return False
-    if [_number(v) for v in (low, half, high, at)] != [0, width // 2, width // 2, 1] or _number(end) < width:
+    if [_number(v) for v in (low, half, high, at)] != [0, width // 2, width // 2, 1] or (_number(end) or 0) < width:
         return False
-    return cos.shape is not None and cos.shape[0] != 1 and _doubled(cos, "Cos") and _doubled(sin, "Sin")
+    for table, function in ((cos, "Cos"), (sin, "Sin")):
+        if table.shape is None or len(table.shape) != 3 or not _doubled(table, function):
+            return False
+        if not (_alike(table.shape[0], x.shape[0]) and _alike(table.shape[1], x.shape[2]) and table.shape[2] == width):
+            return False
+    return True
 
 
 def _doubled(table: Any, function: str) -> bool:
@@ -86,7 +118,9 @@ def _sum_and_norm(op: Any, x: Any, y: Any, scale: Any) -> Any:
 
 def _is_norm_of_sum(context: Any, x: Any, y: Any, scale: Any, norm: Any, **_: Any) -> bool:
     attributes = norm.producer().attributes
-    alike = x.shape is not None and len(x.shape) == 3 and x.shape == y.shape and x.dtype == scale.dtype
+    if x.shape is None or y.shape is None or scale.shape is None or x.dtype != scale.dtype:
+        return False
+    alike = len(x.shape) == len(y.shape) == 3 and all(map(_alike, x.shape, y.shape)) and list(scale.shape) == [x.shape[2]]
     return bool(alike and attributes.get_int("axis", -1) in (-1, 2) and attributes.get_int("stash_type", 1) == 1)
 
 

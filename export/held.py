@@ -8,6 +8,7 @@ Shapes     every tensor has `slots` on one axis, or none: rows kept exact have a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,25 +21,43 @@ _GROWING = ("slots", "past")  # of flavours functions and custom, of gqa
 _DTYPES = {"float": "float32", "double": "float64"}  # other types have the names of numpy
 
 
+@dataclass
+class Text:
+    """What the caches of one text know together, whose tensors are the same."""
+
+    ended: bool = False  # nobody goes on with it, so that another may take its tensors
+    taken: bool = False
+
+
 class Held(dict[str, Any]):
     """Values of onnxruntime by name without prefix, which hold `tokens` tokens a row.
 
     A step writes behind them and hands on the same tensors: of two steps from one cache the later one writes over what the
-    earlier left, which is then `lost`. So is a cache in tiles itself that a step has gone on from: its exact rows are among them.
+    earlier left, which is then `lost`. So is a cache in tiles itself that a step has gone on from: its exact rows are among them;
+    and every cache of a text that has ended, when another takes its tensors.
     """
 
     def __init__(self, values: Mapping[str, Any], tokens: int) -> None:
         super().__init__(values)
-        self.tokens, self.lost = tokens, False
+        self.tokens, self.overwritten, self.text = tokens, False, Text()
         self.bound: Any = None  # what a step binds, where it binds the same each time
         self._behind: Held | None = None
+
+    def end(self) -> None:
+        """Say that nobody goes on with this text: `OnnxGenerator.begin` may take its tensors."""
+        self.text.ended = True
+
+    @property
+    def lost(self) -> bool:
+        """Whether its tensors hold something else by now."""
+        return self.overwritten or self.text.taken
 
     def leads_to(self, behind: Held) -> None:
         """`behind` is what a step wrote into these tensors."""
         earlier = self._behind
         while earlier is not None:
-            earlier.lost, earlier = True, earlier._behind
-        self._behind = behind
+            earlier.overwritten, earlier = True, earlier._behind
+        self._behind, behind.text = behind, self.text
 
 
 def slots_for(tokens: int, multiple: int = BLOCK) -> int:

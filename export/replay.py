@@ -11,6 +11,7 @@ Cost       a graph of its own for the tensors of every cache, as long as the ses
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,18 @@ PAST, PRESENT = "past_key_values.", "present."
 
 @dataclass
 class _Bound:
-    """A binding, the tensors it names beside the cache's, arrays that may be their memory, and the number of its CUDA graph."""
+    """A binding, the tensors it names beside the cache's, arrays that may be their memory, the number of its CUDA graph, and the
+    cache's tensors."""
 
     binding: Any
     values: dict[str, Any]
     memory: Any
     graph: str
+    cache: tuple[Any, ...]
+
+    def binds(self, past: Held) -> bool:
+        """Whether these are the tensors of a cache still, which may have been given others."""
+        return len(past) == len(self.cache) and all(map(is_, past.values(), self.cache))
 
 
 class Steps:
@@ -39,17 +46,18 @@ class Steps:
         self.runner, self.graphs = runner, 0
 
     def begin(self, batch: int, length: int) -> Held:
-        """An empty cache for a text of `length` tokens, in the tensors of the last one where these have room."""
+        """An empty cache for a text of `length` tokens, in the tensors of the last one where it has ended and these have room."""
         last = self.runner.past
-        if not last or last["0.key"].shape()[0] != batch or last["0.key"].shape()[2] < length:
-            made: Held = self.runner.empty(batch, length + length // 8)
-            return made
+        free = last and last.text.ended and not last.lost
+        if not free or last["0.key"].shape()[0] != batch or last["0.key"].shape()[2] < length:
+            self.runner.past = self.runner.empty(batch, length + length // 8 if self.runner.graphs else length)
+            return self.runner.past
         for name, value in last.items():
             for of, empty in ((".exact_slot", -1), (".exact_score", -np.inf)):
                 if name.endswith(of):
                     value.update_inplace(np.full_like(value.numpy(), empty))
-        again = Held(last, 0)
-        again.bound, last.lost = last.bound, True
+        again = self.runner.past = Held(last, 0)
+        again.bound, last.text.taken = last.bound, True
         return again
 
     def step(self, ids: Any, positions: Any, past: Held) -> tuple[Any, Held]:
@@ -85,4 +93,4 @@ class Steps:
             binding.bind_ortvalue_input(PAST + name, value)
             binding.bind_ortvalue_output(PRESENT + name, value)
         self.graphs += 1
-        return _Bound(binding, values, memory, str(self.graphs))
+        return _Bound(binding, values, memory, str(self.graphs), tuple(past.values()))

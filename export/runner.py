@@ -21,6 +21,7 @@ from kvsink.export.errors import ExportError
 from kvsink.export.held import Held
 from kvsink.export.manifest import read_manifest
 from kvsink.export.replay import PAST, PRESENT, Steps
+from kvsink.export.sampling import choose
 from kvsink.export.session import Provider, open_session
 
 __all__ = ["OnnxGenerator"]
@@ -72,7 +73,7 @@ class OnnxGenerator:
 
     def begin(self, batch: int, length: int) -> Held:
         """An empty cache for a text of `length` tokens, with room where that costs nothing. Flavours gqa and custom in float16 take
-        the tensors of the last text, `past`, where they have room: that one is lost then."""
+        the tensors of the last text, `past`, where it has ended and they have room: that one is lost then."""
         return self._steps.begin(batch, length) if self.lean else self.empty(batch)
 
     def empty(self, batch: int, length: int = 0) -> Held:
@@ -88,6 +89,8 @@ class OnnxGenerator:
 
     def copy(self, past: Mapping[str, Any]) -> Held:
         """The same cache in tensors of its own: to go two ways from one text."""
+        if isinstance(past, Held) and past.lost:
+            raise ExportError("this cache was written over by a later step; copy() it before that step")
         slots = past["0.key"].shape()[2] if self.in_place else _tokens(past)
         return Held(room.grown(past, self._past, slots, self.value), _tokens(past))
 
@@ -128,9 +131,11 @@ class OnnxGenerator:
 
     def _check_rows(self, ids: Any, mask: Any, positions: Any) -> None:
         shape = np.shape(ids)
-        if len(shape) != 2 + self.embeds:
+        if len(shape) != 2 + self.embeds or 0 in shape:
             kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
-            raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(shape)}")
+            raise ExportError(
+                f"{self.path.name} takes {kind}, of one row and one token at least, not an array of shape {list(shape)}"
+            )
         masked = mask is None or (np.ndim(mask) == 2 and len(mask) == shape[0])
         if not masked or (positions is not None and np.shape(positions) != shape[:2]):
             raise ExportError(
@@ -157,11 +162,17 @@ class OnnxGenerator:
         cache that is returned, or copied there where they had no room. last: logits [B, 1, V] of the last token alone; those of a
         long prompt are many.
         """
-        if not isinstance(past, Held) or past.bound is None:  # else these tensors were looked at when they were bound
-            self._check(past)
+        if not isinstance(past, Held) or past.bound is None or not past.bound.binds(past):
+            self._check(past)  # else these tensors were looked at when they were bound
+            if isinstance(past, Held):
+                past.bound = None
         self._check_rows(ids, mask, positions)
         if isinstance(past, Held) and past.lost:
             raise ExportError("this cache was written over by a later step; copy() a cache from which to go two ways")
+        if mask is None and self.in_place and not isinstance(past, Held):
+            raise ExportError(
+                "a cache with room does not say how much of it is held; give a mask, or what empty() or step() returned"
+            )
         new = np.shape(ids)[1]
         total = _tokens(past) + new if mask is None else np.shape(mask)[1]
         behind = np.broadcast_to(np.arange(total - new, total), np.shape(ids)[:2])
@@ -232,7 +243,8 @@ class OnnxGenerator:
             after.bound = past.bound
             if past is given:
                 past.leads_to(after)
-                past.lost = past.lost or self.tiled  # its exact rows have been written over
+                past.overwritten = past.overwritten or self.tiled  # its exact rows have been written over
+            after.text = past.text
         return after
 
     def run(self, binding: Any, graph: str = "-1") -> None:
@@ -277,23 +289,26 @@ class OnnxGenerator:
         rng = np.random.default_rng(seed)
         padded, positions = not mask.all(), np.maximum(mask.cumsum(1) - 1, 0)
         past = self.past = self.begin(len(ids), ids.shape[1] + max_new_tokens)
-        chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
-        for at in range(0, ids.shape[1], chunk):
-            part = slice(at, at + chunk)
-            seen = mask[:, : at + chunk] if padded else None
-            logits, past = self.step(ids[:, part], seen, positions[:, part], past, last=True)
-        self.past = past
-        last, done = positions[:, -1:], np.zeros(len(ids), dtype=bool)
-        for left in range(max_new_tokens - 1, -1, -1):
-            token = _choose(logits[:, -1], temperature, top_k, top_p, rng)
-            yield [None if over else int(t) for over, t in zip(done, token, strict=True)]
-            done |= np.isin(token, list(ends))
-            if done.all() or not left:
-                return
-            mask = np.concatenate([mask, np.ones_like(last)], axis=1) if padded else None
-            last = last + 1
-            logits, past = self.step(token[:, None], mask, last, past)
+        try:
+            chunk = ids.shape[1] if self.one_row and len(ids) > 1 else chunk
+            for at in range(0, ids.shape[1], chunk):
+                part = slice(at, at + chunk)
+                seen = mask[:, : at + chunk] if padded else None
+                logits, past = self.step(ids[:, part], seen, positions[:, part], past, last=True)
             self.past = past
+            last, done = positions[:, -1:], np.zeros(len(ids), dtype=bool)
+            for left in range(max_new_tokens - 1, -1, -1):
+                token = choose(logits[:, -1], temperature, top_k, top_p, rng)
+                yield [None if over else int(t) for over, t in zip(done, token, strict=True)]
+                done |= np.isin(token, list(ends))
+                if done.all() or not left:
+                    return
+                mask = np.concatenate([mask, np.ones_like(last)], axis=1) if padded else None
+                last = last + 1
+                logits, past = self.step(token[:, None], mask, last, past)
+                self.past = past
+        finally:
+            past.end()
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any) -> list[list[int]]:
         """The new tokens of every prompt, to its end token; options as in `stream`."""
@@ -323,19 +338,3 @@ class OnnxGenerator:
 
 def _tokens(past: Mapping[str, Any]) -> int:
     return past.tokens if isinstance(past, Held) else int(past["0.key"].shape()[2])
-
-
-def _choose(logits: Any, temperature: float, top_k: int, top_p: float, rng: Any) -> Any:
-    """One token id per row of logits [B, V]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    scores = logits.astype(np.float64) / temperature
-    order = np.argsort(-scores, axis=-1)
-    ranked = np.take_along_axis(scores, order, axis=-1)
-    share = np.exp(ranked - ranked[:, :1])
-    share /= share.sum(-1, keepdims=True)
-    before = share.cumsum(-1) - share
-    share = np.where((before < top_p) & (np.arange(share.shape[1]) < (top_k or share.shape[1])), share, 0.0)
-    share /= share.sum(-1, keepdims=True)
-    drawn = (share.cumsum(-1) < rng.random((len(share), 1))).sum(-1)
-    return np.take_along_axis(order, np.minimum(drawn, share.shape[1] - 1)[:, None], axis=-1)[:, 0]

@@ -261,7 +261,8 @@ def runner_for(path: str | Path, device: str = "auto", threads: int = 0, **optio
     manifest = read_manifest(Path(path))
     tiled = "kernels" in manifest
     on_cuda = device == "cuda" or (device == "auto" and tiled)
-    cuda = {"use_tf32": "0"} | ({} if manifest.get("padding", True) else {"enable_cuda_graph": "1"})
+    captured = tiled or any(e["name"] == "last_logits" for e in manifest["outputs"])
+    cuda = {"use_tf32": "0"} | ({"enable_cuda_graph": "1"} if captured else {})
     providers: list[Provider] = [("CUDAExecutionProvider", cuda)] if on_cuda else []
     library = None  # without a GPU the session says what is missing
     if manifest["flavour"] == "custom" and (not tiled or torch.cuda.is_available()):

@@ -98,6 +98,9 @@ def test_float16_leaves_without_a_bias_and_writes_in_place(bits: int, kind: str,
     for i in (4, 5):
         end, past = runner.step(ids[:, i : i + 1], None, None, past, last=True)
     assert np.array_equal(end, one) and np.array_equal(past["1.value"].numpy(), room["1.value"].numpy())
+    ways = [runner.stream([row], 5, eos_token_id=-1) for row in ([5, 6, 7], [40, 9])]  # two texts at a time
+    said = list(zip(*([step[0] for step in steps] for steps in zip(*ways, strict=True)), strict=True))
+    assert [list(one) for one in said] == [runner.generate([row], 5, eos_token_id=-1)[0] for row in ([5, 6, 7], [40, 9])]
     before = OnnxGenerator(tmp_path / "model.onnx")  # a graph of before last_logits took its lengths from the mask
     before.last_logits, before._binds_once = "logits", False
     old = before.empty(1, 8)

@@ -113,10 +113,35 @@ def test_a_cache_that_grows_leaves_the_one_before_alone(runner: Any) -> None:
 def test_a_text_takes_the_tensors_of_the_last_one_where_they_have_room(runner: Any) -> None:
     first = runner.past = go(runner, runner.begin(1, 200))
     assert first["0.key"].shape()[2] == 256  # an eighth more, in whole tiles
+    other = runner.begin(1, 200)  # the first has not ended
+    assert other["0.key"] is not first["0.key"] and not first.lost and runner.begin(1, 200)["0.key"] is not other["0.key"]
+    runner.past = first
+    first.end()
     again = runner.begin(1, 256)
     assert all(again[name] is first[name] for name in first) and first.lost and again.tokens == 0
     assert slots(again) == [-1] * len(slots(first)) and np.isneginf(again["0.exact_score"].numpy()).all()
+    with pytest.raises(ExportError, match="written over by a later step"):
+        go(runner, first)
     runner.past = go(runner, again)
+    runner.past.end()
     assert runner.session.ran == ["1", "1", "1"]  # the graph of the first text
     for batch, length in ((1, 257), (2, 10)):
         assert runner.begin(batch, length)["0.key"] is not first["0.key"]
+
+
+def test_tensors_that_are_put_into_a_cache_are_bound(runner: Any) -> None:
+    past = go(runner, runner.empty(1, 5))
+    past["0.exact_slot"] = runner.value(np.full_like(past["0.exact_slot"].numpy(), 40))
+    assert slots(go(runner, past)) == [41] * len(slots(past)) and runner.session.ran == ["1", "1", "2", "2"]
+
+
+def test_what_a_step_cannot_tell_is_asked_for(runner: Any) -> None:
+    past = runner.empty(1, 5)
+    with pytest.raises(ExportError, match="does not say how much of it is held; give a mask"):
+        runner.step(np.array([[5]]), None, None, dict(past))
+    for shape in ((0, 1), (1, 0)):
+        with pytest.raises(ExportError, match="one row and one token at least"):
+            runner.step(np.zeros(shape, dtype=np.int64), None, None, past)
+    go(runner, past)
+    with pytest.raises(ExportError, match=r"copy\(\) it before that step"):
+        runner.copy(past)

@@ -210,7 +210,7 @@ struct AttendTiles : Kernel {
       return begin ? static_cast<char*>(begin) + bytes / heads * head : nullptr;
     };
     for (int64_t head = 0; head < kv_heads; head += many) {
-      Room room(2 * Room::bytes_of(product(wide), 2) + 2 * Room::bytes_of(product(narrow), 2) +
+      Room room((whole ? 1 : 2) * Room::bytes_of(product(wide), 2) + 2 * Room::bytes_of(product(narrow), 2) +
                     2 * Room::bytes_of(product(every), 2) + Room::bytes_of(batch, 4), stream);
       const ort::Value* given[7] = {};
       for (int i = 0; i < 3; i++) {
