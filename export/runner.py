@@ -131,11 +131,11 @@ class OnnxGenerator:
 
     def _check_rows(self, ids: Any, mask: Any, positions: Any) -> None:
         shape = np.shape(ids)
-        if len(shape) != 2 + self.embeds or 0 in shape:
+        if len(shape) != 2 + self.embeds:
             kind = "embeddings [B, S, E]" if self.embeds else "token ids [B, S]"
-            raise ExportError(
-                f"{self.path.name} takes {kind}, of one row and one token at least, not an array of shape {list(shape)}"
-            )
+            raise ExportError(f"{self.path.name} takes {kind}, not an array of shape {list(shape)}")
+        if 0 in shape:
+            raise ExportError(f"{self.path.name} takes one row and one token at least, not an array of shape {list(shape)}")
         masked = mask is None or (np.ndim(mask) == 2 and len(mask) == shape[0])
         if not masked or (positions is not None and np.shape(positions) != shape[:2]):
             raise ExportError(
