@@ -125,7 +125,7 @@ def rewritten(model: Any, side: str, protect: str = "kvsink:5+first:1", window: 
     blocks = tuple(sorted({64, *blocks}))
     known, records = (blocks, need), _records.setdefault(model, {})
     if known not in records:
-        count = max(512, 4 * model.config.head_dim, need.rows if need is not None else 0)
+        count = max(512, 16 * model.config.head_dim, need.rows if need is not None else 0)  # moments of queries want so many
         ids = torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0)).to(model.device)
         every = range(layers)
         samples = {} if need is None else dict.fromkeys(every, need)

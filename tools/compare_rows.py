@@ -217,7 +217,6 @@ QUALITY = (
     row("kivi", 2, 2),
     row("kvquant", 2, 2, "first:1", label="kvquant 1 %", **_both(outliers=0.01)),
     row("cq", 2, 2, label="cq 4c8b"),
-    row("oscar", 2, 2),
 )
 """Rows of docs/quality.md: ours, and of those published at 2 bits the best of docs/compare.md and those all compare with."""
 

@@ -10,9 +10,14 @@ Raises     KvsinkError children, in one line; a cell that cannot be measured is 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import queue
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,14 @@ import torch
 from kvsink.errors import KvsinkError, UnknownName
 from kvsink.tools.compare import Store, free, named_models
 from kvsink.tools.compare_rows import SETS, named_set, read_rows, resolved
-from kvsink.tools.quality_measure import KINDS, Models, Wish, outcome
+from kvsink.tools.quality_measure import KINDS, Cell, Models, Wish, outcome
 from kvsink.tools.quality_page import summary
 
 __all__ = ["main", "measured"]
 
 Tell = Callable[[str], None]
+Result = tuple[dict[str, Any] | None, str]
+"""A record, if there is one, and a line of progress."""
 NUMBERS = (
     *("length", "windows", "chunk", "samples", "calls", "prompt_chunk", "problems", "answer", "articles", "words", "batch"),
     *("calibration_tokens", "calibration_window"),
@@ -35,29 +42,91 @@ NUMBERS = (
 
 
 def measured(
-    models: Models, kinds: Sequence[str], out: Path, budget: float | None = None, command: str = "", tell: Tell = print
+    models: Models,
+    kinds: Sequence[str],
+    out: Path,
+    budget: float | None = None,
+    command: str = "",
+    tell: Tell = print,
+    jobs: int = 1,
 ) -> list[dict[str, Any]]:
-    """Measure every cell that is not finished in `out`, as long as `budget` seconds last; returns the records there are."""
-    begun, store = time.monotonic(), Store(out)
+    """Measure every cell that is not finished in `out`, as long as `budget` seconds last; returns the records there are.
+
+    jobs: processes beside each other, each with the cells of one model, precision and row at a time: a step of a small model is
+    bound by its launches, so that one process leaves most of a GPU idle.
+    """
+    store, begun = Store(out), time.monotonic()
+    done = frozenset(key for key in store.records if store.finished(key))
+    find = partial(_found, done=done, end=None if budget is None else begun + budget, begun=begun)
+    results = find(models, models.cells(kinds)) if jobs == 1 else _beside(models, kinds, jobs, find)
+    for record, words in results:
+        if record is not None:
+            store.add({**record, "command": command})
+        tell(words)
+    return list(store.records.values())
+
+
+def _found(models: Models, cells: Sequence[Cell], done: Collection[str], end: float | None, begun: float) -> Iterator[Result]:
+    """Records of those cells that are not `done`, and what to tell of each; none is begun that would last beyond `end`."""
     longest: dict[str, float] = {}
-    cells = models.cells(kinds)
     for at, cell in enumerate(cells, 1):
         key = models.key(cell)
-        if store.finished(key):
+        if key in done:
             continue
-        passed = time.monotonic() - begun
-        if budget is not None and passed + longest.get(cell.kind, 0.0) > budget:
+        now = time.monotonic()
+        if end is not None and now + longest.get(cell.kind, 0.0) > end:
             left = len(cells) - at + 1
-            tell(f"{passed:.0f} s are over or nearly so; {left} cells were not looked at, run the same command to go on")
-            break
+            yield None, f"{now - begun:.0f} s are over or nearly so; {left} cells were not looked at, run the same command to go on"
+            return
         found = outcome(models.measure, cell)
         free()
-        longest[cell.kind] = max(longest.get(cell.kind, 0.0), time.monotonic() - begun - passed)
+        longest[cell.kind] = max(longest.get(cell.kind, 0.0), time.monotonic() - now)
         about = {"key": key, "kind": cell.kind, "model": cell.model, "name": cell.row.name, "row": cell.row.as_dict()}
         own = {n: getattr(resolved(cell.row), n) for n in ("key_bits", "value_bits", "protect", "window")}  # as they are today
-        store.add({**about, **own, "length": cell.length, "command": command, **found})
-        tell(f"[{at}/{len(cells)}, {time.monotonic() - begun:.0f} s] {cell.words}: {summary(store.records[key])}")
-    return list(store.records.values())
+        record = {**about, **own, "length": cell.length, **found}
+        yield record, f"[{at}/{len(cells)}, {time.monotonic() - begun:.0f} s] {cell.words}: {summary(record)}"
+
+
+def _beside(models: Models, kinds: Sequence[str], jobs: int, find: Callable[..., Iterator[Result]]) -> Iterator[Result]:
+    """What `jobs` processes find."""
+    start = multiprocessing.get_context("spawn")
+    tasks, results = start.Queue(), start.Queue()
+    for cells in [*models.units(kinds), *[None] * jobs]:
+        tasks.put(cells)
+    threads = max(1, (os.cpu_count() or jobs) // jobs)
+    workers = [start.Process(target=_worker, args=(models, find, threads, tasks, results), daemon=True) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    try:
+        while any(worker.is_alive() for worker in workers) or not results.empty():
+            with suppress(queue.Empty):
+                found = results.get(timeout=1)
+                if isinstance(found, KvsinkError):
+                    raise found
+                yield found
+    finally:
+        for worker in workers:
+            worker.terminate()
+    if broken := [worker.exitcode for worker in workers if worker.exitcode]:
+        said = f"{len(broken)} of {jobs} processes ended with {broken[0]}"
+        raise KvsinkError(f"{said}; what is finished is kept. Go on with fewer --jobs")
+
+
+def _worker(models: Models, find: Callable[..., Iterator[Result]], threads: int, tasks: Any, results: Any) -> None:
+    """Cells of one model, precision and row after the other, until there are none."""
+    torch.set_num_threads(threads)
+    _exactly()
+    try:
+        with torch.no_grad():
+            while (cells := tasks.get()) is not None:
+                for found in find(models, cells):
+                    results.put(found)
+    except KvsinkError as error:
+        results.put(error)
+
+
+def _exactly() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", help="A JSON file with rows, instead of a set.")
     parser.add_argument("--out", default="docs/quality.jsonl", type=Path, help="Where cells go, a line each.")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="Begin no cell that would end later.")
+    parser.add_argument("--jobs", default=1, type=int, metavar="N", help="Processes beside each other on one GPU.")
     parser.add_argument("--device", default=w.device)
     for name in NUMBERS:
         parser.add_argument(f"--{name.replace('_', '-')}", default=getattr(w, name), type=int)
@@ -91,9 +161,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         rows = read_rows(o.rows) if o.rows else named_set(o.set)
         folders = named_models(o.model)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        if o.jobs < 1:
+            raise KvsinkError(f"--jobs {o.jobs}: at least one process measures")
+        _exactly()
+        models = Models(folders, wish, rows.rows, alone=o.jobs == 1)
         with torch.no_grad():
-            measured(Models(folders, wish, rows.rows), kinds, o.out, o.budget, _command(o, folders), lambda s: print(s, flush=True))
+            measured(models, kinds, o.out, o.budget, _command(o, folders), partial(print, flush=True), o.jobs)
     except KvsinkError as error:
         print("kvsink quality:", *str(error).split(), file=sys.stderr)
         return 2

@@ -41,6 +41,7 @@ __all__ = ["KINDS", "STOCK", "Cell", "Models", "Wish"]
 KINDS = ("length", "retrieval", "structured", "arithmetic", "generation")
 STOCK = Row("stock:dynamic", label="16 bit")
 _FOUND = tuple(name for name in TASKS if name != "call")
+_AT_ONCE = 131_072  # tokens of all prompts of a batch that one step takes
 _KEPT = 0.65  # of a GPU's free memory, for the log-probabilities in 16 bit that all rows are held against
 
 
@@ -86,11 +87,15 @@ class Cell:
 
 @dataclass
 class Models:
-    """Models, and what was rewritten of them: on a GPU all of it is kept, on a CPU the last."""
+    """Models, and what was rewritten of them: on a GPU all of it is kept, on a CPU the last.
+
+    alone: no other process measures beside this one, so that the log-probabilities in 16 bit may fill the GPU.
+    """
 
     folders: dict[str, Path]
     wish: Wish
     rows: Sequence[Row]
+    alone: bool = True
     _benches: dict[tuple[str, torch.dtype], Bench] = field(default_factory=dict)
     _made: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _asked: dict[tuple[Any, ...], list[Question]] = field(default_factory=dict)
@@ -118,7 +123,7 @@ class Models:
         net = bench.model
         if place_of(net).type == "cuda" and not bench.reference.keep:
             whole = 4 * bench.ids.numel() * net.config.get_text_config().vocab_size
-            bench.reference = Reference(net, True if whole < _KEPT * free_bytes(place_of(net)) else None)
+            bench.reference = Reference(net, self.alone and whole < _KEPT * free_bytes(place_of(net)))
         return bench.reference
 
     def rewritten(self, bench: Bench, row: Row) -> Any:
@@ -148,6 +153,13 @@ class Models:
             for length in self._lengths(kind)
             if kind != "generation" or row == STOCK or row == ours[0]
         ]
+
+    def units(self, kinds: Sequence[str]) -> list[list[Cell]]:
+        """The same cells, those together that one rewritten model serves."""
+        found: dict[tuple[bool, str, Row], list[Cell]] = {}
+        for cell in self.cells(kinds):
+            found.setdefault((cell.kind == "length", cell.model, cell.row), []).append(cell)
+        return list(found.values())
 
     def _lengths(self, kind: str) -> tuple[int, ...]:
         w = self.wish
@@ -210,7 +222,8 @@ class Models:
         if key not in self._asked:
             self._asked[key] = questions(bench.tokenizer, tasks, (length,), self.wish.depths, samples)
         cache = dynamic_cache if cell.row.stock else packed_cache
-        how: dict[str, Any] = {"chunk": self.wish.prompt_chunk, "batch": self.wish.batch, "asked": self._asked[key]}
+        fed = self.wish.prompt_chunk or length
+        how: dict[str, Any] = {"chunk": fed, "batch": max(1, min(self.wish.batch, _AT_ONCE // fed)), "asked": self._asked[key]}
         rows = retrieval(work, bench.tokenizer, cache, tasks, (length,), self.wish.depths, samples, **how).rows
         columns = {name: [row[name] for row in rows] for name in ("task", "right", "recall", "valid")}
         return {"tokens": length, "n": len(rows), "chunk": self.wish.prompt_chunk, "answers": columns}

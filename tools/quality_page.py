@@ -38,7 +38,8 @@ KL to the same model in 16 bit, both fed in lockstep through their caches. Growt
 ## Retrieval
 
 RULER's needles, chains of variables and common words, all tasks alike: mean recall, exact answers, and recall by that of 16 bit on
-the same prompts.""",
+the same prompts. A prompt at once is what `generate()` does: its tokens attend to exact rows, only the answer's to stored ones. By
+512 tokens is harder: every piece of the prompt attends to stored rows of all before it.""",
     "structured": """\
 ## Structured output
 
@@ -79,16 +80,16 @@ def summary(r: Record) -> str:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The page; of cells of one model, kind, length and setting the last that was measured."""
-    newest = {(r["kind"], r["model"], setting_of(r), r["length"]): r for r in records}
+    """The page; of cells of one model, kind, length, chunk and setting the last that was measured."""
+    newest = {(r["kind"], r["model"], setting_of(r), r["length"], r.get("chunk")): r for r in records}
     rows = [r for r in newest.values() if r["status"] == "measured"]
     out = _ABOUT.splitlines()
     for kind, words in _SECTIONS.items():
         mine = [r for r in rows if r["kind"] == kind]
         out += ["", words] if mine else []
-        for model in dict.fromkeys(r["model"] for r in mine):
-            cells = [r for r in mine if r["model"] == model]
-            out += ["", f"### {model}, {_HEADINGS[kind]}", "", *_TABLES[kind](cells), "", _where(cells)]
+        for model, fed in dict.fromkeys((r["model"], _fed(r)) for r in mine):
+            cells = [r for r in mine if (r["model"], _fed(r)) == (model, fed)]
+            out += ["", f"### {model}, {_HEADINGS[kind]}{fed}", "", *_TABLES[kind](cells), "", _where(cells)]
     if refused := [r for r in newest.values() if r["status"] != "measured"]:
         out += ["", "## Not measured", ""]
         out += [f"- {r['model']}, {r['kind']} of {r['length']}, {_name(r)}: {' '.join(str(r['reason']).split())}" for r in refused]
@@ -186,12 +187,19 @@ _TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
 def _where(cells: Sequence[Record]) -> str:
     """What all cells of a table were measured on."""
     said = [f"n = {' or '.join(sorted({str(r['n']) for r in cells}))}"]
-    said += [f"chunks of {' or '.join(sorted({str(r['chunk']) for r in cells}))}"] if "chunk" in cells[0] else []
+    said += [f"chunks of {' or '.join(sorted({str(r['chunk']) for r in cells}))}"] if cells[0].get("chunk") else []
     packed = next((r for r in cells if 0 < r["packed_layers"] < r["layers"]), None)
     said += [f"{packed['packed_layers']} of {packed['layers']} layers packed"] if packed else []
     for words in (lambda r: r["dtype"], lambda r: r["device"], lambda r: f"version {r['versions']['kvsink']}"):
         said.append(" and ".join(sorted({words(r) for r in cells})))
     return f"{'; '.join(said)}."
+
+
+def _fed(r: Record) -> str:
+    """How prompts were fed, in words; empty where that is not asked for."""
+    if r["kind"] not in ("retrieval", "structured"):
+        return ""
+    return f", prompts by {r['chunk']} tokens" if r["chunk"] else ", prompts at once"
 
 
 def _is_stock(r: Record) -> bool:

@@ -165,8 +165,9 @@ _SHAPES = (
     Shape(8, 2, 2, 2),
     Shape(8, 2, 1, 1),
     Shape(8, 1, 2, 2),
-    Shape(8, 1, 1, 1),
     Shape(4, 2, 4, 2),
+    Shape(4, 1, 4, 2),
+    Shape(4, 1, 2, 2),
     Shape(4, 2, 2, 2),
     Shape(4, 2, 1, 1),
     Shape(4, 1, 1, 1),
@@ -239,16 +240,19 @@ class Variant:
     def _suits(self, shape: Shape, card: Card) -> bool:
         """Whether registers suffice: those of eight warps that compute are few where they cannot be taken from others. Twelve take
         less time where one reads both sides of a trellis for more than four query heads of 128 channels, and more elsewhere; one
-        stage of a whole superblock does in place of two of half of it with equally spaced keys in a basis and 3 bits or more. In 99
-        KB eight with little room each take less time than four with more where such keys have 2 bits, and more with a trellis."""
-        even = self.mode == 2 and self.dim == 128 and not (self.key_trellis or self.value_trellis)
-        few = set(self.key_widths + self.value_widths) == {2} and self.repeats <= 4
-        if (shape.warps, shape.stages, shape.items) == (8, 1, 1) and card.shared == SMALL and card.target not in (90, 100):
-            return even and few
+        stage of a whole superblock does in place of two of half of it with equally spaced keys in a basis and 3 bits or more, and
+        in 99 KB with any keys in a basis. There eight with one small stage do where 2 bits have no basis."""
+        even = self.dim == 128 and not (self.key_trellis or self.value_trellis)
+        klt = self.mode == 2 and self.dim == 128
+        small = card.shared <= SMALL and card.target not in (90, 100)
+        if (shape.warps, shape.stages) == (4, 1) and shape.items > 1:
+            return small and klt
+        if small and (shape.warps, shape.stages, shape.items) == (8, 1, 2):
+            return even and not klt and set(self.key_widths + self.value_widths) == {2}
         eight = card.target in (90, 100) and (self.dim <= 128 or self.repeats <= 4 or self.ahead)
         if (shape.warps, shape.stages, shape.items) == (8, 1, 4):
             many = sum(self.key_widths) + sum(self.value_widths) >= 6 * len(self.key_widths)
-            return eight and even and many
+            return eight and klt and even and many
         twelve = eight and self.dim == 128 and shape.columns(self.repeats) == 8 and self.key_trellis and self.value_trellis
         return (shape.warps == 4 or (twelve if shape.warps == 12 else eight)) and (self.dim <= 128 or shape.steps == 1)
 

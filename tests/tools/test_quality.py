@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_a_run_goes_on_where_it_was_interrupted(command, monkeypatch, capsys):
 
 
 def test_no_cell_is_begun_that_would_end_too_late(command, monkeypatch, tmp_path):
-    clock = iter((0, 0, 30, 30, 30, 60, 60))
+    clock = iter((0, 0, 30, 30, 30, 30))
     monkeypatch.setattr(quality.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(
         Models, "measure", lambda self, cell: {"status": "measured", "kind": "length", "positions": [], "bits": 1, "seconds": 30}
@@ -74,3 +75,24 @@ def test_what_is_refused_takes_one_line(command, capsys, more, words):
     assert main([*command, *more]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1
+
+
+def test_processes_beside_each_other_measure_the_same(command, tmp_path, capsys):
+    """Greedy answers and sums of one model do not depend on which process asks; a second run has nothing left to do."""
+    more = ["--only", "length,retrieval", "--lengths", "900", "--samples", "1", "--windows", "2"]
+    assert main([*command, *more]) == 0
+    alone = read(command)
+    beside = [*command[:-1], str(tmp_path / "beside.jsonl")]
+    assert main([*beside, *more, "--jobs", "2"]) == 0
+    found = read(beside)
+    same = ("key", "command", "status", "bits", "positions", "answers", "reason")
+    assert sorted(([r.get(n) for n in same] for r in found), key=str) == sorted(([r.get(n) for n in same] for r in alone), key=str)
+    assert len(found) == 5  # 16 bit is asked, not held against itself
+    capsys.readouterr()
+    assert main([*beside, *more, "--jobs", "2"]) == 0 and capsys.readouterr().out == "" and read(beside) == found
+
+
+def test_a_process_that_breaks_is_said_in_one_line(command, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "_worker", os._exit)  # more arguments than it takes
+    assert main([*command, "--only", "length", "--jobs", "2"]) == 2
+    assert "of 2 processes ended with" in capsys.readouterr().err

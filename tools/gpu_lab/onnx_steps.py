@@ -6,7 +6,7 @@ Caches are empty tensors marked as full, so that no prompt has to be computed: t
 numbers are asked for by `kvsink-bench onnx` and tests/export/test_tiles_gpu.py. Rows of kind onnx have wall times of a step
 through `OnnxGenerator`, logits on the host; onnx-kernels what the card computes in it, and what of that is the attention node;
 onnx-memory times of a prompt of 8,192 tokens, and what the card holds more when 32,768 have been fed in pieces than behind
-a short text. Rows go to $OUT/onnx_steps.jsonl, graphs to the temporary folder.
+a short text, at most and behind every piece. Rows go to $OUT/onnx_steps.jsonl, graphs to the temporary folder.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ def memory(path: str, case: tuple[str, str, int], library: Any, tokens: int, tol
     watcher = threading.Thread(target=watch)
     watcher.start()
     past = runner.empty(1, tokens + 128)
+    pieces = []
     for _ in range(0, tokens, PIECE):
         past = runner.step(rng.integers(0, 8000, (1, PIECE)), None, None, past, last=True)[1]
+        pieces.append(round((before - torch.cuda.mem_get_info()[0]) / 2**20, 1))
     for _ in range(8):
         past = runner.step(rng.integers(0, 8000, (1, 1)), None, None, past)[1]
     behind = before - torch.cuda.mem_get_info()[0]
@@ -90,6 +92,7 @@ def memory(path: str, case: tuple[str, str, int], library: Any, tokens: int, tol
             "T": tokens,
             "most_mib": round(max(most, behind) / 2**20, 1),
             "behind_mib": round(behind / 2**20, 1),
+            "behind_pieces_mib": pieces,
         }
     )
 

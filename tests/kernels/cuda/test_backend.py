@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,23 @@ def test_twelve_warps_where_they_were_faster(heads: int, dim: int, walks: bool, 
     widths = (2,) * (dim // 8)
     variant = variants.Variant(2, widths, widths, heads, dim, key_trellis=walks, value_trellis=walks)
     assert variant.shape(variants.Card(target)).warps == warps
+
+
+@pytest.mark.parametrize(
+    ("mode", "walks", "heads", "shape"),
+    [
+        (2, True, 4, (4, 1, 4, 2)),
+        (2, True, 8, (4, 1, 2, 2)),
+        (2, False, 4, (4, 1, 4, 2)),
+        (2, False, 8, (4, 1, 2, 2)),
+        (1, False, 4, (8, 1, 2, 2)),
+        (1, False, 8, (4, 2, 2, 2)),
+    ],
+)
+def test_a_block_with_99_kb_works_as_was_fastest(mode: int, walks: bool, heads: int, shape: tuple[int, ...]) -> None:
+    variant = variants.Variant(mode, (2,) * 16, (2,) * 16, heads, key_trellis=walks, value_trellis=walks)
+    for target in (86, 89, 120):
+        assert dataclasses.astuple(variant.shape(variants.Card(target, variants.SMALL)))[:4] == shape
 
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "7.5"), ((6, 1), "6.1")])

@@ -104,13 +104,16 @@ KINDS = (
     Kind("klt:even", 256, 4, (4, 4), fold=False),
     Kind("klt:even", 96, 1, (4, 2), card=GEFORCE),
     Kind("klt:even", 128, 6, (4.5, 4)),
+    Kind("klt", 128, 4, card=GEFORCE),  # one stage of a whole superblock
+    Kind("klt:even", 128, 8, card=GEFORCE, window=20),  # of half of one
+    Kind("centred:even", 128, 4, card=GEFORCE),  # eight warps
 )
 NAMES = [
     f"{k.method}-{k.dim}-{k.repeats}-{k.bits[0]}{k.bits[1]}-{k.rotary:g}-{k.protect}-{k.window}-{k.card.target}"
     + (f"-{k.card.shape.warps}" if k.card.shape else "")
     for k in KINDS
 ]
-QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42, 46, 48, 51, 53)  # the others are slow tests
+QUICK = (0, 6, 11, 14, 17, 20, 27, 33, 36, 42, 46, 48, 51, 53, 58)  # the others are slow tests
 EVERY = [pytest.param(i, id=NAMES[i], marks=() if i in QUICK else pytest.mark.slow) for i in range(len(KINDS))]
 
 
