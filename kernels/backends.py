@@ -366,8 +366,8 @@ def table() -> tuple[Backend, ...]:
         Backend(
             "cuda (rows of bytes)",
             None,
-            Part(rows_of_bytes.declines, rows_of_bytes.attend),
-            Part(append_attend.declines_beside, append_attend.side_by_side),
+            Part(rows_of_bytes.declines, rows_of_bytes.attend, ("metric",)),
+            Part(append_attend.declines_beside, append_attend.side_by_side, ("metric",)),
         ),
         Backend(
             "triton",

@@ -70,7 +70,7 @@ def rewrite(
     rows kept exact, such as "kvsink:5+first:1". window: recent rows kept exact.
     calibration: "builtin", "mix", a text file, chats, a list of texts, token ids [N, T], prompts (dicts of model inputs), a
     `Calibration`, "random" tokens, or "none": no text, few random tokens where a method asks for statistics.
-    calibration_tokens: None takes 8,192, and 16,384 where codebooks or levels are learnt. layers: per-layer changes,
+    calibration_tokens: None takes 4,096, and 16,384 where codebooks or levels are learnt. layers: per-layer changes,
     "0-1:key_bits=4". fold: put value rotations into the weights (the model stays the same function). storage_dtype: dtype the
     weights will be saved in, when it is narrower.
     plan: "uniform", or "auto" for widths per layer within `bits` counted bits (None: those of the uniform plan); it is measured

@@ -38,7 +38,7 @@ from kvsink.tools.cli import command_line, wide_console
     " drawn[:N], a folder of images and texts, or JSON lines.",
 )
 @click.option(
-    "--calibration-tokens", type=click.IntRange(1), metavar="N", help="[default: 8192; 16384 where codebooks or levels are learnt]"
+    "--calibration-tokens", type=click.IntRange(1), metavar="N", help="[default: 4096; 16384 where codebooks or levels are learnt]"
 )
 @click.option("--layers", default="", metavar="SPEC", help='Other values for some layers: "0-1:key_bits=4;29:value_bits=8".')
 @click.option(

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..backends import Call as Question
 from ..backends import Device, LayerFormat, Shape, SideFormat, unread
 from ..quantize import SIGMA_KINDS
+from ..stages import back_table
 from ..triton import attend as triton_attend
 from ..triton.attend import transform
 from . import byte_tables
@@ -296,7 +297,7 @@ def attend_one(
     raw = couple if variant.dense and not variant.basis else 2
     cos, sin = p.get("start_cos"), p.get("start_sin")
     sigma = p.get("k_sigma", p.get("k_step"))
-    basis = transform(c.key, d, p.get("k_basis"), device)[0]
+    basis = transform(c.key, d, back_table(p, "k", "basis"), device)[0]
     keep: list[Tensor] = []  # alive until the launches are queued
 
     def at(x: Tensor | None) -> int | None:

@@ -30,7 +30,7 @@ from kvsink.model.rows import visual_tokens
 __all__ = ["Chosen", "LayerChoice", "RewriteOptions", "choose", "parse_layers", "refusal", "with_modality"]
 
 PATTERN_PROMPTS = 16  # that layer classes are measured on
-TOKENS, LEARNING_TOKENS = 8192, 16384  # of calibration text: for statistics, and where rows are learnt from
+TOKENS, LEARNING_TOKENS = 4096, 16384  # of calibration text: for statistics, and where rows are learnt from
 
 
 @dataclass(frozen=True)

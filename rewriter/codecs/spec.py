@@ -144,8 +144,6 @@ class SideSpec:
             refuse(f"spread {self.spread!r} is not one of {', '.join(SPREADS)}")
         if self.spread != "none" and (self.transform != "klt" or self.kind in (*SIGMA_KINDS, *VECTOR_KINDS)):
             refuse("a spread needs transform='klt' and a kind with one step a token")
-        if self.metric != "none" and self.transform == "klt" and self.domain == "block" and self.kind in VECTOR_KINDS:
-            refuse("a metric is for levels of single components, not for codebooks in blocks: set metric='none'")
         if self.unbiased and self.kind != "trellis":
             refuse("unbiased levels need kind='trellis'")
         if self.flat and (self.kind not in SIGMA_KINDS or self.center or self.transform == "klt" or self.reorder):

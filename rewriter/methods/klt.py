@@ -28,7 +28,7 @@ KLT = register_method(
         source=Paper("ours"),
         key=_KEY,
         value=_VALUE,
-        key_below=(1.5, replace(_KEY, bits=1, metric="none", kind="vector")),
+        key_below=(1.5, replace(_KEY, bits=1, kind="vector")),
         value_below=(1.5, replace(_CODEBOOKS, bits=1)),
         key_above=(4, replace(_LLOYD, bits=8)),
         value_above=(4, replace(_GAUSS, bits=8)),

@@ -270,3 +270,10 @@ def test_what_flashinfer_cannot_build_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "flashinfer", module)
     base = sdpa_baseline(1, 32, 4, 2, 16, torch.float32, "cpu")
     assert base.flashinfer.startswith("AttributeError") and not base.backend.startswith("flashinfer")
+
+
+def test_channels_that_do_not_turn_have_queries_enough_for_their_moment() -> None:
+    """80 channels, 48 of them unturned, one query head per key-value head: every eighth query of 512 tokens was too few."""
+    shape = Shape(512, 64, 2, 5e5, hidden=64, heads=2, head_dim=80, rotary=0.4)
+    model = rewritten(llama(1, torch.float32, vocabulary=512, shape=shape, device="cpu"), "klt-2")()
+    assert runtime_of(model).plans[0].codec.key.metric == "attention"

@@ -23,7 +23,7 @@ from .emulated import EmulatedCodes
 SLOTS, KV, SCALE = 320, 2, 0.09
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 5e-3}  # relative error of an output: the rounding of its products and its own
 KLT = ("klt:best-2/4", "klt:codebooks-2", "klt:codebooks-dense-2", "klt:best-dense-2/4", "klt:codebooks-1/2")
-SIDES = (*KLT, "cq-2", "cq-1", "centred-2", "rtn-4", "centred-1/4")
+SIDES = (*KLT, "klt:even-1", "cq-2", "cq-1", "centred-2", "rtn-4", "centred-1/4")
 
 
 @cache

@@ -75,4 +75,4 @@ def test_keys_with_runs_of_no_bits_are_left_to_others(bits: float) -> None:
     (line,) = served.served_lines(runtime, torch.float32, HERE)
     assert line == "layers 0 to 1 on cpu: rows coded by cpu (C), attention by cpu (C)"
     found = served.served(runtime, torch.float16, Device("cuda", (9, 0), "a GPU", True))
-    assert {choice.name for pair in found.values() for choice in pair} == {"triton"}
+    assert {choice.name for pair in found.values() for choice in pair} == {"triton", "cuda (rows of bytes)"}

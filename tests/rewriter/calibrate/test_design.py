@@ -128,10 +128,6 @@ def test_grouped_heads_need_an_order_for_all_of_them(heads: int, dim: int, group
         ({"kind": "trellis", "gain": True}, "a trellis has its gain in the last byte of its codes"),
         ({"kind": "trellis", "metric": "queries"}, "metric 'queries' is not one of none, attention"),
         ({"kind": "trellis", "metric": "attention"}, "a metric needs transform='klt', whose basis it changes"),
-        (
-            {"kind": "vector", "metric": "attention", "transform": "klt", "domain": "block", "center": True},
-            "a metric is for levels of single components",
-        ),
         ({"kind": "lloyd", "unbiased": True}, "unbiased levels need kind='trellis'"),
     ],
 )

@@ -43,7 +43,7 @@ def test_more_is_read_where_rows_are_learnt_from(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("some text of its own " * 430)
     given: dict[str, Any] = {"calibration": str(file), "tokenizer": Characters()}
-    assert kvsink.rewrite(build("llama"), "klt", **given).calibration_tokens == 8192
+    assert kvsink.rewrite(build("llama"), "klt", **given).calibration_tokens == 4096
     with pytest.raises(CalibrationError, match="has 9030 tokens, 16384 were asked for"):
         kvsink.rewrite(build("llama"), "cq", **given)
 
