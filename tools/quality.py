@@ -121,6 +121,7 @@ def _worker(models: Models, find: Callable[..., Iterator[Result]], threads: int,
             while (cells := tasks.get()) is not None:
                 for found in find(models, cells):
                     results.put(found)
+                models.forget()
     except KvsinkError as error:
         results.put(error)
 

@@ -31,7 +31,7 @@ from kvsink.folder.loading import load_model, load_tokenizer, pick_device
 from kvsink.model.decoder import Decoder
 from kvsink.model.offload import place_of
 from kvsink.model.runtime import runtime_of
-from kvsink.tools.compare import describe
+from kvsink.tools.compare import describe, free
 from kvsink.tools.compare_measure import Bench, packed_bits, protection, rewritten_copy
 from kvsink.tools.compare_rows import Row
 from kvsink.tools.eval_text import text_of
@@ -137,6 +137,11 @@ class Models:
             alike = [r for r in self.rows if not r.stock and protection(r) == protection(row)]
             self._made[key] = rewritten_copy(bench, row, alike)[0]
         return self._made[key]
+
+    def forget(self) -> None:
+        """Give back what was rewritten; the models as they were stay."""
+        self._made.clear()
+        free()
 
     def cells(self, kinds: Sequence[str]) -> list[Cell]:
         """All cells of these kinds, the most telling first: error by position, then tasks of our rows, then those of others."""

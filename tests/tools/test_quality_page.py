@@ -82,3 +82,15 @@ def test_the_last_cell_of_a_setting_counts_and_what_declined_is_told() -> None:
     assert "0.2500" in page and "0.5000" not in page
     assert "- Tiny, arithmetic of 400, `klt` 2/2: no chat template" in page
     assert summary(refused) == "declined: no chat\n template" and "KL 0-1K 0.2500" in summary(new)
+
+
+def test_prompts_at_once_and_in_pieces_are_told_apart() -> None:
+    cells = [
+        cell("retrieval", asked, 4096, answers=answers(recall), chunk=chunk)
+        for chunk, recall in ((512, [1, 0, 0, 0]), (0, [1, 1, 1, 0]))
+        for asked in (STOCK, KLT)
+    ]
+    page = markdown(cells)
+    pieces, once = (page.index(f"### Tiny, recall, prompts {how}") for how in ("by 512 tokens", "at once"))
+    assert "| 1/4 |" in page[pieces:once] and "3/4" not in page[pieces:once] and "| 3/4 |" in page[once:]
+    assert "chunks of 512" in page[pieces:once] and "chunks" not in page[once:]
