@@ -164,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = named_models(o.model)
         if o.jobs < 1:
             raise KvsinkError(f"--jobs {o.jobs}: at least one process measures")
+        if o.prompt_chunk < 0:
+            raise KvsinkError(f"--prompt-chunk {o.prompt_chunk}: write tokens, or 0 for whole prompts")
         _exactly()
         models = Models(folders, wish, rows.rows, alone=o.jobs == 1)
         with torch.no_grad():

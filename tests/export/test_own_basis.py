@@ -63,10 +63,11 @@ def test_methods_with_bases_of_their_own(method: str, tmp_path: Path) -> None:
     assert found["packed_bytes"] > 1000 and found["different_bytes"] == 0 and found["largest_logit_difference"] < 1e-5
 
 
+@pytest.mark.parametrize("bits", [2, 1.25])
 @pytest.mark.parametrize("flavour", ["functions", "custom"])
-def test_walks_in_such_a_basis(flavour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks_and_codebooks_in_such_a_basis(flavour: str, bits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single nodes, and the one node that reads a past from its codes, each beside the torch model step by step."""
-    model = rewritten("llama", method="klt", key_bits=2, value_bits=2)
+    model = rewritten("llama", method="klt", key_bits=bits, value_bits=bits)
     assert not is_orthogonal(model)
     monkeypatch.setattr(past, "takes_packed", lambda c: True)
     found = onnx(model, tmp_path / "model.onnx", flavour)["check"]

@@ -67,6 +67,8 @@ def test_no_cell_is_begun_that_would_end_too_late(command, monkeypatch, tmp_path
     [
         (["--only", "lengths"], "nearest known: length"),
         (["--lengths", "4K"], "write 4096,8192"),
+        (["--jobs", "0"], "--jobs 0: at least one process measures"),
+        (["--prompt-chunk", "-5"], "--prompt-chunk -5: write tokens, or 0 for whole prompts"),
         (["--rows", "nowhere.json"], "nowhere.json cannot be read"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
